@@ -1,0 +1,35 @@
+PYTHON ?= python
+# tests are cheap each and many: processes help, threads inside of them do not
+TEST_PROCESSES ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help check lint types imports test smoke format
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PYTHON=$(PYTHON) is used; give another one with: make check PYTHON=.venv/bin/python"
+
+check: lint types imports test  ## everything a pull request has to pass: lint, types, imports, test
+
+lint:  ## ruff: rules and formatting, without changing a file
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:  ## mypy --strict on the package
+	$(PYTHON) -m mypy
+
+imports:  ## import-linter: who may import whom
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+test:  ## pytest in TEST_PROCESSES processes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES)
+
+smoke:  ## the main command of the README, cut to a few steps, into a temporary folder
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(PYTHON) -m accelerate.commands.launch recipes/train_ham.py --output_dir "$$folder/ham" \
+		--max_steps 4 --mining_start_epoch 0 --limit_train_examples 256 --limit_test_examples 100 && \
+	ls "$$folder/ham"
+
+format:  ## let ruff rewrite what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .

@@ -1,0 +1,204 @@
+"""Threat models and projected gradient descent (Madry et al., ICLR 2018) in pixel space.
+
+Invariant 1: a tensor called ``x`` is (N, C, H, W) in [0, 1]; epsilon and step size are in the same pixel units.
+Arithmetic on ``x`` happens in the dtype of ``x`` (float32 in training) whatever precision the model computes in.
+
+Invariant 2: the attack puts the module it is given in evaluation mode, restores the previous mode of every
+submodule afterwards, and asks autograd for the gradient of the input alone. No parameter gradient is computed
+and no BatchNorm buffer moves. Pass the unwrapped module: a DDP wrapper would synchronize at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits (N, num_classes) and labels (N,) to one loss per example (N,), which the attack increases."""
+
+NORMS = ("linf", "l2")
+
+
+@dataclass(frozen=True, eq=False)
+class ThreatModel:
+    """A ball of radius ``epsilon`` around each image, cut by the pixel box [0, 1].
+
+    Attributes:
+        norm: "linf" (largest change of a single value) or "l2" (Euclidean length of the change of an image).
+        epsilon: radius in pixel units; one number, or an (N,) tensor with one radius per example.
+
+    Raises:
+        ValueError: if the norm is unknown or a scalar epsilon is negative.
+    """
+
+    norm: str = "linf"
+    epsilon: float | Tensor = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+        # A tensor is left unread: looking at its values would synchronize with the device.
+        if not isinstance(self.epsilon, Tensor) and not self.epsilon >= 0:
+            raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+
+    def rows(self, keep: Tensor) -> ThreatModel:
+        """The threat model of the rows selected by a mask or index, for a per-example epsilon."""
+        return replace(self, epsilon=self.epsilon[keep]) if isinstance(self.epsilon, Tensor) else self
+
+    def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images drawn uniformly from the ball around ``x`` (N, C, H, W), clipped to [0, 1].
+
+        Args:
+            x: clean images.
+            generator: source of the noise, on the device of ``x``; None uses torch's global one.
+        """
+        epsilon = per_example(self.epsilon, x)
+        if self.norm == "linf":
+            noise = torch.empty_like(x).uniform_(-1, 1, generator=generator).mul_(epsilon)
+        else:
+            # A Gaussian direction and a radius with density ~ r^(d-1) are uniform in the d-dimensional ball.
+            noise = torch.empty_like(x).normal_(generator=generator)
+            radius = torch.empty(len(x), dtype=x.dtype, device=x.device).uniform_(generator=generator)
+            noise.mul_(per_example(radius ** (1 / x[0].numel()), x) * epsilon / l2_norm(noise))
+        return noise.add_(x).clamp_(0, 1)
+
+    def step(self, x_adv: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
+        """One ascent step of length ``step_size`` (a number or (N,)) along the steepest direction of the norm.
+
+        The result is not projected. A row whose gradient is exactly zero stays where it is.
+        """
+        size = per_example(step_size, x_adv)
+        direction = gradient.sign() if self.norm == "linf" else gradient / l2_norm(gradient)
+        return direction.mul_(size).add_(x_adv)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The nearest images to ``x_adv`` that lie in the ball around ``x`` and in the box [0, 1].
+
+        For l2 the ball is met first and the box by clipping; as ``x`` is in the box, clipping shortens the
+        perturbation and so leaves the ball's constraint intact.
+        """
+        epsilon = per_example(self.epsilon, x)
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon).clamp_(0, 1)
+        delta = x_adv - x
+        shrink = (epsilon / l2_norm(delta)).clamp(max=1)
+        return delta.mul_(shrink).add_(x).clamp_(0, 1)
+
+
+def per_example(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """``value`` in a shape that broadcasts over ``x`` (N, C, H, W): a number as it is, an (N,) tensor as (N, 1, 1, 1).
+
+    Raises:
+        ValueError: if a tensor has neither no dimension nor exactly one entry per example.
+    """
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"expected one value per example, shape ({len(x)},), got {tuple(value.shape)}")
+    return value.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """Euclidean length of each row of ``x`` (N, ...) as (N, 1, 1, 1), at least 1e-12 so that it can divide."""
+    return per_example(x.flatten(1).norm(dim=1).clamp(min=1e-12), x)  # type: ignore[return-value]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each example (N,), in float32 at least."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin of Carlini and Wagner (S&P 2017), max over j != y of z_j minus z_y, (N,); positive = misclassified."""
+    true = logits.gather(1, y[:, None]).squeeze(1)
+    others = logits.scatter(1, y[:, None], float("-inf"))
+    return others.amax(1) - true
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every submodule in evaluation mode and restore each one's own mode on leaving, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = cross_entropy) -> Tensor:
+    """Gradient of the summed per-example loss with respect to ``x`` alone, in the shape and dtype of ``x``.
+
+    The sum (not the mean) makes a row's gradient independent of the batch it is in, and keeps small gradients
+    of half-precision models away from zero.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        loss = loss_fn(model(x), y).sum()
+        return torch.autograd.grad(loss, x)[0]
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    num_steps: int,
+    step_size: float | Tensor,
+    start: Tensor | None = None,
+    loss_fn: LossFn = cross_entropy,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projected gradient descent: ``num_steps`` steps uphill on ``loss_fn``, each projected back.
+
+    The attack has no memory between steps, so ``pgd(M)`` followed by ``pgd(K - M)`` from its result equals
+    ``pgd(K)``, and a row's result does not depend on the other rows.
+
+    Args:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,).
+        threat_model: the ball the result must lie in.
+        num_steps: number of steps, >= 0.
+        step_size: length of a step in pixel units, a number or (N,).
+        start: images to start from, used as they are; None draws them uniformly from the ball.
+        loss_fn: what to increase, per example.
+        generator: source of the random start, on the device of ``x``.
+
+    Returns:
+        Adversarial images, detached, in the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: if ``x`` is not a batch of floating-point images, the labels do not match it, or
+            ``num_steps`` is negative.
+    """
+    check_batch(x, y)
+    if num_steps < 0:
+        raise ValueError(f"num_steps must not be negative, got {num_steps}")
+    x_adv = threat_model.random_start(x, generator) if start is None else start.detach()
+    with evaluation_mode(model):
+        for _ in range(num_steps):
+            gradient = input_gradient(model, x_adv, y, loss_fn)
+            x_adv = threat_model.project(threat_model.step(x_adv, gradient, step_size), x)
+    return x_adv
+
+
+def check_batch(x: Tensor, y: Tensor) -> None:
+    """Check what can be checked of a batch without reading the values from the device.
+
+    Raises:
+        ValueError: if ``x`` is not (N, C, H, W) in a floating-point dtype or ``y`` is not (N,).
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be (N, C, H, W) floating-point pixels in [0, 1], got {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must hold one label per image, shape ({len(x)},), got {tuple(y.shape)}")

@@ -1,0 +1,181 @@
+"""From what was written to a configuration: which names exist for the chosen method, and everything that is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from ham_hf.config.groups import EvaluateConfig, TrainConfig
+from ham_hf.config.settings import ConfigError, Setting, settings_of
+from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
+from ham_hf.objectives import Objective, available
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig | EvaluateConfig)
+
+# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name.
+_KNOWN_ELSEWHERE = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "opt": "optimizer",
+    "optim": "optimizer",
+    "sched": "lr_scheduler_type",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "eps": "epsilon",
+    "attack_steps": "num_steps",
+    "attack_step_size": "step_size",
+    "bf16": "mixed_precision",
+    "dataset": "dataset_name",
+    "model": "model_name",
+    "model_kwargs": "model_args",
+    "resume": "resume_from_checkpoint",
+    "begin_epoch": "mining_start_epoch",
+    "classify_step": "mining_step",
+}
+
+
+def load_train_config(path: Path | str) -> TrainConfig:
+    """Read a recipe, or the ``train_config.yaml`` that a run wrote.
+
+    Raises:
+        ConfigError: naming the file, the line and everything that is wrong.
+    """
+    return build_config(TrainConfig, read_yaml(Path(path)))
+
+
+def method_settings() -> dict[str, tuple[Setting, ...]]:
+    """The options of every available training method, by the method's name."""
+    return {name: settings_of(kind) for name, kind in available().items()}
+
+
+def group_settings(config_class: type) -> dict[str, tuple[Setting, ...]]:
+    """Settings of each group by its attribute; under ``""`` those of the class itself. Methods are not included."""
+    hints = get_type_hints(config_class)
+    groups = {"": settings_of(config_class)}
+    for declared in fields(config_class):
+        kind = hints[declared.name]
+        if kind is not Objective and declared.name not in {known.name for known in groups[""]}:
+            groups[declared.name] = settings_of(kind)
+    return groups
+
+
+def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required: Iterable[str] = ()) -> ConfigT:
+    """Make a configuration from what files (first) and flags (last, winning) say.
+
+    Args:
+        config_class: what to make.
+        entries: settings as written; an entry with an origin comes from a file.
+        required: names of settings that have to be given although they have a default.
+
+    Raises:
+        ConfigError: naming everything that is wrong with the settings one by one or, if nothing is, with their
+            combination.
+    """
+    groups = group_settings(config_class)
+    required = {*required, *(known.name for known in groups[""] if known.default is MISSING)}
+    known = {one.name: one for group in groups.values() for one in group}
+    missing = sorted(required - {entry.name for entry in entries})
+    problems = [f"--{name} is required: {known[name].help}" for name in missing]
+    method: type[Objective] | None = None
+    if config_class is TrainConfig:
+        method, entries = _choose_method(entries)
+        known |= {one.name: one for one in settings_of(method)}
+    values: dict[str, object] = {}
+    for entry in entries:
+        if entry.name not in known:
+            problems.append(entry.origin + _unknown_name(entry.name, known, method))
+            continue
+        try:
+            values[entry.name] = read_value(known[entry.name], entry.node)
+        except ValueError as error:
+            reason = f" ({error})" if str(error) else ""
+            shown = show_node(entry.node)
+            problems.append(f"{entry.origin}--{entry.name} {shown}: expected {known[entry.name].expected}{reason}")
+    if problems:
+        raise ConfigError(problems)
+    return _assemble(config_class, groups, method, values)
+
+
+def _choose_method(entries: Sequence[Entry]) -> tuple[type[Objective], list[Entry]]:
+    """The training method, and the entries that remain to be read for it.
+
+    When a flag replaces the method of a recipe, the recipe's options of its own method fall with it.
+    """
+    methods = available()
+
+    def last_method(candidates: list[Entry]) -> type[Objective] | None:
+        written = [entry for entry in candidates if entry.name == "method"]
+        if not written:
+            return None
+        node = written[-1].node
+        name = node.value if isinstance(node, yaml.ScalarNode) else show_node(node)
+        if name not in methods or not isinstance(node, yaml.ScalarNode):
+            expected = "expected one of " + ", ".join(methods)
+            raise ConfigError(f"{written[-1].origin}--method {name}: {expected}{_nearest(name, methods)}")
+        return methods[name]
+
+    default = type(TrainConfig().method)
+    in_file = last_method([entry for entry in entries if entry.origin]) or default
+    chosen = last_method([entry for entry in entries if not entry.origin]) or in_file
+    rest = [entry for entry in entries if entry.name != "method"]
+    if chosen is in_file:
+        return chosen, rest
+    fallen = {known.name for known in settings_of(in_file)}
+    left_out = [entry.name for entry in rest if entry.origin and entry.name in fallen]
+    if left_out:
+        logger.info("--method %s replaces %s and its options %s", chosen.name, in_file.name, ", ".join(left_out))
+    return chosen, [entry for entry in rest if not (entry.origin and entry.name in fallen)]
+
+
+def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Objective] | None) -> str:
+    """Say why ``name`` is no setting here, with the nearest one that is."""
+    if method is not None:
+        owners = [owner for owner, options in method_settings().items() if name in {one.name for one in options}]
+        if owners:
+            return (
+                f"--{name} is an option of --method {' and '.join(owners)}, but the method is {method.name} "
+                f"(available: {', '.join(available())})"
+            )
+    return f"there is no setting {name!r}{_nearest(name, known, prefix='--')}"
+
+
+def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    names = list(names)
+    name = name.lower().replace("-", "_")
+    near = [_KNOWN_ELSEWHERE[name]] if _KNOWN_ELSEWHERE.get(name) in names else []
+    near = near or difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _assemble(
+    config_class: type[ConfigT],
+    groups: Mapping[str, tuple[Setting, ...]],
+    method: type[Objective] | None,
+    values: Mapping[str, object],
+) -> ConfigT:
+    """Put values that are fine by themselves into their groups, and those into the configuration."""
+
+    def given(settings: Iterable[Setting]) -> dict[str, Any]:
+        return {known.name: values[known.name] for known in settings if known.name in values}
+
+    hints = get_type_hints(config_class)
+    parts = given(groups[""])
+    problems: list[str] = []
+    for attribute in filter(None, groups):
+        try:
+            parts[attribute] = hints[attribute](**given(groups[attribute]))
+        except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    if method is not None:
+        parts["method"] = method(**given(settings_of(method)))
+    return config_class(**parts)

@@ -1,0 +1,232 @@
+"""Command lines: flags and a recipe in, a checked configuration out.
+
+A setting's flag is ``--its_name``, with ``-`` and ``_`` alike; ``--config`` names a YAML file with the same names,
+and flags win over it. A command line that is not right ends the program with status 2 and a message, no traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from ham_hf.config.build import ConfigT, build_config, group_settings, method_settings
+from ham_hf.config.groups import EvaluateConfig, TrainConfig
+from ham_hf.config.settings import ConfigError, Setting
+from ham_hf.config.yaml_text import (
+    Entry,
+    config_to_yaml,
+    exact_fraction,
+    list_node,
+    mapping_node,
+    read_yaml,
+    text_node,
+)
+from ham_hf.objectives import HAM, available
+
+logger = logging.getLogger(__name__)
+
+_ON_OFF = {"true": True, "false": False}
+
+_LANGUAGE = (
+    "A setting is --name VALUE or --name=VALUE, with - or _. Numbers may be fractions (8/255). Turn a setting on "
+    "with --name and off with --no_name. A recipe is YAML with the same names; flags win over it."
+)
+
+
+def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Path | None = None) -> TrainConfig:
+    """Read the command line of a training run.
+
+    Args:
+        argv: words after the program's name; None = those of this process.
+        default_recipe: the recipe to take when the command line names neither a recipe nor a dataset.
+
+    Raises:
+        SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
+    """
+    config = _parse(TrainConfig, argv, default_recipe=default_recipe)
+    if config.method.warmup_epochs >= config.training.num_train_epochs:
+        logger.warning(
+            "All %d epochs are plain PGD-AT: the %d epochs before %s starts are not over by then.",
+            config.training.num_train_epochs,
+            config.method.warmup_epochs,
+            config.method.name,
+        )
+    return config
+
+
+def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """Read the command line of an evaluation. The model is named by the first word or by ``--model``.
+
+    Args:
+        argv: words after the program's name; None = those of this process.
+
+    Raises:
+        SystemExit: status 2 for a command line that is not right, 0 after ``--help`` or ``--print_config``.
+    """
+    return _parse(EvaluateConfig, argv, required=("dataset_name",), positional="model")
+
+
+def _parse(
+    config_class: type[ConfigT],
+    argv: Sequence[str] | None,
+    *,
+    default_recipe: Path | None = None,
+    required: Iterable[str] = (),
+    positional: str | None = None,
+) -> ConfigT:
+    parser = _Parser(config_class, positional)
+    try:
+        flags, recipe, print_config = parser.read(sys.argv[1:] if argv is None else argv)
+        if recipe is None and default_recipe and "dataset_name" not in {entry.name for entry in flags}:
+            logger.info("Neither --config nor --dataset_name is given: using %s", default_recipe)
+            recipe = default_recipe
+        written = read_yaml(recipe) if recipe is not None else []
+        config = build_config(config_class, [*written, *flags], required)
+    except ConfigError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if print_config:
+        sys.stdout.write(config_to_yaml(config))
+        parser.exit(0)
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    """Splits a command line into entries: argparse does the words and the help, `build_config` the values."""
+
+    def __init__(self, config_class: type, positional: str | None) -> None:
+        first = f"{positional.upper()} " if positional else ""
+        super().__init__(
+            usage=f"%(prog)s {first}[--config RECIPE.yaml] [--SETTING VALUE ...]",
+            description=_LANGUAGE,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        self.positional = positional
+        self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with settings")
+        self.add_argument("--print_config", action="store_true", help="print the resolved settings as YAML, and stop")
+        titles = {declared.name: declared.metadata.get("title") for declared in fields(config_class)}
+        groups = group_settings(config_class)
+        for attribute, settings in groups.items():
+            _add_flags(self.add_argument_group(titles.get(attribute, "Model and output")), settings)
+        self.settings = {known.name: known for settings in groups.values() for known in settings}
+        self.method_help = ""
+        if config_class is TrainConfig:
+            self._add_methods()
+
+    def _add_methods(self) -> None:
+        """Take every method's options, so that `build_config` can say whose they are; help lists them by method."""
+        group = self.add_argument_group("Method")
+        group.add_argument("--method", metavar="METHOD", help=f"one of {', '.join(available())} (default: {HAM.name})")
+        for name, options in method_settings().items():
+            new = [known for known in options if known.name not in self.settings]
+            _add_flags(self, new, hidden=True)
+            self.settings |= {known.name: known for known in new}
+            if options:
+                listing = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+                _add_flags(listing.add_argument_group(f"--method {name}: {available()[name].summary}"), options)
+                self.method_help += "\n" + listing.format_help()
+
+    def read(self, argv: Sequence[str]) -> tuple[list[Entry], Path | None, bool]:
+        """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration.
+
+        Raises:
+            ConfigError: when a word is neither a flag nor the value of one.
+        """
+        namespace, extra = self.parse_known_args(self._canonical(argv))
+        found = vars(namespace)
+        recipe, print_config = found.pop("config", None), found.pop("print_config", False)
+        entries = [Entry(name, self._node(name, written), "") for name, written in found.items()]
+        strays = [word for word in extra if word != "--"]
+        unknown = [word for word in strays if word.startswith("-") and not word[1:2].isdigit()]
+        if not unknown and strays and self.positional and self.positional not in found:
+            entries.append(Entry(self.positional, text_node(strays.pop(0)), ""))
+        if strays and not unknown:
+            raise ConfigError(f"unexpected word {strays[0]!r}; a setting is written --name value")
+        entries.extend(Entry(word.lstrip("-").partition("=")[0] or word, text_node(word), "") for word in unknown)
+        return entries, Path(recipe) if recipe is not None else None, print_config
+
+    def _node(self, name: str, written: str | list[str]) -> yaml.Node:
+        if isinstance(written, str):
+            return text_node(written)
+        return mapping_node(written) if self.settings[name].is_mapping else list_node(written)
+
+    def _canonical(self, argv: Sequence[str]) -> list[str]:
+        """Spell flags with ``_``, and ``--flag=false`` or ``--flag false`` of an on/off setting as ``--no_flag``."""
+        switches = {f"--{known.name}" for known in self.settings.values() if known.kind is bool}
+        words: list[str] = []
+        for word in argv:
+            flag, equals, value = word.partition("=")
+            flag = flag.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else flag
+            if flag in switches and equals:
+                words.append(_switched(flag, value))
+            elif words and words[-1] in switches and word.lower() in _ON_OFF:
+                words[-1] = _switched(words[-1], word)
+            else:
+                words.append(f"{flag}{equals}{value}")
+        return words
+
+    def format_help(self) -> str:
+        """The help of all settings, then that of each method's own."""
+        return super().format_help() + self.method_help
+
+    def error(self, message: str) -> NoReturn:
+        """Report what argparse found, such as a flag without its value, like every other problem."""
+        if "expected one argument" in message:
+            message += "; write --name=VALUE for a value that begins with '-'"
+        raise ConfigError(message.removeprefix("argument "))
+
+
+class _Switch(argparse.Action):
+    """``--name`` or ``--no_name`` without a value."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, flag: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, str(flag == f"--{self.dest}").lower())
+
+
+def _switched(flag: str, value: str) -> str:
+    if value.lower() not in _ON_OFF:
+        raise ConfigError(f"{flag} {value}: expected true or false")
+    return flag if _ON_OFF[value.lower()] else f"--no_{flag[2:]}"
+
+
+def _add_flags(group: argparse._ActionsContainer, settings: Iterable[Setting], *, hidden: bool = False) -> None:
+    for known in settings:
+        text = argparse.SUPPRESS if hidden else _help(known)
+        if known.kind is bool:
+            names = (f"--{known.name}", f"--no_{known.name}")
+            group.add_argument(*names, dest=known.name, action=_Switch, nargs=0, help=text)
+        else:
+            many = "*" if known.is_list or known.is_mapping else None
+            group.add_argument(f"--{known.name}", nargs=many, metavar=_metavar(known), help=text)
+
+
+def _metavar(known: Setting) -> str:
+    if known.is_mapping:
+        return "KEY=VALUE"
+    if known.choices:
+        return "{" + ",".join(known.choices) + "}"
+    return known.items or {int: "INT", float: "NUMBER"}.get(known.kind, "TEXT")
+
+
+def _help(known: Setting) -> str:
+    if known.default is MISSING:
+        default = "required"
+    elif isinstance(known.default, tuple):
+        default = "default: " + " ".join(map(str, known.default))
+    elif isinstance(known.default, bool):
+        default = "default: on" if known.default else "default: off"
+    elif known.default is None or known.default == {}:
+        default = "default: none"
+    else:
+        default = f"default: {exact_fraction(known.default) or known.default}"
+    limits = f"{known.range}; " if known.range else ""
+    return f"{known.help} ({limits}{default})".replace("%", "%%")

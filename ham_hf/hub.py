@@ -1,0 +1,222 @@
+"""The only module that talks to the network: write access before training, pushes of a finished folder.
+
+Invariant 9: everything is complete on disk before the first byte goes out. A push reads the folder and changes
+nothing in it, and pushing again is safe: files that the Hub has already are not sent again, so a failed push loses
+nothing. Messages and logs never contain the token.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DEFAULT_REVISION = "main"
+ARTEFACTS = (
+    "model.safetensors",
+    "config.json",
+    "README.md",
+    "report.json",
+    "train_config.yaml",
+    "metrics.jsonl",
+    "figures/*.png",
+)
+"""What is published of an output folder. Checkpoints, which hold optimizer state as pickles, are not."""
+
+REQUIRED = ("model.safetensors", "config.json")
+RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+
+# huggingface_hub changed its HTTP client twice (requests, httpx, httpx2), and only some of their errors are OSErrors.
+# Its own error derives from the base class of whichever client it uses.
+NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+# RuntimeError: the transfer library (hf_xet); ValueError: metadata in README.md that the Hub refuses.
+PUSH_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError, ValueError)
+
+
+class PushError(RuntimeError):
+    """A push that failed for good; the message names the folder and the command that pushes it again."""
+
+
+def check_write_access(repo_id: str | None, *, private: bool, revision: str = DEFAULT_REVISION) -> str:
+    """Make sure, before training, that the finished model can be pushed: repository, branch and rights.
+
+    The repository and the branch are created if they do not exist.
+
+    Args:
+        repo_id: "user/name", or "name" for one of the user's own.
+        private: True if the repository must be private.
+        revision: branch to push to.
+
+    Returns:
+        The full "user/name".
+
+    Raises:
+        ValueError: with the way out, if a push could not work.
+    """
+    if not repo_id:
+        raise ValueError("--push_to_hub needs --hub_model_id, the repository to push to, for example user/my-model")
+    if not revision or revision.startswith("refs/"):
+        raise ValueError(f"--hub_revision {revision!r}: expected the name of a branch, such as {DEFAULT_REVISION}")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"--hub_model_id {repo_id}: expected user/name or name. {error}") from error
+    if get_token() is None:
+        raise ValueError(
+            "--push_to_hub needs a token with write access, and there is none: run `hf auth login`, set HF_TOKEN, or "
+            "train without --push_to_hub"
+        )
+    api = HfApi()
+    try:
+        full_id = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id, attempts=3)
+        if private and not _retry(lambda: api.model_info(full_id).private, attempts=3):
+            raise ValueError(
+                f"--hub_private_repo: {full_id} exists and is public. Make it private in its settings on the Hub, "
+                "choose another --hub_model_id, or drop --hub_private_repo"
+            )
+        _retry(lambda: _create_branch(api, full_id, revision), attempts=3)
+    except NETWORK_ERRORS as error:
+        raise ValueError(_access_problem(repo_id, revision, error)) from None
+    return full_id
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    revision: str = DEFAULT_REVISION,
+    commit_message: str = "Upload model",
+    attempts: int = 3,
+) -> str:
+    """Push the artefacts of an output folder; the repository exists already (``check_write_access``).
+
+    Args:
+        folder: output folder; only ``ARTEFACTS`` of it are sent.
+        repo_id: "user/name".
+        revision: branch to push to.
+        commit_message: first line of the commit.
+        attempts: how often to try when the server or the connection fails; the wait doubles from 1 second.
+
+    Returns:
+        The URL of the commit (of the last one, if nothing has changed since).
+
+    Raises:
+        FileNotFoundError: if the folder lacks the model or its configuration.
+        PushError: if the push failed.
+    """
+    for name in REQUIRED:
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
+
+    def upload() -> str:
+        commit = HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            allow_patterns=list(ARTEFACTS),
+        )
+        return str(commit.commit_url)
+
+    try:
+        url = _retry(upload, attempts=attempts)
+    except PUSH_ERRORS as error:
+        command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
+        if revision != DEFAULT_REVISION:
+            command += ["--hub_revision", revision]
+        raise PushError(
+            f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder is complete and unchanged. "
+            f"Push it again with:\n    {shlex.join(command)}"
+        ) from None
+    logger.info("Pushed %s to %s", folder, url)
+    return url
+
+
+def try_push(
+    folder: str | Path, repo_id: str, *, revision: str = DEFAULT_REVISION, commit_message: str = "Upload model"
+) -> bool:
+    """Push in the middle of a run: one attempt, and a failure is a warning, as the next save pushes again.
+
+    Returns:
+        True if the push went through.
+    """
+    try:
+        push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
+    except PushError as error:
+        logger.warning("Training goes on, the next save pushes again: %s", error)
+        return False
+    return True
+
+
+def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
+    """Create ``branch`` unless it exists. The Hub asks for write access first: 403 without it, 409 if it exists."""
+    try:
+        api.create_branch(repo_id, branch=branch)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+
+
+def _retry(action: Callable[[], T], *, attempts: int) -> T:
+    """Call ``action`` until it works, waiting 1, 2, 4 ... seconds after a failure that may pass."""
+    for attempt in range(1, attempts):
+        try:
+            return action()
+        except NETWORK_ERRORS as error:  # noqa: PERF203 (trying again is the point)
+            if not _may_pass(error):
+                raise
+            wait = 2 ** (attempt - 1)
+            logger.warning("The Hub did not answer (%s); trying again in %d s", _without_token(error), wait)
+            time.sleep(wait)
+    return action()
+
+
+def _may_pass(error: Exception) -> bool:
+    """True for a busy server and for a lost connection, False for a refusal and for a file that cannot be read."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in RETRIED_STATUS
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    # The built-in OSErrors apart from these two are about local files.
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__ != "builtins"
+
+
+def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
+    """What to do about ``error`` of a request before training."""
+    detail = _without_token(error)
+    without = "train without --push_to_hub and push the folder later with recipes/push.py"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"--push_to_hub: HF_HUB_OFFLINE is set. Unset it, or {without}"
+    if not isinstance(error, HfHubHTTPError):
+        return f"--push_to_hub: cannot reach {constants.ENDPOINT}. Check the connection, or {without}. ({detail})"
+    status = error.response.status_code
+    if status == 401:
+        return f"--push_to_hub: the Hub does not accept the token. Run `hf auth login` or renew HF_TOKEN. ({detail})"
+    if status in (402, 403, 404):
+        return (
+            f"--hub_model_id {repo_id}: the token may not write there. Use a token that may, or another "
+            f"--hub_model_id. ({detail})"
+        )
+    if status in RETRIED_STATUS:
+        return f"--push_to_hub: {constants.ENDPOINT} is not working. Try again later, or {without}. ({detail})"
+    return f"--hub_model_id {repo_id}, --hub_revision {revision}: the Hub refused. ({detail})"
+
+
+def _without_token(error: Exception) -> str:
+    """The text of ``error`` without anything that is, or looks like, an access token."""
+    message = f"{type(error).__name__}: {error}"
+    token = get_token()
+    if token:
+        message = message.replace(token, "***")
+    return re.sub(r"\bhf_\w{8,}", "hf_***", message)

@@ -1,0 +1,76 @@
+"""How a recipe starts and stops: the accelerator, logging, and errors that need no traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+def create_accelerator(
+    *,
+    use_cpu: bool = False,
+    mixed_precision: str = "no",
+    report_to: str = "none",
+    logging_dir: Path | None = None,
+) -> Accelerator:
+    """The accelerator of a run; with ``accelerate launch``, one of several processes.
+
+    Args:
+        use_cpu: use the CPU even if there is an accelerator.
+        mixed_precision: "no" or "bf16"; wins over what the launcher says.
+        report_to: tracker, or "none".
+        logging_dir: folder of trackers that write files.
+
+    Raises:
+        RuntimeError: if the launcher started several processes and they do not know of each other.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_with not in ("no", mixed_precision):
+        logger.warning("--mixed_precision %s decides, not the launcher's %s", mixed_precision, launched_with)
+    accelerator = Accelerator(
+        # Without this, several processes on a machine without accelerators each believe to be alone.
+        cpu=use_cpu or (world > 1 and not torch.accelerator.is_available()),
+        mixed_precision=mixed_precision,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=None if logging_dir is None else str(logging_dir),
+    )
+    if accelerator.num_processes != world:
+        raise RuntimeError(
+            f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}; "
+            "on CPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+        )
+    return accelerator
+
+
+def set_up_logging() -> None:
+    """Log to standard error: everything of ours on the main process, warnings elsewhere."""
+    main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("ham_hf").setLevel(logging.INFO if main else logging.WARNING)
+
+
+@contextmanager
+def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors that explain themselves into their message and exit status 2, without a traceback.
+
+    Args:
+        *kinds: what to turn; other exceptions pass.
+
+    Raises:
+        SystemExit: instead of an exception of these kinds.
+    """
+    try:
+        yield
+    except kinds as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error

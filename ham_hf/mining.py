@@ -1,0 +1,149 @@
+"""Hard adversarial example mining (HAM; Lin et al., IEEE TIFS 2025): attack, drop the easy, go on with the hard.
+
+An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise. PGD
+has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on the rows that are left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel, check_batch, cross_entropy, evaluation_mode, pgd
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EarlyAttack:
+    """The whole batch after the first ``mining_step`` attack steps.
+
+    Attributes:
+        x_adv: (N, C, H, W) images at that iterate.
+        logits: (N, num_classes) of those images, evaluation mode.
+    """
+
+    x_adv: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HardExamples:
+    """The rows worth training on, in the order of the batch.
+
+    Attributes:
+        x_adv: (H, C, H, W) adversarial images of the hard rows after all attack steps.
+        y: (H,) their labels.
+        hard: (N,) bool over the whole batch, True = hard (misclassified at the mining step). A row that the
+            model gets right again later stays hard.
+        early: the whole batch at the mining step.
+        largest_move: (H,) if asked for: the largest L1 distance, in [0, 2], between the class probabilities of
+            two consecutive iterates among those whose logits the attack computes anyway (0 .. num_steps - 1).
+    """
+
+    x_adv: Tensor
+    y: Tensor
+    hard: Tensor
+    early: EarlyAttack
+    largest_move: Tensor | None = None
+
+
+def mine_hard_examples(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    num_steps: int,
+    step_size: float | Tensor,
+    mining_step: int,
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    track_moves: bool = False,
+) -> HardExamples:
+    """Attack for ``mining_step`` steps, drop what is still classified correctly, attack the rest to the end.
+
+    Passes over the model, with H of N rows hard: ``mining_step`` gradients on N rows, one forward on N rows to
+    classify, ``num_steps - mining_step`` gradients on H rows; with H = 0 the last part is left out.
+
+    Args:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,).
+        threat_model: the ball; epsilon may be (N,).
+        num_steps: K, all attack steps.
+        step_size: length of a step in pixel units, a number or (N,).
+        mining_step: M, the iterate that decides; 0 <= M <= K.
+        start: images to start from; None draws them uniformly from the ball.
+        generator: source of the random start, on the device of ``x``.
+        track_moves: also return ``largest_move``; costs no pass over the model.
+
+    Raises:
+        ValueError: if the batch is malformed or not 0 <= mining_step <= num_steps.
+    """
+    check_batch(x, y)
+    if not 0 <= mining_step <= num_steps:
+        raise ValueError(f"mining_step must lie in 0..num_steps={num_steps}, got {mining_step}")
+    loss_fn = LargestMove() if track_moves else cross_entropy
+    # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
+    with evaluation_mode(model):
+        x_early = pgd(
+            model,
+            x,
+            y,
+            threat_model=threat_model,
+            num_steps=mining_step,
+            step_size=step_size,
+            start=start,
+            loss_fn=loss_fn,
+            generator=generator,
+        )
+        with torch.no_grad():
+            logits = model(x_early)
+        hard = logits.argmax(1) != y
+        # Indexing with positions finds them once; every boolean index would search, and wait, again.
+        rows = hard.nonzero().squeeze(1)
+        if isinstance(loss_fn, LargestMove):
+            loss_fn.keep(rows)
+        x_adv = x_early[rows]
+        if len(rows):
+            x_adv = pgd(
+                model,
+                x[rows],
+                y[rows],
+                threat_model=threat_model.rows(rows),
+                num_steps=num_steps - mining_step,
+                step_size=step_size[rows] if isinstance(step_size, Tensor) and step_size.ndim else step_size,
+                start=x_adv,
+                loss_fn=loss_fn,
+            )
+    return HardExamples(
+        x_adv=x_adv,
+        y=y[rows],
+        hard=hard,
+        early=EarlyAttack(x_adv=x_early, logits=logits),
+        largest_move=loss_fn.largest if isinstance(loss_fn, LargestMove) else None,
+    )
+
+
+class LargestMove:
+    """Cross-entropy for :func:`ham_hf.attacks.pgd` that also watches how far the probabilities move per step."""
+
+    def __init__(self) -> None:
+        self.previous: Tensor | None = None
+        self.largest: Tensor | None = None
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Note the move since the last call and return the per-example cross-entropy (N,)."""
+        probabilities = logits.detach().softmax(1)
+        if self.previous is None or self.largest is None:
+            self.largest = torch.zeros_like(probabilities[:, 0])
+        else:
+            self.largest = torch.maximum(self.largest, (probabilities - self.previous).abs().sum(1))
+        self.previous = probabilities
+        return cross_entropy(logits, y)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those at the given positions."""
+        if self.previous is not None and self.largest is not None:
+            self.previous, self.largest = self.previous[rows], self.largest[rows]

@@ -1,0 +1,144 @@
+"""Optimizer, learning-rate schedule and weight averaging: timm's, plus the one schedule timm cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+
+class PiecewiseScheduler(Scheduler):
+    """The learning rate times a factor that changes at given times, with a linear warm-up.
+
+    timm's multi-step schedule multiplies by the same rate at every milestone; adversarial training papers use
+    drops such as 1/10, 1/100, 1/200 (HAM, GAIRAT).
+
+    Args:
+        optimizer: optimizer whose ``lr`` is scheduled.
+        drops: (time, factor) pairs with increasing times; from ``time`` on, the rate is ``factor`` times the
+            initial one.
+        warmup_t: length of the linear warm-up from 0, in the unit of the times.
+        t_in_epochs: whether times are epochs (else updates).
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        drops: Sequence[tuple[float, float]],
+        *,
+        warmup_t: float = 0,
+        t_in_epochs: bool = True,
+    ) -> None:
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=t_in_epochs)
+        self.drops = tuple(drops)
+        self.warmup_t = warmup_t
+        self.update_groups(self._get_lr(0))
+
+    def _get_lr(self, t: float) -> list[float]:
+        factor = 1.0
+        for time, value in self.drops:
+            if t >= time:
+                factor = value
+        if t < self.warmup_t:
+            factor *= (t + 1) / (self.warmup_t + 1)
+        return [base * factor for base in self.base_values]
+
+
+def create_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    learning_rate: float,
+    momentum: float,
+    weight_decay: float,
+    decay_norm_and_bias: bool,
+) -> torch.optim.Optimizer:
+    """An optimizer of timm by name.
+
+    Args:
+        model: module whose trainable parameters are optimized.
+        name: timm's name; "momentum" is plain SGD with momentum, "sgd" is Nesterov's.
+        learning_rate: initial learning rate.
+        momentum: momentum of the SGD family; others ignore it.
+        weight_decay: weight decay.
+        decay_norm_and_bias: also decay biases and one-dimensional parameters, as adversarial training papers do.
+
+    Raises:
+        ValueError: if timm has no such optimizer.
+    """
+    if name not in list_optimizers():
+        raise ValueError(f"--optimizer {name} is not one of timm's: {', '.join(map(str, list_optimizers()))}")
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model,
+        opt=name,
+        lr=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        filter_bias_and_bn=not decay_norm_and_bias,
+    )
+    return optimizer
+
+
+def create_scheduler(
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+    *,
+    num_epochs: int,
+    updates_per_epoch: int,
+    drops: Sequence[tuple[float, float]],
+    warmup_epochs: float,
+    min_learning_rate: float,
+    step_unit: str,
+) -> Scheduler:
+    """A schedule that sets the learning rate of the first update and is then told of every later one.
+
+    Args:
+        optimizer: optimizer to schedule.
+        kind: "piecewise" or a schedule of timm: "constant", "cosine", "poly".
+        num_epochs: length of the schedule.
+        updates_per_epoch: optimizer updates per epoch.
+        drops: (epoch, factor) pairs of "piecewise".
+        warmup_epochs: length of the linear warm-up in epochs.
+        min_learning_rate: where schedules that decay smoothly end.
+        step_unit: "epoch" changes the rate between epochs only, "step" at every update.
+    """
+    per_epoch = step_unit == "epoch"
+    unit = 1 if per_epoch else updates_per_epoch
+    if kind == "piecewise":
+        return PiecewiseScheduler(
+            optimizer,
+            [(epoch * unit, factor) for epoch, factor in drops],
+            warmup_t=warmup_epochs * unit,
+            t_in_epochs=per_epoch,
+        )
+    scheduler: Scheduler
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        # A step schedule with rate 1: older timm has no schedule called constant.
+        sched="step" if kind == "constant" else kind,
+        num_epochs=num_epochs,
+        decay_epochs=num_epochs,
+        decay_rate=1.0,
+        min_lr=min_learning_rate,
+        # The first update must not have the rate 0; this makes the ramp (t + 1) / (warmup + 1).
+        warmup_lr=optimizer.param_groups[0]["lr"] / (warmup_epochs * unit + 1),
+        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions work
+        step_on_epochs=per_epoch,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return scheduler
+
+
+def set_learning_rate(scheduler: Scheduler, *, epoch: int, step: int) -> float:
+    """Set and return the learning rate of 0-based update ``step`` in 0-based ``epoch``.
+
+    A schedule is a function of time alone, so a resumed run needs no state of it.
+    """
+    scheduler.step(epoch)
+    scheduler.step_update(step)
+    rate: float = scheduler.optimizer.param_groups[0]["lr"]
+    return rate

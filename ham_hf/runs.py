@@ -1,0 +1,217 @@
+"""The stages that the recipes put together: data and model from settings, evaluation, export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
+from ham_hf.config import DataConfig, EvaluationConfig, EvaluationThreatConfig, ModelConfig, TrainConfig
+from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
+from ham_hf.evaluation import AttackResult, evaluate, evaluate_autoattack, predict, standard_attacks
+from ham_hf.export import ExportInfo, export_for_timm
+from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
+from ham_hf.plots import ExampleStrip
+from ham_hf.seeding import Stream, make_generator
+
+logger = logging.getLogger(__name__)
+
+NUM_EXAMPLES_SHOWN = 8
+
+
+def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessing, seed: int) -> ImageData:
+    """The dataset of a run, in the geometry and channels that the model takes.
+
+    Args:
+        config: settings of the data.
+        image_size: side in pixels; None lets the dataset decide, or the model's own for large images.
+        inputs: what goes with the model.
+        seed: seed of the held-out parts and limits.
+    """
+    return load_image_data(
+        **asdict(config),
+        image_size=image_size,
+        default_image_size=inputs.image_size,
+        in_chans=inputs.in_chans,
+        interpolation=inputs.interpolation,
+        crop_pct=inputs.crop_pct,
+        seed=seed,
+    )
+
+
+def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[PixelModel, Preprocessing]:
+    """A model to train, the same on every process.
+
+    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's.
+    """
+    inputs = input_defaults(config.model_name, model_args=config.model_args)
+    preprocessing = Preprocessing(
+        image_size=data.image_size,
+        in_chans=data.in_chans,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        mean=inputs.mean if config.pretrained else data.channel_mean,
+        std=inputs.std if config.pretrained else data.channel_std,
+    )
+    torch.manual_seed(seed)
+    backbone = create_backbone(
+        config.model_name,
+        pretrained=config.pretrained,
+        num_classes=len(data.class_names),
+        preprocessing=preprocessing,
+        model_args=config.model_args,
+    )
+    return PixelModel(backbone, preprocessing.mean, preprocessing.std), preprocessing
+
+
+def evaluate_on_test(
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    *,
+    num_classes: int,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    seed: int,
+    show_progress: bool = True,
+) -> dict[str, AttackResult]:
+    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example."""
+    model = model.to(accelerator.device)
+    results = evaluate(
+        model,
+        images,
+        standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)),
+        threat_model=threat_model,
+        accelerator=accelerator,
+        batch_size=config.per_device_eval_batch_size,
+        seed=seed,
+        show_progress=show_progress,
+    )
+    if config.autoattack:
+        results["autoattack"] = evaluate_autoattack(
+            model,
+            images,
+            num_classes=num_classes,
+            threat_model=threat_model,
+            accelerator=accelerator,
+            batch_size=config.per_device_eval_batch_size,
+            seed=seed,
+            num_examples=config.autoattack_examples,
+        )
+    return results
+
+
+def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float:
+    """Length of the steps of PGD and CW: the setting, or a quarter of epsilon."""
+    return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4
+
+
+def example_strip(
+    model: nn.Module, images: Images, config: EvaluationConfig, *, threat_model: ThreatModel, seed: int
+) -> ExampleStrip:
+    """A few images of different classes before and after the PGD attack of the evaluation, for the figure."""
+    device = next(model.parameters()).device
+    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
+    # The first image of each class; of more images than shown, classes spread over all of them.
+    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in torch.unique(images.labels)])
+    spread = torch.linspace(0, len(firsts) - 1, min(NUM_EXAMPLES_SHOWN, len(firsts))).round().long()
+    (batch,) = images.batches([BatchRequest(firsts[spread], None)], device=device)
+    with evaluation_mode(model):
+        x_adv = pgd(
+            model,
+            batch.x,
+            batch.y,
+            threat_model=threat_model,
+            num_steps=attack.num_steps,
+            step_size=attack.step_size,
+            generator=make_generator(device, seed, Stream.EVALUATION, 0, 0),
+        )
+        return ExampleStrip(
+            clean=batch.x,
+            adversarial=x_adv,
+            labels=batch.y,
+            clean_predictions=predict(model, batch.x),
+            adversarial_predictions=predict(model, x_adv),
+            attack=attack.name.upper(),
+        )
+
+
+def export_model(model: PixelModel, config: TrainConfig, data: ImageData, preprocessing: Preprocessing) -> ExportInfo:
+    """Write ``model.safetensors`` and ``config.json`` for plain timm into the output folder."""
+    return export_for_timm(
+        model,
+        config.training.output_dir,
+        preprocessing=preprocessing,
+        class_names=data.class_names,
+        metadata={
+            "norm": config.attack.norm,
+            "epsilon": config.attack.epsilon,
+            "method": config.method.name,
+            "dataset": data.name,
+        },
+        model_license=config.hub.model_license,
+        tag=config.method.name,
+    )
+
+
+def threat_model_of(config: EvaluationThreatConfig, loaded: LoadedModel) -> ThreatModel:
+    """The threat model asked for; where nothing is, the one the model was trained for, else linf 8/255.
+
+    Raises:
+        ValueError: if another norm is asked for than the model was trained for, and no epsilon.
+    """
+    trained_norm, trained_epsilon = loaded.metadata.get("norm"), loaded.metadata.get("epsilon")
+    norm = config.norm or trained_norm or "linf"
+    if config.epsilon is not None:
+        return ThreatModel(norm, config.epsilon)
+    if trained_epsilon is not None and norm == trained_norm:
+        return ThreatModel(norm, float(trained_epsilon))
+    if norm != "linf":
+        raise ValueError(f"--norm {norm} needs --epsilon: there is no usual radius for it")
+    return ThreatModel(norm, 8 / 255)
+
+
+class ReorderedLogits(nn.Module):
+    """A classifier whose logits are put into another order of classes."""
+
+    order: Tensor
+
+    def __init__(self, model: nn.Module, order: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of pixels (N, C, H, W) in the new order."""
+        logits: Tensor = self.model(x)
+        return logits[:, self.order]
+
+
+def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> nn.Module:
+    """The model with its logits in the order of the dataset's classes.
+
+    Raises:
+        ValueError: if the model has another number of classes.
+    """
+    names = loaded.class_names
+    num_logits = int(loaded.model.backbone.num_classes)  # type: ignore[arg-type]  # timm's attribute
+    if num_logits != len(class_names):
+        raise ValueError(
+            f"the model tells {num_logits} classes apart and the dataset has {len(class_names)}; evaluate it on the "
+            "dataset it was trained for, or name another --label_column"
+        )
+    if names is None or tuple(names) == tuple(class_names):
+        return loaded.model
+    if set(names) != set(class_names):
+        logger.warning(
+            "the model calls its classes %s, the dataset %s: taking them to be in the same order",
+            ", ".join(map(str, names[:5])),
+            ", ".join(class_names[:5]),
+        )
+        return loaded.model
+    return ReorderedLogits(loaded.model, [names.index(name) for name in class_names])

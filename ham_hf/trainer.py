@@ -1,0 +1,365 @@
+"""The training loop, on accelerate: epochs, validation, selection, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ham_hf.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_best, save_checkpoint
+from ham_hf.config import TrainingConfig
+from ham_hf.data import BatchRequest, ImageData, PixelBatch
+from ham_hf.evaluation import EvaluationAttack, check_pixel_range, evaluate
+from ham_hf.metrics import FairnessSummary, summarize
+from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.optimization import create_optimizer, create_scheduler, set_learning_rate
+from ham_hf.runlog import RunLog
+from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.train_step import Totals, TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        skipped_updates: updates skipped because no process had a row to train on.
+        seconds: training time so far, validation and earlier parts of a resumed run included.
+        mined_per_class: examples of each class that mining looked at in the current epoch.
+        hard_per_class: those of them that were hard.
+        since_log: sums since the last line of the log.
+        best: state of the best validation so far; None before the first.
+        history: one record per validation.
+        plan: what has to stay the same for a resumed run to continue this one.
+    """
+
+    step: int = 0
+    skipped_updates: int = 0
+    seconds: float = 0.0
+    mined_per_class: list[int] = field(default_factory=list)
+    hard_per_class: list[int] = field(default_factory=list)
+    since_log: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Adversarial training of one model.
+
+    Args:
+        model: pixel model (pixels in [0, 1] to logits); moved to the accelerator's device.
+        data: training and held-out images.
+        objective: training method.
+        attack: attack of the inner maximization; its threat model also measures the held-out robustness.
+        config: settings of the training loop.
+        accelerator: from one CPU process to many nodes.
+        eval_batch_size: images per batch and process when validating.
+        after_save: called on the main process after every checkpoint.
+
+    Raises:
+        ValueError: if the training split is smaller than one update's batch, a class count or a resumed
+            checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        objective: Objective,
+        attack: InnerAttack,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        *,
+        eval_batch_size: int = 256,
+        after_save: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.data, self.objective, self.attack, self.config = data, objective, attack, config
+        self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
+        self.output_dir = Path(config.output_dir)
+        self.num_classes = len(data.class_names)
+        self.per_update = (
+            config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+        )
+        self.updates_per_epoch = len(data.train) // self.per_update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"the training split has {len(data.train)} examples, fewer than the {self.per_update} of one update "
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
+            )
+        planned = config.num_train_epochs * self.updates_per_epoch
+        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+        memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[
+            config.memory_format
+        ]
+        model = model.to(accelerator.device).to(memory_format=memory_format)
+        # Made before prepare() changes the forward: the average is always evaluated in float32.
+        self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
+        if config.torch_compile:
+            # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
+            model.compile(dynamic=True)
+        optimizer = create_optimizer(
+            model,
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_norm_and_bias=config.decay_norm_and_bias,
+        )
+        self.scheduler = create_scheduler(
+            optimizer,
+            config.lr_scheduler_type,
+            num_epochs=config.num_train_epochs,
+            updates_per_epoch=self.updates_per_epoch,
+            drops=config.lr_drops,
+            warmup_epochs=config.warmup_epochs,
+            min_learning_rate=config.min_learning_rate,
+            step_unit=config.lr_step_unit,
+        )
+        wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.train_step = TrainStep(
+            wrapped,
+            self.optimizer,
+            objective,
+            attack,
+            accelerator,
+            num_classes=len(data.class_names),
+            seed=config.seed,
+            memory_format=memory_format,
+            ema=self.ema,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self.module = self.train_step.module
+        self.progress = Progress(plan=self._plan())
+
+    def fit(self) -> Progress:
+        """Train to the end, from the beginning or from where `resume` got to.
+
+        Returns:
+            The final progress; ``progress.best`` belongs to the weights in ``checkpoint-best``.
+
+        Raises:
+            NonFiniteLossError: before the update that would have used a loss that is not finite.
+        """
+        self.log = RunLog(
+            self.accelerator,
+            self.output_dir,
+            start_step=self.progress.step,
+            total_steps=self.total_steps,
+            show_progress=not self.config.disable_tqdm,
+        )
+        self.clock = time.perf_counter()
+        try:
+            while self.progress.step < self.total_steps:
+                self._train_epoch(self.progress.step // self.updates_per_epoch)
+        finally:
+            self.log.close()
+        return self.progress
+
+    def _train_epoch(self, epoch: int) -> None:
+        """Train from where the run is to the end of the epoch or of the run; validate and save where due."""
+        first = self.progress.step - epoch * self.updates_per_epoch
+        requests = self._requests(epoch)[first * self.config.gradient_accumulation_steps :]
+        batches = self.data.train.batches(requests, device=self.accelerator.device)
+        last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
+        while self.progress.step < last:
+            self._one_update(epoch, batches)
+            if self.progress.step == last:
+                self._validate(epoch)
+            if self._save_is_due(epoch_ended=self.progress.step == last):
+                self._save()
+
+    def _save_is_due(self, *, epoch_ended: bool) -> bool:
+        if self.config.save_steps is None or self.progress.step == self.total_steps:
+            return epoch_ended
+        return self.progress.step % self.config.save_steps == 0
+
+    def _one_update(self, epoch: int, batches: Iterator[PixelBatch]) -> None:
+        step = self.progress.step
+        micro_batches = list(islice(batches, self.config.gradient_accumulation_steps))
+        if step == 0:
+            check_pixel_range(micro_batches[0].x)
+        learning_rate = set_learning_rate(self.scheduler, epoch=epoch, step=step)
+        totals = self.train_step(micro_batches, epoch=epoch, step=step)
+        window = Totals(**self.progress.since_log) + totals
+        self.progress.since_log = asdict(window)
+        self.progress.skipped_updates += totals.weight == 0
+        self.progress.step = step + 1
+        self.log.advance()
+        if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
+            self._log_training(epoch, learning_rate, window)
+
+    def _log_training(self, epoch: int, learning_rate: float, window: Totals) -> None:
+        elapsed = self._lap()
+        values: dict[str, float | None] = {
+            "loss": window.loss / window.weight if window.weight else None,
+            "hard_fraction": window.hard / window.mined if window.mined else None,
+            "images_per_second": window.seen / elapsed,
+        }
+        self.log.show({"loss": values["loss"], "hard": values["hard_fraction"], "img/s": values["images_per_second"]})
+        extra = {"learning_rate": learning_rate, "skipped_updates": self.progress.skipped_updates}
+        self.log.write("train", self.progress.step, {"epoch": epoch, **values, **extra})
+        self.progress.since_log = {}
+
+    def _lap(self) -> float:
+        """Seconds since the last call, which are added to the run's training time."""
+        now = time.perf_counter()
+        elapsed, self.clock = now - self.clock, now
+        self.progress.seconds += elapsed
+        return elapsed
+
+    def _validate(self, epoch: int) -> None:
+        """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
+        hard, mined = self._class_counts()
+        self.train_step.class_counts.zero_()
+        record: dict[str, Any] = {"epoch": epoch, "hard_fraction": None, "hard_per_class": None}
+        if sum(mined):
+            record["hard_fraction"] = sum(hard) / sum(mined)
+            record["hard_per_class"] = [
+                part / whole if whole else None for part, whole in zip(hard, mined, strict=True)
+            ]
+        score = float(self.progress.step)
+        if self.data.validation is not None:
+            clean, robust = self._held_out()
+            record |= {
+                "clean_accuracy": clean.average,
+                "robust_accuracy": robust.average,
+                "worst_class": robust.worst_class,
+                "clean_per_class": [entry.accuracy for entry in clean.per_class],
+                "robust_per_class": [entry.accuracy for entry in robust.per_class],
+            }
+            score = {
+                "robust_accuracy": robust.average,
+                "worst_class": robust.worst_class,
+                "robust_plus_worst": robust.average + robust.worst_class,
+                "last": score,
+            }[self.config.selection_metric]
+        self._lap()
+        step = self.progress.step
+        self.log.write("validation", step, record)
+        self.progress.history.append({"step": step, **record})
+        # Of equal scores the later one: it was trained longer.
+        if self.progress.best is None or score >= self.progress.best["score"]:
+            self.progress.best = {"score": score, "metric": self.config.selection_metric, "step": step, "epoch": epoch}
+            if self.accelerator.is_main_process:
+                save_best(self.output_dir, self.selected_module.state_dict(), self.progress.best)
+
+    @property
+    def selected_module(self) -> nn.Module:
+        """The module that is validated and published: the moving average if there is one."""
+        averaged: nn.Module = self.module if self.ema is None else self.ema.module
+        return averaged
+
+    def _held_out(self) -> tuple[FairnessSummary, FairnessSummary]:
+        """Clean and robust accuracy on the held-out part of train."""
+        images = self.data.validation
+        if images is None:
+            raise RuntimeError("there is no held-out part to validate on")
+        attack = EvaluationAttack(
+            name="pgd", num_steps=self.config.validation_num_steps, step_size=self.attack.step_size
+        )
+        results = evaluate(
+            self.selected_module,
+            images,
+            [attack],
+            threat_model=self.attack.threat_model,
+            accelerator=self.accelerator,
+            batch_size=self.eval_batch_size,
+            seed=self.config.seed,
+        )
+        clean, robust = (summarize(results[name].flags, images.labels, self.num_classes) for name in ("clean", "pgd"))
+        return clean, robust
+
+    def _save(self) -> None:
+        """Write a checkpoint on the main process; all processes wait for it."""
+        self._lap()
+        self.progress.hard_per_class, self.progress.mined_per_class = self._class_counts()
+        if self.accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                model=self.module.state_dict(),
+                ema=self.ema.module.state_dict() if self.ema is not None else None,
+                optimizer=self.optimizer.state_dict(),
+                state=asdict(self.progress),
+            )
+            save_checkpoint(self.output_dir, checkpoint, keep=self.config.save_total_limit)
+            if self.after_save is not None:
+                self.after_save(self.progress)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go to the checkpoint that the configuration names, if it names one.
+
+        Raises:
+            ValueError: if there is no such checkpoint or it belongs to a run with another plan.
+        """
+        if self.config.resume_from_checkpoint is None:
+            return
+        path = find_checkpoint(self.output_dir, self.config.resume_from_checkpoint)
+        if path is None:
+            logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
+            return
+        checkpoint = load_checkpoint(path)
+        progress = Progress(**checkpoint.state)
+        plan = self._plan()
+        changed = [
+            f"{key} {progress.plan.get(key)} -> {plan[key]}" for key in plan if progress.plan.get(key) != plan[key]
+        ]
+        if changed:
+            raise ValueError(
+                f"--resume_from_checkpoint {path} belongs to another run; what differs: {'; '.join(changed)}"
+            )
+        if (checkpoint.ema is None) != (self.ema is None):
+            raise ValueError(f"--resume_from_checkpoint {path} was written with another --ema_decay setting")
+        self.module.load_state_dict(checkpoint.model)
+        if self.ema is not None and checkpoint.ema is not None:
+            self.ema.module.load_state_dict(checkpoint.ema)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.progress = progress
+        if self.accelerator.is_main_process:
+            # The counts are global: one process goes on from them, the others from zero.
+            counts = torch.tensor([progress.hard_per_class, progress.mined_per_class])
+            self.train_step.class_counts += counts.to(self.accelerator.device)
+        logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
+
+    def _plan(self) -> dict[str, Any]:
+        """What decides which example is seen when: a run that differs in it cannot continue this one."""
+        return {
+            "num_train_examples": len(self.data.train),
+            "num_classes": self.num_classes,
+            "examples_per_update": self.per_update,
+            "seed": self.config.seed,
+            "method": self.objective.name,
+        }
+
+    def _requests(self, epoch: int) -> list[BatchRequest]:
+        """This process's batches of an epoch, one per accumulation step, in order.
+
+        Every update takes the next examples of the epoch's permutation, whatever the number of processes; the last
+        incomplete update of an epoch is left out.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        seed, size = self.config.seed, self.config.per_device_train_batch_size
+        generator = make_generator(torch.device("cpu"), seed, Stream.DATA_ORDER, epoch)
+        order = torch.randperm(len(self.data.train), generator=generator)
+        mine = order[: self.updates_per_epoch * self.per_update].view(-1, world, size)[:, rank]
+        return [
+            BatchRequest(indices, derive_seed(seed, Stream.AUGMENTATION, epoch, number, rank))
+            for number, indices in enumerate(mine)
+        ]
+
+    def _class_counts(self) -> tuple[list[int], list[int]]:
+        """Hard and mined examples of each class in the current epoch, of all processes."""
+        hard, mined = self.accelerator.reduce(self.train_step.class_counts.clone(), "sum").tolist()
+        return hard, mined

@@ -1,0 +1,56 @@
+# /// script
+# dependencies = ["ham-hf"]
+# ///
+"""Push the output folder of a finished run to the Hub, again if a push has failed.
+
+python recipes/push.py outputs/cifar10-ham --hub_model_id me/robust-cifar10
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ham_hf.card import write_card
+from ham_hf.hub import PushError, check_write_access, push_folder
+from ham_hf.launching import clean_exit, set_up_logging
+from ham_hf.report import REPORT_NAME, read_report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Push one folder from the command line ``argv`` (None: the process's)."""
+    set_up_logging()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, help="output folder of a finished run")
+    parser.add_argument("--hub_model_id", "--hub-model-id", required=True, help="repository on the Hub: owner/name")
+    parser.add_argument("--hub_private_repo", "--hub-private-repo", action="store_true", help="create it private")
+    parser.add_argument("--hub_revision", "--hub-revision", default="main", help="branch to push to")
+    parser.add_argument(
+        "--model_license", "--model-license", help="license of the weights; default: that of the run's settings"
+    )
+    arguments = parser.parse_args(argv)
+    with clean_exit(ValueError, PushError):
+        missing = [
+            name
+            for name in ("model.safetensors", "config.json", REPORT_NAME)
+            if not (arguments.folder / name).is_file()
+        ]
+        if missing:
+            raise ValueError(f"{arguments.folder} is not the folder of a finished run: {', '.join(missing)} missing")
+        report = read_report(arguments.folder / REPORT_NAME)
+        repo_id = check_write_access(
+            arguments.hub_model_id, private=arguments.hub_private_repo, revision=arguments.hub_revision
+        )
+        # The card's loading lines name the repository, which may be another one than the run knew of.
+        model_license = arguments.model_license or str(report.config["model_license"])
+        write_card(report, arguments.folder, repo_id=repo_id, model_license=model_license)
+        url = push_folder(arguments.folder, repo_id, revision=arguments.hub_revision, commit_message="Robust model")
+    sys.stdout.write(f"pushed to {url}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Run by `accelerate launch` from test_distributed.py: the same updates on any number of processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.evaluation import EvaluationAttack, evaluate, evaluate_autoattack
+from ham_hf.launching import create_accelerator
+from ham_hf.objectives import HAM, InnerAttack
+from ham_hf.train_step import TrainStep
+from tests.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
+
+ROWS = 16
+# Which of the 16 rows of an update are hard. Two processes with two accumulation steps each get four rows a time:
+# first accumulation step: rows 0-3 and 4-7, second: rows 8-11 and 12-15.
+PATTERNS = {
+    "uneven": "1111 1000 1010 1110",
+    "second_process_has_none": "1101 0000 1000 0000",
+    "last_accumulation_step_has_none": "1101 1000 0000 0000",
+    "first_accumulation_step_has_none": "0000 0000 0010 1100",
+    "none_anywhere": "0000 0000 0000 0000",
+}
+SCENARIOS = {name: [mark == "1" for mark in pattern.replace(" ", "")] for name, pattern in PATTERNS.items()}
+NO_ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
+
+
+def scenario_data(net: torch.nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(ROWS, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return x, labeled_for(net, x, SCENARIOS[name])
+
+
+def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict[str, torch.Tensor]:
+    """Parameters (and buffers) after one update of lr 1 without momentum."""
+    net = batch_norm_net() if batch_norm else group_norm_net()
+    x, y = scenario_data(net, name)
+    wrapped, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9))
+    step = TrainStep(
+        wrapped, optimizer, HAM(mining_start_epoch=0, mining_step=1), NO_ATTACK, accelerator, num_classes=4, seed=0
+    )
+    size = ROWS // accelerator.num_processes // 2
+    parts = torch.arange(ROWS).view(2, accelerator.num_processes, size)[:, accelerator.process_index]
+    totals = step([pixel_batch(x[part], y[part]) for part in parts], epoch=0, step=0)
+    counts = accelerator.reduce(step.class_counts.clone(), "sum")
+    state = {key: value.double() for key, value in accelerator.unwrap_model(wrapped).state_dict().items()}
+    # Every process must hold the same copy afterwards.
+    flat = torch.cat([value.flatten() for value in state.values()])
+    copies = accelerator.gather(flat[None])
+    assert all(torch.equal(copies[0], other) for other in copies), name
+    return state | {
+        "totals": torch.tensor([totals.loss, totals.weight, totals.hard, totals.mined, totals.seen]).double(),
+        "counts": counts.double(),
+    }
+
+
+def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    net = group_norm_net()
+    x = torch.rand(23, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    y = labeled_for(net, x, [i % 5 == 0 for i in range(23)])
+    threat = ThreatModel("linf", 0.05)
+    results = evaluate(
+        net,
+        TensorImages(x, y),
+        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02)],
+        threat_model=threat,
+        accelerator=accelerator,
+        batch_size=4,
+        seed=1,
+    )
+    auto = evaluate_autoattack(
+        net.float(),
+        TensorImages(x.float(), y),
+        num_classes=4,
+        threat_model=threat,
+        accelerator=accelerator,
+        batch_size=8,
+        seed=1,
+        num_examples=7,
+    )
+    return {
+        "clean": results["clean"].flags,
+        "pgd": results["pgd"].flags,
+        "predictions": results["pgd"].predictions,
+        "autoattack_indices": auto.indices,
+        "autoattack_flags": auto.flags,
+    }
+
+
+def main(target: str) -> None:
+    accelerator = create_accelerator()
+    found = {}
+    for name in SCENARIOS:
+        for kind in ("group_norm", "batch_norm"):
+            for key, value in run_update(accelerator, name, batch_norm=kind == "batch_norm").items():
+                found[f"{kind}/{name}/{key}"] = value.contiguous()
+    found |= {f"evaluation/{key}": value for key, value in run_evaluation(accelerator).items()}
+    found["num_processes"] = torch.tensor(accelerator.num_processes)
+    if accelerator.is_main_process:
+        save_file(found, target)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main(sys.argv[1])

@@ -1,0 +1,75 @@
+"""Small image datasets in the layouts that users have, for the tests of data loading."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from ham_hf.data import ImageData, load_image_data
+
+
+def gray(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
+    """An RGB image of one gray value, which names the example; size is (width, height)."""
+    return Image.new("RGB", size, (value, value, value))
+
+
+def noise(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Image.Image:
+    """Random pixels; size is (width, height)."""
+    shape = (size[1], size[0], len(mode)) if len(mode) > 1 else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode=mode)
+
+
+def encode(image: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def dataset(
+    images: Sequence[Image.Image | bytes | None],
+    labels: Sequence[Any],
+    *,
+    image: str = "image",
+    label: str = "label",
+    label_feature: Any = None,
+    image_feature: Any = None,
+) -> datasets.Dataset:
+    """Images with labels; the label feature defaults to a ClassLabel with the names c0, c1, ..."""
+    encoded = [encode(item) if isinstance(item, Image.Image) else item for item in images]
+    if label_feature is None:
+        label_feature = datasets.ClassLabel(names=[f"c{index}" for index in range(max(labels) + 1)])
+    features = datasets.Features({image: image_feature or datasets.Image(), label: label_feature})
+    return datasets.Dataset.from_dict({image: encoded, label: list(labels)}, features=features)
+
+
+def grays(num_examples: int, num_classes: int = 2, *, first: int = 0, **options: Any) -> datasets.Dataset:
+    """Example i has the gray value ``first + i`` and the label i modulo ``num_classes``."""
+    labels = [index % num_classes for index in range(num_examples)]
+    return dataset([gray(first + index) for index in range(num_examples)], labels, **options)
+
+
+def write_parquet(folder: Path, **splits: datasets.Dataset) -> str:
+    """The Hub's layout: one parquet file per split."""
+    (folder / "data").mkdir(parents=True)
+    for split, examples in splits.items():
+        examples.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def load(dataset_name: str, **options: Any) -> ImageData:
+    """``load_image_data`` with the small values that a model would give."""
+    model: dict[str, Any] = {
+        "image_size": None,
+        "default_image_size": 112,
+        "in_chans": 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "seed": 0,
+    }
+    return load_image_data(dataset_name=dataset_name, **(model | options))

@@ -1,0 +1,62 @@
+"""Start recipes as a user would, or inside the test's process."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from tests.conftest import ROOT
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
+PROCESSES = {
+    1: ["--num_processes", "1", "--num_machines", "1"],
+    2: ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"],
+}
+
+# A network that trains in seconds and still is published as plain resnet18.
+SMALL = [
+    "--dataset_name=digits",
+    "--model_name=resnet18_cifar",
+    "--model_args",
+    "in_chans=1",
+    "layers=[1,1,1,1]",
+    "channels=[8,8,8,8]",
+    "--epsilon=0.1",
+    "--step_size=0.03",
+    "--num_steps=3",
+    "--mining_step=1",
+    "--mining_start_epoch=1",
+    "--num_train_epochs=2",
+    "--limit_train_examples=200",
+    "--limit_test_examples=40",
+    "--validation_fraction=0.1",
+    "--learning_rate=0.05",
+    "--lr_scheduler_type=cosine",
+    "--eval_num_steps=2",
+    "--logging_steps=2",
+    "--use_cpu",
+    "--disable_tqdm",
+]
+
+
+def launch_command(script: str, *arguments: str, processes: int = 1) -> list[str]:
+    return [*LAUNCH, *PROCESSES[processes], str(ROOT / "recipes" / script), *arguments]
+
+
+def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1, cwd: Path | None = None) -> str:
+    """Run a recipe to its end and return what it printed."""
+    command = launch_command(script, *arguments, processes=processes)
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def recipe_module(script: str) -> ModuleType:
+    """A recipe as a module, to call its ``main`` in this process."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{Path(script).stem}", ROOT / "recipes" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

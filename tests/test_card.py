@@ -1,0 +1,336 @@
+"""The card says what the report says, parses as Markdown and as Hub metadata, and runs nothing it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2 import UndefinedError
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from ham_hf import card
+from ham_hf.card import evaluation_section, fraction_text, write_card
+from ham_hf.plots import save_figures
+from ham_hf.report import RunReport, ThreatModelReport, plain_text
+from tests.example_report import DIGITS, make_report, with_dataset, with_model
+
+HEADINGS = [
+    "How to use",
+    "Preprocessing",
+    "Evaluation",
+    "Per class",
+    "Training",
+    "Limits",
+    "License",
+    "Citation",
+]
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<!-- comment",
+    "a | b | c",
+    "`code` ``` fence",
+    "{{ 7 * 7 }}{% raw %}",
+    "&anchor *alias !!python/object",
+    "---\nlicense: other\n---",
+    "# heading\n\n- list\r\n> quote",
+    "[link](javascript:alert(1)) ![image](https://example.org/x.png)",
+    "https://example.org www.example.org",
+    "**bold** _it_ ~~no~~ \\",
+    "$x^2$ :smile: @user",
+    "\u202edesrever\u2066 \u200bzero",
+    "x" * 10_000,
+    "\x00\x1b[31m\ud800",
+    "",
+)
+
+
+def written(report: RunReport, folder: Path, *, repo_id: str | None = "me/robust-digits") -> str:
+    return write_card(report, folder, repo_id=repo_id, model_license="apache-2.0").read_text(encoding="utf-8")
+
+
+def front_matter(text: str) -> dict:
+    found = re.match(r"---\n(.*?)\n---\n\n# ", text, re.DOTALL)
+    assert found
+    return yaml.safe_load(found[1])
+
+
+def tokens(markdown: str) -> list:
+    return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(markdown)
+
+
+def structure(markdown: str) -> list[tuple[str, ...]]:
+    """What a renderer makes of a text, without the text itself: kinds of blocks and of what is inside each line."""
+    return [(token.type, *(child.type for child in token.children or [])) for token in tokens(markdown)]
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Text of every cell of every table, as a renderer shows it."""
+    found: list[list[list[str]]] = []
+    for before, token in pairwise(tokens(markdown)):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif before.type in ("th_open", "td_open"):
+            found[-1][-1].append("".join(child.content for child in token.children))
+    return found
+
+
+def body(text: str) -> str:
+    return text.split("\n---\n", 1)[1]
+
+
+def test_card_of_a_digits_run(tmp_path: Path) -> None:
+    report = make_report()
+    save_figures(report, tmp_path, examples=None, train_log=())
+    text = written(report, tmp_path)
+    assert re.findall(r"^##+ (.*)$", text, re.MULTILINE) == HEADINGS
+    assert text.split("\n---\n")[1].startswith("\n# robust-digits\n")
+    pgd = report.results["pgd-20"].summary
+    assert f"On 360 test images it classifies {100 * pgd.average:.1f} % correctly under PGD-20" in text
+    for line in (
+        'model = timm.create_model("hf-hub:me/robust-digits", pretrained=True).eval()',
+        "Plain [timm](https://github.com/huggingface/pytorch-image-models) loads it; ham_hf is not needed.",
+        "**Threat model:** L-infinity, ε = 8/255, on pixels in [0, 1]; white box.",
+        "| Network input | 128 × 128: every pixel repeated 4 × 4 times (nearest neighbor) |",
+        "| Attack step size | 2/255 |",
+        "| Method | ham: hard adversarial example mining (Lin et al., 2025) |",
+        r"| Method option mining\_step | 3 |",
+        r"| Learning rate drops (epoch\:factor) | 6\:0.1, 9\:0.01 |",
+        "| Seeds | seed 0 |",
+        "![Clean and robust accuracy per class](figures/per_class_accuracy.png)",
+        "accelerate launch recipes/train_ham.py --config train_config.yaml",
+        "- AutoAttack was not run: accuracy under PGD and CW is an upper bound on robust accuracy.",
+        "apache-2.0. The dataset has a license of its own.",
+        "  title   = {Hard Adversarial Example Mining for Improving Robust Fairness},",
+    ):
+        assert line in text.splitlines(), line
+    assert "The weights are those of epoch 12 with the highest robust accuracy on 57 images held out" in text
+    assert "adversarial_examples.png" not in text
+    assert text.index("lin2025ham") < text.index("@software{ham_hf")
+    assert max(map(len, re.findall(r"\n{2,}", text))) == 2
+    assert text.endswith("-dirty`.\n")
+
+
+def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:
+    report = make_report(missing=(4,))
+    _, results, per_class, _ = tables(body(written(report, tmp_path)))
+    clean = report.results["clean"].summary
+    assert results[0][:3] == ["Evaluation", "Images", "Average"]
+    assert results[1][0:2] == ["Clean", "360"]
+    assert results[1][4] == f"{100 * clean.worst_class:.1f} ({DIGITS[clean.worst_class_index]})"
+    robust = report.results["pgd-20"].summary.per_class
+    order = sorted((index for index in range(10) if index != 4), key=lambda index: robust[index].accuracy)
+    assert [row[0] for row in per_class[1:]] == [DIGITS[index] for index in order]
+    worst = robust[order[0]]
+    assert per_class[1][3] == f"{100 * worst.accuracy:.1f} ({100 * worst.low:.1f}–{100 * worst.high:.1f})"
+    assert "Without test images, hence without numbers: four." in written(report, tmp_path)
+
+
+def test_metadata_parses_back_with_huggingface_hub(tmp_path: Path) -> None:
+    report = with_dataset(make_report(), hub_id="uoft-cs/cifar10", name="uoft-cs/cifar10", config_name="plain_text")
+    report = with_model(report, base_model="timm/resnet18.a1_in1k")
+    written(report, tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.library_name, data.pipeline_tag, data.license) == ("timm", "image-classification", "apache-2.0")
+    assert (data.datasets, data.base_model, data.metrics) == (
+        ["uoft-cs/cifar10"],
+        "timm/resnet18.a1_in1k",
+        ["accuracy"],
+    )
+    assert {"timm", "adversarial-robustness", "robust-fairness", "ham_hf", "ham", "safetensors"} <= set(data.tags)
+    found = {(entry.metric_type, entry.metric_args["attack"]): entry for entry in data.eval_results}
+    assert len(found) == len(data.eval_results) == 9
+    summary = report.results["cw-20"].summary
+    entry = found["accuracy", "cw-20"]
+    assert entry.metric_value == pytest.approx(summary.average, abs=1e-6)
+    assert (entry.dataset_type, entry.dataset_config, entry.dataset_split) == ("uoft-cs/cifar10", "plain_text", "test")
+    assert entry.metric_args["epsilon"] == 8 / 255
+    assert entry.metric_name == "Robust accuracy (CW-20)"
+    assert found["worst_class_accuracy", "cw-20"].metric_value == pytest.approx(summary.worst_class, abs=1e-6)
+    assert found["class_accuracy_gap", "cw-20"].metric_value == pytest.approx(summary.gap, abs=1e-6)
+
+
+def test_base_model_must_be_a_repository(tmp_path: Path) -> None:
+    assert "base_model" not in front_matter(written(with_model(make_report(), base_model="resnet18"), tmp_path))
+
+
+def test_local_data_is_no_hub_dataset_and_its_path_stays_private(tmp_path: Path) -> None:
+    text = written(with_dataset(make_report(), name="/secret/place/cats"), tmp_path)
+    assert "datasets" not in front_matter(text)
+    assert "base_model" not in front_matter(text)
+    assert "secret" not in text
+    assert "`cats`" in text
+
+
+def hostile_report(names: list[str]) -> RunReport:
+    """A report with ``names`` wherever a user or a dataset can put text."""
+    report = make_report(class_names=names, missing=(0,), num_test=60)
+    names = [name or "?" for name in names]  # an empty configuration, revision or method is left out, rightly
+    report = with_dataset(
+        report,
+        name=names[0],
+        config_name=names[1],
+        revision=names[2],
+        augmentation=names[3],
+        test_split_origin=names[4],
+    )
+    report = with_model(report, name=names[5], architecture=names[6], interpolation=names[7])
+    config = {**report.config, "method": names[8], "optimizer": names[9]}
+    return dataclasses.replace(report, config=config, seeds={names[10]: 1}, created=names[11])
+
+
+def check_hostile(names: list[str], folder: Path) -> None:
+    text = written(hostile_report(names), folder, repo_id=None)
+    benign = written(hostile_report([f"name{index}" for index in range(len(names))]), folder, repo_id=None)
+    assert structure(body(text)) == structure(body(benign))
+    assert front_matter(text).keys() == front_matter(benign).keys()
+    metadata = front_matter(text)
+    assert metadata["license"] == "apache-2.0"
+    assert len(metadata["model-index"][0]["results"][0]["metrics"]) == 9
+    (per_class,) = (table for table in tables(body(text)) if table[0][0] == "Class")
+    shown = {row[0] for row in per_class[1:]}
+    assert shown == {plain_text(name, 40) for name in names[1:]}
+    assert all(len(row) == 5 for row in per_class)
+
+
+def test_hostile_names_change_nothing_but_text(tmp_path: Path) -> None:
+    for shift in range(len(HOSTILE)):
+        check_hostile([*HOSTILE[shift:], *HOSTILE[:shift]], tmp_path)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.text(st.one_of(st.sampled_from("|`*_[]()<>!#-:&\\\n{}%$~'\" "), st.characters())), min_size=12, max_size=12
+    )
+)
+def test_any_names_change_nothing_but_text(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+    check_hostile(names, tmp_path_factory.mktemp("card"))
+
+
+def test_text_breaks_autolinks_and_html() -> None:
+    assert card.text("https://example.org") == r"https\://example.org"
+    assert card.text("www.example.org") == r"www\.example.org"
+    assert card.text("a: 1.5 & <b>") == "a: 1.5 &amp; &lt;b&gt;"
+    assert card.code("a`b") == "`a'b`"
+
+
+def test_template_expressions_must_be_escaped_and_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "_template_source", lambda: "{{ title }}")
+    with pytest.raises(TypeError, match="unescaped"):
+        written(make_report(), tmp_path)
+    monkeypatch.setattr(card, "_template_source", lambda: "{{ titel | text }}")
+    with pytest.raises(UndefinedError, match="titel"):
+        written(make_report(), tmp_path)
+
+
+@pytest.mark.parametrize("repo_id", ["robust", "a b", "me/x/y", '"); import os #', "me/x\n---"])
+def test_impossible_repository_ids_are_refused(tmp_path: Path, repo_id: str) -> None:
+    with pytest.raises(ValueError, match=r"(?i)repo"):
+        written(make_report(), tmp_path, repo_id=repo_id)
+
+
+def test_architectures_of_ham_hf_say_import_ham_hf(tmp_path: Path) -> None:
+    text = written(
+        with_model(make_report(), architecture="preactresnet18_cifar", needs_ham_hf=True, upsample=1), tmp_path
+    )
+    assert "import ham_hf  # registers the architecture with timm\nimport timm\n" in text
+    assert "is not needed" not in text
+    assert "Network input" not in text
+    assert "scale_factor" not in text
+
+
+@pytest.mark.parametrize(
+    ("attacks", "num_autoattack", "present", "absent"),
+    [
+        (("clean",), None, ["AutoAttack was not run", "Not run: PGD, CW."], ["under PGD-20"]),
+        (("clean", "pgd-20"), None, ["AutoAttack was not run", "Not run: CW."], ["subset"]),
+        (("clean", "pgd-20", "cw-20", "autoattack"), 100, ["on a stratified subset of 100 of 360"], ["Not run"]),
+        (("clean", "pgd-20", "cw-20", "autoattack"), None, ["under AutoAttack"], ["Not run", "not run", "subset"]),
+    ],
+)
+def test_limits_name_what_was_not_run(
+    tmp_path: Path, attacks: tuple[str, ...], num_autoattack: int | None, present: list[str], absent: list[str]
+) -> None:
+    text = written(make_report(attacks=attacks, num_autoattack=num_autoattack), tmp_path)
+    assert [line for line in present if line not in text] == []
+    assert [line for line in absent if line in text] == []
+
+
+def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) -> None:
+    report = with_dataset(make_report(), num_skipped=3)
+    report = dataclasses.replace(report, training=dataclasses.replace(report.training, selection_metric="last"))
+    text = written(report, tmp_path)
+    assert "The weights are those after the last step." in text
+    assert "3 corrupt images of the dataset were skipped." in text
+
+
+def test_a_thousand_classes_are_cut_to_the_worst(tmp_path: Path) -> None:
+    report = make_report(class_names=[f"class {index}" for index in range(1000)], num_test=4000)
+    text = written(report, tmp_path)
+    (per_class,) = (table for table in tables(body(text)) if table[0][0] == "Class")
+    assert len(per_class) == 51
+    assert "The 50 worst classes are shown, the other 950 are in `report.json`." in text
+    assert "<details><summary>50 classes</summary>" in text
+
+
+def test_evaluation_section_is_the_middle_of_the_card(tmp_path: Path) -> None:
+    report = make_report(trained=False)
+    section = evaluation_section(report)
+    assert section.startswith("**Threat model:** L-infinity, ε = 8/255")
+    assert len(tables(section)) == 2
+    assert "create_model" not in section
+    assert section in written(make_report(), tmp_path)
+    with pytest.raises(ValueError, match="no training section"):
+        written(report, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(8 / 255, "8/255"), (0.031, "0.031"), (128 / 255, "128/255"), (0.5, "0.5"), (0.0, "0"), (1 / 510, "0.00196078")],
+)
+def test_fractions_of_255_are_written_as_such(value: float, expected: str) -> None:
+    assert fraction_text(value) == expected
+
+
+def test_l2_threat_model(tmp_path: Path) -> None:
+    report = dataclasses.replace(make_report(), threat_model=ThreatModelReport(norm="l2", epsilon=0.5))
+    assert "**Threat model:** L2, ε = 0.5, on pixels" in written(report, tmp_path)
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_loading_lines_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_chans: int
+) -> None:
+    """The card's Python block, executed in the folder of a tiny export."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10, in_chans=in_chans).eval()
+    timm.models.save_for_hf(
+        model,
+        tmp_path,
+        safe_serialization=True,
+        model_config={"label_names": list(DIGITS)},
+        data_config={"input_size": (in_chans, 32, 32), "crop_pct": 1.0, "interpolation": "nearest"},
+    )
+    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
+    text = written(with_model(make_report(), in_chans=in_chans, upsample=1), tmp_path, repo_id=None)
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    variables: dict[str, object] = {}
+    exec(block, variables)
+    assert variables["transform"](variables["image"]).shape == (in_chans, 32, 32)
+    name, probability = capsys.readouterr().out.split()
+    assert name in DIGITS
+    assert 0 < float(probability) <= 1

@@ -1,0 +1,145 @@
+"""Flags of every example under attack: by a loop, repeatable, in the order of the split."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
+from ham_hf.evaluation import EvaluationAttack, autoattack_version, evaluate, evaluate_autoattack, standard_attacks
+from ham_hf.seeding import Stream, make_generator
+from tests.golden_data import golden_case, golden_net
+from tests.nets import TensorImages, group_norm_net
+
+THREAT = ThreatModel("linf", 0.03)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def split():
+    case = golden_case("pgd_at")
+    return TensorImages(case.x.float(), case.y)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return golden_net().float().train()
+
+
+def run(net, split, accelerator, **changes):
+    options = {"threat_model": THREAT, "accelerator": accelerator, "batch_size": 10, "seed": 4}
+    return evaluate(net, split, standard_attacks(5, 0.01), **options | changes)
+
+
+def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
+    results = run(net, split, accelerator)
+    assert list(results) == ["clean", "pgd-5", "cw-5"]
+    reference = golden_net().float().eval()
+    for position, (name, loss_fn) in enumerate([("pgd-5", cross_entropy), ("cw-5", margin_loss)], start=1):
+        for number, start in enumerate(range(0, len(split), 10)):
+            x, y = split.x[start : start + 10], split.labels[start : start + 10]
+            clean = reference(x).argmax(1)
+            right = clean == y
+            expected = clean.clone()
+            if right.any():
+                x_adv = pgd(
+                    reference,
+                    x[right],
+                    y[right],
+                    threat_model=THREAT,
+                    num_steps=5,
+                    step_size=0.01,
+                    loss_fn=loss_fn,
+                    generator=make_generator(torch.device("cpu"), 4, Stream.EVALUATION, position, number),
+                )
+                expected[right] = reference(x_adv).argmax(1)
+            assert torch.equal(results[name].predictions[start : start + 10], expected)
+            assert torch.equal(results[name].flags[start : start + 10], right & (expected == y))
+            assert torch.equal(results["clean"].flags[start : start + 10], right)
+
+
+def test_attacks_hurt_and_never_help(net, split, accelerator):
+    results = run(net, split, accelerator)
+    clean = results["clean"].flags
+    for name in ("pgd-5", "cw-5"):
+        assert not (results[name].flags & ~clean).any()
+        assert results[name].flags.sum() < clean.sum()
+        assert results[name].settings["epsilon"] == 0.03
+        assert results[name].seconds > 0
+    assert net.training
+
+
+def test_evaluation_repeats_and_leaves_the_global_stream_alone(net, split, accelerator):
+    state = torch.get_rng_state()
+    first, second, other = (run(net, split, accelerator, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name].predictions, second[name].predictions) for name in first)
+    assert any(not torch.equal(first[name].predictions, other[name].predictions) for name in ("pgd-5", "cw-5"))
+
+
+def test_pixels_outside_the_box_and_empty_splits_are_refused(net, split, accelerator):
+    normalized = TensorImages((split.x - 0.5) / 0.25, split.labels)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\].*PixelModel"):
+        run(net, normalized, accelerator)
+    with pytest.raises(ValueError, match="no example"):
+        run(net, TensorImages(split.x[:0], split.labels[:0]), accelerator)
+
+
+def test_zero_steps_of_attack_only_add_the_start(net, split, accelerator):
+    attack = EvaluationAttack(name="noise", num_steps=0, step_size=0.0)
+    results = evaluate(
+        net, split, [attack], threat_model=ThreatModel("linf", 0.0), accelerator=accelerator, batch_size=64, seed=0
+    )
+    assert torch.equal(results["noise"].flags, results["clean"].flags)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4, 10])
+def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
+    net = group_norm_net(num_classes).float()
+    x = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = net(x).argmax(1)
+    labels[::4] = (labels[::4] + 1) % num_classes
+    split = TensorImages(x, labels)
+    common = {"num_classes": num_classes, "accelerator": accelerator, "batch_size": 8, "seed": 0}
+    result = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 0.01), **common)
+    version, attacks, _ = autoattack_version(num_classes)
+    assert result.settings["version"] == version
+    assert result.settings["attacks"] == attacks
+    assert result.settings["subset"] is False
+    assert not result.flags[::4].any()
+    weaker = run(net, split, accelerator, threat_model=ThreatModel("linf", 0.01))["pgd-5"]
+    assert result.flags.sum() <= weaker.flags.sum()
+    untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)
+    assert int(untouched.flags.sum()) == 9
+
+
+def test_autoattack_subset_is_stratified_and_said_to_be_one(net, split, accelerator):
+    result = evaluate_autoattack(
+        golden_net().float(),
+        TensorImages(split.x, torch.arange(len(split)) % 10),
+        num_classes=10,
+        threat_model=THREAT,
+        accelerator=accelerator,
+        batch_size=8,
+        seed=0,
+        num_examples=20,
+    )
+    assert result.labels.bincount().tolist() == [2] * 10
+    assert result.settings["subset"] is True
+    assert result.settings["num_examples"] == len(result.flags) == 20
+
+
+def test_absent_autoattack_names_the_extra(net, split, accelerator, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ValueError, match=r"--autoattack needs.*ham-hf\[autoattack\]"):
+        evaluate_autoattack(
+            net, split, num_classes=10, threat_model=THREAT, accelerator=accelerator, batch_size=8, seed=0
+        )

@@ -1,0 +1,335 @@
+"""Pushes over real HTTP to a stand-in Hub: rights, faults, repetition, and what a stranger can load afterwards."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
+
+from ham_hf.card import write_card
+from ham_hf.hub import PushError, check_write_access, push_folder, try_push
+from ham_hf.plots import save_figures
+from ham_hf.report import write_report
+from tests.example_report import DIGITS, make_report, with_model
+from tests.hub_server import Hub, hub_environment
+
+WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
+TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}
+PUSHED = {
+    "README.md",
+    "config.json",
+    "figures/per_class_accuracy.png",
+    "figures/training_curves.png",
+    "figures/confusion_pgd-20.png",
+    "figures/confusion_cw-20.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "report.json",
+    "train_config.yaml",
+}
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited for."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture(params=["pipeline", "single commit"])
+def hub(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
+) -> Iterator[Hub]:
+    """A Hub that this process talks to as "me", by both ways in which huggingface_hub uploads a folder."""
+    home = tmp_path / "hf_home"
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "single commit")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    with Hub(TOKENS, read_only={READER}) as server:
+        point_to(monkeypatch, server.url)
+        yield server
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a finished run: what is published, and what is not."""
+    folder = tmp_path_factory.mktemp("finished")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    timm.models.save_for_hf(
+        model,
+        folder,
+        safe_serialization=True,
+        model_config={"label_names": list(DIGITS)},
+        data_config={"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"},
+    )
+    report = with_model(make_report(), architecture="test_resnet", upsample=1)
+    write_report(report, folder)
+    save_figures(report, folder, examples=None, train_log=())
+    write_card(report, folder, repo_id="me/robust", model_license="apache-2.0")
+    (folder / "train_config.yaml").write_text("method: ham\n")
+    (folder / "metrics.jsonl").write_text("{}\n")
+    for name in ("checkpoint-10/model.safetensors", "checkpoint-10/optimizer.bin", "figures/notes.txt", "random.pkl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not for publication")
+    return content(folder)
+
+
+@pytest.fixture
+def folder(finished: dict[str, bytes], tmp_path: Path) -> Path:
+    path = tmp_path / "output"
+    for name, data in finished.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_published(hub: Hub, folder: Path, *, revision: str = "main") -> None:
+    tree = hub.model("me/robust").tree(revision)
+    assert set(tree) == PUSHED | {".gitattributes"}
+    for name in PUSHED:
+        assert tree[name].data == (folder / name).read_bytes(), name
+
+
+def test_access_check_creates_repository_and_branch(hub: Hub) -> None:
+    assert check_write_access("robust", private=False) == "me/robust"
+    assert check_write_access("me/robust", private=False, revision="v1") == "me/robust"
+    assert check_write_access("me/robust", private=False, revision="v1") == "me/robust"
+    assert not hub.model("me/robust").private
+    assert set(hub.model("me/robust").refs) == {"main", "v1"}
+    assert check_write_access("secret", private=True) == "me/secret"
+    assert hub.model("me/secret").private
+    assert check_write_access("secret", private=True) == "me/secret"
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "private", "revision", "message"),
+    [
+        (None, "robust", False, "main", r"--push_to_hub needs a token .* `hf auth login`"),
+        ("hf_unknown0123456789", "robust", False, "main", r"does not accept the token.*renew HF_TOKEN"),
+        (READER, "robust", False, "main", r"--hub_model_id robust: the token may not write"),
+        (READER, "me/public", False, "main", r"--hub_model_id me/public: the token may not write"),
+        (STRANGER, "me/public", False, "main", r"--hub_model_id me/public: the token may not write"),
+        (STRANGER, "me/new", False, "main", r"--hub_model_id me/new: the token may not write"),
+        (WRITER, "", False, "main", r"needs --hub_model_id"),
+        (WRITER, "a b", False, "main", r"--hub_model_id a b: expected user/name"),
+        (WRITER, "a/b/c", False, "main", r"--hub_model_id a/b/c: expected user/name"),
+        (WRITER, "public", True, "main", r"--hub_private_repo: me/public exists and is public"),
+        (WRITER, "public", False, "refs/pr/1", r"--hub_revision 'refs/pr/1': expected the name of a branch"),
+        (WRITER, "public", False, "a b", r"--hub_revision a b: the Hub refused"),
+    ],
+)
+def test_a_push_that_could_not_work_is_refused_before_training(
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    token: str | None,
+    repo_id: str,
+    private: bool,
+    revision: str,
+    message: str,
+) -> None:
+    check_write_access("me/public", private=False)
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_write_access(repo_id, private=private, revision=revision)
+    assert "hf_" not in str(caught.value)
+
+
+def test_an_unreachable_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Hub() as gone:
+        pass
+    point_to(monkeypatch, gone.url)
+    with pytest.raises(ValueError, match=rf"cannot reach {gone.url}.*train without --push_to_hub"):
+        check_write_access("robust", private=False)
+
+
+def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        check_write_access("robust", private=False)
+    assert hub.log == []
+
+
+def test_a_busy_hub_is_asked_again_and_then_named(hub: Hub, waits: list[float]) -> None:
+    hub.fail("repos/create", status=503, times=1)
+    hub.drop("branch/main", times=1)
+    assert check_write_access("robust", private=False) == "me/robust"
+    assert waits[:2] == [1, 1]
+    hub.fail("repos/create", status=503, times=10)
+    with pytest.raises(ValueError, match=r"is not working\. Try again later"):
+        check_write_access("robust", private=False)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_push_publishes_the_artefacts_and_nothing_else(hub: Hub, folder: Path, private: bool) -> None:
+    repo_id = check_write_access("robust", private=private)
+    url = push_folder(folder, repo_id, commit_message="Robust digits")
+    assert_published(hub, folder)
+    newest = hub.model("me/robust").history()[0]
+    assert url == f"{hub.url}/me/robust/commit/{newest.id}"
+    assert newest.title == "Robust digits"
+    info = HfApi().model_info(repo_id)
+    assert info.card_data.eval_results[0].metric_name == "Clean accuracy"
+    assert info.private is private
+    assert HfApi(token=False).repo_exists(repo_id) is not private
+
+
+def test_push_to_a_branch_leaves_main_alone(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=False, revision="v1")
+    push_folder(folder, repo_id, revision="v1")
+    assert_published(hub, folder, revision="v1")
+    assert set(hub.model("me/robust").tree("main")) == {".gitattributes"}
+
+
+def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=False)
+    first = push_folder(folder, repo_id)
+    assert push_folder(folder, repo_id) == first
+    assert len(hub.model("me/robust").history()) == 2
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    second = push_folder(folder, repo_id)
+    assert second != first
+    assert_published(hub, folder)
+    assert len(hub.model("me/robust").history()) == 3
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "lose_reply"])
+@pytest.mark.parametrize("request_", ["validate-yaml", "preupload", "commit"])
+def test_faults_in_the_middle_of_a_push_lose_nothing(hub: Hub, folder: Path, request_: str, fault: str) -> None:
+    repo_id = check_write_access("robust", private=False)
+    pattern = f"POST .*/{request_}"
+    if fault == "503":
+        hub.fail(pattern, status=503)
+    elif fault == "drop":
+        hub.drop(pattern)
+    else:
+        hub.lose_reply(pattern)
+    before = content(folder)
+    push_folder(folder, repo_id)
+    assert hub.faults[0].times == 0
+    assert_published(hub, folder)
+    assert content(folder) == before
+
+
+def test_a_push_that_fails_for_good_says_how_to_repeat_it(
+    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repo_id = check_write_access("robust", private=False, revision="v1")
+    before = content(folder)
+    hub.drop("POST .*/commit/", times=1000)
+    with pytest.raises(PushError) as caught:
+        push_folder(folder, repo_id, revision="v1")
+    command = f"python recipes/push.py {folder} --hub_model_id me/robust --hub_revision v1"
+    assert str(caught.value).endswith(f"    {command}")
+    assert content(folder) == before
+    with caplog.at_level(logging.WARNING):
+        assert not try_push(folder, repo_id)
+    assert "the next save pushes again" in caplog.text
+    assert "--hub_revision" not in caplog.records[-1].getMessage()
+    hub.faults.clear()
+    assert try_push(folder, repo_id)
+    assert_published(hub, folder)
+
+
+def test_lost_rights_are_not_tried_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo_id = check_write_access("robust", private=False)
+    monkeypatch.setenv("HF_TOKEN", READER)
+    with pytest.raises(PushError, match="403"):
+        push_folder(folder, repo_id)
+    assert sum(request.path.endswith("/preupload/main") for request in hub.log) == 1
+
+
+def test_metadata_that_the_hub_refuses_is_a_push_error(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=False)
+    (folder / "README.md").write_text("---\nmodel-index: 3\n---\n")
+    with pytest.raises(PushError, match=r"Invalid metadata in README\.md"):
+        push_folder(folder, repo_id)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_a_folder_without_a_model_is_refused(hub: Hub, folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {missing}"):
+        push_folder(folder, "me/robust")
+    assert hub.log == []
+
+
+def test_the_token_appears_nowhere(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leak(*_: object, **__: object) -> None:
+        raise ConnectionError(f"Authorization: Bearer {WRITER} and {STRANGER}")
+
+    caplog.set_level(logging.DEBUG)
+    repo_id = check_write_access("robust", private=False)
+    push_folder(folder, repo_id)
+    monkeypatch.setattr(HfApi, "upload_folder", leak)
+    assert not try_push(folder, repo_id)
+    with pytest.raises(PushError) as caught:
+        push_folder(folder, repo_id)
+    monkeypatch.setattr(HfApi, "create_repo", leak)
+    with pytest.raises(ValueError, match="cannot reach") as refused:
+        check_write_access("robust", private=False)
+    texts = [caplog.text, str(caught.value), str(refused.value), *map(str, content(folder).values())]
+    texts += [str(blob.data) for blob in hub.model("me/robust").tree().values()]
+    assert not [token for token in TOKENS for text in texts if token in text]
+    assert "***" in str(caught.value)
+
+
+LOAD = """
+import sys
+sys.modules["ham_hf"] = None  # importing it is an error from here on
+import timm, torch
+from safetensors.torch import load_file, save_file
+
+model = timm.create_model("hf-hub:me/robust", pretrained=True).eval()
+with torch.inference_mode():
+    save_file({"logits": model(load_file(sys.argv[1])["x"])}, sys.argv[2])
+print(model.pretrained_cfg["label_names"][3])
+"""
+
+
+def run_python(script: str, environment: dict[str, str], *arguments: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("hub", ["single commit"], indirect=True)
+@pytest.mark.parametrize("private", [False, True])
+def test_plain_timm_loads_the_pushed_model(hub: Hub, folder: Path, tmp_path: Path, private: bool) -> None:
+    hub.lfs_threshold = 100_000
+    push_folder(folder, check_write_access("robust", private=private))
+    assert hub.model("me/robust").tree()["model.safetensors"].lfs
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    save_file({"x": x}, tmp_path / "x.safetensors")
+    logits = tmp_path / "logits.safetensors"
+    environment = hub_environment(hub, tmp_path, token=WRITER if private else None)
+    done = run_python(LOAD, environment, tmp_path / "x.safetensors", logits)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "three"
+    saved = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(load_file(logits)["logits"], saved(x), rtol=0, atol=1e-5)

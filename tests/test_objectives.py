@@ -1,0 +1,148 @@
+"""Training methods: options, the rows and weights they choose, and agreement with the authors' training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.mining import mine_hard_examples
+from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective, available
+from tests.golden_data import golden_case, golden_net
+
+ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
+
+
+@pytest.fixture
+def case():
+    return golden_case("ham_m3")
+
+
+def outer(objective, case, epoch=5):
+    net = golden_net()
+    generator = torch.Generator().manual_seed(3)
+    return net, objective.outer_batch(net, case.x, case.y, attack=ATTACK, epoch=epoch, generator=generator)
+
+
+def mined_alike(net, case, **options):
+    return mine_hard_examples(
+        net,
+        case.x,
+        case.y,
+        threat_model=ATTACK.threat_model,
+        num_steps=6,
+        step_size=0.005,
+        mining_step=2,
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+
+
+def test_methods_are_found_by_name_and_a_new_one_needs_only_a_class():
+    assert available()["ham"] is HAM
+    assert available()["pgd_at"] is PGDAT
+
+    @dataclass(frozen=True, kw_only=True)
+    class MadeUp(HAM):
+        name: ClassVar[str] = "made_up"
+
+    try:
+        assert available()["made_up"] is MadeUp
+    finally:
+        MadeUp.name = "gone"
+
+
+def test_pgd_at_trains_on_every_row_alike(case):
+    _, batch = outer(PGDAT(), case)
+    assert len(batch.x) == len(case.y)
+    assert batch.weight.tolist() == [1.0] * len(case.y)
+    assert batch.hard is None
+
+
+def test_ham_is_pgd_at_before_mining_starts(case):
+    ham = HAM(mining_start_epoch=4, mining_step=2)
+    _, warm = outer(ham, case, epoch=3)
+    _, plain = outer(PGDAT(), case)
+    assert torch.equal(warm.x, plain.x)
+    assert warm.hard is None
+    assert ham.warmup_epochs == 4
+    net, mining = outer(ham, case, epoch=4)
+    assert torch.equal(mining.x, mined_alike(net, case).x_adv)
+    assert mining.weight.tolist() == [1.0] * len(mining.y)
+
+
+def test_losses_are_the_cross_entropy_of_each_row(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2), case)
+    logits = net(batch.x)
+    torch.testing.assert_close(
+        HAM().losses(logits, batch).mean(), F.cross_entropy(logits, case.y[batch.hard]), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("kind", ["adversarial", "clean"])
+def test_kept_easy_examples_are_the_most_confident(case, kind):
+    ham = HAM(mining_start_epoch=0, mining_step=2, keep_easy_fraction=0.3, keep_easy_as=kind)
+    net, batch = outer(ham, case)
+    mined = mined_alike(net, case)
+    easy = [i for i in range(len(case.y)) if not mined.hard[i]]
+    confidence = mined.early.logits.softmax(1).amax(1)
+    kept = sorted(easy, key=lambda i: -confidence[i])[: round(0.3 * len(easy))]
+    assert len(kept) >= 5
+    num_hard = len(mined.y)
+    assert torch.equal(batch.x[:num_hard], mined.x_adv)
+    images = case.x if kind == "clean" else mined.early.x_adv
+    assert torch.equal(batch.x[num_hard:], images[kept])
+    assert batch.y[num_hard:].tolist() == case.y[kept].tolist()
+    assert batch.weight.tolist() == [1.0] * (num_hard + len(kept))
+    assert torch.equal(batch.hard, mined.hard)
+
+
+def test_weight_by_margin(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="margin"), case)
+    probabilities = mined_alike(net, case).early.logits.softmax(1)[batch.hard]
+    for weight, row, label in zip(batch.weight, probabilities, batch.y, strict=True):
+        others = [float(p) for j, p in enumerate(row) if j != label]
+        assert float(weight) == pytest.approx(1 + max(others) - float(row[label]))
+        assert 1 <= weight <= 2
+
+
+def test_weight_by_probability_move(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="probability_move"), case)
+    move = mined_alike(net, case, track_moves=True).largest_move
+    torch.testing.assert_close(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), rtol=0, atol=1e-12)
+    assert (batch.weight.argsort() == move.argsort()).all()
+
+
+def test_rows_without_weight_do_not_break_when_nothing_is_hard():
+    easy = golden_case("ham_alleasy")
+    for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, {"keep_easy_fraction": 0.3}):
+        net = golden_net()
+        batch = HAM(mining_start_epoch=0, mining_step=0, **options).outer_batch(
+            net,
+            easy.x,
+            easy.y,
+            attack=InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
+            epoch=0,
+        )
+        assert not batch.hard.any()
+        assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if "keep_easy_fraction" in options else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mining_step": 10}, "below num_steps=10, got 10"),
+        ({"mining_step": -1}, "got -1"),
+        ({"mining_start_epoch": -2}, "got -2"),
+        ({"keep_easy_fraction": 1.5}, r"\[0, 1\], got 1.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HAM(**options).check(num_steps=10)
+    HAM(mining_step=9).check(num_steps=10)
+    assert issubclass(HAM, Objective)

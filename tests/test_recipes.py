@@ -1,0 +1,163 @@
+"""Every recipe is complete, in order, parses as its own header says, and holds the values it is named after."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
+from ham_hf.config.groups import sections
+from ham_hf.objectives import HAM, PGDAT
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = [path for path in RECIPES if path.parent.name != "accelerate"]
+NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]
+HEADER = re.compile(
+    r"# What:     (?P<what>.+)\n"
+    r"# Run:      (?P<run>.+)\n"
+    r"# Expect:   (?P<expect>.+)\n"
+    r"# Differs:  (?P<differs>.+)\n"
+    r"# Override: flags win over this file: (?P<flags>--.+)\n\n"
+)
+SELF_CONTAINED = {
+    "dataset_name", "validation_fraction", "model_name", "norm", "epsilon", "step_size", "num_steps", "method",
+    "output_dir", "num_train_epochs", "per_device_train_batch_size", "optimizer", "learning_rate", "weight_decay",
+    "decay_norm_and_bias", "lr_scheduler_type", "seed", "selection_metric", "eval_num_steps",
+}  # fmt: skip
+
+
+def load(name: str):
+    return load_train_config(ROOT / "recipes" / name)
+
+
+def written(path: Path) -> list[str]:
+    """Names of the settings in the order in which the recipe has them."""
+    return re.findall(r"^(\w+):", path.read_text(), re.MULTILINE)
+
+
+def test_the_recipes_of_the_readme_exist():
+    assert len(RECIPES) >= 11
+    assert {path.parent.name for path in RECIPES} >= {
+        "digits",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "imagenette",
+        "finetune",
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_header_says_what_how_and_what_to_expect(path):
+    header = HEADER.match(path.read_text())
+    assert header is not None
+    assert header["run"] == f"accelerate launch recipes/train_ham.py --config {path.relative_to(ROOT).as_posix()}"
+    assert max(map(len, path.read_text().splitlines())) < 120
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_commands_of_the_header_are_accepted(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    header = HEADER.match(path.read_text())
+    run = shlex.split(header["run"])[3:]
+    config = parse_train_config(run)
+    assert config == load_train_config(path)
+    overridden = parse_train_config(run + shlex.split(header["flags"]))
+    assert overridden != config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_recipe_is_self_contained_and_in_the_order_of_the_groups(path):
+    config = load_train_config(path)
+    order = [name for _, values in sections(config) for name in values]
+    names = written(path)
+    assert names == sorted(names, key=order.index)
+    assert set(names) >= SELF_CONTAINED
+    method_options = next(values for title, values in sections(config) if title == "Method")
+    optional = {"keep_easy_fraction", "keep_easy_as", "hard_weighting"}
+    assert set(names) >= set(method_options) - optional
+    for title, values in sections(config):
+        block = re.search(rf"^# {re.escape(title)}\n((?:\w+: .*\n)+)", path.read_text(), re.MULTILINE)
+        in_block = re.findall(r"^(\w+):", block[1], re.MULTILINE) if block else []
+        assert [name for name in names if name in values] == in_block
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_the_resolved_recipe_gives_the_same_run(path, tmp_path):
+    config = load_train_config(path)
+    resolved = tmp_path / "train_config.yaml"
+    resolved.write_text(config_to_yaml(config))
+    assert load_train_config(resolved) == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_method_is_reached_within_the_run(path):
+    config = load_train_config(path)
+    assert config.method.warmup_epochs < config.training.num_train_epochs
+    assert all(drop.epoch < config.training.num_train_epochs for drop in config.training.lr_drops) or (
+        config.training.lr_scheduler_type != "piecewise"
+    )
+
+
+def test_output_folders_differ():
+    folders = [load_train_config(path).training.output_dir for path in RECIPES]
+    assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("stem", ["digits/{}", "cifar10/preactresnet18_{}", "cifar10/resnet18_{}"])
+def test_control_is_alike_but_for_the_method(stem):
+    ham, control = load(f"{stem.format('ham')}.yaml"), load(f"{stem.format('pgd_at')}.yaml")
+    assert isinstance(ham.method, HAM)
+    assert control.method == PGDAT()
+    ham, control = config_to_dict(ham), config_to_dict(control)
+    assert {name for name in control if control[name] != ham[name]} == {"method", "output_dir"}
+
+
+@pytest.mark.parametrize("net", ["preactresnet18", "resnet18"])
+def test_benchmark_recipes_use_the_usual_budget(net):
+    config = load(f"cifar10/{net}_ham.yaml")
+    assert config.model.model_name == f"{net}_cifar"
+    assert (config.attack.norm, config.attack.epsilon, config.attack.step_size) == ("linf", 8 / 255, 2 / 255)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "mining", "start", "rate", "keep"),
+    [
+        ("cifar10", "uoft-cs/cifar10", 3, 49, 0.1, 0.0),
+        ("cifar100", "uoft-cs/cifar100", 3, 59, 0.1, 0.3),
+        ("svhn", "ufldl-stanford/svhn", 5, 49, 0.01, 0.0),
+        ("imagenette", "frgfm/imagenette", 3, 49, 0.1, 0.0),
+    ],
+)
+def test_paper_recipes_hold_the_published_values(name, dataset, mining, start, rate, keep):
+    """METHODS of the authors' scripts: epochs there count from 1, here from 0."""
+    config = load(f"{name}/preactresnet18_ham_paper.yaml")
+    assert config.data.dataset_name == dataset
+    assert config.method == HAM(mining_step=mining, mining_start_epoch=start, keep_easy_fraction=keep)
+    assert (config.attack.epsilon, config.attack.step_size, config.attack.num_steps) == (0.031, 0.007, 10)
+    assert config.model.model_name == "preactresnet18_cifar"
+    assert config.model.image_size == 32
+    training = config.training
+    assert training.lr_drops == ((59, 0.1), (89, 0.01), (109, 0.005))
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (120, 128)
+    assert (training.learning_rate, training.momentum, training.weight_decay) == (rate, 0.9, 2e-4)
+    assert (training.optimizer, training.decay_norm_and_bias) == ("momentum", True)
+
+
+def test_the_default_run_needs_no_network():
+    config = load("digits/ham.yaml")
+    assert config.data.dataset_name == "digits"
+    assert config.hub.push_to_hub is False
+    assert config.model.pretrained is False
+    assert config.model.model_args["in_chans"] == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=NAMES)
+def test_drops_are_quoted_for_other_yaml_readers(path):
+    """YAML 1.1 reads an unquoted 60:0.1 as 3600.1 seconds."""
+    assert all(isinstance(drop, str) for drop in yaml.safe_load(path.read_text()).get("lr_drops", []))

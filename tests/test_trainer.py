@@ -1,0 +1,308 @@
+"""The loop: order of examples, logs, validation and selection, checkpoints, resuming bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.checkpoint import list_checkpoints, load_best
+from ham_hf.config import TrainingConfig
+from ham_hf.data import ImageData
+from ham_hf.objectives import HAM, PGDAT, InnerAttack
+from ham_hf.train_step import NonFiniteLossError
+from ham_hf.trainer import Trainer
+from tests.nets import TensorImages
+
+ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.05), num_steps=3, step_size=0.02)
+HAM_FROM_1 = HAM(mining_start_epoch=1, mining_step=1)
+
+
+def images(count, seed):
+    """Classes that differ in brightness, with noise: easy to learn, not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    x = 0.2 * labels.view(-1, 1, 1, 1) + 0.1 + 0.25 * torch.rand(count, 1, 8, 8, generator=generator)
+    return TensorImages(x, labels)
+
+
+def image_data(num_train=50, *, validation=True):
+    return ImageData(
+        name="made up",
+        config_name=None,
+        revision=None,
+        train=images(num_train, 0),
+        validation=images(64, 1) if validation else None,
+        test=images(16, 2),
+        class_names=("a", "b", "c", "d"),
+        image_size=8,
+        in_chans=1,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        channel_mean=(0.5,),
+        channel_std=(0.25,),
+        augmentation="none",
+        num_skipped=0,
+        test_split_origin="test",
+    )
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def config(folder, **changes):
+    settings = TrainingConfig(
+        output_dir=str(folder),
+        num_train_epochs=3,
+        per_device_train_batch_size=8,
+        learning_rate=0.1,
+        lr_scheduler_type="cosine",
+        lr_step_unit="step",
+        ema_decay=0.9,
+        logging_steps=2,
+        save_steps=4,
+        save_total_limit=None,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return replace(settings, **changes)
+
+
+def trainer(folder, objective=HAM_FROM_1, data=None, **changes):
+    return Trainer(
+        make_net(), data or image_data(), objective, ATTACK, config(folder, **changes), Accelerator(cpu=True)
+    )
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run: 3 epochs of 6 updates, the first epoch without mining."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    run = trainer(folder)
+    return folder, run.fit(), run
+
+
+def test_log_says_what_happened(finished):
+    folder, progress, _ = finished
+    log = log_of(folder)
+    train = [record for record in log if record["type"] == "train"]
+    assert [record["step"] for record in train] == list(range(2, 19, 2))
+    assert [record["hard_fraction"] is None for record in train] == [True] * 3 + [False] * 6
+    assert train[-1]["learning_rate"] < train[0]["learning_rate"]
+    assert all(record["images_per_second"] > 0 for record in train)
+    validation = [record for record in log if record["type"] == "validation"]
+    assert [record["step"] for record in validation] == [6, 12, 18]
+    assert [record["epoch"] for record in validation] == [0, 1, 2]
+    assert validation[0]["hard_per_class"] is None
+    assert len(validation[1]["hard_per_class"]) == 4
+    for record in validation:
+        assert len(record["clean_per_class"]) == len(record["robust_per_class"]) == 4
+        assert record["worst_class"] == min(record["robust_per_class"])
+        assert record["robust_accuracy"] <= record["clean_accuracy"]
+    assert progress.step == 18
+    assert len(progress.history) == 3
+
+
+def test_training_learns_robustly(tmp_path):
+    run = trainer(tmp_path / "run", num_train_epochs=25, ema_decay=None, save_steps=None)
+    untrained = run._held_out()[1]
+    last = run.fit().history[-1]
+    assert untrained.average <= 0.3
+    assert last["clean_accuracy"] > 0.8
+    assert last["robust_accuracy"] > 0.6
+
+
+def test_checkpoints_are_named_by_step_and_hold_no_pickled_weights(finished):
+    folder, _, _ = finished
+    assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{n}" for n in (4, 8, 12, 16, 18)]
+    assert {path.name for path in (folder / "checkpoint-8").iterdir()} == {
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+    }
+
+
+@pytest.mark.parametrize("cut_at", [4, 8, 12, 16])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path, cut_at):
+    full, progress, _ = finished
+    folder = tmp_path / "cut"
+    # Everything the interrupted run would have left, log lines of lost updates included.
+    shutil.copytree(full, folder)
+    for path in list_checkpoints(folder):
+        if int(path.name.split("-")[1]) > cut_at:
+            shutil.rmtree(path)
+    run = trainer(folder, resume_from_checkpoint="latest")
+    run.resume()
+    assert run.progress.step == cut_at
+    again = run.fit()
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_file(where / "checkpoint-18" / name) for where in (folder, full))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert again.history == progress.history
+    assert again.best == progress.best
+
+    def timeless(log):
+        return [{key: value for key, value in line.items() if key != "images_per_second"} for line in log]
+
+    assert timeless(log_of(folder)) == timeless(log_of(full))
+
+
+def test_selected_weights_are_those_of_the_best_validation(finished):
+    folder, progress, run = finished
+    weights, state = load_best(folder)
+    scores = [record["robust_accuracy"] for record in progress.history]
+    assert state["score"] == max(scores)
+    assert state["step"] == max(r["step"] for r in progress.history if r["robust_accuracy"] == max(scores))
+    if state["step"] == progress.step:
+        assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+
+
+@pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "last"])
+def test_selection_metric(tmp_path, monkeypatch, metric):
+    run = trainer(tmp_path / "run", selection_metric=metric, save_steps=None)
+    numbers = iter([(0.5, 0.1), (0.4, 0.3), (0.45, 0.2)])
+
+    class Summary:
+        def __init__(self, average, worst):
+            self.average, self.worst_class, self.per_class = average, worst, []
+
+    monkeypatch.setattr(run, "_held_out", lambda: (Summary(0.9, 0.8), Summary(*next(numbers))))
+    best = run.fit().best
+    assert best["epoch"] == {"robust_accuracy": 0, "worst_class": 1, "robust_plus_worst": 1, "last": 2}[metric]
+    assert load_best(tmp_path / "run")[1] == best
+
+
+def test_without_a_held_out_part_the_last_weights_are_taken(tmp_path):
+    run = trainer(tmp_path / "run", data=image_data(validation=False), selection_metric="last", num_train_epochs=2)
+    progress = run.fit()
+    assert progress.best["step"] == 12
+    assert "robust_accuracy" not in progress.history[0]
+
+
+def test_max_steps_ends_in_mid_epoch_with_validation_and_checkpoint(tmp_path):
+    progress = trainer(tmp_path / "run", max_steps=8, save_steps=None).fit()
+    assert progress.step == 8
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-8"]
+    assert [record["step"] for record in progress.history] == [6, 8]
+
+
+def test_every_example_is_seen_at_most_once_per_epoch_in_an_order_of_its_own(tmp_path):
+    run = trainer(tmp_path / "run")
+    epochs = [torch.cat([request.indices for request in run._requests(epoch)]) for epoch in (0, 1)]
+    for order in epochs:
+        assert len(order) == 48
+        assert len(order.unique()) == 48
+    assert not torch.equal(*epochs)
+    assert torch.equal(epochs[0], torch.cat([r.indices for r in trainer(tmp_path / "other")._requests(0)]))
+    seeds = [request.seed for epoch in (0, 1) for request in run._requests(epoch)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_accumulation_takes_the_same_examples_as_a_larger_batch(tmp_path):
+    large = trainer(tmp_path / "a", per_device_train_batch_size=16)._requests(0)
+    small = trainer(tmp_path / "b", gradient_accumulation_steps=2)._requests(0)
+    assert len(small) == 2 * len(large)
+    assert torch.equal(torch.cat([r.indices for r in large]), torch.cat([r.indices for r in small]))
+
+
+def test_updates_that_nobody_needs_are_skipped_and_counted(tmp_path):
+    # After enough warm-up nothing is misclassified under a zero perturbation any more.
+    run = Trainer(
+        make_net(),
+        image_data(),
+        HAM(mining_start_epoch=10, mining_step=0),
+        InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01),
+        config(tmp_path / "run", num_train_epochs=14, learning_rate=0.2, ema_decay=None, save_steps=None),
+        Accelerator(cpu=True),
+    )
+    progress = run.fit()
+    assert progress.skipped_updates > 0
+    assert progress.step == 14 * 6
+    skipped = [record["skipped_updates"] for record in log_of(tmp_path / "run") if record["type"] == "train"]
+    assert skipped[-1] == progress.skipped_updates
+
+
+def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+    run = trainer(tmp_path / "run", learning_rate=1e30, lr_scheduler_type="constant", save_steps=1, ema_decay=None)
+    with pytest.raises(NonFiniteLossError, match="--learning_rate"):
+        run.fit()
+    last = list_checkpoints(tmp_path / "run")[-1]
+    assert last.name == f"checkpoint-{run.progress.step}"
+    assert run.progress.step >= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        ({"seed": 3}, None, r"seed 0 -> 3"),
+        ({"per_device_train_batch_size": 16}, None, r"examples_per_update 8 -> 16"),
+        ({"ema_decay": None}, None, "--ema_decay"),
+        ({}, image_data(46), r"num_train_examples 50 -> 46"),
+        ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, None, "holds no complete checkpoint"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(finished, tmp_path, changes, data, message):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    run = trainer(folder, data=data, **({"resume_from_checkpoint": "latest"} | changes))
+    with pytest.raises(ValueError, match=message):
+        run.resume()
+
+
+def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):
+    run = trainer(tmp_path / "run", resume_from_checkpoint="latest")
+    run.resume()
+    assert run.progress.step == 0
+    assert "starting from the beginning" in caplog.text
+
+
+def test_too_few_examples_for_one_update(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"50 examples, fewer than the 64 of one update.*--per_device_train_batch_size"
+    ):
+        trainer(tmp_path / "run", per_device_train_batch_size=64)
+
+
+def test_bf16_keeps_pixels_and_weights_in_float32(tmp_path, request):
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    request.addfinalizer(AcceleratorState._reset_state)
+    seen = []
+    net = make_net()
+    net[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    run = Trainer(
+        net,
+        image_data(),
+        PGDAT(),
+        ATTACK,
+        config(tmp_path / "run", mixed_precision="bf16", num_train_epochs=1),
+        accelerator,
+    )
+    progress = run.fit()
+    assert (torch.float32, torch.bfloat16) in seen
+    assert all(value.dtype != torch.bfloat16 for value in run.module.state_dict().values())
+    assert progress.history[-1]["clean_accuracy"] > 0.2
