@@ -75,6 +75,7 @@ class ModelSource:
         model_args: arguments of the architecture that ``config.json`` records; empty for a registered name.
         extra: what ``config.json`` keeps under ``CONFIG_KEY``; empty if nothing.
         read_weights: reads the state dict; ValueError if there is none in safetensors.
+        hub_id: OWNER/NAME of the weights on the Hub; None if they are not there.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ModelSource:
     model_args: dict[str, Any]
     extra: dict[str, Any]
     read_weights: Callable[[], dict[str, Tensor]]
+    hub_id: str | None = None
 
     def trained_form(self) -> TrainedForm | None:
         """The network that was trained, if this package exported the model; else None.
@@ -142,7 +144,8 @@ def resolve_source(name: str) -> ModelSource:
         return _source_from_folder(name, folder, lambda: _weights_in_folder(name, folder))
     if colon and prefix in _HUB_PREFIXES:
         folder = _download(name, rest, CONFIG_NAME).parent
-        return _source_from_folder(name, folder, lambda: _download(name, rest, WEIGHTS_NAME))
+        source = _source_from_folder(name, folder, lambda: _download(name, rest, WEIGHTS_NAME))
+        return dataclasses.replace(source, hub_id=rest.partition("@")[0])
     if "/" in name or "\\" in name:
         raise ValueError(
             f"model name {name!r}: write hf-hub:{name} for a model on the Hub, local-dir:{name} for a folder"
@@ -206,6 +209,7 @@ def _source_from_registry(name: str) -> ModelSource:
         model_args={},
         extra={},
         read_weights=lambda: _read_weights(name, fetch_weights()),
+        hub_id=cfg.hf_hub_id or None,
     )
 
 

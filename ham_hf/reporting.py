@@ -15,6 +15,7 @@ from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData
 from ham_hf.evaluation import AttackResult
 from ham_hf.export import ExportInfo
+from ham_hf.model_source import resolve_source
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.plots import ExampleStrip, save_figures
 from ham_hf.report import (
@@ -83,7 +84,7 @@ def training_report(
         model=ModelReport(
             name=config.model.model_name,
             architecture=exported.architecture,
-            base_model=hub_dataset_id(config.model.model_name) if config.model.pretrained else None,
+            base_model=resolve_source(config.model.model_name).hub_id if config.model.pretrained else None,
             needs_ham_hf=exported.needs_ham_hf,
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             upsample=exported.upsample,

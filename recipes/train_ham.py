@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=config.training.report_to,
         logging_dir=folder / "logs",
     )
-    repo_id = hub.hub_model_id
+    repo_id = None
     with clean_exit(ValueError):
         inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
         if accelerator.is_main_process:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 resume=config.training.resume_from_checkpoint is not None,
             )
             if hub.push_to_hub:
-                repo_id = check_write_access(repo_id, private=hub.hub_private_repo, revision=hub.hub_revision)
+                repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
             (folder / "train_config.yaml").write_text(config_to_yaml(config))
 
         ########################

@@ -317,6 +317,7 @@ BAD_FLAGS = [
     # combinations
     ("--push_to_hub", ["--push_to_hub", "--hub_model_id"]),
     ("--hub_model_id me/x/y", ["--hub_model_id 'me/x/y'", "owner/name"]),
+    ("--hub_model_id me/" + 94 * "x", ["--hub_model_id", "at most 96"]),
     ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
     ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
     ("--validation_fraction 0", ["--validation_fraction 0", "--selection_metric last"]),

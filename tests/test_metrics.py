@@ -122,7 +122,7 @@ def test_wilson_interval_refuses_impossible_counts(correct: int, count: int) -> 
 
 @pytest.mark.parametrize(("num_classes", "kept"), [(1, 1), (3, 1), (4, 2), (10, 3), (11, 4), (20, 6), (100, 30)])
 def test_worst_30_percent_counts_classes_exactly(num_classes: int, kept: int) -> None:
-    """ceil(0.3 * 10) in floating point may be 4: the number of classes is computed with integers."""
+    """ceil(3 C / 10), and at least one."""
     accuracies = [index / num_classes for index in range(num_classes)]
     assert mean_of_worst(accuracies[::-1], 30) == pytest.approx(sum(accuracies[:kept]) / kept)
 

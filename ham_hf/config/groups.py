@@ -290,7 +290,7 @@ class EvaluateConfig(SettingsGroup):
 
     def contradictions(self) -> Iterator[str]:
         """A step size on the 0..255 scale."""
-        yield from _pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+        yield from _pixel_unit_problems(self.attack.norm or "linf", eval_step_size=self.evaluation.eval_step_size)
 
 
 def _pixel_unit_problems(norm: str | None, **lengths: float | None) -> Iterator[str]:

@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> list[Entry]:
         ConfigError: when the file cannot be read, is not YAML, or is not one flat mapping without repetitions.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
     except IsADirectoryError:
@@ -234,9 +234,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that `_untyped` or an optional setting would take for something else."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("none|None|NONE"), list("nN"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# PyYAML matches from the beginning only, hence the end.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:none|None|NONE)\Z"), list("nN"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), list("-+.0123456789"))
 
 
 def _write(name: str, value: object) -> str:
