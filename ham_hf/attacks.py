@@ -49,7 +49,9 @@ class ThreatModel:
 
     def rows(self, keep: Tensor) -> ThreatModel:
         """The threat model of the rows selected by a mask or index, for a per-example epsilon."""
-        return replace(self, epsilon=self.epsilon[keep]) if isinstance(self.epsilon, Tensor) else self
+        if isinstance(self.epsilon, Tensor) and self.epsilon.ndim:
+            return replace(self, epsilon=self.epsilon[keep])
+        return self
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images drawn uniformly from the ball around ``x`` (N, C, H, W), clipped to [0, 1].
@@ -111,7 +113,8 @@ def l2_norm(x: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each example (N,), in float32 at least."""
-    return F.cross_entropy(logits, y, reduction="none")
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    return F.cross_entropy(logits.float() if half else logits, y, reduction="none")
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ print ``Markdown``, which only the filters here make; a plain string is an error
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -134,6 +135,11 @@ def verbatim(value: object) -> Markdown:
     return Markdown(plain_text(value).replace("`", "'"))
 
 
+def literal(value: str | float) -> Markdown:
+    """``value`` as a Python literal, for the inside of a fenced code block."""
+    return Markdown(json.dumps(verbatim(value) if isinstance(value, str) else value, ensure_ascii=False))
+
+
 def table(rows: Sequence[Mapping[str, str]]) -> Markdown:
     """Rows with equal keys as a Markdown table, every cell escaped."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
@@ -161,6 +167,7 @@ def _template() -> Template:
         "text": text,
         "code": code,
         "verbatim": verbatim,
+        "literal": literal,
         "table": table,
         "percent": lambda share: Markdown(percent(share)),
         "thousands": lambda number: Markdown(f"{number:,}"),

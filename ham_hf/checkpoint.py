@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 BEST_NAME = "checkpoint-best"
+ABANDONED = ".abandoned"
+WEIGHTS = "model.safetensors"
 STATE_FILE = "trainer_state.json"
 
 
@@ -62,7 +64,8 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     """Write ``checkpoint-{step}`` into ``output_dir``; call it on the main process only.
 
     The folder is complete or absent: it is written under a temporary name, flushed, and renamed. Older checkpoints
-    beyond ``keep`` are removed afterwards, never before.
+    beyond ``keep`` are removed afterwards, never before. The selected weights of the moment go with it, so that
+    a run resumed from it publishes weights of its own past only.
 
     Args:
         output_dir: output folder of the run.
@@ -73,15 +76,56 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     part = output_dir / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_weights(part / "model.safetensors", checkpoint.model)
+    save_weights(part / WEIGHTS, checkpoint.model)
     if checkpoint.ema is not None:
         save_weights(part / "ema.safetensors", checkpoint.ema)
     torch.save(checkpoint.optimizer, part / "optimizer.pt")
+    best = output_dir / BEST_NAME / WEIGHTS
+    if best.is_file():
+        link_or_copy(best, part / "best.safetensors")
     (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False))
     replace_folder(part, final)
     for old in list_checkpoints(output_dir)[:-keep] if keep else []:
         shutil.rmtree(old)
     return final
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, or a copy where the file system knows no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def rewind(output_dir: Path, checkpoint: Path) -> None:
+    """Bring the output folder to the moment of ``checkpoint``; call it on the main process only.
+
+    Its selected weights become those of the run. Checkpoints of later updates, which another continuation wrote,
+    are put aside as ``checkpoint-{step}.abandoned``: they must not count as the newest.
+    """
+    for later in list_checkpoints(output_dir):
+        if step_of(later) > step_of(checkpoint):
+            aside = later.with_name(f"{later.name}{ABANDONED}")
+            logger.warning("%s is later than the checkpoint to resume from; putting it aside as %s", later, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+    best = output_dir / BEST_NAME / WEIGHTS
+    saved = checkpoint / "best.safetensors"
+    if saved.is_file():
+        best.parent.mkdir(parents=True, exist_ok=True)
+        part = best.with_suffix(".part")
+        part.unlink(missing_ok=True)
+        link_or_copy(saved, part)
+        os.replace(part, best)
+    else:
+        best.unlink(missing_ok=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint folder was written after."""
+    step: int = json.loads((checkpoint / STATE_FILE).read_text())["step"]
+    return step
 
 
 def replace_folder(part: Path, final: Path) -> None:
@@ -139,7 +183,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder to the CPU."""
     ema = path / "ema.safetensors"
     return Checkpoint(
-        model=load_file(path / "model.safetensors"),
+        model=load_file(path / WEIGHTS),
         ema=load_file(ema) if ema.is_file() else None,
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         state=json.loads((path / STATE_FILE).read_text()),
@@ -151,7 +195,7 @@ def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[st
 
     One file, so that one rename replaces weights and state together.
     """
-    final = output_dir / BEST_NAME / "model.safetensors"
+    final = output_dir / BEST_NAME / WEIGHTS
     final.parent.mkdir(parents=True, exist_ok=True)
     part = final.with_suffix(".part")
     save_weights(part, weights, {"state": json.dumps(dict(state), allow_nan=False)})
@@ -161,14 +205,14 @@ def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[st
 
 def load_best(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The selected weights of a run and the state they were selected with."""
-    path = output_dir / BEST_NAME / "model.safetensors"
+    path = output_dir / BEST_NAME / WEIGHTS
     with safe_open(path, framework="pt") as file:
         state: dict[str, Any] = json.loads(file.metadata()["state"])
     return load_file(path), state
 
 
-OWNED = (
-    "model.safetensors",
+OWNED_BY_TRAINING = (
+    WEIGHTS,
     "config.json",
     "README.md",
     "report.json",
@@ -176,14 +220,14 @@ OWNED = (
     "metrics.jsonl",
     "figures",
     "logs",
+    BEST_NAME,
 )
-"""What a run writes into its output folder beside checkpoints."""
+"""What a training run writes into its output folder beside numbered checkpoints."""
+OWNED_BY_EVALUATION = ("report.json", "EVALUATION.md", "figures")
 
 
-def claim_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None:
-    """Make the output folder, or refuse one that already holds something; call it on the main process only.
-
-    Overwriting removes what a run of this project writes and nothing else: a mistyped folder keeps its files.
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Refuse an output folder that already holds something; nothing is written.
 
     Raises:
         ValueError: if the folder holds anything and neither overwriting nor resuming was asked for, or the path
@@ -191,16 +235,29 @@ def claim_output_dir(output_dir: Path, *, overwrite: bool, resume: bool) -> None
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if resume or not any(output_dir.iterdir()):
-        return
-    if not overwrite:
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not (overwrite or resume):
         raise ValueError(
-            f"--output_dir {output_dir} already holds files; name another folder, continue its run with "
-            "--resume_from_checkpoint latest, or replace it with --overwrite_output_dir"
+            f"--output_dir {output_dir} already holds files; name another folder, replace what is in it with "
+            "--overwrite_output_dir, or continue a training run with --resume_from_checkpoint latest"
         )
+
+
+def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder for an evaluation that holds something, or a model, which is never overwritten.
+
+    Raises:
+        ValueError: see `check_output_dir`; and if the folder holds a model or a training run.
+    """
+    if any((output_dir / name).exists() for name in (WEIGHTS, "train_config.yaml", BEST_NAME)):
+        raise ValueError(f"--output_dir {output_dir} holds a model; an evaluation needs a folder of its own")
+    check_output_dir(output_dir, overwrite=overwrite)
+
+
+def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
+    """Make the output folder and remove what an earlier run wrote into it: a mistyped folder keeps its own files."""
+    output_dir.mkdir(parents=True, exist_ok=True)
     for path in output_dir.iterdir():
-        leftover = path.name.startswith(".checkpoint-")
-        if path.name in OWNED or leftover or CHECKPOINT_NAME.fullmatch(path.name) or path.name == BEST_NAME:
+        numbered = CHECKPOINT_NAME.fullmatch(path.name.removesuffix(ABANDONED)) or path.name.startswith(".checkpoint-")
+        if path.name in owned or (WEIGHTS in owned and numbered):
             logger.info("removing %s", path)
             shutil.rmtree(path) if path.is_dir() else path.unlink()

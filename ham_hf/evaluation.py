@@ -143,13 +143,12 @@ def evaluate(
                 predictions[position, rows[right]] = predict(model, x_adv)
                 seconds[attack.name] += lap(since, batch.x)
     predictions = accelerator.reduce(predictions, "sum").cpu()
-    clean_flags = predictions[0] == images.labels
     settings: list[dict[str, object]] = [{}, *(attack_settings(attack, threat_model, seed) for attack in attacks)]
     return {
         name: AttackResult(
             name=name,
             settings=settings[position],
-            flags=clean_flags & (predictions[position] == images.labels),
+            flags=predictions[position] == images.labels,
             predictions=predictions[position],
             labels=images.labels,
             indices=order,

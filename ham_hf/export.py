@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,6 +139,8 @@ def export_for_timm(
         staging = Path(temporary)
         save_file(published.state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        # safetensors leaves a file that only its owner may read.
+        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
         _verify(staging, trained.module, preprocessing, published.upsample)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(staging / name, folder / name)

@@ -60,6 +60,23 @@ def set_up_logging() -> None:
 
 
 @contextmanager
+def explain_interrupt(output_dir: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that says how to go on, and exit status 130.
+
+    Raises:
+        SystemExit: instead of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"interrupted; go on from the last checkpoint in {output_dir} with the same command and "
+            "--resume_from_checkpoint latest\n"
+        )
+        raise SystemExit(130) from None
+
+
+@contextmanager
 def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
     """Turn errors that explain themselves into their message and exit status 2, without a traceback.
 

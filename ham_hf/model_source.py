@@ -217,7 +217,12 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
     config_file = folder / CONFIG_NAME
     if not config_file.is_file():
         what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{name}: {folder} {what}; expected {CONFIG_NAME} and {WEIGHTS_NAME} as timm writes them")
+        hint = ""
+        if folder.is_dir() and (parent := folder.resolve().parent / CONFIG_NAME).is_file():
+            hint = f". The folder above has them, which holds the exported model of a run: try {parent.parent}"
+        raise ValueError(
+            f"{name}: {folder} {what}; expected {CONFIG_NAME} and {WEIGHTS_NAME} as timm writes them{hint}"
+        )
     try:
         cfg, architecture, model_args = load_model_config_from_path(folder)
         pretrained_cfg = _as_dict(PretrainedCfg(**{**cfg, "architecture": architecture}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,18 @@ class PiecewiseScheduler(Scheduler):
         return [base * factor for base in self.base_values]
 
 
+def check_optimizer(name: str) -> None:
+    """Refuse an optimizer that timm does not have.
+
+    Raises:
+        ValueError: naming the nearest ones.
+    """
+    known = [str(optimizer) for optimizer in list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or known
+        raise ValueError(f"--optimizer {name} is not one of timm's; did you mean {', '.join(near)}?")
+
+
 def create_optimizer(
     model: nn.Module,
     name: str,
@@ -70,8 +83,7 @@ def create_optimizer(
     Raises:
         ValueError: if timm has no such optimizer.
     """
-    if name not in list_optimizers():
-        raise ValueError(f"--optimizer {name} is not one of timm's: {', '.join(map(str, list_optimizers()))}")
+    check_optimizer(name)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
         opt=name,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.card import evaluation_section, write_card
-from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData
 from ham_hf.evaluation import AttackResult
 from ham_hf.export import ExportInfo
@@ -95,7 +95,7 @@ def training_report(
         threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
         results=attack_reports(results, len(data.class_names)),
         training=TrainingReport(
-            num_train_epochs=config.training.num_train_epochs,
+            num_train_epochs=len({record["epoch"] for record in progress.history}),
             steps=progress.step,
             skipped_updates=progress.skipped_updates,
             seconds=progress.seconds,
@@ -108,6 +108,21 @@ def training_report(
         seeds={"seed": config.training.seed},
         created=utc_now(),
     )
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write ``train_config.yaml``, which repeats the run wherever it is read.
+
+    What concerns this one run only is left at its default: how it was resumed, what it overwrote, and that it was
+    pushed (``report.json`` has everything).
+    """
+    again = replace(
+        config,
+        training=replace(config.training, resume_from_checkpoint=None, overwrite_output_dir=False),
+        hub=HubConfig(model_license=config.hub.model_license),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
 
 
 def write_training(report: RunReport, folder: Path, *, examples: ExampleStrip, repo_id: str | None) -> None:

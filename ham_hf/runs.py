@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -111,6 +112,28 @@ def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float
     return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4
 
 
+def plain_dataset_name(name: str) -> str:
+    """A dataset's name without the path of a local folder, which is nobody else's business."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float) -> None:
+    """Refuse to test on images that the model was trained on.
+
+    Where a dataset has no test split, one is held out of train, and ``test_fraction`` says how much.
+
+    Raises:
+        ValueError: if the model was trained on the same dataset with another fraction.
+    """
+    trained = loaded.metadata.get("test_fraction", test_fraction)
+    same = loaded.metadata.get("dataset") == plain_dataset_name(data.name)
+    if same and data.test_split_origin.startswith("held out") and trained != test_fraction:
+        raise ValueError(
+            f"--test_fraction {test_fraction} would test on images that the model was trained on; "
+            f"it was trained with --test_fraction {trained}"
+        )
+
+
 def example_strip(
     model: nn.Module, images: Images, config: EvaluationConfig, *, threat_model: ThreatModel, seed: int
 ) -> ExampleStrip:
@@ -152,7 +175,8 @@ def export_model(model: PixelModel, config: TrainConfig, data: ImageData, prepro
             "norm": config.attack.norm,
             "epsilon": config.attack.epsilon,
             "method": config.method.name,
-            "dataset": data.name,
+            "dataset": plain_dataset_name(data.name),
+            "test_fraction": config.data.test_fraction,
         },
         model_license=config.hub.model_license,
         tag=config.method.name,
@@ -174,6 +198,11 @@ def threat_model_of(config: EvaluationThreatConfig, loaded: LoadedModel) -> Thre
     if norm != "linf":
         raise ValueError(f"--norm {norm} needs --epsilon: there is no usual radius for it")
     return ThreatModel(norm, 8 / 255)
+
+
+def num_logits(loaded: LoadedModel) -> int:
+    """Number of classes that a model tells apart."""
+    return int(loaded.model.backbone.num_classes)  # type: ignore[arg-type]  # timm's attribute
 
 
 class ReorderedLogits(nn.Module):
@@ -199,13 +228,15 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> nn.Module:
         ValueError: if the model has another number of classes.
     """
     names = loaded.class_names
-    num_logits = int(loaded.model.backbone.num_classes)  # type: ignore[arg-type]  # timm's attribute
-    if num_logits != len(class_names):
+    if num_logits(loaded) != len(class_names):
         raise ValueError(
-            f"the model tells {num_logits} classes apart and the dataset has {len(class_names)}; evaluate it on the "
-            "dataset it was trained for, or name another --label_column"
+            f"the model tells {num_logits(loaded)} classes apart and the dataset has {len(class_names)}; evaluate it "
+            "on the dataset it was trained for, or name another --label_column"
         )
-    if names is None or tuple(names) == tuple(class_names):
+    if names is None:
+        logger.warning("the model does not name its classes: taking them to be in the order of the dataset's")
+        return loaded.model
+    if tuple(names) == tuple(class_names):
         return loaded.model
     if set(names) != set(class_names):
         logger.warning(

@@ -188,6 +188,11 @@ def choose_label_column(features: datasets.Features, label_column: str | None) -
         named = classes if len(classes) == 1 else [name for name in LABEL_COLUMNS if name in usable]
         if not named:
             found = f"several label columns, {_listed(classes)}" if classes else "no label column"
+            unusable = [name for name in LABEL_COLUMNS if name in features and name not in usable]
+            if unusable and not classes:
+                # A pandas column of integers with a gap becomes floats, so this is how labels often arrive.
+                kind = getattr(features[unusable[0]], "dtype", features[unusable[0]])
+                found += f" ({unusable[0]!r} is {kind}, and labels are integers, strings or booleans: convert it)"
             raise ValueError(
                 f"the dataset has {found}; name one of its columns {_listed(features)} with --label_column"
             )

@@ -32,7 +32,7 @@ from ham_hf.seeding import Stream, derive_seed, make_generator
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of an update is not finite; the update was not made."""
+    """The loss or the gradient of an update is not finite; the update was not made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Totals:
         hard: hard examples.
         mined: examples that mining looked at.
         seen: all examples.
+        seconds: time the updates took, waiting for data included; filled in by the trainer.
     """
 
     loss: float = 0.0
@@ -52,6 +53,7 @@ class Totals:
     hard: float = 0.0
     mined: float = 0.0
     seen: float = 0.0
+    seconds: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         """The sums over the updates of both."""
@@ -107,10 +109,10 @@ class TrainStep:
             Sums over all processes; ``weight`` is 0 if the update was skipped.
 
         Raises:
-            NonFiniteLossError: if the loss is not finite; nothing was updated.
+            NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
         """
         rank, device = self.accelerator.process_index, self.accelerator.device
-        totals = torch.zeros(5, device=device, dtype=batches[0].x.dtype)
+        totals = torch.zeros(6, device=device, dtype=batches[0].x.dtype)
         for number, (x, y, _) in enumerate(batches):
             # Dropout and stochastic depth draw from torch's global streams.
             torch.manual_seed(derive_seed(self.seed, Stream.MODEL, epoch, step, rank, number))
@@ -136,8 +138,13 @@ class TrainStep:
                 totals[3] += len(y)
                 self.class_counts[0] += count_per_class(y, self.num_classes, batch.hard)
                 self.class_counts[1] += count_per_class(y, self.num_classes)
-        loss_sum, weight, hard, mined, seen = self.accelerator.reduce(totals, "sum").tolist()
-        self._update(loss_sum, weight, step)
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        if gradients:
+            totals[5] = torch.stack([norm.to(totals.dtype) for norm in torch._foreach_norm(gradients)]).sum()
+        # The only wait for the device in an update, apart from finding the hard rows.
+        loss_sum, weight, hard, mined, seen, gradient_size = self.accelerator.reduce(totals, "sum").tolist()
+        self._refuse_if_not_finite(loss_sum, gradient_size, step)
+        self._update(gradients, weight, step)
         return Totals(loss=loss_sum, weight=weight, hard=hard, mined=mined, seen=seen)
 
     def _weighted_loss(self, batch: OuterBatch, x: Tensor) -> Tensor | None:
@@ -150,8 +157,8 @@ class TrainStep:
                 idle: Tensor = self.model(x[:1]).sum() * 0
             return idle
         if len(batch.x) == 1:
-            # BatchNorm refuses to normalize a single value; a copy of weight 0 leaves mean, variance and gradient
-            # of a single row as they are.
+            # BatchNorm refuses to normalize a single value; a copy of weight 0 leaves the row's normalization and
+            # gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
             batch = OuterBatch(
                 x=batch.x.repeat(2, 1, 1, 1),
                 y=batch.y.repeat(2),
@@ -161,19 +168,22 @@ class TrainStep:
         losses = self.objective.losses(self.model(batch.x), batch)
         return (losses * batch.weight).sum()
 
-    def _update(self, loss: float, weight: float, step: int) -> None:
-        """Normalize the gradients and step the optimizer, unless there is no loss, or none that is finite."""
-        if not math.isfinite(loss):
-            self.optimizer.zero_grad()
-            raise NonFiniteLossError(
-                f"the loss of update {step} is {loss}: the update was not made and earlier checkpoints are intact; "
-                "lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use "
-                "--mixed_precision no"
-            )
+    def _refuse_if_not_finite(self, loss: float, gradient_size: float, step: int) -> None:
+        if math.isfinite(loss) and math.isfinite(gradient_size):
+            return
+        self.optimizer.zero_grad()
+        what = "gradient" if math.isfinite(loss) else "loss"
+        raise NonFiniteLossError(
+            f"the {what} of update {step} is not finite: the update was not made. Lower --learning_rate, lengthen "
+            "--warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the last checkpoint is "
+            "spoilt, resume from an earlier one"
+        )
+
+    def _update(self, gradients: list[Tensor], weight: float, step: int) -> None:
+        """Normalize the gradients and step the optimizer, unless no process had a row to train on."""
         if weight == 0:
             self.optimizer.zero_grad()
             return
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         torch._foreach_div_(gradients, weight)
         if self.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)

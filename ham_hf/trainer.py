@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
-from ham_hf.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_best, save_checkpoint
+from ham_hf.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_best,
+    load_checkpoint,
+    rewind,
+    save_best,
+    save_checkpoint,
+)
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, PixelBatch
 from ham_hf.evaluation import EvaluationAttack, check_pixel_range, evaluate
@@ -28,6 +37,27 @@ from ham_hf.train_step import Totals, TrainStep
 
 logger = logging.getLogger(__name__)
 
+MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",  # with the accumulation and the processes it makes examples_per_update
+        "gradient_accumulation_steps",
+        "memory_format",
+        "torch_compile",
+        "use_cpu",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "report_to",
+        "disable_tqdm",
+    }
+)
+"""Settings of the training loop that a resumed run may change."""
+
 
 @dataclass(kw_only=True)
 class Progress:
@@ -36,7 +66,7 @@ class Progress:
     Attributes:
         step: updates done, skipped ones included.
         skipped_updates: updates skipped because no process had a row to train on.
-        seconds: training time so far, validation and earlier parts of a resumed run included.
+        seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
         mined_per_class: examples of each class that mining looked at in the current epoch.
         hard_per_class: those of them that were hard.
         since_log: sums since the last line of the log.
@@ -67,7 +97,8 @@ class Trainer:
         config: settings of the training loop.
         accelerator: from one CPU process to many nodes.
         eval_batch_size: images per batch and process when validating.
-        after_save: called on the main process after every checkpoint.
+        after_save: called on the main process after every checkpoint; what goes wrong in it is logged, and training
+            goes on.
 
     Raises:
         ValueError: if the training split is smaller than one update's batch, a class count or a resumed
@@ -84,7 +115,7 @@ class Trainer:
         accelerator: Accelerator,
         *,
         eval_batch_size: int = 256,
-        after_save: Callable[[Progress], None] | None = None,
+        after_save: Callable[[Trainer], None] | None = None,
     ) -> None:
         self.data, self.objective, self.attack, self.config = data, objective, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
@@ -160,7 +191,6 @@ class Trainer:
             total_steps=self.total_steps,
             show_progress=not self.config.disable_tqdm,
         )
-        self.clock = time.perf_counter()
         try:
             while self.progress.step < self.total_steps:
                 self._train_epoch(self.progress.step // self.updates_per_epoch)
@@ -187,13 +217,15 @@ class Trainer:
         return self.progress.step % self.config.save_steps == 0
 
     def _one_update(self, epoch: int, batches: Iterator[PixelBatch]) -> None:
-        step = self.progress.step
+        step, since = self.progress.step, time.perf_counter()
         micro_batches = list(islice(batches, self.config.gradient_accumulation_steps))
         if step == 0:
             check_pixel_range(micro_batches[0].x)
         learning_rate = set_learning_rate(self.scheduler, epoch=epoch, step=step)
         totals = self.train_step(micro_batches, epoch=epoch, step=step)
-        window = Totals(**self.progress.since_log) + totals
+        elapsed = time.perf_counter() - since
+        self.progress.seconds += elapsed
+        window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.weight == 0
         self.progress.step = step + 1
@@ -202,28 +234,23 @@ class Trainer:
             self._log_training(epoch, learning_rate, window)
 
     def _log_training(self, epoch: int, learning_rate: float, window: Totals) -> None:
-        elapsed = self._lap()
         values: dict[str, float | None] = {
             "loss": window.loss / window.weight if window.weight else None,
             "hard_fraction": window.hard / window.mined if window.mined else None,
-            "images_per_second": window.seen / elapsed,
+            "images_per_second": window.seen / window.seconds,
         }
         self.log.show({"loss": values["loss"], "hard": values["hard_fraction"], "img/s": values["images_per_second"]})
         extra = {"learning_rate": learning_rate, "skipped_updates": self.progress.skipped_updates}
         self.log.write("train", self.progress.step, {"epoch": epoch, **values, **extra})
         self.progress.since_log = {}
 
-    def _lap(self) -> float:
-        """Seconds since the last call, which are added to the run's training time."""
-        now = time.perf_counter()
-        elapsed, self.clock = now - self.clock, now
-        self.progress.seconds += elapsed
-        return elapsed
-
     def _validate(self, epoch: int) -> None:
         """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
+        since = time.perf_counter()
         hard, mined = self._class_counts()
-        self.train_step.class_counts.zero_()
+        if self.progress.step % self.updates_per_epoch == 0:
+            # Not where max_steps cuts an epoch short: a longer run may go on with it.
+            self.train_step.class_counts.zero_()
         record: dict[str, Any] = {"epoch": epoch, "hard_fraction": None, "hard_per_class": None}
         if sum(mined):
             record["hard_fraction"] = sum(hard) / sum(mined)
@@ -246,7 +273,7 @@ class Trainer:
                 "robust_plus_worst": robust.average + robust.worst_class,
                 "last": score,
             }[self.config.selection_metric]
-        self._lap()
+        self.progress.seconds += time.perf_counter() - since
         step = self.progress.step
         self.log.write("validation", step, record)
         self.progress.history.append({"step": step, **record})
@@ -284,7 +311,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint on the main process; all processes wait for it."""
-        self._lap()
         self.progress.hard_per_class, self.progress.mined_per_class = self._class_counts()
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
@@ -294,15 +320,29 @@ class Trainer:
                 state=asdict(self.progress),
             )
             save_checkpoint(self.output_dir, checkpoint, keep=self.config.save_total_limit)
-            if self.after_save is not None:
-                self.after_save(self.progress)
+            self._after_save()
         self.accelerator.wait_for_everyone()
+
+    def _after_save(self) -> None:
+        if self.after_save is None:
+            return
+        try:
+            self.after_save(self)
+        except Exception:
+            # Whatever it is, it is worth less than the training; the next save tries again.
+            logger.exception("after the checkpoint of update %d", self.progress.step)
+
+    def selected_weights(self) -> dict[str, Tensor]:
+        """State dict of the best validation so far; before the first, of the current (averaged) weights."""
+        if self.progress.best is None:
+            return dict(self.selected_module.state_dict())
+        return load_best(self.output_dir)[0]
 
     def resume(self) -> None:
         """Go to the checkpoint that the configuration names, if it names one.
 
         Raises:
-            ValueError: if there is no such checkpoint or it belongs to a run with another plan.
+            ValueError: if there is no such checkpoint or it belongs to a run with other settings.
         """
         if self.config.resume_from_checkpoint is None:
             return
@@ -314,34 +354,48 @@ class Trainer:
         progress = Progress(**checkpoint.state)
         plan = self._plan()
         changed = [
-            f"{key} {progress.plan.get(key)} -> {plan[key]}" for key in plan if progress.plan.get(key) != plan[key]
+            f"{key} {str(progress.plan.get(key))[:60]} -> {str(plan[key])[:60]}"
+            for key in plan
+            if progress.plan.get(key) != plan[key]
         ]
         if changed:
             raise ValueError(
-                f"--resume_from_checkpoint {path} belongs to another run; what differs: {'; '.join(changed)}"
+                f"--resume_from_checkpoint {path} belongs to a run with other settings: {'; '.join(changed)}; "
+                "resume with the same ones, or start a new run in another --output_dir"
             )
-        if (checkpoint.ema is None) != (self.ema is None):
-            raise ValueError(f"--resume_from_checkpoint {path} was written with another --ema_decay setting")
         self.module.load_state_dict(checkpoint.model)
         if self.ema is not None and checkpoint.ema is not None:
             self.ema.module.load_state_dict(checkpoint.ema)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = progress
         if self.accelerator.is_main_process:
+            rewind(self.output_dir, path)
             # The counts are global: one process goes on from them, the others from zero.
             counts = torch.tensor([progress.hard_per_class, progress.mined_per_class])
             self.train_step.class_counts += counts.to(self.accelerator.device)
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
 
     def _plan(self) -> dict[str, Any]:
-        """What decides which example is seen when: a run that differs in it cannot continue this one."""
-        return {
-            "num_train_examples": len(self.data.train),
-            "num_classes": self.num_classes,
-            "examples_per_update": self.per_update,
-            "seed": self.config.seed,
+        """What a run that continues this one must share: data, network, method, and all that decides an update."""
+        threat_model = self.attack.threat_model
+        plan = {name: value for name, value in asdict(self.config).items() if name not in MAY_CHANGE}
+        plan |= {f"{self.objective.name}.{name}": value for name, value in asdict(self.objective).items()}
+        plan |= {
             "method": self.objective.name,
+            "norm": threat_model.norm,
+            "epsilon": float(threat_model.epsilon),
+            "num_steps": self.attack.num_steps,
+            "step_size": self.attack.step_size,
+            "examples_per_update": self.per_update,
+            "num_train_examples": len(self.data.train),
+            "num_validation_examples": len(self.data.validation) if self.data.validation is not None else 0,
+            "class_names": self.data.class_names,
+            "augmentation": self.data.augmentation,
+            "parameter_shapes": [list(parameter.shape) for parameter in self.module.parameters()],
         }
+        # Through JSON, as it comes back from a checkpoint: tuples become lists.
+        same_types: dict[str, Any] = json.loads(json.dumps(plan))
+        return same_types
 
     def _requests(self, epoch: int) -> list[BatchRequest]:
         """This process's batches of an epoch, one per accumulation step, in order.

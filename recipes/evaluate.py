@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ham_hf.checkpoint import claim_output_dir
+from ham_hf.checkpoint import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
 from ham_hf.config import config_to_dict, parse_evaluate_config
 from ham_hf.evaluation import require_autoattack
 from ham_hf.launching import clean_exit, create_accelerator, set_up_logging
@@ -26,9 +26,11 @@ from ham_hf.report import results_table, text_table
 from ham_hf.reporting import evaluation_report, write_evaluation
 from ham_hf.runs import (
     align_classes,
+    check_test_images,
     evaluate_on_test,
     example_strip,
     load_data,
+    num_logits,
     threat_model_of,
 )
 
@@ -39,21 +41,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation from the command line ``argv`` (None: the process's)."""
     set_up_logging()
     config = parse_evaluate_config(argv)
-    accelerator = create_accelerator(use_cpu=config.use_cpu)
-    with clean_exit(ValueError):
+    with clean_exit(ValueError, OSError):
         if config.evaluation.autoattack:
             require_autoattack()
+        check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
+        accelerator = create_accelerator(use_cpu=config.use_cpu)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded)
-        if accelerator.is_main_process:
-            claim_output_dir(config.output_path, overwrite=config.overwrite_output_dir, resume=False)
-        # Training images are not looked at: only as many are decoded as the loader needs to tell the classes.
-        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=1)
+        # Training images are not looked at; of each class one is loaded, so that the loader can tell the classes.
+        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=num_logits(loaded))
         with accelerator.main_process_first():
             data = load_data(
                 settings, image_size=loaded.preprocessing.image_size, inputs=loaded.preprocessing, seed=config.seed
             )
+        check_test_images(loaded, data, config.data.test_fraction)
         model = align_classes(loaded, data.class_names)
+        if accelerator.is_main_process:
+            clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
+        accelerator.wait_for_everyone()
     logger.info("evaluating %s on %d images of %s", config.model, len(data.test), data.name)
 
     results = evaluate_on_test(

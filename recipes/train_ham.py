@@ -13,21 +13,23 @@ Without arguments it runs recipes/digits/ham.yaml: real data, offline, about two
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.checkpoint import claim_output_dir, load_best
-from ham_hf.config import config_to_dict, config_to_yaml, parse_train_config
+from ham_hf.checkpoint import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, load_best
+from ham_hf.config import config_to_dict, parse_train_config
 from ham_hf.evaluation import require_autoattack
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.launching import clean_exit, create_accelerator, set_up_logging
+from ham_hf.launching import clean_exit, create_accelerator, explain_interrupt, set_up_logging
 from ham_hf.models import input_defaults
 from ham_hf.objectives import InnerAttack
+from ham_hf.optimization import check_optimizer
 from ham_hf.report import results_table, text_table
-from ham_hf.reporting import training_report, write_training
+from ham_hf.reporting import training_report, write_config, write_training
 from ham_hf.runlog import check_tracker
 from ham_hf.runs import (
     evaluate_on_test,
@@ -37,7 +39,7 @@ from ham_hf.runs import (
     new_model,
 )
 from ham_hf.train_step import NonFiniteLossError
-from ham_hf.trainer import Progress, Trainer
+from ham_hf.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train_ham")
 
@@ -45,47 +47,43 @@ logger = logging.getLogger("ham_hf.train_ham")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from the command line ``argv`` (None: the process's)."""
     set_up_logging()
-    ########################
-    # Settings, and everything that can be refused before anything expensive starts
-    ########################
     config = parse_train_config(argv, default_recipe=Path(__file__).parent / "digits" / "ham.yaml")
     folder, hub, seed = Path(config.training.output_dir), config.hub, config.training.seed
     threat_model = ThreatModel(config.attack.norm, config.attack.epsilon)
-    with clean_exit(ValueError):
+
+    ########################
+    # Everything that can be refused, before anything is written
+    ########################
+    with clean_exit(ValueError, OSError):
         check_tracker(config.training.report_to)
+        check_optimizer(config.training.optimizer)
         if config.evaluation.autoattack:
             require_autoattack()
-    accelerator = create_accelerator(
-        use_cpu=config.training.use_cpu,
-        mixed_precision=config.training.mixed_precision,
-        report_to=config.training.report_to,
-        logging_dir=folder / "logs",
-    )
-    repo_id = None
-    with clean_exit(ValueError):
+        check_output_dir(
+            folder,
+            overwrite=config.training.overwrite_output_dir,
+            resume=config.training.resume_from_checkpoint is not None,
+        )
         inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
-        if accelerator.is_main_process:
-            claim_output_dir(
-                folder,
-                overwrite=config.training.overwrite_output_dir,
-                resume=config.training.resume_from_checkpoint is not None,
-            )
-            if hub.push_to_hub:
-                repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
-            (folder / "train_config.yaml").write_text(config_to_yaml(config))
-
-        ########################
-        # Data and model
-        ########################
+        accelerator = create_accelerator(
+            use_cpu=config.training.use_cpu,
+            mixed_precision=config.training.mixed_precision,
+            report_to=config.training.report_to,
+            logging_dir=folder / "logs",
+        )
+        repo_id = None
+        if hub.push_to_hub and accelerator.is_main_process:
+            repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
         with accelerator.main_process_first():
             data = load_data(config.data, image_size=config.model.image_size, inputs=inputs, seed=seed)
         model, preprocessing = new_model(config.model, data, seed=seed)
+        # Takes the selected weights later; made now, as the trainer changes the forward and the place of its own.
+        selected = copy.deepcopy(model)
 
-        def export_and_push(progress: Progress) -> None:
-            selected, _ = new_model(config.model, data, seed=seed)
-            selected.load_state_dict(load_best(folder)[0])
+        def export_and_push(trainer: Trainer) -> None:
+            selected.load_state_dict(trainer.selected_weights())
             export_model(selected, config, data, preprocessing)
-            try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=f"Step {progress.step}")
+            try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=f"Step {trainer.progress.step}")
 
         trainer = Trainer(
             model,
@@ -99,30 +97,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             eval_batch_size=config.evaluation.per_device_eval_batch_size,
             after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
         )
-        logger.info(
-            "training %s on %s: %d images, %d classes, %d updates, %d process(es) on %s",
-            config.model.model_name,
-            data.name,
-            len(data.train),
-            len(data.class_names),
-            trainer.total_steps,
-            accelerator.num_processes,
-            accelerator.device,
-        )
-        accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
         trainer.resume()
+        if accelerator.is_main_process:
+            if config.training.overwrite_output_dir:
+                clear_output_dir(folder, OWNED_BY_TRAINING)
+            write_config(config, folder)
+        accelerator.wait_for_everyone()
 
     ########################
     # Training
     ########################
-    with clean_exit(NonFiniteLossError):
+    logger.info(
+        "training %s on %s: %d images, %d classes, %d updates, %d process(es) on %s",
+        config.model.model_name,
+        data.name,
+        len(data.train),
+        len(data.class_names),
+        trainer.total_steps,
+        accelerator.num_processes,
+        accelerator.device,
+    )
+    accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
+    with clean_exit(NonFiniteLossError), explain_interrupt(folder):
         progress = trainer.fit()
+    accelerator.wait_for_everyone()
 
     ########################
     # Evaluation of the selected weights on the test split, once
     ########################
-    accelerator.wait_for_everyone()
-    selected, _ = new_model(config.model, data, seed=seed)
     weights, best = load_best(folder)
     selected.load_state_dict(weights)
     results = evaluate_on_test(

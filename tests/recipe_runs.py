@@ -46,10 +46,10 @@ def launch_command(script: str, *arguments: str, processes: int = 1) -> list[str
     return [*LAUNCH, *PROCESSES[processes], str(ROOT / "recipes" / script), *arguments]
 
 
-def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1, cwd: Path | None = None) -> str:
+def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1, timeout: int = 300) -> str:
     """Run a recipe to its end and return what it printed."""
     command = launch_command(script, *arguments, processes=processes)
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, input_gradient, margin_loss, pgd
+from ham_hf.attacks import ThreatModel, cross_entropy, evaluation_mode, input_gradient, margin_loss, pgd
 from tests.golden_data import TOLERANCE, golden_case, golden_net
 
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -228,6 +228,17 @@ def test_margin_loss_by_hand():
 def test_malformed_batches_are_refused(x, y, message):
     with pytest.raises(ValueError, match=message):
         pgd(nn.Identity(), x, y, threat_model=ThreatModel(), num_steps=1, step_size=0.1)
+
+
+def test_a_scalar_tensor_is_one_radius_for_all():
+    threat = ThreatModel(epsilon=torch.tensor(0.1))
+    assert threat.rows(torch.tensor([0, 2])).epsilon is threat.epsilon
+
+
+def test_cross_entropy_is_float32_at_least():
+    logits, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert cross_entropy(logits.bfloat16(), y).dtype == torch.float32
+    assert cross_entropy(logits.double(), y).dtype == torch.float64
 
 
 def test_epsilon_must_match_the_batch():

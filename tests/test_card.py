@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from itertools import pairwise
@@ -20,6 +21,9 @@ from PIL import Image
 
 from ham_hf import card
 from ham_hf.card import evaluation_section, fraction_text, write_card
+from ham_hf.decoding import EvalTransform
+from ham_hf.export import export_for_timm
+from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.plots import save_figures
 from ham_hf.report import RunReport, ThreatModelReport, plain_text
 from tests.example_report import DIGITS, make_report, with_dataset, with_model
@@ -334,3 +338,56 @@ def test_loading_lines_run(
     name, probability = capsys.readouterr().out.split()
     assert name in DIGITS
     assert 0 < float(probability) <= 1
+
+
+@pytest.mark.parametrize(("in_chans", "crop_pct"), [(3, 1.0), (3, 0.875), (1, 1.0)])
+def test_loading_lines_of_an_enlarged_network_take_any_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_chans: int, crop_pct: float
+) -> None:
+    """An image that is not of the training size, through the card's Python block and through our own pipeline."""
+    torch.manual_seed(0)
+    preprocessing = Preprocessing(
+        image_size=16,
+        in_chans=in_chans,
+        interpolation="bicubic",
+        crop_pct=crop_pct,
+        mean=(0.5, 0.4, 0.3)[:in_chans],
+        std=(0.2, 0.25, 0.3)[:in_chans],
+    )
+    backbone = create_backbone(
+        "resnet18_cifar",
+        pretrained=False,
+        num_classes=10,
+        preprocessing=preprocessing,
+        model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+    )
+    info = export_for_timm(
+        backbone,
+        tmp_path,
+        preprocessing=preprocessing,
+        class_names=DIGITS,
+        metadata={},
+        model_license="mit",
+        tag="ham_test",
+    )
+    pixels = torch.randint(0, 256, (29, 41, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    report = with_model(make_report(), upsample=info.upsample, **dataclasses.asdict(preprocessing))
+    text = written(report, tmp_path, repo_id=None)
+    assert "`resolve_model_data_config` gives all of this" not in text
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    exec(block, variables)
+    image = Image.open("image.png").convert("L" if in_chans == 1 else "RGB")
+    x = EvalTransform(16, crop_pct, "bicubic")(image)[None] / 255
+    with torch.inference_mode():
+        expected = load_pixel_model(str(tmp_path)).model(x).softmax(dim=1)[0]
+    assert expected.max() - expected.min() > 1e-3
+    torch.testing.assert_close(variables["probabilities"], expected, rtol=0, atol=1e-6)
+
+
+def test_literals_stay_inside_their_quotes() -> None:
+    assert card.literal(0.875) == "0.875"
+    assert ast.literal_eval(card.literal('bi"cubic\\')) == 'bi"cubic\\'
+    assert "`" not in card.literal("```")

@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from ham_hf.checkpoint import (
+    OWNED_BY_EVALUATION,
+    OWNED_BY_TRAINING,
     Checkpoint,
-    claim_output_dir,
+    check_evaluation_dir,
+    check_output_dir,
+    clear_output_dir,
     find_checkpoint,
     list_checkpoints,
     load_best,
     load_checkpoint,
+    rewind,
     save_best,
     save_checkpoint,
 )
@@ -107,21 +112,57 @@ def test_best_weights_and_their_state_are_one_file(tmp_path):
 
 
 def test_output_folder_with_content_is_refused(tmp_path):
-    claim_output_dir(tmp_path / "new" / "run", overwrite=False, resume=False)
-    assert (tmp_path / "new" / "run").is_dir()
+    check_output_dir(tmp_path / "new" / "run", overwrite=False)
+    assert not (tmp_path / "new").exists()
+    check_output_dir(tmp_path, overwrite=False)
     (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"--output_dir .*--resume_from_checkpoint latest.*--overwrite_output_dir"):
-        claim_output_dir(tmp_path, overwrite=False, resume=False)
-    claim_output_dir(tmp_path, overwrite=False, resume=True)
+    with pytest.raises(ValueError, match=r"--output_dir .*--overwrite_output_dir.*--resume_from_checkpoint latest"):
+        check_output_dir(tmp_path, overwrite=False)
+    check_output_dir(tmp_path, overwrite=False, resume=True)
+    check_output_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
-        claim_output_dir(tmp_path / "note.txt", overwrite=True, resume=False)
+        check_output_dir(tmp_path / "note.txt", overwrite=True)
 
 
-def test_overwriting_removes_a_run_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "train_config.yaml"])
+def test_evaluation_never_goes_where_a_model_is(tmp_path, name):
+    check_evaluation_dir(tmp_path, overwrite=False)
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match="holds a model"):
+        check_evaluation_dir(tmp_path, overwrite=True)
+
+
+def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     save_checkpoint(tmp_path, make(1), keep=None)
     save_best(tmp_path, {"w": torch.ones(1)}, {})
     for name in ("model.safetensors", "report.json", "note.txt", "checkpoint-old.zip"):
         (tmp_path / name).write_text(json.dumps({}))
-    (tmp_path / "figures").mkdir()
-    claim_output_dir(tmp_path, overwrite=True, resume=False)
+    for name in ("figures", "checkpoint-9.abandoned", ".checkpoint-3.part"):
+        (tmp_path / name).mkdir()
+    clear_output_dir(tmp_path, OWNED_BY_EVALUATION)
+    assert not (tmp_path / "figures").exists()
+    assert (tmp_path / "model.safetensors").exists()
+    assert names(tmp_path) == ["checkpoint-1"]
+    clear_output_dir(tmp_path, OWNED_BY_TRAINING)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-old.zip", "note.txt"]
+
+
+def test_rewinding_restores_the_best_weights_of_that_moment(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save_best(tmp_path, {"w": torch.full((2,), float(step))}, {"step": step})
+        save_checkpoint(tmp_path, make(step), keep=None)
+    rewind(tmp_path, tmp_path / "checkpoint-2")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert (tmp_path / "checkpoint-3.abandoned").is_dir()
+    assert "checkpoint-3" in caplog.text
+    assert load_best(tmp_path)[1] == {"step": 2}
+    other = tmp_path / "other"
+    rewind(other, tmp_path / "checkpoint-1")
+    assert load_best(other)[1] == {"step": 1}
+
+
+def test_rewinding_to_before_the_first_validation_forgets_the_best(tmp_path):
+    path = save_checkpoint(tmp_path, make(1), keep=None)
+    save_best(tmp_path, {"w": torch.ones(2)}, {"step": 2})
+    rewind(tmp_path, path)
+    assert not (tmp_path / "checkpoint-best" / "model.safetensors").exists()

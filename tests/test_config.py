@@ -249,7 +249,26 @@ BAD_FLAGS = [
     ("-epsilon 8/255", ["epsilon"]),
     ("--no_push_to_hubb", ["no_push_to_hubb"]),
     ("--xyzzy 1", ["xyzzy"]),
-    ("--learn 0.1", ["learn"]),
+    ("--learn 0.1", ["learn", "did you mean --learning_rate?"]),
+    ("--epoch 3", ["'epoch'", "did you mean --num_train_epochs?"]),
+    ("--epochs 3", ["did you mean --num_train_epochs?"]),
+    ("--batch_size 3", ["did you mean --per_device_train_batch_size?"]),
+    ("--steps 7", ["did you mean --num_steps?"]),
+    ("--lr_decay 0.1", ["did you mean --lr_drops?"]),
+    ("--wd 0", ["did you mean --weight_decay?"]),
+    ("--opt sgd", ["did you mean --optimizer?"]),
+    ("--arch resnet18", ["did you mean --model_name?"]),
+    ("--model resnet18", ["did you mean --model_name?"]),
+    ("--dataset cifar10", ["did you mean --dataset_name?"]),
+    ("--dataset_id cifar10", ["did you mean --dataset_name?"]),
+    ("--bf16", ["did you mean --mixed_precision bf16?"]),
+    ("--gradient_accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--grad_accum 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--workers 2", ["did you mean --dataloader_num_workers?"]),
+    ("--warmup 5", ["did you mean --warmup_epochs?"]),
+    ("--private", ["did you mean --hub_private_repo?"]),
+    ("--keep_easy 0.1", ["did you mean --keep_easy_"]),
     ("stray", ["unexpected word 'stray'"]),
     ("--seed 1 2", ["unexpected word '2'"]),
     # methods
@@ -320,6 +339,10 @@ BAD_FLAGS = [
     ("--hub_model_id me/" + 94 * "x", ["--hub_model_id", "at most 96"]),
     ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
     ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
+    ("--hub_model_id me/x", ["--hub_model_id me/x has no effect without --push_to_hub"]),
+    ("--hub_private_repo", ["--hub_private_repo has no effect without --push_to_hub"]),
+    ("--hub_revision v2", ["--hub_revision v2 has no effect without --push_to_hub"]),
+    ("--hub_strategy every_save", ["--hub_strategy every_save has no effect without --push_to_hub"]),
     ("--validation_fraction 0", ["--validation_fraction 0", "--selection_metric last"]),
     ("--lr_drops 90:0.1 60:0.01", ["--lr_drops 90:0.1 60:0.01", "increasing epochs"]),
     ("--lr_drops 60:0.1 90:0.1", ["--lr_drops 60:0.1 90:0.1", "of --learning_rate itself"]),
@@ -406,6 +429,11 @@ def test_everything_that_is_wrong_is_listed_at_once(recipe, capsys):
     assert message.count("\n  - ") == 4
     for fragment in ("--epsilon big", "unheard_of", "--num_steps 0", "'lr'"):
         assert fragment in message
+
+
+def test_a_name_like_no_setting_gets_no_suggestion(capsys):
+    for word in ("--xyzzy", "--q", "--hub_token", "--label_smoothing"):
+        assert "did you mean" not in message_of_exit([word, "1"], capsys), word
 
 
 def test_contradictions_of_several_groups_are_listed_at_once(capsys):
@@ -717,6 +745,9 @@ def test_output_of_an_evaluation_is_named_after_the_model(model, folder):
         ("a --dataset_name d --eval_step_size 2", ["did you mean 2/255?"]),
         ("a --dataset_name d --mining_step 3", ["there is no setting 'mining_step'"]),
         ("a --dataset_name d --eval_num_step 3", ["did you mean --eval_num_steps?"]),
+        ("a --dataset_name d --batch_size 3", ["did you mean --per_device_eval_batch_size?"]),
+        ("a --dataset_name d --num_steps 3", ["did you mean --eval_num_steps?"]),
+        ("--dataset_name d --model_name a", ["did you mean --model?"]),
     ],
 )
 def test_bad_evaluations(argv, fragments, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_families_train_export_and_reload(name, size, in_chans, tmp_path):
     assert loaded.class_names == tuple(CLASSES)
     assert (info.upsample == 4) == (name == "resnet18_cifar")
     assert info.needs_ham_hf == name.startswith(("preact", "wide"))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_permissions_of_any_new_file(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        export(trained("test_resnet"), tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), 0o666 & ~mask)
 
 
 PLAIN_TIMM = """

@@ -99,6 +99,7 @@ def pushed(hub, environment, tmp_path_factory):
         "--push_to_hub",
         "--hub_model_id=sky",
         "--hub_strategy=every_save",
+        "--save_steps=3",
         f"--output_dir={folder}",
     )
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -123,7 +124,7 @@ def test_everything_published_is_what_lies_on_disk(pushed, hub):
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "checkpoint" not in str(p)}
     assert published == on_disk
     assert all(tree[path].data == (folder / path).read_bytes() for path in published)
-    assert len(hub.model("me/sky").history()) >= 3  # the first commit, a push in mid-run, the last one
+    assert len(hub.model("me/sky").history()) >= 3  # the first commit, pushes in mid-run, the last one
     assert "pushed to" in done.stdout
     card = (folder / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])

@@ -353,6 +353,16 @@ class TestLoadPixelModel:
         with pytest.raises(ValueError, match=message):
             load_pixel_model(source, revision=revision)
 
+    def test_checkpoint_of_a_run_points_to_the_exported_model(self, tmp_path):
+        self.write_config(tmp_path / "run")
+        for name in ("checkpoint-best", "checkpoint-20"):
+            (tmp_path / "run" / name).mkdir()
+            with pytest.raises(ValueError, match=rf"{name} has no config.json; .* try {tmp_path / 'run'}$"):
+                load_pixel_model(str(tmp_path / "run" / name))
+        (tmp_path / "lone").mkdir()
+        with pytest.raises(ValueError, match=r"as timm writes them$"):
+            load_pixel_model(str(tmp_path / "lone"))
+
     def test_timm_name(self):
         loaded = load_pixel_model("test_resnet", pretrained=False)
         assert loaded.class_names is None

@@ -187,7 +187,12 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
         ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*--test_split"),
         ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
         ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
-        ("float64", [0.5, 1.5], [0.5, 1.5], "no label column"),
+        (
+            "float64",
+            [0.5, 1.5],
+            [0.5, 1.5],
+            "no label column .'label' is float64, and labels are integers.*name one of",
+        ),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], test: list[Any], message: str) -> None:

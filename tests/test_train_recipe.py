@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.checkpoint import list_checkpoints, load_best
+from ham_hf.hub import PushError
 from ham_hf.report import read_report
 from tests.recipe_runs import SMALL, launch, launch_command, recipe_module
 
@@ -170,12 +171,93 @@ def test_bad_input_is_refused_before_training(tmp_path, capsys, arguments, fragm
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_refused_run_leaves_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    refused(capsys, f"--output_dir={folder}", "--per_device_train_batch_size=500")
+    assert not folder.exists()
+
+
+def test_refused_resume_leaves_the_run_as_it_was(finished, capsys):
+    _, folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    changes = ["--epsilon=0.02", "--weight_decay=0.1", "--per_device_train_batch_size=16"]
+    message = refused(capsys, f"--output_dir={folder}", "--resume_from_checkpoint=latest", *changes)
+    assert "epsilon 0.1 -> 0.02" in message
+    assert "weight_decay 0.0005 -> 0.1" in message
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_folder_that_cannot_be_made_is_an_error_without_traceback(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, f"--output_dir={tmp_path / 'file' / 'run'}", "--per_device_train_batch_size=16")
+    assert str(tmp_path / "file") in message
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    recipe = recipe_module("train_ham.py")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.Trainer, "fit", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
+    assert stop.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_new_network_is_normalized_by_the_data(finished):
+    _, folder, _ = finished
+    recipe = recipe_module("train_ham.py")
+    config = recipe.parse_train_config(["--config", str(folder / "train_config.yaml")])
+    inputs = recipe.input_defaults(config.model.model_name, model_args=config.model.model_args)
+    data = recipe.load_data(config.data, image_size=None, inputs=inputs, seed=0)
+    model, preprocessing = recipe.new_model(config.model, data, seed=0)
+    assert preprocessing.mean == data.channel_mean == read_report(folder / "report.json").model.mean
+    assert model.mean.flatten().tolist() == pytest.approx(list(data.channel_mean))
+    assert data.channel_mean[0] < 0.4 < inputs.mean[0]  # digits are mostly black
+
+
+def test_evaluation_needs_a_folder_of_its_own_and_images_of_its_own(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    options = [str(folder), "--dataset_name=digits", "--use_cpu"]
+    before = sorted(folder.rglob("*"))
+    message = refused(capsys, *options, f"--output_dir={folder}", "--overwrite_output_dir", script="evaluate.py")
+    assert "holds a model" in message
+    options += [f"--output_dir={tmp_path / 'e'}", "--test_fraction=0.5"]
+    message = refused(capsys, *options, script="evaluate.py")
+    assert "--test_fraction 0.5 would test on images that the model was trained on" in message
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_existing_output_folder_is_not_overwritten(finished, capsys):
     _, folder, _ = finished
     before = (folder / "report.json").stat().st_mtime_ns
     message = refused(capsys, f"--output_dir={folder}")
     assert "--overwrite_output_dir" in message
     assert (folder / "report.json").stat().st_mtime_ns == before
+
+
+def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    recipe = recipe_module("train_ham.py")
+    pushed = []
+
+    def push_folder(path, repo_id, **_):
+        pushed.append({str(found.relative_to(path)) for found in path.rglob("*") if found.is_file()})
+        raise PushError("the line is down; python recipes/push.py pushes it again")
+
+    monkeypatch.setattr(recipe, "check_write_access", lambda repo_id, **_: f"me/{repo_id}")
+    monkeypatch.setattr(recipe, "push_folder", push_folder)
+    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--push_to_hub", "--hub_model_id=sky"]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, *options, f"--output_dir={folder}"])
+    assert stop.value.code == 2
+    assert "recipes/push.py" in capsys.readouterr().err
+    (before,) = pushed
+    assert {"model.safetensors", "config.json", "README.md", "report.json", "figures/per_class_accuracy.png"} <= before
+    assert before == {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
+    assert "hf-hub:me/sky" in (folder / "README.md").read_text()
 
 
 def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
@@ -196,3 +278,38 @@ def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
     assert read_report(folder / "report.json").training.steps == 2
     capsys.readouterr()
+
+
+@pytest.mark.cifar10
+@pytest.mark.skipif("HAM_HF_CIFAR10" not in os.environ, reason="HAM_HF_CIFAR10 does not name a copy of CIFAR-10")
+def test_robust_accuracy_rises_on_cifar10(tmp_path, subprocess_env):
+    folder = tmp_path / "cifar10"
+    launch(
+        "train_ham.py",
+        f"--dataset_name={os.environ['HAM_HF_CIFAR10']}",
+        "--model_name=resnet18_cifar",
+        "--model_args",
+        "layers=[1,1,1,1]",
+        "channels=[16,32,64,128]",
+        "--num_steps=5",
+        "--step_size=3/255",
+        "--mining_step=2",
+        "--mining_start_epoch=1",
+        "--limit_train_examples=12800",
+        "--limit_test_examples=500",
+        "--num_train_epochs=3",
+        "--per_device_train_batch_size=64",
+        "--learning_rate=0.1",
+        "--lr_scheduler_type=cosine",
+        "--lr_step_unit=step",
+        "--validation_fraction=0.1",
+        f"--output_dir={folder}",
+        "--disable_tqdm",
+        env=subprocess_env | {"OMP_NUM_THREADS": "2"},
+        timeout=1800,
+    )
+    report = read_report(folder / "report.json")
+    first, last = report.training.history[0], report.training.history[-1]
+    assert report.training.steps == 3 * 180
+    assert last["robust_accuracy"] > max(0.2, first["robust_accuracy"])
+    assert 0.3 < last["hard_fraction"] < 0.95

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -140,9 +141,11 @@ def test_checkpoints_are_named_by_step_and_hold_no_pickled_weights(finished):
     assert {path.name for path in (folder / "checkpoint-8").iterdir()} == {
         "model.safetensors",
         "ema.safetensors",
+        "best.safetensors",
         "optimizer.pt",
         "trainer_state.json",
     }
+    assert not (folder / "checkpoint-4" / "best.safetensors").exists()  # before the first validation
 
 
 @pytest.mark.parametrize("cut_at", [4, 8, 12, 16])
@@ -203,6 +206,18 @@ def test_without_a_held_out_part_the_last_weights_are_taken(tmp_path):
     assert "robust_accuracy" not in progress.history[0]
 
 
+def test_training_never_looks_at_the_test_split(tmp_path):
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"the test split was asked for {name}")
+
+        __len__ = None
+
+    data = replace(image_data(), test=Untouchable())
+    progress = trainer(tmp_path / "run", data=data, num_train_epochs=2).fit()
+    assert len(progress.history) == 2
+
+
 def test_max_steps_ends_in_mid_epoch_with_validation_and_checkpoint(tmp_path):
     progress = trainer(tmp_path / "run", max_steps=8, save_steps=None).fit()
     assert progress.step == 8
@@ -260,7 +275,9 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     [
         ({"seed": 3}, None, r"seed 0 -> 3"),
         ({"per_device_train_batch_size": 16}, None, r"examples_per_update 8 -> 16"),
-        ({"ema_decay": None}, None, "--ema_decay"),
+        ({"ema_decay": None}, None, "ema_decay 0.9 -> None"),
+        ({"learning_rate": 0.2, "weight_decay": 0.1}, None, r"learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1"),
+        ({"optimizer": "adamw"}, None, r"optimizer momentum -> adamw"),
         ({}, image_data(46), r"num_train_examples 50 -> 46"),
         ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, None, "holds no complete checkpoint"),
     ],
@@ -271,6 +288,118 @@ def test_checkpoint_of_another_run_is_refused(finished, tmp_path, changes, data,
     run = trainer(folder, data=data, **({"resume_from_checkpoint": "latest"} | changes))
     with pytest.raises(ValueError, match=message):
         run.resume()
+
+
+def test_another_method_attack_or_network_is_another_run(finished):
+    folder = finished[0]
+    settings = config(folder, resume_from_checkpoint="latest")
+    wider = nn.Sequential(*make_net()[:-1], nn.Linear(8, 4, bias=False))
+    stronger = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.02)
+    for net, objective, attack, message in (
+        (make_net(), HAM(mining_start_epoch=1, mining_step=2), ATTACK, r"ham.mining_step 1 -> 2"),
+        (make_net(), PGDAT(), ATTACK, "method ham -> pgd_at"),
+        (make_net(), HAM_FROM_1, stronger, r"epsilon 0.05 -> 0.06"),
+        (wider, HAM_FROM_1, ATTACK, "parameter_shapes"),
+    ):
+        run = Trainer(net, image_data(), objective, attack, settings, Accelerator(cpu=True))
+        with pytest.raises(ValueError, match=message):
+            run.resume()
+
+
+def test_resuming_an_older_checkpoint_forgets_what_came_after_it(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    run = trainer(folder, resume_from_checkpoint=str(folder / "checkpoint-8"), max_steps=10, save_total_limit=1)
+    run.resume()
+    progress = run.fit()
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10"]
+    assert load_best(folder)[1] == progress.best
+    assert progress.best["step"] in (6, 10)
+
+
+def test_resuming_elsewhere_takes_the_best_weights_along(finished, tmp_path):
+    source = finished[0] / "checkpoint-18"
+    run = trainer(tmp_path / "elsewhere", resume_from_checkpoint=str(source))
+    run.resume()
+    progress = run.fit()
+    assert progress.step == 18
+    assert load_best(tmp_path / "elsewhere")[1] == progress.best == finished[1].best
+
+
+def test_epoch_that_max_steps_cuts_keeps_its_counts(finished, tmp_path):
+    folder = tmp_path / "run"
+    trainer(folder, max_steps=8).fit()
+    run = trainer(folder, resume_from_checkpoint="latest")
+    run.resume()
+    whole = {record["step"]: record["hard_per_class"] for record in finished[1].history}
+    again = {record["step"]: record["hard_per_class"] for record in run.fit().history}
+    assert again[12] == whole[12]
+    assert again[18] == whole[18]
+
+
+def test_hard_fraction_is_of_its_own_epoch(finished):
+    log = log_of(finished[0])
+    for epoch in (1, 2):
+        (validation,) = (r for r in log if r["type"] == "validation" and r["epoch"] == epoch)
+        lines = [r["hard_fraction"] for r in log if r["type"] == "train" and r["epoch"] == epoch]
+        assert validation["hard_fraction"] == pytest.approx(sum(lines) / 3)
+
+
+def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", num_train_epochs=1, save_steps=1)
+    slow = {"_save": run._save, "_held_out": run._held_out}
+
+    def slowed(name):
+        def call():
+            time.sleep(0.2)
+            return slow[name]()
+
+        return call
+
+    for name in slow:
+        monkeypatch.setattr(run, name, slowed(name))
+    progress = run.fit()
+    assert 0.2 < progress.seconds < 6 * 0.2
+    rates = [record["images_per_second"] for record in log_of(tmp_path / "run") if record["type"] == "train"]
+    assert all(rate > 16 / 0.4 for rate in rates)
+    assert sum(16 / rate for rate in rates) == pytest.approx(progress.seconds - 0.2, abs=0.15)
+
+
+def test_averaged_weights_follow_the_updates(tmp_path):
+    run = trainer(tmp_path / "run", max_steps=3, ema_decay=0.9)
+    average = {}
+    update = run.train_step.__class__.__call__
+
+    def spy(self, *args, **kwargs):
+        totals = update(self, *args, **kwargs)
+        for key, value in self.module.state_dict().items():
+            # The first update starts the average.
+            follows = key in average and value.is_floating_point()
+            average[key] = 0.9 * average[key] + 0.1 * value if follows else value.clone()
+        return totals
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.train_step.__class__, "__call__", spy)
+        run.fit()
+    for key, value in run.ema.module.state_dict().items():
+        torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-6)
+    weights, _ = load_best(tmp_path / "run")
+    assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+
+
+def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):
+    seen = []
+
+    def broken(run):
+        seen.append((run.progress.step, len(run.selected_weights())))
+        raise RuntimeError("the line is down")
+
+    settings = config(tmp_path / "run", max_steps=8, save_steps=4)
+    run = Trainer(make_net(), image_data(), HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True), after_save=broken)
+    assert run.fit().step == 8
+    count = len(run.module.state_dict())
+    assert seen == [(4, count), (8, count)]  # 4 is before the first validation: current weights
+    assert "the line is down" in caplog.text
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):

@@ -20,25 +20,39 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig | EvaluateConfig)
 
-# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name.
+# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name. Where an alias
+# stands for several, the first that the command has is suggested.
 _KNOWN_ELSEWHERE = {
-    "lr": "learning_rate",
-    "wd": "weight_decay",
-    "opt": "optimizer",
-    "optim": "optimizer",
-    "sched": "lr_scheduler_type",
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "eps": "epsilon",
-    "attack_steps": "num_steps",
-    "attack_step_size": "step_size",
-    "bf16": "mixed_precision",
-    "dataset": "dataset_name",
-    "model": "model_name",
-    "model_kwargs": "model_args",
-    "resume": "resume_from_checkpoint",
-    "begin_epoch": "mining_start_epoch",
-    "classify_step": "mining_step",
+    "learning_rate": "lr base_lr",
+    "weight_decay": "wd",
+    "optimizer": "opt optim",
+    "lr_scheduler_type": "sched scheduler schedule lr_schedule",
+    "lr_drops": "lr_decay lr_decay_epochs decay_epochs milestones",
+    "num_train_epochs": "epoch epochs num_epochs n_epochs",
+    "per_device_train_batch_size": "batch bs batch_size b",
+    "per_device_eval_batch_size": "batch bs batch_size b validation_batch_size test_batch_size",
+    "gradient_accumulation_steps": "accum_steps grad_accum grad_accum_steps",
+    "max_grad_norm": "clip_grad grad_clip gradient_clipping",
+    "ema_decay": "ema model_ema model_ema_decay",
+    "epsilon": "eps",
+    "num_steps": "steps attack_steps pgd_steps attack_iters",
+    "eval_num_steps": "num_steps steps attack_steps pgd_steps attack_iters",
+    "step_size": "alpha attack_step_size",
+    "eval_step_size": "step_size alpha attack_step_size",
+    "mixed_precision bf16": "bf16 fp16 amp amp_dtype half",
+    "memory_format channels_last": "channels_last",
+    "use_cpu": "cpu no_cuda device",
+    "dataset_name": "data dataset data_dir data_path dataset_path",
+    "model": "model_name model_name_or_path model_path model_id arch architecture backbone checkpoint",
+    "model_name": "model model_name_or_path arch architecture backbone",
+    "model_revision": "revision",
+    "dataset_revision": "revision",
+    "image_size": "img_size input_size resolution",
+    "model_args": "model_kwargs",
+    "resume_from_checkpoint": "resume",
+    "mining_start_epoch": "begin_epoch",
+    "mining_step": "classify_step",
+    "report_to": "log_wandb wandb tensorboard trackio",
 }
 
 
@@ -150,9 +164,29 @@ def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Objectiv
 def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     names = list(names)
     name = name.lower().replace("-", "_")
-    near = [_KNOWN_ELSEWHERE[name]] if _KNOWN_ELSEWHERE.get(name) in names else []
-    near = near or difflib.get_close_matches(name, names, n=1)
+    near = [ours for ours, aliases in _KNOWN_ELSEWHERE.items() if name in aliases.split() and ours.split()[0] in names]
+    near = near or _nearest_by_words(name, names) or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _nearest_by_words(name: str, names: Iterable[str]) -> list[str]:
+    """The name that has most of the words of ``name``, if that is more than half of its letters; else nothing."""
+    wanted = [word for word in name.split("_") if word]
+
+    def overlap(candidate: str) -> tuple[int, int]:
+        words = candidate.split("_")
+        found = [word for word in wanted if any(_alike(word, other) for other in words)]
+        return sum(map(len, found)), -len(words)
+
+    best = max(names, key=overlap, default="")
+    return [best] if 2 * overlap(best)[0] > sum(map(len, wanted)) else []
+
+
+def _alike(word: str, other: str) -> bool:
+    """Whether two words are one spelled in two ways, or one begins with the other (``accum``, ``accumulation``)."""
+    shorter, longer = sorted((word, other), key=len)
+    begins = len(shorter) >= 3 and longer.startswith(shorter)
+    return begins or difflib.SequenceMatcher(None, word, other).ratio() > 0.8
 
 
 def _assemble(

@@ -220,9 +220,17 @@ class HubConfig(SettingsGroup):
     model_license: str = setting("apache-2.0", "license of the trained weights, for the model card")
 
     def contradictions(self) -> Iterator[str]:
-        """A push without a target, or to an impossible one."""
+        """A push without a target, or to an impossible one; settings of a push without a push."""
         if self.push_to_hub and self.hub_model_id is None:
             yield "--push_to_hub needs --hub_model_id OWNER/NAME"
+        if not self.push_to_hub:
+            idle = {
+                f"--hub_model_id {self.hub_model_id}": self.hub_model_id is not None,
+                "--hub_private_repo": self.hub_private_repo,
+                f"--hub_revision {self.hub_revision}": self.hub_revision != "main",
+                f"--hub_strategy {self.hub_strategy}": self.hub_strategy != "end",
+            }
+            yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
         if self.hub_model_id is not None and not (
             _HUB_ID.fullmatch(self.hub_model_id) and len(self.hub_model_id) <= 96
         ):

@@ -1,0 +1,96 @@
+"""What the recipes share: classes of a model and a dataset, the threat model of an evaluation, the shown images."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
+from ham_hf.models import LoadedModel, PixelModel, Preprocessing
+from ham_hf.runlog import check_tracker, read_log
+from ham_hf.runs import align_classes, example_strip, threat_model_of
+from tests.nets import TensorImages
+
+PREPROCESSING = Preprocessing(
+    image_size=4, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.5,)
+)
+
+
+def loaded(class_names=("cat", "dog", "owl"), metadata=None):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    backbone.num_classes = 3
+    return LoadedModel(
+        model=PixelModel(backbone, (0.5,), (0.5,)).eval(),
+        preprocessing=PREPROCESSING,
+        class_names=class_names,
+        metadata=metadata or {},
+    )
+
+
+def test_classes_in_another_order_are_matched_by_name():
+    found = loaded()
+    x = torch.rand(5, 1, 4, 4)
+    model = align_classes(found, ("owl", "cat", "dog"))
+    assert torch.equal(model(x), found.model(x)[:, [2, 0, 1]])
+    assert align_classes(found, ("cat", "dog", "owl")) is found.model
+    assert align_classes(loaded(class_names=None), ("a", "b", "c"))(x).shape == (5, 3)
+
+
+def test_other_class_names_are_a_warning_and_another_number_an_error(caplog):
+    align_classes(loaded(), ("0", "1", "2"))
+    assert "taking them to be in the same order" in caplog.text
+    with pytest.raises(ValueError, match="3 classes apart and the dataset has 4"):
+        align_classes(loaded(), ("cat", "dog", "owl", "rat"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "expected"),
+    [
+        ({}, {}, ("linf", 8 / 255)),
+        ({}, {"norm": "l2", "epsilon": 0.5}, ("l2", 0.5)),
+        ({"epsilon": 0.1}, {"norm": "linf", "epsilon": 0.5}, ("linf", 0.1)),
+        ({"norm": "l2", "epsilon": 0.1}, {"norm": "linf", "epsilon": 0.5}, ("l2", 0.1)),
+        ({"norm": "linf"}, {"norm": "l2", "epsilon": 0.5}, ("linf", 8 / 255)),
+    ],
+)
+def test_threat_model_is_the_one_asked_for_or_trained_for(asked, trained, expected):
+    found = threat_model_of(EvaluationThreatConfig(**asked), loaded(metadata=trained))
+    assert (found.norm, found.epsilon) == expected
+
+
+def test_a_norm_without_a_usual_radius_needs_one():
+    with pytest.raises(ValueError, match="--norm l2 needs --epsilon"):
+        threat_model_of(EvaluationThreatConfig(norm="l2"), loaded(metadata={"norm": "linf", "epsilon": 0.1}))
+
+
+def test_shown_images_are_of_different_classes():
+    labels = torch.arange(60) % 20
+    labels[labels == 3] = 4
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 20))
+    images = TensorImages(torch.rand(60, 1, 4, 4), labels)
+    config = EvaluationConfig(eval_num_steps=2)
+    strip = example_strip(net, images, config, threat_model=ThreatModel("linf", 0.1), seed=0)
+    assert len(strip.labels) == len(strip.labels.unique()) == 8
+    assert 3 not in strip.labels
+    assert 0 < (strip.adversarial - strip.clean).abs().max() <= 0.1 + 1e-6
+    few = TensorImages(torch.rand(2, 1, 4, 4), torch.tensor([1, 1]))
+    assert len(example_strip(net, few, EvaluationConfig(), threat_model=ThreatModel(), seed=0).labels) == 1
+
+
+def test_log_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_log(path) == []
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_log(path) == [{"step": 1}]
+
+
+def test_tracker_without_its_package_is_refused():
+    check_tracker("none")
+    check_tracker("tensorboard")
+    with pytest.raises(ValueError, match="pip install trackio"):
+        check_tracker("trackio")
