@@ -210,11 +210,13 @@ class RunReport:
         object.__setattr__(self, "config", _json_values(self.config, "config"))
 
     def reference_attack(self) -> AttackReport | None:
-        """The attack that per-class figures show: AutoAttack on the whole test set, else the first attack run."""
-        full = self.results.get("autoattack")
-        if full is not None and not self.is_subset(full):
-            return full
-        return next((attack for attack in self.results.values() if attack.name != "clean"), None)
+        """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
+
+        A model is as robust as the strongest attack says, and which one that is differs from model to model.
+        """
+        attacks = [attack for attack in self.results.values() if attack.name != "clean"]
+        full = [attack for attack in attacks if not self.is_subset(attack)]
+        return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
 
     def is_subset(self, attack: AttackReport) -> bool:
         """True if ``attack`` saw only a part of the test images."""

@@ -100,8 +100,10 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
     text = written(report, tmp_path)
     assert re.findall(r"^##+ (.*)$", text, re.MULTILINE) == HEADINGS
     assert text.split("\n---\n")[1].startswith("\n# robust-digits\n")
-    pgd = report.results["pgd-20"].summary
-    assert f"On 360 test images it classifies {100 * pgd.average:.1f} % correctly under PGD-20" in text
+    # The strongest attack makes the headline.
+    cw = report.results["cw-20"].summary
+    assert cw.average < report.results["pgd-20"].summary.average
+    assert f"On 360 test images it classifies {100 * cw.average:.1f} % correctly under CW-20" in text
     for line in (
         'model = timm.create_model("hf-hub:me/robust-digits", pretrained=True).eval()',
         "Plain [timm](https://github.com/huggingface/pytorch-image-models) loads it; ham_hf is not needed.",
@@ -133,11 +135,12 @@ def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:
     assert results[0][:3] == ["Evaluation", "Images", "Average"]
     assert results[1][0:2] == ["Clean", "360"]
     assert results[1][4] == f"{100 * clean.worst_class:.1f} ({DIGITS[clean.worst_class_index]})"
-    robust = report.results["pgd-20"].summary.per_class
+    robust = report.results["cw-20"].summary.per_class
     order = sorted((index for index in range(10) if index != 4), key=lambda index: robust[index].accuracy)
     assert [row[0] for row in per_class[1:]] == [DIGITS[index] for index in order]
     worst = robust[order[0]]
-    assert per_class[1][3] == f"{100 * worst.accuracy:.1f} ({100 * worst.low:.1f}–{100 * worst.high:.1f})"
+    assert per_class[0][4].startswith("CW-20")
+    assert per_class[1][4] == f"{100 * worst.accuracy:.1f} ({100 * worst.low:.1f}–{100 * worst.high:.1f})"
     assert "Without test images, hence without numbers: four." in written(report, tmp_path)
 
 

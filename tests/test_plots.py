@@ -77,12 +77,12 @@ def test_same_report_gives_same_bytes(tmp_path: Path) -> None:
 def test_per_class_figure_shows_sorted_accuracies_with_intervals() -> None:
     report = make_report(missing=(3,))
     axes = per_class_figure(report).axes[0]
-    robust = report.results["pgd-20"].summary.per_class
+    robust = report.results["cw-20"].summary.per_class
     order = sorted((index for index in range(10) if index != 3), key=lambda index: robust[index].accuracy)
     assert [label.get_text() for label in axes.get_yticklabels()] == [DIGITS[index] for index in order]
     points = {container.get_label(): container for container in axes.containers}
-    assert list(points) == ["Clean", "PGD-20"]
-    marks, _, (bars,) = points["PGD-20"].lines
+    assert list(points) == ["Clean", "CW-20"]
+    marks, _, (bars,) = points["CW-20"].lines
     assert marks.get_xdata() == pytest.approx([100 * robust[index].accuracy for index in order])
     ends = np.array([[segment[0][0], segment[1][0]] for segment in bars.get_segments()])
     assert ends == pytest.approx(np.array([[100 * robust[index].low, 100 * robust[index].high] for index in order]))
