@@ -101,8 +101,7 @@ class Trainer:
             goes on.
 
     Raises:
-        ValueError: if the training split is smaller than one update's batch, a class count or a resumed
-            checkpoint does not fit.
+        ValueError: if the training split is smaller than one update's batch.
     """
 
     def __init__(

@@ -290,16 +290,16 @@ def test_robust_accuracy_rises_on_cifar10(tmp_path, subprocess_env):
         "--model_name=resnet18_cifar",
         "--model_args",
         "layers=[1,1,1,1]",
-        "channels=[16,32,64,128]",
+        "channels=[32,64,128,256]",
+        "--epsilon=2/255",
+        "--step_size=1/255",
         "--num_steps=5",
-        "--step_size=3/255",
         "--mining_step=2",
-        "--mining_start_epoch=1",
+        "--mining_start_epoch=2",
         "--limit_train_examples=12800",
         "--limit_test_examples=500",
-        "--num_train_epochs=3",
+        "--num_train_epochs=4",
         "--per_device_train_batch_size=64",
-        "--learning_rate=0.1",
         "--lr_scheduler_type=cosine",
         "--lr_step_unit=step",
         "--validation_fraction=0.1",
@@ -309,7 +309,7 @@ def test_robust_accuracy_rises_on_cifar10(tmp_path, subprocess_env):
         timeout=1800,
     )
     report = read_report(folder / "report.json")
-    first, last = report.training.history[0], report.training.history[-1]
-    assert report.training.steps == 3 * 180
-    assert last["robust_accuracy"] > max(0.2, first["robust_accuracy"])
-    assert 0.3 < last["hard_fraction"] < 0.95
+    assert report.training.steps == 4 * 180
+    robust = [line["robust_accuracy"] for line in report.training.history]
+    assert robust[3] > robust[1] > 0.2  # mining adds to what two epochs of warm-up have reached
+    assert 0.3 < report.training.history[3]["hard_fraction"] < 0.9
