@@ -260,6 +260,16 @@ def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path,
     assert "hf-hub:me/sky" in (folder / "README.md").read_text()
 
 
+def test_tracker_gets_the_numbers(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--report_to=tensorboard"]
+    recipe_module("train_ham.py").main([*SMALL, *options, f"--output_dir={folder}"])
+    capsys.readouterr()
+    events = b"".join(path.read_bytes() for path in (folder / "logs").rglob("events.out.tfevents.*"))
+    assert b"train/loss" in events
+    assert b"validation/robust_accuracy" in events
+
+
 def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
     processes, full, _ = finished
     if processes == 2:
