@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on, written under another name and renamed when complete.
 
-A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``ema.safetensors``), ``optimizer.pt``
-and ``trainer_state.json``. No random state is in it: every random stream is derived from its place in the run
-(`ham_hf.seeding`). Tensors are read back with ``weights_only=True``, so a checkpoint cannot execute code.
+A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``ema.safetensors``), ``optimizer.pt``,
+``trainer_state.json`` and, after the first validation, ``best.safetensors``: the selected weights of that moment. No
+random state is in it: every random stream is derived from its place in the run (`ham_hf.seeding`). Tensors are read
+back with ``weights_only=True``, so a checkpoint cannot execute code.
 """
 
 from __future__ import annotations

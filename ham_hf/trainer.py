@@ -181,7 +181,7 @@ class Trainer:
             The final progress; ``progress.best`` belongs to the weights in ``checkpoint-best``.
 
         Raises:
-            NonFiniteLossError: before the update that would have used a loss that is not finite.
+            NonFiniteLossError: before an update whose loss or gradient is not finite.
         """
         self.log = RunLog(
             self.accelerator,
