@@ -111,10 +111,14 @@ def l2_norm(x: Tensor) -> Tensor:
     return per_example(x.flatten(1).norm(dim=1).clamp(min=1e-12), x)  # type: ignore[return-value]
 
 
+def full_precision(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: exponentials and logarithms of half-precision ones are too coarse."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each example (N,), in float32 at least."""
-    half = logits.dtype in (torch.float16, torch.bfloat16)
-    return F.cross_entropy(logits.float() if half else logits, y, reduction="none")
+    return F.cross_entropy(full_precision(logits), y, reduction="none")
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Checkpoints: everything a run needs to go on, written under another name and renamed when complete.
 
-A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``ema.safetensors``), ``optimizer.pt``,
-``trainer_state.json`` and, after the first validation, ``best.safetensors``: the selected weights of that moment. No
-random state is in it: every random stream is derived from its place in the run (`ham_hf.seeding`). Tensors are read
-back with ``weights_only=True``, so a checkpoint cannot execute code.
+A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``averaged.safetensors``),
+``method.safetensors`` (class state of the training method), ``optimizer.pt``, ``trainer_state.json`` and, after the
+first validation, ``best.safetensors``: the selected weights of that moment. No random state is in it: every random
+stream is derived from its place in the run (`ham_hf.seeding`). Tensors are read back with ``weights_only=True``, so a
+checkpoint cannot execute code.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 BEST_NAME = "checkpoint-best"
 ABANDONED = ".abandoned"
 WEIGHTS = "model.safetensors"
+AVERAGED = "averaged.safetensors"
+METHOD = "method.safetensors"
 STATE_FILE = "trainer_state.json"
 
 
@@ -38,13 +41,15 @@ class Checkpoint:
 
     Attributes:
         model: state dict of the unwrapped pixel model.
-        ema: state dict of its moving average, or None.
+        averaged: state dict of the average of its weights, or None.
+        method: class state of the training method, by name; may be empty.
         optimizer: state dict of the optimizer.
         state: the trainer's counters and history; JSON types only.
     """
 
     model: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    averaged: dict[str, Tensor] | None
+    method: dict[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
 
@@ -78,8 +83,9 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_weights(part / WEIGHTS, checkpoint.model)
-    if checkpoint.ema is not None:
-        save_weights(part / "ema.safetensors", checkpoint.ema)
+    if checkpoint.averaged is not None:
+        save_weights(part / AVERAGED, checkpoint.averaged)
+    save_weights(part / METHOD, checkpoint.method)
     torch.save(checkpoint.optimizer, part / "optimizer.pt")
     best = output_dir / BEST_NAME / WEIGHTS
     if best.is_file():
@@ -182,10 +188,11 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint folder to the CPU."""
-    ema = path / "ema.safetensors"
+    averaged = path / AVERAGED
     return Checkpoint(
         model=load_file(path / WEIGHTS),
-        ema=load_file(ema) if ema.is_file() else None,
+        averaged=load_file(averaged) if averaged.is_file() else None,
+        method=load_file(path / METHOD),
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         state=json.loads((path / STATE_FILE).read_text()),
     )

@@ -7,11 +7,12 @@ has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, check_batch, cross_entropy, evaluation_mode, pgd
+from ham_hf.attacks import LossFn, ThreatModel, check_batch, cross_entropy, evaluation_mode, pgd
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,6 +37,7 @@ class HardExamples:
         y: (H,) their labels.
         hard: (N,) bool over the whole batch, True = hard (misclassified at the mining step). A row that the
             model gets right again later stays hard.
+        rows: (H,) positions of the hard rows in the batch.
         early: the whole batch at the mining step.
         largest_move: (H,) if asked for: the largest L1 distance, in [0, 2], between the class probabilities of
             two consecutive iterates among those whose logits the attack computes anyway (0 .. num_steps - 1).
@@ -44,6 +46,7 @@ class HardExamples:
     x_adv: Tensor
     y: Tensor
     hard: Tensor
+    rows: Tensor
     early: EarlyAttack
     largest_move: Tensor | None = None
 
@@ -58,6 +61,7 @@ def mine_hard_examples(
     step_size: float | Tensor,
     mining_step: int,
     start: Tensor | None = None,
+    loss_fn: LossFn = cross_entropy,
     generator: torch.Generator | None = None,
     track_moves: bool = False,
 ) -> HardExamples:
@@ -75,6 +79,8 @@ def mine_hard_examples(
         step_size: length of a step in pixel units, a number or (N,).
         mining_step: M, the iterate that decides; 0 <= M <= K.
         start: images to start from; None draws them uniformly from the ball.
+        loss_fn: what the attack increases, per example; one that remembers rows of the batch (`RowLoss`) is told
+            which of them are left.
         generator: source of the random start, on the device of ``x``.
         track_moves: also return ``largest_move``; costs no pass over the model.
 
@@ -84,7 +90,8 @@ def mine_hard_examples(
     check_batch(x, y)
     if not 0 <= mining_step <= num_steps:
         raise ValueError(f"mining_step must lie in 0..num_steps={num_steps}, got {mining_step}")
-    loss_fn = LargestMove() if track_moves else cross_entropy
+    moves = LargestMove(loss_fn) if track_moves else None
+    loss_fn = moves or loss_fn
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with evaluation_mode(model):
         x_early = pgd(
@@ -103,7 +110,7 @@ def mine_hard_examples(
         hard = logits.argmax(1) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        if isinstance(loss_fn, LargestMove):
+        if isinstance(loss_fn, RowLoss):
             loss_fn.keep(rows)
         x_adv = x_early[rows]
         if len(rows):
@@ -121,29 +128,48 @@ def mine_hard_examples(
         x_adv=x_adv,
         y=y[rows],
         hard=hard,
+        rows=rows,
         early=EarlyAttack(x_adv=x_early, logits=logits),
-        largest_move=loss_fn.largest if isinstance(loss_fn, LargestMove) else None,
+        largest_move=moves.largest if moves is not None else None,
     )
 
 
-class LargestMove:
-    """Cross-entropy for :func:`ham_hf.attacks.pgd` that also watches how far the probabilities move per step."""
+@runtime_checkable
+class RowLoss(Protocol):
+    """A loss of an attack that remembers something of each row of the batch."""
 
-    def __init__(self) -> None:
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row (N,)."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but those at the given positions."""
+
+
+class LargestMove:
+    """A loss for :func:`ham_hf.attacks.pgd` that also watches how far the probabilities move per step.
+
+    Args:
+        loss_fn: the loss itself.
+    """
+
+    def __init__(self, loss_fn: LossFn = cross_entropy) -> None:
+        self.loss_fn = loss_fn
         self.previous: Tensor | None = None
         self.largest: Tensor | None = None
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Note the move since the last call and return the per-example cross-entropy (N,)."""
+        """Note the move since the last call and return the per-example loss (N,)."""
         probabilities = logits.detach().softmax(1)
         if self.previous is None or self.largest is None:
             self.largest = torch.zeros_like(probabilities[:, 0])
         else:
             self.largest = torch.maximum(self.largest, (probabilities - self.previous).abs().sum(1))
         self.previous = probabilities
-        return cross_entropy(logits, y)
+        return self.loss_fn(logits, y)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but those at the given positions."""
+        """See `RowLoss.keep`."""
+        if isinstance(self.loss_fn, RowLoss):
+            self.loss_fn.keep(rows)
         if self.previous is not None and self.largest is not None:
             self.previous, self.largest = self.previous[rows], self.largest[rows]

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     MODEL = 3
     EVALUATION = 4
     AUTOATTACK = 5
+    HELD_OUT = 6
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:

@@ -7,15 +7,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ham_hf.attacks import evaluation_mode
+from ham_hf.averaging import GatedAverage
 from ham_hf.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -28,7 +31,7 @@ from ham_hf.checkpoint import (
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, PixelBatch
 from ham_hf.evaluation import EvaluationAttack, check_pixel_range, evaluate
-from ham_hf.metrics import FairnessSummary, summarize
+from ham_hf.metrics import FairnessSummary, count_per_class, summarize
 from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.optimization import create_optimizer, create_scheduler, set_learning_rate
 from ham_hf.runlog import RunLog
@@ -67,8 +70,8 @@ class Progress:
         step: updates done, skipped ones included.
         skipped_updates: updates skipped because no process had a row to train on.
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
-        mined_per_class: examples of each class that mining looked at in the current epoch.
-        hard_per_class: those of them that were hard.
+        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
+        averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
         best: state of the best validation so far; None before the first.
         history: one record per validation.
@@ -78,8 +81,8 @@ class Progress:
     step: int = 0
     skipped_updates: int = 0
     seconds: float = 0.0
-    mined_per_class: list[int] = field(default_factory=list)
-    hard_per_class: list[int] = field(default_factory=list)
+    class_log: list[list[float]] = field(default_factory=list)
+    averaged_epochs: int = 0
     since_log: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -137,6 +140,8 @@ class Trainer:
         model = model.to(accelerator.device).to(memory_format=memory_format)
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
+        gated = config.uses_fawa(objective)
+        self.gated = GatedAverage(model, config.fawa_decay, config.fawa_threshold) if gated else None
         if config.torch_compile:
             # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
             model.compile(dynamic=True)
@@ -165,12 +170,15 @@ class Trainer:
             objective,
             attack,
             accelerator,
-            num_classes=len(data.class_names),
+            class_counts=count_per_class(data.train.labels, self.num_classes),
             seed=config.seed,
             memory_format=memory_format,
             ema=self.ema,
             max_grad_norm=config.max_grad_norm,
+            awp_gamma=config.awp_gamma,
+            awp_start_epoch=config.awp_start_epoch,
         )
+        self.method_state = self.train_step.method_state
         self.module = self.train_step.module
         self.progress = Progress(plan=self._plan())
 
@@ -200,6 +208,10 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> None:
         """Train from where the run is to the end of the epoch or of the run; validate and save where due."""
         first = self.progress.step - epoch * self.updates_per_epoch
+        if first == 0:
+            since = time.perf_counter()
+            self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
+            self.progress.seconds += time.perf_counter() - since
         requests = self._requests(epoch)[first * self.config.gradient_accumulation_steps :]
         batches = self.data.train.batches(requests, device=self.accelerator.device)
         last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
@@ -226,7 +238,7 @@ class Trainer:
         self.progress.seconds += elapsed
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed)
         self.progress.since_log = asdict(window)
-        self.progress.skipped_updates += totals.weight == 0
+        self.progress.skipped_updates += totals.updates == 0
         self.progress.step = step + 1
         self.log.advance()
         if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
@@ -234,7 +246,7 @@ class Trainer:
 
     def _log_training(self, epoch: int, learning_rate: float, window: Totals) -> None:
         values: dict[str, float | None] = {
-            "loss": window.loss / window.weight if window.weight else None,
+            "loss": window.loss / window.updates if window.updates else None,
             "hard_fraction": window.hard / window.mined if window.mined else None,
             "images_per_second": window.seen / window.seconds,
         }
@@ -246,19 +258,14 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
         since = time.perf_counter()
-        hard, mined = self._class_counts()
-        if self.progress.step % self.updates_per_epoch == 0:
+        record: dict[str, Any] = {"epoch": epoch}
+        record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
+        if self.gated is not None and self.progress.step % self.updates_per_epoch == 0:
             # Not where max_steps cuts an epoch short: a longer run may go on with it.
-            self.train_step.class_counts.zero_()
-        record: dict[str, Any] = {"epoch": epoch, "hard_fraction": None, "hard_per_class": None}
-        if sum(mined):
-            record["hard_fraction"] = sum(hard) / sum(mined)
-            record["hard_per_class"] = [
-                part / whole if whole else None for part, whole in zip(hard, mined, strict=True)
-            ]
+            record["averaged"] = self._update_gated_average(self.gated)
         score = float(self.progress.step)
         if self.data.validation is not None:
-            clean, robust = self._held_out()
+            clean, robust = self._held_out(self.selected_module)
             record |= {
                 "clean_accuracy": clean.average,
                 "robust_accuracy": robust.average,
@@ -284,20 +291,54 @@ class Trainer:
 
     @property
     def selected_module(self) -> nn.Module:
-        """The module that is validated and published: the moving average if there is one."""
-        averaged: nn.Module = self.module if self.ema is None else self.ema.module
-        return averaged
+        """The module that is validated and published: the average of weights if there is one."""
+        if self.gated is not None and self.gated.updates:
+            return self.gated.module
+        return self.module if self.ema is None else cast(nn.Module, self.ema.module)
 
-    def _held_out(self) -> tuple[FairnessSummary, FairnessSummary]:
-        """Clean and robust accuracy on the held-out part of train."""
+    def _update_gated_average(self, gated: GatedAverage) -> bool:
+        """Let the current weights into the fairness-gated average if their worst held-out class is good enough."""
+        _, robust = self._held_out(self.module)
+        passed = gated.update(self.module, [entry.accuracy for entry in robust.per_class])
+        self.progress.averaged_epochs = gated.updates
+        return passed
+
+    def _held_out_sums(self, part: Objective, *, epoch: int) -> Tensor:
+        """Sums that a method takes over the held-out images with the current weights, of all processes."""
+        images = self.data.validation
+        if images is None:
+            raise RuntimeError(f"--method {part.name} needs held-out images")
+        device, world, rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
+        every = list(enumerate(torch.split(torch.arange(len(images)), self.eval_batch_size)))
+        # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
+        mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
+        requests = [BatchRequest(indices, None) for _, indices in mine]
+        sums = []
+        with evaluation_mode(self.module):
+            for (number, _), batch in zip(mine, images.batches(requests, device=device), strict=True):
+                found = part.held_out_sums(
+                    self.module,
+                    batch.x,
+                    batch.y,
+                    attack=self.attack,
+                    loss=self.objective.loss,
+                    num_classes=self.num_classes,
+                    generator=make_generator(device, self.config.seed, Stream.HELD_OUT, epoch, number),
+                )
+                sums.append(found * counts)
+        total: Tensor = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
+        return total
+
+    def _held_out(self, module: nn.Module) -> tuple[FairnessSummary, FairnessSummary]:
+        """Clean and robust accuracy of a module on the held-out part of train."""
         images = self.data.validation
         if images is None:
             raise RuntimeError("there is no held-out part to validate on")
         attack = EvaluationAttack(
-            name="pgd", num_steps=self.config.validation_num_steps, step_size=self.attack.step_size
+            name="pgd", num_steps=self.config.validation_num_steps, step_size=float(self.attack.step_size)
         )
         results = evaluate(
-            self.selected_module,
+            module,
             images,
             [attack],
             threat_model=self.attack.threat_model,
@@ -310,17 +351,24 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint on the main process; all processes wait for it."""
-        self.progress.hard_per_class, self.progress.mined_per_class = self._class_counts()
+        self.progress.class_log = self._class_log().tolist()
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 model=self.module.state_dict(),
-                ema=self.ema.module.state_dict() if self.ema is not None else None,
+                averaged=self.averaged_module.state_dict() if self.averaged_module is not None else None,
+                method=self.method_state.tensors(),
                 optimizer=self.optimizer.state_dict(),
                 state=asdict(self.progress),
             )
             save_checkpoint(self.output_dir, checkpoint, keep=self.config.save_total_limit)
             self._after_save()
         self.accelerator.wait_for_everyone()
+
+    @property
+    def averaged_module(self) -> nn.Module | None:
+        """The average of weights that is kept, whether or not it is selected; None without one."""
+        average = self.gated or self.ema
+        return None if average is None else cast(nn.Module, average.module)
 
     def _after_save(self) -> None:
         if self.after_save is None:
@@ -363,15 +411,17 @@ class Trainer:
                 "resume with the same ones, or start a new run in another --output_dir"
             )
         self.module.load_state_dict(checkpoint.model)
-        if self.ema is not None and checkpoint.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.ema)
+        if self.averaged_module is not None and checkpoint.averaged is not None:
+            self.averaged_module.load_state_dict(checkpoint.averaged)
+        if self.gated is not None:
+            self.gated.updates = progress.averaged_epochs
+        self.method_state.load(checkpoint.method)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)
-            # The counts are global: one process goes on from them, the others from zero.
-            counts = torch.tensor([progress.hard_per_class, progress.mined_per_class])
-            self.train_step.class_counts += counts.to(self.accelerator.device)
+            # The log is global: one process goes on from it, the others from zero.
+            self.method_state.log += torch.tensor(progress.class_log, dtype=torch.float64).to(self.method_state.log)
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
 
     def _plan(self) -> dict[str, Any]:
@@ -405,14 +455,25 @@ class Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         seed, size = self.config.seed, self.config.per_device_train_batch_size
         generator = make_generator(torch.device("cpu"), seed, Stream.DATA_ORDER, epoch)
-        order = torch.randperm(len(self.data.train), generator=generator)
+        order = self._order(generator)
         mine = order[: self.updates_per_epoch * self.per_update].view(-1, world, size)[:, rank]
         return [
             BatchRequest(indices, derive_seed(seed, Stream.AUGMENTATION, epoch, number, rank))
             for number, indices in enumerate(mine)
         ]
 
-    def _class_counts(self) -> tuple[list[int], list[int]]:
-        """Hard and mined examples of each class in the current epoch, of all processes."""
-        hard, mined = self.accelerator.reduce(self.train_step.class_counts.clone(), "sum").tolist()
-        return hard, mined
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """The examples of an epoch in order: a permutation, or draws where the method has a sampler of classes."""
+        labels = self.data.train.labels
+        for part in self.objective.parts:
+            probabilities = part.class_probabilities(self.method_state.states[part.name])
+            if probabilities is not None:
+                counts = count_per_class(labels, self.num_classes).clamp(min=1)
+                of_example = (probabilities.cpu() / counts)[labels]
+                return torch.multinomial(of_example, len(labels), replacement=True, generator=generator)
+        return torch.randperm(len(labels), generator=generator)
+
+    def _class_log(self) -> Tensor:
+        """What the epoch did to each class so far, of all processes."""
+        log: Tensor = self.accelerator.reduce(self.method_state.log.clone(), "sum")
+        return log

@@ -27,7 +27,8 @@ from ham_hf.checkpoint import (
 
 def make(step, value=1.0):
     weights = {"w": torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)}
-    return Checkpoint(model=weights, ema=None, optimizer={"state": {0: {"m": torch.ones(2)}}}, state={"step": step})
+    optimizer = {"state": {0: {"m": torch.ones(2)}}}
+    return Checkpoint(model=weights, averaged=None, method={}, optimizer=optimizer, state={"step": step})
 
 
 def names(folder):
@@ -40,7 +41,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert torch.equal(back.model["w"], torch.ones(2, 3, 4, 4))
     assert torch.equal(back.optimizer["state"][0]["m"], torch.ones(2))
     assert back.state == {"step": 7}
-    assert back.ema is None
+    assert back.averaged is None
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-7"]
 
 

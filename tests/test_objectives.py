@@ -25,7 +25,15 @@ def case():
 def outer(objective, case, epoch=5):
     net = golden_net()
     generator = torch.Generator().manual_seed(3)
-    return net, objective.outer_batch(net, case.x, case.y, attack=ATTACK, epoch=epoch, generator=generator)
+    states = initial_states(objective)
+    return net, objective.outer_batch(
+        net, case.x, case.y, attack=ATTACK, epoch=epoch, states=states, generator=generator
+    )
+
+
+def initial_states(objective, num_classes=10):
+    counts = torch.full((num_classes,), 10.0, dtype=torch.float64)
+    return {part.name: part.initial_state(counts) for part in objective.parts}
 
 
 def mined_alike(net, case, **options):
@@ -121,12 +129,14 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
     easy = golden_case("ham_alleasy")
     for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, {"keep_easy_fraction": 0.3}):
         net = golden_net()
-        batch = HAM(mining_start_epoch=0, mining_step=0, **options).outer_batch(
+        ham = HAM(mining_start_epoch=0, mining_step=0, **options)
+        batch = ham.outer_batch(
             net,
             easy.x,
             easy.y,
             attack=InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
             epoch=0,
+            states=initial_states(ham),
         )
         assert not batch.hard.any()
         assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if "keep_easy_fraction" in options else 0)

@@ -31,7 +31,8 @@ def accelerator():
 
 def make_step(net, accelerator, objective=MINE_NOW, attack=NO_ATTACK, *, num_classes=4, optimizer=None, **options):
     optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=1.0)
-    return TrainStep(net, optimizer, objective, attack, accelerator, num_classes=num_classes, seed=0, **options)
+    counts = torch.full((num_classes,), 10)
+    return TrainStep(net, optimizer, objective, attack, accelerator, class_counts=counts, seed=0, **options)
 
 
 class Recorded(torch.optim.SGD):
@@ -62,7 +63,7 @@ def test_update_gives_the_authors_loss_gradients_buffers_and_weights(name, accel
     )
     step = make_step(model, accelerator, objective, attack, num_classes=10, optimizer=optimizer)
     totals = step([pixel_batch(case.x, case.y)], epoch=0, step=0)
-    assert totals.loss / totals.weight == pytest.approx(float(case.out["loss"]), abs=1e-9)
+    assert totals.loss == pytest.approx(float(case.out["loss"]), abs=1e-9)
     names = [name for name, _ in net.named_parameters()]
     gradients = dict(zip(names, optimizer.seen, strict=True))
     assert gradients.keys() == case.out_group("grad/").keys()
@@ -76,7 +77,7 @@ def test_update_gives_the_authors_loss_gradients_buffers_and_weights(name, accel
         assert totals.hard == int(case.out["hard_mask"].sum())
         assert totals.mined == totals.seen == len(case.y)
         reported = float(case.out["reported_train_robust_loss"])
-        assert totals.loss / totals.seen == pytest.approx(reported, abs=1e-9)
+        assert totals.loss * totals.hard / totals.seen == pytest.approx(reported, abs=1e-9)
 
 
 def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_drifts_or_dies(accelerator, monkeypatch):
@@ -98,7 +99,7 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
         ema=ema,
     )
     totals = step([pixel_batch(case.x, case.y)], epoch=0, step=7)
-    assert (totals.weight, totals.loss, totals.hard, totals.mined) == (0, 0, 0, 10)
+    assert (totals.updates, totals.loss, totals.hard, totals.mined) == (0, 0, 0, 10)
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
         assert torch.equal(ema.module.state_dict()[key], before[key])
@@ -117,7 +118,7 @@ def test_accumulation_is_one_mean_over_all_hard_examples(accelerator):
     before = [parameter.detach().clone() for parameter in net.parameters()]
     step = make_step(net, accelerator)
     totals = step([pixel_batch(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)], epoch=0, step=0)
-    assert (totals.weight, totals.hard, totals.seen) == (6, 6, 12)
+    assert (totals.updates, totals.hard, totals.seen) == (1, 6, 12)
     for parameter, old, gradient in zip(net.parameters(), before, expected, strict=True):
         torch.testing.assert_close(old - parameter, gradient, rtol=1e-9, atol=1e-12)
 
@@ -129,7 +130,9 @@ def test_counts_per_class(accelerator):
     step = make_step(net, accelerator)
     step([pixel_batch(x[:5], y[:5]), pixel_batch(x[5:], y[5:])], epoch=0, step=0)
     hard = [sum(1 for i in range(9) if y[i] == c and i % 3 != 1) for c in range(4)]
-    assert step.class_counts.tolist() == [hard, [int((y == c).sum()) for c in range(4)]]
+    everyone = [int((y == c).sum()) for c in range(4)]
+    shares = [count / sum(hard) for count in hard]
+    torch.testing.assert_close(step.method_state.log, torch.tensor([hard, everyone, everyone, shares]).double())
 
 
 def test_a_single_hard_row_trains_and_keeps_its_own_gradient(accelerator):
@@ -138,7 +141,7 @@ def test_a_single_hard_row_trains_and_keeps_its_own_gradient(accelerator):
     y = labeled_for(net, x, [False, False, True, False])
     before = copy.deepcopy(net.state_dict())
     totals = make_step(net, accelerator)([pixel_batch(x, y)], epoch=0, step=0)
-    assert totals.weight == 1
+    assert (totals.updates, totals.hard) == (1, 1)
     assert all(torch.isfinite(value).all() for value in net.state_dict().values())
     assert not torch.equal(before["6.bias"], net.state_dict()["6.bias"])
     # Without batch statistics the duplicated row must make no difference at all.
@@ -179,7 +182,7 @@ def test_weights_of_rows_normalize_the_loss(accelerator):
     class Weighted(Objective):
         name: ClassVar[str] = "weighted_for_a_test"
 
-        def outer_batch(self, model, x, y, *, attack, epoch, generator=None):
+        def outer_batch(self, model, x, y, *, attack, epoch, states, generator=None):
             return OuterBatch(x=x, y=y, weight=1 + torch.arange(len(y), dtype=x.dtype))
 
     net = group_norm_net()
@@ -189,7 +192,7 @@ def test_weights_of_rows_normalize_the_loss(accelerator):
     expected = torch.autograd.grad(loss, list(net.parameters()))
     old = [parameter.detach().clone() for parameter in net.parameters()]
     totals = make_step(net, accelerator, Weighted())([pixel_batch(x, y)], epoch=0, step=0)
-    assert totals.loss / totals.weight == pytest.approx(loss.item())
+    assert totals.loss == pytest.approx(loss.item())
     for parameter, start, gradient in zip(net.parameters(), old, expected, strict=True):
         torch.testing.assert_close(start - parameter, gradient, rtol=1e-9, atol=1e-12)
 

@@ -128,7 +128,7 @@ def test_log_says_what_happened(finished):
 
 def test_training_learns_robustly(tmp_path):
     run = trainer(tmp_path / "run", num_train_epochs=25, ema_decay=None, save_steps=None)
-    untrained = run._held_out()[1]
+    untrained = run._held_out(run.module)[1]
     last = run.fit().history[-1]
     assert untrained.average <= 0.3
     assert last["clean_accuracy"] > 0.8
@@ -140,7 +140,8 @@ def test_checkpoints_are_named_by_step_and_hold_no_pickled_weights(finished):
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{n}" for n in (4, 8, 12, 16, 18)]
     assert {path.name for path in (folder / "checkpoint-8").iterdir()} == {
         "model.safetensors",
-        "ema.safetensors",
+        "averaged.safetensors",
+        "method.safetensors",
         "best.safetensors",
         "optimizer.pt",
         "trainer_state.json",
@@ -161,7 +162,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path
     run.resume()
     assert run.progress.step == cut_at
     again = run.fit()
-    for name in ("model.safetensors", "ema.safetensors"):
+    for name in ("model.safetensors", "averaged.safetensors"):
         ours, theirs = (load_file(where / "checkpoint-18" / name) for where in (folder, full))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -193,7 +194,7 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
         def __init__(self, average, worst):
             self.average, self.worst_class, self.per_class = average, worst, []
 
-    monkeypatch.setattr(run, "_held_out", lambda: (Summary(0.9, 0.8), Summary(*next(numbers))))
+    monkeypatch.setattr(run, "_held_out", lambda module: (Summary(0.9, 0.8), Summary(*next(numbers))))
     best = run.fit().best
     assert best["epoch"] == {"robust_accuracy": 0, "worst_class": 1, "robust_plus_worst": 1, "last": 2}[metric]
     assert load_best(tmp_path / "run")[1] == best
@@ -358,7 +359,6 @@ def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
         return timed
 
     monkeypatch.setattr(run, "train_step", taking(1, run.train_step), raising=True)
-    run.train_step.class_counts = torch.zeros(2, 4, dtype=torch.long)
     monkeypatch.setattr(run, "_held_out", taking(100, run._held_out))
     monkeypatch.setattr(run, "_save", taking(1000, run._save))
     progress = run.fit()

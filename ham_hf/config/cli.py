@@ -53,7 +53,7 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
     if config.method.warmup_epochs >= config.training.num_train_epochs:
         logger.warning(
-            "All %d epochs are plain PGD-AT: the %d epochs before %s starts are not over by then.",
+            "All %d epochs are warm-up: the %d epochs before %s starts are not over by then.",
             config.training.num_train_epochs,
             config.method.warmup_epochs,
             config.method.name,
@@ -124,14 +124,23 @@ class _Parser(argparse.ArgumentParser):
         """Take every method's options, so that `build_config` can say whose they are; help lists them by method."""
         group = self.add_argument_group("Method")
         group.add_argument("--method", metavar="METHOD", help=f"one of {', '.join(available())} (default: {HAM.name})")
+        users: dict[tuple[str, str], tuple[Setting, list[str]]] = {}
         for name, options in method_settings().items():
             new = [known for known in options if known.name not in self.settings]
             _add_flags(self, new, hidden=True)
             self.settings |= {known.name: known for known in new}
-            if options:
-                listing = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-                _add_flags(listing.add_argument_group(f"--method {name}: {available()[name].summary}"), options)
-                self.method_help += "\n" + listing.format_help()
+            for known in options:
+                users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
+        # Each method with the options that are its own, then those that several have, once for all of them.
+        titles: dict[tuple[str, ...], str] = {
+            (name,): f"--method {name}: {kind.summary}" for name, kind in available().items()
+        }
+        titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
+        for names, title in titles.items():
+            listing = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            options = tuple(known for known, having in users.values() if tuple(having) == names)
+            _add_flags(listing.add_argument_group(title), options)
+            self.method_help += "\n" + (listing.format_help() if options else f"{title}\n")
 
     def read(self, argv: Sequence[str]) -> tuple[list[Entry], Path | None, bool]:
         """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration.

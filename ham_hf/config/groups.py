@@ -135,6 +135,17 @@ class TrainingConfig(SettingsGroup):
     lr_step_unit: Literal["epoch", "step"] = setting("epoch", "how often the learning rate changes")
     max_grad_norm: float | None = setting(None, "clip the gradient to this l2 norm", "> 0")
     ema_decay: float | None = setting(None, "decay per update of averaged weights; none = no average", "(0, 1)")
+    fawa: Literal["auto", "on", "off"] = setting(
+        "auto", "fairness-gated averaging of weights once per epoch; auto = with --method cfa, as published"
+    )
+    fawa_decay: float = setting(0.85, "share of the old average in the new one (fawa)", "(0, 1)")
+    fawa_threshold: float = setting(
+        0.2, "robust accuracy that the worst held-out class needs for its epoch to be averaged (fawa)", "[0, 1]"
+    )
+    awp_gamma: float | None = setting(
+        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", "> 0"
+    )
+    awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", ">= 0")
     mixed_precision: Literal["no", "bf16"] = setting("no", "precision of the network; pixels stay float32")
     memory_format: Literal["channels_last", "contiguous"] = setting("channels_last", "memory layout of images")
     torch_compile: bool = setting(False, "compile the network with torch.compile")
@@ -151,6 +162,10 @@ class TrainingConfig(SettingsGroup):
         "none", "tracker to log to, besides metrics.jsonl"
     )
     disable_tqdm: bool = setting(False, "show no progress bar")
+
+    def uses_fawa(self, method: Objective) -> bool:
+        """Whether weights are averaged once per epoch, if the classes are fair enough."""
+        return self.fawa == "on" or (self.fawa == "auto" and method.gates_averaging)
 
     def contradictions(self) -> Iterator[str]:
         """Impossible schedules, and resuming what is to be overwritten."""
@@ -257,12 +272,7 @@ class TrainConfig:
     hub: HubConfig = field(default_factory=HubConfig, metadata={"title": "Hub"})
 
     def __post_init__(self) -> None:
-        problems = setting_problems(self.method)
-        if not problems:
-            try:
-                self.method.check(num_steps=self.attack.num_steps)
-            except ValueError as error:
-                problems.append(str(error))
+        problems = setting_problems(self.method) or list(self._method_problems())
         problems.extend(_pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size))
         if self.data.validation_fraction == 0 and self.training.selection_metric != "last":
             problems.append(
@@ -271,6 +281,26 @@ class TrainConfig:
             )
         if problems:
             raise ConfigError(problems)
+
+    def _method_problems(self) -> Iterator[str]:
+        """What is wrong with the method, with those it borrows from, and with the averages around it."""
+        try:
+            self.method.check(num_steps=self.attack.num_steps)
+        except ValueError as error:
+            yield str(error)
+            return
+        for part in self.method.parts[1:]:
+            yield from (f"--class_rule_args: {problem.removeprefix('--')}" for problem in setting_problems(part))
+        held_out = [part.name for part in self.method.parts if part.uses_held_out]
+        averaged = self.training.uses_fawa(self.method)
+        if self.data.validation_fraction == 0 and (held_out or averaged):
+            who = f"--method {held_out[0]}" if held_out else "fairness-gated averaging (--fawa)"
+            yield f"--validation_fraction 0: {who} measures classes on held-out images; hold some out"
+        if averaged and self.training.ema_decay is not None:
+            yield (
+                f"--ema_decay {self.training.ema_decay}: weights are averaged once per epoch already "
+                f"(--method {self.method.name}, --fawa {self.training.fawa}); take --fawa off or no --ema_decay"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,23 @@
 """What the trainer knows of a training method.
 
-A method answers two questions for each batch: which rows go through the one training forward (the inner
-maximization, `Objective.outer_batch`), and what each of them costs (the outer minimization, `Objective.losses`).
-Everything else (normalizing over all processes and accumulation steps, backward, the update) is the trainer's.
+For each batch a method answers two questions: which rows go through the one training forward (the inner
+maximization, `Objective.outer_batch`), and what each of them costs (the outer minimization, `Objective.losses` and
+`Objective.weigh`). Everything else (dividing by the sums over all processes and accumulation steps, backward, the
+update) is the trainer's.
+
+A method that treats classes differently also keeps *class state*: named tensors, the same on every process, that
+only the hooks below change. They come in the order of a run:
+
+    initial_state                      once
+    before_epoch                       every epoch, then, where `wants_held_out`,
+      held_out_sums -> after_held_out  on held-out images
+    class_attack                       every batch: radius and step of each class
+    preview -> before_update           every update, where `wants_preview`: sums over the rows about to be trained on
+    class_weight                       every update: weight of each class in each term of the loss
+    observe -> after_update            every update: sums over the rows trained on
+
+Sums are added over all batches and processes by the trainer before a hook sees them. A class-wise method can lend
+its radii (`Combinable.class_margin`) or its weights (`Combinable.class_weighting`) to another method.
 
 A method is one frozen dataclass in one file; its fields are its command-line options, its `name` the value of
 ``--method``. Importing the file is all that is needed: `available` finds every subclass.
@@ -10,13 +25,20 @@ A method is one frozen dataclass in one file; its fields are its command-line op
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, cross_entropy, pgd
+from ham_hf.attacks import ThreatModel, pgd
+from ham_hf.objectives.losses import BASE_LOSSES, BaseLoss
+
+State: TypeAlias = dict[str, Tensor]
+"""Class state of one method: named tensors on the device of the model, changed in place by its hooks."""
+States: TypeAlias = Mapping[str, State]
+"""The state of every part of a method (`Objective.parts`), by the name of the part."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,39 +48,54 @@ class InnerAttack:
     Attributes:
         threat_model: norm and radius.
         num_steps: K.
-        step_size: length of a step in pixel units.
+        step_size: length of a step in pixel units; a number or one per example (N,).
     """
 
     threat_model: ThreatModel
     num_steps: int
-    step_size: float
+    step_size: float | Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class OuterBatch:
-    """The part of a batch that the outer minimization trains on.
+    """The part of a batch that the outer minimization trains on: E examples in R rows.
 
     Attributes:
-        x: (R, C, H, W) rows for the single training forward; R may be 0.
-        y: (R,) labels of those rows.
-        weight: (R,) weight >= 0 of each row's loss. The loss of an update is sum(weight * loss) / sum(weight)
-            over the rows of all processes and accumulation steps (invariant 3).
-        hard: (N,) bool over the whole batch for methods that mine, else None. For the log only.
+        x: (R, C, H, W) rows for the single training forward, in blocks of E: the adversarial images first, then
+            whatever else the loss needs of the same examples. R may be 0.
+        y: (E,) labels of the examples.
+        weight: (E,) weight >= 0 of each example in every term of the loss.
+        hard: (N,) bool over the whole batch for methods that mine, else None.
+        early_logits: (N, num_classes) of the whole batch in mid-attack for methods that mine, else None.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor
     hard: Tensor | None = None
+    early_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Base of all training methods: plain PGD adversarial training unless a method says otherwise."""
+    """Base of all training methods: PGD adversarial training unless a method says otherwise."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     """One line for ``--help`` and the model card."""
+    gives_margin: ClassVar[bool] = False
+    """Whether `class_attack` can be lent to other methods."""
+    gives_weights: ClassVar[bool] = False
+    """Whether `class_weight` can be lent to other methods."""
+    weighs_losses: ClassVar[tuple[str, ...]] = tuple(BASE_LOSSES)
+    """Names of the losses that `class_weight` makes sense for."""
+    uses_held_out: ClassVar[bool] = False
+    """Whether the method cannot do without held-out images."""
+    wants_preview: ClassVar[bool] = False
+    divides_by_class_weight: ClassVar[bool] = False
+    """Whether a term is divided by the sum of its weights, class weights included; else by that of the examples'."""
+    gates_averaging: ClassVar[bool] = False
+    """Whether fairness-gated weight averaging belongs to the published method."""
 
     def check(self, *, num_steps: int) -> None:
         """Check the options against the attack before anything expensive starts.
@@ -70,10 +107,42 @@ class Objective:
             ValueError: naming the option, its value and what was expected.
         """
 
+    @classmethod
+    def as_rule(cls, **options: Any) -> Objective:  # noqa: ANN401 (fields of any type)
+        """The method with these options, to lend its radii or weights to another one."""
+        return cls(**options)
+
     @property
     def warmup_epochs(self) -> int:
-        """Number of first epochs in which the method is still plain PGD-AT; 0 if there are none."""
+        """Number of first epochs in which the method is still its plain base loss; 0 if there are none."""
         return 0
+
+    @property
+    def loss(self) -> BaseLoss:
+        """The loss that the method is built on."""
+        return BaseLoss()
+
+    @property
+    def num_terms(self) -> int:
+        """T, the number of terms of the loss."""
+        return self.loss.num_terms
+
+    @property
+    def margin(self) -> Objective:
+        """The part whose `class_attack` is used."""
+        return self
+
+    @property
+    def weighting(self) -> Objective:
+        """The part whose `class_weight` is used."""
+        return self
+
+    @property
+    def parts(self) -> tuple[Objective, ...]:
+        """This method and the methods whose radii or weights it borrows, each once."""
+        return tuple({part.name: part for part in (self, self.margin, self.weighting)}.values())
+
+    # --- the inner maximization
 
     def outer_batch(
         self,
@@ -83,6 +152,7 @@ class Objective:
         *,
         attack: InnerAttack,
         epoch: int,
+        states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
         """Run the inner maximization and choose the rows to train on.
@@ -93,8 +163,10 @@ class Objective:
             y: (N,) labels.
             attack: threat model, steps and step size.
             epoch: 0-based epoch.
+            states: class state of all parts.
             generator: source of all randomness, on the device of ``x``.
         """
+        attack = self.attack_on(y, attack, epoch=epoch, states=states)
         x_adv = pgd(
             model,
             x,
@@ -102,21 +174,132 @@ class Objective:
             threat_model=attack.threat_model,
             num_steps=attack.num_steps,
             step_size=attack.step_size,
-            generator=generator,
+            start=self.loss.start(x, attack.threat_model, generator),
+            loss_fn=self.loss.attack_loss(model, x),
         )
-        return OuterBatch(x=x_adv, y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+        return OuterBatch(x=self.loss.rows(x_adv, x), y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+
+    def attack_on(self, y: Tensor, attack: InnerAttack, *, epoch: int, states: States) -> InnerAttack:
+        """The attack with the radius and step of each example's class, where the method has its own."""
+        of_class = self.margin.class_attack(states[self.margin.name], attack, epoch=epoch)
+        if of_class is None:
+            return attack
+        radius, step_size = of_class
+        return InnerAttack(
+            threat_model=replace(attack.threat_model, epsilon=radius[y]),
+            num_steps=attack.num_steps,
+            step_size=step_size[y],
+        )
+
+    # --- the outer minimization
 
     def losses(self, logits: Tensor, batch: OuterBatch) -> Tensor:
-        """Loss of each row (R,) from the logits (R, num_classes) of the training forward on ``batch.x``."""
-        return cross_entropy(logits, batch.y)
+        """Value of each term for each example (T, E) from the logits (R, num_classes) of ``batch.x``, unweighted."""
+        return self.loss.terms(logits, batch.y)
+
+    def weigh(self, batch: OuterBatch, *, epoch: int, states: States) -> tuple[Tensor, Tensor]:
+        """Weight of each term and example (T, E), and this batch's part of each term's divisor (T,).
+
+        The loss of an update is, summed over its terms, sum(weight * term) / sum(divisor), both sums over all
+        processes and accumulation steps (invariant 3).
+        """
+        scales = torch.tensor(self.loss.scales, dtype=batch.weight.dtype, device=batch.weight.device)
+        of_class = self.weighting.class_weight(states[self.weighting.name], self.loss, epoch=epoch)
+        if of_class is None:
+            weight = batch.weight.expand(len(scales), -1)
+            return weight * scales[:, None], weight.sum(1)
+        weight = batch.weight * of_class.to(batch.weight.dtype)[:, batch.y]
+        by_class = self.weighting.divides_by_class_weight
+        divisor = weight.sum(1) if by_class else batch.weight.sum().expand(len(scales))
+        return weight * scales[:, None], divisor
+
+    # --- class state; see the module for the order
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """Class state at the beginning of a run.
+
+        Args:
+            class_counts: (num_classes,) number of training images of each class, in the dtype and on the device
+                that the state should have too.
+        """
+        return {}
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """Turn what was observed in the epoch before into what holds for this one."""
+
+    def wants_held_out(self, epoch: int) -> bool:
+        """Whether `held_out_sums` are to be taken before this epoch."""
+        return False
+
+    def held_out_sums(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        loss: BaseLoss,
+        num_classes: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode."""
+        raise NotImplementedError(f"{self.name} takes no sums over held-out images")
+
+    def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
+        """Take in the sums (S, num_classes) over all held-out images."""
+
+    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+        """Radius and step size of each class, (num_classes,) each, in pixel units; None leaves the attack alone."""
+        return None
+
+    def preview(self, logits: Tensor, y: Tensor, num_classes: int) -> Tensor:
+        """Sums over rows about to be trained on, from their adversarial training logits (E, num_classes)."""
+        raise NotImplementedError(f"{self.name} takes no sums before an update")
+
+    def before_update(self, state: State, sums: Tensor) -> None:
+        """Take in the sums of `preview` over all rows of the update."""
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        """Weight of each class in each term of ``loss`` (T, num_classes), 1 = plain; None leaves all at 1."""
+        return None
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """Sums over examples, of one shape whatever their number (also 0); None observes nothing.
+
+        Args:
+            logits: (N, num_classes) of adversarial images: of the training forward; from methods that mine, of the
+                whole batch at the mining step, as the hard rows alone would say nothing of a class.
+            y: (N,) labels.
+            epoch: 0-based epoch.
+        """
+        return None
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """Take in the sums of `observe` over all examples of the update."""
+
+    def class_probabilities(self, state: State) -> Tensor | None:
+        """Probability of each class (num_classes,) in the next epoch's draws; None takes every example once."""
+        return None
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums over many examples, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def class_sums(values: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """Sum of the values (N, ...) of each class (num_classes, ...), in float64 where the device has it."""
+    sums = torch.zeros(num_classes, *values.shape[1:], dtype=statistics_dtype(values.device), device=values.device)
+    return sums.index_add_(0, y, values.detach().to(sums.dtype))
 
 
 def available() -> dict[str, type[Objective]]:
-    """Every imported training method by name, in the order of definition."""
+    """Every imported training method by name, in alphabetical order."""
     found: dict[str, type[Objective]] = {}
     pending = Objective.__subclasses__()
     while pending:
         kind = pending.pop(0)
-        found[kind.name] = kind
+        if kind.name:
+            found[kind.name] = kind
         pending.extend(kind.__subclasses__())
-    return found
+    return dict(sorted(found.items()))

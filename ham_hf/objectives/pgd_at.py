@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ham_hf.objectives.base import Objective
+from ham_hf.objectives.combining import Combinable
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGDAT(Objective):
+class PGDAT(Combinable):
     """Plain PGD-AT: the control of every other method, and what they warm up with."""
 
     name: ClassVar[str] = "pgd_at"

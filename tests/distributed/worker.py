@@ -41,19 +41,25 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     x, y = scenario_data(net, name)
     wrapped, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9))
     step = TrainStep(
-        wrapped, optimizer, HAM(mining_start_epoch=0, mining_step=1), NO_ATTACK, accelerator, num_classes=4, seed=0
+        wrapped,
+        optimizer,
+        HAM(mining_start_epoch=0, mining_step=1),
+        NO_ATTACK,
+        accelerator,
+        class_counts=torch.full((4,), 4),
+        seed=0,
     )
     size = ROWS // accelerator.num_processes // 2
     parts = torch.arange(ROWS).view(2, accelerator.num_processes, size)[:, accelerator.process_index]
     totals = step([pixel_batch(x[part], y[part]) for part in parts], epoch=0, step=0)
-    counts = accelerator.reduce(step.class_counts.clone(), "sum")
+    counts = accelerator.reduce(step.method_state.log.clone(), "sum")
     state = {key: value.double() for key, value in accelerator.unwrap_model(wrapped).state_dict().items()}
     # Every process must hold the same copy afterwards.
     flat = torch.cat([value.flatten() for value in state.values()])
     copies = accelerator.gather(flat[None])
     assert all(torch.equal(copies[0], other) for other in copies), name
     return state | {
-        "totals": torch.tensor([totals.loss, totals.weight, totals.hard, totals.mined, totals.seen]).double(),
+        "totals": torch.tensor([totals.loss, totals.updates, totals.hard, totals.mined, totals.seen]).double(),
         "counts": counts.double(),
     }
 

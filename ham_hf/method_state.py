@@ -1,0 +1,129 @@
+"""The class state of a training method during a run, and what the method did to each class in an epoch.
+
+The state is the same on every process: only sums over all processes change it. It goes into checkpoints whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ham_hf.objectives import InnerAttack, Objective, OuterBatch, class_sums
+
+
+class MethodState:
+    """Class state of a method and of those it borrows from, and a log of the current epoch.
+
+    Args:
+        objective: the method.
+        class_counts: (num_classes,) number of training images of each class, float64 where the device has it.
+
+    Attributes:
+        states: the state of each part, by its name.
+        log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that mining
+            looked at, all examples, and for each of the T terms of the loss the share of it that went to the class.
+    """
+
+    def __init__(self, objective: Objective, class_counts: Tensor) -> None:
+        self.objective, self.num_classes = objective, len(class_counts)
+        self.states = {part.name: part.initial_state(class_counts) for part in objective.parts}
+        self.log = class_counts.new_zeros(3 + objective.num_terms, self.num_classes)
+
+    def begin_epoch(self, epoch: int, measure: Callable[[Objective], Tensor]) -> None:
+        """Run the hooks that come before an epoch; ``measure`` gives the held-out sums of a part."""
+        self.log.zero_()
+        for part in self.objective.parts:
+            state = self.states[part.name]
+            part.before_epoch(state, epoch=epoch)
+            if part.wants_held_out(epoch):
+                part.after_held_out(state, measure(part), epoch=epoch)
+
+    def observe(self, logits: Tensor, batch: OuterBatch, y: Tensor, *, epoch: int) -> Tensor:
+        """What the parts observe of one batch, in one flat vector, always of the same length in an epoch.
+
+        Args:
+            logits: (R, num_classes) of the training forward; R may be 0.
+            batch: the rows that were trained on.
+            y: (N,) labels of the whole batch.
+            epoch: 0-based epoch.
+        """
+        early = batch.early_logits
+        seen, labels = (logits[: len(batch.y)], batch.y) if early is None else (early, y)
+        sums = (part.observe(seen.detach(), labels, epoch=epoch) for part in self.objective.parts)
+        return torch.cat([one.flatten() for one in sums if one is not None] or [self.log.new_zeros(0)])
+
+    def after_update(self, observed: Tensor, *, epoch: int) -> None:
+        """Hand the global sums of `observe` to the parts that they are for."""
+        if not len(observed):
+            return
+        nothing = self.log.new_zeros(0, self.num_classes)
+        labels = torch.zeros(0, dtype=torch.long, device=self.log.device)
+        for part in self.objective.parts:
+            shape = part.observe(nothing, labels, epoch=epoch)
+            if shape is not None:
+                part.after_update(self.states[part.name], observed[: shape.numel()].view_as(shape))
+                observed = observed[shape.numel() :]
+
+    def note(self, y: Tensor, batch: OuterBatch, share: Tensor) -> None:
+        """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
+        ones = torch.ones_like(y, dtype=self.log.dtype)
+        if batch.hard is not None:
+            self.log[:2] += class_sums(torch.stack([batch.hard, ones], 1), y, self.num_classes).T
+        self.log[2] += class_sums(ones, y, self.num_classes)
+        self.log[3:] += class_sums(share.T, batch.y, self.num_classes).T
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint needs, but the log, which is spread over processes."""
+        return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave.
+
+        Raises:
+            ValueError: if it belongs to another method or another number of classes.
+        """
+        own = self.tensors()
+        if {name: value.shape for name, value in own.items()} != {k: v.shape for k, v in tensors.items()}:
+            raise ValueError(
+                f"the checkpoint holds class state {sorted(tensors)}, but --method {self.objective.name} keeps "
+                f"{sorted(own)} for {self.num_classes} classes"
+            )
+        for name, state in self.states.items():
+            for key, value in state.items():
+                state[key] = tensors[f"{name}.{key}"].to(value)
+
+    def epoch_record(self, log: Tensor, attack: InnerAttack, *, epoch: int) -> dict[str, Any]:
+        """What the epoch did to each class, JSON types; None for what it left alone.
+
+        Args:
+            log: the sum of `log` over all processes.
+            attack: the attack before class radii.
+            epoch: 0-based epoch.
+
+        Returns:
+            ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: by how much a class's
+            share of the loss (of its first term) exceeded its share of the examples, 1 = plain; ``class_kl_weight``:
+            the same for the second term; ``class_epsilon``: radius of the attack.
+        """
+        hard, mined, seen, *shares = log.cpu().double()
+        record: dict[str, Any] = {"hard_fraction": None, "hard_per_class": None}
+        if mined.sum() > 0:
+            record["hard_fraction"] = float(hard.sum() / mined.sum())
+            record["hard_per_class"] = _ratios(hard, mined)
+        for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
+            plain = seen / seen.sum() * share.sum()
+            differs = bool(((share - plain).abs() > 1e-6 * plain.abs()).any())
+            record[name] = _ratios(share, plain) if differs else None
+        record.setdefault("class_kl_weight", None)
+        margin = self.objective.margin
+        of_class = margin.class_attack(self.states[margin.name], attack, epoch=epoch)
+        record["class_epsilon"] = None if of_class is None else of_class[0].tolist()
+        return record
+
+
+def _ratios(part: Tensor, whole: Tensor) -> list[float | None]:
+    """Entry by entry ``part / whole``; None where there is no whole."""
+    return [a / b if b else None for a, b in zip(part.tolist(), whole.tolist(), strict=True)]

@@ -1,0 +1,93 @@
+"""CFA: class-wise calibrated fair adversarial training (Wei et al., CVPR 2023).
+
+The robust accuracy that each class had in the epoch before, on the training images, sets its radius (customized
+margin) and its KL weight (customized regularization, TRADES form) in this epoch. The third part, fairness-gated
+averaging of the weights, works with every method: `ham_hf.averaging`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
+from ham_hf.objectives.combining import BuiltOnLoss
+from ham_hf.objectives.losses import BaseLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFA(BuiltOnLoss):
+    """Radius and KL weight of each class from its robust accuracy in the epoch before."""
+
+    name: ClassVar[str] = "cfa"
+    summary: ClassVar[str] = "class-wise calibrated fair adversarial training (Wei et al., 2023)"
+    gives_margin: ClassVar[bool] = True
+    gives_weights: ClassVar[bool] = True
+    weighs_losses: ClassVar[tuple[str, ...]] = ("trades",)
+    gates_averaging: ClassVar[bool] = True
+
+    base_loss: Literal["pgd_at", "trades"] = field(
+        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    )
+    cfa_margin: bool = field(default=True, metadata={"help": "scale the radius of each class"})
+    cfa_regularization: bool = field(default=True, metadata={"help": "scale the KL weight of each class (TRADES)"})
+    cfa_start_epoch: int = field(default=10, metadata={"help": "first 0-based epoch that does so", "range": ">= 1"})
+    cfa_lambda1: float = field(
+        default=0.5,
+        metadata={"help": "what is added to a class's robust accuracy to scale its radius", "range": "> 0"},
+    )
+    cfa_lambda2: float = field(default=0.5, metadata={"help": "the same for its KL weight", "range": "> 0"})
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the plain base loss."""
+        return self.cfa_start_epoch
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: robust accuracies (-1 = not known) and the counts they are made of."""
+        return {
+            "robust_accuracy": torch.full_like(class_counts, -1.0),
+            "counts": class_counts.new_zeros(len(class_counts), 2),
+        }
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """See `Objective.observe`: correct and all examples of each class."""
+        correct = (logits.argmax(1) == y).to(statistics_dtype(logits.device))
+        return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """See `Objective.after_update`."""
+        state["counts"] += sums
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """See `Objective.before_epoch`. A class that was not seen keeps what is known of it."""
+        correct, count = state["counts"].unbind(1)
+        state["robust_accuracy"] = torch.where(count > 0, correct / count.clamp(min=1), state["robust_accuracy"])
+        state["counts"].zero_()
+
+    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+        """See `Objective.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
+        if epoch < self.cfa_start_epoch or not self.cfa_margin:
+            return None
+        factor = calibrated(state["robust_accuracy"], self.cfa_lambda1)
+        return factor * attack.threat_model.epsilon, torch.ones_like(factor) * attack.step_size
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        """See `Objective.class_weight`: (CE + beta_c KL) / (1 + beta_c), beta_c = (lambda2 + accuracy) beta.
+
+        Before the first such epoch beta_c is beta: the loss is that of TRADES divided by 1 + beta.
+        """
+        if loss.name != "trades" or not self.cfa_regularization:
+            return None
+        factor = torch.ones_like(state["robust_accuracy"])
+        if epoch >= self.cfa_start_epoch:
+            factor = calibrated(state["robust_accuracy"], self.cfa_lambda2)
+        return torch.stack([torch.ones_like(factor), factor]) / (1 + factor * loss.beta)
+
+
+def calibrated(robust_accuracy: Tensor, offset: float) -> Tensor:
+    """Factor of each class (C,): offset + robust accuracy in [0, 1], or 1 where that is not known (negative)."""
+    return torch.where(robust_accuracy < 0, 1.0, offset + robust_accuracy)

@@ -1,0 +1,98 @@
+"""DAFA: distance-aware fair adversarial training (Lee et al., ICLR 2024).
+
+Classes that are often taken for one another pass weight from the stronger to the weaker one, once, after a warm-up
+epoch whose predictions say how close classes are. The weight scales the cross-entropy term, the radius and the
+step of the attack. The published PGD-AT variant undoes the radius with a second, unweighted step and projection
+(a bug that is not repeated here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
+from ham_hf.objectives.combining import BuiltOnLoss
+from ham_hf.objectives.losses import BaseLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class DAFA(BuiltOnLoss):
+    """Class weights from class similarity, used as loss weights and as factors of epsilon and step size."""
+
+    name: ClassVar[str] = "dafa"
+    summary: ClassVar[str] = "distance-aware fair adversarial training (Lee et al., 2024)"
+    gives_margin: ClassVar[bool] = True
+    gives_weights: ClassVar[bool] = True
+
+    base_loss: Literal["pgd_at", "trades"] = field(
+        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    )
+    dafa_lambda: float = field(
+        default=1.0, metadata={"help": "how much weight passes between classes; 1.5 for 100 classes", "range": ">= 0"}
+    )
+    dafa_start_epoch: int = field(
+        default=70,
+        metadata={"help": "first 0-based epoch with class weights; the epoch before it is observed", "range": ">= 1"},
+    )
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the plain base loss."""
+        return self.dafa_start_epoch
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: the weights, and the sums they are made of."""
+        num_classes = len(class_counts)
+        return {
+            "weight": torch.ones_like(class_counts),
+            "sums": class_counts.new_zeros(num_classes, num_classes + 1),
+        }
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """See `Objective.observe`: sums of the class probabilities, and a count, per true class."""
+        if epoch != self.dafa_start_epoch - 1:
+            return None
+        probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
+        return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """See `Objective.after_update`."""
+        state["sums"] += sums
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """See `Objective.before_epoch`."""
+        if epoch == self.dafa_start_epoch:
+            counts = state["sums"][:, -1:]
+            state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
+
+    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+        """See `Objective.class_attack`."""
+        if epoch < self.dafa_start_epoch:
+            return None
+        return state["weight"] * attack.threat_model.epsilon, state["weight"] * attack.step_size
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        """See `Objective.class_weight`: the first term is weighted, KL terms are not."""
+        if epoch < self.dafa_start_epoch:
+            return None
+        others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
+        return torch.stack([state["weight"], *others])
+
+
+def dafa_weights(similarity: Tensor, scale: float) -> Tensor:
+    """Class weights (C,) of DAFA (equation of section 4.2); they sum to C, and may be negative for a large scale.
+
+    Args:
+        similarity: (C, C), row i = mean class probabilities of adversarial images of class i; zeros for a class
+            without an example, which then keeps weight 1.
+        scale: lambda.
+    """
+    own = similarity.diagonal()
+    gain = similarity * own  # (i, j): p_i(j) p_j(j), what i gains from a stronger j
+    loss = (similarity * own).T  # (i, j): p_j(i) p_i(i), what i passes to a weaker or equal j
+    passed = torch.where(own[:, None] < own, gain, -loss).fill_diagonal_(0)
+    return 1 + scale * passed.sum(1)

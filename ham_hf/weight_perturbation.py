@@ -1,0 +1,114 @@
+"""Adversarial weight perturbation (AWP; Wu et al., NeurIPS 2020): train at the worst weights nearby.
+
+One update, in the order of the published code::
+
+    weights = perturbable(model)
+    with frozen_batch_statistics(model):
+        loss().backward()
+    directions = awp_direction(weights)
+    optimizer.zero_grad()
+    with perturbed(weights, directions, gamma):
+        loss().backward()
+        optimizer.step()
+
+The authors take the direction from one ascent step of a copy of the model. Its length cancels, so the gradient at the
+weights themselves gives the same direction, without the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_TINY = 1e-20
+"""Added to the norm of a gradient before dividing by it; the authors' constant."""
+
+
+def perturbable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that AWP moves: those that train, have more than one dimension and "weight" in the name.
+
+    Biases and the weights of normalization layers are therefore left alone. A parameter used twice is listed once.
+
+    Raises:
+        ValueError: if there is none; weight perturbation would silently do nothing.
+    """
+    found = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim > 1 and "weight" in name
+    ]
+    if not found:
+        raise ValueError(
+            f"weight perturbation found nothing to perturb in {type(model).__name__}: expected at least one trainable "
+            'parameter with more than one dimension and "weight" in its name; unfreeze a layer or train without it'
+        )
+    return found
+
+
+@torch.no_grad()
+def awp_direction(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """The direction of steepest ascent of each parameter, as long as the parameter itself.
+
+    ``v = g * ||w|| / (||g|| + 1e-20)`` with Frobenius norms, per parameter: the paper's step, taken once as in the
+    published code. A positive factor of the loss cancels, so sums and means over a batch give the same direction.
+
+    Args:
+        parameters: at least one, each with the gradient of the loss (not of its negative) in ``.grad``.
+
+    Returns:
+        New tensors in the shapes of the parameters; zeros where ``.grad`` is None or exactly zero.
+    """
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
+    # A zero gradient needs no case of its own: 0 * (||w|| / 1e-20) is 0, and that factor is finite from bfloat16 up.
+    lengths = torch._foreach_add(torch._foreach_norm(gradients), _TINY)
+    factors = torch._foreach_div(torch._foreach_norm(list(parameters)), lengths)
+    return list(torch._foreach_mul(gradients, factors))
+
+
+@contextmanager
+def perturbed(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], gamma: float) -> Iterator[None]:
+    """Add ``gamma * directions`` to the parameters in place, and subtract it on leaving, whatever happens.
+
+    The forward, the backward and the optimizer's step belong inside: the step, weight decay included, is made from
+    the perturbed weights, and subtracting afterwards (instead of putting old values back) keeps it. Without a step,
+    the weights come back up to rounding, not bit for bit.
+
+    Args:
+        parameters: what to perturb.
+        directions: one tensor per parameter, of its shape; see `awp_direction`.
+        gamma: size of the perturbation relative to the weights; the authors use 0.01 for PGD-AT, 0.005 for TRADES.
+    """
+    weights: list[Tensor] = list(parameters)
+    moves = list(directions)
+    with torch.no_grad():
+        torch._foreach_add_(weights, moves, alpha=gamma)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_add_(weights, moves, alpha=-gamma)
+
+
+@contextmanager
+def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm normalize as its mode says, but leave its buffers as they are; restored whatever happens.
+
+    In training mode it still uses the statistics of the batch; in evaluation mode nothing changes. For forwards in
+    training mode that are no training step, such as the one that finds the direction (the authors make it with a
+    copy of the model, whose buffers they throw away).
+
+    Args:
+        model: its BatchNorm modules are those derived from torch's, timm's and SyncBatchNorm included.
+    """
+    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True

@@ -1,0 +1,38 @@
+"""Every method on two processes against one: the same weights, class state and per-class log."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.method_checks import every_method
+from tests.recipe_runs import LAUNCH, PROCESSES
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, subprocess_env):
+    found = {}
+    for count, options in PROCESSES.items():
+        folder = tmp_path_factory.mktemp("methods")
+        command = [*LAUNCH, *options, str(ROOT / "tests/distributed/methods_worker.py"), str(folder)]
+        done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[count] = load_file(folder / "found.safetensors")
+        assert int(found[count]["num_processes"]) == count
+    return found
+
+
+@pytest.mark.parametrize("label", every_method())
+def test_two_processes_do_what_one_does(results, label):
+    one, two = ({k: v for k, v in results[count].items() if k.startswith(f"{label}/")} for count in (1, 2))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        assert torch.isfinite(value).all(), key
+        # Rounding alone; gradients go through the network's float64, weights of rows through it as well.
+        torch.testing.assert_close(
+            two[key].double(), value.double(), rtol=1e-6, atol=1e-7, msg=lambda m, k=key: f"{k}: {m}"
+        )
