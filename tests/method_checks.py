@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import DAFA, HAM, TRADES, InnerAttack, TradesLoss, available
+from ham_hf.objectives import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, InnerAttack, TradesLoss, available
 from tests.golden_data import GOLDEN
 
 
@@ -113,5 +113,10 @@ def every_method():
         "trades-cfa-dafa": (TRADES(class_margin="cfa", class_weighting="dafa", class_rule_args=rules), {}),
         "trades-awp": (TRADES(), {"awp_gamma": 0.005, "awp_start_epoch": 1}),
         "dafa-pgd_at": (early(DAFA, base_loss="pgd_at"), {}),
+        "pgd_at-cfol": (PGDAT(class_weighting="cfol"), {}),
+        "trades-frl": (TRADES(class_margin="frl", class_weighting="frl"), {}),
+        "mart-wat": (MART(class_weighting="wat"), {}),
+        "fat-cfa": (FAT(class_margin="cfa", class_rule_args={"cfa_start_epoch": 1}), {}),
+        "faal-awp": (FAAL(base_loss="trades"), {"awp_gamma": 0.005}),
     }
-    return found | {label: value for label, value in combined.items() if "faal" not in label or "faal" in available()}
+    return found | combined

@@ -1,0 +1,87 @@
+"""CFOL: class-focused online learning (Pethick et al., TMLR 2023), on PGD-AT.
+
+Exp3 over classes: a class whose adversarial examples are misclassified is drawn more often. A class is drawn from
+gamma base + (1 - gamma) softmax(w), then one of its examples. ``cfol_as="weight"`` takes every example once and
+weighs its loss by that mixture instead, anew for every update; it is the form that other methods can borrow.
+
+Where the published code differs: it changes the probabilities of the sampler after every batch. Ours draws an epoch
+ahead, so that a run can be resumed within it: the probabilities, and the division by them, stay for an epoch, while
+the log-weights move with every update. As a weight it still draws classes from the base (the same where they are of
+equal size); both divide by the base probability. It keeps log-weights in float32 and cannot leave out a class; here
+a class without training images has probability 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ham_hf.objectives.base import Objective, State, class_sums
+from ham_hf.objectives.losses import BaseLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class CFOL(Objective):
+    """Draw, or weigh, classes by how often their adversarial examples are misclassified."""
+
+    name: ClassVar[str] = "cfol"
+    summary: ClassVar[str] = "class-focused online learning, a class sampler (Pethick et al., 2023)"
+    gives_weights: ClassVar[bool] = True
+
+    cfol_as: Literal["sampler", "weight"] = field(
+        default="sampler", metadata={"help": "draw classes by the probabilities, or weigh the loss by them"}
+    )
+    cfol_gamma: float = field(
+        default=0.5, metadata={"help": "share of the base distribution in the probabilities", "range": "(0, 1]"}
+    )
+    cfol_eta: float = field(
+        default=1e-5, metadata={"help": "what a misclassified example adds to its class", "range": "> 0"}
+    )
+    cfol_base: Literal["uniform", "empirical"] = field(
+        default="uniform", metadata={"help": "base distribution: all classes alike, or by their training images"}
+    )
+
+    @classmethod
+    def as_rule(cls, **options: Any) -> Objective:  # noqa: ANN401
+        """See `Objective.as_rule`: a weight, unless the options say otherwise."""
+        return cls(**{"cfol_as": "weight", **options})
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: log-weights, the base, and the probabilities in force for this epoch."""
+        weight = class_counts if self.cfol_base == "empirical" else (class_counts > 0).to(class_counts)
+        state = {"log_weight": torch.zeros_like(class_counts), "base": weight / weight.sum()}
+        state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
+        return state
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """See `Objective.before_epoch`: settle the probabilities of this epoch's draws."""
+        state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """See `Objective.observe`: misclassified adversarial examples of each class."""
+        return class_sums(logits.argmax(1) != y, y, logits.shape[1])
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """See `Objective.after_update`: divide by the probability that the examples were drawn with."""
+        drawn_with = state["probabilities"] if self.cfol_as == "sampler" else state["base"]
+        state["log_weight"] += torch.where(drawn_with > 0, self.cfol_eta * sums / drawn_with, 0.0)
+
+    def class_probabilities(self, state: State) -> Tensor | None:
+        """See `Objective.class_probabilities`."""
+        return state["probabilities"] if self.cfol_as == "sampler" else None
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        """See `Objective.class_weight`: the mixture times the number of classes, for every term."""
+        if self.cfol_as == "sampler":
+            return None
+        num_present = (state["base"] > 0).sum()
+        weight = num_present * mixture(state["log_weight"], state["base"], self.cfol_gamma)
+        return weight.expand(loss.num_terms, -1)
+
+
+def mixture(log_weight: Tensor, base: Tensor, gamma: float) -> Tensor:
+    """Probabilities gamma base + (1 - gamma) softmax(log_weight), (C,), of the classes whose base is not 0."""
+    return gamma * base + (1 - gamma) * log_weight.masked_fill(base == 0, float("-inf")).softmax(0)

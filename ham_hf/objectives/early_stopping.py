@@ -1,0 +1,125 @@
+"""PGD that lets go of an example soon after the model gets it wrong: the attack of FAT and BAT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.attacks import LossFn, check_batch, evaluation_mode, input_gradient
+from ham_hf.mining import RowLoss
+from ham_hf.objectives.base import InnerAttack
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoppedAttack:
+    """Two points on the path of each example, in the order of the batch.
+
+    Attributes:
+        stopped: (N, C, H, W) iterate at which the example was let go; the last one if it never was. The last iterate
+            is not classified, so it may be right or wrong.
+        last_correct: (N, C, H, W) iterate before the first wrong one; the start if that is wrong already, the last
+            one if none was seen to be wrong.
+    """
+
+    stopped: Tensor
+    last_correct: Tensor
+
+
+def early_stopped_pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    attack: InnerAttack,
+    start: Tensor,
+    loss_fn: LossFn,
+    tau: int,
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> StoppedAttack:
+    """PGD in which an example stops at its wrong iterate number ``tau`` + 1 (Zhang et al., ICML 2020).
+
+    Stopped rows leave the batch, so that the attack gets cheaper with every step. Finding them waits for the device
+    once a step. The forward of a step both classifies and gives the gradient, so a row that leaves has paid for one
+    gradient that is not used; a forward of its own to classify would cost more from the second step on.
+
+    Args:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,).
+        attack: threat model, steps and step size; radius and step may be (N,).
+        start: images to start from (N, C, H, W), used as they are.
+        loss_fn: what to increase, per example; a `RowLoss` is told which rows are left.
+        tau: number of further steps that a wrong example is given, >= 0.
+        noise: standard deviation of Gaussian noise added at every step before projection, in pixel units.
+        generator: source of that noise, drawn for the whole batch: what a row gets does not depend on which are left.
+
+    Raises:
+        ValueError: if the batch is malformed.
+    """
+    check_batch(x, y)
+    watched = WatchedLoss(loss_fn)
+    x_adv = start.detach()
+    stopped, last_correct = x_adv.clone(), x_adv.clone()
+    rows, budget = torch.arange(len(y), device=y.device), torch.full_like(y, tau)
+    unbroken = torch.ones_like(y, dtype=torch.bool)
+    with evaluation_mode(model):
+        for _ in range(attack.num_steps):
+            if not len(rows):
+                break
+            gradient = input_gradient(model, x_adv, y, watched)
+            wrong = watched.wrong
+            unbroken &= ~wrong
+            last_correct[rows] = _where(unbroken, x_adv, last_correct[rows])
+            left = (~wrong | (budget > 0)).nonzero().squeeze(1)
+            attack = rows_of(attack, left)
+            watched.keep(left)
+            budget -= wrong.to(budget.dtype)
+            rows, x_adv, gradient, y, budget, unbroken = (
+                values[left] for values in (rows, x_adv, gradient, y, budget, unbroken)
+            )
+            moved = attack.threat_model.step(x_adv, gradient, attack.step_size)
+            if noise:
+                moved += torch.empty_like(x).normal_(std=noise, generator=generator)[rows]
+            x_adv = stopped[rows] = attack.threat_model.project(moved, x[rows])
+    last_correct[rows] = _where(unbroken, x_adv, last_correct[rows])
+    return StoppedAttack(stopped=stopped, last_correct=last_correct)
+
+
+class WatchedLoss:
+    """A loss of an attack that also notes which rows are misclassified.
+
+    Args:
+        loss_fn: the loss itself.
+
+    Attributes:
+        wrong: (N,) bool of the last call.
+    """
+
+    wrong: Tensor
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Note who is wrong and return the loss of each row (N,)."""
+        self.wrong = logits.detach().argmax(1) != y
+        return self.loss_fn(logits, y)
+
+    def keep(self, rows: Tensor) -> None:
+        """See `RowLoss.keep`."""
+        if isinstance(self.loss_fn, RowLoss):
+            self.loss_fn.keep(rows)
+
+
+def rows_of(attack: InnerAttack, rows: Tensor) -> InnerAttack:
+    """The attack on the examples at the given positions, where radius or step are per example."""
+    size = attack.step_size
+    size = size[rows] if isinstance(size, Tensor) and size.ndim else size
+    return replace(attack, threat_model=attack.threat_model.rows(rows), step_size=size)
+
+
+def _where(rows: Tensor, chosen: Tensor, others: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, 1, 1, 1), chosen, others)

@@ -1,0 +1,93 @@
+"""FAAL: fairness-aware adversarial learning (Zhang et al., CVPR 2024), on PGD-AT, TRADES or MART.
+
+For every update the class weights are the worst ones within reach: p maximizes the sum of p_c a_c, where a_c sums
+over the rows of class c by how much the largest other probability exceeds the true one, subject to KL(U || p) <= r
+with U uniform. The rows are forwarded once more for it, in training mode. The authors fine-tune a robust network for
+two epochs at a learning rate of 0.01.
+
+Because a_c is a sum, a class missing from the update has a_c = 0, and gets the largest weight of all where the
+classes that are there have negative ones.
+
+Where the published code differs: it solves with cvxpy, on the host, to about 1e-8, and rounds p to float32; ours is
+the closed form, on the device. Its batch is that of its one process; ours is the whole update, of all processes.
+With MART it attacks the KL term, as with TRADES; ours is MART's own attack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ham_hf.objectives.base import State, class_sums, statistics_dtype
+from ham_hf.objectives.combining import BuiltOnLoss
+from ham_hf.objectives.losses import BaseLoss
+
+BISECTIONS = 64
+"""Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""
+TIE = 1e-9
+"""Classes whose values differ by less are alike: below what the published solver resolves, above what sums round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAAL(BuiltOnLoss):
+    """Class weights that are the worst within a KL ball, from the margins of each update's rows."""
+
+    name: ClassVar[str] = "faal"
+    summary: ClassVar[str] = "fairness-aware adversarial learning, class-wise robust optimization (Zhang et al., 2024)"
+    gives_weights: ClassVar[bool] = True
+    wants_preview: ClassVar[bool] = True
+
+    faal_radius: float = field(
+        default=0.5, metadata={"help": "largest KL divergence of the class weights from equal ones", "range": ">= 0"}
+    )
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: the class weights, which sum to the number of classes."""
+        return {"weight": torch.ones_like(class_counts)}
+
+    def preview(self, logits: Tensor, y: Tensor, num_classes: int) -> Tensor:
+        """See `Objective.preview`: sum over each class of the largest other probability minus the true one."""
+        probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
+        true = probabilities.gather(1, y[:, None])
+        runner_up = probabilities.scatter(1, y[:, None], 0.0).amax(1, keepdim=True)
+        return class_sums((runner_up - true).squeeze(1), y, num_classes)
+
+    def before_update(self, state: State, sums: Tensor) -> None:
+        """See `Objective.before_update`."""
+        state["weight"] = len(sums) * worst_case_weights(sums, self.faal_radius)
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
+        """See `Objective.class_weight`: the same for every term."""
+        return state["weight"].expand(loss.num_terms, -1)
+
+
+def worst_case_weights(values: Tensor, radius: float) -> Tensor:
+    """The probabilities p (C,) that maximize p @ values subject to KL(U || p) <= radius, with U uniform.
+
+    The optimum is p_c = q_c / sum(q) with q_c = 1 / (nu - values_c), nu > max(values) such that the divergence is the
+    radius. The distance of nu from the maximum, in units of the range of the values, is found by bisection of its
+    logarithm: the divergence falls with it, from infinity to 0. Nothing waits for the device.
+
+    Args:
+        values: (C,) finite; if all are alike the result is uniform.
+        radius: r >= 0.
+    """
+    gap = values.amax() - values
+    spread = gap.amax()
+    gap = gap / spread.clamp(min=TIE)
+    low = torch.full_like(spread, math.log(torch.finfo(values.dtype).tiny))
+    high = torch.full_like(spread, 50.0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        divergence = -_log_weights(gap, middle).mean() - math.log(len(values))
+        low, high = torch.where(divergence > radius, middle, low), torch.where(divergence > radius, high, middle)
+    return torch.where(spread > TIE, _log_weights(gap, high).exp(), 1 / len(values))
+
+
+def _log_weights(gap: Tensor, log_distance: Tensor) -> Tensor:
+    """Logarithm of the weights (C,) for values ``gap`` below the largest, whose distance from nu has this log."""
+    return (-(gap + log_distance.exp()).log()).log_softmax(0)

@@ -1,0 +1,83 @@
+"""FAT: friendly adversarial training (Zhang et al., ICML 2020).
+
+Cross-entropy on examples that are wrong, but only just: the attack on an example ends tau steps after the model
+misclassifies it, and tau grows during training. As in the published code (zjfheart/Friendly-Adversarial-Training), a
+step is charged to tau only where the example is wrong before it, so one that becomes right again goes on for longer,
+and Gaussian noise is added at every step. Rows keep the order of the batch here; the published code returns them in
+the order in which they stop, which changes neither loss nor gradient.
+
+Class radii of other methods (CFA's FAT variant) and class weights can be borrowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.objectives.base import InnerAttack, OuterBatch, States
+from ham_hf.objectives.combining import Combinable
+from ham_hf.objectives.early_stopping import early_stopped_pgd
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAT(Combinable):
+    """Train on adversarial examples of an attack that stops soon after it succeeds."""
+
+    name: ClassVar[str] = "fat"
+    summary: ClassVar[str] = "friendly adversarial training: early-stopped PGD (Zhang et al., 2020)"
+
+    fat_tau_epochs: tuple[int, ...] = field(
+        default=(50, 90),
+        metadata={
+            "help": "0-based epochs from which an example that is wrong is attacked for one step more; before the "
+            "first of them the attack stops there",
+            "items": "EPOCH",
+            "range": ">= 0, not decreasing",
+        },
+    )
+    fat_omega: float = field(
+        default=0.001,
+        metadata={"help": "standard deviation of the noise added at every step, in pixel units", "range": ">= 0"},
+    )
+
+    def check(self, *, num_steps: int) -> None:
+        """See `Objective.check`."""
+        super().check(num_steps=num_steps)
+        epochs = self.fat_tau_epochs
+        if any(epoch < 0 for epoch in epochs) or list(epochs) != sorted(epochs):
+            raise ValueError(
+                f"--fat_tau_epochs {' '.join(map(str, epochs))}: expected epochs of at least 0 that do not decrease"
+            )
+
+    def tau(self, epoch: int) -> int:
+        """Number of further steps for a wrong example in this 0-based epoch."""
+        return sum(epoch >= first for first in self.fat_tau_epochs)
+
+    def outer_batch(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        epoch: int,
+        states: States,
+        generator: torch.Generator | None = None,
+    ) -> OuterBatch:
+        """See `Objective.outer_batch`. Waits for the device once per attack step, to let rows go."""
+        attack = self.attack_on(y, attack, epoch=epoch, states=states)
+        attacked = early_stopped_pgd(
+            model,
+            x,
+            y,
+            attack=attack,
+            start=self.loss.start(x, attack.threat_model, generator),
+            loss_fn=self.loss.attack_loss(model, x),
+            tau=self.tau(epoch),
+            noise=self.fat_omega,
+            generator=generator,
+        )
+        return OuterBatch(x=attacked.stopped, y=y, weight=torch.ones_like(x[:, 0, 0, 0]))

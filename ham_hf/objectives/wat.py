@@ -1,0 +1,100 @@
+"""WAT: worst-class adversarial training (Li and Liu, AAAI 2023), on TRADES or PGD-AT.
+
+Hedge over C + 1 arms, one per class and one for the average: the loss of each arm on attacked held-out images adds
+to its cumulative cost, and the arms are weighted by C softmax(eta cost). All arms begin at 1. An example is weighted
+by its class and by the average, so the loss is about twice the plain one, as published.
+
+Where the published code differs: it computes held-out costs as if classes and batches were of equal size (a class's
+sum times C, over batches times batch size); ours are means over the images there are, and a class without one
+costs the average. When resumed it forgets the cumulative costs; ours are part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.attacks import pgd
+from ham_hf.objectives.base import InnerAttack, State, class_sums
+from ham_hf.objectives.combining import BuiltOnLoss
+from ham_hf.objectives.losses import BaseLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class WAT(BuiltOnLoss):
+    """Class weights by the cumulative loss of each class on held-out images."""
+
+    name: ClassVar[str] = "wat"
+    summary: ClassVar[str] = "worst-class adversarial training (Li and Liu, 2023)"
+    gives_weights: ClassVar[bool] = True
+    uses_held_out: ClassVar[bool] = True
+
+    base_loss: Literal["pgd_at", "trades"] = field(
+        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    )
+    wat_eta: float = field(default=0.1, metadata={"help": "how fast weight moves to costly classes", "range": ">= 0"})
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
+        cost = class_counts.new_zeros(len(class_counts) + 1)
+        return {"cost": cost, "weight": torch.ones_like(cost)}
+
+    def wants_held_out(self, epoch: int) -> bool:
+        """See `Objective.wants_held_out`: after every epoch, that is, before every epoch but the first."""
+        return epoch > 0
+
+    def held_out_sums(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        loss: BaseLoss,
+        num_classes: int,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """See `Objective.held_out_sums`: number of images, and sum of the loss under its own attack."""
+        x_adv = pgd(
+            model,
+            x,
+            y,
+            threat_model=attack.threat_model,
+            num_steps=attack.num_steps,
+            step_size=attack.step_size,
+            start=loss.start(x, attack.threat_model, generator),
+            loss_fn=loss.attack_loss(model, x),
+        )
+        with torch.no_grad():
+            terms = loss.terms(model(loss.rows(x_adv, x)), y)
+        cost = sum(scale * term for scale, term in zip(loss.scales, terms, strict=True))
+        return class_sums(torch.stack([torch.ones_like(terms[0]), cost], 1), y, num_classes).T
+
+    def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
+        """See `Objective.after_held_out`."""
+        state["cost"] = state["cost"] + mean_costs(sums)
+        state["weight"] = hedge_weights(state["cost"], self.wat_eta)
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
+        """See `Objective.class_weight`: a class's own weight plus that of the average, for every term."""
+        weight = state["weight"]
+        return (weight[:-1] + weight[-1]).expand(loss.num_terms, -1)
+
+
+def mean_costs(sums: Tensor) -> Tensor:
+    """Mean loss of each class and, last, of all images (C + 1,); a class without an image gets that of all.
+
+    Args:
+        sums: (2, C) number of images and sum of their loss.
+    """
+    count, cost = sums
+    overall = cost.sum() / count.sum().clamp(min=1)
+    return torch.cat([torch.where(count > 0, cost / count.clamp(min=1), overall), overall[None]])
+
+
+def hedge_weights(cost: Tensor, eta: float) -> Tensor:
+    """Weights (C + 1,) of the arms from their cumulative costs (C + 1,); they sum to C."""
+    return (len(cost) - 1) * (eta * cost).softmax(0)
