@@ -15,9 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from ham_hf.report import REPORT_NAME
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -157,6 +159,28 @@ def try_push(
         logger.warning("Training goes on, the next save pushes again: %s", error)
         return False
     return True
+
+
+def download_report(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch the ``report.json`` of a model on the Hub into the Hub's cache, unless it is there already.
+
+    Args:
+        repo_id: "user/name".
+        revision: branch, tag or commit; None for the main branch.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if there is none, or it cannot be had.
+    """
+    try:
+        return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision), attempts=3))
+    except PUSH_ERRORS as error:
+        raise ValueError(
+            f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
+            f"pushed ({_without_token(error)})"
+        ) from None
 
 
 def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,31 @@ def set_up_logging() -> None:
     main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("ham_hf").setLevel(logging.INFO if main else logging.WARNING)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held so far, in bytes.
+
+    On an accelerator: tensors on ``device`` as its allocator counts them, without its cache and the driver's share.
+    On the CPU: resident memory of the process, libraries included. A resumed run counts from where it was resumed.
+
+    Returns:
+        None where there is no such number (Windows; accelerators whose allocator keeps no peak).
+    """
+    if device.type != "cpu":
+        count = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if count is None else int(count(device))
+    if sys.platform == "win32":
+        return None
+    import resource  # not on Windows
+
+    status = Path("/proc/self/status")
+    # On Linux getrusage also counts what the parent held when it started this process, hence the other source first.
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if found:
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

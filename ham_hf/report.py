@@ -16,7 +16,7 @@ import types
 import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -147,6 +147,8 @@ class TrainingReport:
         selected_step: step of the selected weights; None if unknown.
         selected_epoch: 0-based epoch of the selected weights; None if unknown.
         history: the validation lines of ``metrics.jsonl``, JSON values only.
+        peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
+            without one, of the machine (`ham_hf.launching.peak_memory_bytes`); None if unknown.
     """
 
     num_train_epochs: int
@@ -157,6 +159,7 @@ class TrainingReport:
     selected_step: int | None
     selected_epoch: int | None
     history: tuple[Mapping[str, object], ...]
+    peak_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
@@ -426,9 +429,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401 (the type
     if is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         names = {field.name for field in fields(kind)}
-        if names != value.keys():
+        # A field with a default was added later: reports written before do not have it.
+        required = {field.name for field in fields(kind) if field.default is MISSING}
+        if not required <= value.keys() <= names:
             raise ValueError(f"{where} should have the keys {sorted(names)}, got {sorted(value)}")
-        return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in names})  # type: ignore[operator]
+        return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})  # type: ignore[operator]
     if origin is tuple and isinstance(value, list):
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, dict):

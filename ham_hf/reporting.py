@@ -78,8 +78,14 @@ def training_report(
     best: Mapping[str, Any],
     results: Mapping[str, AttackResult],
     accelerator: Accelerator,
+    *,
+    peak_memory_bytes: int | None = None,
 ) -> RunReport:
-    """Report of a training run; ``best`` is the state that the evaluated weights were selected with."""
+    """Report of a training run.
+
+    ``best`` is the state that the evaluated weights were selected with, ``peak_memory_bytes`` what
+    `ham_hf.launching.peak_memory_bytes` said when training ended (evaluation, which follows, may need more).
+    """
     return RunReport(
         model=ModelReport(
             name=config.model.model_name,
@@ -103,6 +109,7 @@ def training_report(
             selected_step=best["step"],
             selected_epoch=best["epoch"],
             history=tuple(progress.history),
+            peak_memory_bytes=peak_memory_bytes,
         ),
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},

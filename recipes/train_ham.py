@@ -24,7 +24,7 @@ from ham_hf.checkpoint import OWNED_BY_TRAINING, check_output_dir, clear_output_
 from ham_hf.config import config_to_dict, parse_train_config
 from ham_hf.evaluation import require_autoattack
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.launching import clean_exit, create_accelerator, explain_interrupt, set_up_logging
+from ham_hf.launching import clean_exit, create_accelerator, explain_interrupt, peak_memory_bytes, set_up_logging
 from ham_hf.models import input_defaults
 from ham_hf.objectives import InnerAttack
 from ham_hf.optimization import check_optimizer
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
     with clean_exit(NonFiniteLossError), explain_interrupt(folder):
         progress = trainer.fit()
+    peak_memory = peak_memory_bytes(accelerator.device)
     accelerator.wait_for_everyone()
 
     ########################
@@ -143,7 +144,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     ########################
     if accelerator.is_main_process:
         exported = export_model(selected, config, data, preprocessing)
-        report = training_report(config, selected, exported, preprocessing, data, progress, best, results, accelerator)
+        report = training_report(
+            config,
+            selected,
+            exported,
+            preprocessing,
+            data,
+            progress,
+            best,
+            results,
+            accelerator,
+            peak_memory_bytes=peak_memory,
+        )
         examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
         write_training(report, folder, examples=examples, repo_id=repo_id)
         sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")

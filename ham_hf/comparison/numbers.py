@@ -1,0 +1,336 @@
+"""Finished runs -> one comparison: mean and spread over seeds of every number, side by side.
+
+Runs with one label are one row, and differ in their seed alone. Spread is the *sample* standard deviation over
+seeds (divisor n - 1); a single seed has none. What the rows do not share (images, epochs, budget of the attack ...) is
+listed, as a table of unequal runs reads like a table of equal ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ham_hf.comparison.facts import Facts, budget, environment, facts_of, run_settings, setting_text
+from ham_hf.report import RunReport, plain_text
+
+METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
+LOWER_IS_BETTER = frozenset({"nsd"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id."""
+
+    label: str
+    seed: int
+    report: RunReport
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingRun:
+    """A run without a report: why, in words, and whether it was tried and ``failed``."""
+
+    label: str
+    seed: int
+    reason: str
+    failed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean and sample standard deviation of ``values``, one per seed; ``std`` is None of a single value."""
+
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """One row under one evaluation; accuracies in [0, 1].
+
+    Attributes:
+        seeds: seeds of the runs that have this evaluation.
+        num_examples: images seen, of every run.
+        average: micro average.
+        worst_class: accuracy of the worst class of each run (which class that is may differ between seeds).
+        worst_30_percent: mean of the worst 30 % of the classes.
+        nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
+        rho: relative trade-off against the baseline, from the means; None without a baseline, or where the
+            baseline's worst class or average is 0.
+        per_class: mean over seeds of each class' accuracy; None for a class without images.
+    """
+
+    seeds: tuple[int, ...]
+    num_examples: tuple[int, ...]
+    average: Spread
+    worst_class: Spread
+    worst_30_percent: Spread
+    nsd: Spread | None
+    rho: float | None
+    per_class: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The runs of one label.
+
+    Attributes:
+        label: name of the row.
+        runs: its runs, by seed.
+        attacks: numbers under each evaluation that one of its runs has.
+        seconds: duration of training; None if no run was trained here.
+        peak_memory_bytes: see `ham_hf.report.TrainingReport`; None if no run knows it.
+        settings: its settings, as far as the rows differ in them.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    attacks: Mapping[str, AttackRow]
+    seconds: Spread | None
+    peak_memory_bytes: Spread | None
+    settings: Mapping[str, object]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs."""
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Rows side by side.
+
+    Attributes:
+        rows: one per label, in the order in which the labels were given.
+        attacks: title of every evaluation that a run has, by name, in the order in which they were run.
+        baseline: label that rho is relative to; None if there is none.
+        class_names: names of the C classes; None if the runs do not have the same.
+        budget: what a fair comparison needs to be equal: images, network, threat model, length, evaluation.
+        environment: hardware and software.
+        missing: runs that failed or are not there.
+    """
+
+    rows: tuple[Row, ...]
+    attacks: Mapping[str, str]
+    baseline: str | None
+    class_names: tuple[str, ...] | None
+    budget: Facts
+    environment: Facts
+    missing: tuple[MissingRun, ...]
+
+    @property
+    def unequal(self) -> Facts:
+        """The part of ``budget`` in which the runs differ."""
+        return {title: values for title, values in self.budget.items() if len(values) > 1}
+
+    def strongest_shared_attack(self) -> str | None:
+        """The evaluation that figures show: of those that all runs share, the one with the lowest mean average.
+
+        Evaluations of a part of the test images count only if there is no other; clean is none.
+        """
+        reports = [run.report for row in self.rows for run in row.runs]
+        shared = [name for name in self.attacks if name != "clean" and all(name in r.results for r in reports)]
+        full = [name for name in shared if not any(r.is_subset(r.results[name]) for r in reports)]
+        return min(
+            full or shared,
+            key=lambda name: statistics.fmean(row.attacks[name].average.mean for row in self.rows),
+            default=None,
+        )
+
+    def best(self, attack: str, metric: str) -> str | None:
+        """Label of the row that is best beyond the noise, if one is (our choice of a rule).
+
+        Its mean has to be better than the next best by more than ``sqrt(std_a^2 + std_b^2)``; both need two seeds.
+
+        Args:
+            attack: name of an evaluation.
+            metric: one of ``METRICS``.
+        """
+        spreads = {
+            row.label: spread
+            for row in self.rows
+            if attack in row.attacks and (spread := getattr(row.attacks[attack], metric)) is not None
+        }
+        order = sorted(spreads, key=lambda label: spreads[label].mean, reverse=metric not in LOWER_IS_BETTER)
+        if len(order) < 2:
+            return None
+        first, second = (spreads[label] for label in order[:2])
+        if first.std is None or second.std is None:
+            return None
+        noise = (first.std**2 + second.std**2) ** 0.5
+        return order[0] if abs(first.mean - second.mean) > noise else None
+
+
+def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
+    """Put runs side by side.
+
+    A seed that some row has and another lacks without an entry in ``missing`` gets one.
+
+    Args:
+        runs: finished runs, at least one; those of one label differ in the seed alone.
+        baseline: label of the row that rho is relative to.
+        missing: runs that are not there, and why.
+
+    Raises:
+        ValueError: if there is no run, two runs have the same label and seed, or no run has the baseline's label.
+    """
+    if not runs:
+        raise ValueError("there is no finished run to compare")
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    for label, members in by_label.items():
+        members.sort(key=lambda run: run.seed)
+        for one, other in itertools.pairwise(members):
+            if one.seed == other.seed:
+                raise ValueError(
+                    f"{one.source} and {other.source} are the same run ({label}, seed {one.seed}); give one of them"
+                )
+    if baseline is not None and baseline not in {*by_label, *(run.label for run in missing)}:
+        raise ValueError(f"--baseline {baseline}: expected one of {', '.join(by_label)}")
+    titles = {name: attack.title for run in runs for name, attack in run.report.results.items()}
+    base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
+    class_names = {run.report.dataset.class_names for run in runs}
+    different = _different_settings(by_label)
+    return Comparison(
+        rows=tuple(
+            Row(
+                label=label,
+                runs=tuple(members),
+                attacks=_attack_rows(members, base),
+                seconds=_spread([run.report.training.seconds for run in members if run.report.training]),
+                peak_memory_bytes=_spread(
+                    [
+                        run.report.training.peak_memory_bytes
+                        for run in members
+                        if run.report.training and run.report.training.peak_memory_bytes is not None
+                    ]
+                ),
+                settings={name: value for name, value in members[0].report.config.items() if name in different},
+            )
+            for label, members in by_label.items()
+        ),
+        attacks=titles,
+        baseline=baseline,
+        class_names=class_names.pop() if len(class_names) == 1 else None,
+        budget=facts_of([(run.label, budget(run.report)) for run in runs]),
+        environment=facts_of([(run.label, environment(run.report)) for run in runs]),
+        missing=(*missing, *_absent(by_label, missing)),
+    )
+
+
+def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
+    """Find out which of the given runs are repetitions of one another, and what to call them.
+
+    Runs with equal settings but for seed and folder are one row. It is called what the folder says or, where that
+    says nothing, by its method (a model that was only evaluated: by its name). Rows that would have the same name
+    also get the settings in which they differ.
+
+    Args:
+        found: (folder or Hub id, label that the folder says or None, report) of every run.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
+    for source, folder_label, report in found:
+        name = plain_text(folder_label or report.config.get("method") or report.model.name)
+        settings = json.dumps(run_settings(report.config, without={"seed"}), sort_keys=True)
+        groups.setdefault((name, settings), []).append((source, report))
+    same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
+    for name, settings in groups:
+        same_name[name].append(json.loads(settings))
+    runs: list[Run] = []
+    for (name, settings), members in groups.items():
+        label = name
+        if len(same_name[name]) > 1:
+            own = json.loads(settings)
+            different = [key for key in own if any(other.get(key, ...) != own[key] for other in same_name[name])]
+            label = f"{name} ({', '.join(f'{key} {setting_text(own[key])}' for key in different)})"
+        if label in {run.label for run in runs}:
+            label = f"{label} #{len(runs)}"  # long settings, cut alike
+        runs += [
+            Run(label=label, seed=_seed(source, report), report=report, source=source) for source, report in members
+        ]
+    return runs
+
+
+def _seed(source: str, report: RunReport) -> int:
+    if "seed" not in report.seeds:
+        raise ValueError(f"{source}: its report names no seed; expected one that this package wrote")
+    return report.seeds["seed"]
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(values=tuple(values), mean=statistics.fmean(values), std=std)
+
+
+def _sure(values: Sequence[float]) -> Spread:
+    spread = _spread(values)
+    assert spread is not None, "no run"  # noqa: S101 (a row exists because a run does)
+    return spread
+
+
+def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
+    """Numbers of one row under every evaluation; ``base`` holds those of the baseline."""
+    rows = {}
+    for name in dict.fromkeys(name for run in runs for name in run.report.results):
+        having = [run for run in runs if name in run.report.results]
+        summaries = [run.report.results[name].summary for run in having]
+        average = _sure([summary.average for summary in summaries])
+        worst = _sure([summary.worst_class for summary in summaries])
+        nsd = [summary.nsd for summary in summaries if summary.nsd is not None]
+        reference = base.get(name)
+        rho = None
+        if reference is not None and reference.worst_class.mean > 0:
+            rho = _gain(worst.mean, reference.worst_class.mean) + _gain(average.mean, reference.average.mean)
+        num_classes = {len(summary.per_class) for summary in summaries}
+        rows[name] = AttackRow(
+            seeds=tuple(run.seed for run in having),
+            num_examples=tuple(summary.num_examples for summary in summaries),
+            average=average,
+            worst_class=worst,
+            worst_30_percent=_sure([summary.worst_30_percent for summary in summaries]),
+            nsd=_spread(nsd) if len(nsd) == len(summaries) else None,
+            rho=rho,
+            per_class=tuple(
+                _class_mean([summary.per_class[index].accuracy for summary in summaries])
+                for index in range(min(num_classes))
+            ),
+        )
+    return rows
+
+
+def _gain(new: float, base: float) -> float:
+    return (new - base) / base
+
+
+def _class_mean(accuracies: Sequence[float | None]) -> float | None:
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
+    """An entry for every seed that one row has and another lacks without a word."""
+    seeds = sorted({run.seed for runs in by_label.values() for run in runs})
+    known = {(run.label, run.seed) for runs in by_label.values() for run in runs}
+    known |= {(run.label, run.seed) for run in missing}
+    return [
+        MissingRun(label=label, seed=seed, reason="not among the given runs", failed=False)
+        for label in by_label
+        for seed in seeds
+        if (label, seed) not in known
+    ]
+
+
+def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
+    """Names of the settings that are not the same in all rows; one that a row lacks differs."""
+    rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
+    names = {name for row in rows for name in row}
+    return {name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)}

@@ -1,0 +1,246 @@
+"""A comparison as files: every number as JSON, one line per row and evaluation as CSV, tables to read as Markdown.
+
+Labels, class names and settings are data, and are escaped for Markdown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ham_hf.card import text
+from ham_hf.comparison.facts import setting_text
+from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.report import percent, plain_text
+
+SCHEMA_VERSION = 1
+MEBIBYTE = 2**20
+METRIC_TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %", "nsd": "NSD"}
+HOW_TO_READ = (
+    "Accuracies are in percent: mean ± sample standard deviation over the seeds of a row (a single seed has none). "
+    "NSD is the standard deviation over classes divided by their mean; lower is better. ρ is the relative change of "
+    "the worst class plus that of the average against {baseline}, from the means; higher is better. A value is bold "
+    "if it is better than the next best by more than sqrt(std² + std²) of the two, with at least two seeds each; ρ "
+    "never is."
+)
+
+
+def write_comparison(
+    comparison: Comparison, folder: str | Path, *, command: str, figures: Sequence[Path] = ()
+) -> list[Path]:
+    """Write the three files into ``folder`` (made if needed); each appears in one step.
+
+    Args:
+        comparison: what to write.
+        folder: where to.
+        command: command line that makes the comparison again.
+        figures: images in ``folder`` to show in the Markdown.
+
+    Returns:
+        The paths written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "comparison.json": comparison_json(comparison, command=command),
+        "comparison.csv": comparison_csv(comparison),
+        "comparison.md": comparison_markdown(comparison, command=command, figures=[path.name for path in figures]),
+    }
+    for name, content in texts.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(content, encoding="utf-8", newline="")
+        os.replace(partial, folder / name)
+    return [folder / name for name in texts]
+
+
+def comparison_json(comparison: Comparison, *, command: str) -> str:
+    """Every number, with the values of each seed; accuracies in [0, 1], seconds, bytes."""
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "baseline": comparison.baseline,
+        "evaluations": list(comparison.attacks),
+        "strongest_shared_attack": comparison.strongest_shared_attack(),
+        "class_names": comparison.class_names,
+        "rows": [_row_values(row) for row in comparison.rows],
+        "missing": [
+            {"label": run.label, "seed": run.seed, "failed": run.failed, "reason": run.reason}
+            for run in comparison.missing
+        ],
+        "unequal": list(comparison.unequal),
+        "budget": comparison.budget,
+        "environment": comparison.environment,
+    }
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def comparison_csv(comparison: Comparison) -> str:
+    """One line per row and evaluation; accuracies in [0, 1], an unknown value is empty. Cost repeats on each line."""
+    lines: list[dict[str, object]] = []
+    for row in comparison.rows:
+        cost = _columns("training_seconds", row.seconds) | _columns("peak_memory_bytes", row.peak_memory_bytes)
+        for name in comparison.attacks:
+            if name in row.attacks:
+                numbers = row.attacks[name]
+                line: dict[str, object] = {
+                    "label": plain_text(row.label, 200),
+                    "evaluation": name,
+                    "seeds": " ".join(map(str, numbers.seeds)),
+                    "num_examples": " ".join(map(str, sorted(set(numbers.num_examples)))),
+                }
+                for metric in METRICS:
+                    line |= _columns(metric, getattr(numbers, metric))
+                lines.append(line | {"rho": numbers.rho} | cost)
+    target = io.StringIO()
+    writer = csv.DictWriter(target, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return target.getvalue()
+
+
+def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
+    """Tables to read: one per evaluation, one of the cost, and what one has to know of the runs."""
+    baseline = "the baseline (there is none)" if comparison.baseline is None else text(comparison.baseline)
+    parts = ["# Comparison"]
+    if comparison.unequal:
+        lines = [_fact_line(title, values, 200) for title, values in comparison.unequal.items()]
+        parts.append("**Not the same budget:** the rows differ in more than the method.\n\n" + "\n".join(lines))
+    equal = {title: values for title, values in comparison.budget.items() if title not in comparison.unequal}
+    seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
+    known = [_fact_line(title, values, 400) for title, values in (equal | comparison.environment).items()]
+    parts.append("\n".join([*known, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"]))
+    parts.append(HOW_TO_READ.format(baseline=baseline))
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
+    parts += [f"## {text(title)}\n\n{_attack_table(comparison, name)}" for name, title in comparison.attacks.items()]
+    parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
+    if comparison.missing:
+        parts.append("## Runs that are missing\n\n" + "\n".join(map(_missing_line, comparison.missing)))
+    parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _row_values(row: Row) -> dict[str, object]:
+    return {
+        "label": row.label,
+        "seeds": row.seeds,
+        "settings": dict(row.settings),
+        "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
+        "training_seconds": _spread_values(row.seconds),
+        "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
+        "runs": [
+            {
+                "seed": run.seed,
+                "source": run.source,
+                "created": run.report.created,
+                "commit": run.report.environment.commit,
+            }
+            for run in row.runs
+        ],
+    }
+
+
+def _attack_values(numbers: AttackRow) -> dict[str, object]:
+    return {
+        "seeds": numbers.seeds,
+        "num_examples": numbers.num_examples,
+        **{metric: _spread_values(getattr(numbers, metric)) for metric in METRICS},
+        "rho": numbers.rho,
+        "per_class": numbers.per_class,
+    }
+
+
+def _spread_values(spread: Spread | None) -> dict[str, object] | None:
+    return None if spread is None else {"mean": spread.mean, "std": spread.std, "values": spread.values}
+
+
+def _columns(name: str, spread: Spread | None) -> dict[str, object]:
+    """CSV writes None as nothing, and floats so that they read back equal."""
+    return {f"{name}_mean": spread and spread.mean, f"{name}_std": spread and spread.std}
+
+
+def _attack_table(comparison: Comparison, attack: str) -> str:
+    best = {metric: comparison.best(attack, metric) for metric in METRICS}
+    rows: list[list[str]] = []
+    for row in comparison.rows:
+        numbers = row.attacks.get(attack)
+        if numbers is None:
+            rows.append([row.label, "0", *["–"] * (len(METRICS) + 1)])
+            continue
+        cells = []
+        for metric in METRICS:
+            digits = _ratio if metric == "nsd" else percent
+            shown = _cell(getattr(numbers, metric), digits)
+            cells.append(f"**{shown}**" if best[metric] == row.label else shown)
+        rho = "–" if numbers.rho is None else f"{numbers.rho:+.2f}"
+        rows.append([row.label, str(len(numbers.seeds)), *cells, rho])
+    return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), "ρ"], rows)
+
+
+def _cost_table(comparison: Comparison) -> str:
+    rows = [
+        [
+            row.label,
+            str(len(row.seeds)),
+            _cell(row.seconds, lambda seconds: f"{seconds:.1f}"),
+            _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}"),
+        ]
+        for row in comparison.rows
+    ]
+    return _table(["", "Seeds", "Training, seconds", "Peak memory, MiB"], rows)
+
+
+def _cost_note(comparison: Comparison) -> str:
+    note = (
+        "Seconds are of updates and held-out validation. Memory is the most that the main process held up to the end "
+        "of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
+    )
+    if len(comparison.environment["Device"]) > 1:
+        note += " **Not the same hardware:** seconds and memory of these rows cannot be compared (see Device above)."
+    return note
+
+
+def _missing_line(run: MissingRun) -> str:
+    what = "failed" if run.failed else "not run"
+    return f"- {text(run.label)}, seed {run.seed}: {what}. {text(run.reason, 600)}"
+
+
+def _settings_list(comparison: Comparison) -> str:
+    lines = []
+    for row in comparison.rows:
+        settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items())
+        lines.append(f"- {text(row.label)}: {text(settings, 2000) if settings else 'none'}")
+    return "\n".join(lines)
+
+
+def _fact_line(title: str, values: Mapping[str, tuple[str, ...]], max_length: int) -> str:
+    """One fact; where the rows have several values, each with its rows."""
+    if len(values) == 1:
+        return f"- {text(title)}: {text(next(iter(values)), max_length)}"
+    shown = [f"{text(value, max_length)} ({', '.join(map(text, labels))})" for value, labels in values.items()]
+    return f"- {text(title)}: {'; '.join(shown)}"
+
+
+def _code(command: str) -> str:
+    """A command as a code span, as long as it is."""
+    return f"`{plain_text(command, 2000).replace('`', chr(39))}`"
+
+
+def _cell(spread: Spread | None, digits: Callable[[float], str]) -> str:
+    if spread is None:
+        return "–"
+    return digits(spread.mean) if spread.std is None else f"{digits(spread.mean)} ± {digits(spread.std)}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first cell of a row is its label, the others are ours."""
+    lines = [titles, *([text(row[0]), *row[1:]] for row in rows)]
+    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([cells[0], "|---|" + "---:|" * (len(titles) - 1), *cells[1:]])

@@ -1,0 +1,148 @@
+# /// script
+# dependencies = ["ham-hf"]
+# ///
+"""Compare training methods: run methods x seeds through train_ham.py, or take runs that exist, and write one table.
+
+    python recipes/compare.py --config recipes/digits/compare.yaml
+    python recipes/compare.py outputs/a outputs/b me/robust-cifar10 --output_dir outputs/compared
+    python recipes/compare.py --help
+
+Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png. Called
+again after an interruption, it goes on where it was: finished runs stay, unfinished ones resume from their checkpoint.
+
+Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if its runs lie in
+LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
+from ham_hf.comparison.plan import read_plan
+from ham_hf.comparison.plots import save_comparison_figures
+from ham_hf.comparison.runs import Launcher, collect, execute, is_done, read_runs
+from ham_hf.comparison.text import write_comparison
+from ham_hf.hub import download_report
+from ham_hf.launching import clean_exit
+
+TRAIN = Path(__file__).with_name("train_ham.py")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make one comparison from the command line ``argv`` (None: the process's).
+
+    Raises:
+        SystemExit: status 2 if the plan is refused, 1 if a run failed, 130 after Ctrl-C.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = _parser().parse_args(argv)
+    with clean_exit(ValueError, OSError):
+        if options.config is not None:
+            runs, missing, baseline, folder = _run_plan(options)
+        else:
+            runs, missing, baseline, folder = _read_existing(options)
+        if options.dry_run:
+            return
+        comparison = compare(runs, baseline=options.baseline or baseline, missing=missing)
+        figures = save_comparison_figures(comparison, folder)
+        command = f"python recipes/compare.py {shlex.join(argv)}"
+        written = write_comparison(comparison, folder, command=command, figures=figures)
+    sys.stdout.write("".join(f"wrote {path}\n" for path in (*written, *figures)))
+    failed = [run for run in missing if run.failed]
+    if failed:
+        sys.stderr.write(
+            f"{len(failed)} of {len(runs) + len(missing)} runs failed; the same command tries them again\n"
+        )
+        raise SystemExit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="runs that exist: folders with report.json, or Hub ids")
+    parser.add_argument(
+        "--config", type=Path, metavar="COMPARE.yaml", help="what to run; see ham_hf/comparison/plan.py"
+    )
+    parser.add_argument("--output_dir", help="where the runs and the comparison go; wins over the file")
+    parser.add_argument("--baseline", metavar="LABEL", help="row that rho is relative to; wins over the file")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="win over the file's")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="run these only; the table has all that is finished"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; they share cores and accelerator (default 1)"
+    )
+    parser.add_argument(
+        "--launch_args",
+        metavar="WORDS",
+        help='words for accelerate launch, as --launch_args="--multi_gpu --num_processes 2"; not given: plain python',
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs that are not done")
+    return parser
+
+
+def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
+    """Run what ``compare.yaml`` asks for and is not done yet."""
+    if options.runs:
+        raise ValueError("--config and runs that exist exclude each other: compare the folders in a second call")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs}: expected at least 1")
+    plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
+    for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
+        for label in labels:
+            if label not in plan.labels:
+                raise ValueError(f"{flag} {label}: expected a label of {options.config}: {', '.join(plan.labels)}")
+    done = [run for run in plan.runs if is_done(run)]
+    waiting = [run for run in plan.runs if run not in done and run.label in (options.only or plan.labels)]
+    launcher = _launcher(options)
+    if options.dry_run:
+        sys.stdout.write("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
+        return [], [], plan.baseline, plan.output_dir
+    _say(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go")
+    try:
+        failed = execute(waiting, launcher, jobs=options.jobs, announce=_say)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last checkpoint of each run\n")
+        raise SystemExit(130) from None
+    runs, missing = collect(plan.runs, failed)
+    if not runs and failed:
+        sys.stderr.write("every run failed: there is nothing to compare\n")
+        raise SystemExit(1)
+    return runs, missing, plan.baseline, plan.output_dir
+
+
+def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
+    """Take the runs that the command line names."""
+    if not options.runs or options.output_dir is None:
+        raise ValueError("expected --config COMPARE.yaml, or runs that exist and --output_dir")
+    for flag in ("seeds", "only", "launch_args", "dry_run"):
+        if getattr(options, flag):
+            raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
+    return label_runs(read_runs(options.runs, download_report)), [], None, Path(options.output_dir)
+
+
+def _launcher(options: argparse.Namespace) -> Launcher:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [sys.executable]
+    if options.launch_args is not None:
+        command += ["-m", "accelerate.commands.launch", *shlex.split(options.launch_args)]
+    return Launcher(
+        command=(*command, str(TRAIN)),
+        environment={"OMP_NUM_THREADS": str(max(1, cores // options.jobs)), **os.environ},
+    )
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The numbers of a comparison against naive ones, the same in JSON, CSV and Markdown, and nothing hidden."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
+from ham_hf.comparison.text import comparison_csv, comparison_json, comparison_markdown, write_comparison
+from tests.comparison_reports import even, run, run_report
+
+CLEAN = even([18, 17, 20, 16, 19, 20, 15, 18, 17, 20])
+NAMES = ("a", "b", "c")
+COUNTS = st.lists(st.integers(0, 20), min_size=3, max_size=3)
+
+
+def pgd(label: str, *by_seed: list[int], **changes: object) -> list[Run]:
+    """Runs of one label with three classes of 20 images, one per list of correct counts."""
+    return [
+        run(label, {"clean": even([20, 20, 20]), "pgd-20": even(correct)}, seed=seed, class_names=NAMES, **changes)
+        for seed, correct in enumerate(by_seed)
+    ]
+
+
+def markdown_tables(text: str) -> dict[str, list[list[str]]]:
+    """The first table under each heading, as a Markdown reader sees it: rows of cells, "**" kept."""
+    tables, heading, rows = {}, "", []
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type == "inline" and before.type == "heading_open":
+            heading = token.content
+        elif token.type == "tr_open":
+            rows = tables.setdefault(heading, [])
+            rows.append([])
+        elif token.type == "inline" and before.type in ("td_open", "th_open"):
+            rows[-1].append(token.content)
+    return tables
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(COUNTS, min_size=2, max_size=4), st.lists(COUNTS, min_size=1, max_size=4))
+def test_numbers_are_those_of_a_naive_count(base_counts, own_counts):
+    comparison = compare([*pgd("base", *base_counts), *pgd("own", *own_counts)], baseline="base")
+
+    def naive(counts):
+        average = [sum(correct) / 60 for correct in counts]
+        worst = [min(correct) / 20 for correct in counts]
+        return average, worst, sum(average) / len(average), sum(worst) / len(worst)
+
+    _, _, base_average, base_worst = naive(base_counts)
+    average, worst, mean_average, mean_worst = naive(own_counts)
+    found = comparison.rows[1].attacks["pgd-20"]
+    assert found.average.values == pytest.approx(average)
+    assert found.average.mean == pytest.approx(mean_average)
+    assert found.worst_class.mean == pytest.approx(mean_worst)
+    assert found.worst_30_percent.mean == pytest.approx(mean_worst)  # 30 % of three classes is one class
+    if len(worst) == 1:
+        assert found.worst_class.std is None
+    else:
+        variance = sum((value - mean_worst) ** 2 for value in worst) / (len(worst) - 1)
+        assert found.worst_class.std == pytest.approx(math.sqrt(variance), abs=1e-12)
+    for index in range(3):
+        assert found.per_class[index] == pytest.approx(sum(c[index] for c in own_counts) / 20 / len(own_counts))
+    if base_worst == 0:
+        assert found.rho is None
+    else:
+        expected = (mean_worst - base_worst) / base_worst + (mean_average - base_average) / base_average
+        assert found.rho == pytest.approx(expected)
+    if any(not any(correct) for correct in own_counts):
+        assert found.nsd is None
+    else:
+        nsd = []
+        for correct in own_counts:
+            mean = sum(correct) / 3
+            nsd.append(math.sqrt(sum((c - mean) ** 2 for c in correct) / 3) / mean)
+        assert found.nsd.mean == pytest.approx(sum(nsd) / len(nsd))
+
+
+def test_rho_of_a_published_table():
+    """DAFA against TRADES, CIFAR-10, PGD: worst 21.31 -> 30.53, average 49.80 -> 49.05 gives 0.42."""
+    counts = [10_000] * 2
+    base = run("base", {"pgd-20": ([2131, 7829], counts)}, class_names=NAMES[:2])
+    own = run("own", {"pgd-20": ([3053, 6757], counts)}, class_names=NAMES[:2])
+    comparison = compare([base, own], baseline="base")
+    assert comparison.rows[1].attacks["pgd-20"].rho == pytest.approx(0.42, abs=0.005)
+    assert comparison.rows[0].attacks["pgd-20"].rho == 0
+    assert all(row.attacks["pgd-20"].rho is None for row in compare([base, own]).rows)
+
+
+@pytest.mark.parametrize(
+    ("other", "own", "best"),
+    [
+        ([[10, 10, 10], [12, 12, 12]], [[16, 16, 16], [18, 18, 18]], "own"),  # 30 points apart, noise 10
+        ([[10, 10, 10], [16, 16, 16]], [[12, 12, 12], [18, 18, 18]], None),  # 10 points apart, noise 30
+        ([[10, 10, 10], [12, 12, 12]], [[18, 18, 18]], None),  # one seed
+        ([[10, 10, 10], [10, 10, 10]], [[10, 10, 10], [10, 10, 10]], None),  # a tie
+    ],
+)
+def test_best_is_what_beats_the_next_by_more_than_the_noise(other, own, best):
+    comparison = compare([*pgd("other", *other), *pgd("own", *own)])
+    assert comparison.best("pgd-20", "average") == best
+    assert comparison.best("clean", "average") is None
+    text = comparison_markdown(comparison, command="x")
+    assert ("**" in re.sub(r"\*\*Not the same.*?\*\*", "", text)) == (best is not None)
+
+
+def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
+    uneven, even_runs = [[2, 20, 20], [3, 20, 20]], [[14, 14, 14], [14, 14, 15]]
+    comparison = compare([*pgd("uneven", *uneven), *pgd("even", *even_runs), *pgd("wild", [0, 0, 1], [9, 10, 20])])
+    assert comparison.best("pgd-20", "nsd") == "even"
+    assert comparison.best("pgd-20", "worst_class") == "even"
+    row = next(
+        row for row in markdown_tables(comparison_markdown(comparison, command="x"))["PGD-20"] if row[0] == "even"
+    )
+    assert [cell.startswith("**") for cell in row] == [False, False, False, True, True, True, False]
+
+
+def test_json_csv_and_markdown_agree():
+    runs = [*pgd("base", [10, 12, 4], [11, 13, 6]), *pgd("own", [12, 12, 8], [12, 13, 9], seconds=30.0)]
+    comparison = compare(runs, baseline="base")
+    values = json.loads(comparison_json(comparison, command="x"))
+    lines = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
+    tables = markdown_tables(comparison_markdown(comparison, command="x"))
+    assert [line["label"] + line["evaluation"] for line in lines] == [
+        "baseclean",
+        "basepgd-20",
+        "ownclean",
+        "ownpgd-20",
+    ]
+    for line in lines:
+        row = next(row for row in values["rows"] if row["label"] == line["label"])
+        numbers = row["attacks"][line["evaluation"]]
+        for metric in ("average", "worst_class", "worst_30_percent", "nsd"):
+            assert float(line[f"{metric}_mean"]) == numbers[metric]["mean"]
+            assert float(line[f"{metric}_std"]) == numbers[metric]["std"]
+        assert float(line["rho"]) == numbers["rho"]
+        assert float(line["training_seconds_mean"]) == row["training_seconds"]["mean"]
+        assert float(line["peak_memory_bytes_mean"]) == row["peak_memory_bytes"]["mean"] == 6e8
+    assert values["schema_version"] == 1
+    header, base, own = tables["PGD-20"]
+    assert header == ["", "Seeds", "Average", "Worst class", "Worst 30 %", "NSD", "ρ"]
+    assert base[:4] == ["base", "2", "46.7 ± 4.7", "25.0 ± 7.1"]
+    assert own[:4] == ["own", "2", "**55.0 ± 2.4**", "**42.5 ± 3.5**"]
+    assert own[6] == f"{17.5 / 25 + (55 - 140 / 3) / (140 / 3):+.2f}"
+    assert tables["Cost"][2] == ["own", "2", "30.0 ± 0.0", "572 ± 0"]
+
+
+def test_single_seed_shows_no_spread():
+    text = comparison_markdown(compare(pgd("own", [10, 12, 4])), command="x")
+    tables = markdown_tables(text)
+    assert tables["PGD-20"][1][:4] == ["own", "1", "43.3", "20.0"]
+    assert "±" not in "".join("".join(row) for table in tables.values() for row in table)
+    assert not any(
+        line["average_std"] for line in csv.DictReader(io.StringIO(comparison_csv(compare(pgd("o", [1, 2, 3])))))
+    )
+
+
+def test_missing_class_is_none_and_enters_no_mean():
+    results = {"pgd-20": ([10, 0, 5], [20, 0, 20])}
+    both = compare(
+        [run("own", results, class_names=NAMES), run("own", {"pgd-20": even([20, 8, 5])}, seed=1, class_names=NAMES)]
+    )
+    assert both.rows[0].attacks["pgd-20"].per_class == (0.75, 0.4, 0.25)
+    (row,) = compare([run("own", results, class_names=NAMES)]).rows
+    assert row.attacks["pgd-20"].per_class == (0.5, None, 0.25)
+    assert row.attacks["pgd-20"].worst_class.mean == 0.25
+
+
+def test_failed_and_absent_runs_are_listed_with_the_reason():
+    runs = [*pgd("base", [10, 12, 4], [11, 13, 6]), *pgd("own", [12, 12, 8])]
+    failed = MissingRun(label="new", seed=0, reason="out of memory | *really*", failed=True)
+    comparison = compare(runs, missing=[failed])
+    text = comparison_markdown(comparison, command="x")
+    assert r"- new, seed 0: failed. out of memory \| \*really\*" in text
+    assert "- own, seed 1: not run. not among the given runs" in text
+    missing = json.loads(comparison_json(comparison, command="x"))["missing"]
+    assert [(entry["label"], entry["seed"], entry["failed"]) for entry in missing] == [
+        ("new", 0, True),
+        ("own", 1, False),
+    ]
+
+
+def test_attack_that_a_run_lacks_has_fewer_seeds():
+    with_attack = run("own", {"clean": CLEAN, "autoattack": even([5] * 10)}, seed=0)
+    comparison = compare([with_attack, run("own", {"clean": CLEAN}, seed=1), run("other", {"clean": CLEAN})])
+    tables = markdown_tables(comparison_markdown(comparison, command="x"))
+    assert tables["AutoAttack"][1][:3] == ["own", "1", "25.0"]
+    assert tables["AutoAttack"][2] == ["other", "0", *["–"] * 5]
+    assert tables["Clean"][1][1] == "2"
+    assert comparison.strongest_shared_attack() is None
+
+
+def test_strongest_shared_attack_prefers_the_whole_test_set():
+    def results(pgd_correct, few):
+        auto = ([2] * 10, [10] * 10) if few else even([2] * 10)
+        return {"clean": CLEAN, "pgd-20": even([pgd_correct] * 10), "cw-20": even([9] * 10), "autoattack": auto}
+
+    assert (
+        compare([run("a", results(10, False)), run("b", results(8, False))]).strongest_shared_attack() == "autoattack"
+    )
+    subset = compare([run("a", results(11, True)), run("b", results(8, True))])
+    assert subset.strongest_shared_attack() == "cw-20"
+    assert "AutoAttack: 100 images" in comparison_markdown(subset, command="x")
+
+
+def test_unequal_budget_is_said_at_the_top():
+    one, other = pgd("one", [10, 12, 4]), pgd("other", [10, 12, 4])
+    assert compare([*one, *other]).unequal == {}
+    assert "Not the same budget" not in comparison_markdown(compare([*one, *other]), command="x")
+    report = other[0].report
+    changed = dataclasses.replace(
+        report,
+        threat_model=dataclasses.replace(report.threat_model, epsilon=0.031),
+        training=dataclasses.replace(report.training, num_train_epochs=50),
+        dataset=dataclasses.replace(report.dataset, name="imagenet | tiny"),
+    )
+    comparison = compare([*one, dataclasses.replace(other[0], report=changed)])
+    assert set(comparison.unequal) == {"Dataset", "Threat model", "Training"}
+    text = comparison_markdown(comparison, command="x")
+    note = text[: text.index("Seeds:")]
+    assert note.index("Not the same budget") < note.index("- Model:")
+    assert "- Threat model: linf, epsilon 8/255 (one); linf, epsilon 0.031 (other)" in note
+    assert r"digits (one); imagenet \| tiny (other)" in note
+    assert json.loads(comparison_json(comparison, command="x"))["unequal"] == list(comparison.unequal)
+
+
+def test_other_hardware_is_said_where_the_cost_is():
+    one, other = pgd("one", [10, 12, 4]), pgd("other", [10, 12, 4])
+    environment = dataclasses.replace(other[0].report.environment, device="H100")
+    moved = dataclasses.replace(other[0], report=dataclasses.replace(other[0].report, environment=environment))
+    assert "Not the same hardware" in comparison_markdown(compare([*one, moved]), command="x")
+    assert "Not the same hardware" not in comparison_markdown(compare([*one, *other]), command="x")
+
+
+def test_evaluated_model_has_no_cost():
+    plain = run_report({"clean": CLEAN}, memory=None)
+    comparison = compare([Run(label="x", seed=0, report=dataclasses.replace(plain, training=None), source="x")])
+    assert markdown_tables(comparison_markdown(comparison, command="x"))["Cost"][1] == ["x", "1", "–", "–"]
+    without_memory = compare([Run(label="x", seed=0, report=plain, source="x")])
+    assert markdown_tables(comparison_markdown(without_memory, command="x"))["Cost"][1] == ["x", "1", "90.0", "–"]
+
+
+def test_what_cannot_be_compared_is_refused():
+    runs = pgd("own", [10, 12, 4])
+    with pytest.raises(ValueError, match="no finished run"):
+        compare([])
+    with pytest.raises(ValueError, match=r"same run \(own, seed 0\)"):
+        compare([*runs, dataclasses.replace(runs[0], source="elsewhere")])
+    with pytest.raises(ValueError, match="--baseline base: expected one of own"):
+        compare(runs, baseline="base")
+
+
+def test_existing_runs_are_grouped_by_their_settings():
+    results = {"clean": CLEAN}
+
+    def found(source, folder_label=None, **config):
+        return source, folder_label, run_report(results, **config)
+
+    runs = label_runs(
+        [
+            found("a", seed=0, method="ham", output_dir="x", resume_from_checkpoint=None),
+            found("b", seed=1, method="ham", output_dir="y", resume_from_checkpoint="latest"),
+            found("c", seed=0, method="ham", output_dir="z", resume_from_checkpoint=None, epsilon=0.2),
+            found("d", seed=0, method="pgd_at", output_dir="w"),
+            found("e/seed0", "mine", seed=0, method="pgd_at", output_dir="w"),
+        ]
+    )
+    assert [(run.source, run.label, run.seed) for run in runs] == [
+        ("a", "ham (epsilon 8/255)", 0),
+        ("b", "ham (epsilon 8/255)", 1),
+        ("c", "ham (epsilon 0.2)", 0),
+        ("d", "pgd_at", 0),
+        ("e/seed0", "mine", 0),
+    ]
+    assert dict(compare(runs).rows[1].settings) == {"epsilon": 0.2, "method": "ham"}
+
+
+def test_hostile_texts_stay_text(tmp_path):
+    label = "a | <b> `c` **d**\n# e"
+    hostile = pgd(label, [10, 12, 4], [10, 12, 5])
+    written = write_comparison(compare(hostile, baseline=label), tmp_path, command="x `y`\nz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.csv", "comparison.json", "comparison.md"]
+    text = (tmp_path / "comparison.md").read_text()
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()}
+    assert "<b>" not in text
+    assert all(len(row) == 7 for row in markdown_tables(text)["PGD-20"])
+    assert re.findall(r"^#+ .*", text, re.MULTILINE) == [
+        "# Comparison", "## Clean", "## PGD-20", "## Cost", "## Settings in which the rows differ",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["label"] == label
