@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
-from ham_hf.objectives import available
+from ham_hf.method_text import citations, combined_with, method_rows, method_title, setting_text
 from ham_hf.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
 
 TEMPLATE_NAME = "robust_classifier.md"
@@ -27,6 +26,7 @@ SHOWN_CLASS_ROWS = 50
 FIGURES = (
     ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
     ("Training curves", "figures/training_curves.png"),
+    ("What training did to each class", "figures/class_treatment.png"),
     ("Clean and adversarial images", "figures/adversarial_examples.png"),
 )
 SELECTION_RULES = {
@@ -45,7 +45,6 @@ TRAINING_SETTINGS = (
     ("Learning rate schedule", "lr_scheduler_type"),
     ("Learning rate drops (epoch:factor)", "lr_drops"),
     ("Weight decay", "weight_decay"),
-    ("EMA decay", "ema_decay"),
     ("Mixed precision", "mixed_precision"),
 )
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
@@ -212,7 +211,9 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "metadata": Markdown(metadata.to_yaml()),
         "title": _title(report, repo_id),
         "dataset": _dataset_name(report),
-        "method": _method(report),
+        "method": method_title(report.config),
+        "combined_with": combined_with(report.config),
+        "citations": [Markdown(entry) for entry in citations(report.config)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
@@ -266,44 +267,26 @@ def _class_rows(report: RunReport) -> list[dict[str, str]]:
 
 
 def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[str, str]]:
-    rows = [("Method", _method(report))]
-    objective = available().get(str(report.config.get("method")))
-    if objective is not None:
-        options = [field.name for field in fields(objective)]
-        rows += [
-            (f"Method option {name}", _setting_text(report.config[name])) for name in options if name in report.config
-        ]
+    rows = method_rows(report.config)
     for label, key in TRAINING_SETTINGS:
         value = report.config.get(key)
         if key == "step_size" and isinstance(value, float):
             value = fraction_text(value)
         if value not in (None, []):
-            rows.append((label, _setting_text(value)))
+            rows.append((label, setting_text(value)))
     environment = report.environment
     versions = environment.versions
+    skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""
     return [
         *rows,
         ("Epochs", str(training.num_train_epochs)),
-        ("Optimizer steps", f"{training.steps} ({training.skipped_updates} skipped for want of a hard example)"),
+        ("Optimizer steps", f"{training.steps}{skipped}"),
         ("Seeds", _seeds(report)),
         ("Training images", f"{report.dataset.num_train} (augmentation: {report.dataset.augmentation})"),
         ("Duration", f"{training.seconds / 60:.1f} minutes"),
         ("Hardware", f"{environment.num_processes} × {environment.device}"),
         ("Software", ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)),
     ]
-
-
-def _method(report: RunReport) -> str:
-    """Name of the method and, if this version knows it, what it is."""
-    name = str(report.config.get("method", "unknown"))
-    objective = available().get(name)
-    return f"{name}: {objective.summary}" if objective else name
-
-
-def _setting_text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _seeds(report: RunReport) -> str:

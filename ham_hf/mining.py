@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, check_batch, cross_entropy, evaluation_mode, pgd
+from ham_hf.attacks import LossFn, ThreatModel, check_batch, cross_entropy, evaluation_mode, margin_loss, pgd
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -130,8 +130,26 @@ def mine_hard_examples(
         hard=hard,
         rows=rows,
         early=EarlyAttack(x_adv=x_early, logits=logits),
-        largest_move=moves.largest if moves is not None else None,
+        largest_move=moves.found(x_adv) if moves is not None else None,
     )
+
+
+def hard_weights(mined: HardExamples, kind: str) -> Tensor:
+    """Weight of each hard example (H,): "none" (1), "probability_move" or "margin" (our forms).
+
+    Raises:
+        ValueError: for another kind, or if moves were to weigh and `mine_hard_examples` did not track them.
+    """
+    if kind == "none":
+        return torch.ones_like(mined.x_adv[:, 0, 0, 0])
+    if kind == "margin":
+        return 1 + margin_loss(mined.early.logits[mined.rows].softmax(1), mined.y)
+    if kind != "probability_move" or mined.largest_move is None:
+        raise ValueError(f"there is no weight of hard examples by {kind!r} here")
+    # The shape left in the authors' script, 1 - (tanh(-1 + 5 (m/2 - w) / (m/2)) + 1) / 2, with m = 2, the largest
+    # distance two distributions can have, where the script took the batch maximum: a weight then does not depend on
+    # the other rows, nor on how they are spread over processes.
+    return 1 - (torch.tanh(4 - 5 * mined.largest_move) + 1) / 2
 
 
 @runtime_checkable
@@ -166,6 +184,10 @@ class LargestMove:
             self.largest = torch.maximum(self.largest, (probabilities - self.previous).abs().sum(1))
         self.previous = probabilities
         return self.loss_fn(logits, y)
+
+    def found(self, x_adv: Tensor) -> Tensor:
+        """The largest move of each row of ``x_adv`` that is left; 0 where fewer than two iterates were seen."""
+        return torch.zeros_like(x_adv[:, 0, 0, 0]) if self.largest is None else self.largest
 
     def keep(self, rows: Tensor) -> None:
         """See `RowLoss.keep`."""

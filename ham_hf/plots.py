@@ -11,7 +11,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from ham_hf.objectives import available
+from ham_hf.class_plots import class_treatment_figure
+from ham_hf.method_text import trained_method
 from ham_hf.report import AttackReport, RunReport, plain_text
 
 DPI = 110
@@ -67,13 +68,16 @@ def save_figures(
             ``training_curves.png``, which is left out if both are empty.
 
     Returns:
-        The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``confusion_{attack}.png`` and
-        ``adversarial_examples.png``, as far as they apply.
+        The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``class_treatment.png``,
+        ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
     """
     figures = {"per_class_accuracy": per_class_figure(report)}
     history = report.training.history if report.training else ()
     if history or train_log:
         figures["training_curves"] = training_figure(report, train_log)
+    treatment = class_treatment_figure(report)
+    if treatment is not None:
+        figures["class_treatment"] = treatment
     for attack in report.results.values():
         if attack.name != "clean" and attack.confusion is not None:
             figures[f"confusion_{attack.name}"] = confusion_figure(attack, report.dataset.class_names)
@@ -293,19 +297,10 @@ def _per_epoch(lines: Sequence[Mapping[str, object]], key: str, *, last: bool = 
     return {epoch: found[-1] if last else sum(found) / len(found) for epoch, found in sorted(values.items())}
 
 
-def _warmup_epochs(config: Mapping[str, object]) -> int:
-    """What the run's method says of its warm-up; 0 for a method that this version does not know."""
-    objective = available().get(str(config.get("method")))
-    if objective is None:
-        return 0
-    options = {field.name: config[field.name] for field in fields(objective) if field.name in config}
-    return objective(**options).warmup_epochs
-
-
 def _mark_epochs(axes: Axes, report: RunReport) -> None:
-    warmup_epochs = _warmup_epochs(report.config)
-    if warmup_epochs:
-        axes.axvspan(0.5, warmup_epochs + 0.5, color="#EEEEEE", zorder=0, label="warm-up")
+    method = trained_method(report.config)
+    if method is not None and method.warmup_epochs:
+        axes.axvspan(0.5, method.warmup_epochs + 0.5, color="#EEEEEE", zorder=0, label="warm-up")
     if report.training and report.training.selected_epoch is not None:
         selected = report.training.selected_epoch + 1
         axes.axvline(selected, color=GRAY, linewidth=1.2, linestyle="--", zorder=1, label="selected epoch")

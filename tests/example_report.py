@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -44,19 +44,44 @@ def make_attack(
     )
 
 
-def make_history(num_epochs: int) -> list[dict[str, object]]:
-    return [
-        {
+def make_history(
+    num_epochs: int, *, num_classes: int = 10, treatment: Mapping[str, int] | None = None
+) -> list[dict[str, object]]:
+    """Validation records.
+
+    Args:
+        num_epochs: one record per epoch.
+        num_classes: C.
+        treatment: per-class quantities (``hard_per_class``, ``class_weight``, ``class_kl_weight``,
+            ``class_epsilon``) and the first 0-based epoch of each; None makes a record of before there were any.
+    """
+    records: list[dict[str, object]] = []
+    for epoch in range(num_epochs):
+        record: dict[str, object] = {
             "type": "validation",
             "step": 10 * (epoch + 1),
             "epoch": epoch,
             "clean_accuracy": 0.9 - 0.5 / (epoch + 1),
             "robust_accuracy": 0.6 - 0.4 / (epoch + 1),
             "worst_class": 0.4 - 0.4 / (epoch + 1),
-            "hard_per_class": [0.5, None],
         }
-        for epoch in range(num_epochs)
-    ]
+        names = ("hard_per_class", "class_weight", "class_kl_weight", "class_epsilon") if treatment is not None else ()
+        for name in names:
+            record[name] = None
+            if epoch >= treatment.get(name, num_epochs):
+                record[name] = [class_quantity(name, index, epoch, num_classes) for index in range(num_classes)]
+        records.append(record)
+    return records
+
+
+def class_quantity(name: str, index: int, epoch: int, num_classes: int) -> float | None:
+    """A made-up value that grows from class to class and changes with the epoch; none of the last one's weights."""
+    place = index / (num_classes - 1)
+    if name == "hard_per_class":
+        return (0.1 + 0.6 * place) / (1 + 0.1 * epoch)
+    if name == "class_epsilon":
+        return 8 / 255 * (0.6 + 0.5 * place)
+    return None if index == num_classes - 1 else 0.5 + place + 0.02 * epoch
 
 
 def make_train_log(num_epochs: int, *, mining_start_epoch: int | None) -> list[dict[str, object]]:
@@ -80,7 +105,10 @@ def make_report(
     missing: Sequence[int] = (),
     num_epochs: int = 12,
     trained: bool = True,
+    treatment: Mapping[str, int] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> RunReport:
+    """A report; see `make_history` for ``treatment``; ``config`` is added to the settings."""
     accuracy = {"clean": 0.8, "pgd-20": 0.5, "cw-20": 0.47, "autoattack": 0.44}
     results = {}
     for name in attacks:
@@ -123,9 +151,9 @@ def make_report(
         selection_metric="robust_accuracy",
         selected_step=10 * num_epochs,
         selected_epoch=num_epochs - 1,
-        history=tuple(make_history(num_epochs)),
+        history=tuple(make_history(num_epochs, num_classes=len(class_names), treatment=treatment)),
     )
-    config = {
+    settings = {
         "dataset_name": "digits",
         "model_name": "resnet18_cifar",
         "method": "ham",
@@ -155,7 +183,7 @@ def make_report(
     return RunReport(
         model=model,
         dataset=dataset,
-        config=config,
+        config={**settings, **(config or {})},
         threat_model=ThreatModelReport(norm="linf", epsilon=8 / 255),
         results=results,
         training=training if trained else None,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
+import pkgutil
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +21,11 @@ from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ham_hf import card
+from ham_hf import card, objectives
 from ham_hf.card import evaluation_section, fraction_text, write_card
 from ham_hf.decoding import EvalTransform
 from ham_hf.export import export_for_timm
+from ham_hf.method_text import CITATIONS
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.plots import save_figures
 from ham_hf.report import RunReport, ThreatModelReport, plain_text
@@ -125,7 +128,152 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
     assert "adversarial_examples.png" not in text
     assert text.index("lin2025ham") < text.index("@software{ham_hf")
     assert max(map(len, re.findall(r"\n{2,}", text))) == 2
+    assert "class_treatment.png" not in text
     assert text.endswith("-dirty`.\n")
+
+
+def test_what_training_did_to_each_class_is_shown(tmp_path: Path) -> None:
+    report = make_report(treatment={"hard_per_class": 4})
+    save_figures(report, tmp_path, examples=None, train_log=())
+    shown = re.findall(r"^!\[(.*)\]\((.*)\)$", written(report, tmp_path), re.MULTILINE)
+    assert shown == [
+        ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
+        ("Training curves", "figures/training_curves.png"),
+        ("What training did to each class", "figures/class_treatment.png"),
+    ]
+
+
+def training_table(text: str) -> dict[str, str]:
+    """Rows of the training table, as a renderer shows them."""
+    rows = tables(body(text))[-1]
+    assert len({row[0] for row in rows}) == len(rows)
+    return dict(rows[1:])
+
+
+def cited(text: str) -> list[str]:
+    """Keys of the BibTeX entries, of which each must be whole."""
+    (block,) = re.findall(r"```bibtex\n(.*?)```", text, re.DOTALL)
+    entries = block.strip().split("\n\n")
+    for entry in entries:
+        assert re.fullmatch(r"@\w+\{\w+,\n(  \w+ *= .*,\n)*  \w+ *= .*\n\}", entry), entry
+        assert entry.count("{") == entry.count("}")
+    return [re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries]
+
+
+def every_method() -> dict[str, type[objectives.Objective]]:
+    for module in pkgutil.iter_modules(objectives.__path__, "ham_hf.objectives."):
+        importlib.import_module(module.name)
+    return {name: kind for name, kind in objectives.available().items() if kind.__module__.startswith("ham_hf.")}
+
+
+def config_of(kind: type[objectives.Objective], **changes: object) -> dict[str, object]:
+    """Settings of a run with this method, as a report has them."""
+    options = {
+        field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+    }
+    off = {"ema_decay": None, "fawa": "auto", "fawa_decay": 0.85, "fawa_threshold": 0.2}
+    off |= {"awp_gamma": None, "awp_start_epoch": 0}
+    return {"method": kind.name, **options, **off, **changes}
+
+
+def with_config(config: dict[str, object]) -> RunReport:
+    """A report with exactly these settings."""
+    return dataclasses.replace(make_report(), config=config)
+
+
+def test_every_method_is_named_and_cited(tmp_path: Path) -> None:
+    for name, kind in every_method().items():
+        text = written(with_config(config_of(kind)), tmp_path)
+        title = kind.summary if kind.summary.lower().startswith(f"{name}:") else f"{name}: {kind.summary}"
+        sentence = " ".join(text.split("\n# ", 1)[1].split("## How to use")[0].split())
+        assert f"by ham_hf's method {card.text(title, 200)}, " in sentence
+        rows = training_table(text)
+        assert rows["Method"] == title
+        hidden = {"none", "", "{}", "[]", "None"}
+        assert not [label for label, value in rows.items() if value in hidden]
+        own = re.match(r"@\w+\{(\w+),", CITATIONS[name])[1]
+        assert cited(text)[0] == own
+        assert cited(text)[-1] == "ham_hf"
+        year, first_author = re.search(r"\((\w+).* (\d{4})\)$", kind.summary).group(2, 1)
+        assert re.search(rf"author *= \{{{first_author},", CITATIONS[name])
+        assert re.search(rf"year *= \{{{year}\}}", CITATIONS[name])
+        assert {tag for tag in front_matter(text)["tags"] if tag in every_method()} == {name}
+
+
+def test_the_paper_of_ham_is_cited_for_ham_alone(tmp_path: Path) -> None:
+    methods = every_method()
+    assert cited(written(with_config(config_of(methods["trades"])), tmp_path)) == ["zhang2019theoretically", "ham_hf"]
+    assert cited(written(with_config({"method": "of a later version"}), tmp_path)) == ["ham_hf"]
+    assert "method of a later version, and" in written(with_config({"method": "of a later version"}), tmp_path)
+
+
+def test_what_a_method_borrows_is_named_and_cited(tmp_path: Path) -> None:
+    config = config_of(
+        every_method()["ham"],
+        base_loss="trades",
+        class_margin="cfa",
+        class_weighting="dafa",
+        class_rule_args={"cfa_lambda1": 0.3, "dafa_lambda": 1.5},
+        awp_gamma=0.005,
+        awp_start_epoch=5,
+        fawa="on",
+    )
+    text = written(with_config(config), tmp_path)
+    sentence = (
+        "hard adversarial example mining (Lin et al., 2025), combined with the class radii of cfa, the class weights "
+        "of dafa, adversarial weight perturbation and fairness-gated averaging of weights, and evaluated class by "
+        "class."
+    )
+    assert sentence in " ".join(text.split())
+    rows = training_table(text)
+    assert (
+        rows.items()
+        >= {
+            "Base loss": "TRADES: clean cross-entropy and KL regularization (Zhang et al., 2019)",
+            "Method option beta": "6.0",
+            "Class radii": "cfa: class-wise calibrated fair adversarial training (Wei et al., 2023)",
+            "Class weights": "dafa: distance-aware fair adversarial training (Lee et al., 2024)",
+            "Options of class radii and weights": "cfa_lambda1=0.3, dafa_lambda=1.5",
+            "Adversarial weight perturbation": "gamma 0.005, from epoch 5 (0-based) on (Wu et al., 2020)",
+            "Averaged weights": (
+                "fairness-gated, once per epoch: decay 0.85, worst class at least 0.2 (Wei et al., 2023)"
+            ),
+        }.items()
+    )
+    assert "Method option class_margin" not in rows
+    keys = ["lin2025ham", "zhang2019theoretically", "wei2023cfa", "lee2024dafa", "wu2020adversarial", "ham_hf"]
+    assert cited(text) == keys
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "averaged"),
+    [
+        ("cfa", {}, "fairness-gated"),
+        ("cfa", {"fawa": "off", "ema_decay": 0.999}, "exponential moving average, decay 0.999 per update"),
+        ("pgd_at", {"ema_decay": 0.999}, "exponential moving average, decay 0.999 per update"),
+        ("pgd_at", {"fawa": "on"}, "fairness-gated"),
+        ("pgd_at", {}, None),
+    ],
+)
+def test_averaged_weights_are_told(
+    tmp_path: Path, method: str, changes: dict[str, object], averaged: str | None
+) -> None:
+    text = written(with_config(config_of(every_method()[method], **changes)), tmp_path)
+    rows = training_table(text)
+    assert rows.get("Averaged weights", "").startswith(averaged or "")
+    assert ("Averaged weights" in rows) == ("combined with" in text) == (averaged is not None)
+    assert ("wei2023cfa" in cited(text)) == (method == "cfa" or averaged == "fairness-gated")
+
+
+def test_options_without_effect_are_left_out(tmp_path: Path) -> None:
+    rows = training_table(written(with_config(config_of(every_method()["ham"])), tmp_path))
+    assert {label for label in rows if label.startswith("Method option")} == {
+        f"Method option {name}" for name in ("mining_step", "mining_start_epoch", "keep_easy_fraction", "keep_easy_as")
+    }
+    assert not {"Class radii", "Class weights", "Adversarial weight perturbation", "Averaged weights"} & rows.keys()
+    rows = training_table(written(with_config(config_of(every_method()["fat"])), tmp_path))
+    assert rows["Method option fat_tau_epochs"] == "50, 90"
 
 
 def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:

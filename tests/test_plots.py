@@ -45,13 +45,23 @@ def test_figures_have_stable_names_and_readable_sizes(
     num_epochs: int,
     mining_start_epoch: int | None,
 ) -> None:
-    report = make_report(class_names=class_names, missing=missing, num_epochs=num_epochs, num_test=1000)
+    treatment = {"hard_per_class": 0, "class_weight": 0}
+    report = make_report(
+        class_names=class_names, missing=missing, num_epochs=num_epochs, num_test=1000, treatment=treatment
+    )
     examples = make_examples(num_images, in_chans=in_chans, num_classes=len(class_names))
     log = make_train_log(num_epochs, mining_start_epoch=mining_start_epoch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths = save_figures(report, tmp_path, examples=examples, train_log=log)
-    names = ["per_class_accuracy", "training_curves", "confusion_pgd-20", "confusion_cw-20", "adversarial_examples"]
+    names = [
+        "per_class_accuracy",
+        "training_curves",
+        "class_treatment",
+        "confusion_pgd-20",
+        "confusion_cw-20",
+        "adversarial_examples",
+    ]
     assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
     assert sorted((tmp_path / "figures").iterdir()) == sorted(paths)
     for path in paths:

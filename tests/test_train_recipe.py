@@ -46,6 +46,7 @@ def test_run_leaves_every_artefact(finished):
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "per_class_accuracy.png",
         "training_curves.png",
+        "class_treatment.png",
         "confusion_pgd-2.png",
         "confusion_cw-2.png",
         "adversarial_examples.png",

@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import margin_loss
-from ham_hf.mining import HardExamples, mine_hard_examples
+from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples
 from ham_hf.objectives.base import InnerAttack, OuterBatch, States
 from ham_hf.objectives.combining import BuiltOnLoss, Combinable
 
@@ -35,10 +34,7 @@ class HAM(BuiltOnLoss, Combinable):
     )
     mining_start_epoch: int = field(
         default=50,
-        metadata={
-            "help": "first 0-based epoch that mines; before it, the base loss is trained plainly",
-            "range": ">= 0",
-        },
+        metadata={"help": "first 0-based epoch that mines; before it, the base loss alone", "range": ">= 0"},
     )
     keep_easy_fraction: float = field(
         default=0.0,
@@ -68,10 +64,6 @@ class HAM(BuiltOnLoss, Combinable):
                 f"mining_step must be at least 0 and below num_steps={num_steps}, got {self.mining_step}; "
                 "lower --mining_step or raise --num_steps"
             )
-        if self.mining_start_epoch < 0:
-            raise ValueError(f"mining_start_epoch must not be negative, got {self.mining_start_epoch}")
-        if not 0 <= self.keep_easy_fraction <= 1:
-            raise ValueError(f"keep_easy_fraction must lie in [0, 1], got {self.keep_easy_fraction}")
 
     @property
     def warmup_epochs(self) -> int:
@@ -105,7 +97,7 @@ class HAM(BuiltOnLoss, Combinable):
             loss_fn=self.loss.attack_loss(model, x),
             track_moves=self.hard_weighting == "probability_move",
         )
-        rows, x_adv, weight = mined.rows, mined.x_adv, self._weights(mined, x.dtype)
+        rows, x_adv, weight = mined.rows, mined.x_adv, hard_weights(mined, self.hard_weighting).to(x.dtype)
         if self.keep_easy_fraction:
             kept = self._kept_easy(mined)
             images = x if self.keep_easy_as == "clean" else mined.early.x_adv
@@ -119,16 +111,6 @@ class HAM(BuiltOnLoss, Combinable):
             hard=mined.hard,
             early_logits=mined.early.logits,
         )
-
-    def _weights(self, mined: HardExamples, dtype: torch.dtype) -> Tensor:
-        if self.hard_weighting == "probability_move" and mined.largest_move is not None:
-            # The shape left in the authors' script, 1 - (tanh(-1 + 5 (m/2 - w) / (m/2)) + 1) / 2, with m = 2, the
-            # largest distance two distributions can have, where the script took the batch maximum: a weight
-            # then does not depend on the other rows, nor on how they are spread over processes.
-            return (1 - (torch.tanh(4 - 5 * mined.largest_move) + 1) / 2).to(dtype)
-        if self.hard_weighting == "margin":
-            return 1 + margin_loss(mined.early.logits[mined.rows].softmax(1), mined.y).to(dtype)
-        return torch.ones(len(mined.y), dtype=dtype, device=mined.y.device)
 
     def _kept_easy(self, mined: HardExamples) -> Tensor:
         """Positions of the easy examples to train on as well."""
