@@ -41,6 +41,14 @@ class MethodState:
             if part.wants_held_out(epoch):
                 part.after_held_out(state, measure(part), epoch=epoch)
 
+    def class_probabilities(self) -> Tensor | None:
+        """Probability of each class in the epoch's draws, where a part has a sampler; None = every example once."""
+        for part in self.objective.parts:
+            probabilities = part.class_probabilities(self.states[part.name])
+            if probabilities is not None:
+                return probabilities
+        return None
+
     def observe(self, logits: Tensor, batch: OuterBatch, y: Tensor, *, epoch: int) -> Tensor:
         """What the parts observe of one batch, in one flat vector, always of the same length in an epoch.
 

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import evaluation_mode
 from ham_hf.averaging import GatedAverage
 from ham_hf.checkpoint import (
     Checkpoint,
@@ -29,13 +28,14 @@ from ham_hf.checkpoint import (
     save_checkpoint,
 )
 from ham_hf.config import TrainingConfig
-from ham_hf.data import BatchRequest, ImageData, PixelBatch
-from ham_hf.evaluation import EvaluationAttack, check_pixel_range, evaluate
-from ham_hf.metrics import FairnessSummary, count_per_class, summarize
+from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch
+from ham_hf.data_order import batch_requests, epoch_order
+from ham_hf.evaluation import check_pixel_range
+from ham_hf.held_out import held_out_accuracy, held_out_sums
+from ham_hf.metrics import FairnessSummary, count_per_class
 from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.optimization import create_optimizer, create_scheduler, set_learning_rate
 from ham_hf.runlog import RunLog
-from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.train_step import Totals, TrainStep
 
 logger = logging.getLogger(__name__)
@@ -304,50 +304,37 @@ class Trainer:
         return passed
 
     def _held_out_sums(self, part: Objective, *, epoch: int) -> Tensor:
-        """Sums that a method takes over the held-out images with the current weights, of all processes."""
-        images = self.data.validation
-        if images is None:
-            raise RuntimeError(f"--method {part.name} needs held-out images")
-        device, world, rank = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
-        every = list(enumerate(torch.split(torch.arange(len(images)), self.eval_batch_size)))
-        # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
-        mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
-        requests = [BatchRequest(indices, None) for _, indices in mine]
-        sums = []
-        with evaluation_mode(self.module):
-            for (number, _), batch in zip(mine, images.batches(requests, device=device), strict=True):
-                found = part.held_out_sums(
-                    self.module,
-                    batch.x,
-                    batch.y,
-                    attack=self.attack,
-                    loss=self.objective.loss,
-                    num_classes=self.num_classes,
-                    generator=make_generator(device, self.config.seed, Stream.HELD_OUT, epoch, number),
-                )
-                sums.append(found * counts)
-        total: Tensor = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
-        return total
+        """Sums that a method takes over the held-out images with the current weights."""
+        return held_out_sums(
+            part,
+            self.module,
+            self._held_out_images(f"--method {part.name}"),
+            objective=self.objective,
+            attack=self.attack,
+            num_classes=self.num_classes,
+            accelerator=self.accelerator,
+            batch_size=self.eval_batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
 
     def _held_out(self, module: nn.Module) -> tuple[FairnessSummary, FairnessSummary]:
         """Clean and robust accuracy of a module on the held-out part of train."""
-        images = self.data.validation
-        if images is None:
-            raise RuntimeError("there is no held-out part to validate on")
-        attack = EvaluationAttack(
-            name="pgd", num_steps=self.config.validation_num_steps, step_size=float(self.attack.step_size)
-        )
-        results = evaluate(
+        return held_out_accuracy(
             module,
-            images,
-            [attack],
-            threat_model=self.attack.threat_model,
+            self._held_out_images("validation"),
+            attack=self.attack,
+            num_steps=self.config.validation_num_steps,
+            num_classes=self.num_classes,
             accelerator=self.accelerator,
             batch_size=self.eval_batch_size,
             seed=self.config.seed,
         )
-        clean, robust = (summarize(results[name].flags, images.labels, self.num_classes) for name in ("clean", "pgd"))
-        return clean, robust
+
+    def _held_out_images(self, what_for: str) -> Images:
+        if self.data.validation is None:
+            raise RuntimeError(f"{what_for} needs held-out images, and there are none")
+        return self.data.validation
 
     def _save(self) -> None:
         """Write a checkpoint on the main process; all processes wait for it."""
@@ -447,31 +434,17 @@ class Trainer:
         return same_types
 
     def _requests(self, epoch: int) -> list[BatchRequest]:
-        """This process's batches of an epoch, one per accumulation step, in order.
-
-        Every update takes the next examples of the epoch's permutation, whatever the number of processes; the last
-        incomplete update of an epoch is left out.
-        """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        seed, size = self.config.seed, self.config.per_device_train_batch_size
-        generator = make_generator(torch.device("cpu"), seed, Stream.DATA_ORDER, epoch)
-        order = self._order(generator)
-        mine = order[: self.updates_per_epoch * self.per_update].view(-1, world, size)[:, rank]
-        return [
-            BatchRequest(indices, derive_seed(seed, Stream.AUGMENTATION, epoch, number, rank))
-            for number, indices in enumerate(mine)
-        ]
-
-    def _order(self, generator: torch.Generator) -> Tensor:
-        """The examples of an epoch in order: a permutation, or draws where the method has a sampler of classes."""
-        labels = self.data.train.labels
-        for part in self.objective.parts:
-            probabilities = part.class_probabilities(self.method_state.states[part.name])
-            if probabilities is not None:
-                counts = count_per_class(labels, self.num_classes).clamp(min=1)
-                of_example = (probabilities.cpu() / counts)[labels]
-                return torch.multinomial(of_example, len(labels), replacement=True, generator=generator)
-        return torch.randperm(len(labels), generator=generator)
+        """This process's batches of an epoch, one per accumulation step, in order."""
+        order = epoch_order(self.data.train.labels, self.config.seed, epoch, self.method_state.class_probabilities())
+        return batch_requests(
+            order,
+            batch_size=self.config.per_device_train_batch_size,
+            per_update=self.per_update,
+            world=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
 
     def _class_log(self) -> Tensor:
         """What the epoch did to each class so far, of all processes."""

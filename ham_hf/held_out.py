@@ -1,0 +1,102 @@
+"""What is measured on the held-out part of train: accuracy per class, and the sums that methods ask for."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import evaluation_mode
+from ham_hf.data import BatchRequest, Images
+from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.metrics import FairnessSummary, summarize
+from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.seeding import Stream, make_generator
+
+
+def held_out_accuracy(
+    module: nn.Module,
+    images: Images,
+    *,
+    attack: InnerAttack,
+    num_steps: int,
+    num_classes: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+) -> tuple[FairnessSummary, FairnessSummary]:
+    """Clean and PGD accuracy of a module; the same noise every time, so that epochs can be compared.
+
+    Args:
+        module: the unwrapped pixel model.
+        images: the held-out part.
+        attack: its threat model and step size are used.
+        num_steps: PGD steps.
+        num_classes: number of classes.
+        accelerator: shares the batches out.
+        batch_size: images per batch and process.
+        seed: the run's seed.
+    """
+    pgd = EvaluationAttack(name="pgd", num_steps=num_steps, step_size=float(attack.step_size))
+    results = evaluate(
+        module,
+        images,
+        [pgd],
+        threat_model=attack.threat_model,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    clean, robust = (summarize(results[name].flags, images.labels, num_classes) for name in ("clean", "pgd"))
+    return clean, robust
+
+
+def held_out_sums(
+    part: Objective,
+    module: nn.Module,
+    images: Images,
+    *,
+    objective: Objective,
+    attack: InnerAttack,
+    num_classes: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+) -> Tensor:
+    """Sums (S, num_classes) that ``part`` takes over all held-out images, of all processes.
+
+    Batches and their noise do not depend on the number of processes.
+
+    Args:
+        part: the method that asks.
+        module: the unwrapped pixel model with the current weights.
+        images: the held-out part.
+        objective: the method that trains, whose loss the sums may use.
+        attack: the attack of the inner maximization.
+        num_classes: number of classes.
+        accelerator: shares the batches out and adds the sums up.
+        batch_size: images per batch and process.
+        seed: the run's seed.
+        epoch: 0-based epoch, for the noise.
+    """
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    every = list(enumerate(torch.split(torch.arange(len(images)), batch_size)))
+    # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
+    mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
+    batches = images.batches([BatchRequest(indices, None) for _, indices in mine], device=device)
+    sums = []
+    with evaluation_mode(module):
+        for (number, _), batch in zip(mine, batches, strict=True):
+            found = part.held_out_sums(
+                module,
+                batch.x,
+                batch.y,
+                attack=attack,
+                loss=objective.loss,
+                num_classes=num_classes,
+                generator=make_generator(device, seed, Stream.HELD_OUT, epoch, number),
+            )
+            sums.append(found * counts)
+    total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
+    return total
