@@ -30,6 +30,7 @@ class MethodState:
     def __init__(self, objective: Objective, class_counts: Tensor) -> None:
         self.objective, self.num_classes = objective, len(class_counts)
         self.states = {part.name: part.initial_state(class_counts) for part in objective.parts}
+        self.class_counts = class_counts
         self.log = class_counts.new_zeros(3 + objective.num_terms, self.num_classes)
 
     def begin_epoch(self, epoch: int, measure: Callable[[Objective], Tensor]) -> None:
@@ -113,16 +114,18 @@ class MethodState:
 
         Returns:
             ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: by how much a class's
-            share of the loss (of its first term) exceeded its share of the examples, 1 = plain; ``class_kl_weight``:
-            the same for the second term; ``class_epsilon``: radius of the attack.
+            share of the loss (of its first term) exceeded its share of the examples, 1 = plain (with a sampler, of the
+            training images); ``class_kl_weight``: the same for the second term; ``class_epsilon``: radius.
         """
         hard, mined, seen, *shares = log.cpu().double()
         record: dict[str, Any] = {"hard_fraction": None, "hard_per_class": None}
         if mined.sum() > 0:
             record["hard_fraction"] = float(hard.sum() / mined.sum())
             record["hard_per_class"] = _ratios(hard, mined)
+        # A sampler shows in what was drawn: it is compared with the training images there are.
+        usual = seen if self.class_probabilities() is None else self.class_counts.cpu().double()
         for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
-            plain = seen / seen.sum() * share.sum()
+            plain = usual / usual.sum() * share.sum()
             differs = bool(((share - plain).abs() > 1e-6 * plain.abs()).any())
             record[name] = _ratios(share, plain) if differs else None
         record.setdefault("class_kl_weight", None)

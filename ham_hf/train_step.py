@@ -29,7 +29,7 @@ from ham_hf.data import PixelBatch
 from ham_hf.method_state import MethodState
 from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
 from ham_hf.seeding import Stream, derive_seed, make_generator
-from ham_hf.weight_perturbation import awp_direction, frozen_batch_statistics, perturbable, perturbed
+from ham_hf.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
 
 class NonFiniteLossError(RuntimeError):
@@ -188,7 +188,7 @@ class TrainStep:
         for number, (source, batch) in enumerate(zip(batches, outer, strict=True)):
             logits = source.x.new_zeros(0, num_classes)
             if len(batch.y):
-                with torch.no_grad(), frozen_batch_statistics(self.module):
+                with torch.no_grad(), preserved_buffers(self.module):
                     logits = self._training_forward(self.module, batch, number, place)
             sums.append(weighting.preview(logits[: len(batch.y)], batch.y, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
@@ -217,7 +217,7 @@ class TrainStep:
         if self.awp_gamma is None or place[0] < self.awp_start_epoch:
             yield
             return
-        with frozen_batch_statistics(self.module):
+        with preserved_buffers(self.module):
             self._backward(works, place)
         parameters = perturbable(self.module)
         directions = awp_direction(parameters)

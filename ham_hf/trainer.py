@@ -429,6 +429,11 @@ class Trainer:
             "augmentation": self.data.augmentation,
             "parameter_shapes": [list(parameter.shape) for parameter in self.module.parameters()],
         }
+        if self.objective.depends_on_split:
+            plan["split"] = [self.config.per_device_train_batch_size, self.accelerator.num_processes]
+        if self.gated is not None or any(part.uses_held_out for part in self.objective.parts):
+            # The noise of held-out images is numbered by batch.
+            plan["per_device_eval_batch_size"] = self.eval_batch_size
         # Through JSON, as it comes back from a checkpoint: tuples become lists.
         same_types: dict[str, Any] = json.loads(json.dumps(plan))
         return same_types

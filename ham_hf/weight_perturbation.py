@@ -3,7 +3,7 @@
 One update, in the order of the published code::
 
     weights = perturbable(model)
-    with frozen_batch_statistics(model):
+    with preserved_buffers(model):
         loss().backward()
     directions = awp_direction(weights)
     optimizer.zero_grad()
@@ -22,7 +22,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 _TINY = 1e-20
 """Added to the norm of a gradient before dividing by it; the authors' constant."""
@@ -60,13 +59,16 @@ def awp_direction(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         parameters: at least one, each with the gradient of the loss (not of its negative) in ``.grad``.
 
     Returns:
-        New tensors in the shapes of the parameters; zeros where ``.grad`` is None or exactly zero.
+        New tensors in the shapes of the parameters; zeros where ``.grad`` is None, exactly zero, or not finite (the
+        weights must stay what they are for whoever then refuses the update).
     """
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
     # A zero gradient needs no case of its own: 0 * (||w|| / 1e-20) is 0, and that factor is finite from bfloat16 up.
     lengths = torch._foreach_add(torch._foreach_norm(gradients), _TINY)
     factors = torch._foreach_div(torch._foreach_norm(list(parameters)), lengths)
-    return list(torch._foreach_mul(gradients, factors))
+    moves = torch._foreach_mul(gradients, factors)
+    finite = [torch.isfinite(length) for length in lengths]
+    return [torch.where(good, move, torch.zeros_like(move)) for good, move in zip(finite, moves, strict=True)]
 
 
 @contextmanager
@@ -94,21 +96,17 @@ def perturbed(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], 
 
 
 @contextmanager
-def frozen_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let BatchNorm normalize as its mode says, but leave its buffers as they are; restored whatever happens.
+def preserved_buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer of the model back on leaving, whatever happens: running statistics of any kind of layer.
 
-    In training mode it still uses the statistics of the batch; in evaluation mode nothing changes. For forwards in
-    training mode that are no training step, such as the one that finds the direction (the authors make it with a
-    copy of the model, whose buffers they throw away).
-
-    Args:
-        model: its BatchNorm modules are those derived from torch's, timm's and SyncBatchNorm included.
+    For forwards in training mode that are no training step, such as the one that finds the direction (the authors
+    make it with a copy of the model, whose buffers they throw away).
     """
-    tracking = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
+    buffers = list(model.buffers())
+    kept = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
+        with torch.no_grad():
+            for buffer, old in zip(buffers, kept, strict=True):
+                buffer.copy_(old)

@@ -157,9 +157,21 @@ def test_ham_lends_it_the_mining_step_of_the_whole_batch():
         (HAM(class_weighting="nothing"), r"expected none or one of .*dafa.*there is no method 'nothing'"),
         (HAM(class_margin="ham"), "--class_margin ham: expected none or one of .*cfa.*has none to lend"),
         (TRADES(class_margin="cfa", class_rule_args={"dafa_lambda": 2}), "--class_rule_args dafa_lambda: expected "),
+        (
+            HAM(class_margin="cfa", class_rule_args={"cfa_margin": False}),
+            "--class_margin cfa has no effect with .*cfa_margin",
+        ),
+        (
+            TRADES(class_margin="frl", class_rule_args={"class_margin": "cfa"}),
+            "--class_rule_args class_margin: expected",
+        ),
         (TRADES(class_rule_args={"dafa_lambda": 2}), "expected nothing without --class_margin or --class_weighting"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(objective, message):
-    with pytest.raises(ValueError, match=message):
+    def check():
         objective.check(num_steps=10)
+        objective.check_parts()
+
+    with pytest.raises(ValueError, match=message):
+        check()

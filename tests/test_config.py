@@ -231,7 +231,14 @@ def test_an_option_of_the_recipes_method_still_wins_when_the_method_is_repeated(
 def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
     with caplog.at_level(logging.WARNING, logger="ham_hf"):
         parse_train_config(["--num_train_epochs", "50"])
-        assert "epochs are warm-up" in caplog.text
+        assert "ham starts at epoch 50, and the run has 50 epochs: it will never be active" in caplog.text
+        caplog.clear()
+        borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
+        parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
+        assert [record.args[:2] for record in caplog.records] == [
+            ("dafa", 70),
+            ("weight perturbation (--awp_gamma)", 30),
+        ]
         caplog.clear()
         parse_train_config(["--num_train_epochs", "51"])
         assert caplog.text == ""
@@ -277,9 +284,23 @@ BAD_FLAGS = [
         "--method pgd_at --mining_step 3",
         ["--mining_step", "option of --method ham", "method is pgd_at", "ham, mart, pgd_at"],
     ),
+    (
+        "--class_margin cfa --class_rule_args cfa_lambda1=x cfa_start_epoch=0",
+        ["--class_rule_args: cfa_lambda1 'x'", "expected a number > 0", "cfa_start_epoch 0", ">= 1"],
+    ),
+    (
+        "--class_margin cfa --class_rule_args cfa_margin=false",
+        ["--class_margin cfa has no effect", "cfa_margin=False"],
+    ),
+    ("--class_weighting cfaa", ["--class_weighting cfaa", "one of cfa, cfol", "no method 'cfaa'"]),
+    ("--class_weighting cfa", ["weighs the terms of trades", "loss of this run is pgd_at"]),
+    ("--method dafa --class_margin cfa", ["--class_margin is an option of --method", "but the method is dafa"]),
+    ("--fawa on --ema_decay 0.9", ["--ema_decay 0.9", "--fawa on", "take --fawa off"]),
+    ("--method wat --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--method wat"]),
+    ("--fawa on --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--fawa"]),
     ("--method pgd_at --mining-step=3", ["--mining_step", "option of --method ham"]),
     ("--mining_step 10", ["mining_step", "10", "--num_steps"]),
-    ("--mining_step 3 --num_steps 3", ["mining_step", "num_steps=3"]),
+    ("--mining_step 3 --num_steps 3", ["mining_step", "below --num_steps 3"]),
     ("--mining_step -1", ["mining_step", "-1"]),
     ("--mining_start_epoch -5", ["mining_start_epoch", "-5", ">= 0"]),
     ("--keep_easy_fraction 1.5", ["keep_easy_fraction 1.5", "[0, 1]"]),
@@ -528,7 +549,9 @@ def test_methods_may_share_the_name_of_an_option(other_method, capsys, recipe):
     with pytest.raises(SystemExit):
         parse_train_config(["--help"])
     sections = re.sub(r"\s+", " ", capsys.readouterr().out).split("--method ")
-    assert any(part.startswith("ham: ") and "still classified" in part and "default: 3" in part for part in sections)
+    assert any(
+        part.startswith("ham: ") and "what is still right" in part and "default: 3" in part for part in sections
+    )
     assert any("another meaning (default: 7)" in part and "--loud, --no_loud" in part for part in sections)
     argv = ["--method", "other_for_config", "--mining_step", "12", "--loud", "--gains", "1/4", "2"]
     config = parse_train_config(argv)

@@ -222,3 +222,15 @@ def test_options_out_of_range_are_refused():
     for option, value in (("faal_radius", -0.5), ("base_loss", "awp")):
         (problem,) = setting_problems(FAAL(**{option: value}))
         assert f"--{option} {value!r}" in problem
+
+
+def test_a_class_without_training_images_takes_nothing_from_the_others():
+    faal = FAAL()
+    counts = torch.tensor([5.0, 0, 5, 5], dtype=torch.float64)
+    state, smaller = faal.initial_state(counts), faal.initial_state(counts[counts > 0])
+    sums = torch.tensor([-3.0, 0, -1, -2], dtype=torch.float64)
+    faal.before_update(state, sums)
+    faal.before_update(smaller, sums[counts > 0])
+    torch.testing.assert_close(state["weight"][counts > 0], smaller["weight"])
+    assert float(state["weight"][1]) == 0
+    assert float(state["weight"].sum()) == pytest.approx(3)

@@ -198,7 +198,7 @@ def test_ham_borrows_weights_and_radii():
     natural = F.cross_entropy(clean, batch.y, reduction="none")
     divergence = (clean.softmax(1) * (clean.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
     expected = 0
-    for scale, multiplier, term in ((1, 0.4, natural), (ham.beta, 0.2, divergence)):
+    for scale, multiplier, term in ((1, 0.4, natural), (ham.loss.beta, 0.2, divergence)):
         weights = torch.full((10,), 0.1 - multiplier / 10, dtype=torch.float64)
         weights[3] += multiplier
         expected += scale * (weights[batch.y] * term).sum() / weights[batch.y].sum()

@@ -95,3 +95,20 @@ def test_a_hundred_classes(tmp_path, label):
     progress = trainer(tmp_path / "run", label, data, net, **changes).fit()
     json.dumps(progress.history, allow_nan=False)
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
+
+
+def test_a_sampler_shows_what_it_drew(tmp_path):
+    run = trainer(tmp_path / "run", "cfol")
+    object.__setattr__(run.objective, "cfol_eta", 0.05)
+    last = run.fit().history[-1]
+    drawn = run.method_state.states["cfol"]["probabilities"] * 4
+    assert max(last["class_weight"]) > 1.15 > 0.9 > min(last["class_weight"])
+    assert torch.tensor(last["class_weight"]).argmax() == drawn.argmax()
+
+
+def test_a_resumed_run_keeps_what_its_class_state_depends_on(tmp_path):
+    trainer(tmp_path / "run", "wat", max_steps=4).fit()
+    run = trainer(tmp_path / "run", "wat", resume_from_checkpoint="latest")
+    run.eval_batch_size = 20
+    with pytest.raises(ValueError, match="per_device_eval_batch_size 256 -> 20"):
+        run.resume()

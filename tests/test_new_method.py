@@ -83,7 +83,9 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
     run.resume()
     run.fit()
     for name in ("model", "method"):
-        ours, theirs = (load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole"))
+        ours, theirs = (
+            load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole")
+        )
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 

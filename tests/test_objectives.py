@@ -145,8 +145,8 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mining_step": 10}, "below num_steps=10, got 10"),
-        ({"mining_step": -1}, "got -1"),
+        ({"mining_step": 10}, "--mining_step 10: expected at least 0 and below --num_steps 10"),
+        ({"mining_step": -1}, "--mining_step -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.weight_perturbation import awp_direction, frozen_batch_statistics, perturbable, perturbed
+from ham_hf.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 from tests.golden_data import GOLDEN, TOLERANCE, golden_case, golden_net
 from tests.nets import batch_norm_net
 
@@ -55,7 +55,7 @@ def test_one_update_is_the_authors(variant):
     weights = perturbable(net)
     names = [name for name, parameter in net.named_parameters() if any(parameter is weight for weight in weights)]
 
-    with frozen_batch_statistics(net):
+    with preserved_buffers(net):
         loss_of().backward()
     directions = awp_direction(weights)
     expect("direction", dict(zip(names, directions, strict=True)))
@@ -146,13 +146,13 @@ def timm_net():
 
 
 @pytest.mark.parametrize("make", [batch_norm_net, norm_act_net, timm_net])
-def test_frozen_statistics_normalize_with_the_batch_and_leave_the_buffers(make):
+def test_preserved_buffers_normalize_with_the_batch_and_come_back(make):
     torch.manual_seed(0)
     net = make().double().train()
     x = torch.rand(6, 3, 32, 32, dtype=torch.float64)
     expected = copy.deepcopy(net)(x)
     before = copy.deepcopy(dict(net.named_buffers()))
-    with frozen_batch_statistics(net):
+    with preserved_buffers(net):
         torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
     assert before.keys() == dict(net.named_buffers()).keys()
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
@@ -160,20 +160,29 @@ def test_frozen_statistics_normalize_with_the_batch_and_leave_the_buffers(make):
     assert not any(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
-def test_frozen_statistics_change_nothing_in_evaluation_mode():
-    net = norm_act_net().double().train()
-    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
-    net(x)
-    net.eval()
-    expected = net(x)
-    with frozen_batch_statistics(net):
-        assert torch.equal(net(x), expected)
+@pytest.mark.parametrize("layer", [EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True)])
+def test_other_layers_with_running_statistics_are_preserved_too(layer):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), layer).train()
+    before = copy.deepcopy(dict(net.named_buffers()))
+    with preserved_buffers(net):
+        net(torch.rand(6, 3, 8, 8)).sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    net(torch.rand(6, 3, 8, 8))
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
 
 
-def test_frozen_statistics_are_released_after_an_exception_and_only_where_they_were_kept():
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3, track_running_stats=False), nn.InstanceNorm2d(3))
-    with frozen_batch_statistics(net):
-        with pytest.raises(KeyboardInterrupt), frozen_batch_statistics(net):
-            raise KeyboardInterrupt
-        assert not any(module.track_running_stats for module in net)
-    assert [module.track_running_stats for module in net] == [True, False, False]
+def test_buffers_come_back_after_an_exception():
+    net = nn.BatchNorm2d(3)
+    net.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), preserved_buffers(net):
+        net(torch.rand(2, 3, 4, 4))
+    assert int(net.num_batches_tracked) == 0
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    for weight, value in zip(weights, (1.0, float("inf"), float("nan")), strict=True):
+        weight.grad = torch.full_like(weight, value)
+    first, *others = awp_direction(weights)
+    torch.testing.assert_close(first, torch.ones(2, 2))
+    assert all(torch.equal(other, torch.zeros(2, 2)) for other in others)

@@ -51,13 +51,17 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
         SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
     """
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
-    if config.method.warmup_epochs >= config.training.num_train_epochs:
-        logger.warning(
-            "All %d epochs are warm-up: the %d epochs before %s starts are not over by then.",
-            config.training.num_train_epochs,
-            config.method.warmup_epochs,
-            config.method.name,
-        )
+    starts = {part.name: part.warmup_epochs for part in config.method.parts}
+    if config.training.awp_gamma is not None:
+        starts["weight perturbation (--awp_gamma)"] = config.training.awp_start_epoch
+    for what, first in starts.items():
+        if first >= config.training.num_train_epochs:
+            logger.warning(
+                "%s starts at epoch %d, and the run has %d epochs: it will never be active.",
+                what,
+                first,
+                config.training.num_train_epochs,
+            )
     return config
 
 

@@ -289,8 +289,14 @@ class TrainConfig:
         except ValueError as error:
             yield str(error)
             return
-        for part in self.method.parts[1:]:
-            yield from (f"--class_rule_args: {problem.removeprefix('--')}" for problem in setting_problems(part))
+        borrowed = [problem.removeprefix("--") for part in self.method.parts[1:] for problem in setting_problems(part)]
+        if borrowed:
+            yield from (f"--class_rule_args: {problem}" for problem in borrowed)
+            return
+        try:
+            self.method.check_parts()
+        except ValueError as error:
+            yield str(error)
         held_out = [part.name for part in self.method.parts if part.uses_held_out]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):

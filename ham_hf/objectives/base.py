@@ -107,6 +107,13 @@ class Objective:
             ValueError: naming the option, its value and what was expected.
         """
 
+    def check_parts(self) -> None:
+        """Check the options of the methods this one borrows from, once each is known to be valid by itself.
+
+        Raises:
+            ValueError: naming the option, its value and what was expected.
+        """
+
     @classmethod
     def as_rule(cls, **options: Any) -> Objective:  # noqa: ANN401 (fields of any type)
         """The method with these options, to lend its radii or weights to another one."""
@@ -116,6 +123,11 @@ class Objective:
     def warmup_epochs(self) -> int:
         """Number of first epochs in which the method is still its plain base loss; 0 if there are none."""
         return 0
+
+    @property
+    def depends_on_split(self) -> bool:
+        """Whether an update depends on how its examples are split into processes and accumulation steps."""
+        return False
 
     @property
     def loss(self) -> BaseLoss:
@@ -203,15 +215,14 @@ class Objective:
         The loss of an update is, summed over its terms, sum(weight * term) / sum(divisor), both sums over all
         processes and accumulation steps (invariant 3).
         """
-        scales = torch.tensor(self.loss.scales, dtype=batch.weight.dtype, device=batch.weight.device)
         of_class = self.weighting.class_weight(states[self.weighting.name], self.loss, epoch=epoch)
-        if of_class is None:
-            weight = batch.weight.expand(len(scales), -1)
-            return weight * scales[:, None], weight.sum(1)
-        weight = batch.weight * of_class.to(batch.weight.dtype)[:, batch.y]
-        by_class = self.weighting.divides_by_class_weight
-        divisor = weight.sum(1) if by_class else batch.weight.sum().expand(len(scales))
-        return weight * scales[:, None], divisor
+        weight = batch.weight.expand(self.num_terms, -1)
+        if of_class is not None:
+            weight = weight * of_class.to(weight.dtype)[:, batch.y]
+        divided_by = weight if self.weighting.divides_by_class_weight else batch.weight.expand_as(weight)
+        # Numbers, not a tensor of them: that would have to be copied to the device, and be waited for.
+        scaled = [row * scale for row, scale in zip(weight, self.loss.scales, strict=True)]
+        return torch.stack(scaled), divided_by.sum(1)
 
     # --- class state; see the module for the order
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
-from ham_hf.objectives.base import Objective, available
+import torch
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.objectives.base import InnerAttack, Objective, available
 from ham_hf.objectives.losses import BASE_LOSSES, BaseLoss
 
 
@@ -18,14 +22,19 @@ class BuiltOnLoss(Objective):
     base_loss: Literal["pgd_at", "trades", "mart"] = field(
         default="pgd_at", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
     )
-    beta: float = field(
-        default=6.0, metadata={"help": "weight of the KL term of TRADES or MART as --base_loss", "range": ">= 0"}
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the KL term of the loss; none = its own: 6 for TRADES, 5 for MART",
+            "range": ">= 0",
+        },
     )
 
     @property
     def loss(self) -> BaseLoss:
         """See `Objective.loss`."""
-        return BASE_LOSSES[self.base_loss](beta=self.beta)
+        kind = BASE_LOSSES[self.base_loss]
+        return kind() if self.beta is None else kind(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,7 @@ class Combinable(Objective):
                 raise ValueError(f"--{option} {name}: expected none or one of {', '.join(lends)}, {_why_not(name)}")
         rules = [available()[name] for _, name in lenders if name != "none"]
         known = {one.name for rule in rules for one in fields(rule)} - {"base_loss", "beta"}
+        known -= {one.name for one in fields(Combinable)}
         for name in self.class_rule_args:
             if name not in known:
                 expected = ", ".join(sorted(known)) or "nothing without --class_margin or --class_weighting"
@@ -64,6 +74,22 @@ class Combinable(Objective):
                 f"--class_weighting {self.class_weighting} weighs the terms of {' or '.join(weighs)}, but the loss of "
                 f"this run is {self.loss.name}"
             )
+
+    def check_parts(self) -> None:
+        """See `Objective.check_parts`: refuse a lender whose options switch off what it lends, at any epoch."""
+        last, counts = sys.maxsize, torch.ones(2, dtype=torch.float64)
+        attack = InnerAttack(threat_model=ThreatModel(epsilon=1.0), num_steps=1, step_size=1.0)
+        lent = {
+            "class_margin": self.margin.class_attack(self.margin.initial_state(counts), attack, epoch=last),
+            "class_weighting": self.weighting.class_weight(
+                self.weighting.initial_state(counts), self.loss, epoch=last
+            ),
+        }
+        for option, of_class in lent.items():
+            name = getattr(self, option)
+            if name != "none" and of_class is None:
+                given = " ".join(f"{key}={value}" for key, value in self.class_rule_args.items())
+                raise ValueError(f"--{option} {name} has no effect with --class_rule_args {given}; drop one of them")
 
     @cached_property
     def _rules(self) -> dict[str, Objective]:

@@ -41,13 +41,17 @@ class FAAL(BuiltOnLoss):
     gives_weights: ClassVar[bool] = True
     wants_preview: ClassVar[bool] = True
 
+    beta: float | None = field(
+        default=6.0, metadata={"help": "weight of the KL term of TRADES or MART as --base_loss", "range": ">= 0"}
+    )
     faal_radius: float = field(
         default=0.5, metadata={"help": "largest KL divergence of the class weights from equal ones", "range": ">= 0"}
     )
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: the class weights, which sum to the number of classes."""
-        return {"weight": torch.ones_like(class_counts)}
+        """See `Objective.initial_state`: the class weights, 1 on average over classes with training images."""
+        present = (class_counts > 0).to(class_counts)
+        return {"weight": present.clone(), "present": present}
 
     def preview(self, logits: Tensor, y: Tensor, num_classes: int) -> Tensor:
         """See `Objective.preview`: sum over each class of the largest other probability minus the true one."""
@@ -58,14 +62,15 @@ class FAAL(BuiltOnLoss):
 
     def before_update(self, state: State, sums: Tensor) -> None:
         """See `Objective.before_update`."""
-        state["weight"] = len(sums) * worst_case_weights(sums, self.faal_radius)
+        present = state["present"] > 0
+        state["weight"] = state["present"].sum() * worst_case_weights(sums, self.faal_radius, present)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
         """See `Objective.class_weight`: the same for every term."""
         return state["weight"].expand(loss.num_terms, -1)
 
 
-def worst_case_weights(values: Tensor, radius: float) -> Tensor:
+def worst_case_weights(values: Tensor, radius: float, present: Tensor | None = None) -> Tensor:
     """The probabilities p (C,) that maximize p @ values subject to KL(U || p) <= radius, with U uniform.
 
     The optimum is p_c = q_c / sum(q) with q_c = 1 / (nu - values_c), nu > max(values) such that the divergence is the
@@ -75,17 +80,22 @@ def worst_case_weights(values: Tensor, radius: float) -> Tensor:
     Args:
         values: (C,) finite; if all are alike the result is uniform.
         radius: r >= 0.
+        present: (C,) bool, the classes there are; the others get 0. None = all.
     """
-    gap = values.amax() - values
-    spread = gap.amax()
-    gap = gap / spread.clamp(min=TIE)
+    if present is None:
+        present = torch.ones_like(values, dtype=torch.bool)
+    gap = torch.where(present, values, -torch.inf).amax() - values
+    spread = torch.where(present, gap, 0).amax()
+    # An infinite gap is a weight of 0: -log of it is the logarithm of nothing.
+    gap = torch.where(present, gap / spread.clamp(min=TIE), torch.inf)
+    count = present.sum().to(values)
     low = torch.full_like(spread, math.log(torch.finfo(values.dtype).tiny))
     high = torch.full_like(spread, 50.0)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        divergence = -_log_weights(gap, middle).mean() - math.log(len(values))
+        divergence = -torch.where(present, _log_weights(gap, middle), 0).sum() / count - count.log()
         low, high = torch.where(divergence > radius, middle, low), torch.where(divergence > radius, high, middle)
-    return torch.where(spread > TIE, _log_weights(gap, high).exp(), 1 / len(values))
+    return torch.where(spread > TIE, _log_weights(gap, high).exp(), present / count)
 
 
 def _log_weights(gap: Tensor, log_distance: Tensor) -> Tensor:

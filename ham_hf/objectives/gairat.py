@@ -7,6 +7,7 @@ Weights are those of the published code (zjfheart/Geometry-aware-Instance-reweig
 floor(K/2) in the argument where the paper has K/2. They differ in three ways that the code does not handle: they are
 normalized over all processes and accumulation steps, not per batch; they are computed relative to that of kappa = 0,
 in float64, so that none is ever rounded to 0 however small lambda is; and K = 1, where floor(K/2) is 0, uses K/2.
+The authors' 60th epoch, counted from 1, is epoch 59 here.
 
 The authors report AutoAttack only for training with extra data: compare by AutoAttack, not by PGD alone.
 """
@@ -39,7 +40,7 @@ class GAIRAT(Objective):
         metadata={"help": "offset in the argument of tanh or sigmoid; the larger, the more alike the weights"},
     )
     gairat_start_epoch: int = field(
-        default=60,
+        default=59,
         metadata={"help": "first 0-based epoch with weights; the epochs before it are PGD-AT", "range": ">= 0"},
     )
 
@@ -107,7 +108,7 @@ def gairat_weights(kappa: Tensor, num_steps: int, function: str, offset: float) 
         kappa: (N,) number of correct iterates, 0 .. num_steps.
         num_steps: K >= 1.
         function: "tanh", "sigmoid" or "discrete".
-        offset: Lambda; infinity gives all examples the same weight.
+        offset: Lambda; in the limit of infinity all examples weigh the same.
     """
     kappa = kappa.to(statistics_dtype(kappa.device))
     if function == "discrete":

@@ -1,8 +1,8 @@
 """HAM: Hard Adversarial Example Mining for Improving Robust Fairness (Lin et al., IEEE TIFS 20, 2025).
 
-Warm-up with PGD-AT; then mean cross-entropy over the hard examples alone. The options below the paper's two settings
-are off by default; what the authors never shipped in a runnable form is named as our reading. Mining under TRADES or
-MART, and with class radii or weights of other methods, is ours: no published evidence was found for it.
+Warm-up with PGD-AT; then mean cross-entropy over the hard examples alone. Options below the paper's two are off by
+default, and named as our reading where the authors shipped none that runs. Mining under TRADES or MART, or with class
+radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ class HAM(BuiltOnLoss, Combinable):
 
     mining_step: int = field(
         default=3,
-        metadata={
-            "help": "attack steps after which examples that are still classified correctly are dropped",
-            "range": ">= 0, below num_steps",
-        },
+        metadata={"help": "attack steps after which what is still right is dropped", "range": ">= 0, below num_steps"},
     )
     mining_start_epoch: int = field(
         default=50,
@@ -39,8 +36,8 @@ class HAM(BuiltOnLoss, Combinable):
     keep_easy_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "fraction of each batch's easy examples to train on as well, the most confident ones first "
-            "(our reading of the authors' CIFAR-100 setting, 0.3)",
+            "help": "fraction of a process's easy examples to train on too, the most confident first (our reading of "
+            "the authors' CIFAR-100 setting, 0.3)",
             "range": "[0, 1]",
         },
     )
@@ -51,8 +48,8 @@ class HAM(BuiltOnLoss, Combinable):
     hard_weighting: Literal["none", "probability_move", "margin"] = field(
         default="none",
         metadata={
-            "help": "weight of a hard example: none = 1; probability_move = by the largest one-step change of its "
-            "class probabilities; margin = 1 to 2 by its margin at mining_step (our forms)"
+            "help": "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
+            "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1"
         },
     )
 
@@ -60,10 +57,13 @@ class HAM(BuiltOnLoss, Combinable):
         """See `Objective.check`."""
         super().check(num_steps=num_steps)
         if not 0 <= self.mining_step < num_steps:
-            raise ValueError(
-                f"mining_step must be at least 0 and below num_steps={num_steps}, got {self.mining_step}; "
-                "lower --mining_step or raise --num_steps"
-            )
+            expected = f"at least 0 and below --num_steps {num_steps}"
+            raise ValueError(f"--mining_step {self.mining_step}: expected {expected}")
+
+    @property
+    def depends_on_split(self) -> bool:
+        """See `Objective.depends_on_split`: easy examples are kept by their rank in a batch."""
+        return self.keep_easy_fraction > 0
 
     @property
     def warmup_epochs(self) -> int:
@@ -97,13 +97,13 @@ class HAM(BuiltOnLoss, Combinable):
             loss_fn=self.loss.attack_loss(model, x),
             track_moves=self.hard_weighting == "probability_move",
         )
-        rows, x_adv, weight = mined.rows, mined.x_adv, hard_weights(mined, self.hard_weighting).to(x.dtype)
+        rows, x_adv = mined.rows, mined.x_adv
+        weight = hard_weights(mined, self.hard_weighting).to(x.dtype)
         if self.keep_easy_fraction:
             kept = self._kept_easy(mined)
             images = x if self.keep_easy_as == "clean" else mined.early.x_adv
-            x_adv = torch.cat([x_adv, images[kept]])
+            rows, x_adv = torch.cat([rows, kept]), torch.cat([x_adv, images[kept]])
             weight = torch.cat([weight, weight.new_ones(len(kept))])
-            rows = torch.cat([rows, kept])
         return OuterBatch(
             x=self.loss.rows(x_adv, x[rows]),
             y=y[rows],
