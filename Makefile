@@ -3,10 +3,10 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test smoke format
+.PHONY: help check lint types imports test smoke bench bench-quick format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=$(PYTHON) is used; give another one with: make check PYTHON=.venv/bin/python"
 
 check: lint types imports test  ## everything a pull request has to pass: lint, types, imports, test
@@ -29,6 +29,19 @@ smoke:  ## the main command of the README, cut to a few steps, into a temporary 
 	$(PYTHON) -m accelerate.commands.launch recipes/train_ham.py --output_dir "$$folder/ham" \
 		--max_steps 4 --mining_start_epoch 0 --limit_train_examples 256 --limit_test_examples 100 && \
 	ls "$$folder/ham"
+
+bench:  ## ratios of our steps to published code and to the floor, evaluation and memory; about 10 minutes on 2 cores
+	$(PYTHON) -m tests.benchmarks.step --repeats 3 --hard_fractions 0.5 1.0
+	$(PYTHON) -m tests.benchmarks.evaluation --repeats 3
+	$(PYTHON) -m tests.benchmarks.memory --repeats 3
+
+bench-quick:  ## the same with a tiny network, to see that the benchmarks run; the figures mean nothing
+	$(PYTHON) -m tests.benchmarks.step --quick
+	$(PYTHON) -m tests.benchmarks.evaluation --quick
+	$(PYTHON) -m tests.benchmarks.memory --quick
+	$(PYTHON) -m tests.benchmarks.profile --quick
+	$(PYTHON) -m tests.benchmarks.epoch --quick
+	$(PYTHON) -m tests.benchmarks.scaling --quick
 
 format:  ## let ruff rewrite what it can
 	$(PYTHON) -m ruff check --fix .
