@@ -11,7 +11,8 @@ Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png a
 again after an interruption, it goes on where it was: finished runs stay, unfinished ones resume from their checkpoint.
 
 Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if its runs lie in
-LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it.
+LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it, with its order of rows
+and its baseline.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.plots import save_comparison_figures
-from ham_hf.comparison.runs import Launcher, collect, execute, is_done, read_runs
+from ham_hf.comparison.runs import Launcher, collect, execute, read_runs, survey
 from ham_hf.comparison.text import write_comparison
 from ham_hf.hub import download_report
 from ham_hf.launching import clean_exit
@@ -53,13 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         comparison = compare(runs, baseline=options.baseline or baseline, missing=missing)
         figures = save_comparison_figures(comparison, folder)
-        command = f"python recipes/compare.py {shlex.join(argv)}"
-        written = write_comparison(comparison, folder, command=command, figures=figures)
+        command = f"python recipes/compare.py {shlex.join(map(public_word, argv))}"
+        jobs = None if options.config is None else options.jobs or 1
+        written = write_comparison(comparison, folder, command=command, figures=figures, jobs=jobs)
     sys.stdout.write("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.failed]
     if failed:
         sys.stderr.write(
-            f"{len(failed)} of {len(runs) + len(missing)} runs failed; the same command tries them again\n"
+            f"{len(failed)} of {len(runs) + len(missing)} runs failed, see comparison.md; the same command tries them "
+            "again\n"
         )
         raise SystemExit(1)
 
@@ -72,12 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", help="where the runs and the comparison go; wins over the file")
     parser.add_argument("--baseline", metavar="LABEL", help="row that rho is relative to; wins over the file")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="win over the file's")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="SEED",
+        help="run these only, of the file's or others; the table has all that is finished",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="LABEL", help="run these only; the table has all that is finished"
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; they share cores and accelerator (default 1)"
+        "--jobs",
+        type=int,
+        help="runs at a time (default 1); they share cores and accelerator, so that seconds above 1 compare nothing",
     )
     parser.add_argument(
         "--launch_args",
@@ -92,27 +104,32 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     """Run what ``compare.yaml`` asks for and is not done yet."""
     if options.runs:
         raise ValueError("--config and runs that exist exclude each other: compare the folders in a second call")
-    if options.jobs < 1:
+    jobs = 1 if options.jobs is None else options.jobs
+    if jobs < 1:
         raise ValueError(f"--jobs {options.jobs}: expected at least 1")
     plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
     for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
         for label in labels:
             if label not in plan.labels:
                 raise ValueError(f"{flag} {label}: expected a label of {options.config}: {', '.join(plan.labels)}")
-    done = [run for run in plan.runs if is_done(run)]
-    waiting = [run for run in plan.runs if run not in done and run.label in (options.only or plan.labels)]
-    launcher = _launcher(options)
+    chosen = [
+        run
+        for run in plan.runs
+        if run.label in (options.only or plan.labels) and (options.seeds is None or run.seed in options.seeds)
+    ]
+    done, waiting, unusable = survey(plan.runs, chosen)
+    launcher = _launcher(options, jobs)
     if options.dry_run:
         sys.stdout.write("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
         return [], [], plan.baseline, plan.output_dir
     _say(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go")
     try:
-        failed = execute(waiting, launcher, jobs=options.jobs, announce=_say)
+        failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the last checkpoint of each run\n")
         raise SystemExit(130) from None
     runs, missing = collect(plan.runs, failed)
-    if not runs and failed:
+    if not runs and any(run.failed for run in failed):
         sys.stderr.write("every run failed: there is nothing to compare\n")
         raise SystemExit(1)
     return runs, missing, plan.baseline, plan.output_dir
@@ -122,20 +139,24 @@ def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[Missing
     """Take the runs that the command line names."""
     if not options.runs or options.output_dir is None:
         raise ValueError("expected --config COMPARE.yaml, or runs that exist and --output_dir")
-    for flag in ("seeds", "only", "launch_args", "dry_run"):
-        if getattr(options, flag):
+    for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
+        if getattr(options, flag) not in (None, False):
             raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
-    return label_runs(read_runs(options.runs, download_report)), [], None, Path(options.output_dir)
+    existing = read_runs(options.runs, download_report)
+    runs, missing = label_runs(existing.found), list(existing.missing)
+    labels = {run.label for run in [*runs, *missing]}
+    baseline = existing.baseline if existing.baseline in labels else None
+    return runs, missing, baseline, Path(options.output_dir)
 
 
-def _launcher(options: argparse.Namespace) -> Launcher:
+def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = [sys.executable]
     if options.launch_args is not None:
         command += ["-m", "accelerate.commands.launch", *shlex.split(options.launch_args)]
     return Launcher(
         command=(*command, str(TRAIN)),
-        environment={"OMP_NUM_THREADS": str(max(1, cores // options.jobs)), **os.environ},
+        environment={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -156,7 +157,7 @@ def test_comparison_has_every_file_and_every_run(compared):
     assert values["evaluations"] == ["clean", "pgd-2", "cw-2"]
     assert values["missing"] == values["unequal"] == []
     for row in values["rows"]:
-        reports = [read_report(run["source"]) for run in row["runs"]]
+        reports = [read_report(folder / run["source"]) for run in row["runs"]]
         for name, numbers in row["attacks"].items():
             assert numbers["average"]["values"] == [report.results[name].summary.average for report in reports]
         assert row["peak_memory_bytes"]["values"] == [report.training.peak_memory_bytes for report in reports]
@@ -197,6 +198,10 @@ def test_runs_that_exist_are_compared(compared, tmp_path, capsys):
         for where in (tmp_path / "some", tmp_path / "all", folder)
     )
     assert list(rows) == ["mined", "plain"]
+    assert list(all_rows) == ["plain", "mined"]
+    for row in (*rows.values(), *all_rows.values(), *planned.values()):
+        for one in row["runs"]:
+            assert one.pop("source").endswith(f"{row['label']}/seed{one['seed']}")
     assert rows == all_rows == planned
     assert {path.name for path in (tmp_path / "some").iterdir()} == FILES
 
@@ -220,6 +225,83 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(fake, tmp_path, cap
     assert (folder / "mined" / "seed0.log").read_text().count("working on") == 2
 
 
+def test_no_path_of_this_machine_is_in_what_is_written(fake, tmp_path, capsys):
+    main, plan, _ = fake
+    assert main("--config", plan, "--output_dir", tmp_path / "out") == 1
+    values = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert values["command"].endswith("--config compare.yaml --output_dir out")
+    assert values["jobs"] == 1
+    assert values["rows"][0]["runs"][0]["source"] == "plain/seed0"
+    assert values["missing"][0]["reason"].startswith("status 1; the end of mined/seed0.log:")
+    for name in FILES:
+        if not name.endswith(".png"):
+            assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+    capsys.readouterr()
+
+
+def test_runs_of_a_comparison_without_a_report_are_missing_and_its_order_and_baseline_stay(fake, tmp_path, capsys):
+    main, plan, _ = fake
+    plan.write_text(plan.read_text() + "  early: {mining_step: 1}\n")
+    assert main("--config", plan, "--seeds", "0") == 1
+    (tmp_path / "out" / "early" / "seed4").mkdir(parents=True)
+    source = tmp_path / "out"
+    assert main(source, f"{source}/../out", source / "plain/seed0", "--output_dir", tmp_path / "again") == 0
+    values = json.loads((tmp_path / "again" / "comparison.json").read_text())
+    assert (values["baseline"], [(row["label"], row["seeds"]) for row in values["rows"]]) == (
+        "plain",
+        [("plain", [0])],
+    )
+    assert {(one["label"], one["seed"], one["state"]) for one in values["missing"]} == {
+        ("mined", 0, "not finished"),
+        ("early", 0, "not finished"),
+        ("early", 4, "not finished"),
+    }
+    capsys.readouterr()
+
+
+def test_an_unreadable_report_is_a_failed_run_and_all_problems_are_said_at_once(fake, tmp_path, capsys):
+    main, plan, started = fake
+    (tmp_path / "reports" / "mended").touch()
+    assert main("--config", plan) == 0
+    started()
+    report = tmp_path / "out" / "mined" / "seed1" / "report.json"
+    report.write_text("{")
+    for again in (["--config", plan], [tmp_path / "out", "--output_dir", tmp_path / "again"]):
+        assert main(*again) == 1
+        assert started() == []
+        text = Path(again[-1] if again[-1] != plan else tmp_path / "out", "comparison.md").read_text()
+        assert "- mined, seed 1: failed." in text
+        assert "is not a report of ham\\_hf" in text
+    report.unlink()
+    plan.write_text(plan.read_text().replace("save_steps: 2", "weight_decay: 0.1"))
+    capsys.readouterr()
+    assert main("--config", plan, "--only", "plain") == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("holds a run with other settings") == 2
+    assert "mined" not in complaint
+    plan.write_text(
+        plan.read_text().replace("weight_decay: 0.1", "save_steps: 2").replace("mining_step: 2", "mining_step: 1")
+    )
+    assert main("--config", plan, "--only", "plain") == 0
+    assert (
+        "- mined, seed 0: not run. seed0 holds a run with other settings"
+        in (tmp_path / "out" / "comparison.md").read_text()
+    )
+
+
+def test_a_run_from_before_a_setting_is_done(fake, tmp_path, capsys):
+    main, plan, started = fake
+    assert main("--config", plan, "--only", "plain", "--seeds", "0") == 0
+    started()
+    path = tmp_path / "out" / "plain" / "seed0" / "report.json"
+    values = json.loads(path.read_text())
+    assert values["config"].pop("awp_gamma", 0) is None
+    path.write_text(json.dumps(values))
+    assert main("--config", plan, "--only", "plain", "--seeds", "0") == 0
+    assert started() == []
+    capsys.readouterr()
+
+
 def test_all_runs_failing_leaves_no_table(fake, tmp_path, capsys):
     main, plan, _ = fake
     assert main("--config", plan, "--only", "mined") == 1
@@ -238,6 +320,11 @@ def test_only_and_seeds_choose_what_is_run(fake, tmp_path, capsys):
     rows = json.loads((tmp_path / "elsewhere" / "comparison.json").read_text())["rows"]
     assert [(row["label"], row["seeds"]) for row in rows] == [("plain", [1]), ("mined", [1])]
     assert rows[1]["attacks"]["pgd-20"]["rho"] == pytest.approx((9 - 7) / 7 + (31 - 30) / 30)
+    assert main("--config", plan, "--seeds", "0", "--only", "mined") == 0
+    assert started() == ["mined/seed0"]
+    values = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0])]
+    assert [(one["label"], one["seed"], one["state"]) for one in values["missing"]] == [("mined", 1, "not run")]
 
 
 def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_path, capsys):
@@ -267,9 +354,12 @@ def test_a_run_that_another_process_is_at_is_not_started(fake, tmp_path, capsys)
     log.parent.mkdir(parents=True)
     with log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert main("--config", plan, "--only", "plain") == 1
-    assert started() == ["plain/seed1"]
-    assert f"FAILED plain seed 0: another process is running it: {log} is locked" in capsys.readouterr().out
+        assert main("--config", plan, "--only", "plain") == 0
+        assert started() == ["plain/seed1"]
+        assert f"RUNNING plain seed 0: another process is at it: {log} is locked" in capsys.readouterr().out
+        assert "- plain, seed 0: running." in (tmp_path / "out" / "comparison.md").read_text()
+        assert main(tmp_path / "out", "--output_dir", tmp_path / "again") == 0
+        assert "- plain, seed 0: running." in (tmp_path / "again" / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
@@ -344,7 +434,7 @@ def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, frag
         (["--baseline", "ham"], ["--baseline ham", "plain, mined"]),
         (["--jobs", "0"], ["--jobs 0"]),
         (["--seeds", "1", "1"], ["--seeds 1 1: 1 is given twice"]),
-        (["--seeds", "-1"], ["--seed -1"]),
+        (["--seeds", "-1"], ["--seeds -1: expected whole numbers of at least 0"]),
         (["outputs/a"], ["exclude each other"]),
     ],
 )
@@ -362,6 +452,9 @@ def test_flags_that_make_no_sense_are_refused(tmp_path, capsys, arguments, fragm
         ([], "expected --config"),
         (["{folder}"], "--output_dir"),
         (["{folder}", "--output_dir={folder}", "--only", "x"], "--only goes with --config"),
+        (["{folder}", "--output_dir={folder}", "--jobs", "2"], "--jobs goes with --config"),
+        (["{folder}", "--output_dir={folder}", "--seeds", "0"], "--seeds goes with --config"),
+        (["{folder}", "{folder}/x", "--output_dir={folder}"], "expected a folder with report.json, or"),
         (["{folder}", "--output_dir={folder}"], "has no report.json"),
         (["{folder}/a/b/c", "--output_dir={folder}"], "expected a folder with report.json, or OWNER/NAME"),
     ],
@@ -452,7 +545,9 @@ def test_words_read_back_as_the_settings(model_args, rate, flag, steps, drops):
 def test_plans_of_the_repository_are_accepted(path):
     text = path.read_text()
     place = path.relative_to(ROOT).as_posix()
-    assert f"# Run:      python recipes/compare.py --config {place}\n" in text
+    assert re.search(
+        rf"^# Run:      python recipes/compare.py --config {re.escape(place)}( --jobs \d)?$", text, re.MULTILINE
+    )
     plan = read_plan(path)
     assert plan.baseline in plan.labels
     assert len(plan.runs) == 3 * len(plan.labels)

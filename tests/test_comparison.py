@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
 from ham_hf.comparison.text import comparison_csv, comparison_json, comparison_markdown, write_comparison
 from tests.comparison_reports import even, run, run_report
@@ -121,7 +122,7 @@ def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
     row = next(
         row for row in markdown_tables(comparison_markdown(comparison, command="x"))["PGD-20"] if row[0] == "even"
     )
-    assert [cell.startswith("**") for cell in row] == [False, False, False, True, True, True, False]
+    assert [cell.startswith("**") for cell in row] == [False, False, False, True, True, True]
 
 
 def test_json_csv_and_markdown_agree():
@@ -149,7 +150,7 @@ def test_json_csv_and_markdown_agree():
     header, base, own = tables["PGD-20"]
     assert header == ["", "Seeds", "Average", "Worst class", "Worst 30 %", "NSD", "ρ"]
     assert base[:4] == ["base", "2", "46.7 ± 4.7", "25.0 ± 7.1"]
-    assert own[:4] == ["own", "2", "**55.0 ± 2.4**", "**42.5 ± 3.5**"]
+    assert own[:4] == ["own", "2", "55.0 ± 2.4", "**42.5 ± 3.5**"]
     assert own[6] == f"{17.5 / 25 + (55 - 140 / 3) / (140 / 3):+.2f}"
     assert tables["Cost"][2] == ["own", "2", "30.0 ± 0.0", "572 ± 0"]
 
@@ -177,7 +178,7 @@ def test_missing_class_is_none_and_enters_no_mean():
 
 def test_failed_and_absent_runs_are_listed_with_the_reason():
     runs = [*pgd("base", [10, 12, 4], [11, 13, 6]), *pgd("own", [12, 12, 8])]
-    failed = MissingRun(label="new", seed=0, reason="out of memory | *really*", failed=True)
+    failed = MissingRun(label="new", seed=0, reason="out of memory | *really*", state="failed")
     comparison = compare(runs, missing=[failed])
     text = comparison_markdown(comparison, command="x")
     assert r"- new, seed 0: failed. out of memory \| \*really\*" in text
@@ -194,7 +195,7 @@ def test_attack_that_a_run_lacks_has_fewer_seeds():
     comparison = compare([with_attack, run("own", {"clean": CLEAN}, seed=1), run("other", {"clean": CLEAN})])
     tables = markdown_tables(comparison_markdown(comparison, command="x"))
     assert tables["AutoAttack"][1][:3] == ["own", "1", "25.0"]
-    assert tables["AutoAttack"][2] == ["other", "0", *["–"] * 5]
+    assert tables["AutoAttack"][2] == ["other", "0", *["–"] * 4]
     assert tables["Clean"][1][1] == "2"
     assert comparison.strongest_shared_attack() is None
 
@@ -209,7 +210,7 @@ def test_strongest_shared_attack_prefers_the_whole_test_set():
     )
     subset = compare([run("a", results(11, True)), run("b", results(8, True))])
     assert subset.strongest_shared_attack() == "cw-20"
-    assert "AutoAttack: 100 images" in comparison_markdown(subset, command="x")
+    assert "## AutoAttack (100 of 200 test images)\n" in comparison_markdown(subset, command="x")
 
 
 def test_unequal_budget_is_said_at_the_top():
@@ -281,7 +282,9 @@ def test_existing_runs_are_grouped_by_their_settings():
         ("d", "pgd_at", 0),
         ("e/seed0", "mine", 0),
     ]
-    assert dict(compare(runs).rows[1].settings) == {"epsilon": 0.2, "method": "ham"}
+    shown = compare(runs).rows[1].settings
+    assert (shown["epsilon"], shown["method"]) == (0.2, "ham")
+    assert not {"seed", "output_dir", "learning_rate"} & set(shown)
 
 
 def test_hostile_texts_stay_text(tmp_path):
@@ -297,3 +300,204 @@ def test_hostile_texts_stay_text(tmp_path):
         "# Comparison", "## Clean", "## PGD-20", "## Cost", "## Settings in which the rows differ",
     ]  # fmt: skip
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["label"] == label
+
+
+def changed(of: Run, **parts: dict[str, object]) -> Run:
+    """A run with other values in the given parts of its report."""
+    report = of.report
+    for part, values in parts.items():
+        report = dataclasses.replace(report, **{part: dataclasses.replace(getattr(report, part), **values)})
+    return dataclasses.replace(of, report=report)
+
+
+def test_equal_means_are_a_tie_whatever_the_last_bit_says():
+    exact = compare([*pgd("one", [20] * 3, [20] * 3), *pgd("other", [20] * 3, [20] * 3)])
+    nsd = [row.attacks["pgd-20"].nsd for row in exact.rows]
+    shifted = dataclasses.replace(nsd[1], mean=nsd[1].mean + 1e-16)
+    attacks = {**exact.rows[1].attacks}
+    attacks["pgd-20"] = dataclasses.replace(attacks["pgd-20"], nsd=shifted)
+    rows = (exact.rows[0], dataclasses.replace(exact.rows[1], attacks=attacks))
+    assert dataclasses.replace(exact, rows=rows).best("pgd-20", "nsd") is None
+
+
+@pytest.mark.parametrize(("correct", "best"), [(11, None), (12, None), (14, "own")])
+def test_a_few_images_are_noise_though_all_seeds_agree(correct, best):
+    """Of 20 images a class, 10 and 14 right are 20 points apart, and sqrt(p q / 20) of both together 15."""
+    comparison = compare([*pgd("other", [10] * 3, [10] * 3), *pgd("own", [correct] * 3, [correct] * 3)])
+    assert comparison.best("pgd-20", "worst_class") == best
+    assert comparison.best("pgd-20", "nsd") is None
+
+
+def test_image_noise_is_that_of_a_naive_count_and_not_less_with_more_seeds():
+    counts = ([3, 6, 5, 9], [10, 20, 10, 12])  # 30 % of four classes are two: 3 of 10 and 6 of 20
+    runs = [run("own", {"pgd-20": counts}, seed=seed, class_names="abcd") for seed in range(3)]
+    found = compare(runs).rows[0].attacks["pgd-20"].image_variances
+    average = 23 / 52
+    assert found["average"] == pytest.approx(average * (1 - average) / 52)
+    assert found["worst_class"] in (pytest.approx(0.3 * 0.7 / 10), pytest.approx(0.3 * 0.7 / 20))
+    assert found["worst_30_percent"] == pytest.approx((0.21 / 10 + 0.21 / 20) / 4)
+    assert "nsd" not in found
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"dataset": {"name": "other", "hub_id": "me/other"}},
+        {"dataset": {"test_split_origin": "test"}},
+        {"threat_model": {"epsilon": 0.1}},
+    ],
+    ids=["dataset", "images", "epsilon"],
+)
+def test_different_evaluations_have_no_rho_and_no_bold(parts):
+    base, own = pgd("base", [5] * 3, [5] * 3), pgd("own", [19] * 3, [19] * 3)
+    assert compare([*base, *own], baseline="base").best("pgd-20", "average") == "own"
+    comparison = compare([*base, *(changed(one, **parts) for one in own)], baseline="base")
+    assert comparison.best("pgd-20", "average") is None
+    assert [row.attacks["pgd-20"].rho for row in comparison.rows] == [None, None]
+    text = comparison_markdown(comparison, command="x")
+    assert text.count("Not the same evaluation") == 2
+    assert json.loads(comparison_json(comparison, command="x"))["comparable"] == []
+
+
+def test_only_the_attack_with_other_settings_is_not_compared():
+    base, own = pgd("base", [5] * 3, [5] * 3), pgd("own", [19] * 3, [19] * 3)
+    attack = dataclasses.replace(own[0].report.results["pgd-20"], settings={"num_steps": 3, "seed": 7})
+    results = {**own[0].report.results, "pgd-20": attack}
+    own[0] = dataclasses.replace(own[0], report=dataclasses.replace(own[0].report, results=results))
+    comparison = compare([*base, *own], baseline="base")
+    assert comparison.comparable == {"clean"}
+    assert comparison.rows[1].attacks["clean"].rho == 0
+
+
+def test_rho_and_dashes_are_explained_where_they_are():
+    runs = [*pgd("base", [0, 0, 0]), *pgd("own", [5, 5, 5])]
+    with_baseline = comparison_markdown(compare(runs, baseline="base"), command="x")
+    without = comparison_markdown(compare(runs), command="x")
+    assert markdown_tables(with_baseline)["PGD-20"][1][5:] == ["–", "–"]
+    assert "– is a number that there is not" in with_baseline
+    assert "– is a number that there is not" in without
+    assert "ρ" in with_baseline
+    assert "ρ" not in without
+
+
+def test_subsets_and_the_attack_of_the_figures_are_named():
+    def results(correct):
+        return {"clean": CLEAN, "pgd-20": even([correct] * 10), "autoattack": ([2] * 10, [10] * 10)}
+
+    comparison = compare([run("a", results(11)), run("b", results(9))])
+    text = comparison_markdown(comparison, command="x", figures=["comparison_tradeoff.png"])
+    assert list(markdown_tables(text))[:3] == ["Clean", "PGD-20", "AutoAttack (100 of 200 test images)"]
+    assert "The figures are of PGD-20: of the attacks that every run" in text
+    assert "The figures are" not in comparison_markdown(comparison, command="x")
+
+
+def test_runs_of_several_commits_are_named_at_the_top():
+    runs = [*pgd("base", [5] * 3, [6] * 3), *pgd("own", [7] * 3)]
+    assert "Not the same code" not in comparison_markdown(compare(runs), command="x")
+    runs[1] = changed(runs[1], environment={"commit": "feedbeef"})
+    text = comparison_markdown(compare(runs), command="x")
+    assert "**Not the same code:**" in text[: text.index("- Dataset")]
+    assert "- commit feedbeef: base, seed 1\n" in text
+    assert "dirty: base, seed 0; own, seed 0\n" in text
+
+
+def test_another_optimizer_is_another_budget():
+    one, other = pgd("one", [5] * 3), pgd("other", [5] * 3, weight_decay=0.3, learning_rate=0.02)
+    unequal = compare([*one, *other]).unequal
+    assert list(unequal) == ["Optimizer"]
+    assert "learning rate 0.02" in list(unequal["Optimizer"])[1]
+    assert "weight decay 0.3" in list(unequal["Optimizer"])[1]
+
+
+def test_labels_that_are_cut_alike_stay_different():
+    long = "a method with a very long name (its settings are 1 and then "
+    labels = [f"{long}{end})" for end in ("2", "3")]
+    runs = [one for label in [*labels, "short"] for one in pgd(label, [5] * 3)]
+    missing = MissingRun(label=f"{long}4)", seed=0, reason="lost", state="failed")
+    comparison = compare(runs, missing=[missing])
+    tables = markdown_tables(comparison_markdown(comparison, command="x"))
+    names = ["a method with a very long name #1", "a method with a very long name #2", "short"]
+    assert [row[0] for row in tables["PGD-20"][1:]] == [row[0] for row in tables["Cost"][1:]]
+    assert [row[0].replace("\\", "") for row in tables["Cost"][1:]] == names
+    lines = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
+    assert list(dict.fromkeys(line["label"] for line in lines)) == names
+    rows = json.loads(comparison_json(comparison, command="x"))["rows"]
+    assert [(row["label"], row["name"]) for row in rows] == list(zip([*labels, "short"], names, strict=True))
+
+
+def test_setting_younger_than_a_report_has_its_default():
+    old = run_report({"clean": CLEAN}, seed=0, method="ham")
+    new = run_report({"clean": CLEAN}, seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
+    perturbed = run_report({"clean": CLEAN}, seed=0, method="ham", awp_gamma=0.01)
+    runs = label_runs([("old", None, old), ("new", None, new)])
+    assert [(one.label, one.seed) for one in runs] == [("ham", 0), ("ham", 1)]
+    runs = label_runs([("old", None, old), ("perturbed", None, perturbed)])
+    assert [one.label for one in runs] == ["ham (awp_gamma null)", "ham (awp_gamma 0.01)"]
+
+
+def test_setting_that_one_of_two_lacks_has_a_label():
+    found = [(f"s{n}", "mine", run_report({"clean": CLEAN}, **own)) for n, own in enumerate([{}, {"younger": 1}])]
+    assert [one.label for one in label_runs(found)] == ["mine (younger (none))", "mine (younger 1)"]
+
+
+def test_no_cell_of_the_csv_is_a_formula():
+    first = run('=HYPERLINK("x")', {"clean": CLEAN})
+    results = {"clean": first.report.results["clean"], "@sum\n(1)": first.report.results["clean"]}
+    first = dataclasses.replace(first, report=dataclasses.replace(first.report, results=results))
+    (clean, other) = csv.DictReader(io.StringIO(comparison_csv(compare([first]))))
+    assert clean["label"] == '\'=HYPERLINK("x")'
+    assert other["evaluation"] == "'@sum (1)"
+
+
+def test_no_path_of_this_machine_is_written(tmp_path):
+    place = tmp_path / "John Smith"
+    (place / "runs" / "own" / "seed0").mkdir(parents=True)
+    runs = [
+        *pgd("own", [5] * 3, dataset_name=str(place / "cats"), model_args={"weights": str(place / "w.pt")}),
+        *pgd("other", [5] * 3),
+    ]
+    runs[0] = dataclasses.replace(
+        changed(runs[0], dataset={"name": str(place / "cats")}, model={"base_model": str(place / "start")}),
+        source=str(place / "runs" / "own" / "seed0"),
+    )
+    reason = (
+        f"status 1:\n  File \"{place}/train.py\", line 3\n  no such file: '{place}/x y'; {tmp_path}/z:4: at /home/me/q"
+    )
+    missing = MissingRun(label="own", seed=1, reason=reason, state="failed")
+    command = "python recipes/compare.py x"
+    write_comparison(compare(runs, missing=[missing]), place / "out", command=command)
+    for path in (place / "out").iterdir():
+        assert str(tmp_path) not in path.read_text()
+        assert "John" not in path.read_text()
+        assert "/home" not in path.read_text()
+    values = json.loads((place / "out" / "comparison.json").read_text())
+    assert values["rows"][0]["runs"][0]["source"] == "../runs/own/seed0"
+    assert values["rows"][0]["settings"]["dataset_name"] == "cats"
+    assert list(values["budget"]["Weights at the start"]) == ["start", "random"]
+    assert "line 3" in values["missing"][0]["reason"]
+    assert "z:4: at q" in values["missing"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("--output_dir=/home/me/out dir/", "--output_dir=out dir"),
+        ("~/runs/a", "a"),
+        ("--launch_args=--config_file /etc/x.yaml -m", "--launch_args=--config_file x.yaml -m"),
+        ("local-dir:/srv/model", "local-dir:model"),
+        ("file:///srv/model", "model"),
+        ("C:\\Users\\me\\a", "a"),
+        ("8/255", "8/255"),
+        ("me/robust@v1", "me/robust@v1"),
+        ("https://host/path", "https://host/path"),
+        ("outputs/a", "outputs/a"),
+        ("/", ""),
+    ],
+)
+def test_words_lose_absolute_paths_only(word, shown):
+    assert public_word(word) == shown
+
+
+def test_cost_says_when_seconds_hold():
+    assert "the machine to themselves" in comparison_markdown(compare(pgd("own", [5] * 3)), command="x")
+    assert json.loads(comparison_json(compare(pgd("own", [5] * 3)), command="x", jobs=2))["jobs"] == 2

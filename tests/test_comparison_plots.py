@@ -65,7 +65,10 @@ def test_tradeoff_shows_means_and_spread_with_a_mark_of_its_own_for_every_row():
         marks.add((point.get_marker(), to_hex(point.get_color())))
     assert len(marks) == 15
     (legend,) = figure.legends
-    assert [entry.get_text() for entry in legend.get_texts()] == [row.label for row in comparison.rows]
+    assert [entry.get_text() for entry in legend.get_texts()] == [
+        f"{n}  {row.label}" for n, row in enumerate(comparison.rows, 1)
+    ]
+    assert [note.get_text() for note in axes.texts] == [str(number) for number in range(1, 16)]
 
 
 def test_single_seed_has_no_bars():
@@ -75,7 +78,7 @@ def test_single_seed_has_no_bars():
 
 def test_hostile_labels_stay_text_and_are_cut():
     (legend,) = tradeoff_figure(comparison_of(2, 3, label=HOSTILE), "pgd-20").legends
-    assert [entry.get_text()[:12] for entry in legend.get_texts()] == ["_$\\frac{0}$ ", "_$\\frac{1}$ "]
+    assert [entry.get_text()[:15] for entry in legend.get_texts()] == ["1  _$\\frac{0}$ ", "2  _$\\frac{1}$ "]
     assert not any(entry.get_parse_math() for entry in legend.get_texts())
 
 
@@ -119,3 +122,41 @@ def test_figures_without_numbers_are_left_out_and_removed(tmp_path):
     clean = run("clean", {"clean": even([1, 2])}, class_names=("a", "b"))
     assert save_comparison_figures(compare([clean]), tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_axes_end_at_0_and_100_and_bars_are_faint():
+    runs = [run("own", {"pgd-20": even(n)}, seed=s, class_names=("a", "b")) for s, n in enumerate([[20, 20], [0, 19]])]
+    axes = tradeoff_figure(compare(runs), "pgd-20").axes[0]
+    assert axes.get_xlim()[1] == axes.get_ylim()[1] == 100
+    assert axes.get_ylim()[0] == 0
+    point, caps, bars = axes.containers[0].lines
+    assert all(line.get_alpha() == 0.4 and line.get_zorder() < point.get_zorder() for line in (*caps, *bars))
+
+
+def test_numbers_of_points_do_not_lie_on_one_another():
+    figure = tradeoff_figure(comparison_of(16, 10), "pgd-20")
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in axes.texts]
+    assert len(boxes) == 16
+    assert not any(one.overlaps(other) for index, one in enumerate(boxes) for other in boxes[:index])
+
+
+def test_unequal_budget_is_said_in_the_figures():
+    one, other = (
+        run(label, {"pgd-20": even([1, 2])}, class_names=("a", "b"), learning_rate=rate)
+        for label, rate in (("one", 0.1), ("other", 0.2))
+    )
+    for runs, said in (([one], False), ([one, other], True)):
+        comparison = compare(runs)
+        figures = [tradeoff_figure(comparison, "pgd-20"), class_figure(comparison, "pgd-20", ("a", "b"))]
+        assert ["not the same budget" in figure.axes[0].get_title() for figure in figures] == [said, said]
+
+
+def test_labels_that_are_cut_alike_stay_different_in_both_figures():
+    comparison = comparison_of(2, 3, label="one very long name of a method that goes on (%d)")
+    (legend,) = tradeoff_figure(comparison, "pgd-20").legends
+    names = [f"one very long name of a method th… #{number}" for number in (1, 2)]
+    assert [entry.get_text()[3:] for entry in legend.get_texts()] == names
+    axes = class_figure(comparison, "pgd-20", comparison.class_names).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
+from ham_hf.comparison.naming import public_value, public_word
+from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.config.build import group_settings
+from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import exact_fraction
-from ham_hf.report import RunReport, plain_text
+from ham_hf.objectives import available
+from ham_hf.report import AttackReport, RunReport, plain_text
 
 NOT_THE_RUN = frozenset(
     {
@@ -26,8 +32,14 @@ Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 
 
 def run_settings(config: Mapping[str, object], *, without: Collection[str] = ()) -> dict[str, object]:
-    """The settings that decide a run's numbers, as JSON gives them back: two runs with equal ones are repetitions."""
+    """The settings that decide a run's numbers, as JSON gives them back: two runs with equal ones are repetitions.
+
+    A setting that is younger than a training run's report has its default: what it does by itself is what was done
+    before it was there.
+    """
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
+    if isinstance(plain.get("method"), str):
+        plain = json.loads(_defaults(str(plain["method"]))) | plain
     return {name: value for name, value in plain.items() if name not in NOT_THE_RUN and name not in without}
 
 
@@ -42,9 +54,22 @@ def differences(ours: Mapping[str, object], theirs: Mapping[str, object]) -> lis
 
 def setting_text(value: object) -> str:
     """The value of a setting in one line, as a recipe would have it."""
+    value = public_value(value)
     if isinstance(value, str):
         return plain_text(value)
     return plain_text(exact_fraction(value) or json.dumps(value, ensure_ascii=False), 200)
+
+
+@functools.cache
+def _defaults(method: str) -> str:
+    """Every setting's default as JSON; a method that is not installed has no options that are known."""
+    everything = config_to_dict(TrainConfig())
+    known = [setting.name for group in group_settings(TrainConfig).values() for setting in group]
+    values = {name: everything[name] for name in known}
+    if method in available():
+        own = available()[method]()
+        values |= {setting.name: getattr(own, setting.name) for setting in settings_of(type(own))}
+    return json.dumps({**values}, default=dict)
 
 
 def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
@@ -61,8 +86,10 @@ def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
 def budget(report: RunReport) -> dict[str, str]:
     """What has to be equal for numbers to be comparable; of a model that was only evaluated less is known."""
     dataset, model, config, training = report.dataset, report.model, report.config, report.training
+    # Where a local dataset or model lies is nobody's business: the rule of the model card.
+    name = dataset.hub_id or dataset.name.rstrip("/").rpartition("/")[2]
     facts = {
-        "Dataset": " ".join(filter(None, (dataset.name, dataset.config_name, dataset.revision))),
+        "Dataset": " ".join(filter(None, (name, dataset.config_name, dataset.revision))),
         "Test images": f"{dataset.num_test}, {dataset.test_split_origin}",
         "Model": f"{model.architecture}, {model.num_parameters:,} parameters, images of {model.image_size} px",
         "Threat model": f"{report.threat_model.norm}, epsilon {setting_text(report.threat_model.epsilon)}",
@@ -72,20 +99,48 @@ def budget(report: RunReport) -> dict[str, str]:
         processes = report.environment.num_processes
         size = math.prod(n for n in (*per_process, processes) if isinstance(n, int))
         facts |= {
-            "Weights at the start": model.base_model or "random",
+            "Weights at the start": public_word(model.base_model or "random"),
             "Training images": f"{dataset.num_train}, held out {dataset.num_validation}",
             "Augmentation": dataset.augmentation,
             "Training": f"{training.num_train_epochs} epochs, {training.steps} updates of {size} images",
             "Training attack": f"{setting_text(config.get('num_steps'))} steps of "
             f"{setting_text(config.get('step_size'))}",
+            "Optimizer": _optimizer(run_settings(config)),
             "Selection": training.selection_metric,
         }
     facts["Evaluations"] = ", ".join(attack.title for attack in report.results.values())
     for attack in report.results.values():
-        shown = {key: value for key, value in attack.settings.items() if key not in NOT_THE_BUDGET}
-        settings = [f"{key} {setting_text(value)}" for key, value in shown.items()]
-        facts[attack.title] = ", ".join([f"{attack.summary.num_examples} images", *settings])
+        facts[attack.title] = ", ".join([f"{attack.summary.num_examples} images", *_attack_settings(attack)])
     return facts
+
+
+def conditions(report: RunReport, attack: str) -> tuple[object, ...]:
+    """What has to be equal for one evaluation's numbers to be set against each other: images, threat model, attack."""
+    facts, result = budget(report), report.results[attack]
+    counts = tuple(entry.count for entry in result.summary.per_class)
+    shared = tuple(facts[title] for title in ("Dataset", "Test images", "Threat model"))
+    return (*shared, counts, *sorted(_attack_settings(result)))
+
+
+def _attack_settings(attack: AttackReport) -> list[str]:
+    return [f"{key} {setting_text(value)}" for key, value in attack.settings.items() if key not in NOT_THE_BUDGET]
+
+
+def _optimizer(settings: Mapping[str, object]) -> str:
+    """Optimizer, rate and its schedule, weight decay and precision in one line."""
+    schedule = [setting_text(settings.get("lr_scheduler_type"))]
+    drops = settings.get("lr_drops")
+    if schedule == ["piecewise"] and isinstance(drops, list):
+        schedule.append(" ".join(map(str, drops)))
+    return ", ".join(
+        [
+            setting_text(settings.get("optimizer")),
+            f"learning rate {setting_text(settings.get('learning_rate'))}",
+            f"{' '.join(schedule)} by {setting_text(settings.get('lr_step_unit'))}",
+            f"weight decay {setting_text(settings.get('weight_decay'))}",
+            f"precision {setting_text(settings.get('mixed_precision'))}",
+        ]
+    )
 
 
 def environment(report: RunReport) -> dict[str, str]:

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from ham_hf.comparison.facts import Facts, budget, environment, facts_of, run_settings, setting_text
+from ham_hf.comparison.facts import Facts, budget, conditions, environment, facts_of, run_settings, setting_text
+from ham_hf.comparison.naming import public_word, short_names
+from ham_hf.comparison.noise import image_variances
 from ham_hf.report import RunReport, plain_text
 
+NOT_THERE = "(none)"
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
 LOWER_IS_BETTER = frozenset({"nsd"})
 
@@ -33,12 +38,21 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRun:
-    """A run without a report: why, in words, and whether it was tried and ``failed``."""
+    """A run without a report: what became of it, and why, in words.
+
+    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is at it),
+    "not finished" (begun some time) or "not run".
+    """
 
     label: str
     seed: int
     reason: str
-    failed: bool
+    state: Literal["failed", "running", "not finished", "not run"]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was tried without success."""
+        return self.state == "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +75,10 @@ class AttackRow:
         worst_class: accuracy of the worst class of each run (which class that is may differ between seeds).
         worst_30_percent: mean of the worst 30 % of the classes.
         nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
-        rho: relative trade-off against the baseline, from the means; None without a baseline, or where the
-            baseline's worst class or average is 0.
+        rho: relative trade-off against the baseline, from the means; None without a baseline, where the
+            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
+        image_variances: variance of a run's number that comes from having few test images, by metric, mean over
+            the runs; NSD has none (`ham_hf.comparison.noise`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
     """
 
@@ -73,6 +89,7 @@ class AttackRow:
     worst_30_percent: Spread
     nsd: Spread | None
     rho: float | None
+    image_variances: Mapping[str, float]
     per_class: tuple[float | None, ...]
 
 
@@ -113,6 +130,8 @@ class Comparison:
         class_names: names of the C classes; None if the runs do not have the same.
         budget: what a fair comparison needs to be equal: images, network, threat model, length, evaluation.
         environment: hardware and software.
+        comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
+            have no rho and no best.
         missing: runs that failed or are not there.
     """
 
@@ -122,7 +141,13 @@ class Comparison:
     class_names: tuple[str, ...] | None
     budget: Facts
     environment: Facts
+    comparable: frozenset[str]
     missing: tuple[MissingRun, ...]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What tables and figures call each row and missing run, by label: short, and different for each."""
+        return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
 
     @property
     def unequal(self) -> Facts:
@@ -146,12 +171,16 @@ class Comparison:
     def best(self, attack: str, metric: str) -> str | None:
         """Label of the row that is best beyond the noise, if one is (our choice of a rule).
 
-        Its mean has to be better than the next best by more than ``sqrt(std_a^2 + std_b^2)``; both need two seeds.
+        Its mean has to be better than the next best by more than the root of ``std_a^2 + std_b^2 + v_a + v_b``, with
+        the spread over seeds and the variance ``v`` of having few test images, which is not divided by the number of
+        seeds: all see the same images. Both need two seeds, and the evaluation has to be `comparable`.
 
         Args:
             attack: name of an evaluation.
             metric: one of ``METRICS``.
         """
+        if attack not in self.comparable:
+            return None
         spreads = {
             row.label: spread
             for row in self.rows
@@ -163,8 +192,11 @@ class Comparison:
         first, second = (spreads[label] for label in order[:2])
         if first.std is None or second.std is None:
             return None
-        noise = (first.std**2 + second.std**2) ** 0.5
-        return order[0] if abs(first.mean - second.mean) > noise else None
+        images = [row.attacks[attack].image_variances.get(metric, 0.0) for row in self.rows if row.label in order[:2]]
+        noise = math.sqrt(first.std**2 + second.std**2 + sum(images))
+        # Means of equal values differ in the last bit.
+        tie = math.isclose(first.mean, second.mean, rel_tol=1e-9, abs_tol=1e-9)
+        return order[0] if abs(first.mean - second.mean) > noise and not tie else None
 
 
 def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
@@ -195,7 +227,11 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     if baseline is not None and baseline not in {*by_label, *(run.label for run in missing)}:
         raise ValueError(f"--baseline {baseline}: expected one of {', '.join(by_label)}")
     titles = {name: attack.title for run in runs for name, attack in run.report.results.items()}
+    comparable = frozenset(
+        name for name in titles if len({conditions(r.report, name) for r in runs if name in r.report.results}) == 1
+    )
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
+    base = {name: row for name, row in base.items() if name in comparable}
     class_names = {run.report.dataset.class_names for run in runs}
     different = _different_settings(by_label)
     return Comparison(
@@ -212,7 +248,9 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
                         if run.report.training and run.report.training.peak_memory_bytes is not None
                     ]
                 ),
-                settings={name: value for name, value in members[0].report.config.items() if name in different},
+                settings={
+                    name: value for name, value in run_settings(members[0].report.config).items() if name in different
+                },
             )
             for label, members in by_label.items()
         ),
@@ -221,6 +259,7 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
         class_names=class_names.pop() if len(class_names) == 1 else None,
         budget=facts_of([(run.label, budget(run.report)) for run in runs]),
         environment=facts_of([(run.label, environment(run.report)) for run in runs]),
+        comparable=comparable,
         missing=(*missing, *_absent(by_label, missing)),
     )
 
@@ -237,7 +276,7 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
     """
     groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
     for source, folder_label, report in found:
-        name = plain_text(folder_label or report.config.get("method") or report.model.name)
+        name = plain_text(folder_label or report.config.get("method") or public_word(report.model.name), 200)
         settings = json.dumps(run_settings(report.config, without={"seed"}), sort_keys=True)
         groups.setdefault((name, settings), []).append((source, report))
     same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
@@ -248,8 +287,11 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
         label = name
         if len(same_name[name]) > 1:
             own = json.loads(settings)
-            different = [key for key in own if any(other.get(key, ...) != own[key] for other in same_name[name])]
-            label = f"{name} ({', '.join(f'{key} {setting_text(own[key])}' for key in different)})"
+            keys = dict.fromkeys(key for other in same_name[name] for key in other)
+            different = [
+                key for key in keys if any(other.get(key, ...) != own.get(key, ...) for other in same_name[name])
+            ]
+            label = f"{name} ({', '.join(f'{key} {setting_text(own.get(key, NOT_THERE))}' for key in different)})"
         if label in {run.label for run in runs}:
             label = f"{label} #{len(runs)}"  # long settings, cut alike
         runs += [
@@ -283,6 +325,7 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
     for name in dict.fromkeys(name for run in runs for name in run.report.results):
         having = [run for run in runs if name in run.report.results]
         summaries = [run.report.results[name].summary for run in having]
+        variances = [image_variances(summary) for summary in summaries]
         average = _sure([summary.average for summary in summaries])
         worst = _sure([summary.worst_class for summary in summaries])
         nsd = [summary.nsd for summary in summaries if summary.nsd is not None]
@@ -299,6 +342,9 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
             worst_30_percent=_sure([summary.worst_30_percent for summary in summaries]),
             nsd=_spread(nsd) if len(nsd) == len(summaries) else None,
             rho=rho,
+            image_variances={
+                metric: statistics.fmean(variance[metric] for variance in variances) for metric in variances[0]
+            },
             per_class=tuple(
                 _class_mean([summary.per_class[index].accuracy for summary in summaries])
                 for index in range(min(num_classes))
@@ -322,7 +368,7 @@ def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]
     known = {(run.label, run.seed) for runs in by_label.values() for run in runs}
     known |= {(run.label, run.seed) for run in missing}
     return [
-        MissingRun(label=label, seed=seed, reason="not among the given runs", failed=False)
+        MissingRun(label=label, seed=seed, reason="not among the given runs", state="not run")
         for label in by_label
         for seed in seeds
         if (label, seed) not in known

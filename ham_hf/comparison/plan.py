@@ -90,7 +90,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     Args:
         path: the file.
         output_dir: wins over the file's.
-        seeds: win over the file's.
+        seeds: planned too, after the file's.
 
     Raises:
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.
@@ -107,7 +107,9 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     if problems:
         raise ConfigError(problems)
     folder = output_dir if output_dir is not None else _word(entries["output_dir"])
-    seeds = _checked_seeds("--seeds", seeds) if seeds is not None else _read_seeds(entries["seeds"])
+    more = _checked_seeds("--seeds", seeds) if seeds is not None else []
+    own = _read_seeds(entries["seeds"]) if "seeds" in entries else []
+    seeds = [*own, *(seed for seed in more if seed not in own)]
     common = (
         _settings(entries["settings"].node, f"{entries['settings'].origin}settings") if "settings" in entries else []
     )
@@ -123,9 +125,9 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     runs: list[PlannedRun] = []
     # All rows with the first seed come first: a comparison that is stopped early still compares.
     for seed in seeds:
-        for label, own in rows.items():
+        for label, settings in rows.items():
             try:
-                runs.append(_planned_run(label, seed, Path(folder), recipe, written, [*common, *own]))
+                runs.append(_planned_run(label, seed, Path(folder), recipe, written, [*common, *settings]))
             except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
                 found = [f"run {label}: {problem}" for problem in error.problems]
                 problems += [problem for problem in found if problem not in problems]
@@ -215,6 +217,8 @@ def _read_seeds(entry: Entry) -> list[int]:
 
 
 def _checked_seeds(where: str, seeds: Sequence[int]) -> list[int]:
+    if any(seed < 0 for seed in seeds):
+        raise ConfigError(f"{where} {' '.join(map(str, seeds))}: expected whole numbers of at least 0, as 0 1 2")
     if _repeated(seeds):
         raise ConfigError(f"{where} {' '.join(map(str, seeds))}: {_repeated(seeds)[0]} is given twice")
     return list(seeds)

@@ -22,7 +22,6 @@ COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<")
 """As many as there are colors, and one: 56 rows have 56 combinations."""
 MAX_CLASSES_ACROSS = 20
-MAX_LABEL = 40
 
 
 def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
@@ -50,16 +49,16 @@ def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[
 
 
 def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
-    """Worst class against average under ``attack``, a point per row, with the standard deviation over seeds as bars.
+    """Worst class against average under ``attack``, a numbered point per row, with the deviation over seeds as bars.
 
-    Axes are zoomed to the points: differences count here, and the tables have the values.
+    Axes are zoomed to the points, and end at 0 and 100 %: differences count here, and the tables have the values.
     """
     rows = [row for row in comparison.rows if attack in row.attacks]
     figure = Figure(figsize=(8.6, max(4.6, 1.2 + 0.27 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
         average, worst = row.attacks[attack].average, row.attacks[attack].worst_class
-        axes.errorbar(
+        bars = axes.errorbar(
             100 * average.mean,
             100 * worst.mean,
             xerr=None if average.std is None else 100 * average.std,
@@ -73,21 +72,63 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
             capsize=2.5,
             label=str(number),
         )
+        point, caps, lines = bars.lines
+        point.set(zorder=4, clip_on=False)
+        for line in (*caps, *lines):
+            line.set(alpha=0.4, zorder=2)
     title = comparison.attacks[attack]
     axes.set_xlabel(f"average accuracy under {title}", parse_math=False)
     axes.set_ylabel(f"worst-class accuracy under {title}", parse_math=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(100))
     axes.margins(0.12)
+    axes.set_xlim(*_within(axes.get_xlim()))
+    axes.set_ylim(*_within(axes.get_ylim()))
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.set_title("Better is up and to the right (bars: standard deviation over seeds)", fontsize=11)
+    heading = "Better is up and to the right\nbars: standard deviation over seeds"
+    axes.set_title(heading + _budget_note(comparison), fontsize=11)
     legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    for entry, row in zip(legend.get_texts(), rows, strict=True):
+    for number, (entry, row) in enumerate(zip(legend.get_texts(), rows, strict=True), start=1):
         # Set afterwards: a label that begins with "_" would get no entry, and "$" would be mathematics.
         entry.set_parse_math(False)
-        entry.set_text(plain_text(row.label, MAX_LABEL))
+        entry.set_text(f"{number}  {comparison.names[row.label]}")
+    _number_points(
+        figure,
+        axes,
+        [(100 * row.attacks[attack].average.mean, 100 * row.attacks[attack].worst_class.mean) for row in rows],
+    )
     return figure
+
+
+def _within(limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis in percent, cut to what there is."""
+    return max(0.0, limits[0]), min(100.0, limits[1])
+
+
+def _budget_note(comparison: Comparison) -> str:
+    return "\nnot the same budget: see comparison.md" if comparison.unequal else ""
+
+
+def _number_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Write each point's number beside it, in the direction and distance with most room among points and numbers."""
+    figure.draw_without_rendering()  # decides where the points lie
+    taken = [tuple(place) for place in axes.transData.transform(points)]
+    scale = figure.dpi / 72
+    for number, (at, place) in enumerate(zip(points, list(taken), strict=True), start=1):
+        best, most_room = (0.0, 0.0), -1.0
+        for distance in (11.0, 17.0, 24.0):
+            for angle in np.arange(12) * np.pi / 6 + np.pi / 4:
+                shift = distance * np.cos(angle), distance * np.sin(angle)
+                spot = place[0] + scale * shift[0], place[1] + scale * shift[1]
+                # Room beyond what a number needs is worth nothing, and distance costs.
+                room = min(min(np.hypot(spot[0] - x, spot[1] - y) for x, y in taken), 11.0 * scale) - 0.05 * distance
+                if axes.bbox.contains(*spot) and room > most_room + 1e-6:
+                    best, most_room = shift, room
+        taken.append((place[0] + scale * best[0], place[1] + scale * best[1]))
+        axes.annotate(
+            str(number), at, xytext=best, textcoords="offset points", ha="center", va="center", fontsize=8, zorder=5
+        )
 
 
 def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]) -> Figure:
@@ -102,7 +143,7 @@ def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]
     difficulty = np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1)
     order = np.lexsort((difficulty, ~known.any(0)))
     values, names = values[:, order], [class_names[index] for index in order]
-    labels = [plain_text(row.label, MAX_LABEL) for row in rows]
+    labels = [comparison.names[row.label] for row in rows]
     if len(names) <= MAX_CLASSES_ACROSS:
         cells, down, across = values, labels, [plain_text(name, 16) for name in names]
     else:
@@ -121,7 +162,8 @@ def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]
     else:
         axes.set_yticks([])
         axes.set_ylabel(f"{len(names)} classes, hardest first")
-    axes.set_title(f"Accuracy per class under {comparison.attacks[attack]}, %", fontsize=11, parse_math=False)
+    title = f"Accuracy per class under {comparison.attacks[attack]}, %"
+    axes.set_title(title + _budget_note(comparison), fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), fraction=0.04, aspect=30)
     return figure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,6 +34,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0
 """How long an interrupted run may take to stop before it is killed; its checkpoints are safe either way."""
 SHOWN_LOG_LINES = 3
+SEED_FOLDER = re.compile(r"seed(\d+)")
 HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
@@ -61,19 +63,47 @@ class _Child:
     started: float
 
 
+class UnreadableRunError(ValueError):
+    """A run's folder holds a report or a configuration that cannot be read."""
+
+
+class BusyRunError(ValueError):
+    """Another process is at a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExistingRuns:
+    """What was found where runs exist.
+
+    Attributes:
+        found: (folder or Hub id, label or None, report) of every finished run; the label is the name of the folder
+            above where the folder is called ``seed<seed of the report>``, as in a comparison.
+        missing: what a comparison's folder holds of runs without a report.
+        baseline: that of the comparisons among the sources; None if there is none, or not one.
+    """
+
+    found: tuple[tuple[str, str | None, RunReport], ...]
+    missing: tuple[MissingRun, ...]
+    baseline: str | None
+
+
 def is_done(run: PlannedRun) -> bool:
     """Whether the run's folder holds its report.
 
     Raises:
-        ValueError: if the folder holds a run, finished or not, with other settings, or one that cannot be read.
+        UnreadableRunError: if the folder holds a run that cannot be read.
+        ValueError: if it holds a run, finished or not, with other settings.
     """
     report, config = run.folder / REPORT_NAME, run.folder / "train_config.yaml"
-    if report.is_file():
-        theirs: Mapping[str, object] = read_report(report).config
-    elif config.is_file():
-        theirs = config_to_dict(load_train_config(config))
-    else:
-        return False
+    try:
+        if report.is_file():
+            theirs: Mapping[str, object] = read_report(report).config
+        elif config.is_file():
+            theirs = config_to_dict(load_train_config(config))
+        else:
+            return False
+    except (ValueError, OSError) as error:
+        raise UnreadableRunError(f"{error}; delete its folder to run it again") from error
     changed = differences(run_settings(config_to_dict(run.config)), run_settings(theirs))
     if changed:
         raise ValueError(
@@ -81,6 +111,38 @@ def is_done(run: PlannedRun) -> bool:
             "delete this folder to run it again"
         )
     return report.is_file()
+
+
+def survey(
+    runs: Sequence[PlannedRun], chosen: Collection[PlannedRun]
+) -> tuple[list[PlannedRun], list[PlannedRun], list[MissingRun]]:
+    """Look at every run's folder.
+
+    Returns:
+        The runs that are done, those of ``chosen`` that are to be run, and those that can be neither: an unreadable
+        report, or a run with other settings that is not among the chosen.
+
+    Raises:
+        ValueError: naming every chosen run whose folder holds a run with other settings.
+    """
+    done, waiting, unusable = list[PlannedRun](), list[PlannedRun](), list[MissingRun]()
+    problems = []
+    for run in runs:
+        try:
+            if is_done(run):
+                done.append(run)
+            elif run in chosen:
+                waiting.append(run)
+        except UnreadableRunError as error:  # noqa: PERF203 (every problem is wanted, not the first)
+            unusable.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
+        except ValueError as error:
+            if run in chosen:
+                problems.append(str(error))
+            else:
+                unusable.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="not run"))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return done, waiting, unusable
 
 
 def execute(
@@ -95,7 +157,7 @@ def execute(
         announce: takes a line when a run starts and when it ends.
 
     Returns:
-        The runs that failed.
+        The runs that failed, and those that another process is at.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when every run that was under way has stopped.
@@ -104,7 +166,7 @@ def execute(
 
     def fail(run: PlannedRun, reason: str) -> None:
         announce(f"FAILED {run.label} seed {run.seed}: {reason}")
-        failed.append(MissingRun(label=run.label, seed=run.seed, reason=reason, failed=True))
+        failed.append(MissingRun(label=run.label, seed=run.seed, reason=reason, state="failed"))
 
     with _signals_interrupt():
         try:
@@ -112,7 +174,11 @@ def execute(
                 while waiting and len(running) < jobs:
                     run = waiting.popleft()
                     try:
-                        child = _start(run, launcher)
+                        child = _start(run, launcher, jobs)
+                    except BusyRunError as error:
+                        announce(f"RUNNING {run.label} seed {run.seed}: {error}")
+                        failed.append(_running(run.label, run.seed))
+                        continue
                     except (ValueError, OSError) as error:
                         fail(run, str(error))
                         continue
@@ -137,66 +203,149 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
     reasons = {(run.label, run.seed): run for run in failed}
     finished, missing = [], []
     for run in runs:
-        if (run.label, run.seed) in reasons:
-            missing.append(reasons[run.label, run.seed])
-        elif (run.folder / REPORT_NAME).is_file():
-            report = read_report(run.folder)
-            finished.append(Run(label=run.label, seed=run.seed, report=report, source=str(run.folder)))
+        known = reasons.get((run.label, run.seed))
+        if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
+            try:
+                report = read_report(run.folder)
+            except (ValueError, OSError) as error:
+                missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
+            else:
+                finished.append(Run(label=run.label, seed=run.seed, report=report, source=str(run.folder)))
+        elif known is not None:
+            missing.append(known)
+        elif is_locked(run.log):
+            missing.append(_running(run.label, run.seed))
         else:
-            reason = "not started: left out by --only"
-            missing.append(MissingRun(label=run.label, seed=run.seed, reason=reason, failed=False))
+            reason = "not started: left out by --only or --seeds"
+            missing.append(MissingRun(label=run.label, seed=run.seed, reason=reason, state="not run"))
     return finished, missing
 
 
-def read_runs(
-    sources: Sequence[str], download: Callable[[str, str | None], Path]
-) -> list[tuple[str, str | None, RunReport]]:
-    """Read the reports of runs that exist.
+def read_runs(sources: Sequence[str], download: Callable[[str, str | None], Path]) -> ExistingRuns:
+    """Read the reports of runs that exist; a source given twice counts once.
 
     Args:
         sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``.
         download: fetches the report of a Hub id and revision, and returns its path.
 
-    Returns:
-        (source, label, report) of each; the label is the name of the folder above where the folder is called
-        ``seed<seed of the report>``, as in a comparison, else None.
-
     Raises:
-        ValueError: if a source is none of these, or has no report that can be read.
+        ValueError: naming every source that is none of these, or has no report that can be read. A run in the folder
+            of a comparison that has none is listed as missing instead.
     """
-    found = []
+    found, missing, problems = list[tuple[str, str | None, RunReport]](), list[MissingRun](), list[str]()
+    baselines, seen = set[str](), set[Path | str]()
     for source in sources:
         path, hub_id = Path(source), HUB_ID.fullmatch(source)
-        if path.is_dir():
-            folders = [path] if (path / REPORT_NAME).is_file() else _comparison_folders(path)
-            for folder in folders:
-                report = read_report(folder)
-                place = folder.resolve()
-                label = place.parent.name if place.name == f"seed{report.seeds.get('seed')}" else None
-                found.append((str(folder), label, report))
-        elif hub_id is not None and not path.exists():
-            try:
-                report = read_report(download(hub_id[1], hub_id[2]))
-            except ValueError as error:
-                raise ValueError(f"there is no folder {source}, and {error}") from error
-            found.append((source, None, report))
+        try:
+            if path.is_dir():
+                places = [path]
+                if not (path / REPORT_NAME).is_file():
+                    places, baseline = _comparison_places(path)
+                    baselines |= {baseline} if baseline is not None else set()
+                for place in places:
+                    if place.resolve() not in seen:
+                        seen.add(place.resolve())
+                        _read_place(place, found, missing)
+            elif hub_id is not None and not path.exists():
+                if source not in seen:
+                    seen.add(source)
+                    found.append((source, None, _read_hub(source, hub_id, download)))
+            else:
+                raise ValueError(f"{source}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    baseline = baselines.pop() if len(baselines) == 1 else None
+    return ExistingRuns(found=tuple(found), missing=tuple(missing), baseline=baseline)
+
+
+def is_locked(log: Path) -> bool:
+    """Whether a process is at the run that prints into ``log``."""
+    if not log.is_file():
+        return False
+    with log.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _read_hub(source: str, hub_id: re.Match[str], download: Callable[[str, str | None], Path]) -> RunReport:
+    try:
+        return read_report(download(hub_id[1], hub_id[2]))
+    except ValueError as error:
+        raise ValueError(f"there is no folder {source}, and {error}") from error
+
+
+def _read_place(folder: Path, found: list[tuple[str, str | None, RunReport]], missing: list[MissingRun]) -> None:
+    """Read the run of one folder into ``found`` or, if it is LABEL/seedN without a report, into ``missing``.
+
+    Raises:
+        ValueError: if the report of a folder with another name cannot be read.
+    """
+    place = folder.resolve()
+    label, numbered = place.parent.name, SEED_FOLDER.fullmatch(place.name)
+    if (folder / REPORT_NAME).is_file():
+        try:
+            report = read_report(folder)
+        except ValueError as error:
+            if numbered is None:
+                raise
+            missing.append(MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed"))
         else:
-            raise ValueError(f"{source}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
-    return found
+            own_label = label if place.name == f"seed{report.seeds.get('seed')}" else None
+            found.append((str(folder), own_label, report))
+    elif numbered is not None:
+        seed = int(numbered[1])
+        log = place.with_name(f"{place.name}.log")
+        reason = f"no {REPORT_NAME}: it failed or was stopped, see {label}/{log.name}"
+        unfinished = MissingRun(label=label, seed=seed, reason=reason, state="not finished")
+        missing.append(_running(label, seed) if is_locked(log) else unfinished)
 
 
-def _comparison_folders(path: Path) -> list[Path]:
-    reports = sorted([*path.glob(f"seed*/{REPORT_NAME}"), *path.glob(f"*/seed*/{REPORT_NAME}")])
-    if not reports:
+def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
+    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline.
+
+    Raises:
+        ValueError: if there is none with a report, or ``comparison.json`` cannot be read.
+    """
+    begun = {
+        entry.with_suffix("") if entry.suffix == ".log" else entry
+        for pattern in ("seed*", "*/seed*")
+        for entry in path.glob(pattern)
+        if entry.is_dir() or entry.suffix == ".log"
+    }
+    places = [place for place in begun if SEED_FOLDER.fullmatch(place.name)]
+    if not any((place / REPORT_NAME).is_file() for place in places):
         raise ValueError(f"{path} has no {REPORT_NAME}, and no folder LABEL/seedN with one: has the run finished?")
-    return [report.parent for report in reports]
+    labels, baseline = list[str](), None
+    written = path / "comparison.json"
+    if written.is_file():
+        try:
+            values = json.loads(written.read_text(encoding="utf-8"))
+            labels, baseline = [str(row["label"]) for row in values["rows"]], values["baseline"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to go on without") from error
+
+    def order(place: Path) -> tuple[int, str, int]:
+        label = place.resolve().parent.name
+        return labels.index(label) if label in labels else len(labels), label, int(place.name.removeprefix("seed"))
+
+    return sorted(places, key=order), baseline
 
 
-def _start(run: PlannedRun, launcher: Launcher) -> _Child | None:
+def _running(label: str, seed: int) -> MissingRun:
+    return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
+
+
+def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
     """Start a run in a session of its own, so that Ctrl-C reaches it once, from here; None if it is done by now.
 
     Raises:
-        ValueError: if another process is at it.
+        BusyRunError: if another process is at it.
+        ValueError: if its folder holds another run.
     """
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
@@ -204,11 +353,11 @@ def _start(run: PlannedRun, launcher: Launcher) -> _Child | None:
             # The lock belongs to the open file, which the child inherits: it lasts as long as the child does.
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process is running it: {run.log} is locked") from None
+            raise BusyRunError(f"another process is at it: {run.log} is locked") from None
         if is_done(run):
             return None
         words = launcher.words(run)
-        log.write(f"$ {shlex.join(words)}\n".encode())
+        log.write(f"# at most {jobs} run(s) at a time\n$ {shlex.join(words)}\n".encode())
         log.flush()
         process = subprocess.Popen(  # noqa: S603 (the words are ours, and no shell reads them)
             words,
@@ -230,7 +379,7 @@ def _failure(child: _Child) -> str:
     text = child.run.log.read_bytes()[-20_000:].decode(errors="replace")
     own = text.rpartition("\n$ ")[2]
     lines = [line.rstrip() for line in own.splitlines()[1:] if line.strip()]
-    return "\n  ".join([f"{status}; the end of {child.run.log}:", *lines[-SHOWN_LOG_LINES:]])
+    return "\n  ".join([f"{status}; the end of {child.run.label}/{child.run.log.name}:", *lines[-SHOWN_LOG_LINES:]])
 
 
 def _stop(children: Sequence[_Child]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ham_hf.card import text
 from ham_hf.comparison.facts import setting_text
+from ham_hf.comparison.naming import public_source, public_text, public_value
 from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
 from ham_hf.report import percent, plain_text
 
@@ -22,15 +23,28 @@ MEBIBYTE = 2**20
 METRIC_TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %", "nsd": "NSD"}
 HOW_TO_READ = (
     "Accuracies are in percent: mean ± sample standard deviation over the seeds of a row (a single seed has none). "
-    "NSD is the standard deviation over classes divided by their mean; lower is better. ρ is the relative change of "
-    "the worst class plus that of the average against {baseline}, from the means; higher is better. A value is bold "
-    "if it is better than the next best by more than sqrt(std² + std²) of the two, with at least two seeds each; ρ "
-    "never is."
+    "The worst classes are those of each run; the figure of the classes takes each class' mean over seeds first, and "
+    "prints the lowest of these means in bold: it is never below the worst class of the table. "
+    "NSD is the standard deviation over classes divided by their mean; lower is better. {rho}"
+    "A value is bold if it is better than the next best by more than the noise, with at least two seeds each; noise "
+    "is sqrt(std² + std²) of the two and, but for NSD, also has the binomial variances p(1 - p)/n of the n test "
+    "images of each, which more seeds do not lower, as all see the same images. "
+    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+)
+RHO = (
+    "ρ is the relative change of the worst class plus that of the average against {baseline}, from the means; higher "
+    "is better, and it is never bold. "
+)
+NO_RHO_WHERE = "NSD where no image is classified correctly"
+RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
+NOT_COMPARABLE = (
+    "**Not the same evaluation:** dataset, test images, threat model or settings of the attack differ, so nothing is "
+    "bold and there is no ρ."
 )
 
 
 def write_comparison(
-    comparison: Comparison, folder: str | Path, *, command: str, figures: Sequence[Path] = ()
+    comparison: Comparison, folder: str | Path, *, command: str, figures: Sequence[Path] = (), jobs: int | None = None
 ) -> list[Path]:
     """Write the three files into ``folder`` (made if needed); each appears in one step.
 
@@ -39,6 +53,7 @@ def write_comparison(
         folder: where to.
         command: command line that makes the comparison again.
         figures: images in ``folder`` to show in the Markdown.
+        jobs: runs at a time in this call; None if none was to be run.
 
     Returns:
         The paths written.
@@ -46,7 +61,7 @@ def write_comparison(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "comparison.json": comparison_json(comparison, command=command),
+        "comparison.json": comparison_json(comparison, command=command, folder=folder, jobs=jobs),
         "comparison.csv": comparison_csv(comparison),
         "comparison.md": comparison_markdown(comparison, command=command, figures=[path.name for path in figures]),
     }
@@ -57,20 +72,34 @@ def write_comparison(
     return [folder / name for name in texts]
 
 
-def comparison_json(comparison: Comparison, *, command: str) -> str:
-    """Every number, with the values of each seed; accuracies in [0, 1], seconds, bytes."""
+def comparison_json(
+    comparison: Comparison, *, command: str, folder: Path | None = None, jobs: int | None = None
+) -> str:
+    """Every number, with the values of each seed; accuracies in [0, 1], seconds, bytes.
+
+    Folders of runs are relative to ``folder``, that of the comparison.
+    """
+    names = comparison.names
     values = {
         "schema_version": SCHEMA_VERSION,
         "command": command,
+        "jobs": jobs,
         "baseline": comparison.baseline,
         "evaluations": list(comparison.attacks),
         "strongest_shared_attack": comparison.strongest_shared_attack(),
         "class_names": comparison.class_names,
-        "rows": [_row_values(row) for row in comparison.rows],
+        "rows": [_row_values(row, names[row.label], folder) for row in comparison.rows],
         "missing": [
-            {"label": run.label, "seed": run.seed, "failed": run.failed, "reason": run.reason}
+            {
+                "label": run.label,
+                "seed": run.seed,
+                "state": run.state,
+                "failed": run.failed,
+                "reason": public_text(run.reason),
+            }
             for run in comparison.missing
         ],
+        "comparable": [name for name in comparison.attacks if name in comparison.comparable],
         "unequal": list(comparison.unequal),
         "budget": comparison.budget,
         "environment": comparison.environment,
@@ -79,16 +108,20 @@ def comparison_json(comparison: Comparison, *, command: str) -> str:
 
 
 def comparison_csv(comparison: Comparison) -> str:
-    """One line per row and evaluation; accuracies in [0, 1], an unknown value is empty. Cost repeats on each line."""
+    """One line per row and evaluation; accuracies in [0, 1], an unknown value is empty. Cost repeats on each line.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     lines: list[dict[str, object]] = []
+    names = comparison.names
     for row in comparison.rows:
         cost = _columns("training_seconds", row.seconds) | _columns("peak_memory_bytes", row.peak_memory_bytes)
         for name in comparison.attacks:
             if name in row.attacks:
                 numbers = row.attacks[name]
                 line: dict[str, object] = {
-                    "label": plain_text(row.label, 200),
-                    "evaluation": name,
+                    "label": _harmless(names[row.label]),
+                    "evaluation": _harmless(name),
                     "seeds": " ".join(map(str, numbers.seeds)),
                     "num_examples": " ".join(map(str, sorted(set(numbers.num_examples)))),
                 }
@@ -104,37 +137,84 @@ def comparison_csv(comparison: Comparison) -> str:
 
 def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
     """Tables to read: one per evaluation, one of the cost, and what one has to know of the runs."""
-    baseline = "the baseline (there is none)" if comparison.baseline is None else text(comparison.baseline)
-    parts = ["# Comparison"]
-    if comparison.unequal:
-        lines = [_fact_line(title, values, 200) for title, values in comparison.unequal.items()]
-        parts.append("**Not the same budget:** the rows differ in more than the method.\n\n" + "\n".join(lines))
+    parts = ["# Comparison", *_notes(comparison)]
     equal = {title: values for title, values in comparison.budget.items() if title not in comparison.unequal}
+    known = equal | {
+        title: values for title, values in comparison.environment.items() if title != "Commit" or len(values) == 1
+    }
     seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
-    known = [_fact_line(title, values, 400) for title, values in (equal | comparison.environment).items()]
-    parts.append("\n".join([*known, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"]))
-    parts.append(HOW_TO_READ.format(baseline=baseline))
+    lines = [_fact_line(comparison, title, values, 400) for title, values in known.items()]
+    parts.append("\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"]))
+    parts.append(_how_to_read(comparison))
+    shown = comparison.strongest_shared_attack()
+    if figures and shown is not None:
+        parts.append(
+            f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
+            "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
+        )
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
-    parts += [f"## {text(title)}\n\n{_attack_table(comparison, name)}" for name, title in comparison.attacks.items()]
+    for name in comparison.attacks:
+        note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
+        parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
     if comparison.missing:
-        parts.append("## Runs that are missing\n\n" + "\n".join(map(_missing_line, comparison.missing)))
+        missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
+        parts.append("## Runs that are missing\n\n" + "\n".join(missing))
     parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
     return "\n\n".join(parts) + "\n"
 
 
-def _row_values(row: Row) -> dict[str, object]:
+def _notes(comparison: Comparison) -> list[str]:
+    """What has to be said before any number: that budgets or code differ."""
+    notes = []
+    if comparison.unequal:
+        lines = [_fact_line(comparison, title, values, 200) for title, values in comparison.unequal.items()]
+        notes.append("**Not the same budget:** the rows differ in more than the method.\n\n" + "\n".join(lines))
+    by_commit: dict[str, dict[str, list[int]]] = {}
+    for row in comparison.rows:
+        for run in row.runs:
+            commit = run.report.environment.commit or "unknown"
+            by_commit.setdefault(commit, {}).setdefault(comparison.names[row.label], []).append(run.seed)
+    if len(by_commit) > 1:
+        lines = [
+            f"- commit {text(commit)}: "
+            + "; ".join(f"{text(name)}, seed {', '.join(map(str, seeds))}" for name, seeds in rows.items())
+            for commit, rows in by_commit.items()
+        ]
+        notes.append("**Not the same code:** the runs come from several commits.\n\n" + "\n".join(lines))
+    return notes
+
+
+def _how_to_read(comparison: Comparison) -> str:
+    if comparison.baseline is None:
+        return HOW_TO_READ.format(rho="", undefined=NO_RHO_WHERE)
+    name = comparison.names.get(comparison.baseline, comparison.baseline)
+    return HOW_TO_READ.format(rho=RHO.format(baseline=text(name)), undefined=f"{NO_RHO_WHERE}; {RHO_WHERE}")
+
+
+def _heading(comparison: Comparison, attack: str) -> str:
+    """The evaluation's title and, where it saw a part of them only, the number of test images."""
+    reports = [run.report for row in comparison.rows for run in row.runs if attack in run.report.results]
+    title = text(comparison.attacks[attack])
+    if not any(report.is_subset(report.results[attack]) for report in reports):
+        return title
+    counts = {(report.results[attack].summary.num_examples, report.dataset.num_test) for report in reports}
+    return f"{title} ({'; '.join(f'{seen} of {all_images}' for seen, all_images in sorted(counts))} test images)"
+
+
+def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
     return {
         "label": row.label,
+        "name": name,
         "seeds": row.seeds,
-        "settings": dict(row.settings),
+        "settings": public_value(dict(row.settings)),
         "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
         "training_seconds": _spread_values(row.seconds),
         "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
         "runs": [
             {
                 "seed": run.seed,
-                "source": run.source,
+                "source": public_source(run.source, folder),
                 "created": run.report.created,
                 "commit": run.report.environment.commit,
             }
@@ -149,6 +229,7 @@ def _attack_values(numbers: AttackRow) -> dict[str, object]:
         "num_examples": numbers.num_examples,
         **{metric: _spread_values(getattr(numbers, metric)) for metric in METRICS},
         "rho": numbers.rho,
+        "image_variances": numbers.image_variances,
         "per_class": numbers.per_class,
     }
 
@@ -165,10 +246,11 @@ def _columns(name: str, spread: Spread | None) -> dict[str, object]:
 def _attack_table(comparison: Comparison, attack: str) -> str:
     best = {metric: comparison.best(attack, metric) for metric in METRICS}
     rows: list[list[str]] = []
+    names, with_rho = comparison.names, comparison.baseline is not None
     for row in comparison.rows:
         numbers = row.attacks.get(attack)
         if numbers is None:
-            rows.append([row.label, "0", *["–"] * (len(METRICS) + 1)])
+            rows.append([names[row.label], "0", *["–"] * (len(METRICS) + with_rho)])
             continue
         cells = []
         for metric in METRICS:
@@ -176,14 +258,15 @@ def _attack_table(comparison: Comparison, attack: str) -> str:
             shown = _cell(getattr(numbers, metric), digits)
             cells.append(f"**{shown}**" if best[metric] == row.label else shown)
         rho = "–" if numbers.rho is None else f"{numbers.rho:+.2f}"
-        rows.append([row.label, str(len(numbers.seeds)), *cells, rho])
-    return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), "ρ"], rows)
+        rows.append([names[row.label], str(len(numbers.seeds)), *cells, *([rho] if with_rho else [])])
+    return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), *(["ρ"] if with_rho else [])], rows)
 
 
 def _cost_table(comparison: Comparison) -> str:
+    names = comparison.names
     rows = [
         [
-            row.label,
+            names[row.label],
             str(len(row.seeds)),
             _cell(row.seconds, lambda seconds: f"{seconds:.1f}"),
             _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}"),
@@ -195,33 +278,43 @@ def _cost_table(comparison: Comparison) -> str:
 
 def _cost_note(comparison: Comparison) -> str:
     note = (
-        "Seconds are of updates and held-out validation. Memory is the most that the main process held up to the end "
-        "of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
+        "Seconds are of updates and held-out validation, and hold only for runs that had the machine to themselves: "
+        "not for runs made with --jobs above 1, or beside other work. Memory is the most that the main process held "
+        "up to the end of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
     )
     if len(comparison.environment["Device"]) > 1:
         note += " **Not the same hardware:** seconds and memory of these rows cannot be compared (see Device above)."
     return note
 
 
-def _missing_line(run: MissingRun) -> str:
-    what = "failed" if run.failed else "not run"
-    return f"- {text(run.label)}, seed {run.seed}: {what}. {text(run.reason, 600)}"
+def _missing_line(run: MissingRun, name: str) -> str:
+    return f"- {text(name)}, seed {run.seed}: {run.state}. {text(public_text(run.reason), 600)}"
 
 
 def _settings_list(comparison: Comparison) -> str:
     lines = []
     for row in comparison.rows:
         settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items())
-        lines.append(f"- {text(row.label)}: {text(settings, 2000) if settings else 'none'}")
+        lines.append(f"- {text(comparison.names[row.label])}: {text(settings, 2000) if settings else 'none'}")
     return "\n".join(lines)
 
 
-def _fact_line(title: str, values: Mapping[str, tuple[str, ...]], max_length: int) -> str:
+def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]], max_length: int) -> str:
     """One fact; where the rows have several values, each with its rows."""
     if len(values) == 1:
         return f"- {text(title)}: {text(next(iter(values)), max_length)}"
-    shown = [f"{text(value, max_length)} ({', '.join(map(text, labels))})" for value, labels in values.items()]
+    names = comparison.names
+    shown = [
+        f"{text(value, max_length)} ({', '.join(text(names[label]) for label in labels)})"
+        for value, labels in values.items()
+    ]
     return f"- {text(title)}: {'; '.join(shown)}"
+
+
+def _harmless(value: str) -> str:
+    """A text for a CSV cell that no spreadsheet computes."""
+    value = plain_text(value, 200)
+    return f"'{value}" if value[0] in "=+-@" else value
 
 
 def _code(command: str) -> str:
