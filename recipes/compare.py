@@ -25,11 +25,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.naming import public_word
-from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
+from ham_hf.comparison.numbers import MissingRun, Run, compare
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.plots import save_comparison_figures
-from ham_hf.comparison.runs import Launcher, collect, execute, read_runs, survey
+from ham_hf.comparison.runs import Launcher, collect, execute, survey
 from ham_hf.comparison.text import write_comparison
 from ham_hf.hub import download_report
 from ham_hf.launching import clean_exit

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from ham_hf.comparison.existing import label_runs
 from ham_hf.comparison.naming import public_word
-from ham_hf.comparison.numbers import MissingRun, Run, compare, label_runs
+from ham_hf.comparison.numbers import MissingRun, Run, compare
 from ham_hf.comparison.text import comparison_csv, comparison_json, comparison_markdown, write_comparison
 from tests.comparison_reports import even, run, run_report
 

@@ -8,20 +8,17 @@ listed, as a table of unequal runs reads like a table of equal ones.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ham_hf.comparison.facts import Facts, budget, conditions, environment, facts_of, run_settings, setting_text
-from ham_hf.comparison.naming import public_word, short_names
+from ham_hf.comparison.facts import Facts, budget, conditions, environment, facts_of, run_settings
+from ham_hf.comparison.naming import short_names
 from ham_hf.comparison.noise import image_variances
-from ham_hf.report import RunReport, plain_text
+from ham_hf.report import RunReport
 
-NOT_THERE = "(none)"
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
 LOWER_IS_BETTER = frozenset({"nsd"})
 
@@ -262,48 +259,6 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
         comparable=comparable,
         missing=(*missing, *_absent(by_label, missing)),
     )
-
-
-def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
-    """Find out which of the given runs are repetitions of one another, and what to call them.
-
-    Runs with equal settings but for seed and folder are one row. It is called what the folder says or, where that
-    says nothing, by its method (a model that was only evaluated: by its name). Rows that would have the same name
-    also get the settings in which they differ.
-
-    Args:
-        found: (folder or Hub id, label that the folder says or None, report) of every run.
-    """
-    groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
-    for source, folder_label, report in found:
-        name = plain_text(folder_label or report.config.get("method") or public_word(report.model.name), 200)
-        settings = json.dumps(run_settings(report.config, without={"seed"}), sort_keys=True)
-        groups.setdefault((name, settings), []).append((source, report))
-    same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
-    for name, settings in groups:
-        same_name[name].append(json.loads(settings))
-    runs: list[Run] = []
-    for (name, settings), members in groups.items():
-        label = name
-        if len(same_name[name]) > 1:
-            own = json.loads(settings)
-            keys = dict.fromkeys(key for other in same_name[name] for key in other)
-            different = [
-                key for key in keys if any(other.get(key, ...) != own.get(key, ...) for other in same_name[name])
-            ]
-            label = f"{name} ({', '.join(f'{key} {setting_text(own.get(key, NOT_THERE))}' for key in different)})"
-        if label in {run.label for run in runs}:
-            label = f"{label} #{len(runs)}"  # long settings, cut alike
-        runs += [
-            Run(label=label, seed=_seed(source, report), report=report, source=source) for source, report in members
-        ]
-    return runs
-
-
-def _seed(source: str, report: RunReport) -> int:
-    if "seed" not in report.seeds:
-        raise ValueError(f"{source}: its report names no seed; expected one that this package wrote")
-    return report.seeds["seed"]
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

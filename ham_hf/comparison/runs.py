@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,14 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
+from ham_hf.comparison.existing import is_locked, running_elsewhere
 from ham_hf.comparison.facts import differences, run_settings
 from ham_hf.comparison.numbers import MissingRun, Run
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.config import config_to_dict, load_train_config
-from ham_hf.report import REPORT_NAME, RunReport, read_report
+from ham_hf.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +32,6 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0
 """How long an interrupted run may take to stop before it is killed; its checkpoints are safe either way."""
 SHOWN_LOG_LINES = 3
-SEED_FOLDER = re.compile(r"seed(\d+)")
-HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +65,6 @@ class UnreadableRunError(ValueError):
 
 class BusyRunError(ValueError):
     """Another process is at a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExistingRuns:
-    """What was found where runs exist.
-
-    Attributes:
-        found: (folder or Hub id, label or None, report) of every finished run; the label is the name of the folder
-            above where the folder is called ``seed<seed of the report>``, as in a comparison.
-        missing: what a comparison's folder holds of runs without a report.
-        baseline: that of the comparisons among the sources; None if there is none, or not one.
-    """
-
-    found: tuple[tuple[str, str | None, RunReport], ...]
-    missing: tuple[MissingRun, ...]
-    baseline: str | None
 
 
 def is_done(run: PlannedRun) -> bool:
@@ -177,7 +157,7 @@ def execute(
                         child = _start(run, launcher, jobs)
                     except BusyRunError as error:
                         announce(f"RUNNING {run.label} seed {run.seed}: {error}")
-                        failed.append(_running(run.label, run.seed))
+                        failed.append(running_elsewhere(run.label, run.seed))
                         continue
                     except (ValueError, OSError) as error:
                         fail(run, str(error))
@@ -214,130 +194,11 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         elif known is not None:
             missing.append(known)
         elif is_locked(run.log):
-            missing.append(_running(run.label, run.seed))
+            missing.append(running_elsewhere(run.label, run.seed))
         else:
             reason = "not started: left out by --only or --seeds"
             missing.append(MissingRun(label=run.label, seed=run.seed, reason=reason, state="not run"))
     return finished, missing
-
-
-def read_runs(sources: Sequence[str], download: Callable[[str, str | None], Path]) -> ExistingRuns:
-    """Read the reports of runs that exist; a source given twice counts once.
-
-    Args:
-        sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``.
-        download: fetches the report of a Hub id and revision, and returns its path.
-
-    Raises:
-        ValueError: naming every source that is none of these, or has no report that can be read. A run in the folder
-            of a comparison that has none is listed as missing instead.
-    """
-    found, missing, problems = list[tuple[str, str | None, RunReport]](), list[MissingRun](), list[str]()
-    baselines, seen = set[str](), set[Path | str]()
-    for source in sources:
-        path, hub_id = Path(source), HUB_ID.fullmatch(source)
-        try:
-            if path.is_dir():
-                places = [path]
-                if not (path / REPORT_NAME).is_file():
-                    places, baseline = _comparison_places(path)
-                    baselines |= {baseline} if baseline is not None else set()
-                for place in places:
-                    if place.resolve() not in seen:
-                        seen.add(place.resolve())
-                        _read_place(place, found, missing)
-            elif hub_id is not None and not path.exists():
-                if source not in seen:
-                    seen.add(source)
-                    found.append((source, None, _read_hub(source, hub_id, download)))
-            else:
-                raise ValueError(f"{source}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
-    baseline = baselines.pop() if len(baselines) == 1 else None
-    return ExistingRuns(found=tuple(found), missing=tuple(missing), baseline=baseline)
-
-
-def is_locked(log: Path) -> bool:
-    """Whether a process is at the run that prints into ``log``."""
-    if not log.is_file():
-        return False
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _read_hub(source: str, hub_id: re.Match[str], download: Callable[[str, str | None], Path]) -> RunReport:
-    try:
-        return read_report(download(hub_id[1], hub_id[2]))
-    except ValueError as error:
-        raise ValueError(f"there is no folder {source}, and {error}") from error
-
-
-def _read_place(folder: Path, found: list[tuple[str, str | None, RunReport]], missing: list[MissingRun]) -> None:
-    """Read the run of one folder into ``found`` or, if it is LABEL/seedN without a report, into ``missing``.
-
-    Raises:
-        ValueError: if the report of a folder with another name cannot be read.
-    """
-    place = folder.resolve()
-    label, numbered = place.parent.name, SEED_FOLDER.fullmatch(place.name)
-    if (folder / REPORT_NAME).is_file():
-        try:
-            report = read_report(folder)
-        except ValueError as error:
-            if numbered is None:
-                raise
-            missing.append(MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed"))
-        else:
-            own_label = label if place.name == f"seed{report.seeds.get('seed')}" else None
-            found.append((str(folder), own_label, report))
-    elif numbered is not None:
-        seed = int(numbered[1])
-        log = place.with_name(f"{place.name}.log")
-        reason = f"no {REPORT_NAME}: it failed or was stopped, see {label}/{log.name}"
-        unfinished = MissingRun(label=label, seed=seed, reason=reason, state="not finished")
-        missing.append(_running(label, seed) if is_locked(log) else unfinished)
-
-
-def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
-    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline.
-
-    Raises:
-        ValueError: if there is none with a report, or ``comparison.json`` cannot be read.
-    """
-    begun = {
-        entry.with_suffix("") if entry.suffix == ".log" else entry
-        for pattern in ("seed*", "*/seed*")
-        for entry in path.glob(pattern)
-        if entry.is_dir() or entry.suffix == ".log"
-    }
-    places = [place for place in begun if SEED_FOLDER.fullmatch(place.name)]
-    if not any((place / REPORT_NAME).is_file() for place in places):
-        raise ValueError(f"{path} has no {REPORT_NAME}, and no folder LABEL/seedN with one: has the run finished?")
-    labels, baseline = list[str](), None
-    written = path / "comparison.json"
-    if written.is_file():
-        try:
-            values = json.loads(written.read_text(encoding="utf-8"))
-            labels, baseline = [str(row["label"]) for row in values["rows"]], values["baseline"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to go on without") from error
-
-    def order(place: Path) -> tuple[int, str, int]:
-        label = place.resolve().parent.name
-        return labels.index(label) if label in labels else len(labels), label, int(place.name.removeprefix("seed"))
-
-    return sorted(places, key=order), baseline
-
-
-def _running(label: str, seed: int) -> MissingRun:
-    return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
 def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
