@@ -212,6 +212,7 @@ def test_what_a_method_borrows_is_named_and_cited(tmp_path: Path) -> None:
     config = config_of(
         every_method()["ham"],
         base_loss="trades",
+        beta=4.0,
         class_margin="cfa",
         class_weighting="dafa",
         class_rule_args={"cfa_lambda1": 0.3, "dafa_lambda": 1.5},
@@ -231,7 +232,7 @@ def test_what_a_method_borrows_is_named_and_cited(tmp_path: Path) -> None:
         rows.items()
         >= {
             "Base loss": "TRADES: clean cross-entropy and KL regularization (Zhang et al., 2019)",
-            "Method option beta": "6.0",
+            "Method option beta": "4.0",
             "Class radii": "cfa: class-wise calibrated fair adversarial training (Wei et al., 2023)",
             "Class weights": "dafa: distance-aware fair adversarial training (Lee et al., 2024)",
             "Options of class radii and weights": "cfa_lambda1=0.3, dafa_lambda=1.5",

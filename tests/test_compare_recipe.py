@@ -113,7 +113,15 @@ def compared(tmp_path_factory, subprocess_env):
     place = tmp_path_factory.mktemp("compare")
     plan, folder = write_plan(place), place / "out"
     command = [sys.executable, str(ROOT / "recipes/compare.py"), "--config", str(plan)]
-    first = subprocess.Popen(command, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command,
+        env=subprocess_env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     second_run = folder / "mined" / "seed0"
     deadline = time.monotonic() + 120
     while not (second_run / "checkpoint-2").exists() and time.monotonic() < deadline:

@@ -462,7 +462,7 @@ def test_no_path_of_this_machine_is_written(tmp_path):
         source=str(place / "runs" / "own" / "seed0"),
     )
     reason = (
-        f"status 1:\n  File \"{place}/train.py\", line 3\n  no such file: '{place}/x y'; {tmp_path}/z:4: at /home/me/q"
+        f"status 1:\n  File \"{place}/train.py\", line 3\n  no such file: '{place}/x y'; {tmp_path}/z:4: at /srv/me/q"
     )
     missing = MissingRun(label="own", seed=1, reason=reason, state="failed")
     command = "python recipes/compare.py x"
@@ -482,7 +482,7 @@ def test_no_path_of_this_machine_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("word", "shown"),
     [
-        ("--output_dir=/home/me/out dir/", "--output_dir=out dir"),
+        ("--output_dir=/srv/me/out dir/", "--output_dir=out dir"),
         ("~/runs/a", "a"),
         ("--launch_args=--config_file /etc/x.yaml -m", "--launch_args=--config_file x.yaml -m"),
         ("local-dir:/srv/model", "local-dir:model"),

@@ -16,7 +16,7 @@ from ham_hf.objectives import HAM, PGDAT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-RECIPES = [path for path in RECIPES if path.parent.name != "accelerate" and path.name != "compare.yaml"]
+RECIPES = [path for path in RECIPES if path.parent.name != "accelerate" and not path.name.startswith("compare")]
 NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]
 HEADER = re.compile(
     r"# What:     (?P<what>.+)\n"

@@ -161,7 +161,7 @@ def refused(capsys, *arguments, script="train_ham.py"):
         (["--train_split=training"], ["--train_split", "training", "train"]),
         (["--resume_from_checkpoint=elsewhere"], ["--resume_from_checkpoint elsewhere"]),
         (["--epsilon=8"], ["epsilon 8", "8/255"]),
-        (["--mining_step=3"], ["mining_step", "below num_steps=3"]),
+        (["--mining_step=3"], ["mining_step", "below --num_steps 3"]),
         (["--method=pgd_at"], ["mining_step", "ham"]),
     ],
 )

@@ -245,7 +245,9 @@ def _failure(child: _Child) -> str:
 
 def _stop(children: Sequence[_Child]) -> None:
     """Interrupt what still runs, as Ctrl-C would; kill what does not stop, or at once at a second Ctrl-C."""
-    _signal(children, signal.SIGINT)
+    # What a shell runs in the background ignores Ctrl-C, and so does what it starts.
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    _signal(children, signal.SIGTERM if ignored else signal.SIGINT)
     deadline = time.monotonic() + GRACE_SECONDS
     try:
         while any(child.process.poll() is None for child in children) and time.monotonic() < deadline:
