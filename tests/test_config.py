@@ -295,6 +295,7 @@ BAD_FLAGS = [
     ("--class_weighting cfaa", ["--class_weighting cfaa", "one of cfa, cfol", "no method 'cfaa'"]),
     ("--class_weighting cfa", ["weighs the terms of trades", "loss of this run is pgd_at"]),
     ("--method dafa --class_margin cfa", ["--class_margin is an option of --method", "but the method is dafa"]),
+    ("--awp_start_epoch 5", ["--awp_start_epoch 5 has no effect without --awp_gamma"]),
     ("--fawa on --ema_decay 0.9", ["--ema_decay 0.9", "--fawa on", "take --fawa off"]),
     ("--method wat --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--method wat"]),
     ("--fawa on --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--fawa"]),

@@ -168,8 +168,10 @@ class TrainingConfig(SettingsGroup):
         return self.fawa == "on" or (self.fawa == "auto" and method.gates_averaging)
 
     def contradictions(self) -> Iterator[str]:
-        """Impossible schedules, and resuming what is to be overwritten."""
+        """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
         yield from self._schedule_problems()
+        if self.awp_gamma is None and self.awp_start_epoch:
+            yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
         if self.min_learning_rate > self.learning_rate:
             yield (
                 f"--min_learning_rate {self.min_learning_rate}: expected at most --learning_rate, {self.learning_rate}"
