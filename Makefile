@@ -3,7 +3,7 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test smoke bench bench-quick format
+.PHONY: help check lint types imports test faults smoke bench bench-quick format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ imports:  ## import-linter: who may import whom
 
 test:  ## pytest in TEST_PROCESSES processes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+
+faults:  ## the fault table of CONTRIBUTING.md: kill, fill, cut and starve runs; under 30 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 
 smoke:  ## the main command of the README, cut to a few steps, into a temporary folder
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ham_hf.augment import AUGMENTATIONS, timm_train_transform
+from ham_hf.augment import AUGMENTATIONS, PixelTransform, timm_train_transform
 from ham_hf.decoding import (
     MODE_OF_CHANNELS,
     EncodedImages,
@@ -18,27 +18,27 @@ from ham_hf.decoding import (
     decode_all,
     for_each_image,
 )
+from ham_hf.parts import split_dataset, split_stream
 from ham_hf.pixels import BatchRequest, CachedPixels, Images, PixelBatch, PixelStore, StreamedPixels
-from ham_hf.sources import (
-    DIGITS,
-    choose_image_column,
-    choose_label_column,
-    choose_splits,
-    encoded_column,
-    open_source,
-    read_labels,
-)
-from ham_hf.splits import stratified_split, stratified_subset
+from ham_hf.sources import DIGITS
+from ham_hf.splits import stratified_subset
+from ham_hf.streaming import TrainingStream
 
-__all__ = ["BatchRequest", "ImageData", "Images", "PixelBatch", "load_image_data", "stratified_subset"]
+__all__ = [
+    "BatchRequest",
+    "ImageData",
+    "Images",
+    "PixelBatch",
+    "TrainingStream",
+    "load_image_data",
+    "stratified_subset",
+]
 
 logger = logging.getLogger(__name__)
 
 SMALL_IMAGE_SIZE = 96  # up to here: the dataset's own size, no center crop, pad-crop augmentation
 CACHE_LIMIT_BYTES = 4 * 2**30  # of one split; above, --cache_images auto streams
 STATISTICS_EXAMPLES = 2_000
-# The test examples do not depend on the seed of a run: none may be tested on what another was trained on.
-TEST_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ImageData:
         name: as given: Hub id, folder or ``digits``.
         config_name: configuration that was opened; as given for local data.
         revision: commit of the Hub dataset if known, else as given.
-        train: without the held-out parts; the only part that is augmented.
+        train: without the held-out parts; the only part that is augmented. It may be a stream.
         validation: held out of train for selection; None if ``validation_fraction`` is 0.
         test: looked at once, at the end.
         class_names: C names, in label order.
@@ -67,7 +67,7 @@ class ImageData:
     name: str
     config_name: str | None
     revision: str | None
-    train: Images
+    train: Images | TrainingStream
     validation: Images | None
     test: Images
     class_names: tuple[str, ...]
@@ -99,6 +99,9 @@ def load_image_data(
     dataloader_num_workers: int = 2,
     limit_train_examples: int | None = None,
     limit_test_examples: int | None = None,
+    dataset_streaming: bool = False,
+    shuffle_buffer_size: int = 10_000,
+    num_train_examples: int | None = None,
     image_size: int | None,
     default_image_size: int,
     in_chans: int,
@@ -116,10 +119,10 @@ def load_image_data(
         dataset_name: Hub id, local folder (parquet or class folders), or ``digits``.
         dataset_config_name: configuration of a Hub dataset that has several.
         dataset_revision: branch, tag or commit of a Hub dataset.
-        train_split: see ``sources.choose_splits`` for the rule if None.
+        train_split: see ``columns.choose_splits`` for the rule if None.
         test_split: likewise.
-        image_column: see ``sources.choose_image_column`` for the rule if None.
-        label_column: see ``sources.choose_label_column`` for the rule if None.
+        image_column: see ``columns.choose_image_column`` for the rule if None.
+        label_column: see ``columns.choose_label_column`` for the rule if None.
         validation_fraction: share of train held out for selection, in [0, 1).
         test_fraction: share of train held out if there is no test split, in (0, 1).
         augmentation: none, crop, crop_flip, timm, or auto: none for the digits, crop_flip up to 96 px, else timm.
@@ -130,6 +133,10 @@ def load_image_data(
         dataloader_num_workers: processes that decode streamed images.
         limit_train_examples: train (with validation) on a stratified part of this many examples.
         limit_test_examples: test on a stratified part of this many examples.
+        dataset_streaming: read train from the Hub's files, or local ones, without a copy; see `ham_hf.streaming` for
+            the order and `ham_hf.parts.split_stream` for what is held out. ``cache_images`` is then for the others.
+        shuffle_buffer_size: of a stream, examples of all processes together.
+        num_train_examples: of a stream whose files do not say it.
         image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else
             ``default_image_size``.
         default_image_size: the model's own.
@@ -144,33 +151,38 @@ def load_image_data(
     """
     if in_chans not in MODE_OF_CHANNELS:
         raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
-    source = open_source(dataset_name, dataset_config_name, dataset_revision)
-    train_name, test_name = choose_splits(list(source.splits), train_split, test_split)
-    features = source.splits[train_name].features
-    image_column = choose_image_column(features, image_column)
-    label_column = choose_label_column(features, label_column)
-    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name)
-
-    def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
-        column = encoded_column(source.splits, split, image_column)
-        return EncodedImages(images=column, split=split, rows=rows, labels=split_labels[rows], in_chans=in_chans)
-
-    train_rows = torch.arange(len(labels))
-    if test_name is None or test_labels is None:
-        train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", test_fraction, TEST_SEED)
-        origin = f"held out of {train_name} ({100 * test_fraction:g} %, stratified, seed {TEST_SEED})"
-        test_name, test_labels = train_name, labels
+    if dataset_streaming:
+        parts = split_stream(
+            dataset_name,
+            dataset_config_name,
+            dataset_revision,
+            train_split=train_split,
+            test_split=test_split,
+            image_column=image_column,
+            label_column=label_column,
+            validation_fraction=validation_fraction,
+            limit_test_examples=limit_test_examples,
+            num_train_examples=num_train_examples,
+            num_sampled=STATISTICS_EXAMPLES,
+            in_chans=in_chans,
+        )
     else:
-        test_rows, origin = torch.arange(len(test_labels)), test_name
-    train_rows = _limit(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
-    test_rows = _limit(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
-    parts = {"test": encoded(test_name, test_rows, test_labels)}
-    if validation_fraction != 0:
-        train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", validation_fraction, seed)
-        parts["validation"] = encoded(train_name, rows, labels)
-    parts["train"] = encoded(train_name, train_rows, labels)
-
-    image_size = image_size or _own_size(parts.values()) or default_image_size
+        parts = split_dataset(
+            dataset_name,
+            dataset_config_name,
+            dataset_revision,
+            train_split=train_split,
+            test_split=test_split,
+            image_column=image_column,
+            label_column=label_column,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            limit_train_examples=limit_train_examples,
+            limit_test_examples=limit_test_examples,
+            in_chans=in_chans,
+            seed=seed,
+        )
+    image_size = image_size or _own_size(parts.encoded.values()) or default_image_size
     if image_size <= SMALL_IMAGE_SIZE:
         crop_pct = 1.0
     augmentation = _choose_augmentation(augmentation, cache_images, dataset_name, image_size)
@@ -185,19 +197,34 @@ def load_image_data(
             skip_corrupt=skip_corrupt,
             num_workers=dataloader_num_workers,
         )
-        for part, encoded_images in parts.items()
+        for part, encoded_images in parts.encoded.items()
     }
     for part in images:
-        _warn_of_absent_classes(part, images[part].labels, class_names)
-    mean, std = _channel_statistics(images["train"], seed)
+        if part != "sample":
+            _warn_of_absent_classes(part, images[part].labels, parts.class_names)
+    # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
+    mean, std = _channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
+    train: Images | TrainingStream
+    if parts.shards is None:
+        train = images["train"]
+    else:
+        train = TrainingStream(
+            parts.shards,
+            train_transform(image_size, crop_pct, interpolation, augmentation),
+            augmentation=augmentation,
+            in_chans=in_chans,
+            buffer_size=shuffle_buffer_size,
+            num_workers=dataloader_num_workers,
+            skip_corrupt=skip_corrupt,
+        )
     return ImageData(
         name=dataset_name,
-        config_name=source.config_name,
-        revision=source.revision,
-        train=images["train"],
+        config_name=parts.config_name,
+        revision=parts.revision,
+        train=train,
         validation=images.get("validation"),
         test=images["test"],
-        class_names=class_names,
+        class_names=parts.class_names,
         image_size=image_size,
         in_chans=in_chans,
         crop_pct=crop_pct,
@@ -205,26 +232,9 @@ def load_image_data(
         channel_mean=mean,
         channel_std=std,
         augmentation=augmentation,
-        num_skipped=sum(len(parts[part]) - len(images[part]) for part in parts),
-        test_split_origin=origin,
+        num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
+        test_split_origin=parts.test_split_origin,
     )
-
-
-def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    try:
-        kept, held_out = stratified_split(labels[rows], fraction, seed)
-    except ValueError as error:
-        raise ValueError(f"{flag} {fraction:g}: {error}") from error
-    return rows[kept], rows[held_out]
-
-
-def _limit(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
-    if limit is None:
-        return rows
-    try:
-        return rows[stratified_subset(labels[rows], limit, seed)]
-    except ValueError as error:
-        raise ValueError(f"{flag} {limit}: {error}") from error
 
 
 def _own_size(parts: Iterable[EncodedImages]) -> int | None:
@@ -252,6 +262,13 @@ def _choose_augmentation(augmentation: str, cache_images: str, dataset_name: str
     return augmentation
 
 
+def train_transform(image_size: int, crop_pct: float, interpolation: str, augmentation: str) -> PixelTransform:
+    """From a training image to (C, S, S) uint8 pixels; random if the augmentation is timm's."""
+    if augmentation == "timm":
+        return timm_train_transform(image_size, interpolation)
+    return EvalTransform(image_size, crop_pct, interpolation)
+
+
 def _make_ready(
     encoded: EncodedImages,
     *,
@@ -276,8 +293,8 @@ def _make_ready(
         if skip_corrupt:
             logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
             encoded = encoded.subset(for_each_image(encoded, lambda position, image: None, skip_corrupt=True))
-        train_transform = timm_train_transform(image_size, interpolation) if augmentation == "timm" else None
-        pixels = StreamedPixels(encoded, transform, train_transform=train_transform, num_workers=num_workers)
+        random_transform = timm_train_transform(image_size, interpolation) if augmentation == "timm" else None
+        pixels = StreamedPixels(encoded, transform, train_transform=random_transform, num_workers=num_workers)
     else:
         raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
     if not len(encoded):

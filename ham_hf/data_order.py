@@ -1,12 +1,21 @@
-"""Which examples an update trains on: the order of an epoch, and each process's part of it."""
+"""Which examples an update trains on: the order of an epoch, and each process's part of it.
+
+The order of an epoch follows from the seed and the epoch (and from the class state of a method that draws classes).
+Its updates cut it into pieces of ``per_update`` examples, one after the other; an update deals its piece out by
+accumulation step first and process second. So update ``n`` of an epoch trains on the same examples with any number of
+processes and accumulation steps, and a run that is resumed with others, in mid-epoch too, still sees every example
+once. What does change is which of them share a batch, hence the noise of their attack and augmentation (streams are
+numbered by process and batch), and BatchNorm's batch statistics.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ham_hf.data import BatchRequest
+from ham_hf.data import BatchRequest, Images, TrainingStream
 from ham_hf.metrics import count_per_class
+from ham_hf.objectives import Objective
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 
@@ -33,7 +42,16 @@ def batch_requests(
     """A process's batches of an epoch, one per accumulation step.
 
     Every update takes the next ``per_update`` examples of ``order``, whatever the number of processes; the last
-    incomplete update is left out.
+    incomplete update is left out. See the module for what that gives.
+
+    Args:
+        order: (N,) positions of the epoch's examples.
+        batch_size: examples per batch of one process.
+        per_update: examples per update, of all processes: a multiple of ``world * batch_size``.
+        world: number of processes.
+        rank: this process.
+        seed: the run's seed, for the augmentation.
+        epoch: 0-based epoch, for the augmentation.
     """
     whole = len(order) // per_update * per_update
     mine = order[:whole].view(-1, world, batch_size)[:, rank]
@@ -41,3 +59,23 @@ def batch_requests(
         BatchRequest(indices, derive_seed(seed, Stream.AUGMENTATION, epoch, number, rank))
         for number, indices in enumerate(mine)
     ]
+
+
+def training_class_counts(train: Images | TrainingStream, objective: Objective, num_classes: int) -> Tensor:
+    """Number of training images of each class (num_classes,); NaN where a stream does not know and no method asks.
+
+    Raises:
+        ValueError: if a method asks for what cannot be known without reading all images.
+    """
+    if not isinstance(train, TrainingStream):
+        return count_per_class(train.labels, num_classes)
+    asking = [part.name for part in objective.parts if part.uses_class_counts]
+    counts = train.shards.class_counts() if asking else None
+    if counts is not None:
+        return counts
+    if asking:
+        raise ValueError(
+            f"--method {asking[0]} needs the number of training images of each class, and of .tar archives it is not "
+            "known before all are read; stream parquet files, or leave --dataset_streaming out"
+        )
+    return torch.full((num_classes,), torch.nan)

@@ -68,15 +68,7 @@ class EncodedImages:
         Raises:
             CorruptImageError: if it cannot be read.
         """
-        try:
-            return decode_image(encoded, self.in_chans)
-        except Exception as error:
-            # Pillow's decoders raise nearly anything on damaged data, not only OSError.
-            file = f", {encoded['path']}" if encoded and encoded["path"] else ""
-            raise CorruptImageError(
-                f"split {self.split!r}, row {int(self.rows[position])}{file}: the image cannot be read "
-                f"({type(error).__name__}: {error}); repair it, or leave such images out with --skip_corrupt"
-            ) from error
+        return decode_or_explain(encoded, self.in_chans, where=f"split {self.split!r}, row {int(self.rows[position])}")
 
     def subset(self, keep: Tensor) -> EncodedImages:
         """The images where the (N,) bool ``keep`` is True."""
@@ -114,6 +106,23 @@ def decode_image(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Imag
             raise ValueError(f"pixels of mode {upright.mode} have no defined range; store 8- or 16-bit pixels")
         converted: Image.Image = upright.convert(MODE_OF_CHANNELS[in_chans])
     return converted
+
+
+def decode_or_explain(encoded: Mapping[str, Any] | None, in_chans: int, *, where: str) -> Image.Image:
+    """`decode_image`, with ``where`` the image is in the message.
+
+    Raises:
+        CorruptImageError: if it cannot be read.
+    """
+    try:
+        return decode_image(encoded, in_chans)
+    except Exception as error:
+        # Pillow's decoders raise nearly anything on damaged data, not only OSError.
+        file = f", {encoded['path']}" if encoded and encoded["path"] else ""
+        raise CorruptImageError(
+            f"{where}{file}: the image cannot be read ({type(error).__name__}: {error}); repair it, or leave such "
+            "images out with --skip_corrupt"
+        ) from error
 
 
 class EvalTransform:

@@ -1,27 +1,30 @@
-"""Attacks over a split, one flag per example, distributed over processes.
+"""Attacks over a split, one flag per example, distributed over processes, resumable after a kill.
 
-Every process attacks every ``num_processes``-th batch of a fixed partition and draws the noise of a batch from
-the batch's number, so the flags do not depend on the number of processes. The model is attacked through its
-unwrapped module, in evaluation mode, in the precision it is given in.
+The split is cut into fixed batches, shared out over the processes, and the noise of a batch is drawn from the batch's
+number: the flags depend neither on the number of processes, nor on where an evaluation was interrupted, nor on how
+many images the device takes at once. The model is attacked through its unwrapped module, in evaluation mode, in the
+precision and memory layout it is given in.
+
+PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
+stays under attack: it may be right again at the end, and dropping it would give another number ("wrong at any
+iterate"), lower and comparable with nobody's. What is misclassified as it is counts as lost and is not attacked.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ham_hf.attacks import LossFn, ThreatModel, cross_entropy, evaluation_mode, margin_loss, pgd
-from ham_hf.data import BatchRequest, Images, stratified_subset
-from ham_hf.seeding import Stream, derive_seed, make_generator
-
-logger = logging.getLogger(__name__)
+from ham_hf.batch_sharing import StopWatch, share_batches
+from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.partial_results import PartialResults
+from ham_hf.seeding import Stream, make_generator
+from ham_hf.working_size import WorkingSize
 
 LOSSES: dict[str, LossFn] = {"cross-entropy": cross_entropy, "margin": margin_loss}
 
@@ -55,7 +58,8 @@ class AttackResult:
         predictions: (N,) int64, CPU: predicted class of the attacked image.
         labels: (N,) int64, CPU.
         indices: (N,) int64, CPU: positions of the examples in the split.
-        seconds: wall-clock time of this attack, summed over this process's batches.
+        seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
+            interrupted included.
     """
 
     name: str
@@ -84,11 +88,14 @@ def evaluate(
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
+    partial: PartialResults | None = None,
     show_progress: bool = False,
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
-    An image that is misclassified as it is counts as lost to every attack and is not attacked.
+    An image that is misclassified as it is counts as lost to every attack and is not attacked. Where the memory of the
+    device does not suffice for a batch, it is attacked in parts; noise is drawn for the whole batch, so that the
+    result is the same.
 
     Args:
         model: the unwrapped pixel model.
@@ -96,8 +103,9 @@ def evaluate(
         attacks: what to run beside "clean".
         threat_model: norm and radius of all attacks.
         accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process.
+        batch_size: images per batch and process; random starts are drawn per batch.
         seed: seed of the random starts.
+        partial: where finished batches of this model and split are kept; None keeps none.
         show_progress: show a bar on the local main process.
 
     Returns:
@@ -105,45 +113,31 @@ def evaluate(
 
     Raises:
         ValueError: if the split is empty or holds pixels outside [0, 1].
+        RuntimeError: the allocator's, if not even one image fits into memory.
     """
     if not len(images):
         raise ValueError("there is no example to evaluate on")
     names = ["clean", *(attack.name for attack in attacks)]
-    predictions = torch.zeros(len(names), len(images), dtype=torch.long, device=accelerator.device)
-    seconds = dict.fromkeys(names, 0.0)
-    order = torch.arange(len(images))
-    parts = list(enumerate(torch.split(order, batch_size)))[accelerator.process_index :: accelerator.num_processes]
-    batches = images.batches([BatchRequest(part, None) for _, part in parts], device=accelerator.device)
-    shown = show_progress and accelerator.is_local_main_process
-    with evaluation_mode(model):
-        for (number, part), batch in tqdm(
-            zip(parts, batches, strict=True), total=len(parts), desc="evaluating", unit="batch", disable=not shown
-        ):
-            check_pixel_range(batch.x)
-            rows = part.to(accelerator.device)
-            since = time.perf_counter()
-            predictions[0, rows] = predict(model, batch.x)
-            seconds["clean"] += lap(since, batch.x)
-            right = (predictions[0, rows] == batch.y).nonzero().squeeze(1)
-            for position, attack in enumerate(attacks, start=1):
-                predictions[position, rows] = predictions[0, rows]
-                if not len(right):
-                    continue
-                since = time.perf_counter()
-                x_adv = pgd(
-                    model,
-                    batch.x[right],
-                    batch.y[right],
-                    threat_model=threat_model,
-                    num_steps=attack.num_steps,
-                    step_size=attack.step_size,
-                    loss_fn=LOSSES[attack.loss],
-                    generator=make_generator(accelerator.device, seed, Stream.EVALUATION, position, number),
-                )
-                predictions[position, rows[right]] = predict(model, x_adv)
-                seconds[attack.name] += lap(since, batch.x)
-    predictions = accelerator.reduce(predictions, "sum").cpu()
     settings: list[dict[str, object]] = [{}, *(attack_settings(attack, threat_model, seed) for attack in attacks)]
+    if partial is not None:
+        partial = partial.keyed({"results": list(zip(names, settings, strict=True)), "batch_size": batch_size})
+    attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(batch_size), seed)
+
+    def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        requests = [BatchRequest(rows, None) for _, rows in batches]
+        for (number, _), batch in zip(batches, images.batches(requests, device=accelerator.device), strict=True):
+            yield attacker(number, batch)
+
+    with evaluation_mode(model):
+        predictions, seconds = share_batches(
+            "evaluating",
+            torch.split(torch.arange(len(images)), batch_size),
+            compute,
+            shape=(len(names), len(images)),
+            accelerator=accelerator,
+            partial=partial,
+            show_progress=show_progress,
+        )
     return {
         name: AttackResult(
             name=name,
@@ -151,11 +145,66 @@ def evaluate(
             flags=predictions[position] == images.labels,
             predictions=predictions[position],
             labels=images.labels,
-            indices=order,
-            seconds=seconds[name],
+            indices=torch.arange(len(images)),
+            seconds=float(seconds[position]),
         )
         for position, name in enumerate(names)
     }
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchAttacker:
+    """Clean predictions of a batch, and those under each attack."""
+
+    model: nn.Module
+    attacks: Sequence[EvaluationAttack]
+    threat_model: ThreatModel
+    size: WorkingSize
+    seed: int
+
+    def __call__(self, number: int, batch: PixelBatch) -> tuple[Tensor, Tensor]:
+        """Predictions (1 + attacks, B) and seconds (1 + attacks,) of the batch with this number."""
+        check_pixel_range(batch.x)
+        watch = StopWatch(batch.x.device)
+        clean = self.size.split(lambda rows: predict(self.model, batch.x[rows]), len(batch.y))
+        predictions, seconds = [clean], [watch.lap()]
+        right = (clean == batch.y).nonzero().squeeze(1)
+        for position, attack in enumerate(self.attacks, start=1):
+            attacked = clean.clone()
+            if len(right):
+                generator = make_generator(batch.x.device, self.seed, Stream.EVALUATION, position, number)
+                attacked[right] = self._attack(attack, batch.x[right], batch.y[right], generator)
+            predictions.append(attacked)
+            seconds.append(watch.lap())
+        return torch.stack(predictions), torch.tensor(seconds)
+
+    def _attack(self, attack: EvaluationAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Predictions (N,) at the last iterate."""
+        # Of all rows at once and in one layout: the same noise however many rows go through the model at a time.
+        start = self.threat_model.random_start(x, generator)
+        layout = memory_layout(self.model)
+
+        def strike(rows: slice) -> Tensor:
+            x_adv = pgd(
+                self.model,
+                x[rows].contiguous(memory_format=layout),
+                y[rows],
+                threat_model=self.threat_model,
+                num_steps=attack.num_steps,
+                step_size=attack.step_size,
+                start=start[rows].contiguous(memory_format=layout),
+                loss_fn=LOSSES[attack.loss],
+            )
+            return predict(self.model, x_adv)
+
+        return self.size.split(strike, len(y))
+
+
+def memory_layout(model: nn.Module) -> torch.memory_format:
+    """The layout that the weights of convolutions are in; images in another one are converted in every pass."""
+    weights = [weight for weight in model.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
+    channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def attack_settings(attack: EvaluationAttack, threat_model: ThreatModel, seed: int) -> dict[str, object]:
@@ -191,116 +240,3 @@ def check_pixel_range(x: Tensor) -> None:
             f"pixels must lie in [0, 1], got values from {float(low):g} to {float(high):g}; "
             "normalization belongs into the model (PixelModel), not into the data"
         )
-
-
-def lap(since: float, x: Tensor) -> float:
-    """Seconds since ``since``, after the device of ``x`` has finished its queue."""
-    if x.device.type != "cpu":
-        torch.accelerator.synchronize(x.device)
-    return time.perf_counter() - since
-
-
-def autoattack_version(num_classes: int) -> tuple[str, list[str], int]:
-    """Which attacks of AutoAttack exist for this many classes, what to call the set, and the number of targets.
-
-    The targeted attacks of the standard set need four classes, the DLR loss three.
-    """
-    if num_classes >= 4:
-        return "standard", ["apgd-ce", "apgd-t", "fab-t", "square"], min(9, num_classes - 1)
-    if num_classes == 3:
-        return "standard without targeted attacks (3 classes)", ["apgd-ce", "apgd-dlr", "fab", "square"], 2
-    return "standard without targeted attacks and DLR (2 classes)", ["apgd-ce", "fab", "square"], 1
-
-
-def require_autoattack() -> type:
-    """The AutoAttack class of pyautoattack.
-
-    Raises:
-        ValueError: naming the extra to install, if the package is absent.
-    """
-    try:
-        from pyautoattack import AutoAttack
-    except ModuleNotFoundError as error:
-        raise ValueError('--autoattack needs the package pyautoattack: pip install "ham-hf[autoattack]"') from error
-    kind: type = AutoAttack
-    return kind
-
-
-def evaluate_autoattack(
-    model: nn.Module,
-    images: Images,
-    *,
-    num_classes: int,
-    threat_model: ThreatModel,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    num_examples: int | None = None,
-) -> AttackResult:
-    """Run AutoAttack (Croce and Hein, ICML 2020; the authors' code, from pyautoattack) over a split.
-
-    Args:
-        model: the unwrapped pixel model.
-        images: the split.
-        num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
-        threat_model: norm and radius.
-        accelerator: shares the examples out and gathers the flags.
-        batch_size: images per batch and process.
-        seed: seed of every attack. Random starts of the same example differ with the number of processes.
-        num_examples: size of a stratified subset of the split; None takes all of it.
-
-    Raises:
-        ValueError: if pyautoattack is not installed.
-    """
-    version, attacks, num_targets = autoattack_version(num_classes)
-    norm = {"linf": "Linf", "l2": "L2"}[threat_model.norm]
-    device = accelerator.device
-    if num_examples is None or num_examples >= len(images):
-        chosen = torch.arange(len(images))
-    else:
-        chosen = stratified_subset(images.labels, num_examples, derive_seed(seed, Stream.AUTOATTACK))
-    labels = images.labels[chosen]
-    mine = torch.arange(len(chosen))[accelerator.process_index :: accelerator.num_processes]
-    predictions = torch.zeros(len(chosen), dtype=torch.long, device=device)
-    since = time.perf_counter()
-    if len(mine):
-        batches = list(
-            images.batches([BatchRequest(chosen[part], None) for part in torch.split(mine, batch_size)], device=device)
-        )
-        adversary = require_autoattack()(
-            model,
-            attacks=attacks,
-            device=device,
-            eps=float(threat_model.epsilon),
-            norm=norm,
-            seed=derive_seed(seed, Stream.AUTOATTACK) % 2**32,
-            version="custom",
-        )
-        # "custom" leaves the restarts of the constructor; these are the standard version's.
-        adversary.apgd.n_restarts = adversary.fab.n_restarts = adversary.apgd_targeted.n_restarts = 1
-        adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = num_targets
-        with evaluation_mode(model):
-            _, predicted = adversary.run_standard_evaluation(
-                torch.cat([batch.x for batch in batches]),
-                torch.cat([batch.y for batch in batches]),
-                batch_size=batch_size,
-            )
-        predictions[mine.to(device)] = predicted.to(device)
-    predictions = accelerator.reduce(predictions, "sum").cpu()
-    return AttackResult(
-        name="autoattack",
-        settings={
-            "norm": threat_model.norm,
-            "epsilon": float(threat_model.epsilon),
-            "version": version,
-            "attacks": attacks,
-            "seed": seed,
-            "num_examples": len(chosen),
-            "subset": len(chosen) < len(images),
-        },
-        flags=predictions == labels,
-        predictions=predictions,
-        labels=labels,
-        indices=chosen,
-        seconds=time.perf_counter() - since,
-    )

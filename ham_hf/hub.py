@@ -2,7 +2,7 @@
 
 Invariant 9: everything is complete on disk before the first byte goes out. A push reads the folder and changes
 nothing in it, and pushing again is safe: files that the Hub has already are not sent again, so a failed push loses
-nothing. Messages and logs never contain the token.
+nothing. Nothing waits forever (`ham_hf.hub_waiting`). Messages and logs never contain the token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from ham_hf.hub_waiting import WAIT_LIMIT, AskedToWaitError, asked_wait, limit_waiting
 from ham_hf.report import REPORT_NAME
 
 logger = logging.getLogger(__name__)
@@ -38,12 +40,17 @@ ARTEFACTS = (
 
 REQUIRED = ("model.safetensors", "config.json")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+CONFLICTS = (409, 412)
+"""Somebody else's commit landed in between, or is landing; a push reads the new state and goes on top of it."""
 
 # huggingface_hub changed its HTTP client twice (requests, httpx, httpx2), and only some of their errors are OSErrors.
 # Its own error derives from the base class of whichever client it uses.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+STRANGE_ANSWERS = (LookupError, TypeError, AttributeError, JSONDecodeError)
+"""What huggingface_hub raises on an answer that is not the Hub's: a login page of the network, say."""
+ACCESS_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, *STRANGE_ANSWERS)
 # RuntimeError: the transfer library (hf_xet); ValueError: metadata in README.md that the Hub refuses.
-PUSH_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, RuntimeError, ValueError)
+PUSH_ERRORS: tuple[type[Exception], ...] = (*ACCESS_ERRORS, RuntimeError, ValueError)
 
 
 class PushError(RuntimeError):
@@ -79,6 +86,7 @@ def check_write_access(repo_id: str | None, *, private: bool, revision: str = DE
             "--push_to_hub needs a token with write access, and there is none: run `hf auth login`, set HF_TOKEN, or "
             "train without --push_to_hub"
         )
+    limit_waiting()
     api = HfApi()
     try:
         full_id = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id, attempts=3)
@@ -88,7 +96,7 @@ def check_write_access(repo_id: str | None, *, private: bool, revision: str = DE
                 "choose another --hub_model_id, or drop --hub_private_repo"
             )
         _retry(lambda: _create_branch(api, full_id, revision), attempts=3)
-    except NETWORK_ERRORS as error:
+    except ACCESS_ERRORS as error:
         raise ValueError(_access_problem(repo_id, revision, error)) from None
     return full_id
 
@@ -108,7 +116,8 @@ def push_folder(
         repo_id: "user/name".
         revision: branch to push to.
         commit_message: first line of the commit.
-        attempts: how often to try when the server or the connection fails; the wait doubles from 1 second.
+        attempts: how often to try when the server or the connection fails, or another commit gets in between; the
+            wait doubles from 1 second, or is what the server asks for.
 
     Returns:
         The URL of the commit (of the last one, if nothing has changed since).
@@ -121,6 +130,8 @@ def push_folder(
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
 
+    limit_waiting()
+
     def upload() -> str:
         commit = HfApi().upload_folder(
             repo_id=repo_id,
@@ -132,14 +143,15 @@ def push_folder(
         return str(commit.commit_url)
 
     try:
-        url = _retry(upload, attempts=attempts)
+        url = _retry(upload, attempts=attempts, also=CONFLICTS)
     except PUSH_ERRORS as error:
         command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
         if revision != DEFAULT_REVISION:
             command += ["--hub_revision", revision]
         raise PushError(
-            f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder is complete and unchanged. "
-            f"Push it again with:\n    {shlex.join(command)}"
+            f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder {Path(folder).resolve()} is "
+            f"complete and unchanged, and {repo_id} has what was pushed before. {_way_out(error)}Push it again "
+            f"with:\n    {shlex.join(command)}"
         ) from None
     logger.info("Pushed %s to %s", folder, url)
     return url
@@ -156,7 +168,9 @@ def try_push(
     try:
         push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
     except PushError as error:
-        logger.warning("Training goes on, the next save pushes again: %s", error)
+        # The rest of the message is about a finished folder.
+        reason = str(error).partition("\n")[0]
+        logger.warning("Training goes on, the next save pushes again: %s", reason)
         return False
     return True
 
@@ -174,6 +188,7 @@ def download_report(repo_id: str, revision: str | None = None) -> Path:
     Raises:
         ValueError: if there is none, or it cannot be had.
     """
+    limit_waiting()
     try:
         return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision), attempts=3))
     except PUSH_ERRORS as error:
@@ -192,28 +207,42 @@ def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
             raise
 
 
-def _retry(action: Callable[[], T], *, attempts: int) -> T:
-    """Call ``action`` until it works, waiting 1, 2, 4 ... seconds after a failure that may pass."""
+def _retry(action: Callable[[], T], *, attempts: int, also: Collection[int] = ()) -> T:
+    """Call ``action`` until it works, waiting 1, 2, 4 ... seconds after a failure that may pass.
+
+    Where the server says how long to wait, that is how long. A status in ``also`` may pass too.
+    """
     for attempt in range(1, attempts):
         try:
             return action()
         except NETWORK_ERRORS as error:  # noqa: PERF203 (trying again is the point)
-            if not _may_pass(error):
+            if not _may_pass(error, also):
                 raise
-            wait = 2 ** (attempt - 1)
-            logger.warning("The Hub did not answer (%s); trying again in %d s", _without_token(error), wait)
+            asked = asked_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else None
+            wait = min(max(2 ** (attempt - 1), asked or 0), WAIT_LIMIT)
+            logger.warning("The Hub did not do it (%s); trying again in %d s", _without_token(error), wait)
             time.sleep(wait)
     return action()
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: Exception, also: Collection[int]) -> bool:
     """True for a busy server and for a lost connection, False for a refusal and for a file that cannot be read."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in RETRIED_STATUS
-    if isinstance(error, OfflineModeIsEnabled):
+        return error.response.status_code in (*RETRIED_STATUS, *also)
+    if isinstance(error, (OfflineModeIsEnabled, AskedToWaitError)):
         return False
     # The built-in OSErrors apart from these two are about local files.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__ != "builtins"
+
+
+def _way_out(error: Exception) -> str:
+    """What has to change before pushing again helps, if there is something; ends with a space."""
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    return {
+        401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
+        403: "The token may not write there: get the rights, or take another --hub_model_id. ",
+        404: "There is no such repository or branch now: the command below makes it again. ",
+    }.get(status or 0, "")
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
@@ -222,6 +251,13 @@ def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
     without = "train without --push_to_hub and push the folder later with recipes/push.py"
     if isinstance(error, OfflineModeIsEnabled):
         return f"--push_to_hub: HF_HUB_OFFLINE is set. Unset it, or {without}"
+    if isinstance(error, STRANGE_ANSWERS):
+        return (
+            f"--push_to_hub: {constants.ENDPOINT} gave an answer that is not of a Hub. Check HF_ENDPOINT and whether "
+            f"the network wants a login, or {without}. ({detail})"
+        )
+    if isinstance(error, AskedToWaitError):
+        return f"--push_to_hub: {constants.ENDPOINT} is busy. Try again then, or {without}. ({detail})"
     if not isinstance(error, HfHubHTTPError):
         return f"--push_to_hub: cannot reach {constants.ENDPOINT}. Check the connection, or {without}. ({detail})"
     status = error.response.status_code

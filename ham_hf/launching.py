@@ -6,12 +6,18 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+
+from ham_hf.sharding import shard_on_cpu, sharding_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +28,7 @@ def create_accelerator(
     mixed_precision: str = "no",
     report_to: str = "none",
     logging_dir: Path | None = None,
+    ddp_timeout: int = 1800,
 ) -> Accelerator:
     """The accelerator of a run; with ``accelerate launch``, one of several processes.
 
@@ -30,10 +37,13 @@ def create_accelerator(
         mixed_precision: "no" or "bf16"; wins over what the launcher says.
         report_to: tracker, or "none".
         logging_dir: folder of trackers that write files.
+        ddp_timeout: seconds that a process waits for the others before it gives up.
 
     Raises:
+        ValueError: if the launcher asks for an engine that cannot run attacks; see `sharding_plugin`.
         RuntimeError: if the launcher started several processes and they do not know of each other.
     """
+    plugin = sharding_plugin()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched_with not in ("no", mixed_precision):
@@ -42,14 +52,17 @@ def create_accelerator(
         # Without this, several processes on a machine without accelerators each believe to be alone.
         cpu=use_cpu or (world > 1 and not torch.accelerator.is_available()),
         mixed_precision=mixed_precision,
+        fsdp_plugin=plugin,
         log_with=None if report_to == "none" else report_to,
         project_dir=None if logging_dir is None else str(logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
     )
     if accelerator.num_processes != world:
         raise RuntimeError(
             f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}; "
             "on CPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         )
+    shard_on_cpu(accelerator, plugin)
     return accelerator
 
 
@@ -102,6 +115,71 @@ def explain_interrupt(output_dir: Path) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def check_shared_folder(written: Path, accelerator: Accelerator, *, patience: float) -> None:
+    """Refuse an output folder that is not the same one on all nodes; call it on all processes.
+
+    Every process reads from it: checkpoints to resume from, and the selected weights at the end.
+
+    Args:
+        written: a file that the main process has just written.
+        accelerator: the accelerator.
+        patience: seconds to wait for the file, fewer than processes wait for each other; clients of NFS remember for
+            half a minute that a file is not there.
+
+    Raises:
+        ValueError: if a process does not read there what the main one wrote.
+    """
+    if accelerator.num_processes == 1:
+        return
+    (expected,) = broadcast_object_list([written.read_text() if accelerator.is_main_process else None])
+    deadline = time.monotonic() + patience
+    while (missing := not written.is_file() or written.read_text() != expected) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    count: torch.Tensor = accelerator.reduce(torch.tensor(float(missing), device=accelerator.device), "sum")
+    if count.item():
+        raise ValueError(
+            f"--output_dir {written.parent}: {count.item():.0f} of {accelerator.num_processes} processes do not find "
+            "there what the main one wrote; it has to be a folder on a file system that all nodes share"
+        )
+
+
+class FaultError(RuntimeError):
+    """Something around the run failed; the message says what, and how to go on."""
+
+
+# What gloo, NCCL and the store between processes say when one of them is gone or silent.
+_LOST = re.compile(
+    r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE
+)
+
+
+@contextmanager
+def explain_faults(*, num_processes: int) -> Iterator[None]:
+    """Say how to go on when a data-loading process or another process of the run is gone.
+
+    Args:
+        num_processes: processes of the run.
+
+    Raises:
+        FaultError: instead of what torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        if text[0].startswith("DataLoader worker"):
+            raise FaultError(
+                f"a process that decodes images is gone ({text[0]}), most often for lack of memory: lower "
+                "--dataloader_num_workers, and go on with the same command and --resume_from_checkpoint latest"
+            ) from error
+        if num_processes > 1 and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
+            raise FaultError(
+                f"another process of the run is gone or did not answer within --ddp_timeout ({text[0][:200]}); what "
+                "stopped it is in its own output. Go on with the same command and --resume_from_checkpoint latest"
+            ) from error
+        raise
+
+
 @contextmanager
 def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
     """Turn errors that explain themselves into their message and exit status 2, without a traceback.
@@ -115,5 +193,9 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        sys.stderr.write(f"error: {error}\n")
+        # Names from elsewhere are in it: nothing that a terminal would take for a command or that turns text around.
+        message = "".join(
+            character if character in "\n\t" or character.isprintable() else "?" for character in str(error)
+        )
+        sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2) from error

@@ -206,7 +206,7 @@ def _described(name: str) -> str:
 
 
 def _is_set(value: object) -> bool:
-    return value not in (None, "none", [], {}, "")
+    return value is not False and value not in (None, "none", [], {}, "")
 
 
 def _gates_averaging(config: Mapping[str, object]) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from ham_hf.cifar_nets import extract_from_resnet18
+from ham_hf.model_config import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -74,6 +74,7 @@ class ModelSource:
         pretrained_cfg: timm's description of weights and preprocessing, without the places weights come from.
         model_args: arguments of the architecture that ``config.json`` records; empty for a registered name.
         extra: what ``config.json`` keeps under ``CONFIG_KEY``; empty if nothing.
+        vouched_for: True if the architecture and its arguments are timm's own, False if a ``config.json`` says them.
         read_weights: reads the state dict; ValueError if there is none in safetensors.
         hub_id: OWNER/NAME of the weights on the Hub; None if they are not there.
     """
@@ -84,6 +85,7 @@ class ModelSource:
     model_args: dict[str, Any]
     extra: dict[str, Any]
     read_weights: Callable[[], dict[str, Tensor]]
+    vouched_for: bool
     hub_id: str | None = None
 
     def trained_form(self) -> TrainedForm | None:
@@ -96,8 +98,11 @@ class ModelSource:
         if record is None:
             return None
         try:
-            return TrainedForm(**record)
-        except TypeError as error:
+            form = TrainedForm(**record)
+            check_trained_form(record)
+            _check_registered(form.architecture)
+            return form
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.name}: damaged {CONFIG_KEY}.{TRAINED_FORM_KEY} in {CONFIG_NAME}: {error}"
             ) from error
@@ -209,6 +214,7 @@ def _source_from_registry(name: str) -> ModelSource:
         model_args={},
         extra={},
         read_weights=lambda: _read_weights(name, fetch_weights()),
+        vouched_for=True,
         hub_id=cfg.hf_hub_id or None,
     )
 
@@ -224,15 +230,19 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
             f"{name}: {folder} {what}; expected {CONFIG_NAME} and {WEIGHTS_NAME} as timm writes them{hint}"
         )
     try:
+        config = read_model_config(config_file)
         cfg, architecture, model_args = load_model_config_from_path(folder)
         pretrained_cfg = _as_dict(PretrainedCfg(**{**cfg, "architecture": architecture}))
-        extra = json.loads(config_file.read_text(encoding="utf-8")).get(CONFIG_KEY, {})
+        check_pretrained_cfg(pretrained_cfg)
+        extra = config.get(CONFIG_KEY, {})
+        check_metadata(extra)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name}: {CONFIG_NAME} is not one of a timm model ({error!r})") from error
-    if not is_model(architecture):
-        raise ValueError(
-            f"{name}: timm {timm.__version__} has no architecture {architecture!r}{_nearest(architecture)}"
-        )
+        reason = str(error) if type(error) is ValueError else ascii(error)[:300]
+        raise ValueError(f"{name}: {CONFIG_NAME} is not one of a timm model: {reason}") from error
+    try:
+        _check_registered(architecture)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return ModelSource(
         name=name,
         architecture=architecture,
@@ -240,7 +250,16 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
         model_args=model_args,
         extra=extra,
         read_weights=lambda: _read_weights(name, fetch_weights()),
+        vouched_for=False,
     )
+
+
+def _check_registered(architecture: str) -> None:
+    """Refuse a name that timm would look up elsewhere, such as ``hf-hub:...``, or does not know."""
+    if not architecture.isprintable() or ":" in architecture or "/" in architecture or not is_model(architecture):
+        raise ValueError(
+            f"timm {timm.__version__} has no architecture {ascii(architecture)[:100]}{_nearest(architecture[:100])}"
+        )
 
 
 def _weights_in_folder(name: str, folder: Path) -> Path:
@@ -262,10 +281,10 @@ def _read_weights(name: str, weights: Path) -> dict[str, Tensor]:
 def _download(name: str, hub_id: str, filename: str) -> Path:
     try:
         return Path(download_from_hf(hub_id, filename))
-    except OSError as error:
-        # Every failure of the Hub's client is an OSError: no such repository, no such file, no access, no network.
+    except Exception as error:
+        # No such repository, no such file, no access, no network: the client, which changed twice, has its own types.
         if filename == WEIGHTS_NAME:
-            hint = "; pickled weights are never loaded"
+            hint = "; pickled weights are never loaded" if "not found" in str(error).lower() else ""
         else:
             hint = "" if Path(hub_id).exists() else ", and there is no folder of that name"
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ham_hf.build_limit import BuildLimit
+from ham_hf.model_config import check_model_args
 from ham_hf.model_source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
 
 logger = logging.getLogger(__name__)
@@ -228,6 +231,7 @@ def _check_arguments(model_args: Mapping[str, object], preprocessing: Preprocess
     for argument, advice in _RESERVED_ARGUMENTS.items():
         if argument in model_args:
             raise ValueError(f"--model_args {argument}={model_args[argument]} cannot be given: {advice}")
+    check_model_args(model_args, "--model_args")
     in_chans = model_args.get("in_chans", preprocessing.in_chans)
     if in_chans != preprocessing.in_chans:
         raise ValueError(f"--model_args in_chans={in_chans}, but the images have {preprocessing.in_chans} channels")
@@ -237,9 +241,10 @@ def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str,
     # Weights travel inside the configuration: timm adapts classifier, stem and position embeddings to the arguments,
     # but has no file of its own to look for.
     cfg = source.pretrained_cfg if weights is None else {**source.pretrained_cfg, "state_dict": weights}
-    model: Any = timm.create_model(
-        source.architecture, pretrained=weights is not None, pretrained_cfg=cfg, **dict(arguments)
-    )
+    with nullcontext() if source.vouched_for else BuildLimit(weights):
+        model: Any = timm.create_model(
+            source.architecture, pretrained=weights is not None, pretrained_cfg=cfg, **dict(arguments)
+        )
     model.pretrained_cfg.pop("state_dict", None)
     if not hasattr(model, "_model_args"):
         # timm 1.0.31 began to remember the arguments, which an export needs.

@@ -69,6 +69,7 @@ def create_optimizer(
     momentum: float,
     weight_decay: float,
     decay_norm_and_bias: bool,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer of timm by name.
 
@@ -79,11 +80,22 @@ def create_optimizer(
         momentum: momentum of the SGD family; others ignore it.
         weight_decay: weight decay.
         decay_norm_and_bias: also decay biases and one-dimensional parameters, as adversarial training papers do.
+        layer_decay: factor on the learning rate from each layer to the one before it, with timm's division of its
+            networks into layers; the classifier has the full rate.
 
     Raises:
-        ValueError: if timm has no such optimizer.
+        ValueError: if timm has no such optimizer, or cannot tell the layers of the network apart.
     """
     check_optimizer(name)
+    if layer_decay is not None:
+        # Only the network itself knows its layers, not the normalization around it, which has no parameters.
+        backbone = getattr(model, "backbone", model)
+        if not hasattr(backbone, "group_matcher"):
+            raise ValueError(
+                f"--layer_decay {layer_decay:g}: timm does not say what the layers of {type(backbone).__name__} are; "
+                "leave it out"
+            )
+        model = backbone
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
         opt=name,
@@ -91,6 +103,7 @@ def create_optimizer(
         momentum=momentum,
         weight_decay=weight_decay,
         filter_bias_and_bn=not decay_norm_and_bias,
+        layer_decay=layer_decay,
     )
     return optimizer
 
@@ -152,5 +165,5 @@ def set_learning_rate(scheduler: Scheduler, *, epoch: int, step: int) -> float:
     """
     scheduler.step(epoch)
     scheduler.step_update(step)
-    rate: float = scheduler.optimizer.param_groups[0]["lr"]
-    return rate
+    # With layer decay the groups differ; the highest rate is the scheduled one.
+    return float(max(group["lr"] for group in scheduler.optimizer.param_groups))

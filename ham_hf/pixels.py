@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ham_hf.augment import PixelTransform, augment_batch, isolated_rng, seed_for_example
 from ham_hf.decoding import CorruptImageError, EncodedImages
+from ham_hf.worker_signals import shield_worker
 
 
 class BatchRequest(NamedTuple):
@@ -65,7 +67,7 @@ class CachedPixels:
             self._pixels = self._pixels.to(device)
         for request in requests:
             batch = self._pixels[request.indices.to(self._pixels.device)]
-            if _can_pin(device) and batch.device.type == "cpu":
+            if can_pin(device) and batch.device.type == "cpu":
                 batch = batch.pin_memory()
             yield batch.to(device, non_blocking=True)
 
@@ -114,8 +116,7 @@ class StreamedPixels:
                 if request.seed is None or self._train_transform is None:
                     pixels.append(self._transform(image))
                 else:
-                    seed_for_example(request.seed, position)
-                    pixels.append(self._train_transform(image))
+                    pixels.append(transform_example(self._train_transform, image, request.seed, position))
         return torch.stack(pixels)
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
@@ -124,9 +125,10 @@ class StreamedPixels:
             _Requests(self, requests),
             batch_size=None,
             num_workers=min(self._num_workers, len(requests)),
-            pin_memory=_can_pin(device),
+            pin_memory=can_pin(device),
             # Its own generator: by default a loader draws from, and so advances, torch's global one.
             generator=torch.Generator(),
+            worker_init_fn=shield_worker,
         )
         for batch in loader:
             if isinstance(batch, CorruptImageError):
@@ -162,7 +164,7 @@ class Images:
             if request.seed is not None:
                 pixels = augment_batch(pixels, self._augmentation, request.seed)
             labels = self.labels[request.indices].to(device, non_blocking=True)
-            yield PixelBatch(x=_to_unit_interval(pixels), y=labels, indices=request.indices)
+            yield PixelBatch(x=to_unit_interval(pixels), y=labels, indices=request.indices)
 
 
 class _Requests(Dataset[Tensor | CorruptImageError]):
@@ -182,11 +184,21 @@ class _Requests(Dataset[Tensor | CorruptImageError]):
             return error
 
 
-def _can_pin(device: torch.device) -> bool:
+def transform_example(transform: PixelTransform, image: Image.Image, seed: int, index: int) -> Tensor:
+    """(C, S, S) uint8 of a random transform, which depends on (seed of the batch, example) alone.
+
+    Call it inside `isolated_rng`.
+    """
+    seed_for_example(seed, index)
+    return transform(image)
+
+
+def can_pin(device: torch.device) -> bool:
+    """Whether batches for ``device`` go through page-locked memory."""
     return device.type not in ("cpu", "mps")
 
 
-def _to_unit_interval(pixels: Tensor) -> Tensor:
+def to_unit_interval(pixels: Tensor) -> Tensor:
     """uint8 to float32 ``pixels / 255``, rounded the same on every device, contiguous."""
     # By a tensor, not a number: accelerators replace division by a number with an inexact multiplication.
     scale = torch.full((), 255.0, device=pixels.device)

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import types
 import typing
 import unicodedata
@@ -125,6 +126,11 @@ class AttackReport:
     seconds: float
 
     def __post_init__(self) -> None:
+        # It names files of figures.
+        if not re.fullmatch(r"\w[\w.+-]{0,60}", self.name, flags=re.ASCII):
+            raise ValueError(
+                f"an evaluation is called by letters, digits and -, such as pgd-20, not {self.name[:80]!r}"
+            )
         object.__setattr__(self, "settings", _json_values(self.settings, f"settings of {self.name}"))
 
     @property
@@ -210,6 +216,8 @@ class RunReport:
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a report needs at least one evaluation, got none")
+        for attack in self.results.values():
+            _check_classes(attack, len(self.dataset.class_names))
         object.__setattr__(self, "config", _json_values(self.config, "config"))
 
     def reference_attack(self) -> AttackReport | None:
@@ -335,8 +343,8 @@ def read_report(path: str | Path) -> RunReport:
     if path.is_dir():
         path = path / REPORT_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a report of ham_hf: {error}") from error
     schema = values.pop("schema_version", None) if isinstance(values, dict) else None
     if schema != SCHEMA_VERSION:
@@ -409,6 +417,21 @@ def plain_text(value: object, max_length: int = 60) -> str:
     return line or "(empty)"
 
 
+def _check_classes(attack: AttackReport, num_classes: int) -> None:
+    """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
+    summary = attack.summary
+    indices = (*summary.missing_classes, summary.worst_class_index)
+    sizes = {len(summary.per_class)}
+    if attack.confusion is not None:
+        sizes |= {len(attack.confusion), *map(len, attack.confusion)}
+    if sizes != {num_classes} or not all(0 <= index < num_classes for index in indices):
+        raise ValueError(f"{attack.name}: the numbers are not of the {num_classes} classes of the dataset")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:
     """What ``values`` become when written and read back, so that a report equals the one read from its file."""
     try:
@@ -438,7 +461,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401 (the type
         return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if origin is Mapping and isinstance(value, dict):
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) in (int, float):
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if kind in (str, int, bool) and type(value) is kind:
         return value

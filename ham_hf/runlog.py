@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -26,7 +29,7 @@ def check_tracker(name: str) -> None:
 
 
 class RunLog:
-    """Log of one run; only the main process writes.
+    """Log of one run; only the main process writes. Lines that a full disk does not take wait for the next one.
 
     Args:
         accelerator: its trackers receive every number.
@@ -47,6 +50,7 @@ class RunLog:
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / "metrics.jsonl"
+        self._waiting: list[str] = []
         if accelerator.is_main_process:
             kept = [record for record in read_log(self.path) if record["step"] <= start_step] if start_step else []
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -73,10 +77,28 @@ class RunLog:
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and pass its plain numbers to the trackers as ``kind/name``."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"type": kind, "step": step, **values}, allow_nan=False) + "\n")
+            self._waiting.append(json.dumps({"type": kind, "step": step, **values}, allow_nan=False) + "\n")
+            try:
+                self._append("".join(self._waiting))
+            except OSError as error:
+                logger.error("%s could not be written: %s; the next line tries again", self.path, error)
+            else:
+                self._waiting.clear()
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
+
+    def _append(self, text: str) -> None:
+        # The folder may have been removed in the meantime.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+            except OSError:
+                # Half a line would spoil the next one.
+                file.truncate(end)
+                raise
 
     def close(self) -> None:
         """Close the bar."""

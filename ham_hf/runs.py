@@ -12,12 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
+from ham_hf.autoattack import evaluate_autoattack
 from ham_hf.config import DataConfig, EvaluationConfig, EvaluationThreatConfig, ModelConfig, TrainConfig
 from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
-from ham_hf.evaluation import AttackResult, evaluate, evaluate_autoattack, predict, standard_attacks
+from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.export import ExportInfo, export_for_timm
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
+from ham_hf.partial_results import partial_results
 from ham_hf.plots import ExampleStrip
+from ham_hf.report import plain_text
 from ham_hf.seeding import Stream, make_generator
 
 logger = logging.getLogger(__name__)
@@ -79,10 +82,28 @@ def evaluate_on_test(
     threat_model: ThreatModel,
     accelerator: Accelerator,
     seed: int,
+    output_dir: Path,
+    memory_format: torch.memory_format = torch.channels_last,
     show_progress: bool = True,
 ) -> dict[str, AttackResult]:
-    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example."""
-    model = model.to(accelerator.device)
+    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example.
+
+    Finished batches are kept in the output folder until `remove_partial_results`, and are not computed again.
+
+    Args:
+        model: the unwrapped pixel model; moved to the device and into the memory format.
+        images: the test split.
+        config: which attacks.
+        num_classes: number of logits.
+        threat_model: norm and radius.
+        accelerator: shares the batches out.
+        seed: seed of the attacks.
+        output_dir: output folder of the run.
+        memory_format: layout of weights and images; the same numbers up to rounding.
+        show_progress: show bars on the local main process.
+    """
+    model = model.to(accelerator.device).to(memory_format=memory_format)
+    partial = partial_results(output_dir, model, images)
     results = evaluate(
         model,
         images,
@@ -91,6 +112,7 @@ def evaluate_on_test(
         accelerator=accelerator,
         batch_size=config.per_device_eval_batch_size,
         seed=seed,
+        partial=partial,
         show_progress=show_progress,
     )
     if config.autoattack:
@@ -103,6 +125,8 @@ def evaluate_on_test(
             batch_size=config.per_device_eval_batch_size,
             seed=seed,
             num_examples=config.autoattack_examples,
+            partial=partial,
+            show_progress=show_progress,
         )
     return results
 
@@ -241,8 +265,8 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> nn.Module:
     if set(names) != set(class_names):
         logger.warning(
             "the model calls its classes %s, the dataset %s: taking them to be in the same order",
-            ", ".join(map(str, names[:5])),
-            ", ".join(class_names[:5]),
+            ", ".join(map(plain_text, names[:5])),
+            ", ".join(map(plain_text, class_names[:5])),
         )
         return loaded.model
     return ReorderedLogits(loaded.model, [names.index(name) for name in class_names])

@@ -1,28 +1,21 @@
-"""Where the examples come from: the digits, a local folder or the Hub; which splits, columns and classes.
-
-Everything here is cheap: no image is decoded. Every choice follows a rule and can be overridden by a setting that the
-error messages name.
-"""
+"""Where the examples come from: the digits, a local folder or the Hub, with a local copy or as a stream."""
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from torch import Tensor
+import pyarrow as pa
+import pyarrow.compute as pc
 
 DIGITS = "digits"
-TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-LABEL_DTYPES = re.compile(r"u?int\d+|(large_)?string|bool")
+STREAMED_BUILDERS = {"Parquet", "WebDataset"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +33,25 @@ class Source:
     revision: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamedSource:
+    """A dataset opened without a local copy.
+
+    Attributes:
+        splits: every split, by name.
+        files: of each split the parquet files or tar archives, in order; paths or URLs.
+        versions: of each split what tells one version of its files from another.
+        config_name: the configuration that was opened; as given for local data.
+        revision: its commit, if known, else the revision asked for; None for local data.
+    """
+
+    splits: Mapping[str, datasets.IterableDataset]
+    files: Mapping[str, tuple[str, ...]]
+    versions: Mapping[str, str]
+    config_name: str | None
+    revision: str | None
+
+
 def open_source(name: str, config_name: str | None, revision: str | None) -> Source:
     """Open ``digits``, a local folder (parquet, class folders, ``save_to_disk``) or a dataset of the Hub.
 
@@ -48,37 +60,125 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
     Raises:
         ValueError: if it cannot be opened; the message names the setting and the way out, the cause is kept.
     """
-    folder = Path(name).expanduser()
-    local = name == DIGITS or folder.exists()
-    if local and revision is not None:
-        raise ValueError(f"--dataset_revision {revision}: only datasets of the Hub have revisions, {name!r} is local")
+    local = _is_local(name, config_name, revision)
     if name == DIGITS:
-        if config_name is not None:
-            raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
         return Source(splits=_digits(), config_name=None, revision=None)
-    if folder.is_file():
-        raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
-    if not local and not HUB_ID.fullmatch(name):
-        raise ValueError(
-            f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
-        )
     try:
-        if local and any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(str(folder))
+        if local and _is_saved(Path(name).expanduser()):
+            saved = datasets.load_from_disk(str(Path(name).expanduser()))
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return Source(splits=splits, config_name=config_name, revision=None)
         # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
-        path = str(folder.resolve()) if local else name
-        builder = datasets.load_dataset_builder(path, config_name, revision=revision)
+        builder = _builder(name, config_name, revision, local=local)
         builder.download_and_prepare()
         splits = builder.as_dataset()
     except Exception as error:
         # Network, Hub, file format: dozens of exception types, and all of them end the run.
         raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
+    if not local:
+        _refuse_files_of_this_machine(name, splits)
+    opened, commit = _opened(builder, config_name, revision, local=local)
+    return Source(splits=splits, config_name=opened, revision=commit)
+
+
+def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> StreamedSource:
+    """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
+
+    Raises:
+        ValueError: if it cannot be opened or has another layout; the message names the way out.
+    """
+    local = _is_local(name, config_name, revision)
+    layout = "scikit-learn's digits" if name == DIGITS else ""
+    if local and _is_saved(Path(name).expanduser()):
+        layout = "a folder written by save_to_disk"
+    if not layout:
+        try:
+            builder = _builder(name, config_name, revision, local=local)
+            splits = builder.as_streaming_dataset()
+        except Exception as error:
+            raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
+        kinds = {kind.__name__ for kind in type(builder).__mro__}
+        layout = "" if kinds & STREAMED_BUILDERS else f"read by datasets' {type(builder).__mro__[1].__name__}"
+    if layout:
+        raise ValueError(
+            f"--dataset_streaming: --dataset_name {name} is {layout}, and only parquet files and WebDataset archives "
+            "(.tar) are streamed; leave it out, or convert the dataset (push_to_hub writes parquet)"
+        )
+    files = {str(split): tuple(map(str, found)) for split, found in builder.config.data_files.items()}
+    versions = {str(split): str(found.origin_metadata) for split, found in builder.config.data_files.items()}
+    opened, commit = _opened(builder, config_name, revision, local=local)
+    return StreamedSource(splits=splits, files=files, versions=versions, config_name=opened, revision=commit)
+
+
+def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
+    """Refuse a dataset of the Hub whose rows name files outside of the cache instead of holding images.
+
+    They would be read, and a few are drawn in a figure that is published.
+
+    Raises:
+        ValueError: naming split, row and file.
+    """
+    caches = {datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE}
+    caches |= {
+        os.environ[variable] for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if variable in os.environ
+    }
+    roots = [Path(cache).expanduser().resolve() for cache in caches]
+    for split, rows in splits.items():
+        for column, feature in rows.features.items():
+            kind = rows.data.schema.field(column).type
+            if not isinstance(feature, datasets.Image | dict) or not pa.types.is_struct(kind):
+                continue
+            if {"bytes", "path"} - {kind.field(number).name for number in range(kind.num_fields)}:
+                continue
+            stored = rows.data.table.column(column)
+            paths = pc.struct_field(stored, "path")
+            for row in pc.indices_nonzero(pc.is_null(pc.struct_field(stored, "bytes"))).to_pylist():
+                path = paths[row].as_py()
+                if path is not None and not any(Path(path).resolve().is_relative_to(root) for root in roots):
+                    raise ValueError(
+                        f"--dataset_name {name}: split {split!r}, row {row} holds no image, it names the file "
+                        f"{path!r} of this machine, which a dataset of the Hub may not; choose another dataset"
+                    )
+
+
+def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
+    """Whether ``name`` is the digits or a folder.
+
+    Raises:
+        ValueError: if it is neither that nor a Hub id, or has a configuration or revision that cannot be.
+    """
+    folder = Path(name).expanduser()
+    local = name == DIGITS or folder.exists()
+    if local and revision is not None:
+        raise ValueError(f"--dataset_revision {revision}: only datasets of the Hub have revisions, {name!r} is local")
+    if name == DIGITS and config_name is not None:
+        raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
+    if name != DIGITS and folder.is_file():
+        raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
+    if not local and not HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
+        )
+    return local
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote the folder."""
+    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+
+
+def _builder(name: str, config_name: str | None, revision: str | None, *, local: bool) -> datasets.DatasetBuilder:
+    path = str(Path(name).expanduser().resolve()) if local else name
+    return datasets.load_dataset_builder(path, config_name, revision=revision)
+
+
+def _opened(
+    builder: datasets.DatasetBuilder, config_name: str | None, revision: str | None, *, local: bool
+) -> tuple[str | None, str | None]:
+    """The configuration and the commit that were opened."""
     if local:
-        return Source(splits=splits, config_name=config_name, revision=None)
-    commit = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else revision
-    return Source(splits=splits, config_name=builder.config.name, revision=commit)
+        return config_name, None
+    return builder.config.name, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else revision
 
 
 def _explain(error: Exception, name: str, config_name: str | None, revision: str | None, *, local: bool) -> str:
@@ -114,181 +214,3 @@ def _digits() -> datasets.DatasetDict:
     )
     columns = {"image": list(pixels), "label": scans.target}
     return datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features))
-
-
-def choose_splits(names: Sequence[str], train_split: str | None, test_split: str | None) -> tuple[str, str | None]:
-    """Names of the split to train on and of the one to test on.
-
-    Train is ``train``, or the only split. Test is the first there is of test, validation, valid, val and dev; None
-    means that it has to be held out of train. Where there is both a test and a validation split, validation is not
-    used: selection has its own part of train.
-
-    Raises:
-        ValueError: if a named split does not exist, the rule does not apply, or both are the same.
-    """
-    if train_split is None:
-        if "train" not in names and len(names) > 1:
-            raise ValueError(f"no split is called 'train': choose one of {_listed(names)} with --train_split")
-        train_split = "train" if "train" in names else names[0]
-    if train_split not in names:
-        raise ValueError(_unknown("--train_split", train_split, names))
-    if test_split is None:
-        return train_split, next((name for name in TEST_SPLITS if name in names and name != train_split), None)
-    if test_split not in names:
-        raise ValueError(_unknown("--test_split", test_split, names))
-    if test_split == train_split:
-        raise ValueError(
-            f"--test_split {test_split} is the training split: the test would be on images seen in training. "
-            "Leave it out to hold a part out of train (--test_fraction)"
-        )
-    return train_split, test_split
-
-
-def choose_image_column(features: datasets.Features, image_column: str | None) -> str:
-    """The image column: the only ``Image`` feature, else the only column of encoded bytes.
-
-    Raises:
-        ValueError: if the named column does not exist or holds no images, or the rule does not apply.
-    """
-    if image_column is not None:
-        if image_column not in features:
-            raise ValueError(_unknown("--image_column", image_column, features))
-        if not _is_image(features[image_column]) and not _is_encoded(features[image_column]):
-            raise ValueError(
-                f"--image_column {image_column}: expected images or encoded bytes, got {features[image_column]}"
-            )
-        return image_column
-    candidates: list[str] = [name for name, feature in features.items() if _is_image(feature)]
-    candidates = candidates or [name for name, feature in features.items() if _is_encoded(feature)]
-    if len(candidates) != 1:
-        found = f"several image columns, {_listed(candidates)}" if candidates else "no image column"
-        raise ValueError(f"the dataset has {found}; name one of its columns {_listed(features)} with --image_column")
-    return candidates[0]
-
-
-def _is_image(feature: object) -> bool:
-    return isinstance(feature, datasets.Image)
-
-
-def _is_encoded(feature: object) -> bool:
-    if isinstance(feature, dict):
-        return "bytes" in feature and set(feature) <= {"bytes", "path"} and _is_encoded(feature["bytes"])
-    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-
-
-def choose_label_column(features: datasets.Features, label_column: str | None) -> str:
-    """The label column: the only ``ClassLabel``, else the first name of ``LABEL_COLUMNS`` that there is.
-
-    Raises:
-        ValueError: if the named column does not exist or holds no labels, or the rule does not apply.
-    """
-    if label_column is None:
-        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        usable = classes or [name for name, feature in features.items() if _is_label(feature)]
-        named = classes if len(classes) == 1 else [name for name in LABEL_COLUMNS if name in usable]
-        if not named:
-            found = f"several label columns, {_listed(classes)}" if classes else "no label column"
-            unusable = [name for name in LABEL_COLUMNS if name in features and name not in usable]
-            if unusable and not classes:
-                # A pandas column of integers with a gap becomes floats, so this is how labels often arrive.
-                kind = getattr(features[unusable[0]], "dtype", features[unusable[0]])
-                found += f" ({unusable[0]!r} is {kind}, and labels are integers, strings or booleans: convert it)"
-            raise ValueError(
-                f"the dataset has {found}; name one of its columns {_listed(features)} with --label_column"
-            )
-        return named[0]
-    if label_column not in features:
-        raise ValueError(_unknown("--label_column", label_column, features))
-    if not _is_label(features[label_column]):
-        raise ValueError(
-            f"--label_column {label_column}: expected one class label, integer, string or boolean per image, got "
-            f"{features[label_column]}"
-        )
-    return label_column
-
-
-def _is_label(feature: object) -> bool:
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and LABEL_DTYPES.fullmatch(feature.dtype) is not None
-
-
-def encoded_column(splits: datasets.DatasetDict, split: str, column: str) -> datasets.Dataset:
-    """The image column of a split alone, named ``image`` and left encoded: ``{"bytes": ..., "path": ...}``.
-
-    Raises:
-        ValueError: if the split does not have the column.
-    """
-    _check_column(splits, split, column, "--image_column")
-    encoded = splits[split].select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return encoded if column == "image" else encoded.rename_column(column, "image")
-
-
-def read_labels(
-    splits: datasets.DatasetDict, column: str, train_split: str, test_split: str | None
-) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
-    """Labels of train and test as 0..C-1, and the names of the classes.
-
-    The classes are those that a ``ClassLabel`` declares, whether or not each has an example; for integers, strings
-    and booleans they are the sorted distinct values in train.
-
-    Returns:
-        (N,) int64 labels of train, (M,) int64 labels of test or None, C class names.
-
-    Raises:
-        ValueError: if an example has no label or one that train does not have, or there are fewer than 2 classes.
-    """
-    train = _label_values(splits, column, train_split)
-    feature = splits[train_split].features[column]
-    classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(train))
-    if len(classes) < 2:
-        raise ValueError(
-            f"--label_column {column}: split {train_split!r} has {len(classes)} class, at least 2 are needed"
-        )
-    index_of = {value: index for index, value in enumerate(classes)}
-    train_labels = torch.tensor([index_of[value] for value in train])
-    if test_split is None:
-        return train_labels, None, tuple(map(str, classes))
-    test = _label_values(splits, column, test_split)
-    row = next((row for row, value in enumerate(test) if value not in index_of), None)
-    if row is not None:
-        raise ValueError(
-            f"split {test_split!r}, row {row}: label {test[row]!r} does not occur in split {train_split!r}; "
-            "choose other splits with --train_split and --test_split, or another --label_column"
-        )
-    return train_labels, torch.tensor([index_of[value] for value in test]), tuple(map(str, classes))
-
-
-def _label_values(splits: datasets.DatasetDict, column: str, split: str) -> list[Any]:
-    """Labels of a split as they are in the data; class names for a ``ClassLabel``."""
-    _check_column(splits, split, column, "--label_column")
-    values = splits[split][column][:]
-    if not values:
-        raise ValueError(f"split {split!r} is empty: choose another with --train_split or --test_split")
-    unlabeled = [row for row, value in enumerate(values) if value is None or (isinstance(value, int) and value < 0)]
-    if unlabeled:
-        raise ValueError(
-            f"split {split!r}, column {column!r}: {len(unlabeled)} of {len(values)} examples have no label "
-            f"(first: row {unlabeled[0]}, value {values[unlabeled[0]]}); choose a labeled split with --train_split or "
-            f"--test_split, there are {_listed(splits)}, or another --label_column"
-        )
-    feature = splits[split].features[column]
-    return [feature.names[value] for value in values] if isinstance(feature, datasets.ClassLabel) else values
-
-
-def _check_column(splits: datasets.DatasetDict, split: str, column: str, flag: str) -> None:
-    if column not in splits[split].features:
-        raise ValueError(
-            f"split {split!r} has no column {column!r}, only {_listed(splits[split].features)}; choose other splits "
-            f"with --train_split and --test_split, or another {flag}"
-        )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _unknown(flag: str, value: str, names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(value, list(names), n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{flag} {value}: the dataset has no such name; {hint}There are {_listed(names)}"

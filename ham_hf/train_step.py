@@ -15,7 +15,7 @@ Invariants held here:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -28,7 +28,9 @@ from ham_hf.attacks import evaluation_mode
 from ham_hf.data import PixelBatch
 from ham_hf.method_state import MethodState
 from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
+from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.sharding import gathered, local_part
 from ham_hf.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
 
@@ -47,6 +49,7 @@ class Totals:
         mined: examples that mining looked at.
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
+        stops: requests to stop, of all processes.
     """
 
     loss: float = 0.0
@@ -55,6 +58,7 @@ class Totals:
     mined: float = 0.0
     seen: float = 0.0
     seconds: float = 0.0
+    stops: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         """The sums over the updates of both."""
@@ -96,6 +100,7 @@ class TrainStep:
         max_grad_norm: clip the norm of the normalized gradient; None does not.
         awp_gamma: size of the adversarial weight perturbation, relative to the norm of each weight; None does without.
         awp_start_epoch: first 0-based epoch that perturbs weights.
+        attack_precision: "training" attacks in the precision of the training forward, "bf16" in bfloat16.
     """
 
     def __init__(
@@ -113,23 +118,33 @@ class TrainStep:
         max_grad_norm: float | None = None,
         awp_gamma: float | None = None,
         awp_start_epoch: int = 0,
+        attack_precision: str = "training",
     ) -> None:
         self.model, self.optimizer, self.objective, self.attack = model, optimizer, objective, attack
         self.accelerator, self.seed = accelerator, seed
         self.memory_format, self.ema, self.max_grad_norm = memory_format, ema, max_grad_norm
         self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
         self.module: nn.Module = accelerator.unwrap_model(model)
+        self.attacked = BFloat16Passes(self.module) if attack_precision == "bf16" else self.module
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
 
-    def __call__(self, batches: Sequence[PixelBatch], *, epoch: int, step: int) -> Totals:
+    def __call__(
+        self,
+        batches: Sequence[PixelBatch],
+        *,
+        epoch: int,
+        step: int,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> Totals:
         """One update: all inner maximizations, then a forward and a backward each; then the optimizer.
 
         Args:
             batches: this process's batches, one per accumulation step.
             epoch: 0-based epoch.
             step: 0-based update, for the random streams.
+            stop: gives a reason to stop after this update, if there is one; ``stops`` tells the other processes.
 
         Returns:
             Sums over all processes; ``updates`` is 0 if the update was skipped.
@@ -138,13 +153,14 @@ class TrainStep:
             NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
         """
         place = (epoch, step)
-        outer = [self._inner_maximization(number, batch, place) for number, batch in enumerate(batches)]
-        self._preview(batches, outer, place)
+        with gathered(self.accelerator, self.module):
+            outer = self._inner_maximization(batches, place)
+            self._preview(batches, outer, place)
         works, divisor = self._weigh(batches, outer, epoch)
         with self._perturbed_weights(works, place):
             loss, observed = self._backward(works, place)
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            sums = torch.zeros(5, device=divisor.device, dtype=divisor.dtype)
+            gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
+            sums = torch.zeros(6, device=divisor.device, dtype=divisor.dtype)
             sums[0] = loss
             if gradients:
                 sums[1] = torch.stack([norm.to(sums) for norm in torch._foreach_norm(gradients)]).sum()
@@ -153,30 +169,38 @@ class TrainStep:
                 if work.batch.hard is not None:
                     sums[3] += work.batch.hard.sum()
                     sums[4] += len(work.y)
+            sums[5] = float(stop() is not None)
             sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
             # The only wait for the device in an update, apart from finding the hard rows.
-            total, gradient_size, seen, hard, mined, weight = torch.cat([sums[:5], divisor.amax()[None]]).tolist()
+            total, gradient_size, seen, hard, mined, stops, weight = torch.cat(
+                [sums[:6], divisor.amax()[None]]
+            ).tolist()
             self._refuse_if_not_finite(total, gradient_size, step)
             if weight > 0:
                 self._update()
         self.optimizer.zero_grad()
-        self.method_state.after_update(sums[5:], epoch=epoch)
+        self.method_state.after_update(sums[6:], epoch=epoch)
         if weight > 0:
             self._average_buffers()
             if self.ema is not None:
                 self.ema.update(self.module, step=step + 1)
-        return Totals(loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen)
+        return Totals(loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops)
 
-    def _inner_maximization(self, number: int, batch: PixelBatch, place: tuple[int, int]) -> OuterBatch:
+    def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
         rank = self.accelerator.process_index
-        return self.objective.outer_batch(
-            self.module,
-            batch.x.contiguous(memory_format=self.memory_format),
-            batch.y,
+        return self.objective.outer_batches(
+            self.attacked,
+            [
+                (
+                    batch.x.contiguous(memory_format=self.memory_format),
+                    batch.y,
+                    make_generator(batch.x.device, self.seed, Stream.ATTACK, *place, rank, number),
+                )
+                for number, batch in enumerate(batches)
+            ],
             attack=self.attack,
             epoch=place[0],
             states=self.method_state.states,
-            generator=make_generator(batch.x.device, self.seed, Stream.ATTACK, *place, rank, number),
         )
 
     def _preview(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:

@@ -7,7 +7,8 @@
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
     python recipes/evaluate.py --help
 
-Writes report.json, figures/ and EVALUATION.md (the evaluation part of a model card).
+Writes report.json, figures/ and EVALUATION.md (the evaluation part of a model card). Killed in the middle, the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ham_hf.checkpoint import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
-from ham_hf.config import config_to_dict, parse_evaluate_config
-from ham_hf.evaluation import require_autoattack
+from ham_hf.autoattack import require_autoattack
+from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
+from ham_hf.hub_waiting import limit_waiting
 from ham_hf.launching import clean_exit, create_accelerator, set_up_logging
+from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import load_pixel_model
+from ham_hf.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
+from ham_hf.partial_results import remove_partial_results
 from ham_hf.report import results_table, text_table
 from ham_hf.reporting import evaluation_report, write_evaluation
+from ham_hf.run_lock import RunLock
 from ham_hf.runs import (
     align_classes,
     check_test_images,
@@ -40,7 +45,18 @@ logger = logging.getLogger("ham_hf.evaluate")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation from the command line ``argv`` (None: the process's)."""
     set_up_logging()
+    limit_waiting()
     config = parse_evaluate_config(argv)
+    try:
+        with RunLock(config.output_path) as lock:
+            evaluate(config, lock)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
+
+
+def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
+    """Run one evaluation; ``lock`` is acquired here, on the main process."""
     with clean_exit(ValueError, OSError):
         if config.evaluation.autoattack:
             require_autoattack()
@@ -49,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded)
         # Training images are not looked at; of each class one is loaded, so that the loader can tell the classes.
-        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=num_logits(loaded))
+        # Of a stream nothing is loaded, and its classes are declared.
+        limit = None if config.data.dataset_streaming else num_logits(loaded)
+        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=limit)
         with accelerator.main_process_first():
             data = load_data(
                 settings, image_size=loaded.preprocessing.image_size, inputs=loaded.preprocessing, seed=config.seed
@@ -57,19 +75,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_test_images(loaded, data, config.data.test_fraction)
         model = align_classes(loaded, data.class_names)
         if accelerator.is_main_process:
+            lock.acquire()
             clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
         accelerator.wait_for_everyone()
     logger.info("evaluating %s on %d images of %s", config.model, len(data.test), data.name)
 
-    results = evaluate_on_test(
-        model,
-        data.test,
-        config.evaluation,
-        num_classes=len(data.class_names),
-        threat_model=threat_model,
-        accelerator=accelerator,
-        seed=config.seed,
+    way_out = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory (--use_cpu takes the CPU's)"
     )
+    with clean_exit(MemoryExhaustedError), explain_out_of_memory(way_out):
+        results = evaluate_on_test(
+            model,
+            data.test,
+            config.evaluation,
+            num_classes=len(data.class_names),
+            threat_model=threat_model,
+            accelerator=accelerator,
+            seed=config.seed,
+            output_dir=config.output_path,
+        )
 
     if accelerator.is_main_process:
         report = evaluation_report(
@@ -84,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
         write_evaluation(report, config.output_path, examples=examples)
+        remove_partial_results(config.output_path)
         sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()
 

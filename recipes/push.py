@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model_license", "--model-license", help="license of the weights; default: that of the run's settings"
     )
     arguments = parser.parse_args(argv)
-    with clean_exit(ValueError, PushError):
+    with clean_exit(ValueError, OSError, PushError):
         missing = [
             name
             for name in ("model.safetensors", "config.json", REPORT_NAME)
@@ -42,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if missing:
             raise ValueError(f"{arguments.folder} is not the folder of a finished run: {', '.join(missing)} missing")
         report = read_report(arguments.folder / REPORT_NAME)
+        model_license = arguments.model_license or report.config.get("model_license")
+        if report.training is None or not isinstance(model_license, str):
+            raise ValueError(
+                f"{arguments.folder} holds no training: its {REPORT_NAME} lacks "
+                + ("a training section" if report.training is None else "the license; name it with --model_license")
+            )
         repo_id = check_write_access(
             arguments.hub_model_id, private=arguments.hub_private_repo, revision=arguments.hub_revision
         )
         # The card's loading lines name the repository, which may be another one than the run knew of.
-        model_license = arguments.model_license or str(report.config["model_license"])
         write_card(report, arguments.folder, repo_id=repo_id, model_license=model_license)
         url = push_folder(arguments.folder, repo_id, revision=arguments.hub_revision, commit_message="Robust model")
     sys.stdout.write(f"pushed to {url}\n")

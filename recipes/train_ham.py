@@ -17,19 +17,35 @@ import copy
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.checkpoint import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, load_best
-from ham_hf.config import config_to_dict, parse_train_config
-from ham_hf.evaluation import require_autoattack
+from ham_hf.autoattack import require_autoattack
+from ham_hf.checkpoint import load_best
+from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
+from ham_hf.decoding import CorruptImageError
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.launching import clean_exit, create_accelerator, explain_interrupt, peak_memory_bytes, set_up_logging
+from ham_hf.hub_waiting import limit_waiting
+from ham_hf.launching import (
+    FaultError,
+    check_shared_folder,
+    clean_exit,
+    create_accelerator,
+    explain_faults,
+    explain_interrupt,
+    peak_memory_bytes,
+    set_up_logging,
+)
+from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import input_defaults
 from ham_hf.objectives import InnerAttack
 from ham_hf.optimization import check_optimizer
+from ham_hf.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
+from ham_hf.partial_results import remove_partial_results
 from ham_hf.report import results_table, text_table
 from ham_hf.reporting import training_report, write_config, write_training
+from ham_hf.run_lock import RunLock
 from ham_hf.runlog import check_tracker
 from ham_hf.runs import (
     evaluate_on_test,
@@ -38,6 +54,8 @@ from ham_hf.runs import (
     load_data,
     new_model,
 )
+from ham_hf.shards import StreamError
+from ham_hf.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.train_step import NonFiniteLossError
 from ham_hf.trainer import Trainer
 
@@ -47,7 +65,15 @@ logger = logging.getLogger("ham_hf.train_ham")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from the command line ``argv`` (None: the process's)."""
     set_up_logging()
+    limit_waiting()
     config = parse_train_config(argv, default_recipe=Path(__file__).parent / "digits" / "ham.yaml")
+    folder = Path(config.training.output_dir)
+    with stop_requests(folder, config.training.max_train_hours) as stop, RunLock(folder) as lock:
+        train(config, stop, lock)
+
+
+def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
+    """Run one training; ``lock`` is acquired here, on the main process."""
     folder, hub, seed = Path(config.training.output_dir), config.hub, config.training.seed
     threat_model = ThreatModel(config.attack.norm, config.attack.epsilon)
 
@@ -70,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             mixed_precision=config.training.mixed_precision,
             report_to=config.training.report_to,
             logging_dir=folder / "logs",
+            ddp_timeout=config.training.ddp_timeout,
         )
+        if accelerator.is_main_process:
+            lock.acquire()
         repo_id = None
         if hub.push_to_hub and accelerator.is_main_process:
             repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
@@ -98,11 +127,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
         )
         trainer.resume()
+        # With another number of processes than before, the accumulation is another one too.
+        config = replace(config, training=trainer.config)
         if accelerator.is_main_process:
             if config.training.overwrite_output_dir:
                 clear_output_dir(folder, OWNED_BY_TRAINING)
             write_config(config, folder)
-        accelerator.wait_for_everyone()
+        patience = min(40.0, config.training.ddp_timeout / 2)
+        check_shared_folder(folder / "train_config.yaml", accelerator, patience=patience)
 
     ########################
     # Training
@@ -118,52 +150,69 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.device,
     )
     accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
-    with clean_exit(NonFiniteLossError), explain_interrupt(folder):
-        progress = trainer.fit()
+    faults = (NonFiniteLossError, MemoryExhaustedError, CorruptImageError, StreamError, FaultError, OSError)
+    world = accelerator.num_processes
+    try:
+        with clean_exit(*faults), explain_interrupt(folder), explain_faults(num_processes=world), stop.deferred():
+            progress = trainer.fit(stop)
+    except TrainingStopped:
+        accelerator.end_training()
+        raise
     peak_memory = peak_memory_bytes(accelerator.device)
     accelerator.wait_for_everyone()
 
     ########################
     # Evaluation of the selected weights on the test split, once
     ########################
-    weights, best = load_best(folder)
-    selected.load_state_dict(weights)
-    results = evaluate_on_test(
-        selected,
-        data.test,
-        config.evaluation,
-        num_classes=len(data.class_names),
-        threat_model=threat_model,
-        accelerator=accelerator,
-        seed=seed,
-        show_progress=not config.training.disable_tqdm,
+    way_out = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory; --resume_from_checkpoint latest trains nothing again"
     )
+    with clean_exit(*faults), explain_faults(num_processes=world), explain_out_of_memory(way_out):
+        weights, best = load_best(folder)
+        selected.load_state_dict(weights)
+        results = evaluate_on_test(
+            selected,
+            data.test,
+            config.evaluation,
+            num_classes=len(data.class_names),
+            threat_model=threat_model,
+            accelerator=accelerator,
+            seed=seed,
+            output_dir=folder,
+            memory_format=trainer.train_step.memory_format,
+            show_progress=not config.training.disable_tqdm,
+        )
 
     ########################
     # Artefacts, then the Hub
     ########################
     if accelerator.is_main_process:
-        exported = export_model(selected, config, data, preprocessing)
-        report = training_report(
-            config,
-            selected,
-            exported,
-            preprocessing,
-            data,
-            progress,
-            best,
-            results,
-            accelerator,
-            peak_memory_bytes=peak_memory,
-        )
-        examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
-        write_training(report, folder, examples=examples, repo_id=repo_id)
+        with clean_exit(FaultError), explain_unfinished(folder):
+            exported = export_model(selected, config, data, preprocessing)
+            report = training_report(
+                config,
+                selected,
+                exported,
+                preprocessing,
+                data,
+                progress,
+                best,
+                results,
+                accelerator,
+                peak_memory_bytes=peak_memory,
+            )
+            examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
+            write_training(report, folder, examples=examples, repo_id=repo_id)
+            remove_partial_results(folder)
         sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
-        if hub.push_to_hub:
-            with clean_exit(PushError):
-                url = push_folder(folder, str(repo_id), revision=hub.hub_revision, commit_message="Robust model")
-            sys.stdout.write(f"pushed to {url}\n")
+    main_process = accelerator.is_main_process
+    # Before the push: a failed one ends the process, and nobody has to wait for one that takes long.
     accelerator.end_training()
+    if main_process and hub.push_to_hub:
+        with clean_exit(PushError):
+            url = push_folder(folder, str(repo_id), revision=hub.hub_revision, commit_message="Robust model")
+        sys.stdout.write(f"pushed to {url}\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,16 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave long fault tests to ``make faults``, which asks for them with ``-m faults``."""
+    if "faults" in config.option.markexpr:
+        return
+    for item in items:
+        mark = item.get_closest_marker("faults")
+        if mark is not None and not mark.kwargs.get("quick", False):
+            item.add_marker(pytest.mark.skip(reason="a long fault test: make faults runs it"))
+
+
 @pytest.fixture(scope="session")
 def subprocess_env(tmp_path_factory):
     """Environment for programs that tests start: CPU, one thread, offline, caches of their own."""
@@ -28,3 +38,21 @@ def subprocess_env(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
         "MPLCONFIGDIR": str(home),
     }
+
+
+@pytest.fixture
+def quick_autoattack(monkeypatch):
+    """The attacks of AutoAttack with few steps, for what is done around them; gives their class."""
+    from ham_hf import autoattack
+
+    full = autoattack.require_autoattack()
+
+    class Quick(full):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.square.n_queries = 5
+            for attack in (self.apgd, self.apgd_targeted, self.fab):
+                attack.n_iter = 2
+
+    monkeypatch.setattr(autoattack, "require_autoattack", lambda: Quick)
+    return Quick

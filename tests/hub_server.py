@@ -19,9 +19,10 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,9 +55,11 @@ def hub_environment(hub: Hub, folder: Path, *, token: str | None) -> dict[str, s
 class RefusalError(Exception):
     """Answered with an HTTP status; ``code`` is the Hub's X-Error-Code."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 class Request(NamedTuple):
@@ -72,14 +75,18 @@ class Request(NamedTuple):
 class Fault:
     """What happens to the next ``times`` requests whose "METHOD /path" matches.
 
-    kind "status": answered with ``status``; "drop": the connection closes when half of the body has been read;
-    "lose_reply": the request takes effect, and the connection closes instead of the answer.
+    kind "status": answered with ``status`` and ``headers``; "drop": the connection closes when half of the body has
+    been read; "lose_reply": the request takes effect, and the connection closes instead of the answer; "hang": the
+    body is read, and no answer ever comes; "cut": the answer promises all of its bytes, and the connection closes
+    after half of them; "first": ``action`` is done before the request is answered as ever.
     """
 
     pattern: str
     kind: str
     times: int
     status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    action: Callable[[], object] = lambda: None
 
 
 class Blob:
@@ -145,6 +152,13 @@ class Repo:
         return commits
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *client: object) -> None:
+        """A client that gave up waiting is no error of the server."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*client)
+
+
 class Hub:
     """The server, a context manager; ``tokens`` maps a token to its user, those in ``read_only`` may not write."""
 
@@ -164,8 +178,9 @@ class Hub:
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server = _Server(("127.0.0.1", port), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -174,17 +189,27 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
-    def fail(self, pattern: str, *, status: int, times: int = 1) -> None:
-        self.faults.append(Fault(pattern, "status", times, status))
+    def fail(self, pattern: str, *, status: int, times: int = 1, headers: Mapping[str, str] | None = None) -> None:
+        self.faults.append(Fault(pattern, "status", times, status, headers or {}))
 
     def drop(self, pattern: str, *, times: int = 1) -> None:
         self.faults.append(Fault(pattern, "drop", times))
 
     def lose_reply(self, pattern: str, *, times: int = 1) -> None:
         self.faults.append(Fault(pattern, "lose_reply", times))
+
+    def hang(self, pattern: str, *, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, "hang", times))
+
+    def cut(self, pattern: str, *, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, "cut", times))
+
+    def before(self, pattern: str, action: Callable[[], object], *, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, "first", times, action=action))
 
     def model(self, name: str) -> Repo:
         return self.repos["model", name]
@@ -217,19 +242,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.log.append(Request(self.command, self.path, None, 0))
             return
         body = self.read_body()
+        if fault and fault.kind == "hang":
+            self.hub.log.append(Request(self.command, self.path, None, len(body)))
+            self.hub.closing.wait()
+            self.hang_up()
+            return
+        self.cut = fault is not None and fault.kind == "cut"
         try:
             with self.hub.lock:
                 if fault and fault.kind == "status":
-                    raise RefusalError(fault.status, "injected")
-                self.silent = fault is not None
+                    raise RefusalError(fault.status, "injected", headers=fault.headers)
+                if fault and fault.kind == "first":
+                    fault.action()
+                self.silent = fault is not None and fault.kind == "lose_reply"
                 self.route(parts.path, body)
         except RefusalError as refusal:
-            headers = {"X-Error-Message": refusal.message}
+            headers = {"X-Error-Message": refusal.message, **refusal.headers}
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
             self.send(refusal.status, {"error": refusal.message}, headers)
         if self.silent:
             self.status = None
+        if self.silent or self.cut:
             self.hang_up()
         self.hub.log.append(Request(self.command, self.path, self.status, len(body)))
 
@@ -253,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if self.cut else data)
 
     def send_file(self, data: bytes, headers: Mapping[str, str]) -> None:
         span = re.match(r"bytes=(\d*)-(\d*)$", self.headers.get("Range") or "")

@@ -107,6 +107,7 @@ def every_method():
         "ham-cfa": (early(HAM, class_margin="cfa", class_rule_args={"cfa_start_epoch": 1}), {}),
         "ham-dafa": (early(HAM, class_weighting="dafa", class_rule_args={"dafa_start_epoch": 1}), {}),
         "ham-awp": (early(HAM), {"awp_gamma": 0.01}),
+        "ham-packed": (early(HAM, pack_hard_examples=True), {}),
         "ham-ema": (early(HAM), {"ema_decay": 0.9}),
         "ham-fawa": (early(HAM), {"fawa": "on", "fawa_threshold": 0.0}),
         "ham-faal": (early(HAM, class_weighting="faal"), {}),

@@ -16,6 +16,12 @@ PROCESSES = {
     2: ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"],
 }
 
+# What a user writes after `accelerate launch`, and nothing else.
+CONFIGURED = {
+    path.name: [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={path}"]
+    for path in sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
+}
+
 # A network that trains in seconds and still is published as plain resnet18.
 SMALL = [
     "--dataset_name=digits",

@@ -15,7 +15,7 @@ from tests.benchmarks.yardsticks import Attack, Floor, PassCounter, careful_step
 
 BATCH, K, M = 10, 10, 3
 ATTACK = Attack(epsilon=8 / 255, step_size=2 / 255, num_steps=K, mining_step=M)
-SCRIPTS = ("step", "epoch", "evaluation", "memory", "profile", "scaling", "gpu")
+SCRIPTS = ("step", "epoch", "evaluation", "memory", "profile", "scaling", "streaming", "gpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
-from ham_hf.evaluation import EvaluationAttack, autoattack_version, evaluate, evaluate_autoattack, standard_attacks
-from ham_hf.seeding import Stream, make_generator
+from ham_hf.autoattack import autoattack_version, evaluate_autoattack
+from ham_hf.evaluation import EvaluationAttack, evaluate, standard_attacks
+from ham_hf.seeding import Stream, derive_seed, make_generator
 from tests.golden_data import golden_case, golden_net
 from tests.nets import TensorImages, group_norm_net
 
@@ -108,7 +109,7 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
         labels = net(x).argmax(1)
     labels[::4] = (labels[::4] + 1) % num_classes
     split = TensorImages(x, labels)
-    common = {"num_classes": num_classes, "accelerator": accelerator, "batch_size": 8, "seed": 0}
+    common = {"num_classes": num_classes, "accelerator": accelerator, "batch_size": 16, "seed": 0}
     result = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 0.01), **common)
     version, attacks, _ = autoattack_version(num_classes)
     assert result.settings["version"] == version
@@ -119,6 +120,40 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
     assert result.flags.sum() <= weaker.flags.sum()
     untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)
     assert int(untouched.flags.sum()) == 9
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+def test_autoattack_runs_the_authors_attacks_one_after_the_other_on_what_is_left(
+    accelerator, num_classes, quick_autoattack
+):
+    net = group_norm_net(num_classes).float().eval()
+    x = torch.rand(60, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    labels = net(x).argmax(1)
+    labels[::9] = (labels[::9] + 1) % num_classes
+    threat = ThreatModel("linf", 0.04)
+    result = evaluate_autoattack(
+        net,
+        TensorImages(x, labels),
+        num_classes=num_classes,
+        threat_model=threat,
+        accelerator=accelerator,
+        batch_size=16,
+        seed=3,
+    )
+    assert not any(parameter.grad is not None for parameter in net.parameters())
+    _, attacks, num_targets = autoattack_version(num_classes)
+    expected, survivors = net(x).argmax(1), []
+    for position, name in enumerate(attacks):
+        left = (expected == labels).nonzero().squeeze(1)
+        survivors.append(len(left))
+        for number, rows in enumerate(left.split(16)):
+            seed = derive_seed(3, Stream.AUTOATTACK, position, number) % 2**32
+            theirs = quick_autoattack(net, attacks=[name], eps=0.04, norm="Linf", seed=seed, version="custom")
+            theirs.apgd.n_restarts = theirs.fab.n_restarts = theirs.apgd_targeted.n_restarts = 1
+            theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = num_targets
+            _, expected[rows] = theirs.run_standard_evaluation(x[rows], labels[rows], batch_size=16)
+    assert torch.equal(result.predictions, expected)
+    assert 0 < survivors[-1] < survivors[0]
 
 
 def test_autoattack_subset_is_stratified_and_said_to_be_one(net, split, accelerator):

@@ -33,10 +33,11 @@ def mine(model, case, **changes):
     return mine_hard_examples(model, case.x, case.y, **settings | changes)
 
 
+@pytest.mark.parametrize("in_step", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_mining_gives_the_authors_mask_and_examples(name):
+def test_mining_gives_the_authors_mask_and_examples(name, in_step):
     case = golden_case(name)
-    mined = mine(model_of(case), case)
+    mined = mine(model_of(case), case, classify_in_step=in_step)
     if name == "ham_alleasy":
         assert not mined.hard.any()
         assert mined.x_adv.shape == (0, 3, 16, 16)
@@ -84,6 +85,19 @@ def test_mining_makes_no_pass_that_the_algorithm_does_not_need():
     rows.clear()
     mine(net, golden_case("ham_alleasy"))
     assert rows == [10] * 4
+    rows.clear()
+    mine(net, case, classify_in_step=True)
+    assert rows == [batch] * 4 + [hard] * 6
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_moves_are_the_same_whichever_pass_classifies(in_step):
+    case, net = golden_case("ham_m3"), golden_net()
+    found = mine(net, case, track_moves=True, classify_in_step=in_step)
+    expected = mine(net, case, track_moves=True)
+    torch.testing.assert_close(found.largest_move, expected.largest_move, **TOLERANCE)
+    torch.testing.assert_close(found.early.logits, expected.early.logits, **TOLERANCE)
+    torch.testing.assert_close(found.early.x_adv, expected.early.x_adv, **TOLERANCE)
 
 
 def test_mining_leaves_the_model_alone():

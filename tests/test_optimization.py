@@ -6,9 +6,12 @@ import itertools
 import math
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from ham_hf.models import PixelModel
 from ham_hf.optimization import create_optimizer, create_scheduler, set_learning_rate
 
 
@@ -90,3 +93,51 @@ def test_decay_of_norm_and_bias_is_a_choice():
     assert sizes == {0.0: 3, 0.01: 1}
     with pytest.raises(ValueError, match=r"--optimizer momentun"):
         create_optimizer(net, "momentun", decay_norm_and_bias=True, **options)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "resnet18_cifar"])
+def test_layer_decay_reaches_the_layers_of_the_network_inside_the_pixel_model(name):
+    """With timm's own scales, under every schedule; the classifier has the full rate."""
+    net = timm.create_model(name, num_classes=3)
+    model = PixelModel(net, (0.5,) * 3, (0.25,) * 3)
+    options = {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.05, "decay_norm_and_bias": False}
+    optimizer = create_optimizer(model, "adamw", layer_decay=0.5, **options)
+    schedule = {"num_epochs": 4, "updates_per_epoch": 2, "min_learning_rate": 0.0, "step_unit": "step"}
+    scheduler = create_scheduler(optimizer, "piecewise", drops=[(1, 0.1)], warmup_epochs=0.0, **schedule)
+    by_parameter = {id(parameter): name for name, parameter in net.named_parameters()}
+    expected = {}
+    for group in param_groups_layer_decay(net, layer_decay=0.5):
+        expected |= {by_parameter[id(parameter)]: group["lr_scale"] for parameter in group["params"]}
+    assert len(set(expected.values())) > 2
+    assert expected.keys() == set(by_parameter.values())
+    for step, rate in ((0, 0.2), (2, 0.02)):
+        assert set_learning_rate(scheduler, epoch=step // 2, step=step) == pytest.approx(rate)
+        found = {by_parameter[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert found == pytest.approx({name: rate * scale for name, scale in expected.items()})
+    head = [name for name in expected if name.startswith(("head", "fc"))]
+    assert head
+    assert {expected[name] for name in head} == {1.0}
+
+
+def test_layer_decay_keeps_the_choice_of_what_is_decayed():
+    net = timm.create_model("test_vit", num_classes=3)
+    options = {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.05, "layer_decay": 0.5}
+    for everything in (True, False):
+        optimizer = create_optimizer(
+            PixelModel(net, (0.5,) * 3, (0.25,) * 3), "adamw", decay_norm_and_bias=everything, **options
+        )
+        biases = [group["weight_decay"] for group in optimizer.param_groups for p in group["params"] if p.ndim == 1]
+        assert set(biases) == ({0.05} if everything else {0.0})
+
+
+def test_layer_decay_of_a_network_without_known_layers_is_refused():
+    with pytest.raises(ValueError, match=r"--layer_decay 0\.5: timm does not say what the layers of Linear are"):
+        create_optimizer(
+            nn.Linear(2, 2),
+            "adamw",
+            learning_rate=0.1,
+            momentum=0.9,
+            weight_decay=0.0,
+            decay_norm_and_bias=True,
+            layer_decay=0.5,
+        )

@@ -50,6 +50,7 @@ def test_the_recipes_of_the_readme_exist():
         "svhn",
         "imagenette",
         "finetune",
+        "imagenet",
     }
 
 
@@ -115,7 +116,16 @@ def test_output_folders_differ():
     assert len(folders) == len(set(folders))
 
 
-@pytest.mark.parametrize("stem", ["digits/{}", "cifar10/preactresnet18_{}", "cifar10/resnet18_{}"])
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "digits/{}",
+        "cifar10/preactresnet18_{}",
+        "cifar10/resnet18_{}",
+        "imagenet/convnext_tiny_{}",
+        "imagenet/vit_small_patch16_{}",
+    ],
+)
 def test_control_is_alike_but_for_the_method(stem):
     ham, control = load(f"{stem.format('ham')}.yaml"), load(f"{stem.format('pgd_at')}.yaml")
     assert isinstance(ham.method, HAM)

@@ -13,7 +13,7 @@ import datasets
 import pytest
 from huggingface_hub import constants
 
-from ham_hf.sources import read_labels
+from ham_hf.columns import read_labels
 from tests.example_images import dataset, gray, grays, load, noise, write_parquet
 from tests.hub_server import Blob, Hub, Repo, hub_environment
 
@@ -209,10 +209,10 @@ def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], te
 def test_unlabeled_test_split_of_a_class_label(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["cat", "dog"])
     test = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
-    folder = write_parquet(tmp_path / "set", train=grays(4), test=test, validation=grays(4))
-    with pytest.raises(ValueError, match=r"2 of 2 examples have no label .*there are 'train', 'validation', 'test'"):
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=test, extra=grays(4))
+    with pytest.raises(ValueError, match=r"2 of 2 examples have no label .*there are 'train', 'test', 'extra'"):
         load(folder)
-    assert load(folder, test_split="validation", validation_fraction=0).test_split_origin == "validation"
+    assert load(folder, test_split="extra", validation_fraction=0).test_split_origin == "extra"
 
 
 def test_empty_split(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
 LOAD = """
 import json, sys
-from ham_hf.sources import read_labels
+from ham_hf.columns import read_labels
 from tests.example_images import load
 
 for options in json.load(sys.stdin):

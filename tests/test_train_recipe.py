@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ham_hf.checkpoint import list_checkpoints, load_best
 from ham_hf.hub import PushError
 from ham_hf.report import read_report
+from ham_hf.run_lock import LOCK_NAME
 from tests.recipe_runs import SMALL, launch, launch_command, recipe_module
 
 EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]
@@ -197,7 +198,7 @@ def test_folder_that_cannot_be_made_is_an_error_without_traceback(tmp_path, caps
 def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     recipe = recipe_module("train_ham.py")
 
-    def interrupted(self):
+    def interrupted(self, stop):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe.Trainer, "fit", interrupted)
@@ -257,7 +258,8 @@ def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path,
     assert "recipes/push.py" in capsys.readouterr().err
     (before,) = pushed
     assert {"model.safetensors", "config.json", "README.md", "report.json", "figures/per_class_accuracy.png"} <= before
-    assert before == {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
+    # The lock is held until the end, and push_folder takes artefacts only.
+    assert before == {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()} | {LOCK_NAME}
     assert "hf-hub:me/sky" in (folder / "README.md").read_text()
 
 

@@ -168,7 +168,7 @@ class _Parser(argparse.ArgumentParser):
     def _node(self, name: str, written: str | list[str]) -> yaml.Node:
         if isinstance(written, str):
             return text_node(written)
-        return mapping_node(written) if self.settings[name].is_mapping else list_node(written)
+        return mapping_node(f"--{name}", written) if self.settings[name].is_mapping else list_node(written)
 
     def _canonical(self, argv: Sequence[str]) -> list[str]:
         """Spell flags with ``_``, and ``--flag=false`` or ``--flag false`` of an on/off setting as ``--no_flag``."""

@@ -16,6 +16,7 @@ from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_
 from ham_hf.objectives import HAM, Objective
 
 _LINF_EPSILON = 8 / 255
+_SHUFFLE_BUFFER_SIZE = 10_000
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\w+(?:[.-]+\w+)*/)?\w+(?:[.-]+\w+)*", re.ASCII)
 
 
@@ -71,6 +72,29 @@ class DataConfig(SettingsGroup):
     dataloader_num_workers: int = setting(2, "decoding processes per device for images that are not cached", ">= 0")
     limit_train_examples: int | None = setting(None, "use this many training images, stratified", ">= 1")
     limit_test_examples: int | None = setting(None, "use this many test images, stratified", ">= 1")
+    dataset_streaming: bool = setting(False, "read the training split from its files as it goes, without a local copy")
+    shuffle_buffer_size: int = setting(
+        _SHUFFLE_BUFFER_SIZE,
+        "examples that a stream is shuffled within, kept encoded, over all processes",
+        ">= 1",
+    )
+    num_train_examples: int | None = setting(
+        None, "examples of a streamed training split; needed for .tar archives that do not say it", ">= 1"
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Settings of a stream without one, and what cannot be done with a stream."""
+        if self.dataset_streaming:
+            if self.limit_train_examples is not None:
+                yield (
+                    f"--limit_train_examples {self.limit_train_examples}: a stratified part of a stream would have to "
+                    "be looked for in all of it; shorten the run with --max_steps, or leave --dataset_streaming out"
+                )
+            return
+        if self.num_train_examples is not None:
+            yield f"--num_train_examples {self.num_train_examples} has no effect without --dataset_streaming"
+        if self.shuffle_buffer_size != _SHUFFLE_BUFFER_SIZE:
+            yield f"--shuffle_buffer_size {self.shuffle_buffer_size} has no effect without --dataset_streaming"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +110,7 @@ class ModelConfig(SettingsGroup):
     image_size: int | None = setting(
         None,
         "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
-        ">= 1",
+        "[1, 4096]",
     )
 
 
@@ -115,10 +139,16 @@ class TrainingConfig(SettingsGroup):
     resume_from_checkpoint: str | None = setting(None, "latest, or the path of a checkpoint folder")
     num_train_epochs: int = setting(120, "epochs", ">= 1")
     max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", ">= 1")
+    max_train_hours: float | None = setting(
+        None, "save and stop after this many hours, to go on in another job (exit status 75)", "> 0"
+    )
     per_device_train_batch_size: int = setting(128, "training images per process and step", ">= 1")
     gradient_accumulation_steps: int = setting(1, "batches per update", ">= 1")
     optimizer: str = setting("momentum", "any timm optimizer name (momentum = SGD without Nesterov)")
     learning_rate: float = setting(0.1, "highest learning rate", "> 0")
+    layer_decay: float | None = setting(
+        None, "factor on the learning rate from each layer of a timm backbone to the one before; none = 1", "(0, 1]"
+    )
     momentum: float = setting(0.9, "momentum, for optimizers that have it", "[0, 1)")
     weight_decay: float = setting(5e-4, "weight decay", ">= 0")
     decay_norm_and_bias: bool = setting(True, "decay norm layers and biases too, as adversarial training does")
@@ -147,9 +177,13 @@ class TrainingConfig(SettingsGroup):
     )
     awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", ">= 0")
     mixed_precision: Literal["no", "bf16"] = setting("no", "precision of the network; pixels stay float32")
+    attack_precision: Literal["training", "bf16"] = setting(
+        "training", "precision of the attack's passes in training: that of the training forward, or bf16"
+    )
     memory_format: Literal["channels_last", "contiguous"] = setting("channels_last", "memory layout of images")
     torch_compile: bool = setting(False, "compile the network with torch.compile")
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
     seed: int = setting(0, "seed of data split, initialization, order, augmentation and attacks", "[0, 4294967295]")
     logging_steps: int = setting(10, "updates between two lines of the training log", ">= 1")
     save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", ">= 1")
@@ -211,7 +245,9 @@ class EvaluationThreatConfig(SettingsGroup):
 class EvaluationConfig(SettingsGroup):
     """The attacks on the test split, with the norm and epsilon of the threat model."""
 
-    per_device_eval_batch_size: int = setting(256, "images per process in evaluation", ">= 1")
+    per_device_eval_batch_size: int = setting(
+        256, "images per process in evaluation; where memory does not suffice, fewer at once", ">= 1"
+    )
     eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", ">= 1")
     eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", "> 0")
     autoattack: bool = setting(False, "also run standard AutoAttack (needs the extra ham-hf[autoattack])")
@@ -281,6 +317,11 @@ class TrainConfig:
                 f"--validation_fraction 0 leaves no images for --selection_metric {self.training.selection_metric}; "
                 "hold some out, or take --selection_metric last"
             )
+        if getattr(self.method, "pack_hard_examples", False) and self.training.gradient_accumulation_steps == 1:
+            problems.append(
+                "--pack_hard_examples packs the batches of an update, and there is one: raise "
+                "--gradient_accumulation_steps, and lower --per_device_train_batch_size to keep the size of an update"
+            )
         if problems:
             raise ConfigError(problems)
 
@@ -299,6 +340,13 @@ class TrainConfig:
             self.method.check_parts()
         except ValueError as error:
             yield str(error)
+        if self.data.dataset_streaming:
+            own = [part.name for part in self.method.parts if part.draws_classes]
+            yield from (
+                f"--method {name} draws a class and then one of its images, which a stream cannot give; leave "
+                "--dataset_streaming out, or take another method"
+                for name in own
+            )
         held_out = [part.name for part in self.method.parts if part.uses_held_out]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):

@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+MAX_FLOAT = (2 - 2**-23) * 2.0**127
+"""Largest number of 32 bits, which networks compute with."""
 _INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 _BOUND = re.compile(r"(>=?) (\S+)")
 
@@ -138,11 +140,11 @@ def _kind_words(kind: object) -> str:
 
 def _is_kind(value: object, kind: object) -> bool:
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if kind is str:
-        return isinstance(value, str) and value != ""
+        return isinstance(value, str) and value != "" and "\0" not in value
     return isinstance(kind, type) and isinstance(value, kind)
 
 

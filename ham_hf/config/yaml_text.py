@@ -7,6 +7,7 @@ such as ``model_args``, which have no declared type, are recognized by their for
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +15,15 @@ from typing import NamedTuple
 import yaml
 
 from ham_hf.config.groups import EvaluateConfig, TrainConfig, config_to_dict, sections
-from ham_hf.config.settings import ConfigError, Setting
+from ham_hf.config.settings import MAX_FLOAT, ConfigError, Setting
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _NONES = {"none", "None", "NONE"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _INT = re.compile(r"[-+]?[0-9]{1,4000}")
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+MAX_NESTING = 20
+MAX_RECIPE_BYTES = 2**20
 _TEXT_TAG, _LIST_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
 
 
@@ -48,7 +51,7 @@ def list_node(texts: list[str]) -> yaml.Node:
     return yaml.SequenceNode(_LIST_TAG, [text_node(text) for text in texts])
 
 
-def mapping_node(pairs: list[str]) -> yaml.Node:
+def mapping_node(flag: str, pairs: list[str]) -> yaml.Node:
     """A flag's ``key=value`` words as a mapping node; the values are YAML.
 
     Raises:
@@ -58,8 +61,8 @@ def mapping_node(pairs: list[str]) -> yaml.Node:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigError(f"{pair!r}: expected key=value")
-        items.append((text_node(key), _compose(text, pair) or text_node("")))
+            raise ConfigError(f"{flag} {pair!r}: expected key=value")
+        items.append((text_node(key), _compose(text, f"{flag} {pair[:80]}") or text_node("")))
     return yaml.MappingNode("tag:yaml.org,2002:map", items)
 
 
@@ -70,7 +73,12 @@ def read_yaml(path: Path) -> list[Entry]:
         ConfigError: when the file cannot be read, is not YAML, or is not one flat mapping without repetitions.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise ConfigError(f"--config {path}: expected a file of settings, and this one has {size} bytes")
         text = path.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: there is no such file") from None
     except IsADirectoryError:
@@ -169,11 +177,12 @@ def _is_unquoted(node: yaml.Node) -> bool:
 
 def _number(text: str) -> float:
     numerator, slash, denominator = text.partition("/")
-    if not slash:
-        return float(text)
-    if float(denominator) == 0:
+    if slash and float(denominator) == 0:
         raise ValueError("the denominator is 0")
-    return float(numerator) / float(denominator)
+    value = float(numerator) / float(denominator) if slash else float(text)
+    if MAX_FLOAT < abs(value) < math.inf:
+        raise ValueError(f"networks compute with numbers up to {MAX_FLOAT:.3g}")
+    return value
 
 
 def _untyped(node: yaml.Node) -> object:
@@ -202,9 +211,16 @@ def _untyped(node: yaml.Node) -> object:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
-    """Parse YAML without interpreting it. Anchors, aliases and tags, which no setting needs, are refused."""
+    """Parse YAML without interpreting it. Anchors, aliases, tags and deep nesting, which nobody needs, are refused.
+
+    The time that PyYAML takes grows with the square of the depth.
+    """
+    depth = 0
     try:
         for event in yaml.parse(text, Loader=yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_NESTING:
+                raise ConfigError(f"{source}: nested too deeply; no setting needs more than {MAX_NESTING} levels")
             if isinstance(event, yaml.NodeEvent) and (event.anchor or getattr(event, "tag", None)):
                 raise ConfigError(f"{source}: '&', '*' and '!' have a meaning in YAML; quote texts that begin so")
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.BaseLoader)

@@ -25,7 +25,7 @@ A method is one frozen dataclass in one file; its fields are its command-line op
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -91,6 +91,8 @@ class Objective:
     """Names of the losses that `class_weight` makes sense for."""
     uses_held_out: ClassVar[bool] = False
     """Whether the method cannot do without held-out images."""
+    uses_class_counts: ClassVar[bool] = False
+    """Whether `initial_state` looks at how many training images a class has; streams may not know it (NaN)."""
     wants_preview: ClassVar[bool] = False
     divides_by_class_weight: ClassVar[bool] = False
     """Whether a term is divided by the sum of its weights, class weights included; else by that of the examples'."""
@@ -128,6 +130,11 @@ class Objective:
     def depends_on_split(self) -> bool:
         """Whether an update depends on how its examples are split into processes and accumulation steps."""
         return False
+
+    @property
+    def draws_classes(self) -> bool:
+        """Whether the method has a sampler (`class_probabilities`)."""
+        return type(self).class_probabilities is not Objective.class_probabilities
 
     @property
     def loss(self) -> BaseLoss:
@@ -190,6 +197,25 @@ class Objective:
             loss_fn=self.loss.attack_loss(model, x),
         )
         return OuterBatch(x=self.loss.rows(x_adv, x), y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+
+    def outer_batches(
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
+        *,
+        attack: InnerAttack,
+        epoch: int,
+        states: States,
+    ) -> list[OuterBatch]:
+        """`outer_batch` of each accumulation step of an update: images, labels and source of randomness.
+
+        Returns:
+            As many outer batches; a method may move rows from one to another, but not ``hard`` and ``early_logits``.
+        """
+        return [
+            self.outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
+            for x, y, generator in batches
+        ]
 
     def attack_on(self, y: Tensor, attack: InnerAttack, *, epoch: int, states: States) -> InnerAttack:
         """The attack with the radius and step of each example's class, where the method has its own."""

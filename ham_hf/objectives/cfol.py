@@ -29,6 +29,7 @@ class CFOL(Objective):
 
     name: ClassVar[str] = "cfol"
     summary: ClassVar[str] = "class-focused online learning, a class sampler (Pethick et al., 2023)"
+    uses_class_counts: ClassVar[bool] = True
     gives_weights: ClassVar[bool] = True
 
     cfol_as: Literal["sampler", "weight"] = field(

@@ -38,6 +38,7 @@ class FAAL(BuiltOnLoss):
 
     name: ClassVar[str] = "faal"
     summary: ClassVar[str] = "fairness-aware adversarial learning, class-wise robust optimization (Zhang et al., 2024)"
+    uses_class_counts: ClassVar[bool] = True
     gives_weights: ClassVar[bool] = True
     wants_preview: ClassVar[bool] = True
 

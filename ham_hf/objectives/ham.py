@@ -13,26 +13,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples
+from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, most_confident_easy
 from ham_hf.objectives.base import InnerAttack, OuterBatch, States
-from ham_hf.objectives.combining import BuiltOnLoss, Combinable
+from ham_hf.objectives.combining import Combinable
+from ham_hf.objectives.mining_passes import Mining
 
 
 @dataclass(frozen=True, kw_only=True)
-class HAM(BuiltOnLoss, Combinable):
+class HAM(Mining, Combinable):
     """Train on the adversarial examples that are misclassified after ``mining_step`` attack steps."""
 
     name: ClassVar[str] = "ham"
     summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
 
-    mining_step: int = field(
-        default=3,
-        metadata={"help": "attack steps after which what is still right is dropped", "range": ">= 0, below num_steps"},
-    )
-    mining_start_epoch: int = field(
-        default=50,
-        metadata={"help": "first 0-based epoch that mines; before it, the base loss alone", "range": ">= 0"},
-    )
     keep_easy_fraction: float = field(
         default=0.0,
         metadata={
@@ -56,19 +49,15 @@ class HAM(BuiltOnLoss, Combinable):
     def check(self, *, num_steps: int) -> None:
         """See `Objective.check`."""
         super().check(num_steps=num_steps)
-        if not 0 <= self.mining_step < num_steps:
-            expected = f"at least 0 and below --num_steps {num_steps}"
-            raise ValueError(f"--mining_step {self.mining_step}: expected {expected}")
+        if self.pack_hard_examples and (self.keep_easy_fraction or self.hard_weighting == "probability_move"):
+            raise ValueError(
+                "--pack_hard_examples knows neither --keep_easy_fraction nor --hard_weighting probability_move"
+            )
 
     @property
     def depends_on_split(self) -> bool:
         """See `Objective.depends_on_split`: easy examples are kept by their rank in a batch."""
         return self.keep_easy_fraction > 0
-
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs of the plain base loss before mining starts."""
-        return self.mining_start_epoch
 
     def outer_batch(
         self,
@@ -96,11 +85,12 @@ class HAM(BuiltOnLoss, Combinable):
             start=self.loss.start(x, attack.threat_model, generator),
             loss_fn=self.loss.attack_loss(model, x),
             track_moves=self.hard_weighting == "probability_move",
+            classify_in_step=self.classify_in_step(states),
         )
         rows, x_adv = mined.rows, mined.x_adv
-        weight = hard_weights(mined, self.hard_weighting).to(x.dtype)
+        weight = self.hard_weights(mined).to(x.dtype)
         if self.keep_easy_fraction:
-            kept = self._kept_easy(mined)
+            kept = most_confident_easy(mined, self.keep_easy_fraction)
             images = x if self.keep_easy_as == "clean" else mined.early.x_adv
             rows, x_adv = torch.cat([rows, kept]), torch.cat([x_adv, images[kept]])
             weight = torch.cat([weight, weight.new_ones(len(kept))])
@@ -112,8 +102,6 @@ class HAM(BuiltOnLoss, Combinable):
             early_logits=mined.early.logits,
         )
 
-    def _kept_easy(self, mined: HardExamples) -> Tensor:
-        """Positions of the easy examples to train on as well."""
-        easy = (~mined.hard).nonzero().squeeze(1)
-        confidence = mined.early.logits[easy].softmax(1).amax(1)
-        return easy[confidence.argsort(descending=True, stable=True)[: round(self.keep_easy_fraction * len(easy))]]
+    def hard_weights(self, mined: HardExamples) -> Tensor:
+        """See `Mining.hard_weights`."""
+        return hard_weights(mined, self.hard_weighting)

@@ -4,7 +4,8 @@
 
 The bare passes are 21 forwards and 20 input gradients of the images that are classified right as they are; the clean
 classification of all images, which ``evaluate`` needs to know them, is not among them. Two networks: one that no image
-falls on, the worst case, and one that all fall on, for evaluations that stop attacking what has fallen.
+falls on, and one that all fall on: PGD counts the last iterate, so both take the same time. With ``--training
+memory_format=contiguous``, the layout is what it is worth.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ NUM_STEPS = 20
 def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -> dict[str, object]:
     """Seconds and their ratio on a network with this margin."""
     device = accelerator.device
+    layout = args.training.get("memory_format", "channels_last")
+    # As `ham_hf.runs.evaluate_on_test` does; images take the layout of the weights.
     model = network(args.model, args.model_args, margin=margin).eval().to(device)
+    model = model.to(memory_format=getattr(torch, {"contiguous": "contiguous_format"}.get(layout, layout)))
     data = image_data(labels(args.num_images, 1 - args.right_fraction))
     if not margin:
         _label_by_prediction(model, data.test, args, device)
     attack = standard_attacks(NUM_STEPS, EPSILON / 4)[0]
-    floor = Floor(copy.deepcopy(model).to(memory_format=torch.channels_last), args.precision)
+    floor = Floor(copy.deepcopy(model).to(memory_format=torch.channels_last), args.precision, args.precision)
     requests = [BatchRequest(part, None) for part in torch.arange(args.num_images).split(args.batch_size)]
     right = []
     for batch in data.test.batches(requests, device=device):

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.step
     python -m tests.benchmarks.step --model vit_tiny_patch16_224 --model_args patch_size=4
     python -m tests.benchmarks.step --model convnext_atto --model_args patch_size=1
+    python -m tests.benchmarks.step --training attack_precision=bf16
     python -m tests.benchmarks.step --batch_sizes 128 256 512 --precision bf16 --training torch_compile=true
 
 The published and the careful step run in float32 and the contiguous layout, the floors in the precision and the layout
@@ -53,29 +54,32 @@ class Contestants:
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator, batch_size: int) -> None:
         device = accelerator.device
         model = network(args.model, args.model_args)
+        # One for each hard fraction, as HAM remembers it from the epoch before.
+        names = ["pgd_at", *(f"ham {fraction:g}" for fraction in args.hard_fractions)]
         ours = {
-            method: OurStep(
-                method,
+            name: OurStep(
+                name.split()[0],
                 copy.deepcopy(model),
                 accelerator,
                 precision=args.precision,
                 batch_size=batch_size,
                 settings=args.training,
             )
-            for method in ("ham", "pgd_at")
+            for name in names
         }
         plain = copy.deepcopy(model).to(device)
         optimizer = torch.optim.SGD(plain.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
         contiguous = args.training.get("memory_format") == "contiguous"
         layout = torch.contiguous_format if contiguous else torch.channels_last
-        floor = Floor(copy.deepcopy(model).to(device).to(memory_format=layout), args.precision)
+        attack_precision = "bf16" if args.training.get("attack_precision") == "bf16" else args.precision
+        floor = Floor(copy.deepcopy(model).to(device).to(memory_format=layout), args.precision, attack_precision)
         x = batch_of(batch_size, 0.5, device).x.contiguous(memory_format=layout)
 
         self.functions: dict[str, Callable[[], object]] = {}
         self.hard: dict[str, int] = {}
         for fraction in args.hard_fractions:
             batch, hard = batch_of(batch_size, fraction, device), num_hard(batch_size, fraction)
-            self.functions[f"ham {fraction:g}"] = lambda batch=batch: ours["ham"](batch)
+            self.functions[f"ham {fraction:g}"] = lambda batch=batch, step=ours[f"ham {fraction:g}"]: step(batch)
             self.functions[f"floor {fraction:g}"] = lambda hard=hard: floor.ham(x, x[:hard], ATTACK)
             self.functions[f"published {fraction:g}"] = lambda batch=batch: published_step(
                 plain, optimizer, batch.x, batch.y, ATTACK

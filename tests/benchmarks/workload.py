@@ -162,8 +162,13 @@ class OurStep:
         self._step = Trainer(model, data, METHODS[method], ATTACK, config, accelerator).train_step
 
     def __call__(self, batch: PixelBatch) -> Totals:
-        """One update; always the first one, so that every call draws the same noise."""
-        return self._step([batch], epoch=0, step=0)
+        """One update; always the first one, so that every call draws the same noise.
+
+        It counts as an epoch: the next call classifies as after an epoch with this one's share of hard examples.
+        """
+        totals = self._step([batch], epoch=0, step=0)
+        self._step.method_state.begin_epoch(0, lambda part: torch.zeros(()))
+        return totals
 
 
 def batch_of(num: int, hard_fraction: float, device: torch.device) -> PixelBatch:

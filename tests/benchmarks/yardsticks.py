@@ -99,11 +99,13 @@ class Floor:
 
     Attributes:
         model: the network, in the memory layout that is fastest for it.
-        precision: "fp32" or "bf16" (autocast).
+        precision: "fp32" or "bf16" (autocast) of the training pass.
+        attack_precision: the same of the attack's passes.
     """
 
     model: nn.Module
     precision: str = "fp32"
+    attack_precision: str = "fp32"
 
     def ham(self, x: Tensor, hard: Tensor, attack: Attack) -> None:
         """M input gradients of all rows, one classification, K - M input gradients and one training pass of the hard.
@@ -136,18 +138,18 @@ class Floor:
             self.forward(x)
 
     def forward(self, x: Tensor) -> None:
-        with torch.no_grad(), self._autocast(x):
+        with torch.no_grad(), autocast(x, self.attack_precision):
             self.model(x)
 
     def input_gradient(self, x: Tensor) -> None:
         x = x.detach().requires_grad_(True)
-        with self._autocast(x):
+        with autocast(x, self.attack_precision):
             logits = self.model(x)
         torch.autograd.grad(logits.sum(), x)
 
     def training_pass(self, x: Tensor) -> None:
         self.model.train().zero_grad()
-        with self._autocast(x):
+        with autocast(x, self.precision):
             logits = self.model(x)
         logits.sum().backward()
 
@@ -160,8 +162,10 @@ class Floor:
         finally:
             self.model.requires_grad_(True)
 
-    def _autocast(self, x: Tensor) -> AbstractContextManager[None]:
-        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+def autocast(x: Tensor, precision: str) -> AbstractContextManager[None]:
+    """Autocast to bfloat16 on the device of ``x`` if the precision is "bf16"."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class PassCounter:

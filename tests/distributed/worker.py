@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` from test_distributed.py: the same updates on any number of processes."""
+"""Run by `accelerate launch` from test_distributed.py: the same updates on any number of processes and engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.evaluation import EvaluationAttack, evaluate, evaluate_autoattack
+from ham_hf.autoattack import evaluate_autoattack
+from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.launching import create_accelerator
 from ham_hf.objectives import HAM, InnerAttack
+from ham_hf.sharding import is_sharded, prepare, whole_state
 from ham_hf.train_step import TrainStep
+from tests.distributed.legs import no_random_start, run_leg, run_sharded
 from tests.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 
 ROWS = 16
@@ -39,7 +42,7 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     """Parameters (and buffers) after one update of lr 1 without momentum."""
     net = batch_norm_net() if batch_norm else group_norm_net()
     x, y = scenario_data(net, name)
-    wrapped, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9))
+    wrapped, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9))
     step = TrainStep(
         wrapped,
         optimizer,
@@ -53,7 +56,8 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     parts = torch.arange(ROWS).view(2, accelerator.num_processes, size)[:, accelerator.process_index]
     totals = step([pixel_batch(x[part], y[part]) for part in parts], epoch=0, step=0)
     counts = accelerator.reduce(step.method_state.log.clone(), "sum")
-    state = {key: value.double() for key, value in accelerator.unwrap_model(wrapped).state_dict().items()}
+    state = whole_state(accelerator.unwrap_model(wrapped).state_dict())
+    state = {key: value.double() for key, value in state.items()}
     # Every process must hold the same copy afterwards.
     flat = torch.cat([value.flatten() for value in state.values()])
     copies = accelerator.gather(flat[None])
@@ -64,13 +68,28 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     }
 
 
+class LittleMemory(torch.nn.Module):
+    """A network on a device that takes two images at once."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.net(x)
+
+
 def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     net = group_norm_net()
     x = torch.rand(23, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     y = labeled_for(net, x, [i % 5 == 0 for i in range(23)])
     threat = ThreatModel("linf", 0.05)
+    # Of two processes, the second one has to halve its batches; the first one does not wait for it.
+    attacked = LittleMemory(net) if accelerator.process_index else net
     results = evaluate(
-        net,
+        attacked,
         TensorImages(x, y),
         [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02)],
         threat_model=threat,
@@ -78,13 +97,14 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         batch_size=4,
         seed=1,
     )
+    attacked.float()
     auto = evaluate_autoattack(
-        net.float(),
+        attacked,
         TensorImages(x.float(), y),
         num_classes=4,
         threat_model=threat,
         accelerator=accelerator,
-        batch_size=8,
+        batch_size=4,
         seed=1,
         num_examples=7,
     )
@@ -94,17 +114,23 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         "predictions": results["pgd"].predictions,
         "autoattack_indices": auto.indices,
         "autoattack_flags": auto.flags,
+        "autoattack_predictions": auto.predictions,
     }
 
 
-def main(target: str) -> None:
-    accelerator = create_accelerator()
+def main(target: str, folder: str) -> None:
+    accelerator = create_accelerator(use_cpu=True)
     found = {}
     for name in SCENARIOS:
         for kind in ("group_norm", "batch_norm"):
             for key, value in run_update(accelerator, name, batch_norm=kind == "batch_norm").items():
                 found[f"{kind}/{name}/{key}"] = value.contiguous()
-    found |= {f"evaluation/{key}": value for key, value in run_evaluation(accelerator).items()}
+            accelerator.free_memory()
+    if accelerator.num_processes <= 2 and not is_sharded(accelerator):
+        found |= {f"evaluation/{key}": value for key, value in run_evaluation(accelerator).items()}
+    with no_random_start():
+        run = run_sharded if is_sharded(accelerator) else run_leg
+        found |= {f"trained/{key}": value for key, value in run(accelerator, Path(folder)).items()}
     found["num_processes"] = torch.tensor(accelerator.num_processes)
     if accelerator.is_main_process:
         save_file(found, target)
@@ -113,4 +139,4 @@ def main(target: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,184 @@
+"""``config.json`` of a model as what it is: data that nobody vouches for.
+
+It is read here, before timm sees it, and refused by name where it asks for something that is not a classifier of
+images, that timm would fetch or unpickle by itself, or that no memory holds. The limits are our choice, and far above
+every model that timm has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 64 * 2**20
+"""Size of the file; a thousand names of classes take 20 KB."""
+MAX_NUMBER = 1_000_000
+"""Largest whole number: classes, channels, layers."""
+MAX_SIDE = 4096
+"""Longest side of an input in pixels."""
+MAX_UPSAMPLE = 64
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+
+FORBIDDEN_ARGUMENTS = ("checkpoint_path", "cache_dir", "device", "dtype", "kwargs_filter", "model_cfg", "model_cls")
+"""Arguments of ``timm.create_model`` that read files, or replace what is built."""
+FORBIDDEN_PREFIXES = ("pretrained", "feature", "out_indices")
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a ``config.json`` and check its outline: sizes, numbers, nesting, and the arguments of the network.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"expected an object with an architecture, got {_shown(config)}")
+    _expect(config, "architecture", "the name of an architecture", lambda value: isinstance(value, str))
+    # timm reads a file without "pretrained_cfg" as one that is its own.
+    for key in ("pretrained_cfg", "model_args"):
+        _expect(config, key, "an object", lambda value: isinstance(value, dict), optional=True)
+    check_model_args(config.get("model_args", {}), "model_args")
+    return config
+
+
+def check_model_args(arguments: Mapping[str, object], where: str) -> None:
+    """Refuse arguments that make timm read a file, or build something that no memory holds.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        if name in FORBIDDEN_ARGUMENTS or name.startswith(FORBIDDEN_PREFIXES):
+            raise ValueError(f"{where} {_word(name)} cannot be set: it is no argument of a network")
+        _check_numbers(value, f"{where} {_word(name)}")
+
+
+def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
+    """Check what is used of timm's description of the weights: input, preprocessing, classes.
+
+    Raises:
+        ValueError: naming the key and what was expected.
+    """
+    _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
+    _expect(cfg, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
+    _expect(cfg, "crop_pct", "a share in (0, 2]", _is_crop)
+    _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
+    positive = "one number > 0 per channel"
+    _expect(cfg, "std", positive, lambda value: _is_list(value, lambda item: _is_number(item) and item > 0))
+    _expect(cfg, "num_classes", f"a whole number from 0 to {MAX_NUMBER}", _is_whole)
+    _expect(cfg, "label_names", "a list of names, or an object that names numbers", _is_names, optional=True)
+    _expect(cfg, "fixed_input_size", "true or false", lambda value: isinstance(value, bool), optional=True)
+    for key in ("first_conv", "classifier"):
+        _expect(cfg, key, "the name of a layer, or several", _is_layers, optional=True)
+    for key in sorted(cfg.keys() - {"label_names", "label_descriptions"}):
+        _check_numbers(cfg[key], key)
+
+
+def check_trained_form(form: Mapping[str, object]) -> None:
+    """Check this package's record of the network and the pixel space of training.
+
+    Raises:
+        ValueError: naming the key and what was expected.
+    """
+    _expect(form, "architecture", "the name of an architecture", lambda value: isinstance(value, str))
+    _expect(form, "model_args", "an object", lambda value: isinstance(value, dict))
+    check_model_args(form["model_args"], "model_args")  # type: ignore[arg-type]  # as just checked
+    side = f"a whole number from 1 to {MAX_SIDE}"
+    _expect(form, "image_size", side, lambda value: _is_whole(value) and 1 <= value <= MAX_SIDE)
+    _expect(form, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
+    _expect(form, "crop_pct", "a share in (0, 2]", _is_crop)
+    factor = f"a whole number from 1 to {MAX_UPSAMPLE}"
+    _expect(form, "upsample", factor, lambda value: _is_whole(value) and 1 <= value <= MAX_UPSAMPLE)
+
+
+def check_metadata(metadata: Mapping[str, object]) -> None:
+    """Check what this package reads of the metadata that came with a model; the rest may be anything.
+
+    Raises:
+        ValueError: naming the key and what was expected.
+    """
+    _expect(metadata, "norm", "linf or l2", lambda value: value in ("linf", "l2"), optional=True)
+    _expect(metadata, "epsilon", "a number > 0", lambda value: _is_number(value) and value > 0, optional=True)
+    fraction = "a number in (0, 1)"
+    _expect(metadata, "test_fraction", fraction, lambda value: _is_number(value) and 0 < value < 1, optional=True)
+    for key in ("dataset", "method"):
+        _expect(metadata, key, "a name", lambda value: isinstance(value, str), optional=True)
+
+
+def _expect(
+    values: Mapping[str, object], key: str, what: str, holds: Callable[[Any], bool], *, optional: bool = False
+) -> None:
+    value = values.get(key)
+    if value is None and optional:
+        return
+    if value is None or not holds(value):
+        raise ValueError(f"{key} should be {what}, got {_shown(value)}")
+
+
+def _check_numbers(value: object, where: str, depth: int = 0) -> None:
+    if depth > 8:
+        raise ValueError(f"{where} is nested too deeply")
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item, where, depth + 1)
+    elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+        raise ValueError(f"{where} should hold numbers up to {MAX_NUMBER}, got {_shown(value)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:  # noqa: ANN401 (that is the question)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_item, value))
+
+
+def _is_size(value: Any) -> bool:  # noqa: ANN401
+    return _is_list(value, _is_whole) and len(value) == 3 and min(value) >= 1 and max(value) <= MAX_SIDE
+
+
+def _is_interpolation(value: object) -> bool:
+    return value in INTERPOLATIONS
+
+
+def _is_crop(value: object) -> bool:
+    return _is_number(value) and 0 < value <= 2  # type: ignore[operator]
+
+
+def _is_names(value: Any) -> bool:  # noqa: ANN401
+    names = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list | tuple) and all(isinstance(name, str) for name in names)
+
+
+def _is_layers(value: object) -> bool:
+    return isinstance(value, str) or _is_list(value, lambda item: isinstance(item, str))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _word(name: str) -> str:
+    return name if name.isidentifier() and len(name) <= 60 else _shown(name)
+
+
+def _shown(value: object) -> str:
+    """A value for a message: as Python writes it, without characters that move or color text, and short."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nesting; integers of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,208 @@
+"""Sharded weights (FSDP2) and the other engines of accelerate: what is prepared, and what is refused.
+
+An attack makes as many passes as its rows need, so every process makes another number of them, and a collective inside
+a pass would hang. All attacks of an update, and all validation, therefore run with *gathered* weights: each process
+holds the whole network for that long and frees it again before the training forward, which gathers layer by layer as
+usual. Sharded at rest are weights, gradients and the optimizer's state.
+
+Checkpoints hold whole tensors, in the same form as those of one process: a run may go on with another engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from ham_hf.config import TrainingConfig
+
+_WAY_OUT = "use recipes/accelerate/ddp.yaml or recipes/accelerate/fsdp.yaml"
+_OTHER_ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: its engine owns the backward, and attacks need gradients of images",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it trains the transformers that it defines itself, not timm's",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism: images are split by rows alone",
+}
+_FSDP_OPTIONS = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: true; an attack would move every weight at every step",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: true; dropout would differ when recomputed",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "fsdp_cpu_ram_efficient_loading: true; it cannot carry the buffers of a network"
+    ),
+}
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
+    """What the launcher says about sharding, checked; None if weights are not to be sharded.
+
+    Args:
+        environment: variables that ``accelerate launch`` sets.
+
+    Raises:
+        ValueError: if the launcher asks for an engine, or an option of one, that this training cannot use.
+    """
+    for name, why in _OTHER_ENGINES.items():
+        if _is_on(environment, name):
+            raise ValueError(f"accelerate launch asks for {why} ({name}=true); {_WAY_OUT}")
+    if not _is_on(environment, "ACCELERATE_USE_FSDP"):
+        return None
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "accelerate launch asks for FSDP 1, whose weights cannot be gathered for an attack; set fsdp_version: 2 "
+            "in the launch configuration, as recipes/accelerate/fsdp.yaml does"
+        )
+    for name, what in _FSDP_OPTIONS.items():
+        if _is_on(environment, name):
+            raise ValueError(
+                f"the launch configuration sets {what}; set it to false, as recipes/accelerate/fsdp.yaml does"
+            )
+    if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError(
+            f"the launch configuration sets dynamo_backend {environment['ACCELERATE_DYNAMO_BACKEND']}, which cannot "
+            "go with FSDP here; set it to 'no', or use recipes/accelerate/ddp.yaml with --torch_compile"
+        )
+    if not hasattr(FSDPModule, "set_reshard_after_forward"):
+        raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, say 2.8; or {_WAY_OUT.split(' or ')[0]}")
+    plugin = FullyShardedDataParallelPlugin()
+    # Autocast decides what is computed in bf16, as everywhere else; this would round the pixels themselves.
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    return plugin
+
+
+def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let accelerate shard on CPUs too: by itself it takes FSDP for accelerators only and falls back to DDP."""
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = plugin
+        # Both hold it, and each is read.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the accelerator shards the weights of what it prepares."""
+    return bool(accelerator.is_fsdp2)
+
+
+def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
+    """Refuse settings that need whole weights at every update.
+
+    Args:
+        config: settings of the training loop.
+        uses_fawa: whether weights are averaged once per epoch; see `TrainingConfig.uses_fawa`.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    refused = {
+        f"--ema_decay {config.ema_decay}": (config.ema_decay is not None, "leave it out"),
+        "fairness-gated averaging (--fawa)": (uses_fawa, "take --fawa off"),
+        f"--awp_gamma {config.awp_gamma}": (config.awp_gamma is not None, "leave it out"),
+        "--torch_compile": (config.torch_compile, "leave it out"),
+    }
+    for what, (asked_for, way_out) in refused.items():
+        if asked_for:
+            raise ValueError(
+                f"{what} needs whole weights at every update, and FSDP shards them; {way_out}, or launch with "
+                "recipes/accelerate/ddp.yaml"
+            )
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """``accelerator.prepare``, with autocast around a sharded model too, as around any other."""
+    if is_sharded(accelerator) and accelerator.native_amp:
+        forward = cast(Callable[..., Tensor], model.forward)
+
+        def autocast_forward(x: Tensor) -> Tensor:
+            with accelerator.autocast():
+                return forward(x)
+
+        model.forward = convert_outputs_to_fp32(autocast_forward)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    parts = _sharded_parts(wrapped)
+    for before, part in zip([*parts[:1], *parts], parts, strict=False):
+        # By default the backward gathers ahead in the order of all forwards since the last backward, those of attacks
+        # included. Their number differs with the process, and so would the order of collectives.
+        part.set_modules_to_backward_prefetch([before])
+    return wrapped, prepared
+
+
+def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@contextmanager
+def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """Hold the whole network on every process: inside, no pass over it waits for another process.
+
+    Call it on all processes. Inside, take gradients of inputs only. Without sharding it does nothing.
+    """
+    parts = _sharded_parts(module)
+    if not parts:
+        yield
+        return
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+        part.set_reshard_after_backward(False, recurse=False)
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        again = accelerator.state.fsdp_plugin.reshard_after_forward
+        for number, part in enumerate(parts):
+            part.reshard()
+            # What the outermost module holds itself is needed at once in the backward: FSDP's own rule keeps it.
+            part.set_reshard_after_forward(again and number > 0, recurse=False)
+            part.set_reshard_after_backward(True, recurse=False)
+            part.set_requires_gradient_sync(True, recurse=False)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is on this process; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with whole tensors instead of sharded ones, on the CPU; call it on all processes."""
+    whole: dict[str, Any] = tree_map(
+        lambda leaf: leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf, state
+    )
+    return whole
+
+
+def load_model(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a module, sharded or not; call it on all processes."""
+    own = module.state_dict()
+    module.load_state_dict({name: _like(own.get(name), value) for name, value in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the whole tensors of an optimizer's state, sharded or not; call it on all processes."""
+    # torch numbers parameters in the order of the groups.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = {
+        number: {name: _like(parameters[number], value) for name, value in entries.items()}
+        for number, entries in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": values})
+
+
+def _like(own: object, value: object) -> object:
+    """``value`` sharded as ``own`` is, where that is sharded and of the same shape."""
+    if isinstance(own, DTensor) and isinstance(value, Tensor) and own.shape == value.shape:
+        return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+    return value

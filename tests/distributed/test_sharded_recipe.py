@@ -1,0 +1,59 @@
+"""The recipe with sharded weights: the model that two whole copies train, and checkpoints for either."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ham_hf.checkpoint import list_checkpoints
+from ham_hf.report import read_report
+from tests.conftest import ROOT
+from tests.recipe_runs import CONFIGURED, SMALL
+
+pytestmark = pytest.mark.faults
+# Sharded weights are contiguous; rounding would differ with another layout.
+RUN = [
+    str(ROOT / "recipes/train_ham.py"),
+    *SMALL,
+    "--per_device_train_batch_size=8",
+    "--save_steps=15",
+    "--memory_format=contiguous",
+]
+WHOLE = CONFIGURED["cpu.yaml"]
+SHARDED = [*CONFIGURED["fsdp.yaml"], "--num_processes=2", "--fsdp_min_num_params=100"]
+
+
+def run(command, env, folder, *arguments):
+    done = subprocess.run(
+        [*command, *RUN, f"--output_dir={folder}", *arguments], env=env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def assert_equal(folder, expected):
+    found, wanted = (load_file(where / "model.safetensors") for where in (folder, expected))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sharded_recipe_publishes_the_model_of_whole_copies(tmp_path, subprocess_env, precision):
+    for name, command in (("whole", WHOLE), ("sharded", SHARDED)):
+        run(command, subprocess_env, tmp_path / name, f"--mixed_precision={precision}")
+    whole, sharded = (tmp_path / name for name in ("whole", "sharded"))
+    assert_equal(sharded, whole)
+    one, two = (read_report(folder / "report.json") for folder in (whole, sharded))
+    assert two.results["clean"].summary.average == one.results["clean"].summary.average
+    assert (sharded / "README.md").is_file()
+    # Stopped in mid-epoch with sharded weights, finished with whole ones.
+    resumed = tmp_path / "resumed"
+    shutil.copytree(sharded / "checkpoint-15", resumed / "checkpoint-15")
+    said = run(WHOLE, subprocess_env, resumed, "--resume_from_checkpoint=latest", f"--mixed_precision={precision}")
+    assert f"resuming from {resumed / 'checkpoint-15'}" in said
+    assert_equal(resumed, whole)
+    assert [path.name for path in list_checkpoints(sharded)] == ["checkpoint-15", "checkpoint-22"]

@@ -1,0 +1,143 @@
+"""SIGKILL at any moment, again and again: the run ends with the weights of one that nobody killed, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ham_hf.checkpoint import check_checkpoint, list_checkpoints, step_of
+from ham_hf.report import read_report
+from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights, timeless_log
+from tests.recipe_runs import SMALL, launch_command, recipe_module
+
+BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
+# 11 updates per epoch; a checkpoint after each, as checkpoints are where a kill can do most harm.
+RUN = [*SMALL, "--save_steps=1", "--save_total_limit=1", "--resume_from_checkpoint=latest"]
+
+
+class Program:
+    """A run as a user starts it, in processes of its own."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def kill(self) -> None:
+        main = psutil.Process(self.process.pid)
+        everyone = [*main.children(recursive=True), main]
+        for one in everyone:
+            one.suspend()  # so that nobody sees another one die, as with a power cut
+        for one in everyone:
+            one.kill()
+        self.process.communicate()
+
+
+class Fork:
+    """A run in a copy of this process, which starts at once."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                silence = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(silence, 1)
+                os.dup2(silence, 2)
+                recipe_module("train_ham.py").main(arguments)
+                status = 0
+            finally:
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def newest(folder: Path) -> int:
+    steps = [int(path.name.split("-")[1]) for path in list_checkpoints(folder)]
+    return max(steps, default=0)
+
+
+def kill_at_random(start: Callable[[], Program | Fork], folder: Path, draw: random.Random, kills: int) -> list[int]:
+    """Start a run and kill it ``kills`` times.
+
+    Returns:
+        The update of the newest checkpoint at each kill.
+    """
+    found = []
+    for _ in range(kills):
+        run, goal = start(), newest(folder) + draw.choice([0, 1, 1, 2, 3])
+        deadline = time.monotonic() + (draw.uniform(1, 10) if draw.random() < 0.15 else 240)
+        while newest(folder) < goal and time.monotonic() < deadline:
+            assert run.poll() is None, f"the run ended by itself at update {newest(folder)}"
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.15))
+        run.kill()
+        found.append(newest(folder))
+        for path in list_checkpoints(folder):
+            check_checkpoint(path)
+    return found
+
+
+def assert_same_runs(ours: Path, theirs: Path) -> None:
+    last = list_checkpoints(theirs)[-1]
+    assert step_of(ours / last.name) == step_of(last)
+    names = (f"{last.name}/model.safetensors", "checkpoint-best/model.safetensors", "model.safetensors")
+    assert_same_weights(ours, theirs, *names)
+    assert timeless_log(ours) == timeless_log(theirs)
+    mine, other = (read_report(folder / "report.json") for folder in (ours, theirs))
+    assert mine.training.history == other.training.history
+    assert {name: one.summary for name, one in mine.results.items()} == {
+        name: one.summary for name, one in other.results.items()
+    }
+    assert not [path for path in ours.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.faults(quick=True)
+def test_two_kills_quick(tmp_path, capsys):
+    def arguments(name):
+        return [*RUN, BATCH[1], "--num_train_epochs=1", f"--output_dir={tmp_path / name}"]
+
+    recipe_module("train_ham.py").main(arguments("full"))
+    kill_at_random(lambda: Fork(arguments("killed")), tmp_path / "killed", random.Random(0), 2)
+    recipe_module("train_ham.py").main(arguments("killed"))
+    assert_same_runs(tmp_path / "killed", tmp_path / "full")
+    capsys.readouterr()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 8)], ids=["one_process", "two_processes"])
+def test_kills_at_random_moments(tmp_path, subprocess_env, processes, kills):
+    def command(name):
+        arguments = [*RUN, BATCH[processes], "--num_train_epochs=6", f"--output_dir={tmp_path / name}"]
+        if processes == 1:
+            return [sys.executable, str(ROOT / "recipes" / "train_ham.py"), *arguments]
+        return launch_command("train_ham.py", *arguments, processes=processes)
+
+    def finish(name):
+        done = subprocess.run(command(name), env=subprocess_env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    finish("full")
+    draw = random.Random(processes)
+    found = kill_at_random(lambda: Program(command("killed"), subprocess_env), tmp_path / "killed", draw, kills)
+    print(f"killed {kills} times, at updates {found}")
+    finish("killed")
+    assert_same_runs(tmp_path / "killed", tmp_path / "full")

@@ -1,0 +1,99 @@
+"""Out of memory: the message names the batch size and the accumulation that keep the update."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ham_hf.memory import MemoryExhaustedError, smaller_batch
+from tests.recipe_runs import SMALL, recipe_module
+from tests.test_trainer import trainer
+
+pytestmark = pytest.mark.faults(quick=True)
+
+
+def of_the_allocator():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def of_python():
+    raise MemoryError
+
+
+def of_the_accelerator():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 2 GiB\nof it")
+
+
+def before_update(run, step, action):
+    update = run.train_step
+
+    def disturbed(batches, **where):
+        if where["step"] == step:
+            action()
+        return update(batches, **where)
+
+    run.train_step = disturbed
+
+
+@pytest.mark.parametrize("exhaust", [of_the_allocator, of_python, of_the_accelerator])
+def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
+    folder = tmp_path / "run"
+    run = trainer(folder)
+    before_update(run, 6, exhaust)
+    with pytest.raises(MemoryExhaustedError, match="out of memory") as error:
+        run.fit()
+    assert "of it" not in str(error.value)
+    flags = re.search(r"use (--per_device.*?),.*with (--resume_from_checkpoint latest)", str(error.value))
+    words = shlex.split(flags[1])
+    changes = {name.removeprefix("--"): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert changes == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    again = trainer(folder, resume_from_checkpoint="latest", **changes)
+    again.resume()
+    assert again.progress.step == 4
+    assert again.fit().step == 18
+    assert load_file(folder / "checkpoint-18" / "model.safetensors")
+
+
+def test_validation_names_its_own_batch_size(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    monkeypatch.setattr(run, "_held_out", lambda module: of_the_allocator())
+    with pytest.raises(MemoryExhaustedError, match=r"lower --per_device_eval_batch_size 256; --resume"):
+        run.fit()
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "words"),
+    [
+        (128, 1, "--per_device_train_batch_size 64 --gradient_accumulation_steps 2"),
+        (9, 4, "--per_device_train_batch_size 3 --gradient_accumulation_steps 12"),
+        (7, 1, "--per_device_train_batch_size 1 --gradient_accumulation_steps 7"),
+        (1, 8, "--mixed_precision bf16"),
+    ],
+)
+def test_suggestion_keeps_the_images_of_an_update(batch, accumulation, words):
+    assert words in smaller_batch(batch, accumulation)
+
+
+def test_other_errors_keep_their_own_words(tmp_path):
+    def other():
+        raise RuntimeError("shapes do not match")
+
+    run = trainer(tmp_path / "run")
+    before_update(run, 0, other)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        run.fit()
+
+
+def test_recipe_ends_with_the_message(tmp_path, capsys, monkeypatch):
+    recipe = recipe_module("train_ham.py")
+    monkeypatch.setattr(recipe.Trainer, "_one_update", lambda *args, **kwargs: of_the_allocator())
+    with pytest.raises(SystemExit) as exit_:
+        recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in message
+    assert "Traceback" not in message

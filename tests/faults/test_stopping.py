@@ -1,0 +1,246 @@
+"""SIGTERM, SIGUSR1, a time limit and the end of the launcher: saved, status 75, and the run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ham_hf.checkpoint import list_checkpoints
+from ham_hf.report import read_report
+from ham_hf.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
+from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights, timeless_log
+from tests.recipe_runs import SMALL, recipe_module
+from tests.test_trainer import trainer
+
+pytestmark = pytest.mark.faults(quick=True)
+FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """3 epochs of 6 updates."""
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    return folder, trainer(folder).fit()
+
+
+def before_update(run, step, action):
+    """Do something as one update begins."""
+    update = run.train_step
+
+    def disturbed(batches, **where):
+        if where["step"] == step:
+            action()
+        return update(batches, **where)
+
+    run.train_step = disturbed
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("at", [3, 4, 16, 17])
+def test_signal_saves_after_the_update_and_the_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, number, at):
+    folder = tmp_path / "run"
+    run = trainer(folder)
+    before_update(run, at, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as exit_, stop_requests(folder) as stop, stop.deferred():
+        run.fit(stop)
+    stopped_at = at + 1
+    assert exit_.value.code == EXIT_REQUEUE
+    message = capsys.readouterr().err
+    assert f"stopped by {number.name}" in message
+    assert "--resume_from_checkpoint latest" in message
+    assert list_checkpoints(folder)[-1].name == f"checkpoint-{stopped_at}"
+    again = trainer(folder, resume_from_checkpoint="latest")
+    again.resume()
+    assert again.progress.step == stopped_at
+    progress = again.fit()
+    assert_same_weights(folder, undisturbed[0], *FINAL)
+    assert progress.history == undisturbed[1].history
+    assert progress.best == undisturbed[1].best
+    assert timeless_log(folder) == timeless_log(undisturbed[0])
+
+
+def test_stop_at_the_end_of_an_epoch_leaves_validation_to_the_next_job(undisturbed, tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    monkeypatch.setattr(run, "_validate", lambda epoch: pytest.fail("there may be no time for it"))
+    with pytest.raises(TrainingStopped):
+        run.fit(lambda: "a test" if run.progress.step == 5 else None)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6"]
+    again = trainer(tmp_path / "run", resume_from_checkpoint="latest")
+    again.resume()
+    assert again.fit().history == undisturbed[1].history
+    assert_same_weights(tmp_path / "run", undisturbed[0], *FINAL)
+
+
+def test_signal_in_the_last_validation_leaves_before_the_evaluation(undisturbed, tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    validate = run._validate
+
+    def signaled(epoch):
+        if epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validate(epoch)
+
+    monkeypatch.setattr(run, "_validate", signaled)
+    with pytest.raises(SystemExit) as exit_, stop_requests(tmp_path) as stop, stop.deferred():
+        run.fit(stop)
+    assert exit_.value.code == EXIT_REQUEUE
+    again = trainer(tmp_path / "run", resume_from_checkpoint="latest")
+    again.resume()
+    assert again.progress.history == undisturbed[1].history
+
+
+def test_time_limit_stops_and_counts_this_job_only(undisturbed, tmp_path, monkeypatch, capsys):
+    folder, clock = tmp_path / "run", [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def pass_time():
+        clock[0] += 1800
+
+    jobs = 0
+    while True:
+        jobs += 1
+        run = trainer(folder, resume_from_checkpoint="latest")
+        run.resume()
+        update = run.train_step
+
+        def slow(*args, update=update, **kwargs):
+            pass_time()
+            return update(*args, **kwargs)
+
+        run.train_step = slow
+        status = None
+        try:
+            with stop_requests(folder, 2.0) as stop, stop.deferred():
+                progress = run.fit(stop)
+        except SystemExit as exit_:
+            status = exit_.code
+        if status is None:
+            break
+        assert status == EXIT_REQUEUE
+        assert "--max_train_hours 2" in capsys.readouterr().err
+    # Half an hour per update: four in two hours.
+    assert jobs == 5
+    # What a job did before it was stopped counts, once.
+    assert progress.seconds == 18 * 1800
+    assert_same_weights(folder, undisturbed[0], *FINAL)
+
+
+def test_wall_clock_that_goes_back_changes_nothing(undisturbed, tmp_path, monkeypatch):
+    now = [2e9]
+
+    def backwards():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr(time, "time", backwards)
+    with stop_requests(tmp_path, 1.0) as stop, stop.deferred():
+        progress = trainer(tmp_path / "run").fit(stop)
+    assert 0 < progress.seconds < 600
+    speeds = [json.loads(line).get("images_per_second", 1) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert min(speeds) > 0
+    assert_same_weights(tmp_path / "run", undisturbed[0], *FINAL)
+
+
+def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
+    reached = []
+
+    def interrupted():
+        with stop_requests(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            reached.append("after it")
+
+    with pytest.raises(SystemExit) as exit_:
+        interrupted()
+    assert exit_.value.code == EXIT_REQUEUE
+    assert not reached
+    assert "nothing to save" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--max_steps=3", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
+    recipe = recipe_module("train_ham.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "evaluate_on_test", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as exit_:
+            recipe.main(arguments)
+    assert exit_.value.code == EXIT_REQUEUE
+    assert not (folder / "report.json").exists()
+    monkeypatch.setattr(recipe.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
+    recipe.main([*arguments, "--resume_from_checkpoint=latest"])
+    assert read_report(folder / "report.json").training.steps == 3
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    capsys.readouterr()
+
+
+# stopping.py needs nothing else of the package: these processes start in a fraction of a second.
+PROGRAM = f"""
+import importlib.util, sys, time
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("stopping", {str(ROOT / "ham_hf/stopping.py")!r})
+stopping = importlib.util.module_from_spec(spec); spec.loader.exec_module(stopping)
+stopping.SAME_REQUEST_SECONDS = float(sys.argv[1])
+with stopping.stop_requests(Path("out")) as stop, stop.deferred():
+    print("ready", flush=True)
+    for _ in range(2000):
+        time.sleep(0.005)
+        if sys.argv[2] == "obey" and stop():
+            raise stopping.TrainingStopped(f"stopped by {{stop()}}")
+"""
+
+
+def program(window, mode, **options):
+    command = [sys.executable, "-c", PROGRAM, str(window), mode]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_second_signal_stops_at_once():
+    process = program(0.2, "ignore")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=5) == -signal.SIGUSR1
+
+
+def test_signals_of_one_request_are_one():
+    process = program(30, "obey")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == EXIT_REQUEUE
+
+
+def test_end_of_the_launcher_is_a_request_to_stop(tmp_path):
+    # What accelerate launch does with one process: it starts it and waits.
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()",
+            *(sys.executable, "-c", PROGRAM, "3", "obey"),
+        ],
+        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    # Its standard error ends when the run does.
+    said = launcher.stderr.read()
+    assert "stopped by the end of its launcher" in said
+    assert "--resume_from_checkpoint latest" in said
+    launcher.wait()
+    launcher.stdout.close()
+    launcher.stderr.close()

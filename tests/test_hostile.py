@@ -1,0 +1,529 @@
+"""What comes from outside may say anything: it is data, or it is refused by name. Nothing of it is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from PIL import Image as PILImage
+from safetensors.torch import save_file
+
+from ham_hf.card import write_card
+from ham_hf.checkpoint import load_checkpoint
+from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.numbers import compare
+from ham_hf.comparison.text import write_comparison
+from ham_hf.config import EvaluationThreatConfig
+from ham_hf.models import create_backbone, input_defaults, load_pixel_model
+from ham_hf.report import read_report, write_report
+from ham_hf.runs import threat_model_of
+from tests.conftest import ROOT
+from tests.example_report import make_report
+from tests.hub_server import Blob, Hub, Repo, hub_environment
+from tests.recipe_runs import SMALL, recipe_module
+
+ROGUE = (
+    "<script>alert(1)</script>",
+    "a | b | c\n| d |",
+    "&anchor *alias !!python/object/apply:os.system ['touch owned']",
+    "---\nlicense: other\n---",
+    "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}",
+    "../../../../../../escaped",
+    "/etc/passwd",
+    "C:\\windows\\system32",
+    "x" * 10_000,
+    "\u202edesrever\u2066 \u200bzero",
+    "line\nbreak\r\n\x1b[31mred\x07",
+)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=3).state_dict()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, weights: dict[str, torch.Tensor]) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+def write_config(folder: Path, changes: dict[str, Any], cfg: dict[str, Any]) -> None:
+    pretrained_cfg = {"input_size": [3, 32, 32], "num_classes": 3, **cfg}
+    config = {"architecture": "test_resnet", "num_classes": 3, "pretrained_cfg": pretrained_cfg, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def form(**changes: object) -> dict[str, Any]:
+    record = {
+        "architecture": "test_resnet",
+        "model_args": {},
+        "image_size": 32,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "upsample": 1,
+        **changes,
+    }
+    return {"ham_hf": {"trained_form": record}}
+
+
+def test_the_honest_configuration_loads(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    write_config(folder, form(), {"label_names": ["a", "b", "c"]})
+    loaded = load_pixel_model(str(folder))
+    assert torch.equal(loaded.model.backbone.fc.weight, weights["fc.weight"])
+    assert loaded.class_names == ("a", "b", "c")
+
+
+BAD = 10**9
+HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"architecture": "../../evil"}, {}, "no architecture '../../evil'"),
+    ({"architecture": "hf-hub:evil/model"}, {}, "no architecture 'hf-hub:evil/model'"),
+    ({"architecture": "local-dir:/tmp"}, {}, "no architecture 'local-dir:/tmp'"),
+    ({"architecture": "__class__"}, {}, "no architecture '__class__'"),
+    ({"architecture": "x" * 10_000}, {}, "no architecture 'xxx"),
+    ({"architecture": "\u202e\x1b[31m\x00"}, {}, r"no architecture '\\u202e\\x1b\[31m\\x00'"),
+    ({"architecture": ["resnet18"]}, {}, "architecture should be the name"),
+    ({"architecture": None}, {}, "architecture should be the name"),
+    ({"model_args": {"checkpoint_path": "bomb.bin"}}, {}, "model_args checkpoint_path cannot be set"),
+    ({"model_args": {"pretrained_cfg": {"file": "bomb.bin"}}}, {}, "model_args pretrained_cfg cannot be set"),
+    (
+        {"model_args": {"pretrained_cfg_overlay": {"file": "bomb.bin"}}},
+        {},
+        "model_args pretrained_cfg_overlay cannot be set",
+    ),
+    ({"model_args": {"pretrained_strict": False}}, {}, "model_args pretrained_strict cannot be set"),
+    ({"model_args": {"features_only": True}}, {}, "model_args features_only cannot be set"),
+    ({"model_args": {"device": "meta"}}, {}, "model_args device cannot be set"),
+    ({"model_args": {"__class__": "os.system"}}, {}, "__class__"),
+    ({"model_args": {"unknown": 1}}, {}, "unknown"),
+    ({"model_args": [1, 2]}, {}, "model_args should be an object"),
+    ({"model_args": {"num_classes": BAD}}, {}, "model_args num_classes should hold numbers up to 1000000"),
+    ({"model_args": {"layers": [1, 1, 1, BAD]}}, {}, "model_args layers should hold numbers up to 1000000"),
+    ({"model_args": {"layers": [1, 1, 1, 10**6]}}, {}, "cannot be built .*weights do not fill"),
+    ({"model_args": {"channels": [10**6] * 4}}, {}, "cannot be built .*weights do not fill"),
+    ({"model_args": {"stem_width": 10**6}}, {}, "cannot be built .*weights do not fill"),
+    ({"num_classes": BAD}, {}, "num_classes should be a whole number"),
+    ({"num_classes": 10**6}, {}, "cannot be built .*(weights do not fill|size mismatch)"),
+    ({"num_classes": "3"}, {}, "num_classes should be a whole number"),
+    ({"num_classes": -1}, {}, "num_classes should be a whole number"),
+    ({"num_classes": 3.5}, {}, "num_classes should be a whole number"),
+    ({"num_classes": float("nan")}, {}, "NaN is no number"),
+    ({"label_names": 3}, {}, "label_names should be"),
+    ({"label_names": [1, 2, 3]}, {}, "label_names should be"),
+    ({"pretrained_cfg": 3}, {}, "pretrained_cfg should be an object"),
+    ({}, {"input_size": None}, "input_size"),
+    ({}, {"input_size": [3, BAD, BAD]}, "input_size should be channels, height and width"),
+    ({}, {"input_size": [3, 32]}, "input_size should be channels"),
+    ({}, {"input_size": "332"}, "input_size should be channels"),
+    ({}, {"mean": [float("inf")] * 3}, "Infinity is no number"),
+    ({}, {"mean": "zero"}, "mean should be"),
+    ({}, {"std": [0, 1, 1]}, "std should be"),
+    ({}, {"std": []}, "std should be"),
+    ({}, {"crop_pct": "all"}, "crop_pct should be"),
+    ({}, {"interpolation": "__import__('os')"}, "interpolation should be one of"),
+    ({}, {"first_conv": {"a": 1}}, "first_conv should be"),
+    ({}, {"nested": 1}, "nested"),
+    ({"ham_hf": [1]}, {}, "is not one of a timm model"),
+    ({"ham_hf": {"epsilon": "8/255"}}, {}, "epsilon should be a number"),
+    ({"ham_hf": {"epsilon": -1}}, {}, "epsilon should be a number"),
+    ({"ham_hf": {"norm": "l0; rm"}}, {}, "norm should be linf or l2"),
+    ({"ham_hf": {"norm": ["linf"]}}, {}, "norm should be linf or l2"),
+    ({"ham_hf": {"test_fraction": True}}, {}, "test_fraction should be"),
+    ({"ham_hf": {"dataset": {}}}, {}, "dataset should be a name"),
+    ({"ham_hf": {"trained_form": 3}}, {}, "damaged ham_hf.trained_form"),
+    ({"ham_hf": {"trained_form": {"architecture": "resnet18"}}}, {}, "damaged ham_hf.trained_form"),
+    (form(architecture="hf-hub:evil/model"), {}, "damaged .*no architecture"),
+    (form(architecture=7), {}, "damaged .*architecture should be"),
+    (form(model_args={"checkpoint_path": "bomb.bin"}), {}, "damaged .*checkpoint_path"),
+    (form(model_args=None), {}, "damaged .*model_args should be"),
+    (form(image_size=BAD), {}, "damaged .*image_size should be"),
+    (form(upsample=BAD), {}, "damaged .*upsample should be"),
+    (form(upsample=0), {}, "damaged .*upsample should be"),
+    (form(crop_pct=[]), {}, "damaged .*crop_pct should be"),
+]
+
+
+@pytest.mark.parametrize(("changes", "cfg", "message"), HOSTILE_CONFIGS)
+def test_a_hostile_configuration_is_refused_by_name(
+    folder: Path, changes: dict[str, Any], cfg: dict[str, Any], message: str
+) -> None:
+    (folder / "bomb.bin").write_bytes(pickle.dumps(Bomb(folder / "unpickled")))
+    write_config(folder, changes, cfg)
+    since = time.monotonic()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pixel_model(str(folder))
+    assert time.monotonic() - since < 30  # not for minutes, not until the memory is full
+    assert str(folder) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert not (folder / "unpickled").exists()
+
+
+def test_nesting_is_refused(folder: Path) -> None:
+    for text in ("[" * 10_000 + "]" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000):
+        (folder / "config.json").write_text(f'{{"architecture": "test_resnet", "model_args": {{"x": {text}}}}}')
+        with pytest.raises(ValueError, match="nested too deeply"):
+            load_pixel_model(str(folder))
+
+
+def test_a_configuration_of_another_encoding_or_size_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="is not one of a timm model"):
+        load_pixel_model(str(folder))
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(10**9)
+    with pytest.raises(ValueError, match="1000000000 bytes"):
+        load_pixel_model(str(folder))
+
+
+def test_training_from_a_hostile_configuration_is_refused_too(folder: Path) -> None:
+    """Without weights of the source, what its configuration says is built all the same."""
+    write_config(folder, {"model_args": {"channels": [200_000] * 4}}, {})
+    inputs = input_defaults(f"local-dir:{folder}", model_args={})
+    with pytest.raises(ValueError, match=r"cannot be built .*weights do not fill"):
+        create_backbone(f"local-dir:{folder}", pretrained=False, num_classes=3, preprocessing=inputs, model_args={})
+
+
+def test_places_of_other_weights_are_ignored(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """timm would load the pickle if any of these keys reached it."""
+    bomb = folder / "bomb.bin"
+    bomb.write_bytes(pickle.dumps(Bomb(folder / "unpickled")))
+    places = {"url": bomb.as_uri(), "file": str(bomb), "hf_hub_id": "evil/model", "hf_hub_filename": "bomb.bin"}
+    for source in ("", "hf-hub", "local-dir"):
+        for custom in (True, False, "hf"):
+            write_config(folder, {}, {**places, "source": source, "custom_load": custom, "state_dict": {"fc.bias": 1}})
+            loaded = load_pixel_model(str(folder))
+            assert torch.equal(loaded.model.backbone.fc.weight, weights["fc.weight"])
+    assert not (folder / "unpickled").exists()
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(ROGUE),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ("architecture", "num_classes", "num_features", "model_args", "label_names", "label_descriptions", "ham_hf")
+CFG_KEYS = (
+    *("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "num_classes", "label_offset"),
+    *("first_conv", "classifier", "pool_size", "fixed_input_size", "url", "file", "source", "custom_load", "tag"),
+    *("test_input_size", "min_input_size", "test_crop_pct", "license", "paper_ids", "state_dict", "hf_hub_id"),
+)
+ARGUMENTS = ("layers", "channels", "stem_width", "act_layer", "global_pool", "drop_rate", "in_chans", "num_classes")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, max_size=2),
+    st.dictionaries(st.sampled_from(CFG_KEYS), JSON_VALUES, max_size=2),
+    st.dictionaries(st.sampled_from(ARGUMENTS), JSON_VALUES, max_size=2),
+)
+def test_any_configuration_is_loaded_or_refused(
+    folder: Path, changes: dict[str, Any], cfg: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    write_config(folder, {"model_args": arguments, **changes}, cfg)
+    try:
+        loaded = load_pixel_model(str(folder))
+    except ValueError as error:
+        named = str(folder) in str(error)
+        assert named, error  # noqa: PT017 (either is right)
+    else:
+        assert loaded.model.backbone.num_classes <= 1_000_000
+        threat_model_of(EvaluationThreatConfig(), loaded)
+
+
+# Weights
+
+
+def header(entries: dict[str, Any], *, length: int | None = None) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+TENSOR = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+HOSTILE_WEIGHTS = {
+    "empty": b"",
+    "a pickle": pickle.dumps({"fc.bias": [1, 2, 3]}),
+    "header of 2**63 bytes": header({"fc.bias": TENSOR}, length=2**63) + bytes(12),
+    "header longer than the file": header({"fc.bias": TENSOR}, length=10**9) + bytes(12),
+    "no header": header({}, length=0),
+    "no JSON": struct.pack("<Q", 4) + b"abcd",
+    "offsets outside": header({"fc.bias": {**TENSOR, "data_offsets": [0, 10**12]}}) + bytes(12),
+    "offsets backwards": header({"fc.bias": {**TENSOR, "data_offsets": [12, 0]}}) + bytes(12),
+    "huge shape": header({"fc.bias": {**TENSOR, "shape": [2**40, 2**40]}}) + bytes(12),
+    "negative shape": header({"fc.bias": {**TENSOR, "shape": [-3]}}) + bytes(12),
+    "unknown type": header({"fc.bias": {**TENSOR, "dtype": "__reduce__"}}) + bytes(12),
+    "nested": struct.pack("<Q", 20_000) + b"[" * 20_000,
+    "rogue name": header({"../../x\x1b[31m": TENSOR}) + bytes(12),
+    "one tensor of many": header({"fc.bias": TENSOR}) + bytes(12),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_WEIGHTS)
+def test_hostile_weights_are_refused_by_name(folder: Path, kind: str) -> None:
+    write_config(folder, {}, {})
+    (folder / "model.safetensors").write_bytes(HOSTILE_WEIGHTS[kind])
+    with pytest.raises(ValueError, match=str(folder)):
+        load_pixel_model(str(folder))
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "further"])
+def test_weights_of_another_network_are_refused(folder: Path, weights: dict[str, torch.Tensor], change: str) -> None:
+    write_config(folder, {}, {})
+    changed = dict(weights)
+    if change == "shape":
+        changed["fc.weight"] = torch.zeros(5, 7)
+    elif change == "dtype":
+        changed["conv1.0.weight"] = torch.zeros(1, dtype=torch.bool)
+    elif change == "missing":
+        del changed["fc.bias"]
+    else:
+        changed["fc.extra"] = torch.zeros(3)
+    save_file(changed, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be built from its configuration"):
+        load_pixel_model(str(folder))
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "model.pth", "model.pt", "pytorch_model.pth.tar", "w.npz"])
+def test_a_repository_of_pickles_is_refused_by_name(folder: Path, tmp_path: Path, pickled: str) -> None:
+    """Through the recipe and over HTTP, as somebody would who evaluates a model by its id."""
+    write_config(folder, {}, {"file": pickled, "hf_hub_filename": pickled, "custom_load": "hf"})
+    mark = tmp_path / "unpickled"
+    with Hub({"hf_test": "me"}) as hub:
+        repo = hub.repos["model", "evil/model"] = Repo("model", "evil/model", private=False)
+        tree = {
+            "config.json": Blob((folder / "config.json").read_bytes(), lfs=False),
+            pickled: Blob(pickle.dumps(Bomb(mark)), lfs=False),
+        }
+        repo.refs["main"] = repo.add_commit(tree, None)
+        if pickled != "pytorch_model.bin":  # one process is enough for what the others share
+            (folder / "model.safetensors").unlink()
+            (folder / pickled).write_bytes(pickle.dumps(Bomb(mark)))
+            with pytest.raises(ValueError, match=r"has no model\.safetensors; pickled weights .* are never loaded"):
+                load_pixel_model(str(folder))
+        else:
+            command = [sys.executable, str(ROOT / "recipes/evaluate.py"), "evil/model", "--dataset_name=digits"]
+            done = subprocess.run(
+                [*command, "--use_cpu", f"--output_dir={tmp_path / 'out'}"],
+                env=hub_environment(hub, tmp_path, token=None) | {"PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode == 2
+            assert "could not get model.safetensors of evil/model" in done.stderr
+            assert "pickled weights are never loaded" in done.stderr
+            assert "Traceback" not in done.stderr
+            assert not [entry for entry in hub.log if pickled in entry.path]
+    assert not mark.exists()
+
+
+def test_a_checkpoint_that_holds_a_bomb_is_refused_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, train = tmp_path / "run", recipe_module("train_ham.py")
+    command = [*SMALL, "--max_steps=2", "--per_device_train_batch_size=16", f"--output_dir={output}"]
+    train.main(command)
+    mark, checkpoint = tmp_path / "unpickled", output / "checkpoint-2"
+    torch.save(Bomb(mark), checkpoint / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"optimizer\.pt holds something other than tensors .* never loaded"):
+        load_checkpoint(checkpoint)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, "--max_steps=3", f"--resume_from_checkpoint={checkpoint}"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert str(checkpoint) in said
+    assert "Traceback" not in said
+    assert not mark.exists()
+
+
+# Data sets
+
+
+def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
+    """A data set of the Hub whose rows name files, which training would read and a figure would publish."""
+    private = tmp_path / "private.png"
+    PILImage.fromarray(np.zeros((8, 8, 3), dtype="uint8")).save(private)
+    (tmp_path / "home").mkdir()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    own = {"bytes": private.read_bytes(), "path": None}
+    for name, last in (("honest", own), ("rogue", {"bytes": None, "path": str(private)})):
+        rows = {"image": [*([own] * 9), last], "label": [0, 1] * 5}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    with Hub({"hf_test": "me"}) as hub:
+        for name in ("honest", "rogue"):
+            repo = hub.repos["dataset", f"evil/{name}"] = Repo("dataset", f"evil/{name}", private=False)
+            blob = Blob((tmp_path / f"{name}.parquet").read_bytes(), lfs=False)
+            repo.refs["main"] = repo.add_commit({"data/train-0.parquet": blob}, None)
+        script = (
+            "from ham_hf.sources import open_source, open_streamed_source\n"
+            "from ham_hf.shards import SplitFiles\n"
+            "for name in ('honest', 'rogue'):\n"
+            "    streamed = open_streamed_source(f'evil/{name}', None, None)\n"
+            "    files, stream = streamed.files['train'], streamed.splits['train']\n"
+            "    source = SplitFiles(split='train', files=files, version='', stream=stream)\n"
+            "    try:\n"
+            "        print(len(list(source.rows(['image', 'label'], 0, 0, None))))\n"
+            "    except ValueError as error:\n"
+            "        print('rogue:', 'data/train-0.parquet, row 9 holds no image' in str(error))\n"
+            "print(len(open_source('evil/honest', None, None).splits['train']))\n"
+            "open_source('evil/rogue', None, None)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.stdout.splitlines() == ["10", "rogue: True", "10"], done.stderr[-2000:]
+    assert (
+        "ValueError: --dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file" in done.stderr
+    )
+
+
+def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class names, column names, the folder and the card of the data set: nothing of it reaches beyond its place."""
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "<b>rogue | (x) {{ 7 * 7 }} &a"
+    (source / "data").mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(ROGUE))})
+    random = np.random.default_rng(0)
+    images = [PILImage.fromarray(random.integers(0, 256, (8, 8, 3), dtype="uint8")) for _ in range(10 * len(ROGUE))]
+    rows = {"image": images, "label": list(range(len(ROGUE))) * 10}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(source / "data/train-0.parquet")
+    (source / "README.md").write_text(
+        "---\nlicense: &a [*a]\nconfigs: !!python/object/apply:os.system ['touch owned']\n---"
+    )
+    command = [word for word in SMALL if not word.startswith(("--dataset_name", "in_chans", "--limit"))]
+    command += ["--max_steps=2", "--per_device_train_batch_size=16", "--save_total_limit=1"]
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:  # a card that is no YAML is an error that names the data set
+        recipe_module("train_ham.py").main([*command, f"--dataset_name={source}", "--output_dir=run"])
+    assert stop.value.code == 2
+    assert "error: --dataset_name" in capsys.readouterr().err
+    (source / "README.md").write_text(
+        "---\nlicense: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data\n---\n<script>"
+    )
+    recipe_module("train_ham.py").main([*command, f"--dataset_name={source}", "--output_dir=run"])
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "\u202e" not in said.out + said.err
+    made = set(tmp_path.rglob("*")) - before
+    assert {path.relative_to(tmp_path).parts[0] for path in made} == {"run"}
+    figures = {path.name for path in (tmp_path / "run/figures").iterdir()}
+    assert all(re.fullmatch(r"[a-z_]+(-\d+)?\.png", name) for name in figures), figures
+    card = (tmp_path / "run/README.md").read_text()
+    metadata = yaml.safe_load(card.split("\n---\n")[0])
+    assert metadata["license"] == "apache-2.0"
+    assert set(metadata) <= {"library_name", "pipeline_tag", "tags", "license", "metrics", "model-index"}
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.split("\n---\n", 1)[1])
+    inside = [child for token in tokens for child in token.children or []]
+    assert not [token for token in (*tokens, *inside) if token.type in ("html_block", "html_inline")]
+    links = {child.attrs["href"] for child in inside if child.type == "link_open"}
+    assert links == {"https://github.com/huggingface/pytorch-image-models"}
+    assert "`<b>rogue | (x) {{ 7 * 7 }} &a`" in card
+    # What was written loads, under the names that it was given.
+    assert load_pixel_model("run").class_names == ROGUE
+    # And compared with itself it is a table.
+    recipe_module("compare.py").main(["run", "--output_dir=compared"])
+    text = (tmp_path / "compared/comparison.md").read_text()
+    columns = [
+        {line.count("|") - line.count("\\|") for line in block.splitlines()}
+        for block in text.split("\n\n")
+        if block.startswith("|")
+    ]
+    assert columns
+    assert all(len(counts) == 1 for counts in columns)
+    assert "<" not in text
+    names = {path.name for path in (tmp_path / "compared").iterdir()}
+    assert all(re.fullmatch(r"comparison(_[a-z_]+)?\.[a-z]+", name) for name in names), names
+
+
+# Reports
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    """Every place in a JSON value."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    return found + [place for key, item in items for place in places(item, (*path, key))]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("report")
+    return json.loads(write_report(make_report(num_epochs=1), folder).read_text())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Path, data: st.DataObject) -> None:
+    """``recipes/compare.py`` reads reports of the Hub: one changed at one place is read, or refused by name."""
+    changed = json.loads(json.dumps(report))
+    *path, last = data.draw(st.sampled_from(places(report)))
+    holder = changed
+    for key in path:
+        holder = holder[key]
+    if data.draw(st.booleans()):
+        holder[last] = data.draw(JSON_VALUES)
+    else:
+        del holder[last]
+    (tmp_path / "report.json").write_text(json.dumps(changed))
+    try:
+        runs = label_runs(read_runs([str(tmp_path)], download=lambda *_: tmp_path).found)
+        write_comparison(compare(runs), tmp_path / "compared", command="x")
+        write_card(runs[0].report, tmp_path, repo_id="me/x", model_license="mit")
+    except ValueError as error:
+        assert str(error)  # noqa: PT017 (either is right)
+
+
+def test_a_report_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"schema_version": 1, "config": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match="is not a report of ham_hf"):
+        read_report(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "a/b", "a\\b", "", ".", "x" * 300, "clean\n", "\u202e"])
+def test_the_name_of_an_evaluation_is_no_path(name: str) -> None:
+    attack = make_report().results["clean"]
+    with pytest.raises(ValueError, match="an evaluation is called by letters"):
+        replace(attack, name=name)

@@ -1,0 +1,306 @@
+"""Everything that a Hub can do to a run: training goes on, and at the end every message says what is where."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import timm
+from huggingface_hub import constants, file_download
+from safetensors.torch import load_file, save_file
+
+from ham_hf import hub_waiting
+from ham_hf.hub import PushError, check_write_access, push_folder, try_push
+from ham_hf.hub_waiting import asked_wait, limit_waiting
+from ham_hf.model_source import resolve_source
+from tests.hub_server import Blob, Hub, Repo
+from tests.recipe_runs import SMALL, recipe_module
+
+pytestmark = pytest.mark.faults(quick=True)
+
+TOKEN = "hf_writer0123456789"
+ALWAYS = 10_000
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been waited for."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture(params=["pipeline", "single commit"])
+def hub(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
+) -> Iterator[Hub]:
+    """A Hub that this process talks to as "me", by both ways in which huggingface_hub uploads a folder."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "single commit")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2, raising=False)
+    monkeypatch.setattr(hub_waiting, "SILENCE_LIMIT", 0.2)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub({TOKEN: "me"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        yield server
+
+
+single = pytest.mark.parametrize("hub", ["single commit"], indirect=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An output folder with what a push asks for."""
+    path = tmp_path / "run"
+    path.mkdir()
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_file(model.state_dict(), path / "model.safetensors")
+    cfg = {"input_size": [3, 32, 32], "num_classes": 3}
+    (path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))
+    (path / "README.md").write_text("---\nlibrary_name: timm\n---\n# robust\n")
+    return path
+
+
+def refuse(status: int, **headers: str) -> Callable[[Hub, str], None]:
+    return lambda hub, pattern: hub.fail(pattern, status=status, headers=headers, times=ALWAYS)
+
+
+FAULTS: dict[str, Callable[[Hub, str], None]] = {
+    "401": refuse(401),
+    "403": refuse(403),
+    "404": refuse(404),
+    "409": refuse(409),
+    "412": refuse(412),
+    "429": refuse(429, **{"Retry-After": "7"}),
+    "429 for a day": refuse(429, **{"Retry-After": "86400"}),
+    "429 by budget": refuse(429, RateLimit='"api";r=0;t=3000'),
+    "500": refuse(500),
+    "502": refuse(502),
+    "503": refuse(503),
+    "reset": lambda hub, pattern: hub.drop(pattern, times=ALWAYS),
+    "lost answer": lambda hub, pattern: hub.lose_reply(pattern, times=ALWAYS),
+    "hanging": lambda hub, pattern: hub.hang(pattern, times=ALWAYS),
+}
+WAY_OUT = {"401": "renew HF_TOKEN", "403": "get the rights", "429 for a day": "86400 s", "429 by budget": "3000 s"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "lost answer"])  # which is no failure
+def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
+    hub: Hub, folder: Path, waits: list[float], fault: str
+) -> None:
+    repo_id = check_write_access("robust", private=False)
+    FAULTS[fault](hub, "POST .*/commit/")
+    before = content(folder)
+    with pytest.raises(PushError) as caught:
+        push_folder(folder, repo_id)
+    message = str(caught.value)
+    assert f"The folder {folder} is complete and unchanged" in message
+    assert message.endswith(f"    python recipes/push.py {folder} --hub_model_id me/robust")
+    assert WAY_OUT.get(fault, "") in message
+    assert content(folder) == before
+    # Bounded: how often, and how long in between, whether huggingface_hub waits or we do.
+    commits = ALWAYS - hub.faults[-1].times
+    assert commits <= 18
+    assert max(waits, default=0) <= 8
+    once = {"401", "403", "404", "429 for a day", "429 by budget"}
+    assert (commits == 1) == (fault in once)
+    # The one command, after the fault has passed.
+    hub.faults.clear()
+    push_folder(folder, repo_id)
+    assert hub.model("me/robust").tree()["model.safetensors"].data == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["409", "412", "429", "500", "502", "503", "reset", "lost answer", "hanging"])
+def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[float], fault: str) -> None:
+    repo_id = check_write_access("robust", private=False)
+    FAULTS[fault](hub, "POST .*/commit/")
+    hub.faults[-1].times = 1
+    push_folder(folder, repo_id)
+    assert hub.model("me/robust").tree()["config.json"].data == (folder / "config.json").read_bytes()
+    if fault == "429":
+        assert any(7 <= wait <= 8 for wait in waits)  # what the server asked for; huggingface_hub adds a second
+
+
+def test_a_commit_of_somebody_else_in_between_stays(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=False)
+    repo = hub.model("me/robust")
+
+    def commit() -> None:
+        parent = repo.resolve("main")
+        repo.refs["main"] = repo.add_commit({**repo.tree(), "notes.md": Blob(b"mine", lfs=False)}, parent, "notes")
+
+    hub.before("POST .*/commit/", commit)
+    push_folder(folder, repo_id)
+    assert repo.tree()["notes.md"].data == b"mine"
+    assert repo.tree()["config.json"].data == (folder / "config.json").read_bytes()
+    assert [found.title for found in repo.history()] == ["Upload model", "notes", "initial commit"]
+
+
+@single
+def test_nobody_there(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Hub() as gone:
+        pass
+    monkeypatch.setattr(constants, "ENDPOINT", gone.url)
+    with pytest.raises(PushError, match=r"refused.*\n.*complete and unchanged"):
+        push_folder(folder, "me/robust")
+
+
+@single
+@pytest.mark.parametrize("fault", FAULTS)
+def test_access_is_checked_in_bounded_time(hub: Hub, waits: list[float], fault: str) -> None:
+    FAULTS[fault](hub, "POST /api/repos/create")
+    with pytest.raises(ValueError, match=r"^--(push_to_hub|hub_model_id)\b"):
+        check_write_access("robust", private=False)
+    assert ALWAYS - hub.faults[-1].times <= 3
+    assert max(waits, default=0) <= 8
+    if fault == "429":
+        assert waits == [7, 7]
+
+
+@single
+def test_a_call_that_turns_its_time_limit_off_still_has_one(hub: Hub) -> None:
+    check_write_access("robust", private=False)
+    hub.hang("GET /api/models/me/robust", times=ALWAYS)
+    since = time.monotonic()
+    with pytest.raises(ValueError, match="cannot reach"):
+        check_write_access("robust", private=True)  # asks whether it is private, without a limit
+    assert time.monotonic() - since < 10
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": "120"}, 120),
+        ({"retry-after": " 5 "}, 5),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, None),
+        ({"Retry-After": "-1"}, None),
+        ({"Retry-After": "²"}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"RateLimit": '"api";r=499;t=55'}, None),
+        ({"RateLimit": '"api";r=0;t=55', "Retry-After": "60"}, 60),
+    ],
+)
+def test_the_wait_that_a_server_asks_for(headers: dict[str, str], seconds: int | None) -> None:
+    assert asked_wait(headers) == seconds
+
+
+# A whole training
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run without a Hub."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    recipe_module("train_ham.py").main([*RUN, f"--output_dir={folder}"])
+    return folder
+
+
+RUN = [*SMALL, "--per_device_train_batch_size=20", "--save_steps=1", "--save_total_limit=1"]
+
+
+@pytest.mark.parametrize("hub", ["pipeline"], indirect=True)
+def test_training_goes_on_whatever_the_hub_does(
+    hub: Hub,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A push after every update, each meeting another fault; a last push that fails; the command that mends it."""
+    folder, recipe, met = tmp_path / "run", recipe_module("train_ham.py"), {}
+    left = iter(FAULTS)
+
+    def push_meeting_a_fault(*arguments: object, **options: object) -> bool:
+        fault = next(left, "none")
+        hub.faults.clear()
+        if fault in FAULTS:
+            FAULTS[fault](hub, "POST .*/(preupload|commit)/")
+        met[fault] = try_push(*arguments, **options)
+        hub.faults.clear()
+        return met[fault]
+
+    monkeypatch.setattr(recipe, "try_push", push_meeting_a_fault)
+    original = recipe.push_folder
+
+    def last_push(*arguments: object, **options: object) -> str:
+        hub.fail("POST .*/commit/", status=503, times=ALWAYS)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(recipe, "push_folder", last_push)
+    options = ["--push_to_hub", "--hub_model_id=robust", "--hub_strategy=every_save", f"--output_dir={folder}"]
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as stop:
+        recipe.main([*RUN, *options])
+    assert stop.value.code == 2
+    assert set(met) == {*FAULTS, "none"}
+    assert met == {fault: fault == "none" for fault in met}
+    assert caplog.text.count("Training goes on, the next save pushes again") == len(FAULTS)
+    trained, expected = (load_file(path / "model.safetensors") for path in (folder, undisturbed))
+    assert all(trained[name].equal(expected[name]) for name in expected)
+    said = capsys.readouterr()
+    assert f"everything is in {folder}" in said.out
+    assert "Traceback" not in said.err
+    # The state at the end, and the one command.
+    assert f"The folder {folder} is complete and unchanged" in said.err
+    command = shlex.split(said.err.strip().splitlines()[-1])
+    assert command[:2] == ["python", "recipes/push.py"]
+    hub.faults.clear()
+    recipe_module("push.py").main(command[2:])
+    assert "pushed to" in capsys.readouterr().out
+    tree = hub.model("me/robust").tree()
+    published = {path for path in tree if path != ".gitattributes"}
+    assert published >= {"README.md", "report.json", "model.safetensors", "figures/per_class_accuracy.png"}
+    assert all(tree[path].data == (folder / path).read_bytes() for path in published)
+
+
+# Reading
+
+
+@pytest.fixture
+def published(hub: Hub, folder: Path) -> Hub:
+    repo = hub.repos["model", "me/robust"] = Repo("model", "me/robust", private=False)
+    tree = {name: Blob(data, lfs=False) for name, data in content(folder).items()}
+    repo.refs["main"] = repo.add_commit(tree, None)
+    limit_waiting()  # as the recipes do
+    return hub
+
+
+READING = {**FAULTS, "cut": lambda hub, pattern: hub.cut(pattern, times=ALWAYS)}
+
+
+@single
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("fault", [fault for fault in READING if fault not in ("409", "412")])
+def test_a_model_that_cannot_be_read_is_an_error_that_names_it(published: Hub, fault: str, file: str) -> None:
+    READING[fault](published, f"(GET|HEAD) .*{file}")
+    with pytest.raises(ValueError, match=rf"hf-hub:me/robust: could not get {re.escape(file)} of me/robust"):
+        resolve_source("hf-hub:me/robust").read_weights()
+    published.faults.clear()
+    assert "fc.weight" in resolve_source("hf-hub:me/robust").read_weights()
+
+
+@single
+@pytest.mark.parametrize("fault", ["429", "reset", "lost answer", "hanging", "cut"])
+def test_a_download_with_a_fault_that_passes_is_whole(published: Hub, folder: Path, fault: str) -> None:
+    READING[fault](published, "GET .*model.safetensors")
+    published.faults[-1].times = 1
+    weights = resolve_source("hf-hub:me/robust").read_weights()
+    expected = load_file(folder / "model.safetensors")
+    assert all(weights[name].equal(expected[name]) for name in expected)
