@@ -52,10 +52,10 @@ class Clock:
         self.times: list[tuple[float, float]] = []
         self.sums = Totals()
 
-    def __call__(self, batches: Sequence[PixelBatch], *, epoch: int, step: int) -> Totals:
+    def __call__(self, batches: Sequence[PixelBatch], **place: object) -> Totals:
         common.synchronize(self.device)
         began = time.perf_counter()
-        totals = self.step(batches, epoch=epoch, step=step)
+        totals = self.step(batches, **place)
         common.synchronize(self.device)
         self.times.append((began, time.perf_counter()))
         self.sums += totals
