@@ -46,6 +46,7 @@ TRAINING_SETTINGS = (
     ("Learning rate drops (epoch:factor)", "lr_drops"),
     ("Weight decay", "weight_decay"),
     ("Mixed precision", "mixed_precision"),
+    ("Precision of the attack in training", "attack_precision"),
 )
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""

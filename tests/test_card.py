@@ -277,6 +277,13 @@ def test_options_without_effect_are_left_out(tmp_path: Path) -> None:
     assert rows["Method option fat_tau_epochs"] == "50, 90"
 
 
+def test_coarser_attacks_in_training_are_told(tmp_path: Path) -> None:
+    for precision in ("training", "bf16"):
+        config = config_of(every_method()["ham"], attack_precision=precision)
+        rows = training_table(written(with_config(config), tmp_path))
+        assert rows["Precision of the attack in training"] == precision
+
+
 def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:
     report = make_report(missing=(4,))
     _, results, per_class, _ = tables(body(written(report, tmp_path)))

@@ -139,6 +139,8 @@ def _optimizer(settings: Mapping[str, object]) -> str:
             f"{' '.join(schedule)} by {setting_text(settings.get('lr_step_unit'))}",
             f"weight decay {setting_text(settings.get('weight_decay'))}",
             f"precision {setting_text(settings.get('mixed_precision'))}",
+            # Reports from before there was a choice do not say it: attacks ran as the training did.
+            f"of attacks in training {setting_text(settings.get('attack_precision', 'training'))}",
         ]
     )
 
