@@ -1,10 +1,15 @@
-"""Fair adversarial training for any timm backbone. Importing the package registers its CIFAR networks with timm."""
+"""Fair adversarial training for any timm backbone. Importing the package registers its CIFAR networks with timm.
+
+In the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`; `objectives`, the
+training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages together for the
+recipes, `comparison` compares runs.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ham_hf import cifar_nets
+from ham_hf.models import cifar_nets
 
 __all__ = ["cifar_nets"]
 

@@ -141,6 +141,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Ask for no gradient of any parameter, and restore on leaving what was asked for.
+
+    ``torch.autograd.grad`` with respect to the input leaves them out anyway, but what calls ``backward()`` does not,
+    and a compiled network computes the gradients of everything that requires one.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Invariant 2: evaluation mode, and no gradient of a parameter."""
+    with evaluation_mode(model), without_parameter_gradients(model):
+        yield
+
+
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = cross_entropy) -> Tensor:
     """Gradient of the summed per-example loss with respect to ``x`` alone, in the shape and dtype of ``x``.
 
@@ -192,7 +216,7 @@ def pgd(
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}")
     x_adv = threat_model.random_start(x, generator) if start is None else start.detach()
-    with evaluation_mode(model):
+    with attack_mode(model):
         for _ in range(num_steps):
             gradient = input_gradient(model, x_adv, y, loss_fn)
             x_adv = threat_model.project(threat_model.step(x_adv, gradient, step_size), x)

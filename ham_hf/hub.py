@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.hub_waiting import WAIT_LIMIT, AskedToWaitError, asked_wait, limit_waiting
-from ham_hf.report import REPORT_NAME
+from ham_hf.reporting.report import REPORT_NAME
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,6 +105,7 @@ def push_folder(
     folder: str | Path,
     repo_id: str,
     *,
+    private: bool = False,
     revision: str = DEFAULT_REVISION,
     commit_message: str = "Upload model",
     attempts: int = 3,
@@ -114,6 +115,7 @@ def push_folder(
     Args:
         folder: output folder; only ``ARTEFACTS`` of it are sent.
         repo_id: "user/name".
+        private: True if the repository must be private, for the command that a failed push names.
         revision: branch to push to.
         commit_message: first line of the commit.
         attempts: how often to try when the server or the connection fails, or another commit gets in between; the
@@ -146,6 +148,8 @@ def push_folder(
         url = _retry(upload, attempts=attempts, also=CONFLICTS)
     except PUSH_ERRORS as error:
         command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
+        if private:
+            command.append("--hub_private_repo")
         if revision != DEFAULT_REVISION:
             command += ["--hub_revision", revision]
         raise PushError(

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, check_batch, cross_entropy, evaluation_mode, margin_loss, pgd
+from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,7 +100,7 @@ def mine_hard_examples(
     loss_fn = moves or loss_fn
     attack, left = partial(pgd, model, threat_model=threat_model, step_size=step_size), num_steps - mining_step
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
-    with evaluation_mode(model):
+    with attack_mode(model):
         x_early = attack(x, y, num_steps=mining_step, start=start, loss_fn=loss_fn, generator=generator)
         if classify_in_step and left:
             seen = LastLogits(loss_fn)

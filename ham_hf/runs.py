@@ -12,15 +12,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.autoattack import evaluate_autoattack
 from ham_hf.config import DataConfig, EvaluationConfig, EvaluationThreatConfig, ModelConfig, TrainConfig
 from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
-from ham_hf.export import ExportInfo, export_for_timm
+from ham_hf.evaluation.autoattack import evaluate_autoattack
+from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
-from ham_hf.partial_results import partial_results
-from ham_hf.plots import ExampleStrip
-from ham_hf.report import plain_text
+from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.reporting.plots import ExampleStrip
+from ham_hf.reporting.report import plain_text
 from ham_hf.seeding import Stream, make_generator
 
 logger = logging.getLogger(__name__)

@@ -18,17 +18,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ham_hf.autoattack import require_autoattack
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub_waiting import limit_waiting
-from ham_hf.launching import clean_exit, create_accelerator, set_up_logging
 from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import load_pixel_model
-from ham_hf.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
-from ham_hf.partial_results import remove_partial_results
-from ham_hf.report import results_table, text_table
-from ham_hf.reporting import evaluation_report, write_evaluation
-from ham_hf.run_lock import RunLock
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import evaluation_report, write_evaluation
 from ham_hf.runs import (
     align_classes,
     check_test_images,
@@ -38,6 +36,16 @@ from ham_hf.runs import (
     num_logits,
     threat_model_of,
 )
+from ham_hf.training.launching import (
+    FaultError,
+    clean_exit,
+    create_accelerator,
+    explain_faults,
+    launched_processes,
+    set_up_logging,
+)
+from ham_hf.training.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
+from ham_hf.training.run_lock import RunLock
 
 logger = logging.getLogger("ham_hf.evaluate")
 
@@ -57,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     """Run one evaluation; ``lock`` is acquired here, on the main process."""
-    with clean_exit(ValueError, OSError):
+    world = launched_processes()
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world):
         if config.evaluation.autoattack:
             require_autoattack()
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
-        accelerator = create_accelerator(use_cpu=config.use_cpu)
+        accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded)
         # Training images are not looked at; of each class one is loaded, so that the loader can tell the classes.
@@ -84,7 +93,8 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    with clean_exit(MemoryExhaustedError), explain_out_of_memory(way_out):
+    faults = (MemoryExhaustedError, CorruptImageError, FaultError, OSError)
+    with clean_exit(*faults), explain_faults(num_processes=world), explain_out_of_memory(way_out):
         results = evaluate_on_test(
             model,
             data.test,
@@ -107,8 +117,9 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             accelerator=accelerator,
             seed=config.seed,
         )
-        examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
-        write_evaluation(report, config.output_path, examples=examples)
+        with clean_exit(CorruptImageError, OSError):
+            examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
+            write_evaluation(report, config.output_path, examples=examples)
         remove_partial_results(config.output_path)
         sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()

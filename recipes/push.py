@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.card import write_card
 from ham_hf.hub import PushError, check_write_access, push_folder
-from ham_hf.launching import clean_exit, set_up_logging
-from ham_hf.report import REPORT_NAME, read_report
+from ham_hf.reporting.card import write_card
+from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.training.launching import clean_exit, set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # The card's loading lines name the repository, which may be another one than the run knew of.
         write_card(report, arguments.folder, repo_id=repo_id, model_license=model_license)
-        url = push_folder(arguments.folder, repo_id, revision=arguments.hub_revision, commit_message="Robust model")
+        url = push_folder(
+            arguments.folder,
+            repo_id,
+            private=arguments.hub_private_repo,
+            revision=arguments.hub_revision,
+            commit_message="Robust model",
+        )
     sys.stdout.write(f"pushed to {url}\n")
 
 

@@ -21,32 +21,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.autoattack import require_autoattack
-from ham_hf.checkpoint import load_best
+from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
-from ham_hf.decoding import CorruptImageError
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.shards import StreamError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
 from ham_hf.hub_waiting import limit_waiting
-from ham_hf.launching import (
-    FaultError,
-    check_shared_folder,
-    clean_exit,
-    create_accelerator,
-    explain_faults,
-    explain_interrupt,
-    peak_memory_bytes,
-    set_up_logging,
-)
 from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import input_defaults
+from ham_hf.models.source import resolve_source
 from ham_hf.objectives import InnerAttack
-from ham_hf.optimization import check_optimizer
-from ham_hf.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
-from ham_hf.partial_results import remove_partial_results
-from ham_hf.report import results_table, text_table
-from ham_hf.reporting import training_report, write_config, write_training
-from ham_hf.run_lock import RunLock
-from ham_hf.runlog import check_tracker
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import (
     evaluate_on_test,
     example_strip,
@@ -54,10 +42,25 @@ from ham_hf.runs import (
     load_data,
     new_model,
 )
-from ham_hf.shards import StreamError
-from ham_hf.stopping import StopRequests, TrainingStopped, stop_requests
-from ham_hf.train_step import NonFiniteLossError
-from ham_hf.trainer import Trainer
+from ham_hf.training.checkpoint import check_resume_name, load_best
+from ham_hf.training.launching import (
+    FaultError,
+    check_shared_folder,
+    clean_exit,
+    create_accelerator,
+    explain_faults,
+    explain_interrupt,
+    launched_processes,
+    peak_memory_bytes,
+    set_up_logging,
+)
+from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
+from ham_hf.training.run_lock import RunLock
+from ham_hf.training.runlog import check_tracker
+from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
+from ham_hf.training.train_step import NonFiniteLossError
+from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train_ham")
 
@@ -68,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_waiting()
     config = parse_train_config(argv, default_recipe=Path(__file__).parent / "digits" / "ham.yaml")
     folder = Path(config.training.output_dir)
-    with stop_requests(folder, config.training.max_train_hours) as stop, RunLock(folder) as lock:
+    with (
+        stop_requests(folder, config.training.max_train_hours) as stop,
+        RunLock(folder) as lock,
+        explain_interrupt(folder),
+    ):
         train(config, stop, lock)
 
 
@@ -80,17 +87,21 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     ########################
     # Everything that can be refused, before anything is written
     ########################
-    with clean_exit(ValueError, OSError):
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=launched_processes()):
         check_tracker(config.training.report_to)
         check_optimizer(config.training.optimizer)
         if config.evaluation.autoattack:
             require_autoattack()
+        if config.training.resume_from_checkpoint is not None:
+            check_resume_name(folder, config.training.resume_from_checkpoint)
         check_output_dir(
             folder,
             overwrite=config.training.overwrite_output_dir,
             resume=config.training.resume_from_checkpoint is not None,
         )
         inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
+        # Asked now: at the end of a long run the source may be gone.
+        base_model = resolve_source(config.model.model_name).hub_id if config.model.pretrained else None
         accelerator = create_accelerator(
             use_cpu=config.training.use_cpu,
             mixed_precision=config.training.mixed_precision,
@@ -108,11 +119,17 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         model, preprocessing = new_model(config.model, data, seed=seed)
         # Takes the selected weights later; made now, as the trainer changes the forward and the place of its own.
         selected = copy.deepcopy(model)
+        # Of the --ddp_timeout that the other processes wait for this one.
+        background = Background(patience=min(60.0, config.training.ddp_timeout / 8))
 
         def export_and_push(trainer: Trainer) -> None:
+            if background.is_busy():
+                logger.warning("an earlier push is still under way: the next save pushes again")
+                return
             selected.load_state_dict(trainer.selected_weights())
             export_model(selected, config, data, preprocessing)
-            try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=f"Step {trainer.progress.step}")
+            message = f"Step {trainer.progress.step}"
+            background.start(lambda: try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=message))
 
         trainer = Trainer(
             model,
@@ -125,10 +142,15 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
             accelerator,
             eval_batch_size=config.evaluation.per_device_eval_batch_size,
             after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
+            plan_besides={
+                "model_args": config_to_dict(config)["model_args"],
+                "mean": list(preprocessing.mean),
+                "std": list(preprocessing.std),
+            },
         )
-        trainer.resume()
         # With another number of processes than before, the accumulation is another one too.
         config = replace(config, training=trainer.config)
+        trainer.resume()
         if accelerator.is_main_process:
             if config.training.overwrite_output_dir:
                 clear_output_dir(folder, OWNED_BY_TRAINING)
@@ -151,9 +173,9 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     )
     accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
     faults = (NonFiniteLossError, MemoryExhaustedError, CorruptImageError, StreamError, FaultError, OSError)
-    world = accelerator.num_processes
+    world = launched_processes()
     try:
-        with clean_exit(*faults), explain_interrupt(folder), explain_faults(num_processes=world), stop.deferred():
+        with clean_exit(*faults), explain_faults(num_processes=world), stop.deferred():
             progress = trainer.fit(stop)
     except TrainingStopped:
         accelerator.end_training()
@@ -188,6 +210,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     # Artefacts, then the Hub
     ########################
     if accelerator.is_main_process:
+        background.finish()
         with clean_exit(FaultError), explain_unfinished(folder):
             exported = export_model(selected, config, data, preprocessing)
             report = training_report(
@@ -200,6 +223,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 best,
                 results,
                 accelerator,
+                base_model=base_model,
                 peak_memory_bytes=peak_memory,
             )
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
@@ -211,7 +235,13 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     accelerator.end_training()
     if main_process and hub.push_to_hub:
         with clean_exit(PushError):
-            url = push_folder(folder, str(repo_id), revision=hub.hub_revision, commit_message="Robust model")
+            url = push_folder(
+                folder,
+                str(repo_id),
+                private=hub.hub_private_repo,
+                revision=hub.hub_revision,
+                commit_message="Robust model",
+            )
         sys.stdout.write(f"pushed to {url}\n")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ham_hf.comparison.numbers import Run
 from ham_hf.metrics import summarize_counts
-from ham_hf.report import RunReport
+from ham_hf.reporting.report import RunReport
 from tests.example_report import DIGITS, make_report
 
 Counts = tuple[Sequence[int], Sequence[int]]

@@ -43,7 +43,7 @@ def subprocess_env(tmp_path_factory):
 @pytest.fixture
 def quick_autoattack(monkeypatch):
     """The attacks of AutoAttack with few steps, for what is done around them; gives their class."""
-    from ham_hf import autoattack
+    from ham_hf.evaluation import autoattack
 
     full = autoattack.require_autoattack()
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ham_hf.plots import ExampleStrip
-from ham_hf.report import (
+from ham_hf.reporting.plots import ExampleStrip
+from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,
     Environment,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from ham_hf.attacks import ThreatModel, cross_entropy, evaluation_mode, input_gradient, margin_loss, pgd
 from tests.golden_data import TOLERANCE, golden_case, golden_net
@@ -190,6 +191,39 @@ def test_attack_computes_only_the_gradient_of_the_input(monkeypatch):
     pgd(net, x, y, threat_model=ThreatModel(), num_steps=3, step_size=0.01)
     assert len(passes) == len(asked) == 3
     assert all(isinstance(inputs, torch.Tensor) and inputs.shape == x.shape for inputs in asked)
+
+
+def test_a_compiled_network_computes_no_gradient_of_a_parameter_in_an_attack():
+    """Compiled, a backward pass computes the gradients of everything that requires one, asked for or not."""
+    masks = []
+
+    def note_gradients(graph, _):
+        convolutions = [node for node in graph.graph.nodes if "convolution_backward" in str(node.target)]
+        masks.extend(list(node.args[-1]) for node in convolutions)
+        return graph
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    net.compile(backend=aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=note_gradients))
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    pgd(net, x, y, threat_model=ThreatModel(), num_steps=1, step_size=0.01)
+    assert masks == [[True, False, False]] * 2
+    net(x).sum().backward()
+    assert masks[2:] == [[True, True, True], [False, True, True]]  # training is compiled anew, with all gradients
+
+
+def test_what_an_attack_needs_no_gradient_of_needs_one_again_afterwards():
+    net = golden_net().float()
+    frozen = next(net.parameters()).requires_grad_(False)
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+
+    def failing(logits, y):
+        assert not any(parameter.requires_grad for parameter in net.parameters())
+        raise RuntimeError("in mid-attack")
+
+    with pytest.raises(RuntimeError, match="in mid-attack"):
+        pgd(net, x, y, threat_model=ThreatModel(), num_steps=1, step_size=0.01, loss_fn=failing)
+    assert [parameter.requires_grad for parameter in net.parameters()].count(False) == 1
+    assert not frozen.requires_grad
 
 
 def test_gradient_keeps_the_precision_of_the_pixels_when_the_model_computes_in_bf16():

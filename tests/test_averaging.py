@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ham_hf.averaging import GatedAverage
+from ham_hf.training.averaging import GatedAverage
 from tests.golden_data import GOLDEN, TOLERANCE
 from tests.nets import batch_norm_net
 

@@ -21,14 +21,15 @@ from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ham_hf import card, objectives
-from ham_hf.card import evaluation_section, fraction_text, write_card
-from ham_hf.decoding import EvalTransform
-from ham_hf.export import export_for_timm
-from ham_hf.method_text import CITATIONS
+from ham_hf import objectives
+from ham_hf.data.decoding import EvalTransform
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
-from ham_hf.plots import save_figures
-from ham_hf.report import RunReport, ThreatModelReport, plain_text
+from ham_hf.models.export import export_for_timm
+from ham_hf.reporting import card
+from ham_hf.reporting.card import evaluation_section, fraction_text, write_card
+from ham_hf.reporting.method_text import CITATIONS
+from ham_hf.reporting.plots import save_figures
+from ham_hf.reporting.report import RunReport, ThreatModelReport, plain_text
 from tests.example_report import DIGITS, make_report, with_dataset, with_model
 
 HEADINGS = [
@@ -429,6 +430,22 @@ def test_limits_name_what_was_not_run(
     text = written(make_report(attacks=attacks, num_autoattack=num_autoattack), tmp_path)
     assert [line for line in present if line not in text] == []
     assert [line for line in absent if line in text] == []
+
+
+@pytest.mark.parametrize(("start", "said"), [(12, True), (11, False)])
+def test_a_method_that_never_began_is_told(tmp_path: Path, start: int, said: bool) -> None:
+    config = {"method": "ham", "mining_start_epoch": start}
+    card = write_card(make_report(config=config), tmp_path, repo_id="me/robust", model_license="mit").read_text()
+    assert ("The run ended before ham began: it was trained by the warm-up alone" in card) == said
+
+
+def test_a_limited_test_split_is_told_and_only_its_classes_are_counted(tmp_path: Path) -> None:
+    report = make_report(num_test=60, missing=(4,), config={"limit_test_examples": 60})
+    card = write_card(report, tmp_path, repo_id="me/robust", model_license="mit").read_text()
+    assert "of which a stratified part was taken (`--limit_test_examples`)" in card
+    assert "it is the smallest of 9 estimates" in card
+    whole = write_card(make_report(), tmp_path, repo_id="me/robust", model_license="mit").read_text()
+    assert "stratified part was taken" not in whole
 
 
 def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ham_hf.checkpoint import (
+from ham_hf.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
     list_checkpoints,
@@ -17,7 +17,7 @@ from ham_hf.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from ham_hf.output_folder import (
+from ham_hf.training.output_folder import (
     OWNED_BY_EVALUATION,
     OWNED_BY_TRAINING,
     check_evaluation_dir,
@@ -68,7 +68,7 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoints(tmp_path, monkeypatc
         raise OSError("no space left on device")
 
     target = {
-        "save_file": "ham_hf.checkpoint.save_file",
+        "save_file": "ham_hf.training.checkpoint.save_file",
         "torch.save": "torch.save",
         "rename": "pathlib.Path.rename",
     }[broken]

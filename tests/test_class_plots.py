@@ -14,11 +14,11 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.class_plots import class_treatment_figure
-from ham_hf.method_state import MethodState
 from ham_hf.objectives import CFA, InnerAttack
-from ham_hf.plots import per_class_figure, save_figures
-from ham_hf.report import RunReport, read_report
+from ham_hf.reporting.class_plots import class_treatment_figure
+from ham_hf.reporting.plots import per_class_figure, save_figures
+from ham_hf.reporting.report import RunReport, read_report
+from ham_hf.training.method_state import MethodState
 from tests.example_report import DIGITS, class_quantity, make_report
 
 EVERYTHING = {"hard_per_class": 4, "class_weight": 4, "class_kl_weight": 0, "class_epsilon": 10}

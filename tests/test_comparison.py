@@ -410,6 +410,20 @@ def test_another_optimizer_is_another_budget():
     assert "weight decay 0.3" in list(unequal["Optimizer"])[1]
 
 
+def test_averaged_weights_are_another_budget():
+    """CFA averages by itself: no setting differs, and yet its row is of other weights."""
+    rows = [
+        *pgd("one", [5] * 3, fawa="auto"),
+        *pgd("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
+        *pgd("ema", [5] * 3, fawa="auto", ema_decay=0.99),
+    ]
+    assert compare(rows).unequal["Weight averaging"] == {
+        "none": ("one",),
+        "fairness-gated per epoch, decay 0.85": ("cfa",),
+        "per update, decay 0.99": ("ema",),
+    }
+
+
 def test_labels_that_are_cut_alike_stay_different():
     long = "a method with a very long name (its settings are 1 and then "
     labels = [f"{long}{end})" for end in ("2", "3")]

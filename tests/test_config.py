@@ -413,6 +413,8 @@ BAD_YAML = [
     ("model_args: {[a]: 1}", ["--model_args", "a name must be a word"]),
     ("epsilon: 8", ["--epsilon 8", "did you mean 8/255?"]),
     ("config: other.yaml", ["there is no setting 'config'"]),
+    ("methd: ham", ["there is no setting 'methd'; did you mean --method?"]),
+    ("recipe: ham.yaml\nruns: {}", ["recipe.yaml plans a comparison: python recipes/compare.py --config"]),
     ("- seed: 1", ["recipe.yaml", "'setting: value'"]),
     ("just words", ["recipe.yaml", "'setting: value'"]),
     ("", ["recipe.yaml", "'setting: value'"]),

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
-from ham_hf.autoattack import autoattack_version, evaluate_autoattack
 from ham_hf.evaluation import EvaluationAttack, evaluate, standard_attacks
+from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from tests.golden_data import golden_case, golden_net
 from tests.nets import TensorImages, group_norm_net
@@ -156,20 +156,27 @@ def test_autoattack_runs_the_authors_attacks_one_after_the_other_on_what_is_left
     assert 0 < survivors[-1] < survivors[0]
 
 
-def test_autoattack_subset_is_stratified_and_said_to_be_one(net, split, accelerator):
-    result = evaluate_autoattack(
-        golden_net().float(),
-        TensorImages(split.x, torch.arange(len(split)) % 10),
-        num_classes=10,
-        threat_model=THREAT,
-        accelerator=accelerator,
-        batch_size=8,
-        seed=0,
-        num_examples=20,
-    )
-    assert result.labels.bincount().tolist() == [2] * 10
-    assert result.settings["subset"] is True
-    assert result.settings["num_examples"] == len(result.flags) == 20
+def test_autoattack_subset_is_stratified_said_to_be_one_and_the_same_for_all_seeds(net, split, accelerator):
+    seen = []
+    network = golden_net().float()
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    for seed in (0, 1):
+        begun = len(seen)
+        result = evaluate_autoattack(
+            network,
+            TensorImages(split.x, torch.arange(len(split)) % 10),
+            num_classes=10,
+            threat_model=THREAT,
+            accelerator=accelerator,
+            batch_size=8,
+            seed=seed,
+            num_examples=20,
+        )
+        assert result.labels.bincount().tolist() == [2] * 10
+        assert result.settings["subset"] is True
+        assert result.settings["num_examples"] == len(result.flags) == 20
+        first = seen[begun]
+    assert torch.equal(first, seen[0])
 
 
 def test_absent_autoattack_names_the_extra(net, split, accelerator, monkeypatch):

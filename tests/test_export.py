@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ham_hf.cifar_nets import embed_in_resnet18, extract_from_resnet18
-from ham_hf.export import ExportInfo, export_for_timm
 from ham_hf.models import PixelModel, Preprocessing, create_backbone, input_defaults, load_pixel_model
+from ham_hf.models.cifar_nets import embed_in_resnet18, extract_from_resnet18
+from ham_hf.models.export import ExportInfo, export_for_timm
 
 CLASSES = [f"class {index}" for index in range(10)]
 SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 24, 24, 32]}

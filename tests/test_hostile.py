@@ -17,6 +17,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -27,15 +29,15 @@ from markdown_it import MarkdownIt
 from PIL import Image as PILImage
 from safetensors.torch import save_file
 
-from ham_hf.card import write_card
-from ham_hf.checkpoint import load_checkpoint
 from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.numbers import compare
 from ham_hf.comparison.text import write_comparison
 from ham_hf.config import EvaluationThreatConfig
 from ham_hf.models import create_backbone, input_defaults, load_pixel_model
-from ham_hf.report import read_report, write_report
+from ham_hf.reporting.card import write_card
+from ham_hf.reporting.report import read_report, write_report
 from ham_hf.runs import threat_model_of
+from ham_hf.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 from tests.example_report import make_report
 from tests.hub_server import Blob, Hub, Repo, hub_environment
@@ -386,22 +388,29 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
     for name, last in (("honest", own), ("rogue", {"bytes": None, "path": str(private)})):
         rows = {"image": [*([own] * 9), last], "label": [0, 1] * 5}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    # The card of this one says images, its file has names of files.
+    texts = pa.table({"image": [str(private)] * 10, "label": [0, 1] * 5})
+    pq.write_table(texts, tmp_path / "liar.parquet")
+    card = yaml.safe_dump({"dataset_info": {"features": features._to_yaml_list()}})
     with Hub({"hf_test": "me"}) as hub:
-        for name in ("honest", "rogue"):
+        for name in ("honest", "rogue", "liar"):
             repo = hub.repos["dataset", f"evil/{name}"] = Repo("dataset", f"evil/{name}", private=False)
             blob = Blob((tmp_path / f"{name}.parquet").read_bytes(), lfs=False)
-            repo.refs["main"] = repo.add_commit({"data/train-0.parquet": blob}, None)
+            tree = {"data/train-0.parquet": blob}
+            if name == "liar":
+                tree["README.md"] = Blob(f"---\n{card}---\n".encode(), lfs=False)
+            repo.refs["main"] = repo.add_commit(tree, None)
         script = (
-            "from ham_hf.sources import open_source, open_streamed_source\n"
-            "from ham_hf.shards import SplitFiles\n"
-            "for name in ('honest', 'rogue'):\n"
+            "from ham_hf.data.sources import open_source, open_streamed_source\n"
+            "from ham_hf.data.shards import SplitFiles\n"
+            "for name, row in (('honest', None), ('rogue', 9), ('liar', 0)):\n"
             "    streamed = open_streamed_source(f'evil/{name}', None, None)\n"
             "    files, stream = streamed.files['train'], streamed.splits['train']\n"
             "    source = SplitFiles(split='train', files=files, version='', stream=stream)\n"
             "    try:\n"
             "        print(len(list(source.rows(['image', 'label'], 0, 0, None))))\n"
             "    except ValueError as error:\n"
-            "        print('rogue:', 'data/train-0.parquet, row 9 holds no image' in str(error))\n"
+            "        print(name, f'data/train-0.parquet, row {row} holds no image' in str(error))\n"
             "print(len(open_source('evil/honest', None, None).splits['train']))\n"
             "open_source('evil/rogue', None, None)"
         )
@@ -412,7 +421,7 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
             text=True,
             timeout=300,
         )
-    assert done.stdout.splitlines() == ["10", "rogue: True", "10"], done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["10", "rogue True", "liar True", "10"], done.stderr[-2000:]
     assert (
         "ValueError: --dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file" in done.stderr
     )

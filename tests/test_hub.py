@@ -15,10 +15,10 @@ import torch
 from huggingface_hub import HfApi, constants, get_token
 from safetensors.torch import load_file, save_file
 
-from ham_hf.card import write_card
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.plots import save_figures
-from ham_hf.report import write_report
+from ham_hf.reporting.card import write_card
+from ham_hf.reporting.plots import save_figures
+from ham_hf.reporting.report import write_report
 from tests.example_report import DIGITS, make_report, with_model
 from tests.hub_server import Hub, hub_environment
 
@@ -253,6 +253,16 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     hub.faults.clear()
     assert try_push(folder, repo_id)
     assert_published(hub, folder)
+
+
+def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=True)
+    del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
+    with pytest.raises(PushError) as caught:
+        push_folder(folder, repo_id, private=True)
+    assert str(caught.value).endswith(
+        f"    python recipes/push.py {folder} --hub_model_id me/robust --hub_private_repo"
+    )
 
 
 def test_lost_rights_are_not_tried_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ham_hf import hub_waiting
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
 from ham_hf.hub_waiting import asked_wait, limit_waiting
-from ham_hf.model_source import resolve_source
+from ham_hf.models.source import resolve_source
 from tests.hub_server import Blob, Hub, Repo
 from tests.recipe_runs import SMALL, recipe_module
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from ham_hf.report import read_report
+from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.hub_server import Hub, hub_environment
 from tests.recipe_runs import SMALL, launch_command

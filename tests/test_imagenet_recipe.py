@@ -11,7 +11,7 @@ import datasets
 import pytest
 from safetensors.torch import load_file
 
-from ham_hf.report import read_report
+from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.example_images import dataset, noise
 from tests.hub_server import Blob, Hub, Repo, hub_environment

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.autoattack import evaluate_autoattack
 from ham_hf.evaluation import evaluate, memory_layout, standard_attacks
-from ham_hf.partial_results import PARTIAL_RESULTS, partial_results, remove_partial_results
-from ham_hf.report import read_report
+from ham_hf.evaluation.autoattack import evaluate_autoattack
+from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, partial_results, remove_partial_results
+from ham_hf.reporting.report import read_report
 from tests.nets import TensorImages, group_norm_net
 from tests.recipe_runs import SMALL, launch_command, recipe_module
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.checkpoint import list_checkpoints
 from ham_hf.objectives import InnerAttack
-from ham_hf.trainer import Trainer
+from ham_hf.training.checkpoint import list_checkpoints
+from ham_hf.training.trainer import Trainer
 from tests.method_checks import every_method
 from tests.nets import TensorImages
 from tests.test_trainer import config, image_data, make_net

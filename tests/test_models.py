@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ham_hf import model_source
-from ham_hf.cifar_nets import default_cfgs
 from ham_hf.models import PixelModel, Preprocessing, create_backbone, input_defaults, load_pixel_model
+from ham_hf.models import source as model_source
+from ham_hf.models.cifar_nets import default_cfgs
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 # Small versions of the four networks: same code, few channels.

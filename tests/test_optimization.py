@@ -12,7 +12,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ham_hf.models import PixelModel
-from ham_hf.optimization import create_optimizer, create_scheduler, set_learning_rate
+from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
 
 
 def rates(kind, *, epochs=6, updates=4, unit="epoch", drops=(), warmup=0.0, floor=0.0):

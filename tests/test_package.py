@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ham_hf.report import write_report
+from ham_hf.reporting.report import write_report
 from tests.example_report import make_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +29,8 @@ site, checkout, report, folder = sys.argv[1:]
 sys.path[:] = [site, *(entry for entry in sys.path if Path(entry).resolve() != Path(checkout))]
 
 import ham_hf
-from ham_hf.card import write_card
-from ham_hf.report import read_report
+from ham_hf.reporting.card import write_card
+from ham_hf.reporting.report import read_report
 
 write_card(read_report(report), folder, repo_id="me/robust-digits", model_license="apache-2.0")
 sys.stdout.write(ham_hf.__file__)

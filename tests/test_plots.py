@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ham_hf import plots
-from ham_hf.plots import (
+from ham_hf.reporting import plots
+from ham_hf.reporting.plots import (
     confusion_figure,
     examples_figure,
     per_class_figure,

@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 
 from ham_hf.config import TrainConfig, config_to_yaml, parse_evaluate_config, parse_train_config
 from ham_hf.config.build import group_settings, method_settings
-from ham_hf.report import write_report
+from ham_hf.reporting.report import write_report
 from tests.example_report import make_report
 from tests.recipe_runs import recipe_module
 

@@ -19,8 +19,8 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from ham_hf.config import load_train_config
-from ham_hf.export import export_for_timm
 from ham_hf.models import Preprocessing, create_backbone
+from ham_hf.models.export import export_for_timm
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ham_hf.report import (
+from ham_hf.reporting.report import (
     AttackReport,
     attack_report,
     environment,

@@ -8,10 +8,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from ham_hf import trainer as trainer_module
 from ham_hf.config import TrainingConfig
 from ham_hf.objectives import CFA, PGDAT
-from ham_hf.sharding import check_sharded_settings, gathered, load_model, load_optimizer, sharding_plugin, whole_state
+from ham_hf.training import trainer as trainer_module
+from ham_hf.training.launching import create_accelerator
+from ham_hf.training.sharding import (
+    check_sharded_settings,
+    gathered,
+    load_model,
+    load_optimizer,
+    sharding_plugin,
+    whole_state,
+)
 from tests.conftest import ROOT
 from tests.nets import group_norm_net
 from tests.recipe_runs import CONFIGURED, recipe_module
@@ -102,6 +110,16 @@ def test_without_sharding_states_are_as_they_are():
     assert other.param_groups[0]["lr"] == 0.1
     with pytest.raises(RuntimeError, match="extra"):
         load_model(again, model | {"extra": torch.ones(1)})
+
+
+def test_the_launchers_compiler_is_not_used_and_said_not_to_be(tmp_path, monkeypatch, caplog):
+    """It would wrap the network, whose weights would then have other names in every file."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    accelerator = create_accelerator(use_cpu=True)
+    assert "--torch_compile decides, not the launcher's dynamo_backend EAGER" in caplog.text
+    net = group_norm_net()
+    prepared = accelerator.prepare(net)
+    assert list(prepared.state_dict()) == list(net.state_dict())
 
 
 def test_every_launch_configuration_says_what_it_is_for():

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from ham_hf.columns import read_labels
-from tests.example_images import dataset, gray, grays, load, noise, write_parquet
+from ham_hf.data.columns import read_labels
+from tests.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 from tests.hub_server import Blob, Hub, Repo, hub_environment
 
 
@@ -65,7 +67,7 @@ def test_splits_by_name(tmp_path: Path) -> None:
     [
         (["one", "two"], {}, "no split is called 'train': choose one of 'one', 'two' with --train_split"),
         (["train", "test"], {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
-        (["train", "test"], {"test_split": "val"}, "--test_split val: .* There are 'train', 'test'"),
+        (["train", "test"], {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
         (["train", "test"], {"test_split": "train"}, "--test_split train is the training split"),
     ],
 )
@@ -134,6 +136,17 @@ def test_column_missing_in_the_test_split(tmp_path: Path) -> None:
     splits = datasets.DatasetDict(train=grays(6), test=grays(6).rename_column("label", "other"))
     splits.save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"split 'test' has no column 'label', only 'image', 'other'"):
+        load(str(tmp_path / "set"))
+
+
+def test_a_label_that_is_none_of_the_declared_classes_is_named(tmp_path: Path) -> None:
+    """The file itself declares the classes, so nothing casts its labels to them."""
+    classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": encode(gray(value)), "path": None} for value in range(6)]
+    rows = pa.table({"image": images, "label": [0, 1, 0, 1, 7, 1]}, schema=classes.arrow_schema)
+    (tmp_path / "set").mkdir()
+    pq.write_table(rows, tmp_path / "set" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"split 'train', row 4: label 7, and column 'label' declares 2 classes"):
         load(str(tmp_path / "set"))
 
 
@@ -265,7 +278,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
 LOAD = """
 import json, sys
-from ham_hf.columns import read_labels
+from ham_hf.data.columns import read_labels
 from tests.example_images import load
 
 for options in json.load(sys.stdin):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ham_hf.splits import stratified_split, stratified_subset
+from ham_hf.data.splits import stratified_split, stratified_subset
 
 labels_of_examples = st.lists(st.integers(0, 6), min_size=1, max_size=80).map(torch.tensor)
 seeds = st.integers(0, 2**63 - 1)

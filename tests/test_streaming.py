@@ -16,14 +16,14 @@ import fsspec
 import pytest
 import torch
 
-import ham_hf.streaming
+import ham_hf.data.streaming
 from ham_hf.data import ImageData, TrainingStream
-from ham_hf.data_order import training_class_counts
-from ham_hf.decoding import CorruptImageError
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.pixels import PixelBatch
+from ham_hf.data.shards import SplitFiles, StreamError, count_rows, held_out_rows
+from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.objectives import FAAL, HAM
-from ham_hf.pixels import PixelBatch
-from ham_hf.shards import SplitFiles, StreamError, count_rows, held_out_rows
-from ham_hf.streaming import buffer_order, num_lanes
+from ham_hf.training.data_order import training_class_counts
 from tests.example_images import dataset, encode, gray, grays, load, noise
 
 CPU = torch.device("cpu")
@@ -163,13 +163,13 @@ def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
     options = {"per_update": 8, "batch": 2, "world": 2, "rank": 1}
     whole = epoch(data, **options)
     decoded: list[str] = []
-    original = ham_hf.streaming.decode_or_explain
+    original = ham_hf.data.streaming.decode_or_explain
 
     def spy(*args: Any, where: str) -> Any:
         decoded.append(where)
         return original(*args, where=where)
 
-    monkeypatch.setattr(ham_hf.streaming, "decode_or_explain", spy)
+    monkeypatch.setattr(ham_hf.data.streaming, "decode_or_explain", spy)
     for first in (1, 3):
         rest = epoch(data, first=first, **options)
         assert len(rest) == len(whole) - 2 * first
@@ -187,13 +187,13 @@ def test_resuming_late_does_not_read_the_files_that_are_done_with(
 ) -> None:
     data = stream(numbered_files(tmp_path / "set", (20,) * 6), shuffle_buffer_size=4)
     opened: list[int] = []
-    original = ham_hf.streaming.Shards.read
+    original = ham_hf.data.streaming.Shards.read
 
     def spy(self: Any, file: int, start: int, stop: int) -> Any:
         opened.append(file)
         return original(self, file, start, stop)
 
-    monkeypatch.setattr(ham_hf.streaming.Shards, "read", spy)
+    monkeypatch.setattr(ham_hf.data.streaming.Shards, "read", spy)
     epoch(data, per_update=1, batch=1)
     assert sorted(opened) == list(range(6))
     opened.clear()
@@ -204,9 +204,11 @@ def test_resuming_late_does_not_read_the_files_that_are_done_with(
 def test_a_process_reads_only_the_files_of_its_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = stream(numbered_files(tmp_path / "set", (10,) * 8))
     opened: list[int] = []
-    original = ham_hf.streaming.Shards.read
+    original = ham_hf.data.streaming.Shards.read
     monkeypatch.setattr(
-        ham_hf.streaming.Shards, "read", lambda self, file, *rows: opened.append(file) or original(self, file, *rows)
+        ham_hf.data.streaming.Shards,
+        "read",
+        lambda self, file, *rows: opened.append(file) or original(self, file, *rows),
     )
     epoch(data, per_update=8, batch=4, world=2, rank=0)
     mine = set(opened)
@@ -252,6 +254,24 @@ def test_held_out_part_has_its_share_and_leaves_every_file_one(files: tuple[int,
     assert sum(found) <= round(fraction * sum(files))
     if fraction < 0.1:
         assert sum(found) == round(fraction * sum(files))
+
+
+def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Path) -> None:
+    folder = numbered_files(tmp_path / "set")
+    file = sorted(Path(folder).glob("data/train-*"))[2]
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(StreamError, match=r"lengths of the stream failed \(\w+: .*(magic bytes|[Pp]arquet)"):
+        stream(folder)
+
+
+def test_a_missing_label_is_named_where_classes_are_counted(tmp_path: Path) -> None:
+    labels = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [gray(value) for value in range(6)], "label": [0, 1, 0, None, 1, 0]}
+    examples = datasets.Dataset.from_dict(rows, features=labels)
+    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200))
+    data = stream(folder, validation_fraction=0.3)
+    with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 3: label None"):
+        training_class_counts(data.train, FAAL(), 2)
 
 
 def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path: Path) -> None:

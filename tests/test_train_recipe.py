@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.checkpoint import list_checkpoints, load_best
 from ham_hf.hub import PushError
-from ham_hf.report import read_report
-from ham_hf.run_lock import LOCK_NAME
+from ham_hf.reporting.report import read_report
+from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.run_lock import LOCK_NAME
 from tests.recipe_runs import SMALL, launch, launch_command, recipe_module
 
 EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]
@@ -204,6 +204,19 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(recipe.Trainer, "fit", interrupted)
     with pytest.raises(SystemExit) as stop:
         recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
+    assert stop.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_interrupt_outside_of_training_says_so_too(tmp_path, capsys, monkeypatch):
+    recipe = recipe_module("train_ham.py")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "load_data", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}"])
     assert stop.value.code == 130
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
 

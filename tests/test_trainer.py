@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.checkpoint import list_checkpoints, load_best
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
 from ham_hf.objectives import HAM, PGDAT, InnerAttack
-from ham_hf.train_step import NonFiniteLossError
-from ham_hf.trainer import Trainer
+from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.runlog import RunLog
+from ham_hf.training.stopping import TrainingStopped
+from ham_hf.training.train_step import NonFiniteLossError
+from ham_hf.training.trainer import Trainer
 from tests.nets import TensorImages
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.05), num_steps=3, step_size=0.02)
@@ -280,7 +282,7 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
         ({"learning_rate": 0.2, "weight_decay": 0.1}, None, r"learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1"),
         ({"optimizer": "adamw"}, None, r"optimizer momentum -> adamw"),
         ({}, image_data(46), r"num_train_examples 50 -> 46"),
-        ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, None, "holds no complete checkpoint"),
+        ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, None, "there is no such folder; expected latest or"),
     ],
 )
 def test_checkpoint_of_another_run_is_refused(finished, tmp_path, changes, data, message):
@@ -402,6 +404,61 @@ def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):
     count = len(run.module.state_dict())
     assert seen == [(4, count), (8, count)]  # 4 is before the first validation: current weights
     assert "the line is down" in caplog.text
+
+
+def test_a_tracker_that_fails_stops_no_training(tmp_path, caplog, monkeypatch):
+    run = trainer(tmp_path / "run", max_steps=4)
+
+    def full(values, step):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run.accelerator, "log", full)
+    assert run.fit().step == 4
+    assert "the tracker took no numbers of update 2" in caplog.text
+    assert [record["step"] for record in log_of(tmp_path / "run")] == [2, 4, 4]
+
+
+def test_lines_that_wait_are_written_before_a_run_stops(finished, tmp_path, monkeypatch):
+    """The disk has room again between the line of update 4 and the stop after update 5, which makes no line."""
+    folder = tmp_path / "run"
+    run = trainer(folder)
+    append, full = RunLog._append, [True]
+
+    def no_room(log, text):
+        if full[0]:
+            raise OSError("No space left on device")
+        append(log, text)
+
+    monkeypatch.setattr(RunLog, "_append", no_room)
+    with pytest.raises(TrainingStopped):
+        run.fit(lambda: full.clear() or full.append(False) or "a request" if run.progress.step == 4 else None)
+    assert [record["step"] for record in log_of(folder)] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "besides", "said"),
+    [
+        ({"image_size": 16}, {}, "image_size 8 -> 16"),
+        ({"revision": "b" * 40}, {}, "dataset .*None.* -> .*bbbb"),
+        ({}, {"model_args": {"drop_path_rate": 0.1}}, "model_args None -> .*drop_path_rate"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_images_and_network_alone(finished, tmp_path, change, besides, said):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    settings = config(folder, resume_from_checkpoint="latest")
+    data = replace(image_data(), **change)
+    run = Trainer(make_net(), data, HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True), plan_besides=besides)
+    with pytest.raises(ValueError, match=f"belongs to a run with other settings: .*{said}"):
+        run.resume()
+
+
+def test_max_steps_before_mining_is_said(tmp_path, caplog):
+    trainer(tmp_path / "run", max_steps=6)
+    assert "ham starts at epoch 1 (0-based), and --max_steps 6 ends the run in epoch 0" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "run", max_steps=7)
+    assert "--max_steps" not in caplog.text
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.checkpoint import list_checkpoints
-from ham_hf.data_order import batch_requests
 from ham_hf.objectives import HAM
+from ham_hf.training.checkpoint import list_checkpoints
+from ham_hf.training.data_order import batch_requests
 from tests.test_trainer import log_of, trainer
 
 KEEPS_EASY = HAM(mining_start_epoch=1, mining_step=1, keep_easy_fraction=0.3)

@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
+from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 from tests.golden_data import GOLDEN, TOLERANCE, golden_case, golden_net
 from tests.nets import batch_norm_net
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ham_hf.comparison.facts import run_settings, setting_text
 from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run
-from ham_hf.report import REPORT_NAME, RunReport, plain_text, read_report
+from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
 
 NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")

@@ -14,7 +14,8 @@ from ham_hf.config.build import group_settings
 from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import exact_fraction
 from ham_hf.objectives import available
-from ham_hf.report import AttackReport, RunReport, plain_text
+from ham_hf.reporting.method_text import gates_averaging
+from ham_hf.reporting.report import AttackReport, RunReport, plain_text
 
 NOT_THE_RUN = frozenset(
     {
@@ -106,6 +107,7 @@ def budget(report: RunReport) -> dict[str, str]:
             "Training attack": f"{setting_text(config.get('num_steps'))} steps of "
             f"{setting_text(config.get('step_size'))}",
             "Optimizer": _optimizer(run_settings(config)),
+            "Weight averaging": _averaging(config),
             "Selection": training.selection_metric,
         }
     facts["Evaluations"] = ", ".join(attack.title for attack in report.results.values())
@@ -124,6 +126,15 @@ def conditions(report: RunReport, attack: str) -> tuple[object, ...]:
 
 def _attack_settings(attack: AttackReport) -> list[str]:
     return [f"{key} {setting_text(value)}" for key, value in attack.settings.items() if key not in NOT_THE_BUDGET]
+
+
+def _averaging(config: Mapping[str, object]) -> str:
+    """Of what the evaluated weights are an average: a method may average where another one does not."""
+    if gates_averaging(config):
+        return f"fairness-gated per epoch, decay {setting_text(config.get('fawa_decay'))}"
+    if config.get("ema_decay") is not None:
+        return f"per update, decay {setting_text(config['ema_decay'])}"
+    return "none"
 
 
 def _optimizer(settings: Mapping[str, object]) -> str:

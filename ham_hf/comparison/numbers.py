@@ -17,7 +17,7 @@ from typing import Literal
 from ham_hf.comparison.facts import Facts, budget, conditions, environment, facts_of, run_settings
 from ham_hf.comparison.naming import short_names
 from ham_hf.comparison.noise import image_variances
-from ham_hf.report import RunReport
+from ham_hf.reporting.report import RunReport
 
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
 LOWER_IS_BETTER = frozenset({"nsd"})
@@ -99,7 +99,7 @@ class Row:
         runs: its runs, by seed.
         attacks: numbers under each evaluation that one of its runs has.
         seconds: duration of training; None if no run was trained here.
-        peak_memory_bytes: see `ham_hf.report.TrainingReport`; None if no run knows it.
+        peak_memory_bytes: see `ham_hf.reporting.report.TrainingReport`; None if no run knows it.
         settings: its settings, as far as the rows differ in them.
     """
 

@@ -1,7 +1,7 @@
 """The figures of a comparison: average against worst class, and the accuracy of every class of every row.
 
-Both are of the strongest attack that all runs share. Like those of a report (`ham_hf.plots`) they are made without
-pyplot, in the colors of Okabe and Ito; rows also differ in their marker. Labels are never read as mathematics.
+Both are of the strongest attack that all runs share. Like those of a report (`ham_hf.reporting.plots`) they are made
+without pyplot, in the colors of Okabe and Ito; rows also differ in their marker. Labels are never read as mathematics.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ham_hf.comparison.numbers import Comparison
-from ham_hf.plots import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
-from ham_hf.report import plain_text
+from ham_hf.reporting.plots import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
+from ham_hf.reporting.report import plain_text
 
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<")

@@ -24,7 +24,7 @@ from ham_hf.comparison.facts import differences, run_settings
 from ham_hf.comparison.numbers import MissingRun, Run
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.config import config_to_dict, load_train_config
-from ham_hf.report import REPORT_NAME, read_report
+from ham_hf.reporting.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
 

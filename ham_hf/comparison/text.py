@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ham_hf.card import text
 from ham_hf.comparison.facts import setting_text
 from ham_hf.comparison.naming import public_source, public_text, public_value
 from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
-from ham_hf.report import percent, plain_text
+from ham_hf.reporting.card import text
+from ham_hf.reporting.report import percent, plain_text
 
 SCHEMA_VERSION = 1
 MEBIBYTE = 2**20

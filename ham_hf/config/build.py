@@ -154,11 +154,9 @@ def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Objectiv
     if method is not None:
         owners = [owner for owner, options in method_settings().items() if name in {one.name for one in options}]
         if owners:
-            return (
-                f"--{name} is an option of --method {' and '.join(owners)}, but the method is {method.name} "
-                f"(available: {', '.join(available())})"
-            )
-    return f"there is no setting {name!r}{_nearest(name, known, prefix='--')}"
+            return f"--{name} is an option of --method {', '.join(owners)}, and the method is {method.name}"
+    names = [*known, "method"] if method is not None else list(known)
+    return f"there is no setting {name!r}{_nearest(name, names, prefix='--')}"
 
 
 def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

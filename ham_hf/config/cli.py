@@ -51,6 +51,12 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
         SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
     """
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
+    _warn_of_late_starts(config)
+    return config
+
+
+def _warn_of_late_starts(config: TrainConfig) -> None:
+    """Warn of what begins after the last epoch; `--max_steps` may end a run before that, which the trainer knows."""
     starts = {part.name: part.warmup_epochs for part in config.method.parts}
     if config.training.awp_gamma is not None:
         starts["weight perturbation (--awp_gamma)"] = config.training.awp_start_epoch
@@ -62,7 +68,6 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
                 first,
                 config.training.num_train_epochs,
             )
-    return config
 
 
 def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
@@ -92,6 +97,8 @@ def _parse(
             logger.info("Neither --config nor --dataset_name is given: using %s", default_recipe)
             recipe = default_recipe
         written = read_yaml(recipe) if recipe is not None else []
+        if {"recipe", "runs"} <= {entry.name for entry in written}:
+            raise ConfigError(f"{recipe} plans a comparison: python recipes/compare.py --config {recipe}")
         config = build_config(config_class, [*written, *flags], required)
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")

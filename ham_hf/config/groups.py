@@ -320,7 +320,8 @@ class TrainConfig:
         if getattr(self.method, "pack_hard_examples", False) and self.training.gradient_accumulation_steps == 1:
             problems.append(
                 "--pack_hard_examples packs the batches of an update, and there is one: raise "
-                "--gradient_accumulation_steps, and lower --per_device_train_batch_size to keep the size of an update"
+                "--gradient_accumulation_steps, and lower --per_device_train_batch_size to keep the size of an update "
+                "(a run that goes on with more processes has fewer batches per update: give it fewer processes)"
             )
         if problems:
             raise ConfigError(problems)
@@ -371,6 +372,7 @@ class EvaluateConfig(SettingsGroup):
         0, "seed of attacks and subsets, and of a test split made from train: as in training", "[0, 4294967295]"
     )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     attack: EvaluationThreatConfig = field(
         default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}

@@ -2,7 +2,7 @@
 
 The robust accuracy that each class had in the epoch before, on the training images, sets its radius (customized
 margin) and its KL weight (customized regularization, TRADES form) in this epoch. The third part, fairness-gated
-averaging of the weights, works with every method: `ham_hf.averaging`.
+averaging of the weights, works with every method: `ham_hf.training.averaging`.
 
 Defaults are those of the authors' code; the paper has lambda1 = 0.3 for TRADES, 0.5 for PGD-AT and 0.7 for FAT.
 """

@@ -3,7 +3,8 @@
 Classes that are often taken for one another pass weight from the stronger to the weaker one, once, after a warm-up
 epoch whose predictions say how close classes are. The weight scales the cross-entropy term, the radius and the
 step of the attack. The published PGD-AT variant undoes the radius with a second, unweighted step and projection
-(a bug that is not repeated here).
+(a bug that is not repeated here). A class that passes more weight than it has, which takes a large lambda, ends at 0
+here; the formula and the published code let its weight be negative (a radius below zero).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, check_batch, evaluation_mode, input_gradient
+from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient
 from ham_hf.mining import RowLoss
 from ham_hf.objectives.base import InnerAttack
 
@@ -65,7 +65,7 @@ def early_stopped_pgd(
     stopped, last_correct = x_adv.clone(), x_adv.clone()
     rows, budget = torch.arange(len(y), device=y.device), torch.full_like(y, tau)
     unbroken = torch.ones_like(y, dtype=torch.bool)
-    with evaluation_mode(model):
+    with attack_mode(model):
         for _ in range(attack.num_steps):
             if not len(rows):
                 break

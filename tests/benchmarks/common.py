@@ -21,8 +21,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ham_hf.launching import create_accelerator
-from ham_hf.report import environment, text_table
+from ham_hf.reporting.report import environment, text_table
+from ham_hf.training.launching import create_accelerator
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "preactresnet18_cifar"

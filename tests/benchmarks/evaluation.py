@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 
+from ham_hf.data.pixels import BatchRequest
 from ham_hf.evaluation import AttackResult, evaluate, standard_attacks
-from ham_hf.pixels import BatchRequest
 from tests.benchmarks import common
 from tests.benchmarks.workload import ATTACK, EPSILON, MARGIN, image_data, labels, network
 from tests.benchmarks.yardsticks import Floor

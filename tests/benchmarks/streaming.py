@@ -26,10 +26,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ham_hf.data import ImageData, TrainingStream, load_image_data
+from ham_hf.data.pixels import PixelBatch
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.objectives import HAM
-from ham_hf.pixels import PixelBatch
-from ham_hf.trainer import Trainer
+from ham_hf.training.trainer import Trainer
 from tests.benchmarks import common
 from tests.benchmarks.workload import ATTACK, training_config
 

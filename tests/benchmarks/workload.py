@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, Images, PixelBatch
+from ham_hf.data.pixels import CachedPixels
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective
-from ham_hf.pixels import CachedPixels
-from ham_hf.train_step import Totals
-from ham_hf.trainer import Trainer
+from ham_hf.training.train_step import Totals
+from ham_hf.training.trainer import Trainer
 
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 EPSILON, STEP_SIZE, NUM_STEPS, MINING_STEP = 8 / 255, 2 / 255, 10, 3
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", EPSILON), num_steps=NUM_STEPS, step_size=STEP_SIZE)
-METHODS: dict[str, Objective] = {"ham": HAM(mining_step=MINING_STEP, mining_start_epoch=0), "pgd_at": PGDAT()}
+METHODS: dict[str, Objective] = {
+    "ham": HAM(mining_step=MINING_STEP, mining_start_epoch=0),
+    "ham_packed": HAM(mining_step=MINING_STEP, mining_start_epoch=0, pack_hard_examples=True),
+    "pgd_at": PGDAT(),
+}
 LEARNING_RATE = 1e-8
 MARGIN = 10.0
 
@@ -88,9 +92,9 @@ def num_hard(num: int, hard_fraction: float) -> int:
     return round(hard_fraction * num)
 
 
-def labels(num: int, hard_fraction: float) -> Tensor:
+def labels(num: int, hard_fraction: float, *, seed: int = 2) -> Tensor:
     """(num,) labels of which exactly `num_hard` are not 0, spread over the batch."""
-    order = torch.randperm(num, generator=torch.Generator().manual_seed(2))
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     y = torch.zeros(num, dtype=torch.long)
     hard = order[: num_hard(num, hard_fraction)]
     y[hard] = 1 + hard % (NUM_CLASSES - 1)

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.checkpoint import load_best
 from ham_hf.data import PixelBatch
 from ham_hf.objectives import HAM, InnerAttack, Objective, TradesLoss
-from ham_hf.sharding import whole_state
-from ham_hf.trainer import Trainer
+from ham_hf.training.checkpoint import load_best
+from ham_hf.training.sharding import whole_state
+from ham_hf.training.trainer import Trainer
 from tests.method_checks import every_method
 from tests.nets import TensorImages, group_norm_net
 from tests.test_trainer import config, image_data

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.checkpoint import list_checkpoints
+from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
 from tests.recipe_runs import CONFIGURED, SMALL
 

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.autoattack import evaluate_autoattack
 from ham_hf.evaluation import EvaluationAttack, evaluate
-from ham_hf.launching import create_accelerator
+from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.objectives import HAM, InnerAttack
-from ham_hf.sharding import is_sharded, prepare, whole_state
-from ham_hf.train_step import TrainStep
+from ham_hf.training.launching import create_accelerator
+from ham_hf.training.sharding import is_sharded, prepare, whole_state
+from ham_hf.training.train_step import TrainStep
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
 from tests.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 

@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from ham_hf import checkpoint as checkpoints
-from ham_hf.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
 from ham_hf.checksums import DamagedError
+from ham_hf.training import checkpoint as checkpoints
+from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.test_checkpoint import make
 from tests.test_trainer import trainer

@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
-from ham_hf.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
-from ham_hf.report import read_report
+from ham_hf.reporting.report import read_report
+from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.recipe_runs import SMALL, recipe_module
 from tests.test_trainer import trainer

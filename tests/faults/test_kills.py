@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ham_hf.checkpoint import check_checkpoint, list_checkpoints, step_of
-from ham_hf.report import read_report
+from ham_hf.reporting.report import read_report
+from ham_hf.training.checkpoint import check_checkpoint, list_checkpoints, step_of
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.recipe_runs import SMALL, launch_command, recipe_module

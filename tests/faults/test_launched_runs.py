@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ham_hf.checkpoint import find_checkpoint, list_checkpoints, step_of
-from ham_hf.run_lock import LOCK_NAME
-from ham_hf.stopping import EXIT_REQUEUE
+from ham_hf.training.checkpoint import find_checkpoint, list_checkpoints, step_of
+from ham_hf.training.run_lock import LOCK_NAME
+from ham_hf.training.stopping import EXIT_REQUEUE
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.recipe_runs import SMALL, launch_command

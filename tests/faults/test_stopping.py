@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from ham_hf.checkpoint import list_checkpoints
-from ham_hf.report import read_report
-from ham_hf.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
+from ham_hf.reporting.report import read_report
+from ham_hf.training.checkpoint import list_checkpoints
+from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.recipe_runs import SMALL, recipe_module
@@ -186,7 +186,7 @@ def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_pa
 PROGRAM = f"""
 import importlib.util, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("stopping", {str(ROOT / "ham_hf/stopping.py")!r})
+spec = importlib.util.spec_from_file_location("stopping", {str(ROOT / "ham_hf/training/stopping.py")!r})
 stopping = importlib.util.module_from_spec(spec); spec.loader.exec_module(stopping)
 stopping.SAME_REQUEST_SECONDS = float(sys.argv[1])
 with stopping.stop_requests(Path("out")) as stop, stop.deferred():

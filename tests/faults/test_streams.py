@@ -97,7 +97,7 @@ def test_a_stumbling_server_changes_nothing_and_a_lost_one_ends_the_run_with_a_w
 SEEN = """
 import sys
 from pathlib import Path
-from ham_hf.train_step import TrainStep
+from ham_hf.training.train_step import TrainStep
 from tests.recipe_runs import recipe_module
 
 original = TrainStep.__call__

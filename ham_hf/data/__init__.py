@@ -1,0 +1,24 @@
+"""Any image-classification dataset as batches of pixels in [0, 1] and labels.
+
+`loading` opens a dataset and makes it ready: `sources` finds its files, `columns` its splits, columns and classes,
+`parts` and `splits` hold out what is held out, `decoding` and `augment` make pixels, `pixels` hands them out in
+batches. `streaming` and `shards` do so for training data that is never stored; `worker_signals` protects decoding
+processes.
+"""
+
+from __future__ import annotations
+
+from ham_hf.data.loading import ImageData, load_image_data
+from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
+from ham_hf.data.splits import stratified_subset
+from ham_hf.data.streaming import TrainingStream
+
+__all__ = [
+    "BatchRequest",
+    "ImageData",
+    "Images",
+    "PixelBatch",
+    "TrainingStream",
+    "load_image_data",
+    "stratified_subset",
+]

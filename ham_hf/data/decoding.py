@@ -1,0 +1,217 @@
+"""From encoded images to uint8 pixels: decoding, channels, geometry.
+
+What training sees is what a user of the published model sees who opens an image as timm does,
+``Image.open(f).convert("RGB")`` (or ``"L"``), and applies timm's evaluation transform. In particular the alpha channel
+is dropped, not composited. Two corrections to that: EXIF orientation is applied, as ``datasets`` does, and 16-bit
+gray is scaled to 8 bits, where Pillow would clip it to white.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from ham_hf.data.augment import PixelTransform
+
+logger = logging.getLogger(__name__)
+
+DECODE_CHUNK = 256
+MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+
+
+class CorruptImageError(ValueError):
+    """An image of the dataset cannot be read; the message names split, row and reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages:
+    """Encoded images of one part of a dataset, with their labels.
+
+    Attributes:
+        images: a dataset with one column, ``image``, which yields ``{"bytes": ..., "path": ...}``.
+        split: name of the split, for messages.
+        rows: (N,) int64, the row of the dataset that each position stands for.
+        labels: (N,) int64 classes.
+        in_chans: channels to decode to, 1 or 3.
+    """
+
+    images: datasets.Dataset
+    split: str
+    rows: Tensor
+    labels: Tensor
+    in_chans: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, positions: Tensor) -> list[Mapping[str, Any] | None]:
+        """Encoded images at the given (B,) positions."""
+        encoded: list[Mapping[str, Any] | None] = self.images[self.rows[positions].tolist()]["image"]
+        return encoded
+
+    def decode(self, position: int, encoded: Mapping[str, Any] | None) -> Image.Image:
+        """Decode what ``read`` gave for ``position`` to a PIL image of mode L or RGB.
+
+        Raises:
+            CorruptImageError: if it cannot be read.
+        """
+        return decode_or_explain(encoded, self.in_chans, where=f"split {self.split!r}, row {int(self.rows[position])}")
+
+    def subset(self, keep: Tensor) -> EncodedImages:
+        """The images where the (N,) bool ``keep`` is True."""
+        return replace(self, rows=self.rows[keep], labels=self.labels[keep])
+
+
+def open_encoded(encoded: Mapping[str, Any] | None) -> Image.Image:
+    """Open an encoded image (header only) from its bytes or its file.
+
+    Raises:
+        ValueError: if there are neither bytes nor a path.
+    """
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise ValueError("the image is missing")
+    return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
+
+
+def decode_image(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Image:
+    """Decode to mode L (``in_chans`` 1) or RGB (3), upright.
+
+    Raises:
+        ValueError: if the pixels have no defined range (32-bit integers, floats) or there is no image.
+        OSError: and others of Pillow, if the data is damaged.
+    """
+    with open_encoded(encoded) as image:
+        image.load()
+        file_format, upright = image.format, image
+        if image.getexif().get(ExifTags.Base.Orientation) is not None:
+            upright = ImageOps.exif_transpose(image)
+        # Older Pillow opens a 16-bit PNG as 32-bit integers.
+        if upright.mode.startswith("I;16") or (upright.mode == "I" and file_format == "PNG"):
+            deep = np.asarray(upright).astype(np.uint32)
+            upright = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        elif upright.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {upright.mode} have no defined range; store 8- or 16-bit pixels")
+        converted: Image.Image = upright.convert(MODE_OF_CHANNELS[in_chans])
+    return converted
+
+
+def decode_or_explain(encoded: Mapping[str, Any] | None, in_chans: int, *, where: str) -> Image.Image:
+    """`decode_image`, with ``where`` the image is in the message.
+
+    Raises:
+        CorruptImageError: if it cannot be read.
+    """
+    try:
+        return decode_image(encoded, in_chans)
+    except Exception as error:
+        # Pillow's decoders raise nearly anything on damaged data, not only OSError.
+        file = f", {encoded['path']}" if encoded and encoded["path"] else ""
+        raise CorruptImageError(
+            f"{where}{file}: the image cannot be read ({type(error).__name__}: {error}); repair it, or leave such "
+            "images out with --skip_corrupt"
+        ) from error
+
+
+class EvalTransform:
+    """Evaluation geometry of timm (resize the shorter side, center crop): PIL image to uint8 (C, S, S).
+
+    An image that has the size already is left as it is, exactly, if ``crop_pct`` is 1. A class, not a closure: worker
+    processes that do not fork get it by pickle.
+
+    Args:
+        image_size: S, in pixels.
+        crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+        interpolation: as timm names it: ``bicubic``, ``bilinear``, ``nearest``, ...
+    """
+
+    def __init__(self, image_size: int, crop_pct: float, interpolation: str) -> None:
+        self._transform: PixelTransform = create_transform(
+            image_size, is_training=False, interpolation=interpolation, crop_pct=crop_pct, normalize=False
+        )
+        keeps_size = math.floor(image_size / crop_pct) == image_size
+        self._unchanged_size = (image_size, image_size) if keeps_size else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Transform one image of mode L or RGB."""
+        if image.size != self._unchanged_size:
+            return self._transform(image)
+        width, height = image.size
+        return torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1)
+
+
+def common_size(images: EncodedImages) -> int | None:
+    """Side in pixels if all readable images are squares of one size, else None. Reads headers only."""
+    sides: set[tuple[int, int]] = set()
+    for chunk in _chunks(len(images)):
+        for encoded in images.read(chunk):
+            try:
+                with open_encoded(encoded) as image:
+                    sides.add(image.size)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                continue  # Decoding reports it, with its row.
+            if len(sides) > 1 or image.size[0] != image.size[1]:
+                return None
+    return sides.pop()[0] if sides else None
+
+
+def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], None], *, skip_corrupt: bool) -> Tensor:
+    """Decode every image once, on threads, and hand it to ``visit(position, image)``.
+
+    Returns:
+        (N,) bool, False where an image could not be read; all True unless ``skip_corrupt``.
+
+    Raises:
+        CorruptImageError: for the first unreadable image, unless ``skip_corrupt``.
+    """
+    readable = torch.ones(len(images), dtype=torch.bool)
+
+    def visit_chunk(chunk: Tensor) -> None:
+        for position, encoded in zip(chunk.tolist(), images.read(chunk), strict=True):
+            try:
+                visit(position, images.decode(position, encoded))
+            except CorruptImageError as error:  # noqa: PERF203 (each image on its own)
+                if not skip_corrupt:
+                    raise
+                logger.warning("left out: %s", error)
+                readable[position] = False
+
+    chunks = _chunks(len(images))
+    # Pillow releases the interpreter lock while it decodes.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(visit_chunk, chunks):
+            pass
+    return readable
+
+
+def decode_all(
+    images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
+) -> tuple[Tensor, Tensor]:
+    """Decode all images into one tensor; nothing else is held in memory.
+
+    Returns:
+        (M, C, S, S) uint8 pixels of the readable images, and the (N,) bool of ``for_each_image``.
+    """
+    pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
+
+    def store(position: int, image: Image.Image) -> None:
+        pixels[position] = transform(image)
+
+    readable = for_each_image(images, store, skip_corrupt=skip_corrupt)
+    return (pixels if bool(readable.all()) else pixels[readable]), readable
+
+
+def _chunks(num_images: int) -> list[Tensor]:
+    return [torch.arange(start, min(start + DECODE_CHUNK, num_images)) for start in range(0, num_images, DECODE_CHUNK)]

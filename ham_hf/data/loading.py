@@ -1,0 +1,325 @@
+"""Any image-classification dataset as batches of pixels in [0, 1] and labels; class names; a held-out split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ham_hf.data.augment import AUGMENTATIONS, PixelTransform, timm_train_transform
+from ham_hf.data.decoding import (
+    MODE_OF_CHANNELS,
+    EncodedImages,
+    EvalTransform,
+    common_size,
+    decode_all,
+    for_each_image,
+)
+from ham_hf.data.parts import DatasetChoice, split_dataset, split_stream
+from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.sources import DIGITS
+from ham_hf.data.streaming import TrainingStream
+
+logger = logging.getLogger(__name__)
+
+SMALL_IMAGE_SIZE = 96  # up to here: the dataset's own size, no center crop, pad-crop augmentation
+CACHE_LIMIT_BYTES = 4 * 2**30  # of one split; above, --cache_images auto streams
+STATISTICS_EXAMPLES = 2_000
+FEW_PER_CLASS = 5  # held-out images, on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A dataset made ready for training and evaluation.
+
+    Attributes:
+        name: as given: Hub id, folder or ``digits``.
+        config_name: configuration that was opened; as given for local data.
+        revision: commit of the Hub dataset if known, else as given.
+        train: without the held-out parts; the only part that is augmented. It may be a stream.
+        validation: held out of train for selection; None if ``validation_fraction`` is 0.
+        test: looked at once, at the end.
+        class_names: C names, in label order.
+        image_size: side S of the square images, in pixels.
+        in_chans: channels of the images, 1 or 3.
+        crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
+        interpolation: of the evaluation geometry.
+        channel_mean: of at most 2,000 training images in [0, 1], one per channel.
+        channel_std: standard deviation of the same pixels, at least one gray level.
+        augmentation: in use: none, crop, crop_flip or timm.
+        num_skipped: images left out because they cannot be read, in all splits.
+        test_split_origin: name of the test split, or how it was held out of train.
+    """
+
+    name: str
+    config_name: str | None
+    revision: str | None
+    train: Images | TrainingStream
+    validation: Images | None
+    test: Images
+    class_names: tuple[str, ...]
+    image_size: int
+    in_chans: int
+    crop_pct: float
+    interpolation: str
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    augmentation: str
+    num_skipped: int
+    test_split_origin: str
+
+
+def load_image_data(
+    *,
+    dataset_name: str = DIGITS,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.04,
+    test_fraction: float = 0.2,
+    augmentation: str = "auto",
+    cache_images: str = "auto",
+    skip_corrupt: bool = False,
+    dataloader_num_workers: int = 2,
+    limit_train_examples: int | None = None,
+    limit_test_examples: int | None = None,
+    dataset_streaming: bool = False,
+    shuffle_buffer_size: int = 10_000,
+    num_train_examples: int | None = None,
+    image_size: int | None,
+    default_image_size: int,
+    in_chans: int,
+    interpolation: str,
+    crop_pct: float,
+    seed: int,
+) -> ImageData:
+    """Open a dataset, choose splits, columns and classes, and make its images ready.
+
+    The order is: hold a test part out of train if there is no test split, apply the limits, hold the validation part
+    out of train, and only then decode. Unreadable images are left out last, so which part an example belongs to does
+    not depend on them. The test part and the limited test set are the same for every ``seed``.
+
+    Args:
+        dataset_name: Hub id, local folder (parquet or class folders), or ``digits``.
+        dataset_config_name: configuration of a Hub dataset that has several.
+        dataset_revision: branch, tag or commit of a Hub dataset.
+        train_split: see ``columns.choose_splits`` for the rule if None.
+        test_split: likewise.
+        image_column: see ``columns.choose_image_column`` for the rule if None.
+        label_column: see ``columns.choose_label_column`` for the rule if None.
+        validation_fraction: share of train held out for selection, in [0, 1).
+        test_fraction: share of train held out if there is no test split, in (0, 1).
+        augmentation: none, crop, crop_flip, timm, or auto: none for the digits, crop_flip up to 96 px, else timm.
+        cache_images: ``ram`` decodes every image once into memory; ``none`` decodes batch by batch in workers;
+            ``auto`` caches each split of at most 4 GiB, on the accelerator if that takes no more than a quarter of
+            its free memory, and streams train for timm's augmentation, which needs the original pixels.
+        skip_corrupt: leave out unreadable images instead of raising; streamed images are all read once to find them.
+        dataloader_num_workers: processes that decode streamed images.
+        limit_train_examples: train (with validation) on a stratified part of this many examples.
+        limit_test_examples: test on a stratified part of this many examples.
+        dataset_streaming: read train from the Hub's files, or local ones, without a copy; see `ham_hf.data.streaming`
+            for the order and `ham_hf.data.parts.split_stream` for what is held out. ``cache_images`` is then for the
+            others.
+        shuffle_buffer_size: of a stream, examples of all processes together.
+        num_train_examples: of a stream whose files do not say it.
+        image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else
+            ``default_image_size``.
+        default_image_size: the model's own.
+        in_chans: 1 or 3.
+        interpolation: of resizing, as timm names it.
+        crop_pct: center crop of the evaluation geometry above 96 px; up to there nothing is cropped (1.0).
+        seed: of the validation part and of the limited training set.
+
+    Raises:
+        ValueError: for anything that does not fit; the message names the setting.
+        CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
+    """
+    if in_chans not in MODE_OF_CHANNELS:
+        raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
+    choice = DatasetChoice(
+        name=dataset_name,
+        config_name=dataset_config_name,
+        revision=dataset_revision,
+        train_split=train_split,
+        test_split=test_split,
+        image_column=image_column,
+        label_column=label_column,
+        in_chans=in_chans,
+    )
+    if dataset_streaming:
+        parts = split_stream(
+            choice,
+            validation_fraction=validation_fraction,
+            limit_test_examples=limit_test_examples,
+            num_train_examples=num_train_examples,
+            num_sampled=STATISTICS_EXAMPLES,
+        )
+    else:
+        parts = split_dataset(
+            choice,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            limit_train_examples=limit_train_examples,
+            limit_test_examples=limit_test_examples,
+            seed=seed,
+        )
+    image_size = image_size or _own_size(parts.encoded.values()) or default_image_size
+    if image_size <= SMALL_IMAGE_SIZE:
+        crop_pct = 1.0
+    augmentation = _choose_augmentation(augmentation, cache_images, dataset_name, image_size)
+    images = {
+        part: _make_ready(
+            encoded_images,
+            image_size=image_size,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            augmentation=augmentation if part == "train" else "none",
+            cache_images=cache_images,
+            skip_corrupt=skip_corrupt,
+            num_workers=dataloader_num_workers,
+        )
+        for part, encoded_images in parts.encoded.items()
+    }
+    for part in images:
+        if part != "sample":
+            _warn_of_absent_classes(part, images[part].labels, parts.class_names)
+    logger.info(
+        "%d images held out of train to select the weights with, %d to test on (%s)",
+        len(images.get("validation", ())),
+        len(images["test"]),
+        parts.test_split_origin,
+    )
+    if "validation" in images and len(images["validation"]) < FEW_PER_CLASS * len(parts.class_names):
+        logger.warning(
+            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction",
+            len(images["validation"]),
+            len(parts.class_names),
+        )
+    # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
+    mean, std = _channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
+    train: Images | TrainingStream
+    if parts.shards is None:
+        train = images["train"]
+    else:
+        train = TrainingStream(
+            parts.shards,
+            train_transform(image_size, crop_pct, interpolation, augmentation),
+            augmentation=augmentation,
+            in_chans=in_chans,
+            buffer_size=shuffle_buffer_size,
+            num_workers=dataloader_num_workers,
+            skip_corrupt=skip_corrupt,
+        )
+    return ImageData(
+        name=dataset_name,
+        config_name=parts.config_name,
+        revision=parts.revision,
+        train=train,
+        validation=images.get("validation"),
+        test=images["test"],
+        class_names=parts.class_names,
+        image_size=image_size,
+        in_chans=in_chans,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        channel_mean=mean,
+        channel_std=std,
+        augmentation=augmentation,
+        num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
+        test_split_origin=parts.test_split_origin,
+    )
+
+
+def _own_size(parts: Iterable[EncodedImages]) -> int | None:
+    """The side of all images of all parts, if they are equal squares and small; else None."""
+    sides = set()
+    for images in parts:
+        side = common_size(images)
+        sides.add(side)
+        if side is None or side > SMALL_IMAGE_SIZE or len(sides) > 1:
+            return None
+    return sides.pop()
+
+
+def _choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
+    if augmentation == "auto":
+        small = "none" if dataset_name == DIGITS else "crop_flip"
+        augmentation = small if image_size <= SMALL_IMAGE_SIZE else "timm"
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(f"--augmentation {augmentation}: expected auto or one of {', '.join(AUGMENTATIONS)}")
+    if augmentation == "timm" and cache_images == "ram":
+        raise ValueError(
+            "--cache_images ram keeps images that are already cropped, and timm's augmentation needs the originals: "
+            "use --cache_images auto or none, or --augmentation crop_flip"
+        )
+    return augmentation
+
+
+def train_transform(image_size: int, crop_pct: float, interpolation: str, augmentation: str) -> PixelTransform:
+    """From a training image to (C, S, S) uint8 pixels; random if the augmentation is timm's."""
+    if augmentation == "timm":
+        return timm_train_transform(image_size, interpolation)
+    return EvalTransform(image_size, crop_pct, interpolation)
+
+
+def _make_ready(
+    encoded: EncodedImages,
+    *,
+    image_size: int,
+    crop_pct: float,
+    interpolation: str,
+    augmentation: str,
+    cache_images: str,
+    skip_corrupt: bool,
+    num_workers: int,
+) -> Images:
+    transform = EvalTransform(image_size, crop_pct, interpolation)
+    num_bytes = len(encoded) * encoded.in_chans * image_size**2
+    fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
+    pixels: PixelStore
+    if cache_images == "ram" or (cache_images == "auto" and fits):
+        logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
+        decoded, readable = decode_all(encoded, image_size, transform, skip_corrupt=skip_corrupt)
+        pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
+        encoded = encoded.subset(readable)
+    elif cache_images in ("auto", "none"):
+        if skip_corrupt:
+            logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
+            encoded = encoded.subset(for_each_image(encoded, lambda position, image: None, skip_corrupt=True))
+        random_transform = timm_train_transform(image_size, interpolation) if augmentation == "timm" else None
+        pixels = StreamedPixels(encoded, transform, train_transform=random_transform, num_workers=num_workers)
+    else:
+        raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
+    if not len(encoded):
+        raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
+    return Images(encoded.labels, pixels, augmentation)
+
+
+def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()
+    if absent:
+        names = ", ".join(repr(class_names[index]) for index in absent[:5])
+        more = ", ..." if len(absent) > 5 else ""
+        logger.warning("%d of %d classes have no example in %s: %s", len(absent), len(class_names), part, names + more)
+
+
+def _channel_statistics(images: Images, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of the pixels of at most ``STATISTICS_EXAMPLES`` images."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randperm(len(images), generator=generator)[:STATISTICS_EXAMPLES].sort().values
+    requests = [BatchRequest(indices, seed=None) for indices in torch.split(sample, 100)]
+    # Per image first: sums of float64 over equally many pixels each.
+    moments = [
+        torch.stack([batch.x.double().mean((2, 3)), batch.x.double().square().mean((2, 3))])
+        for batch in images.batches(requests, device=torch.device("cpu"))
+    ]
+    mean, mean_square = torch.cat(moments, dim=1).mean(1)
+    # At least one gray level: a constant channel must not be divided by zero.
+    std = (mean_square - mean**2).clamp(min=255.0**-2).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())

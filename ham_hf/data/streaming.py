@@ -1,0 +1,374 @@
+"""Training examples read as a stream: their order, each process's part of it, and decoding in workers.
+
+The order of an epoch is a function of (seed, epoch) and of what an update takes, not of the number of processes:
+
+- The files are permuted, what remains of a whole number of updates is left out at the end, and the sequence of
+  examples is cut into equally long *lanes*, one per 128 examples of an update and at least eight (`num_lanes`).
+- Each lane is shuffled through a buffer: the next example is drawn from those that the buffer holds, and the next one
+  of the lane takes its place. Which one is drawn is decided before anything is read, so the order is known in advance.
+- Every update takes the same number of examples from each lane. A process reads the lanes that its part of the update
+  comes from; with as many processes as lanes, or fewer, a lane is read by one process.
+
+So every process has equally many examples, each example comes at most once in an epoch, and a resumed run, also one
+with another number of processes, goes on with the very examples that the uninterrupted one would have seen. It reads
+again what is in the buffer at that place, row groups of parquet files and archives from their beginning, and decodes
+none of what came before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng
+from ham_hf.data.decoding import CorruptImageError, decode_or_explain
+from ham_hf.data.pixels import PixelBatch, can_pin, to_unit_interval, transform_example
+from ham_hf.data.shards import Example, Shards, StreamError
+from ham_hf.data.worker_signals import shield_worker
+from ham_hf.seeding import Stream, derive_seed, make_generator
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES_PER_LANE = 128  # of an update
+MIN_LANES = 8
+READ_AHEAD = 2  # batches that are read, not yet decoded, beside those that the workers have
+
+T = TypeVar("T")
+
+
+def num_lanes(per_update: int, num_files: int) -> int:
+    """Lanes of the stream: a divisor of ``per_update``, so that every update takes as many examples of each.
+
+    The largest one that is at most one per 128 examples of an update (but eight may be), and one per file.
+    """
+    most = min(num_files, max(MIN_LANES, per_update // EXAMPLES_PER_LANE))
+    return next(lanes for lanes in range(min(most, per_update), 0, -1) if per_update % lanes == 0)
+
+
+def buffer_order(length: int, buffer_size: int, generator: torch.Generator) -> Tensor:
+    """Order (length,) in which a shuffle buffer gives 0, 1, ...: entry t is less than ``t + buffer_size``.
+
+    Args:
+        length: examples that pass through the buffer.
+        buffer_size: examples that it holds.
+        generator: CPU generator.
+    """
+    size = min(buffer_size, length)
+    held, order = list(range(size)), []
+    for incoming, draw in enumerate(torch.rand(length, generator=generator, dtype=torch.float64).tolist(), size):
+        slot = int(draw * len(held))
+        order.append(held[slot])
+        if incoming < length:
+            held[slot] = incoming
+        else:
+            held[slot] = held[-1]
+            held.pop()
+    return torch.tensor(order, dtype=torch.int64)
+
+
+class Stretch(NamedTuple):
+    """Consecutive examples of one file.
+
+    Attributes:
+        file: its number.
+        start: first row.
+        stop: row after the last.
+    """
+
+    file: int
+    start: int
+    stop: int
+
+
+def lane_stretches(shards: Shards, whole: int, lanes: int, generator: torch.Generator) -> list[list[Stretch]]:
+    """What each lane of an epoch reads, in order: files permuted, and ``whole`` training examples of them cut up."""
+    files = torch.randperm(len(shards.num_rows), generator=generator).tolist()
+    length = whole // lanes
+    found: list[list[Stretch]] = [[] for _ in range(lanes)]
+    place = 0
+    for file in files:
+        row, end = shards.num_held_out[file], shards.num_rows[file]
+        while row < end and place < whole:
+            stop = min(end, row + length - place % length)
+            found[place // length].append(Stretch(file, row, stop))
+            place += stop - row
+            row = stop
+    return found
+
+
+class Request(NamedTuple):
+    """A batch that is read and not yet decoded.
+
+    Attributes:
+        examples: of the batch.
+        seed: of the augmentation.
+    """
+
+    examples: list[Example]
+    seed: int
+
+
+class DecodedBatch(NamedTuple):
+    """A batch as a worker gives it: (B, C, S, S) uint8 pixels, (B,) labels, (B,) numbers of the examples."""
+
+    pixels: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class TrainingStream:
+    """The training examples of a dataset that is not copied.
+
+    Args:
+        shards: the files.
+        train_transform: from an image to (C, S, S) uint8 pixels, random if the augmentation is timm's.
+        augmentation: see `ham_hf.data.augment.augment_batch`.
+        in_chans: channels to decode to, 1 or 3.
+        buffer_size: examples of the shuffle buffers of all lanes together; they are spread over the processes.
+        num_workers: processes that decode; 0 decodes in the calling one.
+        skip_corrupt: take another example of the batch twice where one cannot be read, and log it.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        train_transform: PixelTransform,
+        *,
+        augmentation: str,
+        in_chans: int,
+        buffer_size: int,
+        num_workers: int,
+        skip_corrupt: bool,
+    ) -> None:
+        self.shards, self.buffer_size = shards, buffer_size
+        self._augmentation, self._num_workers = augmentation, num_workers
+        self._decoder = _Decoder(shards, train_transform, in_chans, skip_corrupt=skip_corrupt)
+
+    def __len__(self) -> int:
+        return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
+
+    def plan(self, per_update: int) -> list[Any]:
+        """What a run that continues this one must share to see the same examples; JSON types."""
+        return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
+
+    def batches(
+        self,
+        *,
+        epoch: int,
+        first_update: int,
+        seed: int,
+        per_update: int,
+        batch_size: int,
+        world: int,
+        rank: int,
+        device: torch.device,
+    ) -> Iterator[PixelBatch]:
+        """This process's batches of an epoch from an update on, one per accumulation step, in order.
+
+        Args:
+            epoch: 0-based epoch.
+            first_update: 0-based update of the epoch to begin with; what came before is not decoded.
+            seed: the run's seed.
+            per_update: examples of an update, of all processes; a multiple of ``batch_size * world``.
+            batch_size: examples per batch.
+            world: number of processes.
+            rank: this one's.
+            device: where the batches go.
+
+        Raises:
+            StreamError: if the stream breaks.
+            CorruptImageError: if an image cannot be read, unless ``skip_corrupt``.
+        """
+        requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
+        # Reading is a thread of this process, which only waits for files and network; decoding is done by workers.
+        with closing(_read_ahead(requests, READ_AHEAD)) as ready:
+            loader = DataLoader(
+                self._decoder,
+                sampler=_Once(ready),
+                batch_size=None,
+                num_workers=self._num_workers,
+                pin_memory=can_pin(device),
+                # Its own generator: by default a loader draws from, and so advances, torch's global one.
+                generator=torch.Generator(),
+                worker_init_fn=shield_worker,
+            )
+            for found in loader:
+                if isinstance(found, CorruptImageError):
+                    raise found
+                (pixels, labels, indices), request_seed = found
+                pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
+                yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
+
+    def _requests(
+        self, epoch: int, first_update: int, seed: int, per_update: int, batch_size: int, world: int, rank: int
+    ) -> Generator[Request, None, None]:
+        cpu = torch.device("cpu")
+        updates = len(self) // per_update
+        lanes = num_lanes(per_update, len(self.shards.num_rows))
+        stretches = lane_stretches(
+            self.shards, updates * per_update, lanes, make_generator(cpu, seed, Stream.DATA_ORDER, epoch)
+        )
+        share, of_lane = per_update // world, per_update // lanes
+        readers = []
+        for lane in range(rank * share // of_lane, math.ceil((rank + 1) * share / of_lane)):
+            generator = make_generator(cpu, seed, Stream.DATA_ORDER, epoch, 1 + lane)
+            order = buffer_order(updates * of_lane, max(1, self.buffer_size // lanes), generator)
+            # An update's examples are numbered lane by lane; this process takes those from rank * share on.
+            mine = slice(max(0, rank * share - lane * of_lane), (rank + 1) * share - lane * of_lane)
+            readers.append(_read_lane(self.shards, stretches[lane], order.view(updates, of_lane)[first_update:, mine]))
+        with ExitStack() as opened:
+            for reader in readers:
+                opened.enter_context(closing(reader))
+            for update, parts in enumerate(zip(*readers, strict=True), first_update):
+                examples = [example for part in parts for example in part]
+                steps = len(examples) // batch_size
+                for step in range(steps):
+                    place = (epoch, update * steps + step, rank)
+                    batch = examples[step * batch_size : (step + 1) * batch_size]
+                    yield Request(batch, derive_seed(seed, Stream.AUGMENTATION, *place))
+
+
+def _read_lane(shards: Shards, stretches: Sequence[Stretch], order: Tensor) -> Generator[list[Example], None, None]:
+    """Examples of a lane for one update after the other.
+
+    Args:
+        shards: the files.
+        stretches: what the lane reads.
+        order: (updates, examples), places in the lane.
+    """
+    wanted = torch.zeros(sum(stretch.stop - stretch.start for stretch in stretches), dtype=torch.bool)
+    wanted[order.flatten()] = True
+
+    def read() -> Generator[tuple[int, Example], None, None]:
+        place = 0
+        for file, start, stop in stretches:
+            needed = torch.nonzero(wanted[place : place + stop - start]).flatten().tolist()
+            if needed:
+                # Held by this generator alone, and closed with it.
+                with closing(shards.read(file, start + needed[0], start + needed[-1] + 1)) as rows:
+                    for number, example in enumerate(rows, place + needed[0]):
+                        if wanted[number]:
+                            yield number, example
+            place += stop - start
+
+    held: dict[int, Example] = {}
+    with closing(read()) as reader:
+        for places in order:
+            batch = []
+            for place in places.tolist():
+                while place not in held:
+                    number, example = next(reader)
+                    held[number] = example
+                batch.append(held.pop(place))
+            yield batch
+
+
+class _Decoder(Dataset[Any]):
+    """Requests to batches of pixels, for a DataLoader. Errors travel as values, without traceback in their message."""
+
+    def __init__(self, shards: Shards, transform: PixelTransform, in_chans: int, *, skip_corrupt: bool) -> None:
+        self._offsets, self._files, self._split = shards.offsets, shards.source.files, shards.source.split
+        self._transform, self._in_chans, self._skip_corrupt = transform, in_chans, skip_corrupt
+
+    def __getitem__(self, request: Request) -> tuple[DecodedBatch, int] | CorruptImageError:
+        try:
+            return self._decode(request), request.seed
+        except CorruptImageError as error:
+            return error
+
+    def _decode(self, request: Request) -> DecodedBatch:
+        pixels: list[Tensor] = []
+        kept: list[Example] = []
+        errors: list[CorruptImageError] = []
+        with isolated_rng():
+            for example in request.examples:
+                try:
+                    image = decode_or_explain(example.encoded, self._in_chans, where=self._where(example.number))
+                except CorruptImageError as error:
+                    if not self._skip_corrupt:
+                        raise
+                    errors.append(error)
+                    continue
+                kept.append(example)
+                pixels.append(transform_example(self._transform, image, request.seed, example.number))
+        for corrupt in errors:
+            logger.warning("left out, another example of the batch is taken twice: %s", corrupt)
+        if not kept:
+            raise errors[0]
+        # Batches keep their size, as sums over processes count on it.
+        again = range(len(request.examples) - len(kept))
+        pixels += [pixels[number % len(kept)] for number in again]
+        kept += [kept[number % len(kept)] for number in again]
+        return DecodedBatch(
+            torch.stack(pixels),
+            torch.tensor([example.label for example in kept]),
+            torch.tensor([example.number for example in kept]),
+        )
+
+    def _where(self, index: int) -> str:
+        file = max(number for number, offset in enumerate(self._offsets) if offset <= index)
+        return f"split {self._split!r}, {self._files[file]}, row {index - self._offsets[file]}"
+
+
+class _Once:
+    """An iterator as the sampler of a DataLoader, which asks for it once."""
+
+    def __init__(self, items: Iterator[Request]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Request]:
+        return self._items
+
+
+def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
+    """The items, made by a thread that is at most ``depth`` ahead; it starts when the first one is asked for."""
+    ready: Queue[tuple[T | None, Exception | None]] = Queue(depth)
+    stopped = Event()
+
+    def put(item: T | None, error: Exception | None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except Full:  # noqa: PERF203 (waits)
+                continue
+        return None
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if stopped.is_set():
+                    return
+            put(None, None)
+        except Exception as error:  # noqa: BLE001 (raised again where the items are asked for)
+            put(None, error)
+        finally:
+            items.close()  # and with it the files
+
+    thread = Thread(target=work, name="ham_hf stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item, error = ready.get(timeout=1)
+            except Empty:
+                if not thread.is_alive() and ready.empty():
+                    raise StreamError("the thread that reads the stream has died") from None
+                continue
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=5)

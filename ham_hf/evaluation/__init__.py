@@ -1,0 +1,27 @@
+"""Attacks over a split: one flag per example, on any number of processes, resumable after a kill.
+
+`robustness` runs PGD and CW, `autoattack` AutoAttack; `batch_sharing` hands batches to processes, `working_size` finds
+how many images fit into memory, `partial_results` keeps what is done.
+"""
+
+from __future__ import annotations
+
+from ham_hf.evaluation.robustness import (
+    AttackResult,
+    EvaluationAttack,
+    check_pixel_range,
+    evaluate,
+    memory_layout,
+    predict,
+    standard_attacks,
+)
+
+__all__ = [
+    "AttackResult",
+    "EvaluationAttack",
+    "check_pixel_range",
+    "evaluate",
+    "memory_layout",
+    "predict",
+    "standard_attacks",
+]

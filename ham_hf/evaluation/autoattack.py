@@ -1,0 +1,245 @@
+"""AutoAttack (Croce and Hein, ICML 2020; the authors' code, from pyautoattack), shared out and resumable.
+
+Its attacks run one after the other, each on what the ones before have left, as the authors run them. Here every attack
+is finished on all processes before the next one starts; what is left then is cut into full batches anew. The seed of
+a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
+evaluation was interrupted, and a process holds one batch at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel, attack_mode
+from ham_hf.data import BatchRequest, Images, stratified_subset
+from ham_hf.data.splits import TEST_SEED
+from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
+from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.robustness import AttackResult, check_pixel_range, predict
+from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
+from ham_hf.seeding import Stream, derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+def autoattack_version(num_classes: int) -> tuple[str, list[str], int]:
+    """Which attacks of AutoAttack exist for this many classes, what to call the set, and the number of targets.
+
+    The targeted attacks of the standard set need four classes, the DLR loss three.
+    """
+    if num_classes >= 4:
+        return "standard", ["apgd-ce", "apgd-t", "fab-t", "square"], min(9, num_classes - 1)
+    if num_classes == 3:
+        return "standard without targeted attacks (3 classes)", ["apgd-ce", "apgd-dlr", "fab", "square"], 2
+    return "standard without targeted attacks and DLR (2 classes)", ["apgd-ce", "fab", "square"], 1
+
+
+def require_autoattack() -> type:
+    """The AutoAttack class of pyautoattack.
+
+    Raises:
+        ValueError: naming the extra to install, if the package is absent.
+    """
+    try:
+        from pyautoattack import AutoAttack
+    except ModuleNotFoundError as error:
+        raise ValueError('--autoattack needs the package pyautoattack: pip install "ham-hf[autoattack]"') from error
+    kind: type = AutoAttack
+    return kind
+
+
+def evaluate_autoattack(
+    model: nn.Module,
+    images: Images,
+    *,
+    num_classes: int,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    num_examples: int | None = None,
+    partial: PartialResults | None = None,
+    show_progress: bool = False,
+) -> AttackResult:
+    """Run AutoAttack over a split.
+
+    Where the memory of the device does not suffice for a batch, it goes through the model in parts; noise is drawn for
+    the whole batch, so that the result is the same.
+
+    Args:
+        model: the unwrapped pixel model.
+        images: the split.
+        num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
+        threat_model: norm and radius.
+        accelerator: shares the batches out and gathers the flags.
+        batch_size: images per batch and process; noise is drawn per batch.
+        seed: seed of every attack.
+        num_examples: size of a stratified subset of the split, the same for every ``seed``; None takes all of it.
+        partial: where finished batches of this model and split are kept; None keeps none.
+        show_progress: show a bar on the local main process.
+
+    Raises:
+        ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
+        RuntimeError: the allocator's, if not even one image fits into memory.
+    """
+    version, attacks, num_targets = autoattack_version(num_classes)
+    if num_examples is None or num_examples >= len(images):
+        chosen = torch.arange(len(images))
+    else:
+        chosen = stratified_subset(images.labels, num_examples, derive_seed(TEST_SEED, Stream.AUTOATTACK))
+    labels = images.labels[chosen]
+    settings: dict[str, object] = {
+        "norm": threat_model.norm,
+        "epsilon": float(threat_model.epsilon),
+        "version": version,
+        "attacks": attacks,
+        "seed": seed,
+        "num_examples": len(chosen),
+        "subset": len(chosen) < len(images),
+    }
+    if partial is not None:
+        partial = partial.keyed({"autoattack": settings, "batch_size": batch_size})
+    size = WorkingSize(batch_size)
+    adversary = _standard_adversary(
+        PiecewiseModel(model, size), threat_model, attacks, num_targets, accelerator.device
+    )
+    stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
+    with attack_mode(model):
+        predictions, seconds = stages.run("clean", torch.arange(len(chosen)), _Classify(adversary, size))
+        accuracy = {"clean": float((predictions == labels).double().mean())}
+        for position, name in enumerate(attacks):
+            left = (predictions == labels).nonzero().squeeze(1)
+            predictions[left], spent = stages.run(name, left, _Strike(adversary, name, size, (seed, position)))
+            accuracy[name] = float((predictions == labels).double().mean())
+            seconds += spent
+    if accelerator.is_main_process:
+        _check_square(accuracy)
+    return AttackResult(
+        name="autoattack",
+        settings=settings,
+        flags=predictions == labels,
+        predictions=predictions,
+        labels=labels,
+        indices=chosen,
+        seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """Runs one attack after the other on the chosen examples of a split."""
+
+    images: Images
+    chosen: Tensor
+    accelerator: Accelerator
+    batch_size: int
+    partial: PartialResults | None
+    show_progress: bool
+
+    def run(self, name: str, rows: Tensor, strike: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
+        """Predictions of these rows (n,) of the chosen examples, and seconds.
+
+        ``strike`` is given number, images and labels of a batch, and makes the predictions.
+        """
+        device = self.accelerator.device
+
+        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+            requests = [BatchRequest(self.chosen[part], None) for _, part in batches]
+            for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
+                watch = StopWatch(device)
+                found = strike(number, batch.x, batch.y)
+                yield found[None], torch.tensor([watch.lap()])
+
+        predictions, seconds = share_batches(
+            f"autoattack-{name}",
+            torch.split(rows, self.batch_size) if len(rows) else [],
+            compute,
+            shape=(1, len(self.chosen)),
+            accelerator=self.accelerator,
+            partial=self.partial,
+            show_progress=self.show_progress,
+        )
+        return predictions[0, rows], float(seconds)
+
+
+def _standard_adversary(
+    model: nn.Module, threat_model: ThreatModel, attacks: list[str], num_targets: int, device: torch.device
+) -> Any:  # noqa: ANN401 (the package has no types)
+    """The authors' object with the attacks of the standard version, for any number of classes."""
+    adversary = require_autoattack()(
+        model,
+        attacks=attacks,
+        device=device,
+        eps=float(threat_model.epsilon),
+        norm={"linf": "Linf", "l2": "L2"}[threat_model.norm],
+        seed=0,
+        version="custom",
+    )
+    # "custom" leaves the restarts of the constructor; these are the standard version's.
+    adversary.apgd.n_restarts = adversary.fab.n_restarts = adversary.apgd_targeted.n_restarts = 1
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = num_targets
+    return adversary
+
+
+@dataclass(frozen=True, eq=False)
+class _Classify:
+    """Predictions of a batch as it is; the first batch also goes through the authors' checks of the model."""
+
+    adversary: Any
+    size: WorkingSize
+
+    def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        check_pixel_range(x)
+        if number == 0:
+            # Without an attack, only the checks are left: they log what makes an evaluation doubtful.
+            attacks, self.adversary.attacks_to_run = self.adversary.attacks_to_run, []
+            self.size.whole(lambda: self.adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
+            self.adversary.attacks_to_run = attacks
+        return self.size.whole(lambda: predict(self.adversary.model, x), len(x))
+
+
+@dataclass(frozen=True, eq=False)
+class _Strike:
+    """Predictions of a batch under one of the attacks; examples that withstand keep their label."""
+
+    adversary: Any
+    name: str
+    size: WorkingSize
+    place: tuple[int, int]
+
+    def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        seed, position = self.place
+        attack = {
+            "apgd-ce": self.adversary.apgd,
+            "apgd-dlr": self.adversary.apgd,
+            "apgd-t": self.adversary.apgd_targeted,
+            "fab": self.adversary.fab,
+            "fab-t": self.adversary.fab,
+            "square": self.adversary.square,
+        }[self.name]
+        attack.seed = derive_seed(seed, Stream.AUTOATTACK, position, number) % 2**32
+        if attack is self.adversary.apgd:
+            attack.loss = self.name.removeprefix("apgd-")
+        if attack is self.adversary.fab:
+            attack.targeted = self.name == "fab-t"
+
+        def strike() -> Tensor:
+            with torch.no_grad():
+                x_adv: Tensor = attack.perturb(x.clone(), y.clone())
+            return predict(self.adversary.model, x_adv)
+
+        return self.size.whole(strike, len(x))
+
+
+def _check_square(accuracy: dict[str, float]) -> None:
+    """The authors' last check: a black-box attack that finds much more than the others hints at masked gradients."""
+    from pyautoattack.checks import check_square_sr
+
+    check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))

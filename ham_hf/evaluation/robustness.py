@@ -1,0 +1,242 @@
+"""Attacks over a split, one flag per example, distributed over processes, resumable after a kill.
+
+The split is cut into fixed batches, shared out over the processes, and the noise of a batch is drawn from the batch's
+number: the flags depend neither on the number of processes, nor on where an evaluation was interrupted, nor on how
+many images the device takes at once. The model is attacked through its unwrapped module, in evaluation mode, in the
+precision and memory layout it is given in.
+
+PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
+stays under attack: it may be right again at the end, and dropping it would give another number ("wrong at any
+iterate"), lower and comparable with nobody's. What is misclassified as it is counts as lost and is not attacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import LossFn, ThreatModel, cross_entropy, evaluation_mode, margin_loss, pgd
+from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
+from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.working_size import WorkingSize
+from ham_hf.seeding import Stream, make_generator
+
+LOSSES: dict[str, LossFn] = {"cross-entropy": cross_entropy, "margin": margin_loss}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationAttack:
+    """A PGD attack used to evaluate.
+
+    Attributes:
+        name: key of the result, such as "pgd-20".
+        num_steps: number of steps.
+        step_size: length of a step in pixel units.
+        loss: "cross-entropy" (PGD) or "margin" (CW, on the logits).
+    """
+
+    name: str
+    num_steps: int
+    step_size: float
+    loss: str = "cross-entropy"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttackResult:
+    """Outcome of one attack (or of none: "clean") on every example of a split.
+
+    Attributes:
+        name: "clean", "pgd-20", "cw-20", "autoattack", ...
+        settings: what was run: norm, epsilon, num_steps, step_size, loss, seed, ...
+        flags: (N,) bool, CPU: correct on the clean image and, for an attack, on the attacked one. The adversary may
+            leave an image as it is, so an attack never makes an example right.
+        predictions: (N,) int64, CPU: predicted class of the attacked image.
+        labels: (N,) int64, CPU.
+        indices: (N,) int64, CPU: positions of the examples in the split.
+        seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
+            interrupted included.
+    """
+
+    name: str
+    settings: dict[str, object]
+    flags: Tensor
+    predictions: Tensor
+    labels: Tensor
+    indices: Tensor
+    seconds: float
+
+
+def standard_attacks(num_steps: int, step_size: float) -> tuple[EvaluationAttack, EvaluationAttack]:
+    """The two attacks every report holds: PGD and CW with the same number and size of steps."""
+    return (
+        EvaluationAttack(name=f"pgd-{num_steps}", num_steps=num_steps, step_size=step_size),
+        EvaluationAttack(name=f"cw-{num_steps}", num_steps=num_steps, step_size=step_size, loss="margin"),
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    attacks: Sequence[EvaluationAttack],
+    *,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    partial: PartialResults | None = None,
+    show_progress: bool = False,
+) -> dict[str, AttackResult]:
+    """Clean accuracy and the accuracy under each attack, for every example of a split.
+
+    An image that is misclassified as it is counts as lost to every attack and is not attacked. Where the memory of the
+    device does not suffice for a batch, it is attacked in parts; noise is drawn for the whole batch, so that the
+    result is the same.
+
+    Args:
+        model: the unwrapped pixel model.
+        images: the split.
+        attacks: what to run beside "clean".
+        threat_model: norm and radius of all attacks.
+        accelerator: shares the batches out and gathers the flags.
+        batch_size: images per batch and process; random starts are drawn per batch.
+        seed: seed of the random starts.
+        partial: where finished batches of this model and split are kept; None keeps none.
+        show_progress: show a bar on the local main process.
+
+    Returns:
+        Results by name, "clean" first; the same on every process.
+
+    Raises:
+        ValueError: if the split is empty or holds pixels outside [0, 1].
+        RuntimeError: the allocator's, if not even one image fits into memory.
+    """
+    if not len(images):
+        raise ValueError("there is no example to evaluate on")
+    names = ["clean", *(attack.name for attack in attacks)]
+    settings: list[dict[str, object]] = [{}, *(attack_settings(attack, threat_model, seed) for attack in attacks)]
+    if partial is not None:
+        partial = partial.keyed({"results": list(zip(names, settings, strict=True)), "batch_size": batch_size})
+    attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(batch_size), seed)
+
+    def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        requests = [BatchRequest(rows, None) for _, rows in batches]
+        for (number, _), batch in zip(batches, images.batches(requests, device=accelerator.device), strict=True):
+            yield attacker(number, batch)
+
+    with evaluation_mode(model):
+        predictions, seconds = share_batches(
+            "evaluating",
+            torch.split(torch.arange(len(images)), batch_size),
+            compute,
+            shape=(len(names), len(images)),
+            accelerator=accelerator,
+            partial=partial,
+            show_progress=show_progress,
+        )
+    return {
+        name: AttackResult(
+            name=name,
+            settings=settings[position],
+            flags=predictions[position] == images.labels,
+            predictions=predictions[position],
+            labels=images.labels,
+            indices=torch.arange(len(images)),
+            seconds=float(seconds[position]),
+        )
+        for position, name in enumerate(names)
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _BatchAttacker:
+    """Clean predictions of a batch, and those under each attack."""
+
+    model: nn.Module
+    attacks: Sequence[EvaluationAttack]
+    threat_model: ThreatModel
+    size: WorkingSize
+    seed: int
+
+    def __call__(self, number: int, batch: PixelBatch) -> tuple[Tensor, Tensor]:
+        """Predictions (1 + attacks, B) and seconds (1 + attacks,) of the batch with this number."""
+        check_pixel_range(batch.x)
+        watch = StopWatch(batch.x.device)
+        clean = self.size.split(lambda rows: predict(self.model, batch.x[rows]), len(batch.y))
+        predictions, seconds = [clean], [watch.lap()]
+        right = (clean == batch.y).nonzero().squeeze(1)
+        for position, attack in enumerate(self.attacks, start=1):
+            attacked = clean.clone()
+            if len(right):
+                generator = make_generator(batch.x.device, self.seed, Stream.EVALUATION, position, number)
+                attacked[right] = self._attack(attack, batch.x[right], batch.y[right], generator)
+            predictions.append(attacked)
+            seconds.append(watch.lap())
+        return torch.stack(predictions), torch.tensor(seconds)
+
+    def _attack(self, attack: EvaluationAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Predictions (N,) at the last iterate."""
+        # Of all rows at once and in one layout: the same noise however many rows go through the model at a time.
+        start = self.threat_model.random_start(x, generator)
+        layout = memory_layout(self.model)
+
+        def strike(rows: slice) -> Tensor:
+            x_adv = pgd(
+                self.model,
+                x[rows].contiguous(memory_format=layout),
+                y[rows],
+                threat_model=self.threat_model,
+                num_steps=attack.num_steps,
+                step_size=attack.step_size,
+                start=start[rows].contiguous(memory_format=layout),
+                loss_fn=LOSSES[attack.loss],
+            )
+            return predict(self.model, x_adv)
+
+        return self.size.split(strike, len(y))
+
+
+def memory_layout(model: nn.Module) -> torch.memory_format:
+    """The layout that the weights of convolutions are in; images in another one are converted in every pass."""
+    weights = [weight for weight in model.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
+    channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def attack_settings(attack: EvaluationAttack, threat_model: ThreatModel, seed: int) -> dict[str, object]:
+    """What a report says of a PGD attack; JSON types only."""
+    return {
+        "norm": threat_model.norm,
+        "epsilon": float(threat_model.epsilon),
+        "num_steps": attack.num_steps,
+        "step_size": attack.step_size,
+        "loss": attack.loss,
+        "random_start": True,
+        "restarts": 1,
+        "seed": seed,
+    }
+
+
+def predict(model: nn.Module, x: Tensor) -> Tensor:
+    """Predicted classes (N,) int64 of pixels (N, C, H, W), without a gradient."""
+    with torch.no_grad():
+        prediction: Tensor = model(x).argmax(1)
+    return prediction
+
+
+def check_pixel_range(x: Tensor) -> None:
+    """Refuse pixels that are not in [0, 1]: an epsilon in pixel units would mean something else for them.
+
+    Raises:
+        ValueError: if a value is outside [0, 1] or not a number.
+    """
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"pixels must lie in [0, 1], got values from {float(low):g} to {float(high):g}; "
+            "normalization belongs into the model (PixelModel), not into the data"
+        )

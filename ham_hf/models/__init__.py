@@ -1,0 +1,25 @@
+"""timm networks that take pixels in [0, 1], from timm, a folder or the Hub, and back to plain timm.
+
+`pixel_model` makes and loads them, `source` says what a name stands for, `config_json` and `build_limit` refuse what
+nobody should build, `cifar_nets` registers the networks of the CIFAR literature, `export` writes what timm loads.
+"""
+
+from __future__ import annotations
+
+from ham_hf.models.pixel_model import (
+    LoadedModel,
+    PixelModel,
+    Preprocessing,
+    create_backbone,
+    input_defaults,
+    load_pixel_model,
+)
+
+__all__ = [
+    "LoadedModel",
+    "PixelModel",
+    "Preprocessing",
+    "create_backbone",
+    "input_defaults",
+    "load_pixel_model",
+]

@@ -1,0 +1,265 @@
+"""Write a trained backbone so that ``timm.create_model`` loads it, and check that it does (invariant 8)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ham_hf.models.cifar_nets import (
+    EMBEDDABLE_ARGUMENTS,
+    EMBEDDING_UPSAMPLE,
+    CifarResNet,
+    default_cfgs,
+    embed_in_resnet18,
+)
+from ham_hf.models.pixel_model import PixelModel, Preprocessing
+from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME, TrainedForm
+
+# Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
+_WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")
+# What is left of a network whose pretrained_cfg is written anew; timm adapts weights to other arguments by it.
+_ARCHITECTURE_KEYS = ("first_conv", "classifier")
+_REGULARISATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
+_LOGIT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportInfo:
+    """What was written.
+
+    Attributes:
+        architecture: timm name in ``config.json``.
+        needs_ham_hf: True if ``import ham_hf`` has to come before ``timm.create_model``.
+        input_size: (C, H, W) that the exported network takes.
+        interpolation: resampling to that size, by timm's names. For ``upsample > 1`` it is "nearest", and timm's
+            transform is exact on images that already have the side of training, ``H / upsample``; others have to be
+            brought to that side first, as they were for training.
+        upsample: enlargement per side between the pixels of training and the exported network's input.
+    """
+
+    architecture: str
+    needs_ham_hf: bool
+    input_size: tuple[int, int, int]
+    interpolation: str
+    upsample: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A float32 copy on the CPU, in eval mode, of the backbone that was trained, and what timm knows about it."""
+
+    module: nn.Module
+    architecture: str
+    model_args: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    num_classes: int
+    num_features: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Published:
+    """Architecture, arguments and weights that go into the files."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    state: dict[str, Tensor]
+    upsample: int
+
+
+def export_for_timm(
+    backbone: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
+    metadata: Mapping[str, object],
+    model_license: str,
+    tag: str,
+) -> ExportInfo:
+    """Write ``model.safetensors`` and ``config.json`` and compare what timm loads from them with the backbone.
+
+    ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
+    function; an argument that would break the equality (another activation, say) keeps it under its own name. The
+    files appear in ``folder`` only after the comparison has passed, each of them at once.
+
+    Args:
+        backbone: a timm module made by ``create_backbone`` (or ``timm.create_model`` of timm 1.0.31 and later, which
+            remembers its arguments); also inside torch.compile, DistributedDataParallel, timm's EMA or
+            ``PixelModel``, on any device, in any mode, memory format and floating-point type. It is not changed, and
+            neither is the global random state.
+        folder: is created if needed; other files in it stay.
+        preprocessing: of training.
+        class_names: one per logit, in order.
+        metadata: JSON values kept in ``config.json`` under ``ham_hf``: threat model, numbers, origin.
+        model_license: identifier, as in the Hub's model cards ("apache-2.0").
+        tag: names the weights, as timm does ("ham_cifar10"); takes the place of the tag of the starting weights.
+
+    Raises:
+        ValueError: if classes or channels do not match the backbone, or something cannot be written as JSON.
+        RuntimeError: if the network that timm builds from the files disagrees with the backbone.
+    """
+    trained = _copy_of_trained(backbone)
+    _check(trained, preprocessing, class_names, metadata)
+    published = _published_form(trained)
+    data_config = _data_config(preprocessing, published.upsample)
+    config = _config(trained, published, preprocessing, metadata) | {
+        "label_names": list(class_names),
+        # Tag, licence, paper and origin of the weights that training started from, or that timm has for this
+        # architecture, say nothing about the trained ones: nothing of them is copied.
+        "pretrained_cfg": {
+            **{key: trained.pretrained_cfg.get(key) for key in _ARCHITECTURE_KEYS},
+            **data_config,
+            "fixed_input_size": bool(trained.pretrained_cfg.get("fixed_input_size")),
+            "num_classes": trained.num_classes,
+            "pool_size": None,
+            "tag": tag,
+            "license": model_license,
+        },
+    }
+    try:
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{CONFIG_NAME} cannot hold a value of --model_args or of the metadata: {error}") from error
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        staging = Path(temporary)
+        save_file(published.state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        # safetensors leaves a file that only its owner may read.
+        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
+        _verify(staging, trained.module, preprocessing, published.upsample)
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(staging / name, folder / name)
+    return ExportInfo(
+        architecture=published.architecture,
+        needs_ham_hf=published.architecture in default_cfgs,
+        input_size=data_config["input_size"],
+        interpolation=data_config["interpolation"],
+        upsample=published.upsample,
+    )
+
+
+def _copy_of_trained(model: nn.Module) -> _Trained:
+    # A compiled module answers for the attributes of the one inside, so it is looked for first.
+    while "_orig_mod" in model._modules or not hasattr(model, "pretrained_cfg"):
+        inner = [model._modules[name] for name in _WRAPPER_ATTRIBUTES if name in model._modules]
+        if not inner or inner[0] is None:
+            raise ValueError(f"expected a timm model, got a {type(model).__name__} without pretrained_cfg")
+        model = inner[0]
+    module: Any = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
+    if not hasattr(module, "_model_args"):
+        raise ValueError("the model does not know the arguments it was built with; make it with create_backbone")
+    arguments = {
+        name: value
+        for name, value in module._model_args.items()
+        if name not in _REGULARISATION and not name.endswith("_drop_rate")
+    }
+    arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
+    return _Trained(
+        module=module,
+        architecture=module.pretrained_cfg["architecture"],
+        model_args={**arguments, "num_classes": module.num_classes},
+        pretrained_cfg=module.pretrained_cfg,
+        num_classes=module.num_classes,
+        num_features=module.num_features,
+    )
+
+
+def _check(
+    trained: _Trained, preprocessing: Preprocessing, class_names: Sequence[str], metadata: Mapping[str, object]
+) -> None:
+    if len(class_names) != trained.num_classes:
+        raise ValueError(f"{len(class_names)} class names for a model with {trained.num_classes} classes")
+    if (in_chans := trained.model_args["in_chans"]) != preprocessing.in_chans:
+        raise ValueError(f"the model takes {in_chans} channels, its preprocessing says {preprocessing.in_chans}")
+    if TRAINED_FORM_KEY in metadata:
+        raise ValueError(f"the metadata key {TRAINED_FORM_KEY!r} is taken by the export itself")
+
+
+def _published_form(trained: _Trained) -> _Published:
+    """The network as it is, or the plain one that computes the same."""
+    # Contiguous tensors that share no memory: the file format takes no others.
+    state = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in trained.module.state_dict().items()
+    }
+    if isinstance(trained.module, CifarResNet) and trained.model_args.keys() <= EMBEDDABLE_ARGUMENTS:
+        return _Published(
+            architecture="resnet18",
+            model_args={**trained.model_args, "replace_stem_pool": True},
+            state=embed_in_resnet18(state),
+            upsample=EMBEDDING_UPSAMPLE,
+        )
+    return _Published(architecture=trained.architecture, model_args=trained.model_args, state=state, upsample=1)
+
+
+def _config(
+    trained: _Trained, published: _Published, preprocessing: Preprocessing, metadata: Mapping[str, object]
+) -> dict[str, Any]:
+    trained_form = TrainedForm(
+        architecture=trained.architecture,
+        model_args=trained.model_args,
+        image_size=preprocessing.image_size,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        upsample=published.upsample,
+    )
+    return {
+        "architecture": published.architecture,
+        "num_classes": trained.num_classes,
+        "num_features": trained.num_features,
+        "model_args": published.model_args,
+        CONFIG_KEY: {TRAINED_FORM_KEY: asdict(trained_form), **metadata},
+    }
+
+
+def _data_config(preprocessing: Preprocessing, upsample: int) -> dict[str, Any]:
+    """Preprocessing by timm's names, for the published network's input."""
+    size = preprocessing.image_size * upsample
+    # Enlarging the pixels of training is all that may happen in front of an embedded network.
+    plain = upsample == 1
+    return {
+        "input_size": (preprocessing.in_chans, size, size),
+        "interpolation": preprocessing.interpolation if plain else "nearest",
+        "crop_pct": preprocessing.crop_pct if plain else 1.0,
+        "crop_mode": "center",
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+    }
+
+
+def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> None:
+    """Compare what plain timm loads from ``folder`` with the trained network, on pixels.
+
+    Raises:
+        RuntimeError: if their logits differ.
+    """
+    with torch.random.fork_rng(devices=[]):
+        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    published = PixelModel(loaded, loaded.pretrained_cfg["mean"], loaded.pretrained_cfg["std"], upsample)
+    shape = (2, preprocessing.in_chans, preprocessing.image_size, preprocessing.image_size)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = PixelModel(trained, preprocessing.mean, preprocessing.std)(x)
+        difference = (expected - published(x)).abs().max().item()
+    largest = expected.abs().max().item()
+    # Written so that NaN fails.
+    if not difference <= _LOGIT_TOLERANCE * max(1.0, largest):
+        raise RuntimeError(
+            f"the network that timm loads from the export disagrees with the trained one by {difference:.2g} in the "
+            f"logits (the largest logit is {largest:.2g}), so nothing was written. Was the model changed after it was "
+            f"built, or are its weights not finite?"
+        )

@@ -1,0 +1,300 @@
+"""Any timm backbone for any number of classes and image size, and the model that normalises inside.
+
+Attacks, epsilon and data live in pixel space: a tensor ``x`` is (N, C, H, W) in [0, 1], and only
+:class:`PixelModel` knows mean and standard deviation (invariant 1).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ham_hf.models.build_limit import BuildLimit
+from ham_hf.models.config_json import check_model_args
+from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
+
+logger = logging.getLogger(__name__)
+
+# Arguments of timm.create_model that have their own flag, or none on purpose.
+_RESERVED_ARGUMENTS = {
+    "num_classes": "it is the number of classes of the dataset",
+    "img_size": "use --image_size",
+    "pretrained": "use --pretrained",
+    "checkpoint_path": "start from a folder or Hub model with --model_name local-dir:... or hf-hub:...",
+    "pretrained_cfg": "name the weights in --model_name, as in resnet18.a1_in1k",
+    "pretrained_cfg_overlay": "name the weights in --model_name, as in resnet18.a1_in1k",
+    "features_only": "a classifier is trained here",
+}
+# What timm's constructors raise on arguments or sizes that do not fit.
+_BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError, AttributeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the input of a backbone.
+
+    Attributes:
+        image_size: side of the square input in pixels, >= 1.
+        in_chans: number of channels, >= 1.
+        interpolation: resampling of the resize, by timm's names ("bilinear", "bicubic", "nearest", ...).
+        crop_pct: share of the resized image's side that the central crop keeps, in (0, 1].
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1], > 0.
+
+    Raises:
+        ValueError: if a value is out of range, or there is not one mean and one standard deviation per channel.
+    """
+
+    image_size: int
+    in_chans: int
+    interpolation: str
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1 or self.in_chans < 1 or not 0 < self.crop_pct <= 1:
+            raise ValueError(
+                f"expected image_size >= 1, in_chans >= 1 and crop_pct in (0, 1], "
+                f"got {self.image_size}, {self.in_chans} and {self.crop_pct}"
+            )
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ValueError(f"expected {self.in_chans} means and standard deviations, got {self.mean} and {self.std}")
+        if min(self.std) <= 0:
+            raise ValueError(f"expected standard deviations > 0, got {self.std}: a channel of the data is constant")
+
+
+class PixelModel(nn.Module):
+    """A classifier of pixels: (N, C, H, W) in [0, 1] to (N, num_classes) logits.
+
+    The only place where pixels are normalised (invariant 1), in the precision of ``x``: under autocast the
+    subtraction and division stay in float32, and only the backbone computes in bf16. Mean and standard deviation are
+    buffers that follow the module to its device but are not part of the state dict, whose keys are those of the
+    backbone behind ``backbone.``.
+
+    Args:
+        backbone: maps normalised images to logits.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+        upsample: nearest-neighbour enlargement per side in front of the backbone; gradients and perturbations stay
+            in the small pixel space.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float], upsample: int = 1) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.upsample = upsample
+        self.register_buffer("mean", torch.tensor(tuple(mean)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(tuple(std)).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, num_classes), of pixels ``x``, (N, C, H, W) in [0, 1]."""
+        x = (x - self.mean) / self.std
+        if self.upsample != 1:
+            x = F.interpolate(x, scale_factor=self.upsample, mode="nearest")
+        logits: Tensor = self.backbone(x)
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model ready for evaluation.
+
+    Attributes:
+        model: in eval mode, on the CPU, float32; its pixel space is the one it was trained in.
+        preprocessing: how an image becomes pixels for it.
+        class_names: one per logit, in order; None if the source does not name them.
+        metadata: what was passed to ``export_for_timm`` as metadata; empty for models of other origin.
+    """
+
+    model: PixelModel
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    metadata: dict[str, Any]
+
+
+def input_defaults(model_name: str, *, model_args: Mapping[str, object]) -> Preprocessing:
+    """Input size, resampling, mean and standard deviation that go with a model's weights.
+
+    Args:
+        model_name: a timm name, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
+        model_args: further arguments of the architecture; ``in_chans`` among them sets the number of channels.
+
+    Raises:
+        ValueError: if there is no such model (with the nearest names), or its input is not square.
+    """
+    return _preprocessing_of(resolve_source(model_name).as_trained(), model_args.get("in_chans"))
+
+
+def create_backbone(
+    model_name: str,
+    *,
+    pretrained: bool,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    model_args: Mapping[str, object],
+) -> nn.Module:
+    """Build a timm classifier for the given classes and input, and try it on one image of that size.
+
+    A model that this package published inside plain ``resnet18`` comes back as the CIFAR network that was trained.
+
+    Args:
+        model_name: a timm name, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
+        pretrained: load its weights; the classifier is new if the number of classes differs.
+        num_classes: number of logits.
+        preprocessing: image size and channels; the size reaches architectures whose geometry depends on it.
+        model_args: further arguments of the architecture, as for ``timm.create_model``.
+
+    Returns:
+        The bare timm module in train mode, on the CPU; it takes normalised images.
+
+    Raises:
+        ValueError: if there is no such model, no safetensors weights for it, or it cannot be built with these
+            arguments or run on this size; the message names the setting.
+    """
+    source = resolve_source(model_name).as_trained()
+    _check_arguments(model_args, preprocessing)
+    size, default_size = preprocessing.image_size, source.pretrained_cfg["input_size"][-1]
+    arguments = {
+        **source.model_args,
+        **model_args,
+        "num_classes": num_classes,
+        "in_chans": preprocessing.in_chans,
+    }
+    if source.pretrained_cfg.get("fixed_input_size"):
+        arguments["img_size"] = size
+    weights = source.read_weights() if pretrained else None
+    try:
+        backbone = _build(source, arguments, weights)
+    except _BUILD_ERRORS as error:
+        raise ValueError(
+            f"--model_name {model_name} cannot be built with --model_args {dict(model_args)} for {size}x{size} images "
+            f"and {preprocessing.in_chans} channels: {error}"
+        ) from error
+    try:
+        shape = _output_shape(backbone, preprocessing)
+    except _BUILD_ERRORS as error:
+        raise ValueError(
+            f"--model_name {model_name} does not run on {size}x{size} images: {error}. Raise --image_size (default "
+            f"{default_size}) or choose a finer geometry with --model_args, such as patch_size=4 for a ViT, "
+            f"patch_size=2 window_size=4 for a Swin, output_stride=8 for a ResNet"
+        ) from error
+    if shape != (1, num_classes):
+        raise ValueError(f"--model_name {model_name} is no classifier: one image gave {shape}, not (1, {num_classes})")
+    return backbone
+
+
+def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bool = True) -> LoadedModel:
+    """Load a model for evaluation, in the form in which it was published, and in the pixel space of its training.
+
+    Nothing is unpickled, whatever the source offers.
+
+    Args:
+        source: ``OWNER/NAME`` on the Hub, a folder, or a timm name; timm's prefixes are understood.
+        revision: branch, tag or commit of a Hub model.
+        pretrained: False: random weights instead of the source's.
+
+    Raises:
+        ValueError: if there is no such model, or no safetensors weights for it.
+    """
+    resolved = resolve_source(complete_name(source, revision))
+    weights = resolved.read_weights() if pretrained else None
+    try:
+        backbone = _build(resolved, resolved.model_args, weights)
+    except _BUILD_ERRORS as error:
+        raise ValueError(
+            f"{source}: {resolved.architecture} cannot be built from its configuration: {error}"
+        ) from error
+    preprocessing = _preprocessing_of(resolved.as_trained())
+    form = resolved.trained_form()
+    upsample = 1 if form is None else form.upsample
+    return LoadedModel(
+        model=PixelModel(backbone, preprocessing.mean, preprocessing.std, upsample).eval(),
+        preprocessing=preprocessing,
+        class_names=_class_names(resolved),
+        metadata={key: value for key, value in resolved.extra.items() if key != TRAINED_FORM_KEY},
+    )
+
+
+def _check_arguments(model_args: Mapping[str, object], preprocessing: Preprocessing) -> None:
+    for argument, advice in _RESERVED_ARGUMENTS.items():
+        if argument in model_args:
+            raise ValueError(f"--model_args {argument}={model_args[argument]} cannot be given: {advice}")
+    check_model_args(model_args, "--model_args")
+    in_chans = model_args.get("in_chans", preprocessing.in_chans)
+    if in_chans != preprocessing.in_chans:
+        raise ValueError(f"--model_args in_chans={in_chans}, but the images have {preprocessing.in_chans} channels")
+
+
+def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str, Tensor] | None) -> nn.Module:
+    # Weights travel inside the configuration: timm adapts classifier, stem and position embeddings to the arguments,
+    # but has no file of its own to look for.
+    cfg = source.pretrained_cfg if weights is None else {**source.pretrained_cfg, "state_dict": weights}
+    with nullcontext() if source.vouched_for else BuildLimit(weights):
+        model: Any = timm.create_model(
+            source.architecture, pretrained=weights is not None, pretrained_cfg=cfg, **dict(arguments)
+        )
+    model.pretrained_cfg.pop("state_dict", None)
+    if not hasattr(model, "_model_args"):
+        # timm 1.0.31 began to remember the arguments, which an export needs.
+        model._model_args = dict(arguments)
+    backbone: nn.Module = model
+    return backbone
+
+
+def _output_shape(backbone: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
+    size = preprocessing.image_size
+    backbone.eval()
+    with torch.no_grad():
+        logits = backbone(torch.zeros(1, preprocessing.in_chans, size, size))
+    backbone.train()
+    return tuple(logits.shape)
+
+
+def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preprocessing:
+    cfg = source.pretrained_cfg
+    channels, height, width = cfg["input_size"]
+    if height != width:
+        raise ValueError(f"{source.name}: only square inputs are supported, this model takes {height}x{width}")
+    channels = channels if in_chans is None else in_chans
+    if not isinstance(channels, int) or isinstance(channels, bool):
+        raise ValueError(f"--model_args in_chans={channels!r}: expected the number of channels, 1 or 3")
+    return Preprocessing(
+        image_size=height,
+        in_chans=channels,
+        interpolation=cfg["interpolation"],
+        crop_pct=cfg["crop_pct"],
+        mean=_per_channel(cfg["mean"], channels),
+        std=_per_channel(cfg["std"], channels),
+    )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value per channel; their average for every channel if there are fewer or more, as timm does."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels
+
+
+def _class_names(source: ModelSource) -> tuple[str, ...] | None:
+    names = source.pretrained_cfg.get("label_names")
+    num_classes = source.pretrained_cfg["num_classes"]
+    if isinstance(names, Mapping):
+        names = [names.get(str(index), str(index)) for index in range(num_classes)]
+    if not names:
+        return None
+    if len(names) != num_classes:
+        logger.warning("%s: %d label names for %d classes are ignored", source.name, len(names), num_classes)
+        return None
+    return tuple(str(name) for name in names)

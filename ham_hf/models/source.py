@@ -1,0 +1,302 @@
+"""What a model name stands for: a timm architecture, its arguments, its preprocessing and where its weights are.
+
+Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
+(``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
+safetensors and from nothing else: a source that offers only pickled weights is refused (invariant 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import (
+    PretrainedCfg,
+    get_deprecated_models,
+    get_pretrained_cfg,
+    is_model,
+)
+from timm.models._hub import download_from_hf, load_model_config_from_path
+from torch import Tensor
+
+from ham_hf.models.cifar_nets import extract_from_resnet18
+from ham_hf.models.config_json import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+CONFIG_KEY = "ham_hf"
+"""Top-level key of ``config.json`` under which this package keeps what timm has no place for."""
+TRAINED_FORM_KEY = "trained_form"
+"""Key inside ``CONFIG_KEY`` that holds a :class:`TrainedForm`; the keys beside it are the caller's."""
+
+_HUB_PREFIXES = ("hf-hub", "hf_hub")
+_FOLDER_PREFIX = "local-dir"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@\S+)?")
+_WEIGHT_LOCATIONS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedForm:
+    """The network and the pixel space of training, where the published form may be another.
+
+    Attributes:
+        architecture: timm name of the network that was trained.
+        model_args: its arguments, as passed to ``timm.create_model``.
+        image_size: side of its input in pixels.
+        interpolation: resampling by which images were brought to that size.
+        crop_pct: share of the resized image's side that the central crop kept, in (0, 1].
+        upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
+    """
+
+    architecture: str
+    model_args: dict[str, Any]
+    image_size: int
+    interpolation: str
+    crop_pct: float
+    upsample: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A resolved model name.
+
+    Attributes:
+        name: the name, as the user wrote it.
+        architecture: name of the architecture in timm's registry.
+        pretrained_cfg: timm's description of weights and preprocessing, without the places weights come from.
+        model_args: arguments of the architecture that ``config.json`` records; empty for a registered name.
+        extra: what ``config.json`` keeps under ``CONFIG_KEY``; empty if nothing.
+        vouched_for: True if the architecture and its arguments are timm's own, False if a ``config.json`` says them.
+        read_weights: reads the state dict; ValueError if there is none in safetensors.
+        hub_id: OWNER/NAME of the weights on the Hub; None if they are not there.
+    """
+
+    name: str
+    architecture: str
+    pretrained_cfg: dict[str, Any]
+    model_args: dict[str, Any]
+    extra: dict[str, Any]
+    read_weights: Callable[[], dict[str, Tensor]]
+    vouched_for: bool
+    hub_id: str | None = None
+
+    def trained_form(self) -> TrainedForm | None:
+        """The network that was trained, if this package exported the model; else None.
+
+        Raises:
+            ValueError: if the record in ``config.json`` is damaged.
+        """
+        record = self.extra.get(TRAINED_FORM_KEY)
+        if record is None:
+            return None
+        try:
+            form = TrainedForm(**record)
+            check_trained_form(record)
+            _check_registered(form.architecture)
+            return form
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name}: damaged {CONFIG_KEY}.{TRAINED_FORM_KEY} in {CONFIG_NAME}: {error}"
+            ) from error
+
+    def as_trained(self) -> ModelSource:
+        """The source of the network that was trained: the CIFAR network if plain ``resnet18`` was published."""
+        form = self.trained_form()
+        if form is None:
+            return self
+        channels = self.pretrained_cfg["input_size"][0]
+        return dataclasses.replace(
+            self,
+            architecture=form.architecture,
+            model_args=form.model_args,
+            pretrained_cfg={
+                **self.pretrained_cfg,
+                "architecture": form.architecture,
+                "input_size": (channels, form.image_size, form.image_size),
+                "interpolation": form.interpolation,
+                "crop_pct": form.crop_pct,
+            },
+            read_weights=self.read_weights if form.upsample == 1 else self._read_extracted_weights,
+        )
+
+    def _read_extracted_weights(self) -> dict[str, Tensor]:
+        try:
+            return extract_from_resnet18(self.read_weights())
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.name} cannot be turned back into its CIFAR network: {error}") from error
+
+
+def resolve_source(name: str) -> ModelSource:
+    """Find out what a model name stands for; reads ``config.json``, but no weights.
+
+    Args:
+        name: ``ARCHITECTURE``, ``ARCHITECTURE.TAG``, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME[@REVISION]``.
+
+    Raises:
+        ValueError: if there is no such model; the message has the nearest names or says what is missing where.
+    """
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix == _FOLDER_PREFIX:
+        folder = Path(rest).expanduser()
+        return _source_from_folder(name, folder, lambda: _weights_in_folder(name, folder))
+    if colon and prefix in _HUB_PREFIXES:
+        folder = _download(name, rest, CONFIG_NAME).parent
+        source = _source_from_folder(name, folder, lambda: _download(name, rest, WEIGHTS_NAME))
+        return dataclasses.replace(source, hub_id=rest.partition("@")[0])
+    if "/" in name or "\\" in name:
+        raise ValueError(
+            f"model name {name!r}: write hf-hub:{name} for a model on the Hub, local-dir:{name} for a folder"
+        )
+    return _source_from_registry(name)
+
+
+def complete_name(source: str, revision: str | None = None) -> str:
+    """Turn what a user calls a model into a name for :func:`resolve_source`.
+
+    Args:
+        source: a name with prefix, a timm name, a folder, or ``OWNER/NAME`` on the Hub. A registered timm name wins
+            over a folder of the same name.
+        revision: branch, tag or commit; only for a model on the Hub.
+
+    Raises:
+        ValueError: if it is none of these, or a revision is given for something that has none.
+    """
+    prefix, colon, _ = source.partition(":")
+    if (colon and prefix in (_FOLDER_PREFIX, *_HUB_PREFIXES)) or is_model(source):
+        name = source
+    elif Path(source).expanduser().is_dir():
+        name = f"{_FOLDER_PREFIX}:{source}"
+    elif _HUB_ID.fullmatch(source):
+        name = f"{_HUB_PREFIXES[0]}:{source}"
+    else:
+        raise ValueError(
+            f"{source!r} is neither a folder, nor OWNER/NAME on the Hub, nor a timm model{_nearest(source)}"
+        )
+    if revision is None:
+        return name
+    if not name.startswith(_HUB_PREFIXES) or "@" in name:
+        raise ValueError(f"revision {revision!r} goes with OWNER/NAME on the Hub, and only once; got {source!r}")
+    return f"{name}@{revision}"
+
+
+def _source_from_registry(name: str) -> ModelSource:
+    architecture = name.split(".", 1)[0]
+    if (current := get_deprecated_models().get(architecture)) is not None:
+        raise ValueError(f"--model_name {name}: timm renamed it to {current}")
+    if not is_model(name):
+        raise ValueError(f"--model_name {name} is not registered with timm{_nearest(architecture)}")
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = timm.list_models(f"{architecture}.*", include_tags=True)
+        raise ValueError(f"--model_name {name}: no such tag; timm has {', '.join(tags)}") from error
+    cfg = cfg or PretrainedCfg(architecture=architecture)
+
+    def fetch_weights() -> Path:
+        if cfg.hf_hub_id:
+            return _download(name, cfg.hf_hub_id, WEIGHTS_NAME)
+        if cfg.has_weights:
+            raise ValueError(f"{name}: its pretrained weights exist only as a pickle, which is never loaded")
+        raise ValueError(f"{name}: timm has no pretrained weights for it; train from scratch or choose another model")
+
+    return ModelSource(
+        name=name,
+        architecture=architecture,
+        pretrained_cfg=_as_dict(cfg),
+        model_args={},
+        extra={},
+        read_weights=lambda: _read_weights(name, fetch_weights()),
+        vouched_for=True,
+        hub_id=cfg.hf_hub_id or None,
+    )
+
+
+def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Path]) -> ModelSource:
+    config_file = folder / CONFIG_NAME
+    if not config_file.is_file():
+        what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
+        hint = ""
+        if folder.is_dir() and (parent := folder.resolve().parent / CONFIG_NAME).is_file():
+            hint = f". The folder above has them, which holds the exported model of a run: try {parent.parent}"
+        raise ValueError(
+            f"{name}: {folder} {what}; expected {CONFIG_NAME} and {WEIGHTS_NAME} as timm writes them{hint}"
+        )
+    try:
+        config = read_model_config(config_file)
+        cfg, architecture, model_args = load_model_config_from_path(folder)
+        pretrained_cfg = _as_dict(PretrainedCfg(**{**cfg, "architecture": architecture}))
+        check_pretrained_cfg(pretrained_cfg)
+        extra = config.get(CONFIG_KEY, {})
+        check_metadata(extra)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else ascii(error)[:300]
+        raise ValueError(f"{name}: {CONFIG_NAME} is not one of a timm model: {reason}") from error
+    try:
+        _check_registered(architecture)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return ModelSource(
+        name=name,
+        architecture=architecture,
+        pretrained_cfg=pretrained_cfg,
+        model_args=model_args,
+        extra=extra,
+        read_weights=lambda: _read_weights(name, fetch_weights()),
+        vouched_for=False,
+    )
+
+
+def _check_registered(architecture: str) -> None:
+    """Refuse a name that timm would look up elsewhere, such as ``hf-hub:...``, or does not know."""
+    if not architecture.isprintable() or ":" in architecture or "/" in architecture or not is_model(architecture):
+        raise ValueError(
+            f"timm {timm.__version__} has no architecture {ascii(architecture)[:100]}{_nearest(architecture[:100])}"
+        )
+
+
+def _weights_in_folder(name: str, folder: Path) -> Path:
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise ValueError(f"{name}: {folder} has no {WEIGHTS_NAME}; pickled weights (.bin, .pth) are never loaded")
+    return weights
+
+
+def _read_weights(name: str, weights: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name}: {weights} is damaged, or a Git LFS pointer instead of the file itself ({error})"
+        ) from error
+
+
+def _download(name: str, hub_id: str, filename: str) -> Path:
+    try:
+        return Path(download_from_hf(hub_id, filename))
+    except Exception as error:
+        # No such repository, no such file, no access, no network: the client, which changed twice, has its own types.
+        if filename == WEIGHTS_NAME:
+            hint = "; pickled weights are never loaded" if "not found" in str(error).lower() else ""
+        else:
+            hint = "" if Path(hub_id).exists() else ", and there is no folder of that name"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: could not get {filename} of {hub_id} from the Hub{hint} ({reason})") from error
+
+
+def _as_dict(cfg: PretrainedCfg) -> dict[str, Any]:
+    """A ``pretrained_cfg`` that cannot make timm fetch or unpickle anything by itself."""
+    known = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None}
+    return {key: value for key, value in known.items() if key not in _WEIGHT_LOCATIONS} | {"custom_load": False}
+
+
+def _nearest(name: str) -> str:
+    names = difflib.get_close_matches(name.lower(), timm.list_models(), n=3, cutoff=0.5)
+    return f"; nearest: {', '.join(names)}" if names else "; timm.list_models() lists them"

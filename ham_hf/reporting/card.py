@@ -1,0 +1,341 @@
+"""Report -> model card: README.md from the template, with metadata that the Hub parses.
+
+Whatever comes from a dataset or a user (class names, dataset names, settings) is data. A template expression must
+print ``Markdown``, which only the filters here make; a plain string is an error, so nothing can go out unescaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from jinja2 import Environment, StrictUndefined, Template
+
+from ham_hf.reporting.method_text import (
+    citations,
+    combined_with,
+    method_rows,
+    method_title,
+    never_active,
+    setting_text,
+)
+from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
+
+TEMPLATE_NAME = "robust_classifier.md"
+MAX_CLASS_ROWS = 200
+SHOWN_CLASS_ROWS = 50
+FIGURES = (
+    ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
+    ("Training curves", "figures/training_curves.png"),
+    ("What training did to each class", "figures/class_treatment.png"),
+    ("Clean and adversarial images", "figures/adversarial_examples.png"),
+)
+SELECTION_RULES = {
+    "robust_accuracy": "the highest robust accuracy",
+    "worst_class": "the highest robust accuracy of the worst class",
+    "robust_plus_worst": "the highest sum of the average and the worst-class robust accuracy",
+}
+TRAINING_SETTINGS = (
+    ("Pretrained weights", "pretrained"),
+    ("Attack steps K", "num_steps"),
+    ("Attack step size", "step_size"),
+    ("Batch size per process", "per_device_train_batch_size"),
+    ("Gradient accumulation steps", "gradient_accumulation_steps"),
+    ("Optimizer", "optimizer"),
+    ("Learning rate", "learning_rate"),
+    ("Learning rate schedule", "lr_scheduler_type"),
+    ("Learning rate drops (epoch:factor)", "lr_drops"),
+    ("Weight decay", "weight_decay"),
+    ("Mixed precision", "mixed_precision"),
+    ("Precision of the attack in training", "attack_precision"),
+)
+MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
+"""Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
+
+
+class Markdown(str):
+    """Text that can go into a card as it is."""
+
+    __slots__ = ()
+
+
+def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, model_license: str) -> Path:
+    """Write ``README.md`` into a run's output folder, replacing the one of an earlier evaluation.
+
+    Args:
+        report: what to write about.
+        folder: output folder; figures that exist in its ``figures`` are shown.
+        repo_id: "user/name" on the Hub for the loading line; None if it is not known, then the line loads the folder.
+        model_license: license of the weights, a Hub license id such as "apache-2.0".
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: if ``repo_id`` cannot be the id of a repository, or the report has no training section.
+    """
+    folder = Path(folder)
+    if report.training is None:
+        raise ValueError("the card describes how the model was trained, and this report has no training section")
+    context = {
+        **_context(report, folder, repo_id=repo_id, model_license=model_license),
+        "training_rows": _training_rows(report, report.training),
+        "selection": _selection(report, report.training),
+    }
+    path = folder / "README.md"
+    path.write_text(_template().render(context), encoding="utf-8")
+    return path
+
+
+def evaluation_section(report: RunReport) -> str:
+    """The card's evaluation part alone (threat model, results, per-class table), as Markdown to paste elsewhere."""
+    template = _template()
+    context = _context(report, None, repo_id=None, model_license="")
+    return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
+
+
+def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
+    """The card's YAML front matter, with one ``model-index`` entry per evaluation and metric."""
+    method = report.config.get("method")
+    dataset = report.dataset
+    return ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=[
+            "timm",
+            "image-classification",
+            "adversarial-robustness",
+            "adversarial-training",
+            "robust-fairness",
+            "ham_hf",
+            *([plain_text(method)] if method else []),
+            "safetensors",
+        ],
+        license=plain_text(model_license),
+        datasets=[dataset.hub_id] if dataset.hub_id else None,
+        base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
+        metrics=["accuracy"],
+        model_name=_title(report, repo_id),
+        eval_results=[entry for attack in report.results.values() for entry in _eval_results(report, attack)],
+    )
+
+
+def text(value: object, max_length: int = 60) -> Markdown:
+    """Escape ``value`` for running text and table cells: no markup, no HTML, no line breaks, no autolinks."""
+    escaped = MARKUP.sub(r"\\\1", plain_text(value, max_length))
+    return Markdown(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def code(value: object) -> Markdown:
+    """``value`` as a code span, for running text (not for tables, whose pipes code spans do not protect)."""
+    return Markdown(f"`{verbatim(value)}`")
+
+
+def verbatim(value: object) -> Markdown:
+    """``value`` for the inside of a fenced code block."""
+    return Markdown(plain_text(value).replace("`", "'"))
+
+
+def literal(value: str | float) -> Markdown:
+    """``value`` as a Python literal, for the inside of a fenced code block."""
+    return Markdown(json.dumps(verbatim(value) if isinstance(value, str) else value, ensure_ascii=False))
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> Markdown:
+    """Rows with equal keys as a Markdown table, every cell escaped."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    cells = ["| " + " | ".join(text(cell) for cell in line) + " |" for line in lines]
+    alignment = "|---|" + "---:|" * (len(lines[0]) - 1)
+    return Markdown("\n".join([cells[0], alignment, *cells[1:]]))
+
+
+def fraction_text(value: float) -> str:
+    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
+    steps = value * 255
+    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
+
+
+def _template() -> Template:
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=_only_markdown,
+        autoescape=False,  # noqa: S701 (escaping is for Markdown, by the filters, enforced by ``finalize``)
+    )
+    environment.filters |= {
+        "text": text,
+        "code": code,
+        "verbatim": verbatim,
+        "literal": literal,
+        "table": table,
+        "percent": lambda share: Markdown(percent(share)),
+        "thousands": lambda number: Markdown(f"{number:,}"),
+        "number": lambda number: Markdown(f"{number:g}"),
+        "numbers": lambda numbers: Markdown(", ".join(f"{number:.4g}" for number in numbers)),
+    }
+    return environment.from_string(_template_source())
+
+
+def _template_source() -> str:
+    """The template, from the installed package or, in a source tree, from ``model_cards`` beside the package."""
+    candidates = (
+        files("ham_hf") / "templates" / TEMPLATE_NAME,
+        Path(__file__).resolve().parents[2] / "model_cards" / TEMPLATE_NAME,
+    )
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"the card template {TEMPLATE_NAME} is missing from the installation: reinstall ham_hf")
+
+
+def _only_markdown(value: object) -> object:
+    if isinstance(value, (Markdown, int)):
+        return value
+    raise TypeError(f"the card template prints {value!r} unescaped: give it a filter")
+
+
+def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, model_license: str) -> dict[str, object]:
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise ValueError(f"the card's loading line needs the full repository id, user/name, got {repo_id}")
+    metadata = card_metadata(report, repo_id=repo_id, model_license=model_license)
+    reference = report.reference_attack()
+    class_rows = _class_rows(report)
+    shown = class_rows if len(class_rows) <= MAX_CLASS_ROWS else class_rows[:SHOWN_CLASS_ROWS]
+    missing = next(iter(report.results.values())).summary.missing_classes
+    ran = {attack.name.split("-")[0] for attack in report.results.values()}
+    norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
+    return {
+        "report": report,
+        "metadata": Markdown(metadata.to_yaml()),
+        "title": _title(report, repo_id),
+        "dataset": _dataset_name(report),
+        "method": method_title(report.config),
+        "combined_with": combined_with(report.config),
+        "citations": [Markdown(entry) for entry in citations(report.config)],
+        "summary": reference.summary if reference else None,
+        "attack_title": reference.title if reference else None,
+        "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
+        "repo_id": repo_id,
+        "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
+        "image_mode": Markdown({1: "L", 3: "RGB", 4: "RGBA"}.get(report.model.in_chans, "RGB")),
+        "rows": results_table(report),
+        "class_rows": shown,
+        "num_tested_classes": len(class_rows),
+        "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
+        "hidden_classes": len(class_rows) - len(shown),
+        "figures": [(title, Markdown(path)) for title, path in FIGURES if folder and (folder / path).is_file()],
+        "seeds": _seeds(report),
+        "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),
+        "missing_classes": ", ".join(plain_text(report.dataset.class_names[index], 30) for index in missing),
+        "model_license": model_license,
+        "version": report.environment.versions.get("ham_hf", "unknown"),
+    }
+
+
+def _is_repo_id(name: str | None) -> bool:
+    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None
+
+
+def _title(report: RunReport, repo_id: str | None) -> str:
+    return repo_id.split("/")[-1] if repo_id else f"{plain_text(report.model.name)}, {_dataset_name(report)}"
+
+
+def _dataset_name(report: RunReport) -> str:
+    """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+    return report.dataset.hub_id or plain_text(Path(report.dataset.name).name)
+
+
+def _class_rows(report: RunReport) -> list[dict[str, str]]:
+    """One row per class with test images, the worst under the reference attack first."""
+    order_by = report.reference_attack() or next(iter(report.results.values()))
+    entries = order_by.summary.per_class
+    present = [index for index, entry in enumerate(entries) if entry.count]
+    present.sort(key=lambda index: entries[index].accuracy or 0.0)
+    rows = []
+    for index in present:
+        row = {
+            "Class": plain_text(report.dataset.class_names[index], 40),
+            "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),
+        }
+        for attack in report.results.values():
+            entry = attack.summary.per_class[index]
+            row[attack.title] = "–"
+            if entry.accuracy is not None and entry.low is not None and entry.high is not None:
+                row[attack.title] = f"{percent(entry.accuracy)} ({percent(entry.low)}–{percent(entry.high)})"
+        rows.append(row)
+    return rows
+
+
+def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[str, str]]:
+    rows = method_rows(report.config)
+    for label, key in TRAINING_SETTINGS:
+        value = report.config.get(key)
+        if key == "step_size" and isinstance(value, float):
+            value = fraction_text(value)
+        if value not in (None, []):
+            rows.append((label, setting_text(value)))
+    environment = report.environment
+    versions = environment.versions
+    skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""
+    return [
+        *rows,
+        ("Epochs", str(training.num_train_epochs)),
+        ("Optimizer steps", f"{training.steps}{skipped}"),
+        ("Seeds", _seeds(report)),
+        ("Training images", f"{report.dataset.num_train} (augmentation: {report.dataset.augmentation})"),
+        ("Duration", f"{training.seconds / 60:.1f} minutes"),
+        ("Hardware", f"{environment.num_processes} × {environment.device}"),
+        ("Software", ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)),
+    ]
+
+
+def _seeds(report: RunReport) -> str:
+    return ", ".join(f"{name} {seed}" for name, seed in report.seeds.items())
+
+
+def _selection(report: RunReport, training: TrainingReport) -> Markdown:
+    """One sentence on how the weights were selected."""
+    if training.selection_metric == "last":
+        return Markdown("The weights are those after the last step.")
+    rule = SELECTION_RULES.get(training.selection_metric, text(training.selection_metric))
+    which = "" if training.selected_epoch is None else f" of epoch {training.selected_epoch + 1}"
+    return Markdown(
+        f"The weights are those{which} with {rule} on {report.dataset.num_validation} images held out of the training "
+        "images."
+    )
+
+
+def _eval_results(report: RunReport, attack: AttackReport) -> list[EvalResult]:
+    """Average, worst class and gap of one evaluation as ``model-index`` entries, values in [0, 1]."""
+    summary, dataset = attack.summary, report.dataset
+    label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
+    name = _dataset_name(report)
+    shared: dict[str, Any] = {
+        "task_type": "image-classification",
+        "task_name": "Image Classification",
+        "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
+        "dataset_name": name,
+        "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
+        "dataset_split": "test",
+        "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
+        "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
+    }
+    metrics = (
+        ("accuracy", label, summary.average),
+        ("worst_class_accuracy", f"{label}, worst class", summary.worst_class),
+        ("class_accuracy_gap", f"{label}, gap between best and worst class", summary.gap),
+    )
+    return [
+        EvalResult(metric_type=metric, metric_name=title, metric_value=round(value, 6), **shared)
+        for metric, title, value in metrics
+    ]

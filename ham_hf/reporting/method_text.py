@@ -1,0 +1,225 @@
+"""How a model card names, lists and cites a training method and what was combined with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from ham_hf.objectives import Objective, available
+
+LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
+"""Settings that name another method, and what is borrowed from it."""
+
+CITATIONS = {
+    "ham": """\
+@article{lin2025ham,
+  title   = {Hard Adversarial Example Mining for Improving Robust Fairness},
+  author  = {Lin, Chenhao and Ji, Xiang and Yang, Yulong and Li, Qian and Zhao, Z. and Peng, Z. and Wang, Run and \
+Fang, Liming and Shen, Chao},
+  journal = {IEEE Transactions on Information Forensics and Security},
+  volume  = {20},
+  pages   = {350--363},
+  year    = {2025},
+  note    = {arXiv:2308.01823}
+}""",
+    "pgd_at": """\
+@inproceedings{madry2018towards,
+  title     = {Towards Deep Learning Models Resistant to Adversarial Attacks},
+  author    = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2018}
+}""",
+    "trades": """\
+@inproceedings{zhang2019theoretically,
+  title     = {Theoretically Principled Trade-off between Robustness and Accuracy},
+  author    = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric and El Ghaoui, Laurent and Jordan, \
+Michael},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2019}
+}""",
+    "mart": """\
+@inproceedings{wang2020improving,
+  title     = {Improving Adversarial Robustness Requires Revisiting Misclassified Examples},
+  author    = {Wang, Yisen and Zou, Difan and Yi, Jinfeng and Bailey, James and Ma, Xingjun and Gu, Quanquan},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2020}
+}""",
+    "fat": """\
+@inproceedings{zhang2020attacks,
+  title     = {Attacks Which Do Not Kill Training Make Adversarial Learning Stronger},
+  author    = {Zhang, Jingfeng and Xu, Xilie and Han, Bo and Niu, Gang and Cui, Lizhen and Sugiyama, Masashi and \
+Kankanhalli, Mohan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2020}
+}""",
+    "gairat": """\
+@inproceedings{zhang2021geometry,
+  title     = {Geometry-aware Instance-reweighted Adversarial Training},
+  author    = {Zhang, Jingfeng and Zhu, Jianing and Niu, Gang and Han, Bo and Sugiyama, Masashi and \
+Kankanhalli, Mohan},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021}
+}""",
+    "frl": """\
+@inproceedings{xu2021robust,
+  title     = {To be Robust or to be Fair: Towards Fairness in Adversarial Training},
+  author    = {Xu, Han and Liu, Xiaorui and Li, Yaxin and Jain, Anil and Tang, Jiliang},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2021}
+}""",
+    "bat": """\
+@inproceedings{sun2023improving,
+  title     = {Improving Robust Fairness via Balance Adversarial Training},
+  author    = {Sun, Chunyu and Xu, Chenye and Yao, Chengyuan and Liang, Siyuan and Wu, Yichao and Liang, Ding and \
+Liu, Xianglong and Liu, Aishan},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2023}
+}""",
+    "wat": """\
+@inproceedings{li2023wat,
+  title     = {{WAT}: Improve the Worst-class Robustness in Adversarial Training},
+  author    = {Li, Boqi and Liu, Weiwei},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2023}
+}""",
+    "cfa": """\
+@inproceedings{wei2023cfa,
+  title     = {{CFA}: Class-wise Calibrated Fair Adversarial Training},
+  author    = {Wei, Zeming and Wang, Yifei and Guo, Yiwen and Wang, Yisen},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2023}
+}""",
+    "cfol": """\
+@article{pethick2023revisiting,
+  title   = {Revisiting adversarial training for the worst-performing class},
+  author  = {Pethick, Thomas and Chrysos, Grigorios and Cevher, Volkan},
+  journal = {Transactions on Machine Learning Research},
+  year    = {2023}
+}""",
+    "dafa": """\
+@inproceedings{lee2024dafa,
+  title     = {{DAFA}: Distance-Aware Fair Adversarial Training},
+  author    = {Lee, Hyungyu and Lee, Saehyung and Jang, Hyemi and Park, Junsung and Bae, Ho and Yoon, Sungroh},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024}
+}""",
+    "faal": """\
+@inproceedings{zhang2024towards,
+  title     = {Towards Fairness-Aware Adversarial Learning},
+  author    = {Zhang, Yanghao and Zhang, Tianle and Mu, Ronghui and Huang, Xiaowei and Ruan, Wenjie},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}""",
+    "awp": """\
+@inproceedings{wu2020adversarial,
+  title     = {Adversarial Weight Perturbation Helps Robust Generalization},
+  author    = {Wu, Dongxian and Xia, Shu-Tao and Wang, Yisen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2020}
+}""",
+}
+"""BibTeX of each method by its name, and of adversarial weight perturbation."""
+
+
+def trained_method(config: Mapping[str, object]) -> Objective | None:
+    """The method of a report's settings with its options; None if this version does not know it."""
+    kind = available().get(str(config.get("method")))
+    if kind is None:
+        return None
+    return kind(**{field.name: config[field.name] for field in fields(kind) if field.name in config})
+
+
+def method_title(config: Mapping[str, object]) -> str:
+    """Name of the method and, if this version knows it, what it is."""
+    return _described(str(config.get("method", "unknown")))
+
+
+def combined_with(config: Mapping[str, object]) -> str:
+    """What was combined with the method, in words; empty if nothing was."""
+    parts = [f"the {what} of {config[setting]}" for setting, what in LENDERS.items() if _is_set(config.get(setting))]
+    if config.get("awp_gamma") is not None:
+        parts.append("adversarial weight perturbation")
+    if gates_averaging(config):
+        parts.append("fairness-gated averaging of weights")
+    elif config.get("ema_decay") is not None:
+        parts.append("an exponential moving average of weights")
+    return ", ".join([*parts[:-2], " and ".join(parts[-2:])])
+
+
+def method_rows(config: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Label and value of everything that is set about the method and what was combined with it.
+
+    What is off is left out, and so is what then has no effect.
+    """
+    rows = [("Method", method_title(config))]
+    method = trained_method(config)
+    if method is not None:
+        if "base_loss" in config:
+            rows.append(("Base loss", _described(str(config["base_loss"]))))
+        unshown = {"base_loss", "class_rule_args", *LENDERS} | ({"beta"} if method.num_terms == 1 else set())
+        options = [field.name for field in fields(method) if field.name not in unshown]
+        rows += [
+            (f"Method option {name}", setting_text(config[name])) for name in options if _is_set(config.get(name))
+        ]
+    rows += [
+        (what.capitalize(), _described(str(config[setting])))
+        for setting, what in LENDERS.items()
+        if _is_set(config.get(setting))
+    ]
+    if config.get("class_rule_args"):
+        rows.append(("Options of class radii and weights", setting_text(config["class_rule_args"])))
+    if config.get("awp_gamma") is not None:
+        start = config.get("awp_start_epoch") or 0
+        since = f", from epoch {start} (0-based) on" if start else ""
+        rows.append(("Adversarial weight perturbation", f"gamma {config['awp_gamma']}{since} (Wu et al., 2020)"))
+    if gates_averaging(config):
+        gate = f"decay {config['fawa_decay']}, worst class at least {config['fawa_threshold']}"
+        rows.append(("Averaged weights", f"fairness-gated, once per epoch: {gate} (Wei et al., 2023)"))
+    elif config.get("ema_decay") is not None:
+        rows.append(("Averaged weights", f"exponential moving average, decay {config['ema_decay']} per update"))
+    return rows
+
+
+def never_active(config: Mapping[str, object], num_epochs: int) -> str:
+    """Names of methods and combinations that begin after the last of the epochs that were trained; often empty."""
+    method = trained_method(config)
+    starts = {part.name: part.warmup_epochs for part in method.parts} if method is not None else {}
+    start = config.get("awp_start_epoch")
+    if config.get("awp_gamma") is not None and isinstance(start, int):
+        starts["awp"] = start
+    return ", ".join(name for name, first in starts.items() if first >= num_epochs)
+
+
+def citations(config: Mapping[str, object]) -> list[str]:
+    """BibTeX of the method, its base loss and what was combined with it, each once."""
+    names = [config.get("method"), *(config.get(setting) for setting in ("base_loss", *LENDERS))]
+    names.append("awp" if config.get("awp_gamma") is not None else None)
+    names.append("cfa" if gates_averaging(config) else None)
+    return [CITATIONS[name] for name in dict.fromkeys(map(str, names)) if name in CITATIONS]
+
+
+def setting_text(value: object) -> str:
+    """The value of a setting in words and commas."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={setting_text(entry)}" for name, entry in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _described(name: str) -> str:
+    """A method's name and summary; the name is not said twice."""
+    kind = available().get(name)
+    if kind is None:
+        return name
+    return kind.summary if kind.summary.lower().startswith(f"{name}:") else f"{name}: {kind.summary}"
+
+
+def _is_set(value: object) -> bool:
+    return value is not False and value not in (None, "none", [], {}, "")
+
+
+def gates_averaging(config: Mapping[str, object]) -> bool:
+    """Whether weights were averaged as `ham_hf.config.TrainingConfig.uses_fawa` says; never in older reports."""
+    kind = available().get(str(config.get("method")))
+    return config.get("fawa") == "on" or (config.get("fawa") == "auto" and kind is not None and kind.gates_averaging)

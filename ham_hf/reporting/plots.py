@@ -1,0 +1,306 @@
+"""The figures of a report: per-class accuracy, training curves, confusion under attack, adversarial examples.
+
+Every function returns a matplotlib ``Figure`` made without pyplot, so nothing global is touched and no display is
+needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are data: they are
+cleaned, cut, and never read as mathematical notation.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
+
+from ham_hf.reporting.class_plots import class_treatment_figure
+from ham_hf.reporting.method_text import trained_method
+from ham_hf.reporting.report import AttackReport, RunReport, plain_text
+
+DPI = 110
+BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
+MAX_NAMED_CLASSES = 120
+MAX_CELL_TEXT_CLASSES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleStrip:
+    """A few test images before and after the attack, and what the model says of them.
+
+    Attributes:
+        clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
+        adversarial: (N, C, H, W) pixels in [0, 1].
+        labels: (N,) true classes.
+        clean_predictions: (N,) predicted classes of ``clean``.
+        adversarial_predictions: (N,) predicted classes of ``adversarial``.
+        attack: title of the attack, for the figure.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    clean_predictions: Tensor
+    adversarial_predictions: Tensor
+    attack: str
+
+
+def save_figures(
+    report: RunReport,
+    folder: str | Path,
+    *,
+    examples: ExampleStrip | None,
+    train_log: Sequence[Mapping[str, object]],
+) -> list[Path]:
+    """Draw what ``report`` has numbers for into ``folder/figures/*.png``.
+
+    Args:
+        report: a finished run.
+        folder: output folder; ``figures`` is made in it.
+        examples: images for ``adversarial_examples.png``; None leaves it out.
+        train_log: the "train" lines of ``metrics.jsonl``; together with the report's history they make
+            ``training_curves.png``, which is left out if both are empty.
+
+    Returns:
+        The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``class_treatment.png``,
+        ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
+    """
+    figures = {"per_class_accuracy": per_class_figure(report)}
+    history = report.training.history if report.training else ()
+    if history or train_log:
+        figures["training_curves"] = training_figure(report, train_log)
+    treatment = class_treatment_figure(report)
+    if treatment is not None:
+        figures["class_treatment"] = treatment
+    for attack in report.results.values():
+        if attack.name != "clean" and attack.confusion is not None:
+            figures[f"confusion_{attack.name}"] = confusion_figure(attack, report.dataset.class_names)
+    if examples is not None:
+        figures["adversarial_examples"] = examples_figure(examples, report.dataset.class_names)
+    target = Path(folder) / "figures"
+    target.mkdir(parents=True, exist_ok=True)
+    return [save_figure(figure, target / f"{name}.png") for name, figure in figures.items()]
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write ``figure`` as PNG; the same figure gives the same bytes, so that pushing it again changes nothing."""
+    with warnings.catch_warnings():
+        # A class name in a script that the font lacks shows as boxes; one warning per character helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+    return path
+
+
+def per_class_figure(report: RunReport) -> Figure:
+    """Clean against robust accuracy of every class, sorted by robust accuracy, with 95 % intervals.
+
+    A class without a test image has no accuracy and is left out; dashed lines are the averages over all images.
+    Above ``MAX_NAMED_CLASSES`` classes there are no names, and bands instead of bars.
+    """
+    attack = report.reference_attack()
+    series = [(report.results["clean"], BLUE, "o")] if "clean" in report.results else []
+    if attack is not None:
+        series.append((attack, VERMILLION, "D"))
+    order_by = attack or report.results["clean"]
+    classes = [index for index, entry in enumerate(order_by.summary.per_class) if entry.count]
+    classes.sort(key=lambda index: order_by.summary.per_class[index].correct / order_by.summary.per_class[index].count)
+    named = len(classes) <= MAX_NAMED_CLASSES
+    row_height = 0.30 if len(classes) <= 30 else 0.17
+    height = 1.3 + row_height * len(classes) if named else 9.0
+    figure = Figure(figsize=(7.2, max(height, 2.4)), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (result, color, marker) in enumerate(series):
+        # Shifted a little against each other, so that overlapping intervals stay readable.
+        shift = (0.5 * (len(series) - 1) - number) * 0.22
+        if named:
+            small = len(classes) > 30
+            _class_points(axes, result, classes, shift=shift, color=color, marker=marker, small=small)
+        else:
+            _class_band(axes, result, classes, color=color)
+        axes.axvline(100 * result.summary.average, color=color, linewidth=1.2, linestyle="--", alpha=0.7, zorder=1)
+    axes.set_ylim(len(classes) - 0.4, -0.6)
+    if named:
+        names = [plain_text(report.dataset.class_names[index], 28) for index in classes]
+        size = 10 if row_height > 0.2 else 8
+        axes.set_yticks(range(len(classes)), labels=names, fontsize=size, parse_math=False)
+    else:
+        axes.set_ylabel(f"{len(classes)} classes, worst first")
+    axes.set_xlim(-2, 102)
+    axes.xaxis.set_major_formatter(PercentFormatter(100))
+    axes.set_xlabel("accuracy on test images (with 95 % interval; dashed: average)")
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    missing = len(order_by.summary.per_class) - len(classes)
+    note = f" ({missing} without test images)" if missing else ""
+    titles = " and ".join(result.title for result, *_ in series)
+    axes.set_title(f"Accuracy per class{note}: {titles}", fontsize=11, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+    return figure
+
+
+def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]) -> Figure:
+    """Held-out accuracies, hard fraction and loss per epoch; the warm-up is shaded, the selected epoch marked.
+
+    Args:
+        report: its training history gives the held-out accuracies (one point per epoch, the last validation of it).
+        train_log: "train" lines of ``metrics.jsonl``; loss and hard fraction are averaged per epoch. Lines without
+            a hard fraction (methods that do not mine) are fine: its panel then goes.
+    """
+    history = report.training.history if report.training else ()
+    curves = {
+        "held-out accuracy": [
+            ("clean", BLUE, "-", _per_epoch(history, "clean_accuracy", last=True)),
+            ("robust", VERMILLION, "-", _per_epoch(history, "robust_accuracy", last=True)),
+            ("robust, worst class", ORANGE, "-", _per_epoch(history, "worst_class", last=True)),
+        ],
+        "hard fraction": [("hard examples", GREEN, "-", _per_epoch(train_log, "hard_fraction"))],
+        "training loss": [("loss", GRAY, "-", _per_epoch(train_log, "loss"))],
+    }
+    panels = {title: lines for title, lines in curves.items() if any(points for *_, points in lines)}
+    figure = Figure(figsize=(7.2, 0.9 + 2.1 * max(1, len(panels))), layout="constrained")
+    all_axes = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
+        for label, color, style, points in lines:
+            marker = "o" if len(points) <= 40 else None
+            axes.plot(list(points), list(points.values()), style, color=color, marker=marker, ms=3.5, label=label)
+        axes.set_ylabel(title)
+        axes.grid(color="#DDDDDD", linewidth=0.8)
+        _mark_epochs(axes, report)
+        if title == "training loss":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_ylim(-0.02, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        if axes is all_axes[0]:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    all_axes[-1].set_xlabel("epoch")
+    all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    last = max((epoch for lines in panels.values() for *_, points in lines for epoch in points), default=1)
+    all_axes[-1].set_xlim(0.5, last + 0.5)
+    return figure
+
+
+def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure:
+    """Share of each true class (row) that is predicted as each class (column) under ``attack``.
+
+    Rows of classes without test images are gray. Up to ``MAX_CELL_TEXT_CLASSES`` classes the cells carry numbers.
+
+    Raises:
+        ValueError: if the report has no confusion matrix for the attack.
+    """
+    if attack.confusion is None:
+        raise ValueError(f"{attack.name} has no confusion matrix: too many classes")
+    counts = torch.tensor(attack.confusion, dtype=torch.float64)
+    totals = counts.sum(1, keepdim=True)
+    shares = torch.where(totals > 0, counts / totals.clamp(min=1), torch.nan)
+    num_classes = len(shares)
+    side = min(11.0, max(4.2, 2.4 + (0.42 if num_classes <= MAX_CELL_TEXT_CLASSES else 0.13) * num_classes))
+    figure = Figure(figsize=(side + 0.9, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("#CCCCCC")
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    names = [plain_text(name, 16) for name in class_names]
+    size = 9 if num_classes <= MAX_CELL_TEXT_CLASSES else 7
+    step = math.ceil(num_classes / 60)
+    ticks = range(0, num_classes, step)
+    axes.set_xticks(ticks, labels=[names[i] for i in ticks], rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, labels=[names[i] for i in ticks], fontsize=size, parse_math=False)
+    if num_classes <= MAX_CELL_TEXT_CLASSES:
+        for row, column in torch.nonzero(shares >= 0.005).tolist():
+            share = float(shares[row, column])
+            color = "white" if share > 0.55 else "black"
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
+    axes.set_xlabel(f"predicted under {attack.title}", parse_math=False)
+    axes.set_ylabel("true class")
+    axes.set_title(f"Confusion under {attack.title}, % of the true class", fontsize=11, parse_math=False)
+    figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0))
+    return figure
+
+
+def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_images: int = 8) -> Figure:
+    """Rows of clean images, adversarial images, and their amplified difference around mid-gray.
+
+    The caption under each image is the model's prediction; a wrong one is marked with a cross and in red.
+    """
+    clean, adversarial = examples.clean[:max_images].cpu(), examples.adversarial[:max_images].cpu()
+    difference = adversarial - clean
+    largest = float(difference.abs().max())
+    factor = max(1, math.floor(0.5 / largest)) if largest > 0 else 1
+    rows = [clean, adversarial, (0.5 + factor * difference).clamp(0, 1)]
+    columns = len(clean)
+    figure = Figure(figsize=(max(3.6, 1.1 + 1.25 * columns), 5.0), layout="constrained")
+    grid = figure.subplots(3, columns, squeeze=False)
+    for axes_row, images in zip(grid, rows, strict=True):
+        for axes, pixels in zip(axes_row, images, strict=True):
+            gray = pixels.shape[0] == 1
+            shown = pixels[0] if gray else pixels.permute(1, 2, 0)
+            axes.imshow(shown.numpy(), cmap="gray" if gray else None, vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+    for column in range(columns):
+        label = int(examples.labels[column])
+        grid[0, column].set_title(plain_text(class_names[label], 14), fontsize=9, parse_math=False)
+        for row, predictions in enumerate((examples.clean_predictions, examples.adversarial_predictions)):
+            predicted = int(predictions[column])
+            caption = plain_text(class_names[predicted], 14)
+            right = predicted == label
+            color = "black" if right else VERMILLION
+            text = caption if right else f"✗ {caption}"
+            grid[row, column].set_xlabel(text, fontsize=9, color=color, parse_math=False)
+    for axes, title in zip(grid[:, 0], ("clean", examples.attack, f"difference × {factor}"), strict=True):
+        axes.set_ylabel(title, fontsize=10, parse_math=False)
+    figure.suptitle("True class above, prediction below each image", fontsize=10)
+    return figure
+
+
+def _class_points(
+    axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str, small: bool
+) -> None:
+    """Dots with interval bars, one row per class; a class that this evaluation has no image of gets none."""
+    entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
+    points = [
+        (row + shift, 100 * entry.accuracy, 100 * (entry.accuracy - entry.low), 100 * (entry.high - entry.accuracy))
+        for row, entry in entries
+        if entry.accuracy is not None and entry.low is not None and entry.high is not None
+    ]
+    rows, accuracies, below, above = zip(*points, strict=True) if points else ((), (), (), ())
+    size, width = (3, 0.8) if small else (5.5, 1.3)
+    axes.errorbar(
+        accuracies, rows, xerr=(below, above), fmt=marker, color=color, ms=size, elinewidth=width, label=result.title
+    )
+
+
+def _class_band(axes: Axes, result: AttackReport, classes: Sequence[int], *, color: str) -> None:
+    """A line with its interval as a band, for more classes than there is room for bars."""
+    entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
+    entries = [(row, entry) for row, entry in entries if entry.count]
+    rows = [row for row, _ in entries]
+    low, middle, high = (
+        [100 * (getattr(entry, name) or 0.0) for _, entry in entries] for name in ("low", "accuracy", "high")
+    )
+    axes.fill_betweenx(rows, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(middle, rows, color=color, linewidth=1.2, label=result.title)
+
+
+def _per_epoch(lines: Sequence[Mapping[str, object]], key: str, *, last: bool = False) -> dict[int, float]:
+    """Value of ``key`` by epoch, counted from 1: the mean over the epoch's lines, or the last of them."""
+    values: defaultdict[int, list[float]] = defaultdict(list)
+    for line in lines:
+        value, epoch = line.get(key), line.get("epoch")
+        if isinstance(value, (int, float)) and isinstance(epoch, (int, float)):
+            values[int(epoch) + 1].append(float(value))
+    return {epoch: found[-1] if last else sum(found) / len(found) for epoch, found in sorted(values.items())}
+
+
+def _mark_epochs(axes: Axes, report: RunReport) -> None:
+    method = trained_method(report.config)
+    if method is not None and method.warmup_epochs:
+        axes.axvspan(0.5, method.warmup_epochs + 0.5, color="#EEEEEE", zorder=0, label="warm-up")
+    if report.training and report.training.selected_epoch is not None:
+        selected = report.training.selected_epoch + 1
+        axes.axvline(selected, color=GRAY, linewidth=1.2, linestyle="--", zorder=1, label="selected epoch")

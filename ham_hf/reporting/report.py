@@ -1,0 +1,468 @@
+"""RunReport: what was run, on what, and what came out; ``report.json`` in both directions.
+
+A report holds everything the figures and the model card need, so that both can be made again from ``report.json``
+alone. It holds no secret: tokens and environment variables never enter it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import types
+import typing
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ham_hf import __version__
+from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+
+SCHEMA_VERSION = 1
+REPORT_NAME = "report.json"
+MAX_CONFUSION_CLASSES = 200
+"""Above this number of classes the confusion matrix is left out: it grows with the square."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport:
+    """The evaluated network and its preprocessing.
+
+    Attributes:
+        name: model as the user named it (timm name, Hub id or folder).
+        architecture: timm architecture of the export, the one in ``config.json``.
+        base_model: Hub id of the weights that training started from; None if it started from scratch.
+        needs_ham_hf: True if timm knows the architecture only after ``import ham_hf``.
+        num_parameters: number of parameters of the exported network.
+        image_size: side in pixels of the images that were attacked.
+        in_chans: number of image channels.
+        upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
+        interpolation: interpolation of the resize in the evaluation transform.
+        crop_pct: share of the resized image that the center crop keeps, (0, 1].
+        mean: per-channel mean subtracted from pixels in [0, 1].
+        std: per-channel divisor.
+    """
+
+    name: str
+    architecture: str
+    base_model: str | None
+    needs_ham_hf: bool
+    num_parameters: int
+    image_size: int
+    in_chans: int
+    upsample: int
+    interpolation: str
+    crop_pct: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReport:
+    """The dataset and its splits.
+
+    Attributes:
+        name: dataset as the user named it.
+        hub_id: id on the Hub; None for local data.
+        config_name: configuration of the Hub dataset, if any.
+        revision: resolved revision, if known.
+        class_names: names of the C classes in label order.
+        num_train: number of training images.
+        num_validation: number of held-out training images used for selection.
+        num_test: number of test images.
+        test_split_origin: where the test images come from.
+        num_skipped: number of corrupt images that were skipped.
+        augmentation: augmentation during training.
+    """
+
+    name: str
+    hub_id: str | None
+    config_name: str | None
+    revision: str | None
+    class_names: tuple[str, ...]
+    num_train: int
+    num_validation: int
+    num_test: int
+    test_split_origin: str
+    num_skipped: int
+    augmentation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModelReport:
+    """Norm ("linf" or "l2") and radius, in units of pixels in [0, 1], of training and evaluation."""
+
+    norm: str
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackReport:
+    """Result of one evaluation.
+
+    Attributes:
+        name: "clean", "pgd-20", "cw-20", "autoattack", ...
+        settings: settings of the attack, JSON values only.
+        summary: per-class accuracy and fairness numbers.
+        confusion: (C, C) counts, row = true class; None with more than ``MAX_CONFUSION_CLASSES`` classes.
+        seconds: duration.
+    """
+
+    name: str
+    settings: Mapping[str, object]
+    summary: FairnessSummary
+    confusion: tuple[tuple[int, ...], ...] | None
+    seconds: float
+
+    def __post_init__(self) -> None:
+        # It names files of figures.
+        if not re.fullmatch(r"\w[\w.+-]{0,60}", self.name, flags=re.ASCII):
+            raise ValueError(
+                f"an evaluation is called by letters, digits and -, such as pgd-20, not {self.name[:80]!r}"
+            )
+        object.__setattr__(self, "settings", _json_values(self.settings, f"settings of {self.name}"))
+
+    @property
+    def title(self) -> str:
+        """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"."""
+        fixed = {"clean": "Clean", "autoattack": "AutoAttack"}
+        return fixed.get(self.name, self.name.upper())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """How the weights came about.
+
+    Attributes:
+        num_train_epochs: number of epochs trained.
+        steps: number of optimizer steps.
+        skipped_updates: number of steps without any hard example, which change nothing.
+        seconds: duration.
+        selection_metric: held-out number by which the weights were selected ("last": the final ones).
+        selected_step: step of the selected weights; None if unknown.
+        selected_epoch: 0-based epoch of the selected weights; None if unknown.
+        history: the validation lines of ``metrics.jsonl``, JSON values only.
+        peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
+            without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
+    """
+
+    num_train_epochs: int
+    steps: int
+    skipped_updates: int
+    seconds: float
+    selection_metric: str
+    selected_step: int | None
+    selected_epoch: int | None
+    history: tuple[Mapping[str, object], ...]
+    peak_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Software and hardware of the run; ``commit`` is that of the source checkout, None outside of one."""
+
+    python: str
+    platform: str
+    versions: Mapping[str, str]
+    device: str
+    num_processes: int
+    num_threads: int
+    commit: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything that is known about one run.
+
+    Attributes:
+        model: the network.
+        dataset: the data.
+        config: resolved settings, flat, JSON values only.
+        threat_model: norm and radius.
+        results: one entry per evaluation, by name, in the order they were run.
+        training: how the weights came about; None if the run only evaluated.
+        environment: software and hardware.
+        seeds: every seed by name.
+        created: UTC time, ISO 8601.
+
+    Raises:
+        ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
+    """
+
+    model: ModelReport
+    dataset: DatasetReport
+    config: Mapping[str, object]
+    threat_model: ThreatModelReport
+    results: Mapping[str, AttackReport]
+    training: TrainingReport | None
+    environment: Environment
+    seeds: Mapping[str, int]
+    created: str
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("a report needs at least one evaluation, got none")
+        for attack in self.results.values():
+            _check_classes(attack, len(self.dataset.class_names))
+        object.__setattr__(self, "config", _json_values(self.config, "config"))
+
+    def reference_attack(self) -> AttackReport | None:
+        """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
+
+        A model is as robust as the strongest attack says, and which one that is differs from model to model.
+        """
+        attacks = [attack for attack in self.results.values() if attack.name != "clean"]
+        full = [attack for attack in attacks if not self.is_subset(attack)]
+        return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
+
+    def is_subset(self, attack: AttackReport) -> bool:
+        """True if ``attack`` saw only a part of the test images."""
+        return attack.summary.num_examples < self.dataset.num_test
+
+
+def utc_now() -> str:
+    """Current UTC time to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def hub_dataset_id(name: str) -> str | None:
+    """``name`` if it is the id of a Hub dataset, None for "digits" and for a local path."""
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, flags=re.ASCII)
+    return name if hub_id and name != "digits" and not Path(name).exists() else None
+
+
+def attack_report(
+    *,
+    name: str,
+    settings: Mapping[str, object],
+    flags: Tensor,
+    predictions: Tensor,
+    labels: Tensor,
+    seconds: float,
+    num_classes: int,
+) -> AttackReport:
+    """Summarize the per-example outcome of one evaluation.
+
+    Args:
+        name: "clean", "pgd-20", ...
+        settings: settings of the attack, JSON values only.
+        flags: (N,) bool, True where the example stayed correctly classified.
+        predictions: (N,) integers in [0, num_classes), under attack.
+        labels: (N,) integers in [0, num_classes).
+        seconds: duration.
+        num_classes: C.
+
+    Raises:
+        ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
+    """
+    summary = summarize(flags, labels, num_classes)
+    if predictions.shape != labels.shape or not 0 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+        raise ValueError(
+            f"{name}: expected {len(labels)} predictions in [0, {num_classes}), got shape {tuple(predictions.shape)} "
+            f"with values {int(predictions.min())}..{int(predictions.max())}; has the model as many outputs as the "
+            "dataset has classes?"
+        )
+    confusion = None
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())
+    return AttackReport(name=name, settings=settings, summary=summary, confusion=confusion, seconds=seconds)
+
+
+def environment(*, device: torch.device, num_processes: int) -> Environment:
+    """Describe the software and hardware of this process."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors")
+    versions = {package.replace("-", "_"): version(package) for package in packages}
+    device_name = device.type
+    if device.type != "cpu":
+        device_name = torch.get_device_module(device).get_device_name(device)
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={"ham_hf": __version__, **versions},
+        device=device_name,
+        num_processes=num_processes,
+        num_threads=torch.get_num_threads(),
+        commit=source_commit(Path(__file__).resolve().parents[2]),
+    )
+
+
+def source_commit(root: Path) -> str | None:
+    """Commit of the checkout at ``root``, with "-dirty" if tracked or new files differ; None if it is no checkout.
+
+    ``root`` itself must be the checkout: an installed package may lie inside somebody else's repository.
+    """
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    answers = []
+    for question in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
+        if answer.returncode:
+            return None
+        answers.append(answer.stdout.strip())
+    commit, changes = answers
+    return f"{commit}-dirty" if changes else commit
+
+
+def write_report(report: RunReport, folder: str | Path) -> Path:
+    """Write ``report.json`` into ``folder`` (made if needed) in one step, and return its path."""
+    path = Path(folder) / REPORT_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(report)}, indent=1, allow_nan=False)
+    # One line per list of plain values (a row of the confusion matrix). "[" and a line break never meet inside a
+    # JSON string, and a list that holds a quote or a bracket is left alone.
+    text = re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: " ".join(match.group().split()), text)
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def read_report(path: str | Path) -> RunReport:
+    """Read a ``report.json``, or the one in a folder, back to the equal RunReport.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not a report, or was written by a newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / REPORT_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a report of ham_hf: {error}") from error
+    schema = values.pop("schema_version", None) if isinstance(values, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema_version {schema!r}, expected {SCHEMA_VERSION}; read it with the version of ham_hf "
+            "that wrote it, or install a newer one"
+        )
+    try:
+        report: RunReport = _decode(RunReport, values, "report")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a report of ham_hf: {error}") from error
+    return report
+
+
+def results_table(report: RunReport) -> list[dict[str, str]]:
+    """One row per evaluation, column title to text; accuracies in percent, NSD as a ratio.
+
+    The number after ± is half the 95 % interval. Class names are cleaned (``plain_text``) but not escaped.
+    """
+    rows = []
+    for attack in report.results.values():
+        summary = attack.summary
+        half = (summary.average_high - summary.average_low) / 2
+        worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
+        rows.append(
+            {
+                "Evaluation": attack.title,
+                "Images": f"{summary.num_examples} of {report.dataset.num_test}"
+                if report.is_subset(attack)
+                else f"{summary.num_examples}",
+                "Average": f"{percent(summary.average)} ± {percent(half)}",
+                "Macro": percent(summary.macro_average),
+                "Worst class": f"{percent(summary.worst_class)} ({worst_name})",
+                "Worst 10 %": percent(summary.worst_10_percent),
+                "Worst 30 %": percent(summary.worst_30_percent),
+                "Gap": percent(summary.gap),
+                "Std": percent(summary.std),
+                "NSD": "–" if summary.nsd is None else f"{summary.nsd:.3f}",
+            }
+        )
+    return rows
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Align rows with equal keys as plain text, for a terminal; the empty string for no rows."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as percent with one decimal, without the sign: 0.5312 -> "53.1"."""
+    return f"{100 * share:.1f}"
+
+
+def plain_text(value: object, max_length: int = 60) -> str:
+    """Text of unknown origin (class names, dataset names) as one visible line.
+
+    Control, format (bidirectional and zero-width), surrogate and unassigned characters go, runs of white space
+    become one space, and what exceeds ``max_length`` characters is cut and marked with an ellipsis.
+    """
+    visible = "".join(
+        " " if c.isspace() else c for c in str(value) if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
+    line = " ".join(visible.split())
+    if len(line) > max_length:
+        line = line[: max_length - 1].rstrip() + "…"
+    return line or "(empty)"
+
+
+def _check_classes(attack: AttackReport, num_classes: int) -> None:
+    """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
+    summary = attack.summary
+    indices = (*summary.missing_classes, summary.worst_class_index)
+    sizes = {len(summary.per_class)}
+    if attack.confusion is not None:
+        sizes |= {len(attack.confusion), *map(len, attack.confusion)}
+    if sizes != {num_classes} or not all(0 <= index < num_classes for index in indices):
+        raise ValueError(f"{attack.name}: the numbers are not of the {num_classes} classes of the dataset")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:
+    """What ``values`` become when written and read back, so that a report equals the one read from its file."""
+    try:
+        plain: dict[str, object] = json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the report's {where} must be finite JSON values: {error}") from error
+    return plain
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401 (the type is what ``kind`` says)
+    """Turn JSON ``value`` into ``kind``: a dataclass, tuple, Mapping, union with None, or plain type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is object:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        inner = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _decode(inner, value, where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        names = {field.name for field in fields(kind)}
+        # A field with a default was added later: reports written before do not have it.
+        required = {field.name for field in fields(kind) if field.default is MISSING}
+        if not required <= value.keys() <= names:
+            raise ValueError(f"{where} should have the keys {sorted(names)}, got {sorted(value)}")
+        return kind(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})  # type: ignore[operator]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind in (str, int, bool) and type(value) is kind:
+        return value
+    raise ValueError(f"{where} should be {getattr(kind, '__name__', kind)}, got {value!r}")

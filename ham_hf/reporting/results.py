@@ -1,0 +1,183 @@
+"""Reports of finished runs and the files made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
+from ham_hf.data import ImageData
+from ham_hf.evaluation import AttackResult
+from ham_hf.models import LoadedModel, PixelModel, Preprocessing
+from ham_hf.models.export import ExportInfo
+from ham_hf.reporting.card import evaluation_section, write_card
+from ham_hf.reporting.plots import ExampleStrip, save_figures
+from ham_hf.reporting.report import (
+    AttackReport,
+    DatasetReport,
+    ModelReport,
+    RunReport,
+    ThreatModelReport,
+    TrainingReport,
+    attack_report,
+    environment,
+    hub_dataset_id,
+    utc_now,
+    write_report,
+)
+from ham_hf.training.runlog import read_log
+from ham_hf.training.trainer import Progress
+
+
+def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dict[str, AttackReport]:
+    """Results of attacks in the form of the report."""
+    return {
+        name: attack_report(
+            name=name,
+            settings=result.settings,
+            flags=result.flags,
+            predictions=result.predictions,
+            labels=result.labels,
+            seconds=result.seconds,
+            num_classes=num_classes,
+        )
+        for name, result in results.items()
+    }
+
+
+def dataset_report(data: ImageData) -> DatasetReport:
+    """The dataset in the form of the report."""
+    return DatasetReport(
+        name=data.name,
+        hub_id=hub_dataset_id(data.name),
+        config_name=data.config_name,
+        revision=data.revision,
+        class_names=data.class_names,
+        num_train=len(data.train),
+        num_validation=len(data.validation) if data.validation is not None else 0,
+        num_test=len(data.test),
+        test_split_origin=data.test_split_origin,
+        num_skipped=data.num_skipped,
+        augmentation=data.augmentation,
+    )
+
+
+def training_report(
+    config: TrainConfig,
+    model: PixelModel,
+    exported: ExportInfo,
+    preprocessing: Preprocessing,
+    data: ImageData,
+    progress: Progress,
+    best: Mapping[str, Any],
+    results: Mapping[str, AttackResult],
+    accelerator: Accelerator,
+    *,
+    base_model: str | None = None,
+    peak_memory_bytes: int | None = None,
+) -> RunReport:
+    """Report of a training run.
+
+    ``best`` is the state that the evaluated weights were selected with, ``base_model`` the Hub id of the weights it
+    began with, and ``peak_memory_bytes`` what `ham_hf.training.launching.peak_memory_bytes` said when training ended
+    (evaluation, which follows, may need more).
+    """
+    return RunReport(
+        model=ModelReport(
+            name=config.model.model_name,
+            architecture=exported.architecture,
+            base_model=base_model,
+            needs_ham_hf=exported.needs_ham_hf,
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            upsample=exported.upsample,
+            **asdict(preprocessing),
+        ),
+        dataset=dataset_report(data),
+        config=config_to_dict(config),
+        threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
+        results=attack_reports(results, len(data.class_names)),
+        training=TrainingReport(
+            num_train_epochs=len({record["epoch"] for record in progress.history}),
+            steps=progress.step,
+            skipped_updates=progress.skipped_updates,
+            seconds=progress.seconds,
+            selection_metric=best["metric"],
+            selected_step=best["step"],
+            selected_epoch=best["epoch"],
+            history=tuple(progress.history),
+            peak_memory_bytes=peak_memory_bytes,
+        ),
+        environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
+        seeds={"seed": config.training.seed},
+        created=utc_now(),
+    )
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write ``train_config.yaml``, which repeats the run wherever it is read.
+
+    What concerns this one run only is left at its default: how it was resumed, what it overwrote, and that it was
+    pushed (``report.json`` has everything).
+    """
+    again = replace(
+        config,
+        training=replace(config.training, resume_from_checkpoint=None, overwrite_output_dir=False),
+        hub=HubConfig(model_license=config.hub.model_license),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
+
+
+def write_training(report: RunReport, folder: Path, *, examples: ExampleStrip, repo_id: str | None) -> None:
+    """Report, figures and card of a training run whose model and log are in ``folder`` already."""
+    write_report(report, folder)
+    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
+    save_figures(report, folder, examples=examples, train_log=train_log)
+    write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
+
+
+def evaluation_report(
+    source: str,
+    loaded: LoadedModel,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    *,
+    config: Mapping[str, object],
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    seed: int,
+) -> RunReport:
+    """Report of an evaluation of a model that exists."""
+    backbone: Any = loaded.model.backbone
+    architecture = str(backbone.pretrained_cfg["architecture"])
+    return RunReport(
+        model=ModelReport(
+            name=source,
+            architecture=architecture,
+            base_model=None,
+            needs_ham_hf=architecture.endswith("_cifar"),
+            num_parameters=sum(parameter.numel() for parameter in backbone.parameters()),
+            upsample=loaded.model.upsample,
+            **asdict(loaded.preprocessing),
+        ),
+        dataset=replace(dataset_report(data), num_train=0, num_validation=0),
+        config=config,
+        threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
+        results=attack_reports(results, len(data.class_names)),
+        training=None,
+        environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
+        seeds={"seed": seed},
+        created=utc_now(),
+    )
+
+
+def write_evaluation(report: RunReport, folder: Path, *, examples: ExampleStrip) -> None:
+    """Report, figures and the evaluation part of a card, ``EVALUATION.md``."""
+    write_report(report, folder)
+    save_figures(report, folder, examples=examples, train_log=[])
+    (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")

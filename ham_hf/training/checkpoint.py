@@ -1,0 +1,380 @@
+"""Checkpoints: everything a run needs to go on, written under another name and renamed when complete.
+
+A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``averaged.safetensors``),
+``method.safetensors`` (class state of the training method), ``optimizer.pt``, ``trainer_state.json``, after the first
+validation ``best.safetensors`` (the selected weights of that moment), and last ``SHA256SUMS``. No random state is in
+it: every random stream is derived from its place in the run (`ham_hf.seeding`). Tensors are read back with
+``weights_only=True``, so a checkpoint cannot execute code.
+
+A checkpoint that is not what was written (cut off, deleted in part, changed by a byte) is found by its checksums: the
+latest whole one is resumed, a damaged one never. Checkpoints share no file, so that one damage is damage to one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ham_hf.checksums import DamagedError, check_checksums, flush, write_checksums
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+BEST_NAME = "checkpoint-best"
+ABANDONED = ".abandoned"
+REPLACED = ".old"
+WEIGHTS = "model.safetensors"
+AVERAGED = "averaged.safetensors"
+METHOD = "method.safetensors"
+OPTIMIZER = "optimizer.pt"
+BEST = "best.safetensors"
+STATE_FILE = "trainer_state.json"
+REQUIRED = (WEIGHTS, METHOD, OPTIMIZER, STATE_FILE)
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those before it are as they were, and nothing of it is left."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """Contents of one checkpoint.
+
+    Attributes:
+        model: state dict of the unwrapped pixel model.
+        averaged: state dict of the average of its weights, or None.
+        method: class state of the training method, by name; may be empty.
+        optimizer: state dict of the optimizer.
+        state: the trainer's counters and history; JSON types only.
+    """
+
+    model: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    method: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a state dict as safetensors, contiguous and on the CPU, and flush it to the disk.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    flush(path)
+
+
+class _Written:
+    """A file for ``torch.save``, whose own error for a full disk does not say so."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
+    target = _Written(path)
+    with target.file:
+        try:
+            torch.save(state, cast(IO[bytes], target))
+        except RuntimeError as error:
+            if target.error is not None:
+                raise target.error from error
+            raise
+
+
+def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
+    """Write ``checkpoint-{step}`` into ``output_dir``; call it on the main process only.
+
+    The folder is complete or absent: it is written under a temporary name, flushed, and renamed. Older checkpoints
+    beyond ``keep`` are removed afterwards, never before, and only if the new one reads back as it was written. The
+    selected weights of the moment go with it, so that a run resumed from it publishes weights of its own past only.
+
+    Args:
+        output_dir: output folder of the run.
+        checkpoint: what to write; ``state["step"]`` names it.
+        keep: number of checkpoints to keep, the newest; None keeps all.
+
+    Raises:
+        CheckpointWriteError: if the disk does not take it, with the space it needs.
+    """
+    final = output_dir / f"checkpoint-{checkpoint.state['step']}"
+    part = output_dir / f".{final.name}.part"
+    best = output_dir / BEST_NAME / WEIGHTS
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_weights(part / WEIGHTS, checkpoint.model)
+        if checkpoint.averaged is not None:
+            save_weights(part / AVERAGED, checkpoint.averaged)
+        save_weights(part / METHOD, checkpoint.method)
+        _save_optimizer(part / OPTIMIZER, checkpoint.optimizer)
+        if best.is_file():
+            shutil.copyfile(best, part / BEST)
+        (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False))
+        for file in part.iterdir():
+            flush(file)
+        write_checksums(part)
+        check_checkpoint(part)
+        replace_folder(part, final)
+    except (OSError, DamagedError) as error:
+        # Half a checkpoint would only keep the disk full.
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointWriteError(
+            f"{final} could not be written: {error} ({space_needed(checkpoint, output_dir)})"
+        ) from error
+    for old in list_checkpoints(output_dir)[:-keep] if keep else []:
+        if old != final:
+            _remove(old)
+    return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint that is not needed any more; where that fails, it is in nobody's way."""
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        logger.warning("%s is not needed any more and could not be removed: %s", checkpoint, error)
+
+
+def space_needed(checkpoint: Checkpoint, output_dir: Path) -> str:
+    """How much space a checkpoint needs, without headers, and how much there is, in words."""
+
+    def size(value: object) -> int:
+        if isinstance(value, Tensor):
+            return int(value.nbytes)
+        return sum(map(size, value.values())) if isinstance(value, Mapping) else 0
+
+    # The selected weights go with it: as large as the weights, wherever they are now.
+    parts = (checkpoint.model, checkpoint.model, checkpoint.averaged, checkpoint.method, checkpoint.optimizer)
+    needed = f"it needs about {sum(map(size, parts)) / 1e6:.1f} MB"
+    try:
+        return f"{needed}, and {shutil.disk_usage(output_dir).free / 1e6:.1f} MB are free there"
+    except OSError:
+        return f"{needed}, and the folder is gone"
+
+
+def rewind(output_dir: Path, checkpoint: Path) -> None:
+    """Bring the output folder to the moment of ``checkpoint``; call it on the main process only.
+
+    Its selected weights become those of the run. Checkpoints of later updates, which another continuation wrote or
+    which are damaged, are put aside as ``checkpoint-{step}.abandoned``: they must not count as the newest.
+    """
+    step = step_of(checkpoint)
+    for number, later in _numbered(output_dir):
+        if number > step:
+            aside = later.with_name(f"{later.name}{ABANDONED}")
+            logger.warning("%s is later than the checkpoint to resume from; putting it aside as %s", later, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+    best = output_dir / BEST_NAME / WEIGHTS
+    saved = checkpoint / BEST
+    if saved.is_file():
+        best.parent.mkdir(parents=True, exist_ok=True)
+        part = best.with_suffix(".part")
+        shutil.copyfile(saved, part)
+        flush(part)
+        os.replace(part, best)
+        flush(best.parent)
+    else:
+        best.unlink(missing_ok=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Number of updates that a checkpoint folder was written after."""
+    step: int = json.loads((checkpoint / STATE_FILE).read_text())["step"]
+    return step
+
+
+def replace_folder(part: Path, final: Path) -> None:
+    """Flush the files of ``part`` to the disk and rename the folder to ``final``, which it replaces."""
+    for file in part.iterdir():
+        flush(file)
+    flush(part)
+    if final.exists():
+        # A folder cannot be renamed over a folder with content; the old one steps aside first.
+        aside = final.with_name(f".{final.name}{REPLACED}")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        part.rename(final)
+        flush(final.parent)
+        shutil.rmtree(aside)
+    else:
+        part.rename(final)
+        flush(final.parent)
+
+
+def tidy(output_dir: Path) -> None:
+    """Clear up after a run that was killed while it saved.
+
+    A checkpoint that was stepping aside for its successor comes back, half a checkpoint goes. Call it on the main
+    process, before looking for checkpoints.
+    """
+    for path in output_dir.iterdir() if output_dir.is_dir() else []:
+        final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED).removesuffix(".part"))
+        if not (path.name.startswith(".") and CHECKPOINT_NAME.fullmatch(final.name)):
+            continue
+        if path.name.endswith(REPLACED) and not final.exists():
+            path.rename(final)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """Everything with the name of a checkpoint, by number of updates."""
+    found = output_dir.iterdir() if output_dir.is_dir() else []
+    return sorted((int(match[1]), path) for path in found if (match := CHECKPOINT_NAME.fullmatch(path.name)))
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; their checksums are not looked at."""
+    return [path for _, path in _numbered(output_dir) if (path / STATE_FILE).is_file()]
+
+
+def check_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with its checksums.
+
+    Raises:
+        DamagedError: if it is not what was written, with file and reason.
+    """
+    check_checksums(path, required=REQUIRED, known=(*REQUIRED, AVERAGED, BEST))
+
+
+def check_resume_name(output_dir: Path, resume_from: str) -> None:
+    """Refuse a checkpoint to resume from that is neither "latest" nor a folder.
+
+    Raises:
+        ValueError: naming the checkpoints that there are.
+    """
+    if resume_from != "latest" and not Path(resume_from).is_dir():
+        known = ", ".join(str(found) for found in list_checkpoints(output_dir)) or "none"
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from}: there is no such folder; expected latest or the folder of a "
+            f"checkpoint, and those in {output_dir} are: {known}"
+        )
+
+
+def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` names.
+
+    Args:
+        output_dir: output folder of the run.
+        resume_from: "latest", which is the newest that is whole, or the path of a checkpoint folder.
+
+    Returns:
+        Its folder; None for "latest" if the run has none yet (so that the same command starts and resumes a run).
+
+    Raises:
+        ValueError: if a path was given that holds no whole checkpoint, or no checkpoint of the run is whole.
+    """
+    if resume_from == "latest":
+        damaged = []
+        for _, path in reversed(_numbered(output_dir)):
+            try:
+                check_checkpoint(path)
+            except DamagedError as error:  # noqa: PERF203 (each checkpoint on its own)
+                damaged.append(f"{path.name}: {error}")
+            else:
+                for reason in damaged:
+                    logger.warning("%s is damaged (%s); going on from %s", *reason.split(": ", 1), path.name)
+                return path
+        if damaged:
+            raise ValueError(
+                f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is whole ({'; '.join(damaged)}); "
+                "bring one back, or start from the beginning with --overwrite_output_dir instead"
+            )
+        return None
+    check_resume_name(output_dir, resume_from)
+    path = Path(resume_from)
+    try:
+        check_checkpoint(path)
+    except DamagedError as error:
+        known = ", ".join(str(found) for found in list_checkpoints(output_dir)) or "none"
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from} holds no complete checkpoint, or a damaged one ({error}); "
+            f"checkpoints in {output_dir}: {known}; --resume_from_checkpoint latest takes the newest that is whole"
+        ) from error
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder to the CPU.
+
+    Raises:
+        ValueError: if the state of the optimizer is not made of tensors and plain values; nothing of it is executed.
+    """
+    averaged = path / AVERAGED
+    try:
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own message recommends to execute what is in the file.
+        raise ValueError(
+            f"{path / OPTIMIZER} holds something other than tensors and plain values, which is never loaded: it could "
+            "be code. Resume from another checkpoint"
+        ) from None
+    return Checkpoint(
+        model=load_file(path / WEIGHTS),
+        averaged=load_file(averaged) if averaged.is_file() else None,
+        method=load_file(path / METHOD),
+        optimizer=optimizer,
+        state=json.loads((path / STATE_FILE).read_text()),
+    )
+
+
+def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[str, object]) -> Path:
+    """Write the selected weights as ``checkpoint-best/model.safetensors``, with the state in the file's header.
+
+    One file, so that one rename replaces weights and state together.
+    """
+    final = output_dir / BEST_NAME / WEIGHTS
+    final.parent.mkdir(parents=True, exist_ok=True)
+    part = final.with_suffix(".part")
+    try:
+        save_weights(part, weights, {"state": json.dumps(dict(state), allow_nan=False)})
+        os.replace(part, final)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    flush(final.parent)
+    return final
+
+
+def has_best(output_dir: Path) -> bool:
+    """Whether the selected weights of a run are on the disk."""
+    return (output_dir / BEST_NAME / WEIGHTS).is_file()
+
+
+def load_best(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The selected weights of a run and the state they were selected with."""
+    path = output_dir / BEST_NAME / WEIGHTS
+    with safe_open(path, framework="pt") as file:
+        state: dict[str, Any] = json.loads(file.metadata()["state"])
+    return load_file(path), state

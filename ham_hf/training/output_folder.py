@@ -1,0 +1,97 @@
+"""What is in an output folder, who may write there, and what a new run removes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
+from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS
+from ham_hf.training.launching import FaultError
+from ham_hf.training.run_lock import LOCK_NAME
+
+logger = logging.getLogger(__name__)
+
+OWNED_BY_TRAINING = (
+    WEIGHTS,
+    "config.json",
+    "README.md",
+    "report.json",
+    "train_config.yaml",
+    "metrics.jsonl",
+    "figures",
+    "logs",
+    BEST_NAME,
+    PARTIAL_RESULTS,
+)
+"""What a training run writes into its output folder beside numbered checkpoints."""
+OWNED_BY_EVALUATION = ("report.json", "EVALUATION.md", "figures")
+
+
+def check_output_dir(
+    output_dir: Path, *, overwrite: bool, resume: bool = False, besides: Collection[str] = ()
+) -> None:
+    """Refuse an output folder that already holds something, ``besides`` aside; nothing is written.
+
+    Raises:
+        ValueError: if the folder holds anything and neither overwriting nor resuming was asked for, or the path
+            is a file.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
+    # The lock alone is left where a run was killed before it wrote anything.
+    allowed = (LOCK_NAME, *besides)
+    held = any(path.name not in allowed for path in output_dir.iterdir()) if output_dir.is_dir() else False
+    if held and not (overwrite or resume):
+        raise ValueError(
+            f"--output_dir {output_dir} already holds files; name another folder, replace what is in it with "
+            "--overwrite_output_dir, or continue a training run with --resume_from_checkpoint latest"
+        )
+
+
+def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder for an evaluation that holds something, or a model, which is never overwritten.
+
+    What an evaluation left that was interrupted is not refused: the same command goes on with it.
+
+    Raises:
+        ValueError: see `check_output_dir`; and if the folder holds a model or a training run.
+    """
+    if any((output_dir / name).exists() for name in (WEIGHTS, "train_config.yaml", BEST_NAME)):
+        raise ValueError(f"--output_dir {output_dir} holds a model; an evaluation needs a folder of its own")
+    check_output_dir(output_dir, overwrite=overwrite, besides=[PARTIAL_RESULTS])
+
+
+def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
+    """Make the output folder and remove what an earlier run wrote into it: a mistyped folder keeps its own files."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in output_dir.iterdir():
+        numbered = CHECKPOINT_NAME.fullmatch(path.name.removesuffix(ABANDONED)) or path.name.startswith(".checkpoint-")
+        if path.name in owned or (WEIGHTS in owned and numbered):
+            logger.info("removing %s", path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def explain_unfinished(output_dir: Path) -> Iterator[None]:
+    """Say what is missing, and how to get it without training again, when the results cannot be written.
+
+    Raises:
+        FaultError: instead of the error of the file system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        results = (WEIGHTS, "config.json", "README.md", "report.json", "figures")
+        missing = [name for name in results if not (output_dir / name).exists()]
+        raise FaultError(
+            f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
+            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with the "
+            "same command and --resume_from_checkpoint latest: it evaluates the trained weights, and trains nothing "
+            "again"
+        ) from error

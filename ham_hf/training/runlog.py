@@ -1,0 +1,123 @@
+"""What a run says while it runs: ``metrics.jsonl``, trackers, and the progress bar."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker whose package is missing, which accelerate would leave out without a word.
+
+    Raises:
+        ValueError: naming the package to install.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--report_to {name} needs the package {name}: pip install {name}")
+
+
+class RunLog:
+    """Log of one run; only the main process writes. Lines that a full disk does not take wait for the next one.
+
+    Args:
+        accelerator: its trackers receive every number.
+        output_dir: where ``metrics.jsonl`` lies.
+        start_step: updates done before; lines of later updates, left by a run that was cut off, are removed.
+        total_steps: updates of the whole run, for the bar.
+        show_progress: show a bar on the local main process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        show_progress: bool,
+    ) -> None:
+        self.accelerator = accelerator
+        self.path = output_dir / "metrics.jsonl"
+        self._waiting: list[str] = []
+        if accelerator.is_main_process:
+            kept = [record for record in read_log(self.path) if record["step"] <= start_step] if start_step else []
+            output_dir.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(part, self.path)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (show_progress and accelerator.is_local_main_process),
+        )
+
+    def advance(self) -> None:
+        """Count one update on the bar."""
+        self.bar.update()
+
+    def show(self, values: Mapping[str, float | None]) -> None:
+        """Show numbers behind the bar; None is left out."""
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items() if value is not None})
+
+    def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """Append one line to ``metrics.jsonl`` and pass its plain numbers to the trackers as ``kind/name``."""
+        if self.accelerator.is_main_process:
+            self._waiting.append(json.dumps({"type": kind, "step": step, **values}, allow_nan=False) + "\n")
+            self.flush()
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        try:
+            self.accelerator.log(numbers, step=step)
+        except Exception:
+            # A full disk, a lost network: whatever it is, it is worth less than the training.
+            logger.exception("the tracker took no numbers of update %d; they are in %s", step, self.path)
+
+    def flush(self) -> None:
+        """Write the lines that wait; each save does, so that a run that stops there has them."""
+        if not self._waiting:
+            return
+        try:
+            self._append("".join(self._waiting))
+        except OSError as error:
+            logger.error("%s could not be written: %s; the next line tries again", self.path, error)
+        else:
+            self._waiting.clear()
+
+    def _append(self, text: str) -> None:
+        # The folder may have been removed in the meantime.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write(text.encode())
+                file.flush()
+            except OSError:
+                # Half a line would spoil the next one.
+                file.truncate(end)
+                raise
+
+    def close(self) -> None:
+        """Write what waits, and close the bar."""
+        self.flush()
+        self.bar.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a ``metrics.jsonl``; a last line that was cut off in writing is left out."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

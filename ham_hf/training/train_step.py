@@ -1,0 +1,320 @@
+"""One update of adversarial training, over all processes and accumulation steps.
+
+Invariants held here:
+
+- The inner maximization uses the unwrapped module; the outer minimization is one forward through the wrapped one.
+- The loss of an update is a sum of terms, each a weighted mean over the rows of **all** processes and accumulation
+  steps: weights are divided by their global sums before the forward, so 1, 2 and N processes agree. BatchNorm
+  alone is different: in the training forward it sees the rows of its own process and accumulation step, as in any
+  DDP training; its buffers are averaged over processes after every update, so all processes are equal copies.
+- A process without a row to train on joins every collective with a forward that changes nothing. If no process has
+  one, the update is skipped: parameters, momentum, averages and BatchNorm stay as they were.
+- Every random stream is derived from (seed, epoch, step, rank), so a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ham_hf.attacks import evaluation_mode
+from ham_hf.data import PixelBatch
+from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
+from ham_hf.precision import BFloat16Passes
+from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.training.method_state import MethodState
+from ham_hf.training.sharding import gathered, local_part
+from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient of an update is not finite; the update was not made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over one or more updates, of all processes.
+
+    Attributes:
+        loss: losses of the updates.
+        updates: updates that were made, skipped ones excluded; ``loss / updates`` is the mean loss.
+        hard: hard examples.
+        mined: examples that mining looked at.
+        seen: all examples.
+        seconds: time the updates took, waiting for data included; filled in by the trainer.
+        stops: requests to stop, of all processes.
+    """
+
+    loss: float = 0.0
+    updates: float = 0.0
+    hard: float = 0.0
+    mined: float = 0.0
+    seen: float = 0.0
+    seconds: float = 0.0
+    stops: float = 0.0
+
+    def __add__(self, other: Totals) -> Totals:
+        """The sums over the updates of both."""
+        return Totals(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Work:
+    """One accumulation step of an update after its inner maximization.
+
+    Attributes:
+        number: position in the update.
+        x: clean images of the whole batch.
+        y: their labels.
+        batch: the rows to train on.
+        weight: (T, E) weight of each term and example; divided by the global divisor once that is known.
+    """
+
+    number: int
+    x: Tensor
+    y: Tensor
+    batch: OuterBatch
+    weight: Tensor
+
+
+class TrainStep:
+    """Makes updates of one model.
+
+    Args:
+        model: what ``accelerator.prepare`` made of the pixel model.
+        optimizer: what it made of the optimizer.
+        objective: training method.
+        attack: attack of the inner maximization.
+        accelerator: the accelerator.
+        class_counts: (num_classes,) number of training images of each class.
+        seed: the run's seed.
+        memory_format: layout of image batches.
+        ema: moving average to update after every update that was made.
+        max_grad_norm: clip the norm of the normalized gradient; None does not.
+        awp_gamma: size of the adversarial weight perturbation, relative to the norm of each weight; None does without.
+        awp_start_epoch: first 0-based epoch that perturbs weights.
+        attack_precision: "training" attacks in the precision of the training forward, "bf16" in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        attack: InnerAttack,
+        accelerator: Accelerator,
+        *,
+        class_counts: Tensor,
+        seed: int,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        ema: ModelEmaV3 | None = None,
+        max_grad_norm: float | None = None,
+        awp_gamma: float | None = None,
+        awp_start_epoch: int = 0,
+        attack_precision: str = "training",
+    ) -> None:
+        self.model, self.optimizer, self.objective, self.attack = model, optimizer, objective, attack
+        self.accelerator, self.seed = accelerator, seed
+        self.memory_format, self.ema, self.max_grad_norm = memory_format, ema, max_grad_norm
+        self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
+        self.module: nn.Module = accelerator.unwrap_model(model)
+        self.attacked = BFloat16Passes(self.module) if attack_precision == "bf16" else self.module
+        device = accelerator.device
+        self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
+        """Class state of the method, and the log of the epoch."""
+
+    def __call__(
+        self,
+        batches: Sequence[PixelBatch],
+        *,
+        epoch: int,
+        step: int,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> Totals:
+        """One update: all inner maximizations, then a forward and a backward each; then the optimizer.
+
+        Args:
+            batches: this process's batches, one per accumulation step.
+            epoch: 0-based epoch.
+            step: 0-based update, for the random streams.
+            stop: gives a reason to stop after this update, if there is one; ``stops`` tells the other processes.
+
+        Returns:
+            Sums over all processes; ``updates`` is 0 if the update was skipped.
+
+        Raises:
+            NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
+        """
+        place = (epoch, step)
+        with gathered(self.accelerator, self.module):
+            outer = self._inner_maximization(batches, place)
+            self._preview(batches, outer, place)
+        works, divisor = self._weigh(batches, outer, epoch)
+        with self._perturbed_weights(works, place):
+            loss, observed = self._backward(works, place)
+            gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
+            sums = torch.zeros(6, device=divisor.device, dtype=divisor.dtype)
+            sums[0] = loss
+            if gradients:
+                sums[1] = torch.stack([norm.to(sums) for norm in torch._foreach_norm(gradients)]).sum()
+            for work in works:
+                sums[2] += len(work.y)
+                if work.batch.hard is not None:
+                    sums[3] += work.batch.hard.sum()
+                    sums[4] += len(work.y)
+            sums[5] = float(stop() is not None)
+            sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
+            # The only wait for the device in an update, apart from finding the hard rows.
+            total, gradient_size, seen, hard, mined, stops, weight = torch.cat(
+                [sums[:6], divisor.amax()[None]]
+            ).tolist()
+            self._refuse_if_not_finite(total, gradient_size, step)
+            if weight > 0:
+                self._update()
+        self.optimizer.zero_grad()
+        self.method_state.after_update(sums[6:], epoch=epoch)
+        if weight > 0:
+            self._average_buffers()
+            if self.ema is not None:
+                self.ema.update(self.module, step=step + 1)
+        return Totals(loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops)
+
+    def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
+        rank = self.accelerator.process_index
+        return self.objective.outer_batches(
+            self.attacked,
+            [
+                (
+                    batch.x.contiguous(memory_format=self.memory_format),
+                    batch.y,
+                    make_generator(batch.x.device, self.seed, Stream.ATTACK, *place, rank, number),
+                )
+                for number, batch in enumerate(batches)
+            ],
+            attack=self.attack,
+            epoch=place[0],
+            states=self.method_state.states,
+        )
+
+    def _preview(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
+        """Show the method the training logits of all rows before their weights are settled, if it asks for them."""
+        weighting, num_classes = self.objective.weighting, self.method_state.num_classes
+        if not weighting.wants_preview:
+            return
+        sums = []
+        for number, (source, batch) in enumerate(zip(batches, outer, strict=True)):
+            logits = source.x.new_zeros(0, num_classes)
+            if len(batch.y):
+                with torch.no_grad(), preserved_buffers(self.module):
+                    logits = self._training_forward(self.module, batch, number, place)
+            sums.append(weighting.preview(logits[: len(batch.y)], batch.y, num_classes))
+        total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
+        weighting.before_update(self.method_state.states[weighting.name], total)
+
+    def _weigh(
+        self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], epoch: int
+    ) -> tuple[list[_Work], Tensor]:
+        """Weights of all rows, divided by the sums over all processes (invariant 3), and those sums (T,)."""
+        states = self.method_state.states
+        weighed = [self.objective.weigh(batch, epoch=epoch, states=states) for batch in outer]
+        dtype = self.method_state.log.dtype
+        divisor = self.accelerator.reduce(torch.stack([part.to(dtype) for _, part in weighed]).sum(0), "sum")
+        # Where nothing is trained on there is nothing to divide either.
+        safe = torch.where(divisor > 0, divisor, 1)
+        works = []
+        for number, (source, batch, (weight, _)) in enumerate(zip(batches, outer, weighed, strict=True)):
+            share = weight / safe.to(weight.dtype)[:, None]
+            works.append(_Work(number=number, x=source.x, y=source.y, batch=batch, weight=share))
+            self.method_state.note(source.y, batch, share)
+        return works, divisor
+
+    @contextmanager
+    def _perturbed_weights(self, works: Sequence[_Work], place: tuple[int, int]) -> Iterator[None]:
+        """AWP: make the update at weights that are themselves moved against the loss."""
+        if self.awp_gamma is None or place[0] < self.awp_start_epoch:
+            yield
+            return
+        with preserved_buffers(self.module):
+            self._backward(works, place)
+        parameters = perturbable(self.module)
+        directions = awp_direction(parameters)
+        self.optimizer.zero_grad()
+        with perturbed(parameters, directions, self.awp_gamma):
+            yield
+
+    def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
+        losses, observed = [], []
+        for work in works:
+            last = work.number == len(works) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                if len(work.batch.y):
+                    logits = self._training_forward(self.model, work.batch, work.number, place)
+                    loss = (self.objective.losses(logits, work.batch) * work.weight).sum()
+                else:
+                    logits = work.x.new_zeros(0, self.method_state.num_classes)
+                    loss = self._idle_forward(work.x)
+                if loss.requires_grad:
+                    # DDP averages over processes; the division by the global sums wants their sum.
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+            losses.append(loss.detach())
+            observed.append(self.method_state.observe(logits, work.batch, work.y, epoch=place[0]))
+        return torch.stack(losses).sum(), torch.stack(observed).sum(0)
+
+    def _training_forward(self, model: nn.Module, batch: OuterBatch, number: int, place: tuple[int, int]) -> Tensor:
+        """Logits (R, num_classes) of the rows in training mode."""
+        # Dropout and stochastic depth draw from torch's global streams.
+        torch.manual_seed(derive_seed(self.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
+        model.train()
+        # BatchNorm refuses to normalize a single value; a copy whose logits nobody uses leaves the row's normalization
+        # and gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
+        rows = batch.x if len(batch.x) > 1 else batch.x.repeat(2, 1, 1, 1)
+        logits: Tensor = model(rows)
+        return logits[: len(batch.x)]
+
+    def _idle_forward(self, x: Tensor) -> Tensor:
+        """A loss that moves nothing, for a process without a row to train on."""
+        if self.accelerator.num_processes == 1:
+            return x.new_zeros(())
+        # Other processes wait in the reduction of the gradients: join with one row that costs and moves nothing.
+        with evaluation_mode(self.model):
+            idle: Tensor = self.model(x[:1]).sum() * 0
+        return idle
+
+    def _refuse_if_not_finite(self, loss: float, gradient_size: float, step: int) -> None:
+        if math.isfinite(loss) and math.isfinite(gradient_size):
+            return
+        self.optimizer.zero_grad()
+        what = "gradient" if math.isfinite(loss) else "loss"
+        raise NonFiniteLossError(
+            f"the {what} of update {step} is not finite: the update was not made. Lower --learning_rate, lengthen "
+            "--warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the last checkpoint is "
+            "spoilt, resume from an earlier one"
+        )
+
+    def _update(self) -> None:
+        if self.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+
+    def _average_buffers(self) -> None:
+        """Make all processes equal again after a training forward: average BatchNorm's statistics, largest counts."""
+        if self.accelerator.num_processes == 1:
+            return
+        for floating in (True, False):
+            buffers = [buffer for buffer in self.module.buffers() if buffer.is_floating_point() == floating]
+            if not buffers:
+                continue
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            copies = self.accelerator.gather(flat[None])
+            agreed = copies.mean(0) if floating else copies.amax(0)
+            parts = torch.split(agreed, [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))

@@ -1,0 +1,537 @@
+"""The training loop, on accelerate: epochs, validation, selection, checkpoints and resuming."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ham_hf.config import TrainingConfig
+from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
+from ham_hf.evaluation import check_pixel_range
+from ham_hf.memory import explain_out_of_memory, smaller_batch
+from ham_hf.metrics import FairnessSummary
+from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.training.averaging import GatedAverage
+from ham_hf.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriteError,
+    list_checkpoints,
+    load_best,
+    load_checkpoint,
+    rewind,
+)
+from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
+from ham_hf.training.held_out import held_out_accuracy, held_out_sums
+from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
+from ham_hf.training.resuming import agreed_checkpoint, anywhere, check_same_run, run_plan
+from ham_hf.training.runlog import RunLog
+from ham_hf.training.saving import RunFiles
+from ham_hf.training.sharding import (
+    check_sharded_settings,
+    gathered,
+    is_sharded,
+    load_model,
+    load_optimizer,
+    prepare,
+    whole_state,
+)
+from ham_hf.training.stopping import TrainingStopped
+from ham_hf.training.train_step import Totals, TrainStep
+from ham_hf.training.update_size import keep_update_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        skipped_updates: updates skipped because no process had a row to train on.
+        seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
+        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
+        averaged_epochs: epochs that went into the fairness-gated average.
+        since_log: sums since the last line of the log.
+        validation_due: epoch whose end was reached, but not yet validated, when the run was stopped; else None.
+        best: state of the best validation so far; None before the first.
+        history: one record per validation.
+        plan: what has to stay the same for a resumed run to continue this one.
+    """
+
+    step: int = 0
+    skipped_updates: int = 0
+    seconds: float = 0.0
+    class_log: list[list[float]] = field(default_factory=list)
+    averaged_epochs: int = 0
+    since_log: dict[str, float] = field(default_factory=dict)
+    validation_due: int | None = None
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Adversarial training of one model.
+
+    Args:
+        model: pixel model (pixels in [0, 1] to logits); moved to the accelerator's device.
+        data: training and held-out images.
+        objective: training method.
+        attack: attack of the inner maximization; its threat model also measures the held-out robustness.
+        config: settings of the training loop.
+        accelerator: from one CPU process to many nodes.
+        eval_batch_size: images per batch and process when validating.
+        plan_besides: what else a run that goes on has to share, by the name of its setting, in JSON types.
+        after_save: called on the main process after every checkpoint; what goes wrong in it is logged, and training
+            goes on.
+
+    Attributes:
+        config: those settings; a run that goes on with another number of processes has the accumulation that keeps
+            the size of its updates (`keep_update_size`).
+
+    Raises:
+        ValueError: if the training split is smaller than one update's batch, no accumulation keeps the size of the
+            updates of a run that goes on, or a setting needs whole weights and they are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        objective: Objective,
+        attack: InnerAttack,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        *,
+        eval_batch_size: int = 256,
+        after_save: Callable[[Trainer], None] | None = None,
+        plan_besides: Mapping[str, object] | None = None,
+    ) -> None:
+        config = keep_update_size(config, accelerator)
+        self.data, self.objective, self.attack, self.config = data, objective, attack, config
+        self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
+        self.plan_besides = plan_besides or {}
+        self.output_dir = Path(config.output_dir)
+        self.files = RunFiles(self.output_dir, config.save_total_limit)
+        self.num_classes = len(data.class_names)
+        self.per_update = (
+            config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+        )
+        self.updates_per_epoch = len(data.train) // self.per_update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"the training split has {len(data.train)} examples, fewer than the {self.per_update} of one update "
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
+            )
+        planned = config.num_train_epochs * self.updates_per_epoch
+        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+        self._warn_of_late_starts()
+        memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[
+            config.memory_format
+        ]
+        if is_sharded(accelerator):
+            check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
+            # Only contiguous weights can be sharded.
+            memory_format = torch.contiguous_format
+        model = model.to(accelerator.device).to(memory_format=memory_format)
+        # Made before prepare() changes the forward: the average is always evaluated in float32.
+        self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
+        gated = config.uses_fawa(objective)
+        self.gated = GatedAverage(model, config.fawa_decay, config.fawa_threshold) if gated else None
+        if config.torch_compile:
+            # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
+            model.compile(dynamic=True)
+        optimizer = create_optimizer(
+            model,
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_norm_and_bias=config.decay_norm_and_bias,
+            layer_decay=config.layer_decay,
+        )
+        self.scheduler = create_scheduler(
+            optimizer,
+            config.lr_scheduler_type,
+            num_epochs=config.num_train_epochs,
+            updates_per_epoch=self.updates_per_epoch,
+            drops=config.lr_drops,
+            warmup_epochs=config.warmup_epochs,
+            min_learning_rate=config.min_learning_rate,
+            step_unit=config.lr_step_unit,
+        )
+        wrapped, self.optimizer = prepare(accelerator, model, optimizer)
+        self.train_step = TrainStep(
+            wrapped,
+            self.optimizer,
+            objective,
+            attack,
+            accelerator,
+            class_counts=training_class_counts(data.train, objective, self.num_classes),
+            seed=config.seed,
+            memory_format=memory_format,
+            ema=self.ema,
+            max_grad_norm=config.max_grad_norm,
+            awp_gamma=config.awp_gamma,
+            awp_start_epoch=config.awp_start_epoch,
+            attack_precision=config.attack_precision,
+        )
+        self.method_state = self.train_step.method_state
+        self.module = self.train_step.module
+        self.progress = Progress(plan=self._plan())
+
+    def _warn_of_late_starts(self) -> None:
+        """Warn of a method that ``max_steps`` ends the run before."""
+        epochs = -(-self.total_steps // self.updates_per_epoch)
+        for part in self.objective.parts:
+            if epochs <= part.warmup_epochs < self.config.num_train_epochs:
+                logger.warning(
+                    "%s starts at epoch %d (0-based), and --max_steps %s ends the run in epoch %d: it will never be "
+                    "active",
+                    part.name,
+                    part.warmup_epochs,
+                    self.config.max_steps,
+                    epochs - 1,
+                )
+
+    def fit(self, stop: Callable[[], str | None] = lambda: None) -> Progress:
+        """Train to the end, from the beginning or from where `resume` got to.
+
+        Args:
+            stop: asked in every update; a reason to stop, on any process, ends training on all of them after the
+                update, with a checkpoint.
+
+        Returns:
+            The final progress; ``progress.best`` belongs to the weights in ``checkpoint-best``.
+
+        Raises:
+            TrainingStopped: if ``stop`` gave a reason; everything up to here is in a checkpoint.
+            NonFiniteLossError: before an update whose loss or gradient is not finite.
+            MemoryExhaustedError: if there is not enough memory, with settings that need less.
+            CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
+                ones that cannot be written are logged, and training goes on.
+        """
+        self.log = RunLog(
+            self.accelerator,
+            self.output_dir,
+            start_step=self.progress.step,
+            total_steps=self.total_steps,
+            show_progress=not self.config.disable_tqdm,
+        )
+        try:
+            if self.progress.validation_due is not None:
+                self._end_of_epoch(self.progress.validation_due)
+            while self.progress.step < self.total_steps:
+                self._train_epoch(self.progress.step // self.updates_per_epoch, stop)
+        finally:
+            self.log.close()
+        return self.progress
+
+    def _train_epoch(self, epoch: int, stop: Callable[[], str | None]) -> None:
+        """Train from where the run is to the end of the epoch or of the run; validate and save where due."""
+        first = self.progress.step - epoch * self.updates_per_epoch
+        if first == 0:
+            since = time.perf_counter()
+            self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
+            self.progress.seconds += time.perf_counter() - since
+        batches = self._batches(epoch, first)
+        last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
+        way_out = smaller_batch(self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps)
+        while self.progress.step < last:
+            with explain_out_of_memory(way_out):
+                stopping = self._one_update(epoch, batches, stop)
+            if stopping:
+                # Validation can take longer than there is time: the run begins with it when it goes on.
+                self.progress.validation_due = epoch if self.progress.step == last else None
+                self._save_and_stop(stop() or "a request to another process")
+            elif self.progress.step == last:
+                self._end_of_epoch(epoch)
+            elif self._save_is_due(epoch_ended=False):
+                self._save()
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        with explain_out_of_memory(
+            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest goes on"
+        ):
+            self._validate(epoch)
+        self.progress.validation_due = None
+        if self._save_is_due(epoch_ended=True):
+            self._save()
+
+    def _save_and_stop(self, reason: str) -> None:
+        self._save(ends_training=True)
+        raise TrainingStopped(
+            f"stopped by {reason} after update {self.progress.step} of {self.total_steps}; saved in "
+            f"{self.output_dir / f'checkpoint-{self.progress.step}'}"
+        )
+
+    def _save_is_due(self, *, epoch_ended: bool) -> bool:
+        if self.config.save_steps is None or self.progress.step == self.total_steps:
+            return epoch_ended
+        return self.progress.step % self.config.save_steps == 0
+
+    def _one_update(self, epoch: int, batches: Iterator[PixelBatch], stop: Callable[[], str | None]) -> bool:
+        """Make an update and log it; returns whether training is to stop, on all processes or none."""
+        step, since = self.progress.step, time.perf_counter()
+        micro_batches = list(islice(batches, self.config.gradient_accumulation_steps))
+        if step == 0:
+            check_pixel_range(micro_batches[0].x)
+        learning_rate = set_learning_rate(self.scheduler, epoch=epoch, step=step)
+        totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
+        elapsed = time.perf_counter() - since
+        self.progress.seconds += elapsed
+        window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
+        self.progress.since_log = asdict(window)
+        self.progress.skipped_updates += totals.updates == 0
+        self.progress.step = step + 1
+        self.log.advance()
+        if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
+            self._log_training(epoch, learning_rate, window)
+        return totals.stops > 0
+
+    def _log_training(self, epoch: int, learning_rate: float, window: Totals) -> None:
+        values: dict[str, float | None] = {
+            "loss": window.loss / window.updates if window.updates else None,
+            "hard_fraction": window.hard / window.mined if window.mined else None,
+            "images_per_second": window.seen / window.seconds,
+        }
+        self.log.show({"loss": values["loss"], "hard": values["hard_fraction"], "img/s": values["images_per_second"]})
+        extra = {"learning_rate": learning_rate, "skipped_updates": self.progress.skipped_updates}
+        self.log.write("train", self.progress.step, {"epoch": epoch, **values, **extra})
+        self.progress.since_log = {}
+
+    def _validate(self, epoch: int) -> None:
+        """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
+        since = time.perf_counter()
+        record: dict[str, Any] = {"epoch": epoch}
+        record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
+        if self.gated is not None and self.progress.step % self.updates_per_epoch == 0:
+            # Not where max_steps cuts an epoch short: a longer run may go on with it.
+            record["averaged"] = self._update_gated_average(self.gated)
+        score = float(self.progress.step)
+        if self.data.validation is not None:
+            clean, robust = self._held_out(self.selected_module)
+            record |= {
+                "clean_accuracy": clean.average,
+                "robust_accuracy": robust.average,
+                "worst_class": robust.worst_class,
+                "clean_per_class": [entry.accuracy for entry in clean.per_class],
+                "robust_per_class": [entry.accuracy for entry in robust.per_class],
+            }
+            score = {
+                "robust_accuracy": robust.average,
+                "worst_class": robust.worst_class,
+                "robust_plus_worst": robust.average + robust.worst_class,
+                "last": score,
+            }[self.config.selection_metric]
+        self.progress.seconds += time.perf_counter() - since
+        step = self.progress.step
+        self.log.write("validation", step, record)
+        self.progress.history.append({"step": step, **record})
+        best = self.progress.best
+        lost = anywhere(
+            self.accelerator, best is not None and self.accelerator.is_main_process and self.files.selection_is_lost()
+        )
+        if lost:
+            logger.error("the weights selected before are gone from %s: selecting anew", self.output_dir)
+        # Of equal scores the later one: it was trained longer.
+        if best is None or lost or score >= best["score"]:
+            self.progress.best = {"score": score, "metric": self.config.selection_metric, "step": step, "epoch": epoch}
+            weights = whole_state(self.selected_module.state_dict())
+            if self.accelerator.is_main_process:
+                self.files.select(weights, self.progress.best)
+
+    @property
+    def selected_module(self) -> nn.Module:
+        """The module that is validated and published: the average of weights if there is one."""
+        if self.gated is not None and self.gated.updates:
+            return self.gated.module
+        return self.module if self.ema is None else cast(nn.Module, self.ema.module)
+
+    def _update_gated_average(self, gated: GatedAverage) -> bool:
+        """Let the current weights into the fairness-gated average if their worst held-out class is good enough."""
+        _, robust = self._held_out(self.module)
+        passed = gated.update(self.module, [entry.accuracy for entry in robust.per_class])
+        self.progress.averaged_epochs = gated.updates
+        return passed
+
+    def _held_out_sums(self, part: Objective, *, epoch: int) -> Tensor:
+        """Sums that a method takes over the held-out images with the current weights."""
+        with gathered(self.accelerator, self.module):
+            return held_out_sums(
+                part,
+                self.module,
+                self._held_out_images(f"--method {part.name}"),
+                objective=self.objective,
+                attack=self.attack,
+                num_classes=self.num_classes,
+                accelerator=self.accelerator,
+                batch_size=self.eval_batch_size,
+                seed=self.config.seed,
+                epoch=epoch,
+            )
+
+    def _held_out(self, module: nn.Module) -> tuple[FairnessSummary, FairnessSummary]:
+        """Clean and robust accuracy of a module on the held-out part of train."""
+        with gathered(self.accelerator, module):
+            return held_out_accuracy(
+                module,
+                self._held_out_images("validation"),
+                attack=self.attack,
+                num_steps=self.config.validation_num_steps,
+                num_classes=self.num_classes,
+                accelerator=self.accelerator,
+                batch_size=self.eval_batch_size,
+                seed=self.config.seed,
+            )
+
+    def _held_out_images(self, what_for: str) -> Images:
+        if self.data.validation is None:
+            raise RuntimeError(f"{what_for} needs held-out images, and there are none")
+        return self.data.validation
+
+    def _save(self, *, ends_training: bool = False) -> None:
+        """Write a checkpoint on the main process; all processes wait for it.
+
+        Raises:
+            CheckpointWriteError: if it could not be written and it was the last one.
+        """
+        self.log.flush()
+        self.progress.class_log = self._class_log().tolist()
+        model, optimizer = whole_state(self.module.state_dict()), whole_state(self.optimizer.state_dict())
+        problem = None
+        if self.accelerator.is_main_process:
+            checkpoint = Checkpoint(
+                model=model,
+                averaged=self.averaged_module.state_dict() if self.averaged_module is not None else None,
+                method=self.method_state.tensors(),
+                optimizer=optimizer,
+                state=asdict(self.progress),
+            )
+            problem = self.files.save(checkpoint)
+            if problem is None:
+                self._after_save()
+        step = self.progress.step
+        if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
+            raise CheckpointWriteError(
+                f"training is at update {step} of {self.total_steps}, and checkpoint-{step} is missing: "
+                f"{problem or 'the main process could not write it'}; make room there, or make it writable, and "
+                f"finish with the same command and --resume_from_checkpoint latest, which goes on from "
+                f"{self.files.kept()}"
+            )
+
+    @property
+    def averaged_module(self) -> nn.Module | None:
+        """The average of weights that is kept, whether or not it is selected; None without one."""
+        average = self.gated or self.ema
+        return None if average is None else cast(nn.Module, average.module)
+
+    def _after_save(self) -> None:
+        if self.after_save is None:
+            return
+        try:
+            self.after_save(self)
+        except Exception:
+            # Whatever it is, it is worth less than the training; the next save tries again.
+            logger.exception("after the checkpoint of update %d", self.progress.step)
+
+    def selected_weights(self) -> dict[str, Tensor]:
+        """State dict of the best validation so far; before the first, of the current (averaged) weights."""
+        if self.progress.best is None:
+            if is_sharded(self.accelerator):
+                # Gathering would wait for the other processes; the checkpoint that was just written holds them whole.
+                return load_checkpoint(list_checkpoints(self.output_dir)[-1]).model
+            return dict(self.selected_module.state_dict())
+        return load_best(self.output_dir)[0]
+
+    def resume(self) -> None:
+        """Go to the checkpoint that the configuration names, if it names one.
+
+        Raises:
+            ValueError: if there is no such checkpoint or it belongs to a run with other settings.
+        """
+        if self.config.resume_from_checkpoint is None:
+            return
+        path = agreed_checkpoint(self.output_dir, self.config.resume_from_checkpoint, self.accelerator)
+        if path is None:
+            logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
+            return
+        checkpoint = load_checkpoint(path)
+        progress = Progress(**checkpoint.state)
+        check_same_run(path, progress.plan, self._plan())
+        load_model(self.module, checkpoint.model)
+        if self.averaged_module is not None and checkpoint.averaged is not None:
+            self.averaged_module.load_state_dict(checkpoint.averaged)
+        if self.gated is not None:
+            self.gated.updates = progress.averaged_epochs
+        self.method_state.load(checkpoint.method)
+        load_optimizer(self.optimizer, checkpoint.optimizer)
+        self.progress = progress
+        if self.accelerator.is_main_process:
+            rewind(self.output_dir, path)
+            # The log is global: one process goes on from it, the others from zero.
+            self.method_state.log += torch.tensor(progress.class_log, dtype=torch.float64).to(self.method_state.log)
+        logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
+
+    def _plan(self) -> dict[str, Any]:
+        return run_plan(
+            self.config,
+            self.objective,
+            self.attack,
+            self.data,
+            self.module,
+            per_update=self.per_update,
+            num_processes=self.accelerator.num_processes,
+            eval_batch_size=self.eval_batch_size,
+            besides=self.plan_besides,
+        )
+
+    def _batches(self, epoch: int, first_update: int) -> Iterator[PixelBatch]:
+        """This process's batches of an epoch from an update on, in order."""
+        train, device = self.data.train, self.accelerator.device
+        if isinstance(train, TrainingStream):
+            return train.batches(
+                epoch=epoch,
+                first_update=first_update,
+                seed=self.config.seed,
+                per_update=self.per_update,
+                batch_size=self.config.per_device_train_batch_size,
+                world=self.accelerator.num_processes,
+                rank=self.accelerator.process_index,
+                device=device,
+            )
+        return train.batches(
+            self._requests(epoch)[first_update * self.config.gradient_accumulation_steps :], device=device
+        )
+
+    def _requests(self, epoch: int) -> list[BatchRequest]:
+        """This process's batches of an epoch, one per accumulation step, in order."""
+        order = epoch_order(
+            cast(Images, self.data.train).labels, self.config.seed, epoch, self.method_state.class_probabilities()
+        )
+        return batch_requests(
+            order,
+            batch_size=self.config.per_device_train_batch_size,
+            per_update=self.per_update,
+            world=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
+    def _class_log(self) -> Tensor:
+        """What the epoch did to each class so far, of all processes."""
+        log: Tensor = self.accelerator.reduce(self.method_state.log.clone(), "sum")
+        return log
