@@ -123,7 +123,7 @@ def test_two_kills_quick(tmp_path, capsys):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 8)], ids=["one_process", "two_processes"])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 20)], ids=["one_process", "two_processes"])
 def test_kills_at_random_moments(tmp_path, subprocess_env, processes, kills):
     def command(name):
         arguments = [*RUN, BATCH[processes], "--num_train_epochs=6", f"--output_dir={tmp_path / name}"]
