@@ -316,7 +316,7 @@ RUN = [
     "--model_name=resnet18_cifar",
     "--model_args",
     "layers=[1,1,1,1]",
-    "channels=[4,4,4,4]",
+    "channels=[8,8,8,8]",
     "--epsilon=0.1",
     "--step_size=0.1",
     "--num_steps=2",
