@@ -119,7 +119,7 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
         r"| Learning rate drops (epoch\:factor) | 6\:0.1, 9\:0.01 |",
         "| Seeds | seed 0 |",
         "![Clean and robust accuracy per class](figures/per_class_accuracy.png)",
-        "accelerate launch recipes/train_ham.py --config train_config.yaml",
+        "accelerate launch recipes/train_ham.py --config train_config.yaml --output_dir outputs/again",
         "- AutoAttack was not run: accuracy under PGD and CW is an upper bound on robust accuracy.",
         "apache-2.0. The dataset has a license of its own.",
         "  title   = {Hard Adversarial Example Mining for Improving Robust Fairness},",
