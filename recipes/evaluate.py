@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     """Run one evaluation; ``lock`` is acquired here, on the main process."""
     world = launched_processes()
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world):
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on="the same command"):
         if config.evaluation.autoattack:
             require_autoattack()
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
@@ -94,7 +94,11 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "memory (--use_cpu takes the CPU's)"
     )
     faults = (MemoryExhaustedError, CorruptImageError, FaultError, OSError)
-    with clean_exit(*faults), explain_faults(num_processes=world), explain_out_of_memory(way_out):
+    with (
+        clean_exit(*faults),
+        explain_faults(num_processes=world, way_on="the same command"),
+        explain_out_of_memory(way_out),
+    ):
         results = evaluate_on_test(
             model,
             data.test,

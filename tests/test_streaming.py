@@ -260,7 +260,7 @@ def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Pa
     folder = numbered_files(tmp_path / "set")
     file = sorted(Path(folder).glob("data/train-*"))[2]
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(StreamError, match=r"lengths of the stream failed \(\w+: .*(magic bytes|[Pp]arquet)"):
+    with pytest.raises(StreamError, match=rf"{file.name} cannot be read \(\w+: .*(magic bytes|[Pp]arquet)"):
         stream(folder)
 
 

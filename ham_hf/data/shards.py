@@ -11,6 +11,7 @@ import json
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
@@ -172,23 +173,16 @@ class Shards:
             return None
 
         def labels(number: int) -> Tensor:
-            with fsspec.open(self.source.files[number], "rb") as file:
+            name = self.source.files[number]
+            with _naming(name), fsspec.open(name, "rb") as file:
                 column = pq.read_table(file, columns=[self.label_column])[self.label_column]
             values = column.to_pylist()[self.num_held_out[number] :]
             for row, label in enumerate(values, self.num_held_out[number]):
                 self._check_label(label, number, row)
             return torch.tensor(values, dtype=torch.long)
 
-        try:
-            with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-                found = torch.cat(list(pool.map(labels, range(len(self.source.files)))))
-        except StreamError:
-            raise
-        except Exception as error:
-            # Network, Hub, file format: dozens of exception types.
-            raise StreamError(
-                f"reading the labels of split {self.source.split!r} failed ({type(error).__name__}: {error})"
-            ) from error
+        with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
+            found = torch.cat(list(pool.map(labels, range(len(self.source.files)))))
         return torch.bincount(found, minlength=self.num_classes)
 
 
@@ -254,9 +248,24 @@ def read_whole(
 
     def rows() -> Iterator[dict[str, Any]]:
         for file, count in wanted.items():
-            yield from source.rows(list(features), file, 0, count)
+            with _naming(source.files[file]):
+                yield from source.rows(list(features), file, 0, count)
 
     return _cached(["rows", *source.files, source.version, str(features), str(first_rows)], features, rows)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Say which file it is that cannot be read, before training."""
+    try:
+        yield
+    except StreamError:
+        raise
+    except Exception as error:
+        # Network, Hub, file format: dozens of exception types.
+        raise StreamError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); if it is whole, the same command tries again"
+        ) from error
 
 
 def _may_be_image(feature: object) -> bool:
@@ -270,9 +279,13 @@ def _are_parquet(files: Sequence[str]) -> bool:
 
 
 def _on_threads(length_of: Callable[[str], int], source: SplitFiles) -> tuple[int, ...]:
+    def named_length(file: str) -> int:
+        with _naming(file):
+            return length_of(file)
+
     def lengths() -> Iterator[dict[str, int]]:
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
-            for number in pool.map(length_of, source.files):
+            for number in pool.map(named_length, source.files):
                 yield {"rows": number}
 
     key = ["lengths", *source.files, source.version]
@@ -287,13 +300,9 @@ def _cached(
     try:
         return datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
     except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, StreamError):
-            raise cause from None
-        # Network, Hub, file format: dozens of exception types.
-        raise StreamError(
-            f"reading {key[0]} of the stream failed ({type(cause).__name__}: {cause}); if the file is whole, try again"
-        ) from error
+        if isinstance(error.__cause__, StreamError):
+            raise error.__cause__ from None
+        raise
 
 
 def _parquet_length(file: str) -> int:

@@ -166,11 +166,14 @@ _LOST = re.compile(
 
 
 @contextmanager
-def explain_faults(*, num_processes: int) -> Iterator[None]:
+def explain_faults(
+    *, num_processes: int, way_on: str = "the same command and --resume_from_checkpoint latest"
+) -> Iterator[None]:
     """Say how to go on when a data-loading process or another process of the run is gone.
 
     Args:
         num_processes: processes of the run.
+        way_on: how to go on.
 
     Raises:
         FaultError: instead of what torch raises.
@@ -182,14 +185,13 @@ def explain_faults(*, num_processes: int) -> Iterator[None]:
         if text[0].startswith("DataLoader worker"):
             raise FaultError(
                 f"a process that decodes images is gone ({text[0]}), most often for lack of memory: lower "
-                "--dataloader_num_workers, and go on with the same command and --resume_from_checkpoint latest"
+                f"--dataloader_num_workers, and go on with {way_on}"
             ) from error
         if num_processes > 1 and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise FaultError(
                 f"another process of the run is gone or did not answer within --ddp_timeout ({text[0][:200]}); what "
                 "stopped it is in its own output. If it was still downloading or decoding the dataset, which the "
-                "others wait for, give a longer --ddp_timeout. Go on with the same command and "
-                "--resume_from_checkpoint latest"
+                f"others wait for, give a longer --ddp_timeout. Go on with {way_on}"
             ) from error
         raise
 
