@@ -26,9 +26,9 @@ spec = importlib.util.spec_from_file_location("run_lock", {str(ROOT / "ham_hf/tr
 run_lock = importlib.util.module_from_spec(spec); spec.loader.exec_module(run_lock)
 lock = run_lock.RunLock(Path(sys.argv[1]))
 lock.acquire()
-child = os.fork() if sys.argv[2] == "fork" else 0
-if sys.argv[2] != "fork" or child:
-    print(child, flush=True)
+# The child speaks for itself: while it has not run at all, it cannot have let go of what it inherited.
+if sys.argv[2] == "alone" or os.fork() == 0:
+    print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
