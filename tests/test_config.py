@@ -237,7 +237,7 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
         parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
         assert [record.args[:2] for record in caplog.records] == [
             ("dafa", 70),
-            ("weight perturbation (--awp_gamma)", 30),
+            ("awp", 30),
         ]
         caplog.clear()
         parse_train_config(["--num_train_epochs", "51"])

@@ -459,6 +459,8 @@ def test_max_steps_before_mining_is_said(tmp_path, caplog):
     caplog.clear()
     trainer(tmp_path / "run", max_steps=7)
     assert "--max_steps" not in caplog.text
+    trainer(tmp_path / "run", max_steps=7, awp_gamma=0.01, awp_start_epoch=2)
+    assert "awp starts at epoch 2 (0-based), and --max_steps 7 ends the run in epoch 1" in caplog.text
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):

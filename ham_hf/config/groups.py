@@ -201,6 +201,11 @@ class TrainingConfig(SettingsGroup):
         """Whether weights are averaged once per epoch, if the classes are fair enough."""
         return self.fawa == "on" or (self.fawa == "auto" and method.gates_averaging)
 
+    @property
+    def first_perturbed_epoch(self) -> int | None:
+        """0-based first epoch with adversarial weight perturbation; None if there is none."""
+        return self.awp_start_epoch if self.awp_gamma is not None else None
+
     def contradictions(self) -> Iterator[str]:
         """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
         yield from self._schedule_problems()

@@ -161,6 +161,15 @@ class Objective:
         """This method and the methods whose radii or weights it borrows, each once."""
         return tuple({part.name: part for part in (self, self.margin, self.weighting)}.values())
 
+    def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:
+        """The 0-based epoch in which each part begins to differ from plain adversarial training, by its name.
+
+        Args:
+            awp_start_epoch: first epoch of the weight perturbation; None = there is none.
+        """
+        starts = {part.name: part.warmup_epochs for part in self.parts}
+        return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
+
     # --- the inner maximization
 
     def outer_batch(

@@ -183,10 +183,10 @@ def method_rows(config: Mapping[str, object]) -> list[tuple[str, str]]:
 def never_active(config: Mapping[str, object], num_epochs: int) -> str:
     """Names of methods and combinations that begin after the last of the epochs that were trained; often empty."""
     method = trained_method(config)
-    starts = {part.name: part.warmup_epochs for part in method.parts} if method is not None else {}
-    start = config.get("awp_start_epoch")
-    if config.get("awp_gamma") is not None and isinstance(start, int):
-        starts["awp"] = start
+    if method is None:
+        return ""
+    awp_start = config.get("awp_start_epoch") if config.get("awp_gamma") is not None else None
+    starts = method.start_epochs(awp_start if isinstance(awp_start, int) else None)
     return ", ".join(name for name, first in starts.items() if first >= num_epochs)
 
 

@@ -36,6 +36,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 BEST_NAME = "checkpoint-best"
 ABANDONED = ".abandoned"
 REPLACED = ".old"
+PART = ".part"
 WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 METHOD = "method.safetensors"
@@ -127,7 +128,7 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
         CheckpointWriteError: if the disk does not take it, with the space it needs.
     """
     final = output_dir / f"checkpoint-{checkpoint.state['step']}"
-    part = output_dir / f".{final.name}.part"
+    part = _part_of(final)
     best = output_dir / BEST_NAME / WEIGHTS
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -157,10 +158,20 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     return final
 
 
+def _part_of(checkpoint: Path) -> Path:
+    """The name of a checkpoint that is being written or deleted."""
+    return checkpoint.with_name(f".{checkpoint.name}{PART}")
+
+
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint that is not needed any more; where that fails, it is in nobody's way."""
+    """Delete a checkpoint that is not needed any more; where that fails, it is in nobody's way.
+
+    It loses its name first, as half of it would look like a damaged one; `tidy` clears up after a kill.
+    """
+    part = _part_of(checkpoint)
     try:
-        shutil.rmtree(checkpoint)
+        checkpoint.rename(part)
+        shutil.rmtree(part)
     except OSError as error:
         logger.warning("%s is not needed any more and could not be removed: %s", checkpoint, error)
 
@@ -235,11 +246,11 @@ def replace_folder(part: Path, final: Path) -> None:
 def tidy(output_dir: Path) -> None:
     """Clear up after a run that was killed while it saved.
 
-    A checkpoint that was stepping aside for its successor comes back, half a checkpoint goes. Call it on the main
-    process, before looking for checkpoints.
+    A checkpoint that was stepping aside for its successor comes back; half a checkpoint, written or deleted, goes.
+    Call it on the main process, before looking for checkpoints.
     """
     for path in output_dir.iterdir() if output_dir.is_dir() else []:
-        final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED).removesuffix(".part"))
+        final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED).removesuffix(PART))
         if not (path.name.startswith(".") and CHECKPOINT_NAME.fullmatch(final.name)):
             continue
         if path.name.endswith(REPLACED) and not final.exists():

@@ -111,7 +111,7 @@ def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[
         sys.stderr.write(f"{stopped}{how}")
         raise SystemExit(EXIT_REQUEUE) from None
     except _StopNow:
-        sys.stderr.write(f"stopped by {requests()}; there was nothing to save in {output_dir}{how}")
+        sys.stderr.write(f"stopped by {requests()} outside of training: nothing in {output_dir} is lost{how}")
         raise
     finally:
         for number, handler in before.items():

@@ -195,13 +195,13 @@ class Trainer:
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
         epochs = -(-self.total_steps // self.updates_per_epoch)
-        for part in self.objective.parts:
-            if epochs <= part.warmup_epochs < self.config.num_train_epochs:
+        for what, first in self.objective.start_epochs(self.config.first_perturbed_epoch).items():
+            if epochs <= first < self.config.num_train_epochs:
                 logger.warning(
                     "%s starts at epoch %d (0-based), and --max_steps %s ends the run in epoch %d: it will never be "
                     "active",
-                    part.name,
-                    part.warmup_epochs,
+                    what,
+                    first,
                     self.config.max_steps,
                     epochs - 1,
                 )

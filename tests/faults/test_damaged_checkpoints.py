@@ -145,6 +145,23 @@ def test_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-5"]
 
 
+def test_kill_while_an_old_checkpoint_is_deleted_leaves_no_damaged_one(tmp_path, monkeypatch):
+    checkpoints.save_checkpoint(tmp_path, make(5), keep=1)
+
+    def killed(folder, **_):
+        if (folder / "optimizer.pt").exists():
+            (folder / "optimizer.pt").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save_checkpoint(tmp_path, make(6), keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6"]
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+
+
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="there is no sha256sum")
 def test_checksums_are_those_of_the_tool(undisturbed):
     folder = undisturbed[0] / "checkpoint-18"

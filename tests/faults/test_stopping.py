@@ -161,7 +161,9 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
         interrupted()
     assert exit_.value.code == EXIT_REQUEUE
     assert not reached
-    assert "nothing to save" in capsys.readouterr().err
+    assert (
+        f"stopped by SIGTERM outside of training: nothing in {tmp_path} is lost; the same" in capsys.readouterr().err
+    )
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
