@@ -3,7 +3,7 @@
 # ///
 """Adversarially train a timm backbone on an image-classification dataset, evaluate it per class, save and push it.
 
-Without arguments it runs recipes/digits/ham.yaml: real data, offline, about a minute on a CPU.
+Without arguments it runs recipes/digits/ham.yaml: real data, offline, one to two minutes on a CPU.
 
     accelerate launch recipes/train_ham.py
     accelerate launch recipes/train_ham.py --config recipes/cifar10/preactresnet18_ham.yaml \
