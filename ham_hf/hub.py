@@ -1,4 +1,4 @@
-"""The only module that talks to the network: write access before training, pushes of a finished folder.
+"""The only module that writes to the Hub: write access before training, pushes of a finished folder.
 
 Invariant 9: everything is complete on disk before the first byte goes out. A push reads the folder and changes
 nothing in it, and pushing again is safe: files that the Hub has already are not sent again, so a failed push loses

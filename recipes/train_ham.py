@@ -57,7 +57,7 @@ from ham_hf.training.launching import (
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
 from ham_hf.training.run_lock import RunLock
-from ham_hf.training.runlog import check_tracker
+from ham_hf.training.runlog import check_tracker, end_training, start_tracker
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
@@ -97,7 +97,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         check_output_dir(
             folder,
             overwrite=config.training.overwrite_output_dir,
-            resume=config.training.resume_from_checkpoint is not None,
+            resume_from=config.training.resume_from_checkpoint,
         )
         inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
         # Asked now: at the end of a long run the source may be gone.
@@ -157,6 +157,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
             write_config(config, folder)
         patience = min(40.0, config.training.ddp_timeout / 2)
         check_shared_folder(folder / "train_config.yaml", accelerator, patience=patience)
+        start_tracker(accelerator, config.training.report_to, config_to_dict(config))
 
     ########################
     # Training
@@ -171,14 +172,13 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         accelerator.num_processes,
         accelerator.device,
     )
-    accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config_to_dict(config).items()})
     faults = (NonFiniteLossError, MemoryExhaustedError, CorruptImageError, StreamError, FaultError, OSError)
     world = launched_processes()
     try:
         with clean_exit(*faults), explain_faults(num_processes=world), stop.deferred():
             progress = trainer.fit(stop)
     except TrainingStopped:
-        accelerator.end_training()
+        end_training(accelerator)
         raise
     peak_memory = peak_memory_bytes(accelerator.device)
     accelerator.wait_for_everyone()
@@ -232,7 +232,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
     main_process = accelerator.is_main_process
     # Before the push: a failed one ends the process, and nobody has to wait for one that takes long.
-    accelerator.end_training()
+    end_training(accelerator)
     if main_process and hub.push_to_hub:
         with clean_exit(PushError):
             url = push_folder(

@@ -9,6 +9,8 @@ import pytest
 
 from ham_hf.background import Background
 
+pytestmark = pytest.mark.faults(quick=True)
+
 
 def test_what_is_quick_is_done_when_start_returns():
     done: list[int] = []

@@ -368,11 +368,13 @@ def check_hostile(names: list[str], folder: Path) -> None:
     assert all(len(row) == 5 for row in per_class)
 
 
+@pytest.mark.faults(quick=True)
 def test_hostile_names_change_nothing_but_text(tmp_path: Path) -> None:
     for shift in range(len(HOSTILE)):
         check_hostile([*HOSTILE[shift:], *HOSTILE[:shift]], tmp_path)
 
 
+@pytest.mark.faults(quick=True)
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
@@ -390,6 +392,7 @@ def test_text_breaks_autolinks_and_html() -> None:
     assert card.code("a`b") == "`a'b`"
 
 
+@pytest.mark.faults(quick=True)
 def test_template_expressions_must_be_escaped_and_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card, "_template_source", lambda: "{{ title }}")
     with pytest.raises(TypeError, match="unescaped"):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
 from ham_hf.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -120,10 +121,45 @@ def test_output_folder_with_content_is_refused(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"--output_dir .*--overwrite_output_dir.*--resume_from_checkpoint latest"):
         check_output_dir(tmp_path, overwrite=False)
-    check_output_dir(tmp_path, overwrite=False, resume=True)
+    check_output_dir(tmp_path, overwrite=False, resume_from="latest")
     check_output_dir(tmp_path, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
         check_output_dir(tmp_path / "note.txt", overwrite=True)
+
+
+@pytest.mark.faults(quick=True)
+def test_resuming_takes_no_folder_of_another_run(tmp_path):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    checkpoint = str(save_checkpoint(theirs, make(4), keep=None))
+    check_output_dir(ours, overwrite=False, resume_from=checkpoint)
+    check_output_dir(theirs, overwrite=False, resume_from=checkpoint)
+    save_checkpoint(ours, make(8), keep=None)
+    with pytest.raises(ValueError, match=r"ours already holds files, which are not those of .*checkpoint-4"):
+        check_output_dir(ours, overwrite=False, resume_from=checkpoint)
+    check_output_dir(ours, overwrite=False, resume_from="latest")
+
+
+@pytest.mark.faults(quick=True)
+def test_finished_model_without_checkpoints_is_not_trained_over(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "report.json").write_text("")
+    with pytest.raises(ValueError, match=r"latest: .* holds model.safetensors and report.json, and no checkpoint"):
+        check_output_dir(tmp_path, overwrite=False, resume_from="latest")
+    save_checkpoint(tmp_path, make(4), keep=None)
+    check_output_dir(tmp_path, overwrite=False, resume_from="latest")
+
+
+@pytest.mark.faults(quick=True)
+def test_interrupted_evaluation_goes_on_in_its_folder(tmp_path):
+    (tmp_path / PARTIAL_RESULTS).mkdir()
+    for name in OWNED_BY_EVALUATION:
+        (tmp_path / name).write_text("half")
+    check_evaluation_dir(tmp_path, overwrite=False)
+    (tmp_path / PARTIAL_RESULTS).rmdir()
+    with pytest.raises(ValueError, match=r"already holds files.*--overwrite_output_dir") as error:
+        check_evaluation_dir(tmp_path, overwrite=False)
+    assert "resume" not in str(error.value)
+    check_evaluation_dir(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_config.yaml"])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ham_hf.comparison.existing import label_runs
+from ham_hf.comparison.facts import run_settings
 from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run, compare
 from ham_hf.comparison.text import comparison_csv, comparison_json, comparison_markdown, write_comparison
@@ -368,6 +369,15 @@ def test_only_the_attack_with_other_settings_is_not_compared():
     comparison = compare([*base, *own], baseline="base")
     assert comparison.comparable == {"clean"}
     assert comparison.rows[1].attacks["clean"].rho == 0
+
+
+def test_batch_size_and_accumulation_count_by_their_product():
+    ours = {"method": "ham", "per_device_train_batch_size": 64, "ddp_timeout": 1800}
+    assert run_settings(ours) == run_settings(
+        {"method": "ham", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "ddp_timeout": 60}
+    )
+    assert run_settings(ours) != run_settings(ours | {"gradient_accumulation_steps": 2})
+    assert run_settings(ours) != run_settings(ours | {"per_device_train_batch_size": 32})
 
 
 def test_rho_and_dashes_are_explained_where_they_are():

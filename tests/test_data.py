@@ -366,6 +366,7 @@ BROKEN: dict[str, bytes | None] = {
 }
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("kind", BROKEN)
 def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> None:
     images = [BROKEN[kind] if index in (5, 9) else gray(index, (64, 64)) for index in range(12)]
@@ -380,6 +381,7 @@ def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> 
         assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 1, 2]
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_in_the_stream(workers: int, tmp_path: Path) -> None:
     test = dataset([gray(1), gray(2), b"bad", gray(4)], [0, 1, 0, 1])
@@ -394,6 +396,7 @@ def test_an_unreadable_image_in_the_stream(workers: int, tmp_path: Path) -> None
     assert "Traceback" not in str(caught.value)
 
 
+@pytest.mark.faults(quick=True)
 def test_an_unreadable_file_of_a_class_folder(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "set" / name).mkdir(parents=True)

@@ -43,6 +43,8 @@ from tests.example_report import make_report
 from tests.hub_server import Blob, Hub, Repo, hub_environment
 from tests.recipe_runs import SMALL, recipe_module
 
+pytestmark = pytest.mark.faults(quick=True)
+
 ROGUE = (
     "<script>alert(1)</script>",
     "a | b | c\n| d |",

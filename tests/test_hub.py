@@ -157,6 +157,7 @@ def test_a_push_that_could_not_work_is_refused_before_training(
     assert "hf_" not in str(caught.value)
 
 
+@pytest.mark.faults(quick=True)
 def test_an_unreachable_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub() as gone:
         pass
@@ -165,6 +166,7 @@ def test_an_unreachable_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
         check_write_access("robust", private=False)
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("hub", ["single commit"], indirect=True)
 def test_offline_mode_is_named(hub: Hub, tmp_path: Path) -> None:
     script = "from ham_hf.hub import check_write_access; check_write_access('robust', private=False)"
@@ -217,6 +219,7 @@ def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
     assert len(hub.model("me/robust").history()) == 3
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("fault", ["503", "drop", "lose_reply"])
 @pytest.mark.parametrize("request_", ["validate-yaml", "preupload", "commit"])
 def test_faults_in_the_middle_of_a_push_lose_nothing(hub: Hub, folder: Path, request_: str, fault: str) -> None:
@@ -235,6 +238,7 @@ def test_faults_in_the_middle_of_a_push_lose_nothing(hub: Hub, folder: Path, req
     assert content(folder) == before
 
 
+@pytest.mark.faults(quick=True)
 def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -255,6 +259,7 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     assert_published(hub, folder)
 
 
+@pytest.mark.faults(quick=True)
 def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=True)
     del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again

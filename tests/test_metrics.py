@@ -72,6 +72,7 @@ def test_golden_class_accuracies_of_unbalanced_labels() -> None:
         assert not torch.allclose(accuracies, case[f"out/cfa/class_{name}_acc"])
 
 
+@pytest.mark.faults(quick=True)
 @given(
     num_classes=st.integers(1, 12),
     data=st.data(),

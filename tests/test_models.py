@@ -376,6 +376,7 @@ class TestLoadPixelModel:
         cfg = {"input_size": [3, 32, 32], "num_classes": 1000, **pretrained_cfg}
         (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))
 
+    @pytest.mark.faults(quick=True)
     def test_pickles_are_refused(self, tmp_path):
         mark = tmp_path / "unpickled"
         self.write_config(tmp_path)
@@ -384,6 +385,7 @@ class TestLoadPixelModel:
             load_pixel_model(str(tmp_path))
         assert not mark.exists()
 
+    @pytest.mark.faults(quick=True)
     def test_a_configuration_cannot_point_at_a_pickle(self, tmp_path):
         mark, bomb = tmp_path / "unpickled", tmp_path / "weights.bin"
         bomb.write_bytes(pickle.dumps(Bomb(mark)))

@@ -166,3 +166,10 @@ def test_python_block_runs_after_the_main_command(
     monkeypatch.chdir(digits_run)
     monkeypatch.setattr(socket, "socket", None)  # nothing is fetched
     exec(compile(block.code, block.place, "exec"), {"__name__": "__main__"})
+
+
+def test_make_faults_runs_every_file_of_the_fault_table() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Faults")[2].partition("\n## ")[0]
+    files = set(re.findall(r"\btests/[\w/]+\.py", table))
+    assert len(files) > 20
+    assert [file for file in sorted(files) if "pytest.mark.faults" not in (ROOT / file).read_text()] == []

@@ -25,6 +25,8 @@ from tests.nets import group_norm_net
 from tests.recipe_runs import CONFIGURED, recipe_module
 from tests.test_trainer import trainer
 
+pytestmark = pytest.mark.faults(quick=True)
+
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",

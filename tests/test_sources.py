@@ -139,6 +139,7 @@ def test_column_missing_in_the_test_split(tmp_path: Path) -> None:
         load(str(tmp_path / "set"))
 
 
+@pytest.mark.faults(quick=True)
 def test_a_label_that_is_none_of_the_declared_classes_is_named(tmp_path: Path) -> None:
     """The file itself declares the classes, so nothing casts its labels to them."""
     classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
@@ -193,6 +194,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
     assert "1 of 3 classes have no example in test: 'cat'" in caplog.text
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize(
     ("dtype", "train", "test", "message"),
     [
@@ -351,6 +353,7 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert results[4][1] == "DatasetNotFoundError"
 
 
+@pytest.mark.faults(quick=True)
 def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)

@@ -256,6 +256,7 @@ def test_held_out_part_has_its_share_and_leaves_every_file_one(files: tuple[int,
         assert sum(found) == round(fraction * sum(files))
 
 
+@pytest.mark.faults(quick=True)
 def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Path) -> None:
     folder = numbered_files(tmp_path / "set")
     file = sorted(Path(folder).glob("data/train-*"))[2]
@@ -264,6 +265,7 @@ def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Pa
         stream(folder)
 
 
+@pytest.mark.faults(quick=True)
 def test_a_missing_label_is_named_where_classes_are_counted(tmp_path: Path) -> None:
     labels = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": [gray(value) for value in range(6)], "label": [0, 1, 0, None, 1, 0]}
@@ -379,9 +381,28 @@ def test_number_of_examples_of_archives(tmp_path: Path) -> None:
     info = {"splits": {"train": {"filenames": ["set-train-0.tar", "set-train-1.tar"], "shard_lengths": [4, 6]}}}
     (folder / "_info.json").write_text(json.dumps(info))
     assert count_rows(archive_files(*files), None) == (4, 6)
-    (folder / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": ["set-train-0.tar"]}}}))
+
+
+@pytest.mark.faults(quick=True)
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"splits": {"train": {"filenames": ["set-train-0.tar"]}}}',
+        *(
+            f'{{"splits": {{"train": {{"filenames": ["set-train-0.tar"], "shard_lengths": [{length}]}}}}}}'
+            for length in ("-1", "1e999", "2.5", "true", '"7"', "null", "1" + 18 * "0")
+        ),
+        100_000 * "[",
+        "[" + 2**26 * " " + "]",
+        "\xff",
+    ],
+    ids=lambda text: text[-25:-3].strip()[:20] or "white",
+)
+def test_hostile_list_of_archives(tmp_path: Path, text: str) -> None:
+    folder = Path(archives(tmp_path / "set"))
+    (folder / "_info.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"_info\.json: expected splits with filenames and shard_lengths"):
-        count_rows(archive_files(*files), None)
+        count_rows(archive_files(str(folder / "set-train-0.tar")), None)
 
 
 def test_remote_archives_need_a_number_of_examples() -> None:
@@ -398,6 +419,7 @@ def test_remote_archives_need_a_number_of_examples() -> None:
 # --- what goes wrong
 
 
+@pytest.mark.faults(quick=True)
 def test_a_file_that_is_shorter_than_it_should_be(tmp_path: Path) -> None:
     folder = Path(archives(tmp_path / "set"))
     info = {"splits": {"train": {"filenames": ["set-train-0.tar", "set-train-1.tar"], "shard_lengths": [9, 7]}}}
@@ -406,6 +428,7 @@ def test_a_file_that_is_shorter_than_it_should_be(tmp_path: Path) -> None:
         epoch(stream(str(folder)), per_update=16, batch=16)
 
 
+@pytest.mark.faults(quick=True)
 def test_label_that_is_no_class_and_file_that_vanishes(tmp_path: Path) -> None:
     names = datasets.ClassLabel(names=["c0", "c1"])
     bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=names)
@@ -417,6 +440,7 @@ def test_label_that_is_no_class_and_file_that_vanishes(tmp_path: Path) -> None:
         epoch(data, per_update=2, batch=2)
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path: Path, workers: int) -> None:
     images: list[Any] = [gray(value) for value in range(6)]

@@ -154,6 +154,7 @@ def test_a_single_hard_row_trains_and_keeps_its_own_gradient(accelerator):
         torch.testing.assert_close(start - parameter, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.faults(quick=True)
 def test_loss_that_is_not_finite_stops_before_the_update(accelerator):
     net = group_norm_net()
     with torch.no_grad():
@@ -167,6 +168,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(accelerator):
         torch.testing.assert_close(value, before[key], equal_nan=True)
 
 
+@pytest.mark.faults(quick=True)
 def test_gradient_that_is_not_finite_stops_before_the_update(accelerator):
     net = group_norm_net()
     net[5].weight.register_hook(lambda gradient: gradient * float("inf"))

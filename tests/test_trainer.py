@@ -19,7 +19,8 @@ from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
 from ham_hf.objectives import HAM, PGDAT, InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.runlog import RunLog
+from ham_hf.training.resuming import check_same_run
+from ham_hf.training.runlog import RunLog, end_training, start_tracker
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
@@ -265,6 +266,7 @@ def test_updates_that_nobody_needs_are_skipped_and_counted(tmp_path):
     assert skipped[-1] == progress.skipped_updates
 
 
+@pytest.mark.faults(quick=True)
 def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     run = trainer(tmp_path / "run", learning_rate=1e30, lr_scheduler_type="constant", save_steps=1, ema_decay=None)
     with pytest.raises(NonFiniteLossError, match="--learning_rate"):
@@ -406,6 +408,7 @@ def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):
     assert "the line is down" in caplog.text
 
 
+@pytest.mark.faults(quick=True)
 def test_a_tracker_that_fails_stops_no_training(tmp_path, caplog, monkeypatch):
     run = trainer(tmp_path / "run", max_steps=4)
 
@@ -418,6 +421,22 @@ def test_a_tracker_that_fails_stops_no_training(tmp_path, caplog, monkeypatch):
     assert [record["step"] for record in log_of(tmp_path / "run")] == [2, 4, 4]
 
 
+@pytest.mark.faults(quick=True)
+def test_a_tracker_that_cannot_begin_is_refused_and_one_that_cannot_end_is_only_said(caplog, monkeypatch):
+    accelerator = Accelerator(cpu=True)
+
+    def nobody(*_, **__):
+        raise RuntimeError("no API key configured")
+
+    monkeypatch.setattr(accelerator, "init_trackers", nobody)
+    with pytest.raises(ValueError, match=r"--report_to wandb could not begin: no API key .*--report_to none"):
+        start_tracker(accelerator, "wandb", {"seed": 0})
+    monkeypatch.setattr(accelerator, "end_training", nobody)
+    end_training(accelerator)
+    assert "the tracker did not end well" in caplog.text
+
+
+@pytest.mark.faults(quick=True)
 def test_lines_that_wait_are_written_before_a_run_stops(finished, tmp_path, monkeypatch):
     """The disk has room again between the line of update 4 and the stop after update 5, which makes no line."""
     folder = tmp_path / "run"
@@ -435,6 +454,7 @@ def test_lines_that_wait_are_written_before_a_run_stops(finished, tmp_path, monk
     assert [record["step"] for record in log_of(folder)] == [2, 4]
 
 
+@pytest.mark.faults(quick=True)
 @pytest.mark.parametrize(
     ("change", "besides", "said"),
     [
@@ -451,6 +471,17 @@ def test_a_run_goes_on_with_its_own_images_and_network_alone(finished, tmp_path,
     run = Trainer(make_net(), data, HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True), plan_besides=besides)
     with pytest.raises(ValueError, match=f"belongs to a run with other settings: .*{said}"):
         run.resume()
+
+
+@pytest.mark.faults(quick=True)
+def test_a_run_that_streamed_goes_on_streaming(finished):
+    folder, progress, _ = finished
+    streamed = progress.plan | {"stream": {"lanes": 8}}
+    with pytest.raises(ValueError, match=r"other settings: stream \{'lanes': 8\} -> None"):
+        check_same_run(folder, saved=streamed, plan=progress.plan)
+    with pytest.raises(ValueError, match=r"other settings: stream None -> \{'lanes': 8\}"):
+        check_same_run(folder, saved=progress.plan, plan=streamed)
+    check_same_run(folder, saved=streamed, plan=streamed)
 
 
 def test_max_steps_before_mining_is_said(tmp_path, caplog):

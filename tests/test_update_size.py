@@ -14,6 +14,8 @@ from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.data_order import batch_requests
 from tests.test_trainer import log_of, trainer
 
+pytestmark = pytest.mark.faults(quick=True)
+
 KEEPS_EASY = HAM(mining_start_epoch=1, mining_step=1, keep_easy_fraction=0.3)
 
 

@@ -21,10 +21,11 @@ NOT_THE_RUN = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "model_license",
+        "hub_private_repo", "hub_revision", "hub_strategy", "model_license", "ddp_timeout", "max_train_hours",
     }
 )  # fmt: skip
 """Settings that change where a run leaves things and how it is shown, and none of its numbers."""
+_OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
 """Settings of an evaluation that differ between seeds, or are said already."""
 
@@ -36,11 +37,15 @@ def run_settings(config: Mapping[str, object], *, without: Collection[str] = ())
     """The settings that decide a run's numbers, as JSON gives them back: two runs with equal ones are repetitions.
 
     A setting that is younger than a training run's report has its default: what it does by itself is what was done
-    before it was there.
+    before it was there. Batch size and accumulation count by their product, as a run may go on with another pair.
     """
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
     if isinstance(plain.get("method"), str):
         plain = json.loads(_defaults(str(plain["method"]))) | plain
+    batch, accumulation = (plain.get(name) for name in _OF_ONE_UPDATE)
+    if isinstance(batch, int) and isinstance(accumulation, int):
+        plain = {name: value for name, value in plain.items() if name not in _OF_ONE_UPDATE}
+        plain["images_per_update_and_process"] = batch * accumulation
     return {name: value for name, value in plain.items() if name not in NOT_THE_RUN and name not in without}
 
 
@@ -96,7 +101,7 @@ def budget(report: RunReport) -> dict[str, str]:
         "Threat model": f"{report.threat_model.norm}, epsilon {setting_text(report.threat_model.epsilon)}",
     }
     if training is not None:
-        per_process = config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps", 1)
+        per_process = (config.get(name, 1) for name in _OF_ONE_UPDATE)
         processes = report.environment.num_processes
         size = math.prod(n for n in (*per_process, processes) if isinstance(n, int))
         facts |= {

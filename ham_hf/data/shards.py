@@ -26,6 +26,8 @@ from torch import Tensor
 
 INFO_NAMES = ("_info.json", "info.json")  # beside the archives, as timm and webdataset write it
 OPEN_AT_ONCE = 16
+MAX_LIST_BYTES = 64 * 2**20
+MAX_ARCHIVE_LENGTH = 10**9
 
 
 class StreamError(ValueError):
@@ -349,19 +351,29 @@ def _listed_rows(files: Sequence[str]) -> tuple[int, ...] | None:
     for name in INFO_NAMES:
         try:
             with fsspec.open(f"{folder}/{name}", "rb") as opened:
-                splits = json.load(opened)["splits"].values()
+                text = opened.read(MAX_LIST_BYTES + 1)
+            if len(text) > MAX_LIST_BYTES:
+                raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
+            splits = json.loads(text)["splits"].values()
             listed = [(file, rows) for split in splits for file, rows in zip(*_lists(split), strict=True)]
+            of_name = {PurePosixPath(file).name: _checked_length(rows) for file, rows in listed}
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{folder}/{name}: expected splits with filenames and shard_lengths of equal length ({error})"
             ) from error
-        of_name = {PurePosixPath(file).name: int(rows) for file, rows in listed}
         wanted = [PurePosixPath(file).name for file in files]
         if set(wanted) <= set(of_name):
             return tuple(of_name[file] for file in wanted)
     return None
+
+
+def _checked_length(rows: object) -> int:
+    """A number of examples that an archive can have."""
+    if not isinstance(rows, int) or isinstance(rows, bool) or not 0 <= rows <= MAX_ARCHIVE_LENGTH:
+        raise ValueError(f"{str(rows)[:40]} is no number of examples of an archive")
+    return rows
 
 
 def _lists(split: Mapping[str, Any]) -> tuple[list[str], list[int]]:

@@ -3,11 +3,12 @@
 The order of an epoch is a function of (seed, epoch) and of what an update takes, not of the number of processes:
 
 - The files are permuted, what remains of a whole number of updates is left out at the end, and the sequence of
-  examples is cut into equally long *lanes*, one per 128 examples of an update and at least eight (`num_lanes`).
+  examples is cut into equally long *lanes*: eight, or one per 128 examples of an update if these are more, or fewer
+  where there are fewer files or where that number does not divide an update (`num_lanes`).
 - Each lane is shuffled through a buffer: the next example is drawn from those that the buffer holds, and the next one
   of the lane takes its place. Which one is drawn is decided before anything is read, so the order is known in advance.
 - Every update takes the same number of examples from each lane. A process reads the lanes that its part of the update
-  comes from; with as many processes as lanes, or fewer, a lane is read by one process.
+  comes from; where the number of processes divides that of lanes, a lane is read by one process.
 
 So every process has equally many examples, each example comes at most once in an epoch, and a resumed run, also one
 with another number of processes, goes on with the very examples that the uninterrupted one would have seen. It reads

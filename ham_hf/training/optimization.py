@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and weight averaging: timm's, plus the one schedule timm cannot express."""
+"""Optimizer and learning-rate schedule: timm's, plus the one schedule timm cannot express."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
-from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS
+from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS, list_checkpoints
 from ham_hf.training.launching import FaultError
 from ham_hf.training.run_lock import LOCK_NAME
 
@@ -33,24 +33,35 @@ OWNED_BY_TRAINING = (
 OWNED_BY_EVALUATION = ("report.json", "EVALUATION.md", "figures")
 
 
-def check_output_dir(
-    output_dir: Path, *, overwrite: bool, resume: bool = False, besides: Collection[str] = ()
-) -> None:
-    """Refuse an output folder that already holds something, ``besides`` aside; nothing is written.
+def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:
+    """Refuse an output folder that holds what a training run would overwrite; nothing is written.
+
+    Args:
+        output_dir: output folder of the run.
+        overwrite: whether everything in it may go.
+        resume_from: "latest", the path of a checkpoint folder, or None for a new run.
 
     Raises:
-        ValueError: if the folder holds anything and neither overwriting nor resuming was asked for, or the path
-            is a file.
+        ValueError: if the path is a file; if the folder holds anything and this is neither to be replaced nor the run
+            that is resumed.
     """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
-    # The lock alone is left where a run was killed before it wrote anything.
-    allowed = (LOCK_NAME, *besides)
-    held = any(path.name not in allowed for path in output_dir.iterdir()) if output_dir.is_dir() else False
-    if held and not (overwrite or resume):
+    if not _is_occupied(output_dir) or overwrite:
+        return
+    if resume_from is None:
         raise ValueError(
             f"--output_dir {output_dir} already holds files; name another folder, replace what is in it with "
             "--overwrite_output_dir, or continue a training run with --resume_from_checkpoint latest"
+        )
+    if resume_from != "latest" and Path(resume_from).resolve().parent != output_dir.resolve():
+        raise ValueError(
+            f"--output_dir {output_dir} already holds files, which are not those of the run of {resume_from}: name an "
+            "empty folder, or continue the run in it with --resume_from_checkpoint latest"
+        )
+    finished = [name for name in (WEIGHTS, "report.json") if (output_dir / name).exists()]
+    if finished and not list_checkpoints(output_dir):
+        raise ValueError(
+            f"--resume_from_checkpoint {resume_from}: {output_dir} holds {' and '.join(finished)}, and no checkpoint "
+            "to go on from; name another --output_dir, or replace what is in it with --overwrite_output_dir instead"
         )
 
 
@@ -60,11 +71,29 @@ def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
     What an evaluation left that was interrupted is not refused: the same command goes on with it.
 
     Raises:
-        ValueError: see `check_output_dir`; and if the folder holds a model or a training run.
+        ValueError: if the path is a file, or the folder holds a model, a training run, or anything that is not to be
+            replaced.
     """
     if any((output_dir / name).exists() for name in (WEIGHTS, "train_config.yaml", BEST_NAME)):
         raise ValueError(f"--output_dir {output_dir} holds a model; an evaluation needs a folder of its own")
-    check_output_dir(output_dir, overwrite=overwrite, besides=[PARTIAL_RESULTS])
+    # Partial results are removed last: beside them, the rest is what was being written.
+    unfinished = (output_dir / PARTIAL_RESULTS).exists()
+    ours = (PARTIAL_RESULTS, *OWNED_BY_EVALUATION) if unfinished else ()
+    if _is_occupied(output_dir, besides=ours) and not overwrite:
+        raise ValueError(
+            f"--output_dir {output_dir} already holds files; name another folder, or replace what an evaluation left "
+            "in it with --overwrite_output_dir"
+        )
+
+
+def _is_occupied(output_dir: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a folder holds anything, ``besides`` aside; a file in its place is refused."""
+    if not output_dir.exists():
+        return False
+    if not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
+    # The lock alone is left where a run was killed before it wrote anything.
+    return any(path.name not in (LOCK_NAME, *besides) for path in output_dir.iterdir())
 
 
 def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:

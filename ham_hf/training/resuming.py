@@ -152,7 +152,9 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]
         ValueError: naming what differs.
     """
     changed = [
-        f"{key} {str(saved.get(key))[:60]} -> {str(plan[key])[:60]}" for key in plan if saved.get(key) != plan[key]
+        f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
+        for key in {**saved, **plan}
+        if saved.get(key) != plan.get(key)
     ]
     if "split" in plan and saved.get("split") != plan["split"]:
         changed.append(

@@ -15,8 +15,6 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
-TRACKERS = ("tensorboard", "trackio", "wandb")
-
 
 def check_tracker(name: str) -> None:
     """Refuse a tracker whose package is missing, which accelerate would leave out without a word.
@@ -28,6 +26,30 @@ def check_tracker(name: str) -> None:
         raise ValueError(f"--report_to {name} needs the package {name}: pip install {name}")
 
 
+def start_tracker(accelerator: Accelerator, name: str, config: Mapping[str, object]) -> None:
+    """Tell the tracker of a run's settings.
+
+    Raises:
+        ValueError: if it cannot begin: nobody is logged in, the network is away, the disk is full.
+    """
+    try:
+        accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config.items()})
+    except Exception as error:  # each tracker has its own
+        raise ValueError(
+            f"--report_to {name} could not begin: {error}; see to that, or train with --report_to none "
+            "(metrics.jsonl holds every number)"
+        ) from error
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Part from the tracker and the other processes; a tracker that fails now has everything but its last words."""
+    try:
+        accelerator.end_training()
+    except Exception:
+        logger.exception("the tracker did not end well; every number is in metrics.jsonl")
+        accelerator.state.destroy_process_group()
+
+
 class RunLog:
     """Log of one run; only the main process writes. Lines that a full disk does not take wait for the next one.
 
@@ -35,6 +57,8 @@ class RunLog:
         accelerator: its trackers receive every number.
         output_dir: where ``metrics.jsonl`` lies.
         start_step: updates done before; lines of later updates, left by a run that was cut off, are removed.
+        validation_due: whether the run begins with the validation after update ``start_step``; a line of it, left
+            likewise, is removed too.
         total_steps: updates of the whole run, for the bar.
         show_progress: show a bar on the local main process.
     """
@@ -45,6 +69,7 @@ class RunLog:
         output_dir: Path,
         *,
         start_step: int,
+        validation_due: bool,
         total_steps: int,
         show_progress: bool,
     ) -> None:
@@ -52,7 +77,12 @@ class RunLog:
         self.path = output_dir / "metrics.jsonl"
         self._waiting: list[str] = []
         if accelerator.is_main_process:
-            kept = [record for record in read_log(self.path) if record["step"] <= start_step] if start_step else []
+            again = start_step if validation_due else start_step + 1
+            kept = [
+                record
+                for record in (read_log(self.path) if start_step else [])
+                if record["step"] < again or (record["step"] == start_step and record["type"] != "validation")
+            ]
             output_dir.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
             part.write_text("".join(json.dumps(record) + "\n" for record in kept))

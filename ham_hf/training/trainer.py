@@ -227,6 +227,7 @@ class Trainer:
             self.accelerator,
             self.output_dir,
             start_step=self.progress.step,
+            validation_due=self.progress.validation_due is not None,
             total_steps=self.total_steps,
             show_progress=not self.config.disable_tqdm,
         )

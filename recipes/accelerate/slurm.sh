@@ -50,7 +50,8 @@ stop() {
   scancel --signal=USR1 "$SLURM_JOB_ID" # the steps of the job, not this script
 }
 
-srun bash -c "$on_node" ham "$@" &
+# Since SLURM 22.05 srun does not take over the job's --cpus-per-task by itself.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "$on_node" ham "$@" &
 step=$!
 trap stop USR1
 while kill -0 "$step" 2>/dev/null; do

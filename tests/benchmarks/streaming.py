@@ -1,4 +1,4 @@
-"""Memory and speed of a streamed training split at 224 px, and how many images a second an adversarial update takes.
+"""Memory and speed of a streamed training split at 224 px, and the speed of the ImageNet recipe's updates.
 
     python -m tests.benchmarks.streaming
 
@@ -10,12 +10,15 @@ Memory is resident memory of the process and of its workers together.
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -25,14 +28,17 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import load_train_config
 from ham_hf.data import ImageData, TrainingStream, load_image_data
 from ham_hf.data.pixels import PixelBatch
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.objectives import HAM
+from ham_hf.objectives import PGDAT, InnerAttack
 from ham_hf.training.trainer import Trainer
 from tests.benchmarks import common
-from tests.benchmarks.workload import ATTACK, training_config
+from tests.benchmarks.workload import labels, num_hard, prefer_class_0, training_config
 
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "imagenet" / "convnext_tiny_ham.yaml"
 SIZE = 224
 CROP = (400, 350)  # width, height
 NUM_CLASSES = 10
@@ -103,24 +109,41 @@ def stream_through(data: ImageData, args: object, device: torch.device) -> list[
     return notes
 
 
-def update_speed(data: ImageData, args: object, accelerator: object) -> float:
-    """Images a second of HAM updates of a network at 224 px, half of the steps on all rows."""
+def update_speeds(data: ImageData, args: object, accelerator: object) -> dict[str, float]:
+    """Images a second of the ImageNet recipe's updates at 224 px: HAM, half of the images hard, and PGD-AT.
+
+    Its attack and method; random weights, SGD, and the precision and batch of the command line.
+    """
+    recipe = load_train_config(RECIPE)
+    threat_model = ThreatModel(recipe.attack.norm, recipe.attack.epsilon)
+    attack = InnerAttack(
+        threat_model=threat_model, num_steps=recipe.attack.num_steps, step_size=recipe.attack.step_size
+    )
     size = Preprocessing(
         image_size=SIZE, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
     )
     backbone = create_backbone(
         args.model, pretrained=False, num_classes=NUM_CLASSES, preprocessing=size, model_args=args.model_args
     )
+    prefer_class_0(backbone, args.model)
     config = training_config(args.precision, args.attack_batch_size, args.training)
-    method = HAM(mining_step=3, mining_start_epoch=0)
-    trainer = Trainer(PixelModel(backbone, size.mean, size.std), data, method, ATTACK, config, accelerator)
     device = accelerator.device
     x = torch.rand(args.attack_batch_size, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(device)
-    batch = PixelBatch(x, torch.arange(len(x), device=device) % NUM_CLASSES, torch.arange(len(x)))
+    batch = PixelBatch(x, labels(len(x), 0.5).to(device), torch.arange(len(x)))
+    steps = {
+        name: Trainer(
+            PixelModel(copy.deepcopy(backbone), size.mean, size.std), data, method, attack, config, accelerator
+        ).train_step
+        for name, method in {"ham": replace(recipe.method, mining_start_epoch=0), "pgd_at": PGDAT()}.items()
+    }
+    hard = {name: step([batch], epoch=0, step=0).hard for name, step in steps.items()}
+    assert hard["ham"] == num_hard(len(x), 0.5), hard
     times = common.interleaved(
-        {"update": lambda: trainer.train_step([batch], epoch=0, step=0)}, device=device, repeats=args.repeats
+        {name: partial(step, [batch], epoch=0, step=0) for name, step in steps.items()},
+        device=device,
+        repeats=args.repeats,
     )
-    return len(x) / common.Spread.of(times["update"]).median
+    return {name: len(x) / common.Spread.of(seconds).median for name, seconds in times.items()}
 
 
 def options() -> object:
@@ -157,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
         )
         before = resident()
         notes = stream_through(data, args, accelerator.device)
-        consumed = update_speed(data, args, accelerator)
+        consumed = update_speeds(data, args, accelerator)
     memory = [note["MiB"] for note in notes]
     speed = common.Spread.of([note["images_per_second"] for note in notes])
     figures = {
@@ -167,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
         "growth_mebibytes": memory[-1] - memory[0],
         "stream_images_per_second": speed,
         "update_images_per_second": consumed,
-        "stream_to_update": speed.median / consumed,
+        "stream_to_update": speed.median / consumed["ham"],
     }
     common.write_json("streaming", args, argv, accelerator.device, figures)
     common.show([{name: str(value) for name, value in figures.items() if name != "stream"}])

@@ -60,13 +60,22 @@ def network(name: str, model_args: Mapping[str, object], *, margin: float = MARG
     model = PixelModel(backbone, size.mean, size.std)
     _set_batch_statistics(model, pixels(16))
     if margin:
-        classifier = backbone.get_classifier()
-        if getattr(classifier, "bias", None) is None:
-            raise ValueError(f"--model {name}: its classifier has no bias, by which the hard fraction is set")
-        with torch.no_grad():
-            classifier.bias.zero_()
-            classifier.bias[0] = margin
+        prefer_class_0(backbone, name, margin)
     return model
+
+
+def prefer_class_0(backbone: nn.Module, name: str, margin: float = MARGIN) -> None:
+    """Have a network put everything into class 0, by the bias of its classifier.
+
+    Raises:
+        ValueError: if the classifier has no bias.
+    """
+    classifier = backbone.get_classifier()
+    if getattr(classifier, "bias", None) is None:
+        raise ValueError(f"--model {name}: its classifier has no bias, by which the hard fraction is set")
+    with torch.no_grad():
+        classifier.bias.zero_()
+        classifier.bias[0] = margin
 
 
 def _set_batch_statistics(model: nn.Module, x: Tensor) -> None:

@@ -92,6 +92,7 @@ def test_batch_norm_learns_and_stays_finite_when_a_process_idles(results, name):
         assert not torch.equal(after["6.weight"], before["6.weight"])
 
 
+@pytest.mark.faults(quick=True)
 def test_evaluation_does_not_depend_on_the_number_of_processes(results):
     for found in (results["one"], results["two"]):
         for key in ("clean", "pgd", "predictions", "autoattack_indices", "autoattack_flags", "autoattack_predictions"):
@@ -123,6 +124,7 @@ def test_sharded_weights_train_to_the_same_network(results, method, tmp_path):
     assert_same(trained(results, "sharded", f"{method}/"), outcome(run))
 
 
+@pytest.mark.faults(quick=True)
 def test_sharded_run_resumes_bit_for_bit_and_on_one_process(results, folder, tmp_path):
     whole, resumed = trained(results, "sharded", "ham/"), trained(results, "sharded", "resumed/")
     assert whole.keys() == resumed.keys()
@@ -136,6 +138,7 @@ def test_sharded_run_resumes_bit_for_bit_and_on_one_process(results, folder, tmp
     assert_same(outcome(run), whole)
 
 
+@pytest.mark.faults(quick=True)
 def test_run_goes_on_with_other_numbers_of_processes(results, folder, tmp_path):
     """2 -> 1 -> 4 processes, each time in mid-epoch: each example once per epoch, the same updates and weights."""
     with no_random_start():

@@ -19,9 +19,11 @@ from tests.recipe_runs import CONFIGURED, SMALL
 pytestmark = pytest.mark.faults
 RUN = [*SMALL, "--per_device_train_batch_size=8", "--save_steps=50"]
 
-# srun starts one task; a signal to a step reaches its first process only, as in SLURM by default.
+# srun starts one task, with the cores that it is told to; a signal to a step reaches its first process only, as in
+# SLURM by default.
 STAND_INS = {
-    "srun": 'export SLURM_NODEID=0; echo $$ > "$SPOOL/step"; exec "$@"',
+    "srun": '[ "$1" = --cpus-per-task=16 ] || exit 9\n'
+    'shift; export SLURM_NODEID=0; echo $$ > "$SPOOL/step"; exec "$@"',
     "scancel": 'kill -USR1 "$(cat "$SPOOL/step")"',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$SPOOL/requeued"; fi',
 }
@@ -37,6 +39,7 @@ def cluster(tmp_path, subprocess_env):
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    job["SLURM_CPUS_PER_TASK"] = "16"
     path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess_env | job | {"SPOOL": str(spool), "PATH": path}, spool
 

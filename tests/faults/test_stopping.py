@@ -78,6 +78,28 @@ def test_stop_at_the_end_of_an_epoch_leaves_validation_to_the_next_job(undisturb
     assert_same_weights(tmp_path / "run", undisturbed[0], *FINAL)
 
 
+def test_kill_after_a_validation_that_was_due_does_not_log_it_twice(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run = trainer(folder)
+    with pytest.raises(TrainingStopped):
+        run.fit(lambda: "a test" if run.progress.step == 5 else None)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    run = trainer(folder, resume_from_checkpoint="latest")
+    run.resume()
+    monkeypatch.setattr(run, "_train_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+    assert timeless_log(folder)[-1]["type"] == "validation"
+    run = trainer(folder, resume_from_checkpoint="latest")
+    run.resume()
+    run.fit()
+    assert timeless_log(folder) == timeless_log(undisturbed[0])
+
+
 def test_signal_in_the_last_validation_leaves_before_the_evaluation(undisturbed, tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     validate = run._validate
