@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(1)
+# Nothing fails because a machine is slow or busy.
+hypothesis.settings.register_profile("ham_hf", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("ham_hf")
 
 ROOT = Path(__file__).resolve().parents[1]
 

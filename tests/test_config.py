@@ -641,7 +641,9 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(config=configs)
 @example(config=TrainConfig(model=ModelConfig(model_args={"a": "nan", "b": ".5", "c": "1e-3", "d": -0.0, "e": ""})))
 @example(
@@ -694,7 +696,9 @@ junk_words = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(argv=st.lists(junk_words, max_size=6))
 def test_no_command_line_ends_in_a_traceback(argv, capsys):
     with contextlib.suppress(SystemExit):
@@ -711,7 +715,9 @@ junk_names = (
 junk_lines = st.tuples(junk_names, junk_values).map(": ".join)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(text=st.text(max_size=60) | st.lists(junk_lines, max_size=4).map("\n".join))
 def test_no_recipe_ends_in_anything_but_a_config_error(text, tmp_path):
     path = tmp_path / "junk.yaml"

@@ -251,7 +251,9 @@ CFG_KEYS = (
 ARGUMENTS = ("layers", "channels", "stem_width", "act_layer", "global_pool", "drop_rate", "in_chans", "num_classes")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.dictionaries(st.sampled_from(KEYS), JSON_VALUES, max_size=2),
     st.dictionaries(st.sampled_from(CFG_KEYS), JSON_VALUES, max_size=2),
@@ -505,7 +507,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(write_report(make_report(num_epochs=1), folder).read_text())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(data=st.data())
 def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Path, data: st.DataObject) -> None:
     """``recipes/compare.py`` reads reports of the Hub: one changed at one place is read, or refused by name."""
