@@ -41,13 +41,20 @@ def explain_out_of_memory(way_out: str) -> Iterator[None]:
         raise MemoryExhaustedError(f"out of memory ({first_line}); {way_out}") from error
 
 
-def smaller_batch(batch_size: int, accumulation_steps: int) -> str:
+def smaller_batch(batch_size: int, accumulation_steps: int, *, may_change: bool) -> str:
     """Flags that train with smaller batches and the same number of images per update.
 
     Args:
         batch_size: images per process and batch.
         accumulation_steps: batches per update.
+        may_change: whether the run may go on with other batches.
     """
+    if not may_change:
+        return (
+            f"an update of this method depends on its batches of {batch_size}: go on with --resume_from_checkpoint "
+            "latest on a device with more memory, or begin anew with a smaller --per_device_train_batch_size or "
+            "--mixed_precision bf16"
+        )
     factor = next((number for number in range(2, batch_size + 1) if batch_size % number == 0), None)
     if factor is None:
         return (

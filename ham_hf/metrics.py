@@ -2,8 +2,7 @@
 
 Everything is computed from counts (invariant 6): nothing assumes balanced classes, and a class without an
 example is reported as missing (``None``), never as 0 or NaN. Definitions and who uses them: NSD is ABSLD's
-(NeurIPS 2024), worst-class accuracy is the common measure of robust fairness (FRL, CFA, DAFA, HAM), rho is the
-relative trade-off of WAT and DAFA.
+(NeurIPS 2024), worst-class accuracy is the common measure of robust fairness (FRL, CFA, DAFA, HAM).
 """
 
 from __future__ import annotations

@@ -12,7 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.config import DataConfig, EvaluationConfig, EvaluationThreatConfig, ModelConfig, TrainConfig
+from ham_hf.config import (
+    DataConfig,
+    EvaluationConfig,
+    EvaluationThreatConfig,
+    ModelConfig,
+    TrainConfig,
+    pixel_unit_problems,
+)
 from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
@@ -207,14 +214,20 @@ def export_model(model: PixelModel, config: TrainConfig, data: ImageData, prepro
     )
 
 
-def threat_model_of(config: EvaluationThreatConfig, loaded: LoadedModel) -> ThreatModel:
+def threat_model_of(
+    config: EvaluationThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None
+) -> ThreatModel:
     """The threat model asked for; where nothing is, the one the model was trained for, else linf 8/255.
 
     Raises:
-        ValueError: if another norm is asked for than the model was trained for, and no epsilon.
+        ValueError: if l2 is asked for, no epsilon, and the model was trained for something else; or if a length is on
+            the 0..255 scale.
     """
     trained_norm, trained_epsilon = loaded.metadata.get("norm"), loaded.metadata.get("epsilon")
     norm = config.norm or trained_norm or "linf"
+    problems = list(pixel_unit_problems(norm, epsilon=config.epsilon, eval_step_size=eval_step_size))
+    if problems:
+        raise ValueError("; ".join(problems))
     if config.epsilon is not None:
         return ThreatModel(norm, config.epsilon)
     if trained_epsilon is not None and norm == trained_norm:
@@ -225,8 +238,15 @@ def threat_model_of(config: EvaluationThreatConfig, loaded: LoadedModel) -> Thre
 
 
 def num_logits(loaded: LoadedModel) -> int:
-    """Number of classes that a model tells apart."""
-    return int(loaded.model.backbone.num_classes)  # type: ignore[arg-type]  # timm's attribute
+    """Number of classes that a model tells apart.
+
+    Raises:
+        ValueError: if it has no classifier.
+    """
+    found = int(loaded.model.backbone.num_classes)  # type: ignore[arg-type]  # timm's attribute
+    if found < 1:
+        raise ValueError("the model has no classifier, only features: train one on top of it first")
+    return found
 
 
 class ReorderedLogits(nn.Module):

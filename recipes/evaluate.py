@@ -72,11 +72,11 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
         accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
-        threat_model = threat_model_of(config.attack, loaded)
-        # Training images are not looked at; of each class one is loaded, so that the loader can tell the classes.
-        # Of a stream nothing is loaded, and its classes are declared.
+        threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+        # Training images are not looked at: as many as there are classes are loaded, drawn by class, so that the
+        # loader has some. Of a stream nothing is loaded.
         limit = None if config.data.dataset_streaming else num_logits(loaded)
-        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=limit)
+        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=limit, augmentation="none")
         with accelerator.main_process_first():
             data = load_data(
                 settings, image_size=loaded.preprocessing.image_size, inputs=loaded.preprocessing, seed=config.seed

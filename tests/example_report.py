@@ -64,6 +64,7 @@ def make_history(
             "clean_accuracy": 0.9 - 0.5 / (epoch + 1),
             "robust_accuracy": 0.6 - 0.4 / (epoch + 1),
             "worst_class": 0.4 - 0.4 / (epoch + 1),
+            "averaged": epoch > 0,
         }
         names = ("hard_per_class", "class_weight", "class_kl_weight", "class_epsilon") if treatment is not None else ()
         for name in names:

@@ -271,7 +271,7 @@ def test_averaged_weights_are_told(
 def test_options_without_effect_are_left_out(tmp_path: Path) -> None:
     rows = training_table(written(with_config(config_of(every_method()["ham"])), tmp_path))
     assert {label for label in rows if label.startswith("Method option")} == {
-        f"Method option {name}" for name in ("mining_step", "mining_start_epoch", "keep_easy_fraction", "keep_easy_as")
+        f"Method option {name}" for name in ("mining_step", "mining_start_epoch")
     }
     assert not {"Class radii", "Class weights", "Adversarial weight perturbation", "Averaged weights"} & rows.keys()
     rows = training_table(written(with_config(config_of(every_method()["fat"])), tmp_path))
@@ -318,7 +318,11 @@ def test_metadata_parses_back_with_huggingface_hub(tmp_path: Path) -> None:
     summary = report.results["cw-20"].summary
     entry = found["accuracy", "cw-20"]
     assert entry.metric_value == pytest.approx(summary.average, abs=1e-6)
-    assert (entry.dataset_type, entry.dataset_config, entry.dataset_split) == ("uoft-cs/cifar10", "plain_text", "test")
+    assert (entry.dataset_type, entry.dataset_config, entry.dataset_split) == (
+        "uoft-cs/cifar10",
+        "plain_text",
+        "train",
+    )
     assert entry.metric_args["epsilon"] == 8 / 255
     assert entry.metric_name == "Robust accuracy (CW-20)"
     assert found["worst_class_accuracy", "cw-20"].metric_value == pytest.approx(summary.worst_class, abs=1e-6)
@@ -435,11 +439,46 @@ def test_limits_name_what_was_not_run(
     assert [line for line in absent if line in text] == []
 
 
+def test_average_that_let_no_epoch_in_is_told(tmp_path: Path) -> None:
+    report = with_config(
+        make_report().config | {"method": "cfa"} | {"fawa": "auto", "fawa_decay": 0.85, "fawa_threshold": 0.9}
+    )
+    assert report.passed_gate()
+    never = tuple({**record, "averaged": False} for record in report.training.history)
+    report = dataclasses.replace(report, training=dataclasses.replace(report.training, history=never))
+    row = training_table(written(report, tmp_path))["Averaged weights"]
+    assert row.endswith("; no epoch up to the selected one passed, so these weights are no average")
+
+
+@pytest.mark.parametrize(
+    ("origin", "split"),
+    [
+        ("validation", "validation"),
+        ("held out of train (20 %, stratified, seed 0)", "train"),
+        ("held out of train (x) (12.5 %, stratified, seed 0)", "train (x)"),
+    ],
+)
+def test_metadata_names_the_split_of_the_test_images(tmp_path: Path, origin: str, split: str) -> None:
+    written(with_dataset(make_report(), test_split_origin=origin), tmp_path)
+    assert {entry.dataset_split for entry in ModelCard.load(tmp_path / "README.md").data.eval_results} == {split}
+
+
+def test_drops_of_another_schedule_and_options_that_are_off_are_not_listed(tmp_path: Path) -> None:
+    ham = {"method": "ham", "keep_easy_fraction": 0.0, "keep_easy_as": "clean", "lr_drops": ["60:0.1"]}
+    rows = training_table(written(with_config(make_report().config | ham | {"lr_scheduler_type": "cosine"}), tmp_path))
+    assert not {"Learning rate drops (epoch:factor)", "Method option keep_easy_as"} & set(rows)
+    assert "Method option keep_easy_fraction" not in rows
+    ham |= {"keep_easy_fraction": 0.3, "lr_scheduler_type": "piecewise"}
+    rows = training_table(written(with_config(make_report().config | ham), tmp_path))
+    assert rows["Learning rate drops (epoch:factor)"] == "60:0.1"
+    assert (rows["Method option keep_easy_fraction"], rows["Method option keep_easy_as"]) == ("0.3", "clean")
+
+
 @pytest.mark.parametrize(("start", "said"), [(12, True), (11, False)])
 def test_a_method_that_never_began_is_told(tmp_path: Path, start: int, said: bool) -> None:
     config = {"method": "ham", "mining_start_epoch": start}
     card = write_card(make_report(config=config), tmp_path, repo_id="me/robust", model_license="mit").read_text()
-    assert ("The run ended before ham began: it was trained by the warm-up alone" in card) == said
+    assert ("The run ended before ham began, so its numbers say nothing about that" in card) == said
 
 
 def test_a_limited_test_split_is_told_and_only_its_classes_are_counted(tmp_path: Path) -> None:

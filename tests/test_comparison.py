@@ -432,6 +432,12 @@ def test_averaged_weights_are_another_budget():
         "fairness-gated per epoch, decay 0.85": ("cfa",),
         "per update, decay 0.99": ("ema",),
     }
+    history = [{**record, "averaged": False} for record in rows[1].report.training.history]
+    never = changed(rows[1], training={"history": history})
+    assert compare([rows[0], never]).unequal["Weight averaging"] == {
+        "none": ("one",),
+        "none (no epoch passed the gate)": ("cfa",),
+    }
 
 
 def test_labels_that_are_cut_alike_stay_different():

@@ -228,6 +228,20 @@ def test_an_option_of_the_recipes_method_still_wins_when_the_method_is_repeated(
     assert parse_train_config(["--config", str(path), "--method", "ham"]).method == HAM(mining_step=4)
 
 
+def test_a_class_weight_draws_no_classes_and_so_can_stream():
+    words = ["--dataset_name", "me/x", "--dataset_streaming"]
+    parse_train_config([*words, "--method", "cfol", "--cfol_as", "weight"])
+    parse_train_config([*words, "--method", "pgd_at", "--class_weighting", "cfol"])
+
+
+def test_an_attack_that_cannot_cross_the_ball_is_told(caplog):
+    with caplog.at_level(logging.WARNING, logger="ham_hf"):
+        parse_train_config(["--num_steps", "4", "--mining_start_epoch", "1"])
+        assert caplog.text == ""
+        parse_train_config(["--num_steps", "3", "--mining_step", "1", "--mining_start_epoch", "1"])
+    assert "--num_steps 3 of --step_size 0.007843 reach 0.02353, less than --epsilon 0.03137" in caplog.text
+
+
 def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
     with caplog.at_level(logging.WARNING, logger="ham_hf"):
         parse_train_config(["--num_train_epochs", "50"])
@@ -327,6 +341,11 @@ BAD_FLAGS = [
     ("--push_to_hub=perhaps", ["--push_to_hub perhaps", "true or false"]),
     ("--skip_corrupt 1", ["unexpected word '1'"]),
     ("--norm l2", ["--norm l2", "--epsilon"]),
+    ("--norm l2 --epsilon 0.5", ["--norm l2 needs its own --epsilon and --step_size"]),
+    ("--min_learning_rate 1e-4", ["--min_learning_rate 0.0001 has no effect with --lr_scheduler_type piecewise"]),
+    ("--beta 3", ["--beta 3.0 has no effect with --base_loss pgd_at"]),
+    ("--fawa_threshold 0.3", ["--fawa_threshold 0.3 has no effect without --fawa on"]),
+    ("--method cfa --fawa off --fawa_decay 0.3", ["--fawa_decay 0.3 has no effect without --fawa on"]),
     ("--norm l3", ["--norm l3", "one of linf, l2"]),
     ("--lr_drops 60", ["--lr_drops 60", "a list of EPOCH:FACTOR"]),
     ("--lr_drops 60:0.1,90:0.01", ["--lr_drops", "a list of EPOCH:FACTOR"]),
@@ -784,8 +803,8 @@ def test_output_of_an_evaluation_is_named_after_the_model(model, folder):
         ("me/model", ["--dataset_name is required"]),
         ("a b --dataset_name d", ["unexpected word 'b'"]),
         ("a --model b --dataset_name d", ["unexpected word 'a'"]),
-        ("a --dataset_name d --epsilon 8", ["did you mean 8/255?"]),
-        ("a --dataset_name d --eval_step_size 2", ["did you mean 2/255?"]),
+        ("a --dataset_name d --norm linf --epsilon 8", ["did you mean 8/255?"]),
+        ("a --dataset_name d --norm linf --eval_step_size 2", ["did you mean 2/255?"]),
         ("a --dataset_name d --mining_step 3", ["there is no setting 'mining_step'"]),
         ("a --dataset_name d --eval_num_step 3", ["did you mean --eval_num_steps?"]),
         ("a --dataset_name d --batch_size 3", ["did you mean --per_device_eval_batch_size?"]),

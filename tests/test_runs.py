@@ -63,6 +63,14 @@ def test_threat_model_is_the_one_asked_for_or_trained_for(asked, trained, expect
     assert (found.norm, found.epsilon) == expected
 
 
+def test_lengths_are_judged_by_the_norm_that_the_model_says():
+    l2, linf = (loaded(metadata={"norm": norm, "epsilon": 0.5}) for norm in ("l2", "linf"))
+    asked = EvaluationThreatConfig(epsilon=1.5)
+    assert threat_model_of(asked, l2, eval_step_size=1.25).epsilon == 1.5
+    with pytest.raises(ValueError, match=r"--epsilon 1.5: .*did you mean 1.5/255.*; --eval_step_size 1.25: "):
+        threat_model_of(asked, linf, eval_step_size=1.25)
+
+
 def test_a_norm_without_a_usual_radius_needs_one():
     with pytest.raises(ValueError, match="--norm l2 needs --epsilon"):
         threat_model_of(EvaluationThreatConfig(norm="l2"), loaded(metadata={"norm": "linf", "epsilon": 0.1}))

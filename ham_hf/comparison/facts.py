@@ -112,7 +112,7 @@ def budget(report: RunReport) -> dict[str, str]:
             "Training attack": f"{setting_text(config.get('num_steps'))} steps of "
             f"{setting_text(config.get('step_size'))}",
             "Optimizer": _optimizer(run_settings(config)),
-            "Weight averaging": _averaging(config),
+            "Weight averaging": _averaging(report),
             "Selection": training.selection_metric,
         }
     facts["Evaluations"] = ", ".join(attack.title for attack in report.results.values())
@@ -133,9 +133,12 @@ def _attack_settings(attack: AttackReport) -> list[str]:
     return [f"{key} {setting_text(value)}" for key, value in attack.settings.items() if key not in NOT_THE_BUDGET]
 
 
-def _averaging(config: Mapping[str, object]) -> str:
+def _averaging(report: RunReport) -> str:
     """Of what the evaluated weights are an average: a method may average where another one does not."""
+    config = report.config
     if gates_averaging(config):
+        if not report.passed_gate():
+            return "none (no epoch passed the gate)"
         return f"fairness-gated per epoch, decay {setting_text(config.get('fawa_decay'))}"
     if config.get("ema_decay") is not None:
         return f"per update, decay {setting_text(config['ema_decay'])}"

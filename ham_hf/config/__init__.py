@@ -20,6 +20,7 @@ from ham_hf.config.groups import (
     TrainConfig,
     TrainingConfig,
     config_to_dict,
+    pixel_unit_problems,
 )
 from ham_hf.config.settings import ConfigError
 from ham_hf.config.yaml_text import config_to_yaml
@@ -41,4 +42,5 @@ __all__ = [
     "load_train_config",
     "parse_evaluate_config",
     "parse_train_config",
+    "pixel_unit_problems",
 ]

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.objectives import HAM, Objective
 
-_LINF_EPSILON = 8 / 255
+_LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
 _SHUFFLE_BUFFER_SIZE = 10_000
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\w+(?:[.-]+\w+)*/)?\w+(?:[.-]+\w+)*", re.ASCII)
 
@@ -120,14 +120,17 @@ class AttackConfig(SettingsGroup):
 
     norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
     epsilon: float = setting(_LINF_EPSILON, "radius of the perturbation in pixel units", "> 0")
-    step_size: float = setting(2 / 255, "length of a PGD step in training, in pixel units", "> 0")
+    step_size: float = setting(_LINF_STEP_SIZE, "length of a PGD step in training, in pixel units", "> 0")
     num_steps: int = setting(10, "PGD steps in training", ">= 1")
 
     def contradictions(self) -> Iterator[str]:
-        """Epsilon or the step size on the 0..255 scale, or l2 with the default radius of linf."""
-        yield from _pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
-        if self.norm == "l2" and self.epsilon == _LINF_EPSILON:
-            yield "--norm l2 needs its own --epsilon and --step_size (8/255 is for linf), say 0.5 and 0.1 for 32 px"
+        """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
+        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
+        if self.norm == "l2" and (self.epsilon == _LINF_EPSILON or self.step_size == _LINF_STEP_SIZE):
+            yield (
+                "--norm l2 needs its own --epsilon and --step_size (8/255 and 2/255 are for linf), say 0.5 and 0.1 "
+                "for 32 px"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +214,11 @@ class TrainingConfig(SettingsGroup):
         yield from self._schedule_problems()
         if self.awp_gamma is None and self.awp_start_epoch:
             yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
+        if self.min_learning_rate and self.lr_scheduler_type != "cosine":
+            yield (
+                f"--min_learning_rate {self.min_learning_rate} has no effect with --lr_scheduler_type "
+                f"{self.lr_scheduler_type}"
+            )
         if self.min_learning_rate > self.learning_rate:
             yield (
                 f"--min_learning_rate {self.min_learning_rate}: expected at most --learning_rate, {self.learning_rate}"
@@ -242,8 +250,9 @@ class EvaluationThreatConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Epsilon on the 0..255 scale."""
-        yield from _pixel_unit_problems(self.norm, epsilon=self.epsilon)
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.runs.threat_model_of` looks again."""
+        if self.norm is not None:
+            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +325,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = setting_problems(self.method) or list(self._method_problems())
-        problems.extend(_pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size))
+        problems.extend(pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size))
         if self.data.validation_fraction == 0 and self.training.selection_metric != "last":
             problems.append(
                 f"--validation_fraction 0 leaves no images for --selection_metric {self.training.selection_metric}; "
@@ -358,6 +367,13 @@ class TrainConfig:
         if self.data.validation_fraction == 0 and (held_out or averaged):
             who = f"--method {held_out[0]}" if held_out else "fairness-gated averaging (--fawa)"
             yield f"--validation_fraction 0: {who} measures classes on held-out images; hold some out"
+        gate = {name: getattr(self.training, name) for name in ("fawa_decay", "fawa_threshold")}
+        if not averaged:
+            yield from (
+                f"--{name} {value} has no effect without --fawa on"
+                for name, value in gate.items()
+                if value != getattr(TrainingConfig, name)
+            )
         if averaged and self.training.ema_decay is not None:
             yield (
                 f"--ema_decay {self.training.ema_decay}: weights are averaged once per epoch already "
@@ -374,7 +390,7 @@ class EvaluateConfig(SettingsGroup):
     output_dir: str | None = setting(None, "folder for report and figures; none = evaluation/<name of the model>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds an evaluation")
     seed: int = setting(
-        0, "seed of attacks and subsets, and of a test split made from train: as in training", "[0, 4294967295]"
+        0, "seed of the attacks' noise; test images and subsets are the same for every seed", "[0, 4294967295]"
     )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
     ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
@@ -391,10 +407,12 @@ class EvaluateConfig(SettingsGroup):
 
     def contradictions(self) -> Iterator[str]:
         """A step size on the 0..255 scale."""
-        yield from _pixel_unit_problems(self.attack.norm or "linf", eval_step_size=self.evaluation.eval_step_size)
+        if self.attack.norm is not None:
+            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
-def _pixel_unit_problems(norm: str | None, **lengths: float | None) -> Iterator[str]:
+def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
+    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
     for name, length in lengths.items():
         if norm != "l2" and length is not None and length > 1:
             yield (

@@ -133,7 +133,7 @@ def load_image_data(
         default_image_size: the model's own.
         in_chans: 1 or 3.
         interpolation: of resizing, as timm names it.
-        crop_pct: center crop of the evaluation geometry above 96 px; up to there nothing is cropped (1.0).
+        crop_pct: center crop of the evaluation geometry above 96 px; up to there it is 1.0, which makes images square.
         seed: of the validation part and of the limited training set.
 
     Raises:
@@ -172,7 +172,9 @@ def load_image_data(
     image_size = image_size or _own_size(parts.encoded.values()) or default_image_size
     if image_size <= SMALL_IMAGE_SIZE:
         crop_pct = 1.0
-    augmentation = _choose_augmentation(augmentation, cache_images, dataset_name, image_size)
+    # Of a stream, train is never cached.
+    of_train = "none" if dataset_streaming else cache_images
+    augmentation = _choose_augmentation(augmentation, of_train, dataset_name, image_size)
     images = {
         part: _make_ready(
             encoded_images,

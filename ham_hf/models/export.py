@@ -47,6 +47,7 @@ class ExportInfo:
             transform is exact on images that already have the side of training, ``H / upsample``; others have to be
             brought to that side first, as they were for training.
         upsample: enlargement per side between the pixels of training and the exported network's input.
+        num_parameters: parameters of the exported network.
     """
 
     architecture: str
@@ -54,6 +55,7 @@ class ExportInfo:
     input_size: tuple[int, int, int]
     interpolation: str
     upsample: int
+    num_parameters: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def export_for_timm(
         (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         # safetensors leaves a file that only its owner may read.
         shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
-        _verify(staging, trained.module, preprocessing, published.upsample)
+        num_parameters = _verify(staging, trained.module, preprocessing, published.upsample)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(staging / name, folder / name)
     return ExportInfo(
@@ -150,6 +152,7 @@ def export_for_timm(
         input_size=data_config["input_size"],
         interpolation=data_config["interpolation"],
         upsample=published.upsample,
+        num_parameters=num_parameters,
     )
 
 
@@ -241,8 +244,11 @@ def _data_config(preprocessing: Preprocessing, upsample: int) -> dict[str, Any]:
     }
 
 
-def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> None:
+def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> int:
     """Compare what plain timm loads from ``folder`` with the trained network, on pixels.
+
+    Returns:
+        Number of parameters of what timm loads.
 
     Raises:
         RuntimeError: if their logits differ.
@@ -263,3 +269,4 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
             f"logits (the largest logit is {largest:.2g}), so nothing was written. Was the model changed after it was "
             f"built, or are its weights not finite?"
         )
+    return sum(parameter.numel() for parameter in loaded.parameters())

@@ -50,6 +50,11 @@ class CFOL(Objective):
         """See `Objective.as_rule`: a weight, unless the options say otherwise."""
         return cls(**{"cfol_as": "weight", **options})
 
+    @property
+    def draws_classes(self) -> bool:
+        """See `Objective.draws_classes`: not as a weight."""
+        return self.cfol_as == "sampler"
+
     def initial_state(self, class_counts: Tensor) -> State:
         """See `Objective.initial_state`: log-weights, the base, and the probabilities in force for this epoch."""
         weight = class_counts if self.cfol_base == "empirical" else (class_counts > 0).to(class_counts)

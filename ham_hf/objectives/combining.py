@@ -36,6 +36,14 @@ class BuiltOnLoss(Objective):
         kind = BASE_LOSSES[self.base_loss]
         return kind() if self.beta is None else kind(beta=self.beta)
 
+    def check(self, *, num_steps: int) -> None:
+        """See `Objective.check`."""
+        super().check(num_steps=num_steps)
+        if self.beta != type(self).beta and self.num_terms == 1:
+            raise ValueError(
+                f"--beta {self.beta} has no effect with --base_loss {self.base_loss}, which has no KL term"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Combinable(Objective):

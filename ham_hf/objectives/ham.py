@@ -29,7 +29,7 @@ class HAM(Mining, Combinable):
     keep_easy_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "fraction of a process's easy examples to train on too, the most confident first (our reading of "
+            "help": "fraction of a batch's easy examples to train on too, the most confident first (our reading of "
             "the authors' CIFAR-100 setting, 0.3)",
             "range": "[0, 1]",
         },

@@ -277,9 +277,11 @@ def _class_rows(report: RunReport) -> list[dict[str, str]]:
 
 
 def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[str, str]]:
-    rows = method_rows(report.config)
+    rows = method_rows(report.config, averaged=report.passed_gate())
     for label, key in TRAINING_SETTINGS:
         value = report.config.get(key)
+        if key == "lr_drops" and report.config.get("lr_scheduler_type", "piecewise") != "piecewise":
+            continue
         if key == "step_size" and isinstance(value, float):
             value = fraction_text(value)
         if value not in (None, []):
@@ -315,6 +317,12 @@ def _selection(report: RunReport, training: TrainingReport) -> Markdown:
     )
 
 
+def _test_split(origin: str) -> str:
+    """Name of the split that the test images are from, also if they were held out of it."""
+    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
+    return plain_text(held_out[1] if held_out else origin)
+
+
 def _eval_results(report: RunReport, attack: AttackReport) -> list[EvalResult]:
     """Average, worst class and gap of one evaluation as ``model-index`` entries, values in [0, 1]."""
     summary, dataset = attack.summary, report.dataset
@@ -326,7 +334,7 @@ def _eval_results(report: RunReport, attack: AttackReport) -> list[EvalResult]:
         "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
         "dataset_name": name,
         "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
-        "dataset_split": "test",
+        "dataset_split": _test_split(dataset.test_split_origin),
         "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
         "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
     }

@@ -146,10 +146,14 @@ def combined_with(config: Mapping[str, object]) -> str:
     return ", ".join([*parts[:-2], " and ".join(parts[-2:])])
 
 
-def method_rows(config: Mapping[str, object]) -> list[tuple[str, str]]:
+def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[str, str]]:
     """Label and value of everything that is set about the method and what was combined with it.
 
     What is off is left out, and so is what then has no effect.
+
+    Args:
+        config: a report's settings.
+        averaged: whether a fairness-gated average let in any epoch; else its row says so.
     """
     rows = [("Method", method_title(config))]
     method = trained_method(config)
@@ -157,7 +161,11 @@ def method_rows(config: Mapping[str, object]) -> list[tuple[str, str]]:
         if "base_loss" in config:
             rows.append(("Base loss", _described(str(config["base_loss"]))))
         unshown = {"base_loss", "class_rule_args", *LENDERS} | ({"beta"} if method.num_terms == 1 else set())
-        options = [field.name for field in fields(method) if field.name not in unshown]
+        if not config.get("keep_easy_fraction"):
+            unshown.add("keep_easy_as")
+        # An option that is 0 unless somebody sets it is off at 0.
+        off = {field.name for field in fields(method) if field.default == 0 and config.get(field.name) == 0}
+        options = [field.name for field in fields(method) if field.name not in unshown | off]
         rows += [
             (f"Method option {name}", setting_text(config[name])) for name in options if _is_set(config.get(name))
         ]
@@ -174,7 +182,8 @@ def method_rows(config: Mapping[str, object]) -> list[tuple[str, str]]:
         rows.append(("Adversarial weight perturbation", f"gamma {config['awp_gamma']}{since} (Wu et al., 2020)"))
     if gates_averaging(config):
         gate = f"decay {config['fawa_decay']}, worst class at least {config['fawa_threshold']}"
-        rows.append(("Averaged weights", f"fairness-gated, once per epoch: {gate} (Wei et al., 2023)"))
+        never = "" if averaged else "; no epoch up to the selected one passed, so these weights are no average"
+        rows.append(("Averaged weights", f"fairness-gated, once per epoch: {gate} (Wei et al., 2023){never}"))
     elif config.get("ema_decay") is not None:
         rows.append(("Averaged weights", f"exponential moving average, decay {config['ema_decay']} per update"))
     return rows

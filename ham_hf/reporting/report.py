@@ -145,7 +145,7 @@ class TrainingReport:
     """How the weights came about.
 
     Attributes:
-        num_train_epochs: number of epochs trained.
+        num_train_epochs: number of epochs trained, one that ``max_steps`` cut short included.
         steps: number of optimizer steps.
         skipped_updates: number of steps without any hard example, which change nothing.
         seconds: duration.
@@ -229,6 +229,18 @@ class RunReport:
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
 
+    def passed_gate(self) -> bool:
+        """Whether any epoch up to the selected one passed the gate of a fairness-gated average of weights."""
+        training = self.training
+        if training is None:
+            return False
+        last = training.selected_epoch
+        return any(
+            bool(record.get("averaged"))
+            for record in training.history
+            if last is None or (isinstance(record["epoch"], int) and record["epoch"] <= last)
+        )
+
     def is_subset(self, attack: AttackReport) -> bool:
         """True if ``attack`` saw only a part of the test images."""
         return attack.summary.num_examples < self.dataset.num_test
@@ -288,7 +300,9 @@ def environment(*, device: torch.device, num_processes: int) -> Environment:
     versions = {package.replace("-", "_"): version(package) for package in packages}
     device_name = device.type
     if device.type != "cpu":
-        device_name = torch.get_device_module(device).get_device_name(device)
+        # Apple's has no name.
+        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+        device_name = name_of(device) if name_of is not None else device.type
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -310,7 +324,10 @@ def source_commit(root: Path) -> str | None:
         return None
     answers = []
     for question in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
-        answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
+        try:
+            answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
+        except subprocess.TimeoutExpired:  # a checkout on a slow file system: not worth a report
+            return None
         if answer.returncode:
             return None
         answers.append(answer.stdout.strip())

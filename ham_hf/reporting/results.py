@@ -93,7 +93,7 @@ def training_report(
             architecture=exported.architecture,
             base_model=base_model,
             needs_ham_hf=exported.needs_ham_hf,
-            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            num_parameters=exported.num_parameters,
             upsample=exported.upsample,
             **asdict(preprocessing),
         ),

@@ -238,6 +238,11 @@ class Trainer:
                 self._train_epoch(self.progress.step // self.updates_per_epoch, stop)
         finally:
             self.log.close()
+        if self.gated is not None and not self.gated.updates:
+            logger.warning(
+                "no epoch had a worst held-out class of --fawa_threshold %s: the weights are no average",
+                self.config.fawa_threshold,
+            )
         return self.progress
 
     def _train_epoch(self, epoch: int, stop: Callable[[], str | None]) -> None:
@@ -249,7 +254,11 @@ class Trainer:
             self.progress.seconds += time.perf_counter() - since
         batches = self._batches(epoch, first)
         last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
-        way_out = smaller_batch(self.config.per_device_train_batch_size, self.config.gradient_accumulation_steps)
+        way_out = smaller_batch(
+            self.config.per_device_train_batch_size,
+            self.config.gradient_accumulation_steps,
+            may_change=not self.objective.depends_on_split,
+        )
         while self.progress.step < last:
             with explain_out_of_memory(way_out):
                 stopping = self._one_update(epoch, batches, stop)

@@ -75,7 +75,13 @@ def test_validation_names_its_own_batch_size(tmp_path, monkeypatch):
     ],
 )
 def test_suggestion_keeps_the_images_of_an_update(batch, accumulation, words):
-    assert words in smaller_batch(batch, accumulation)
+    assert words in smaller_batch(batch, accumulation, may_change=True)
+
+
+def test_suggestion_for_a_method_whose_batches_may_not_change():
+    advice = smaller_batch(128, 1, may_change=False)
+    assert "batches of 128" in advice
+    assert "--gradient_accumulation_steps" not in advice
 
 
 def test_other_errors_keep_their_own_words(tmp_path):
