@@ -238,7 +238,7 @@ class RunReport:
         return any(
             bool(record.get("averaged"))
             for record in training.history
-            if last is None or (isinstance(record["epoch"], int) and record["epoch"] <= last)
+            if last is None or (isinstance(epoch := record.get("epoch"), int) and epoch <= last)
         )
 
     def is_subset(self, attack: AttackReport) -> bool:
