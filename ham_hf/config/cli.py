@@ -53,7 +53,7 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
     _warn_of_late_starts(config)
     attack = config.attack
-    if attack.num_steps * attack.step_size < attack.epsilon:
+    if attack.num_steps * attack.step_size < attack.epsilon * (1 - 1e-9):
         logger.warning(
             "--num_steps %d of --step_size %.4g reach %.4g, less than --epsilon %.4g: the attack cannot leave the "
             "neighborhood of its random start",
