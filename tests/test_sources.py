@@ -192,6 +192,9 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
     assert data.test.labels.tolist() == [1, 2]
     assert "1 of 3 classes have no example in train: 'ghost'" in caplog.text
     assert "1 of 3 classes have no example in test: 'cat'" in caplog.text
+    caplog.clear()
+    load(str(tmp_path / "set"), validation_fraction=0, limit_train_examples=3)  # as an evaluation does
+    assert "in train" not in caplog.text
 
 
 @pytest.mark.faults(quick=True)

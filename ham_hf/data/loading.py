@@ -304,6 +304,8 @@ def _make_ready(
 
 
 def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    if part == "train" and len(labels) <= len(class_names):
+        return  # As few as that train nothing: they are there for an evaluation, and some classes have to be absent.
     absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()
     if absent:
         names = ", ".join(repr(class_names[index]) for index in absent[:5])
