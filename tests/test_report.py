@@ -153,6 +153,11 @@ def test_results_table_states_subsets_worst_class_and_interval() -> None:
     assert {line.index("±") for line in lines[1:]} == {lines[1].index("±")}
 
 
+def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.mps, "get_device_name", raising=False)
+    assert environment(device=torch.device("mps"), num_processes=1).device == "mps"
+
+
 def test_environment_names_versions_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     found = environment(device=torch.device("cpu"), num_processes=2)
