@@ -77,11 +77,11 @@ class RunLog:
         self.path = output_dir / "metrics.jsonl"
         self._waiting: list[str] = []
         if accelerator.is_main_process:
-            again = start_step if validation_due else start_step + 1
+            due = ("validation", start_step) if validation_due else None
             kept = [
                 record
                 for record in (read_log(self.path) if start_step else [])
-                if record["step"] < again or (record["step"] == start_step and record["type"] != "validation")
+                if record["step"] <= start_step and (record["type"], record["step"]) != due
             ]
             output_dir.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
