@@ -32,6 +32,7 @@ ARTEFACTS = (
     "config.json",
     "README.md",
     "report.json",
+    "predictions.parquet",
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
