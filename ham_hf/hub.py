@@ -11,6 +11,7 @@ import logging
 import re
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Collection
 from json import JSONDecodeError
 from pathlib import Path
@@ -136,13 +137,16 @@ def push_folder(
     limit_waiting()
 
     def upload() -> str:
-        commit = HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            allow_patterns=list(ARTEFACTS),
-        )
+        with warnings.catch_warnings():
+            # predictions.parquet belongs to the model.
+            warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
+            commit = HfApi().upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                allow_patterns=list(ARTEFACTS),
+            )
         return str(commit.commit_url)
 
     try:

@@ -278,6 +278,27 @@ def test_options_without_effect_are_left_out(tmp_path: Path) -> None:
     assert rows["Method option fat_tau_epochs"] == "50, 90"
 
 
+def test_the_verdict_is_the_headline(tmp_path: Path) -> None:
+    report = make_report(attacks=("clean", "pgd-20", "cw-20", "autoattack"), num_autoattack=100, verdict=True)
+    text = written(report, tmp_path)
+    summary, (low, high) = report.verdict.summary, report.verdict.intervals.worst_class
+    assert (
+        f"Of 100 test images it classifies {100 * summary.average:.1f} % correctly both as they are and under every "
+        f"attack that was run\n(PGD-20, CW-20, AutoAttack; L-infinity, ε = 8/255); in the worst class "
+        f"{100 * summary.worst_class:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)."
+    ) in text
+    _, results, per_class, _ = tables(body(text))
+    assert [row[0] for row in results[1:]] == ["Verdict", "Clean", "PGD-20", "CW-20", "AutoAttack"]
+    assert results[1][1] == "100 of 360"
+    assert per_class[0][:3] == ["Class", "Images", "Verdict"]
+    shown = [float(row[2].split()[0]) for row in per_class[1:]]
+    assert shown == sorted(shown)
+    assert "on the 100 images that every\nattack saw" in card.evaluation_section(report)
+    entries = ModelCard(text).data.eval_results
+    found = {(entry.metric_type, entry.metric_args["attack"]): entry for entry in entries}
+    assert found["accuracy", "verdict"].metric_value == pytest.approx(summary.average, abs=1e-6)
+
+
 def test_coarser_attacks_in_training_are_told(tmp_path: Path) -> None:
     for precision in ("training", "bf16"):
         config = config_of(every_method()["ham"], attack_precision=precision)

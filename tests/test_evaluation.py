@@ -39,6 +39,12 @@ def run(net, split, accelerator, **changes):
     return evaluate(net, split, standard_attacks(5, 0.01), **options | changes)
 
 
+def margin_of(logits, y):
+    """Logit of the true class minus the largest other one, row by row."""
+    rows = zip(logits.detach().tolist(), y.tolist(), strict=True)
+    return torch.tensor([row[label] - max(row[:label] + row[label + 1 :]) for row, label in rows])
+
+
 def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
     results = run(net, split, accelerator)
     assert list(results) == ["clean", "pgd-5", "cw-5"]
@@ -48,7 +54,8 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
             x, y = split.x[start : start + 10], split.labels[start : start + 10]
             clean = reference(x).argmax(1)
             right = clean == y
-            expected = clean.clone()
+            expected, margins = clean.clone(), margin_of(reference(x), y)
+            assert torch.equal(results["clean"].margins[start : start + 10], margins)
             if right.any():
                 x_adv = pgd(
                     reference,
@@ -61,7 +68,9 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
                     generator=make_generator(torch.device("cpu"), 4, Stream.EVALUATION, position, number),
                 )
                 expected[right] = reference(x_adv).argmax(1)
+                margins[right] = margin_of(reference(x_adv), y[right])
             assert torch.equal(results[name].predictions[start : start + 10], expected)
+            assert torch.equal(results[name].margins[start : start + 10], margins)
             assert torch.equal(results[name].flags[start : start + 10], right & (expected == y))
             assert torch.equal(results["clean"].flags[start : start + 10], right)
 
@@ -116,6 +125,11 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
     assert result.settings["attacks"] == attacks
     assert result.settings["subset"] is False
     assert not result.flags[::4].any()
+    # An image that withstands was returned as it was; one that falls is on the other side.
+    with torch.no_grad():
+        clean = margin_of(net(x), labels)
+    torch.testing.assert_close(result.margins[result.flags], clean[result.flags])
+    assert (result.margins[~result.flags] <= 0).all()
     weaker = run(net, split, accelerator, threat_model=ThreatModel("linf", 0.01))["pgd-5"]
     assert result.flags.sum() <= weaker.flags.sum()
     untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)
