@@ -45,7 +45,7 @@ def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple
 
     Every class with an example gets its Wilson interval at 1 - 0.05 / C (Bonferroni); the smallest of the lower ends
     and the smallest of the upper ends are the interval. It holds whichever class is the worst. Simulated coverage for
-    C = 10 and 36, 100 and 1,000 images a class (tests/benchmarks/coverage.py): {WORST}.
+    C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
 
     Args:
         correct: right examples of each class.
@@ -72,11 +72,18 @@ def fairness_intervals(
     the standard deviation, simulated), resampling changes too little at the low end: the interval then also covers
     the one that resampling from equal accuracies gives (our choice). Ends are cut to what the number can be.
 
-    Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class (tests/benchmarks/coverage.py):
+    Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class (`python -m tests.benchmarks.coverage`):
 
-    {TABLE}
+    ============================  ==================  ==================  ==================  ==================
+    true accuracies               worst 30 %          gap                 std                 NSD
+    ============================  ==================  ==================  ==================  ==================
+    spread (10 to 80 %)           88.2 / 92.6 / 95.2  82.6 / 91.9 / 94.6  92.5 / 94.4 / 95.2  93.6 / 94.6 / 94.7
+    tied (three at 20, to 75 %)   88.9 / 93.9 / 94.3  84.2 / 90.1 / 92.6  92.3 / 94.3 / 95.5  93.4 / 95.1 / 94.6
+    calibrated (all 40 %)         93.4 / 93.3 / 94.7  94.1 / 93.7 / 95.1  94.4 / 94.0 / 95.8  94.4 / 94.0 / 95.8
+    ============================  ==================  ==================  ==================  ==================
 
-    So below a few hundred images a class these intervals are somewhat too narrow; that of the worst class is not.
+    So with few images a class these intervals are somewhat too narrow, that of the gap most; that of the worst class
+    is not.
 
     Args:
         correct: right examples of each class.
