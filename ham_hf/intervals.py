@@ -72,7 +72,8 @@ def fairness_intervals(
     the standard deviation, simulated), resampling changes too little at the low end: the interval then also covers
     the one that resampling from equal accuracies gives (our choice). Ends are cut to what the number can be.
 
-    Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class (`python -m tests.benchmarks.coverage`):
+    Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class
+    (`python -m tests.benchmarks.coverage`):
 
     ============================  ==================  ==================  ==================  ==================
     true accuracies               worst 30 %          gap                 std                 NSD
