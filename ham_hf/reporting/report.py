@@ -155,6 +155,8 @@ class TrainingReport:
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
+        passes: passes over the network of the whole run, validation included, in forwards of one image
+            (`ham_hf.training.passes`); None if unknown.
     """
 
     num_train_epochs: int
@@ -166,6 +168,7 @@ class TrainingReport:
     selected_epoch: int | None
     history: tuple[Mapping[str, object], ...]
     peak_memory_bytes: int | None = None
+    passes: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))

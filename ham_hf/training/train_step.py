@@ -30,6 +30,7 @@ from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dty
 from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState
+from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
@@ -50,6 +51,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop, of all processes.
+        passes: passes over the network; see `ham_hf.training.passes`.
     """
 
     loss: float = 0.0
@@ -59,6 +61,7 @@ class Totals:
     seen: float = 0.0
     seconds: float = 0.0
     stops: float = 0.0
+    passes: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         """The sums over the updates of both."""
@@ -129,6 +132,9 @@ class TrainStep:
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
+        self.passes = PassCounter()
+        """Counts the passes over the network that nothing has added up yet."""
+        self.passes.watch(self.module)
 
     def __call__(
         self,
@@ -160,7 +166,7 @@ class TrainStep:
         with self._perturbed_weights(works, place):
             loss, observed = self._backward(works, place)
             gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
-            sums = torch.zeros(6, device=divisor.device, dtype=divisor.dtype)
+            sums = torch.zeros(7, device=divisor.device, dtype=divisor.dtype)
             sums[0] = loss
             if gradients:
                 sums[1] = torch.stack([norm.to(sums) for norm in torch._foreach_norm(gradients)]).sum()
@@ -170,21 +176,24 @@ class TrainStep:
                     sums[3] += work.batch.hard.sum()
                     sums[4] += len(work.y)
             sums[5] = float(stop() is not None)
+            sums[6] = self.passes.take()
             sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
             # The only wait for the device in an update, apart from finding the hard rows.
-            total, gradient_size, seen, hard, mined, stops, weight = torch.cat(
-                [sums[:6], divisor.amax()[None]]
+            total, gradient_size, seen, hard, mined, stops, passes, weight = torch.cat(
+                [sums[:7], divisor.amax()[None]]
             ).tolist()
             self._refuse_if_not_finite(total, gradient_size, step)
             if weight > 0:
                 self._update()
         self.optimizer.zero_grad()
-        self.method_state.after_update(sums[6:], epoch=epoch)
+        self.method_state.after_update(sums[7:], epoch=epoch)
         if weight > 0:
             self._average_buffers()
             if self.ema is not None:
                 self.ema.update(self.module, step=step + 1)
-        return Totals(loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops)
+        return Totals(
+            loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops, passes=passes
+        )
 
     def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
         rank = self.accelerator.process_index
