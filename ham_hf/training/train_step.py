@@ -34,6 +34,10 @@ from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
+CLEAN_EVERY = 16
+"""Updates of which one pays a forward of the clean images, for a log of how many are wrong without an attack: half a
+percent of a short attack's passes at most."""
+
 
 class NonFiniteLossError(RuntimeError):
     """The loss or the gradient of an update is not finite; the update was not made."""
@@ -162,6 +166,7 @@ class TrainStep:
         with gathered(self.accelerator, self.module):
             outer = self._inner_maximization(batches, place)
             self._preview(batches, outer, place)
+            self._note_clean(batches, outer, place)
         works, divisor = self._weigh(batches, outer, epoch)
         with self._perturbed_weights(works, place):
             loss, observed = self._backward(works, place)
@@ -223,9 +228,19 @@ class TrainStep:
             if len(batch.y):
                 with torch.no_grad(), preserved_buffers(self.module):
                     logits = self._training_forward(self.module, batch, number, place)
-            sums.append(weighting.preview(logits[: len(batch.y)], batch.y, num_classes))
+            labels = batch.adversarial_y
+            sums.append(weighting.preview(logits[: len(labels)], labels, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
         weighting.before_update(self.method_state.states[weighting.name], total)
+
+    def _note_clean(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
+        """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""
+        if place[1] % CLEAN_EVERY or outer[0].wrong_at_start is None:
+            return
+        with evaluation_mode(self.module), torch.no_grad():
+            for batch in batches:
+                logits = self.attacked(batch.x.contiguous(memory_format=self.memory_format))
+                self.method_state.note_clean(batch.y, logits.argmax(1) != batch.y)
 
     def _weigh(
         self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], epoch: int
