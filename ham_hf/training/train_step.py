@@ -35,7 +35,13 @@ from ham_hf.training.weight_perturbation import awp_direction, perturbable, pert
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of an update is not finite; the update was not made."""
+    """The loss or the gradient of an update is not finite, and it was not made; or what it led to is not finite."""
+
+
+STAY_FINITE = (
+    "Lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the "
+    "last checkpoint is spoilt, resume from an earlier one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +299,7 @@ class TrainStep:
             return
         self.optimizer.zero_grad()
         what = "gradient" if math.isfinite(loss) else "loss"
-        raise NonFiniteLossError(
-            f"the {what} of update {step} is not finite: the update was not made. Lower --learning_rate, lengthen "
-            "--warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the last checkpoint is "
-            "spoilt, resume from an earlier one"
-        )
+        raise NonFiniteLossError(f"the {what} of update {step} is not finite: the update was not made. {STAY_FINITE}")
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:
