@@ -1,6 +1,7 @@
 """Hard adversarial example mining (HAM; Lin et al., IEEE TIFS 2025): attack, drop the easy, go on with the hard.
 
-An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise. PGD
+An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise; one whose
+logits are not finite is hard. PGD
 has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on the rows that are left.
 
 `mine_three_kinds` (ours) also ends the attack early for examples that are misclassified before it begins.
@@ -15,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd
+from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd, predicted
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,7 +119,7 @@ def mine_hard_examples(
             with torch.no_grad():
                 logits = model(x_early)
             x_next = x_early
-        hard = logits.argmax(1) != y
+        hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
         if isinstance(loss_fn, RowLoss):
@@ -196,7 +197,7 @@ def mine_three_kinds(
             loss_fn=seen,
             generator=generator,
         )
-        wrong_at_start = seen.logits.argmax(1) != y
+        wrong_at_start = predicted(seen.logits) != y
         attacked = (mined.hard & ~wrong_at_start).nonzero().squeeze(1)
         if isinstance(loss_fn, RowLoss):
             loss_fn.keep(attacked)

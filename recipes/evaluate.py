@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub_waiting import limit_waiting
@@ -93,7 +94,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    faults = (MemoryExhaustedError, CorruptImageError, FaultError, OSError)
+    faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, OSError)
     with (
         clean_exit(*faults),
         explain_faults(num_processes=world, way_on="the same command"),

@@ -25,6 +25,7 @@ from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
+from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
@@ -172,7 +173,15 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         accelerator.num_processes,
         accelerator.device,
     )
-    faults = (NonFiniteLossError, MemoryExhaustedError, CorruptImageError, StreamError, FaultError, OSError)
+    faults = (
+        NonFiniteLossError,
+        NonFiniteLogitsError,
+        MemoryExhaustedError,
+        CorruptImageError,
+        StreamError,
+        FaultError,
+        OSError,
+    )
     world = launched_processes()
     try:
         with clean_exit(*faults), explain_faults(num_processes=world), stop.deferred():

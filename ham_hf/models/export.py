@@ -110,7 +110,8 @@ def export_for_timm(
 
     Raises:
         ValueError: if classes or channels do not match the backbone, or something cannot be written as JSON.
-        RuntimeError: if the network that timm builds from the files disagrees with the backbone.
+        RuntimeError: if the backbone's logits are not finite, or the network that timm builds from the files disagrees
+            with it.
     """
     trained = _copy_of_trained(backbone)
     _check(trained, preprocessing, class_names, metadata)
@@ -251,7 +252,7 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
         Number of parameters of what timm loads.
 
     Raises:
-        RuntimeError: if their logits differ.
+        RuntimeError: if those of the trained network are not finite, or their logits differ.
     """
     with torch.random.fork_rng(devices=[]):
         loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -262,11 +263,18 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
         expected = PixelModel(trained, preprocessing.mean, preprocessing.std)(x)
         difference = (expected - published(x)).abs().max().item()
     largest = expected.abs().max().item()
+    if not expected.isfinite().all():
+        spoilt = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
+        weights = f"values in {', '.join(spoilt[:5])} are not finite" if spoilt else "its weights are finite"
+        raise RuntimeError(
+            f"the logits of the trained network are not finite ({weights}), so nothing was written: train again with "
+            "a lower --learning_rate, or take weights of an earlier epoch"
+        )
     # Written so that NaN fails.
     if not difference <= _LOGIT_TOLERANCE * max(1.0, largest):
         raise RuntimeError(
             f"the network that timm loads from the export disagrees with the trained one by {difference:.2g} in the "
             f"logits (the largest logit is {largest:.2g}), so nothing was written. Was the model changed after it was "
-            f"built, or are its weights not finite?"
+            f"built?"
         )
     return sum(parameter.numel() for parameter in loaded.parameters())

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ham_hf.attacks import predicted
 from ham_hf.objectives.base import State, class_sums, statistics_dtype
 from ham_hf.objectives.combining import BuiltOnLoss
 from ham_hf.objectives.losses import BaseLoss
@@ -63,7 +64,7 @@ class HardFraction(BuiltOnLoss):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """See `Objective.observe`: wrong and all examples of each class."""
-        wrong = (logits.argmax(1) != y).to(statistics_dtype(logits.device))
+        wrong = (predicted(logits) != y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:

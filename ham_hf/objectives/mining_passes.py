@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pgd
+from ham_hf.attacks import ThreatModel, pgd, predicted
 from ham_hf.mining import HardExamples, rows_of
 from ham_hf.objectives.base import InnerAttack, OuterBatch, State, States
 from ham_hf.objectives.combining import BuiltOnLoss
@@ -109,7 +109,7 @@ class Mining(BuiltOnLoss):
         """See `Objective.observe`: number of hard examples and of all, once mining has begun."""
         if epoch < self.warmup_epochs:
             return None
-        hard = logits.argmax(1) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
+        hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
     def after_update(self, state: State, sums: Tensor) -> None:

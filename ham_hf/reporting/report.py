@@ -118,7 +118,8 @@ class AttackReport:
         name: "clean", "pgd-20", "cw-20", "autoattack", ...
         settings: settings of the attack, JSON values only.
         summary: per-class accuracy and fairness numbers.
-        confusion: (C, C) counts, row = true class; None with more than ``MAX_CONFUSION_CLASSES`` classes.
+        confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
+            ``MAX_CONFUSION_CLASSES`` classes.
         seconds: duration.
     """
 
@@ -279,7 +280,7 @@ def attack_report(
         name: "clean", "pgd-20", ...
         settings: settings of the attack, JSON values only.
         flags: (N,) bool, True where the example stayed correctly classified.
-        predictions: (N,) integers in [0, num_classes), under attack.
+        predictions: (N,) integers in [0, num_classes), under attack; -1 for logits that are not finite.
         labels: (N,) integers in [0, num_classes).
         seconds: duration.
         num_classes: C.
@@ -288,7 +289,7 @@ def attack_report(
         ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
     """
     summary = summarize(flags, labels, num_classes)
-    if predictions.shape != labels.shape or not 0 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
         raise ValueError(
             f"{name}: expected {len(labels)} predictions in [0, {num_classes}), got shape {tuple(predictions.shape)} "
             f"with values {int(predictions.min())}..{int(predictions.max())}; has the model as many outputs as the "

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import evaluation_mode
+from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import PixelBatch
 from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
 from ham_hf.precision import BFloat16Passes
@@ -40,7 +40,13 @@ percent of a short attack's passes at most."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of an update is not finite; the update was not made."""
+    """The loss or the gradient of an update is not finite, and it was not made; or what it led to is not finite."""
+
+
+STAY_FINITE = (
+    "Lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the "
+    "last checkpoint is spoilt, resume from an earlier one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +246,7 @@ class TrainStep:
         with evaluation_mode(self.module), torch.no_grad():
             for batch in batches:
                 logits = self.attacked(batch.x.contiguous(memory_format=self.memory_format))
-                self.method_state.note_clean(batch.y, logits.argmax(1) != batch.y)
+                self.method_state.note_clean(batch.y, predicted(logits) != batch.y)
 
     def _weigh(
         self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], epoch: int
@@ -317,11 +323,7 @@ class TrainStep:
             return
         self.optimizer.zero_grad()
         what = "gradient" if math.isfinite(loss) else "loss"
-        raise NonFiniteLossError(
-            f"the {what} of update {step} is not finite: the update was not made. Lower --learning_rate, lengthen "
-            "--warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the last checkpoint is "
-            "spoilt, resume from an earlier one"
-        )
+        raise NonFiniteLossError(f"the {what} of update {step} is not finite: the update was not made. {STAY_FINITE}")
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:

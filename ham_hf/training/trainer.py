@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
-from ham_hf.evaluation import check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.memory import explain_out_of_memory, smaller_batch
 from ham_hf.metrics import FairnessSummary
 from ham_hf.objectives import InnerAttack, Objective
@@ -47,7 +47,7 @@ from ham_hf.training.sharding import (
     whole_state,
 )
 from ham_hf.training.stopping import TrainingStopped
-from ham_hf.training.train_step import Totals, TrainStep
+from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
 from ham_hf.training.update_size import keep_update_size
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,8 @@ class Trainer:
 
         Raises:
             TrainingStopped: if ``stop`` gave a reason; everything up to here is in a checkpoint.
-            NonFiniteLossError: before an update whose loss or gradient is not finite.
+            NonFiniteLossError: before an update whose loss or gradient is not finite, or where the logits of held-out
+                images, or the weights that were to be selected, are not.
             MemoryExhaustedError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
                 ones that cannot be written are logged, and training goes on.
@@ -281,7 +282,14 @@ class Trainer:
         with explain_out_of_memory(
             f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest goes on"
         ):
-            self._validate(epoch)
+            try:
+                self._validate(epoch)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLossError(
+                    f"validation after epoch {epoch + 1} (counted from 1): the logits are not finite on {error.count} "
+                    f"of {error.total} held-out images ({error.reason}); these weights are not selected, and training "
+                    f"ends here. {STAY_FINITE}"
+                ) from error
         self.progress.validation_due = None
         if self._save_is_due(epoch_ended=True):
             self._save()
@@ -369,6 +377,7 @@ class Trainer:
         if best is None or lost or score >= best["score"]:
             self.progress.best = {"score": score, "metric": self.config.selection_metric, "step": step, "epoch": epoch}
             weights = whole_state(self.selected_module.state_dict())
+            self._refuse_weights_not_finite(weights, epoch)
             if self.accelerator.is_main_process:
                 self.files.select(weights, self.progress.best)
 
@@ -380,6 +389,17 @@ class Trainer:
         """Passes since they were last added up, outside of updates."""
         passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
         return float(self.accelerator.reduce(passes, "sum"))
+
+    def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
+        """Refuse to select weights that are not finite; without held-out images no logits have told so."""
+        spoilt = []
+        if self.accelerator.is_main_process:
+            spoilt = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if anywhere(self.accelerator, bool(spoilt)):
+            raise NonFiniteLossError(
+                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoilt[:5])}); they are "
+                f"not selected, and training ends here. {STAY_FINITE}"
+            )
 
     @property
     def selected_module(self) -> nn.Module:
