@@ -170,13 +170,14 @@ def _copy_of_trained(model: nn.Module) -> _Trained:
     arguments = {
         name: value
         for name, value in module._model_args.items()
-        if name not in _REGULARISATION and not name.endswith("_drop_rate")
+        # The number of classes stands beside model_args; transformers refuses a second one.
+        if name != "num_classes" and name not in _REGULARISATION and not name.endswith("_drop_rate")
     }
     arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
     return _Trained(
         module=module,
         architecture=module.pretrained_cfg["architecture"],
-        model_args={**arguments, "num_classes": module.num_classes},
+        model_args=arguments,
         pretrained_cfg=module.pretrained_cfg,
         num_classes=module.num_classes,
         num_features=module.num_features,
