@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from ham_hf.training.sharding import shard_on_cpu, sharding_plugin
 
@@ -52,12 +52,17 @@ def create_accelerator(
     if dynamo.lower() != "no":
         # It would wrap the network, whose weights then have other names in every file.
         logger.warning("--torch_compile decides, not the launcher's dynamo_backend %s", dynamo)
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        logger.warning("--gradient_accumulation_steps decides, not the launcher's %s", accumulation)
     accelerator = Accelerator(
         # Without this, several processes on a machine without accelerators each believe to be alone.
         cpu=use_cpu or (world > 1 and not torch.accelerator.is_available()),
         mixed_precision=mixed_precision,
         fsdp_plugin=plugin,
         dynamo_backend="no",
+        # A plugin, as the number alone loses to the launcher's variable: accelerate would divide every gradient by it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=None if report_to == "none" else report_to,
         project_dir=None if logging_dir is None else str(logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
