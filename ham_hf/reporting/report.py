@@ -205,6 +205,8 @@ class RunReport:
         environment: software and hardware.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
+        notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
+            on the way); the card lists them.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -219,6 +221,7 @@ class RunReport:
     environment: Environment
     seeds: Mapping[str, int]
     created: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.results:
