@@ -841,7 +841,9 @@ def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
     assert parse_evaluate_config(["--config", str(path)]) == parse_evaluate_config(argv)
 
 
-@pytest.mark.parametrize("written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"])
+@pytest.mark.parametrize(
+    "written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"]
+)
 @pytest.mark.parametrize("flag", ["lr_drops", "epsilon", "num_steps", "fat_tau_epochs"])
 def test_what_is_no_number_is_refused_in_our_words(flag, written, capsys):
     with pytest.raises(SystemExit) as exit_:
