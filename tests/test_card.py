@@ -464,14 +464,14 @@ def test_metadata_names_the_split_of_the_test_images(tmp_path: Path, origin: str
 
 
 def test_drops_of_another_schedule_and_options_that_are_off_are_not_listed(tmp_path: Path) -> None:
-    ham = {"method": "ham", "keep_easy_fraction": 0.0, "keep_easy_as": "clean", "lr_drops": ["60:0.1"]}
+    ham = {"method": "ham", "easy_weight": 0.0, "easy_fraction": 0.3, "lr_drops": ["60:0.1"]}
     rows = training_table(written(with_config(make_report().config | ham | {"lr_scheduler_type": "cosine"}), tmp_path))
-    assert not {"Learning rate drops (epoch:factor)", "Method option keep_easy_as"} & set(rows)
-    assert "Method option keep_easy_fraction" not in rows
-    ham |= {"keep_easy_fraction": 0.3, "lr_scheduler_type": "piecewise"}
+    assert not {"Learning rate drops (epoch:factor)", "Method option easy_fraction"} & set(rows)
+    assert "Method option easy_weight" not in rows
+    ham |= {"easy_weight": 0.5, "lr_scheduler_type": "piecewise"}
     rows = training_table(written(with_config(make_report().config | ham), tmp_path))
     assert rows["Learning rate drops (epoch:factor)"] == "60:0.1"
-    assert (rows["Method option keep_easy_fraction"], rows["Method option keep_easy_as"]) == ("0.3", "clean")
+    assert (rows["Method option easy_weight"], rows["Method option easy_fraction"]) == ("0.5", "0.3")
 
 
 @pytest.mark.parametrize(("start", "said"), [(12, True), (11, False)])
