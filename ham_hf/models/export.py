@@ -219,6 +219,7 @@ def _config(
         image_size=preprocessing.image_size,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
         upsample=published.upsample,
     )
     return {
@@ -239,7 +240,7 @@ def _data_config(preprocessing: Preprocessing, upsample: int) -> dict[str, Any]:
         "input_size": (preprocessing.in_chans, size, size),
         "interpolation": preprocessing.interpolation if plain else "nearest",
         "crop_pct": preprocessing.crop_pct if plain else 1.0,
-        "crop_mode": "center",
+        "crop_mode": preprocessing.crop_mode,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
     }
