@@ -49,9 +49,10 @@ class ModelReport:
         in_chans: number of image channels.
         upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
         interpolation: interpolation of the resize in the evaluation transform.
-        crop_pct: share of the resized image that the center crop keeps, (0, 1].
+        crop_pct: side of the input by the side that images are resized to.
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel divisor.
+        crop_mode: which sides the resize fits, by timm's names: center, squash or border.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ModelReport:
     crop_pct: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
