@@ -33,6 +33,7 @@ ARTEFACTS = (
     "config.json",
     "README.md",
     "report.json",
+    "predictions.parquet",
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
@@ -221,8 +222,7 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
         return str(_retry(upload, attempts=3, also=CONFLICTS).commit_url)
     except PUSH_ERRORS as error:
         raise PushError(
-            f"pushing to {repo_id} failed: {_without_token(error)}
-{repo_id} is as it was. {_way_out(error)}Give the "
+            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_way_out(error)}Give the "
             "same command again"
         ) from None
 

@@ -238,7 +238,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 peak_memory_bytes=peak_memory,
             )
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
-            write_training(report, folder, examples=examples, repo_id=repo_id)
+            write_training(report, folder, results=results, examples=examples, repo_id=repo_id)
             remove_partial_results(folder)
         show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
     main_process = accelerator.is_main_process

@@ -291,7 +291,9 @@ def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:
     clean = report.results["clean"].summary
     assert results[0][:3] == ["Evaluation", "Images", "Average"]
     assert results[1][0:2] == ["Clean", "360"]
-    assert results[1][4] == f"{100 * clean.worst_class:.1f} ({DIGITS[clean.worst_class_index]})"
+    low, high = report.results["clean"].intervals.worst_class
+    interval = f"({100 * low:.1f}–{100 * high:.1f})"
+    assert results[1][4] == f"{100 * clean.worst_class:.1f} {interval} ({DIGITS[clean.worst_class_index]})"
     robust = report.results["cw-20"].summary.per_class
     order = sorted((index for index in range(10) if index != 4), key=lambda index: robust[index].accuracy)
     assert [row[0] for row in per_class[1:]] == [DIGITS[index] for index in order]

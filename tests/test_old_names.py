@@ -1,4 +1,4 @@
-"""Recipes and train_config.yaml files of earlier versions: read where they mean the same, refused by name elsewhere."""
+"""Names of options that are no more: old train_config.yaml files are read where the meaning is the same."""
 
 from __future__ import annotations
 

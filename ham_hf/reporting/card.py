@@ -122,7 +122,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
         metrics=["accuracy"],
         model_name=_title(report, repo_id),
-        eval_results=[entry for attack in report.results.values() for entry in _eval_results(report, attack)],
+        eval_results=[entry for attack in report.entries() for entry in _eval_results(report, attack)],
     )
 
 
@@ -179,6 +179,7 @@ def _template() -> Template:
         "percent": lambda share: Markdown(percent(share)),
         "thousands": lambda number: Markdown(f"{number:,}"),
         "number": lambda number: Markdown(f"{number:g}"),
+        "interval": lambda ends: Markdown(" to ".join(map(percent, ends))),
         "numbers": lambda numbers: Markdown(", ".join(f"{number:.4g}" for number in numbers)),
     }
     return environment.from_string(_template_source())
@@ -228,7 +229,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "repo_id": repo_id,
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
         "image_mode": Markdown({1: "L", 3: "RGB", 4: "RGBA"}.get(report.model.in_chans, "RGB")),
-        "rows": results_table(report),
+        "rows": results_table(report, intervals=True),
+        "verdict": report.verdict,
+        "verdict_attacks": ", ".join(attack.title for attack in report.results.values() if attack.name != "clean"),
+        "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
         "num_tested_classes": len(class_rows),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
@@ -256,8 +260,8 @@ def _dataset_name(report: RunReport) -> str:
 
 
 def _class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with test images, the worst under the reference attack first."""
-    order_by = report.reference_attack() or next(iter(report.results.values()))
+    """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
+    order_by = report.verdict or report.reference_attack() or next(iter(report.results.values()))
     entries = order_by.summary.per_class
     present = [index for index, entry in enumerate(entries) if entry.count]
     present.sort(key=lambda index: entries[index].accuracy or 0.0)
@@ -267,7 +271,7 @@ def _class_rows(report: RunReport) -> list[dict[str, str]]:
             "Class": plain_text(report.dataset.class_names[index], 40),
             "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),
         }
-        for attack in report.results.values():
+        for attack in report.entries():
             entry = attack.summary.per_class[index]
             row[attack.title] = "–"
             if entry.accuracy is not None and entry.low is not None and entry.high is not None:

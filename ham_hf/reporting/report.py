@@ -16,7 +16,7 @@ import sys
 import types
 import typing
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from ham_hf import __version__
+from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 
 SCHEMA_VERSION = 1
@@ -117,12 +119,13 @@ class AttackReport:
     """Result of one evaluation.
 
     Attributes:
-        name: "clean", "pgd-20", "cw-20", "autoattack", ...
-        settings: settings of the attack, JSON values only.
+        name: "clean", "pgd-20", "cw-20", "autoattack", ..., or "verdict".
+        settings: settings of the attack, JSON values only; of the verdict, which attacks it is of.
         summary: per-class accuracy and fairness numbers.
         confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
-            ``MAX_CONFUSION_CLASSES`` classes.
+            ``MAX_CONFUSION_CLASSES`` classes, and of the verdict, which is of several attacks.
         seconds: duration.
+        intervals: of the fairness numbers; None in reports from before there were any.
     """
 
     name: str
@@ -130,6 +133,7 @@ class AttackReport:
     summary: FairnessSummary
     confusion: tuple[tuple[int, ...], ...] | None
     seconds: float
+    intervals: FairnessIntervals | None = None
 
     def __post_init__(self) -> None:
         # It names files of figures.
@@ -142,7 +146,7 @@ class AttackReport:
     @property
     def title(self) -> str:
         """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"."""
-        fixed = {"clean": "Clean", "autoattack": "AutoAttack"}
+        fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
         return fixed.get(self.name, self.name.upper())
 
 
@@ -209,6 +213,8 @@ class RunReport:
         created: UTC time, ISO 8601.
         notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
             on the way); the card lists them.
+        verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
+            saw; None without an attack, and in reports from before there was one.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -224,13 +230,18 @@ class RunReport:
     seeds: Mapping[str, int]
     created: str
     notes: tuple[str, ...] = ()
+    verdict: AttackReport | None = None
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a report needs at least one evaluation, got none")
-        for attack in self.results.values():
+        for attack in self.entries():
             _check_classes(attack, len(self.dataset.class_names))
         object.__setattr__(self, "config", _json_values(self.config, "config"))
+
+    def entries(self) -> tuple[AttackReport, ...]:
+        """The verdict, where there is one, and every evaluation, in the order in which tables show them."""
+        return (*([] if self.verdict is None else [self.verdict]), *self.results.values())
 
     def reference_attack(self) -> AttackReport | None:
         """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
@@ -303,7 +314,41 @@ def attack_report(
     confusion = None
     if num_classes <= MAX_CONFUSION_CLASSES:
         confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())
-    return AttackReport(name=name, settings=settings, summary=summary, confusion=confusion, seconds=seconds)
+    return AttackReport(
+        name=name,
+        settings=settings,
+        summary=summary,
+        confusion=confusion,
+        seconds=seconds,
+        intervals=intervals_of(summary),
+    )
+
+
+def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
+    """The verdict on the images that every attack saw; None without an attack.
+
+    Args:
+        verdicts: of each image.
+        seconds: duration of all attacks together.
+    """
+    judged = verdicts.judged
+    if not bool(judged.any()):
+        return None
+    summary = summarize(verdicts.withstood[judged], verdicts.labels[judged], len(verdicts.class_names))
+    return AttackReport(
+        name="verdict",
+        settings={"attacks": list(verdicts.attacks)},
+        summary=summary,
+        confusion=None,
+        seconds=seconds,
+        intervals=intervals_of(summary),
+    )
+
+
+def intervals_of(summary: FairnessSummary) -> FairnessIntervals:
+    """Intervals of the fairness numbers of a summary."""
+    entries = summary.per_class
+    return fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
 
 
 def environment(*, device: torch.device, num_processes: int) -> Environment:
@@ -388,14 +433,19 @@ def read_report(path: str | Path) -> RunReport:
     return report
 
 
-def results_table(report: RunReport) -> list[dict[str, str]]:
-    """One row per evaluation, column title to text; accuracies in percent, NSD as a ratio.
+def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
+    """One row per evaluation, the verdict first, column title to text; accuracies in percent, NSD as a ratio.
 
     The number after ± is half the 95 % interval. Class names are cleaned (``plain_text``) but not escaped.
+
+    Args:
+        report: a finished run.
+        intervals: also show the 95 % intervals of the fairness numbers, which make the table wide.
     """
     rows = []
-    for attack in report.results.values():
+    for attack in report.entries():
         summary = attack.summary
+        known = attack.intervals if intervals else None
         half = (summary.average_high - summary.average_low) / 2
         worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
         rows.append(
@@ -406,15 +456,25 @@ def results_table(report: RunReport) -> list[dict[str, str]]:
                 else f"{summary.num_examples}",
                 "Average": f"{percent(summary.average)} ± {percent(half)}",
                 "Macro": percent(summary.macro_average),
-                "Worst class": f"{percent(summary.worst_class)} ({worst_name})",
+                "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
                 "Worst 10 %": percent(summary.worst_10_percent),
-                "Worst 30 %": percent(summary.worst_30_percent),
-                "Gap": percent(summary.gap),
-                "Std": percent(summary.std),
-                "NSD": "–" if summary.nsd is None else f"{summary.nsd:.3f}",
+                "Worst 30 %": percent(summary.worst_30_percent) + interval_text(known, "worst_30_percent"),
+                "Gap": percent(summary.gap) + interval_text(known, "gap"),
+                "Std": percent(summary.std) + interval_text(known, "std"),
+                "NSD": "–"
+                if summary.nsd is None
+                else f"{summary.nsd:.3f}{interval_text(known, 'nsd', digits=lambda end: f'{end:.3f}')}",
             }
         )
     return rows
+
+
+def interval_text(
+    intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = lambda end: f"{100 * end:.1f}"
+) -> str:
+    """The two ends to put behind a number, as " (7.1–12.9)" in percent; nothing where they are not known."""
+    ends = None if intervals is None else getattr(intervals, name)
+    return "" if ends is None else f" ({'–'.join(map(digits, ends))})"
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -449,6 +509,10 @@ def plain_text(value: object, max_length: int = 60) -> str:
 def _check_classes(attack: AttackReport, num_classes: int) -> None:
     """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
     summary = attack.summary
+    if attack.intervals is not None:
+        values = (getattr(attack.intervals, field.name) for field in fields(attack.intervals))
+        if any(len(ends) != 2 for ends in values if ends is not None):
+            raise ValueError(f"{attack.name}: an interval has two ends")
     indices = (*summary.missing_classes, summary.worst_class_index)
     sizes = {len(summary.per_class)}
     if attack.confusion is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData
 from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.reporting.card import evaluation_section, write_card
@@ -28,6 +29,7 @@ from ham_hf.reporting.report import (
     environment,
     hub_dataset_id,
     utc_now,
+    verdict_report,
     write_report,
 )
 from ham_hf.training.runlog import read_log
@@ -48,6 +50,11 @@ def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dic
         )
         for name, result in results.items()
     }
+
+
+def verdict_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) -> AttackReport | None:
+    """The verdict in the form of the report; None without an attack."""
+    return verdict_report(verdicts_of(results, class_names), seconds=sum(found.seconds for found in results.values()))
 
 
 def dataset_report(data: ImageData) -> DatasetReport:
@@ -117,6 +124,7 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
+        verdict=verdict_of(results, data.class_names),
     )
 
 
@@ -135,8 +143,17 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
 
 
-def write_training(report: RunReport, folder: Path, *, examples: ExampleStrip, repo_id: str | None) -> None:
-    """Report, figures and card of a training run whose model and log are in ``folder`` already."""
+def write_training(
+    report: RunReport,
+    folder: Path,
+    *,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    repo_id: str | None,
+) -> None:
+    """Predictions, report, figures and card of a training run whose model and log are in ``folder`` already."""
+    # Before the report, which says that a run is finished.
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
     write_report(report, folder)
     train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
     save_figures(report, folder, examples=examples, train_log=train_log)
@@ -177,11 +194,15 @@ def evaluation_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": seed},
         created=utc_now(),
+        verdict=verdict_of(results, data.class_names),
     )
 
 
-def write_evaluation(report: RunReport, folder: Path, *, examples: ExampleStrip) -> None:
-    """Report, figures and the evaluation part of a card, ``EVALUATION.md``."""
+def write_evaluation(
+    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+) -> None:
+    """Predictions, report, figures and the evaluation part of a card, ``EVALUATION.md``."""
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
