@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
+from ham_hf.attacks import ThreatModel, evaluation_mode, pgd, unsaturated_cross_entropy
 from ham_hf.config import (
     DataConfig,
     EvaluationConfig,
@@ -21,6 +21,7 @@ from ham_hf.config import (
     pixel_unit_problems,
 )
 from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
+from ham_hf.data.provenance import Provenance, plain_name, read_provenance
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
@@ -51,6 +52,8 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
         in_chans=inputs.in_chans,
         interpolation=inputs.interpolation,
         crop_pct=inputs.crop_pct,
+        crop_mode=inputs.crop_mode,
+        border_color=inputs.mean,
         seed=seed,
     )
 
@@ -58,16 +61,19 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
 def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[PixelModel, Preprocessing]:
     """A model to train, the same on every process.
 
-    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's.
+    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's,
+    unless images are brought to their size with borders of the mean color, which then has to stay.
     """
     inputs = input_defaults(config.model_name, model_args=config.model_args)
+    own_statistics = config.pretrained or data.crop_mode == "border"
     preprocessing = Preprocessing(
         image_size=data.image_size,
         in_chans=data.in_chans,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,
-        mean=inputs.mean if config.pretrained else data.channel_mean,
-        std=inputs.std if config.pretrained else data.channel_std,
+        crop_mode=data.crop_mode,
+        mean=inputs.mean if own_statistics else data.channel_mean,
+        std=inputs.std if own_statistics else data.channel_std,
     )
     torch.manual_seed(seed)
     backbone = create_backbone(
@@ -143,9 +149,59 @@ def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float
     return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4
 
 
-def plain_dataset_name(name: str) -> str:
-    """A dataset's name without the path of a local folder, which is nobody else's business."""
-    return Path(name).name if Path(name).exists() else name
+def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
+    """The data that a model was trained on, held out just as in training; ``validation`` is what it never trained on.
+
+    Args:
+        loaded: the model; its ``config.json`` records the split, the seed and the shares.
+        config: says where the data is now (``dataset_name``) and how it is decoded. What decides which images are
+            held out is taken from the record, whatever it says.
+
+    Raises:
+        ValueError: if the model records nothing or held nothing out, or if the data is not what it was trained on.
+    """
+    trained = provenance_of(loaded)
+    if trained is None:
+        raise ValueError(
+            "the model's config.json does not record what it was trained on (ham_hf.trained_on), so its validation "
+            "images cannot be found again; train it with this version"
+        )
+    if trained.validation_fraction == 0:
+        raise ValueError(
+            "the model was trained with --validation_fraction 0, so it has seen every training image; choose a model "
+            "that was trained with a held-out part"
+        )
+    settings = trained.loading_settings(config.dataset_name)
+    seed = settings.pop("seed")
+    data = load_data(
+        replace(config, **settings),
+        image_size=loaded.preprocessing.image_size,
+        inputs=loaded.preprocessing,
+        seed=seed,
+    )
+    found = data.provenance
+    if found is None or (found.num_images, found.fingerprint) != (trained.num_images, trained.fingerprint):
+        raise ValueError(
+            f"--dataset_name {config.dataset_name}: split {trained.train_split!r} is not what the model was trained "
+            f"on, {trained.num_images} images of {trained.dataset}: number of images or labels differ; give that "
+            "dataset, or a copy of it"
+        )
+    return data
+
+
+def provenance_of(loaded: LoadedModel) -> Provenance | None:
+    """What a model was trained on; None if its ``config.json`` does not say so.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    record = loaded.metadata.get("trained_on")
+    if record is None:
+        return None
+    try:
+        return read_provenance(record)
+    except ValueError as error:
+        raise ValueError(f"the model's config.json is damaged: ham_hf.{error}") from error
 
 
 def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float) -> None:
@@ -157,7 +213,7 @@ def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float
         ValueError: if the model was trained on the same dataset with another fraction.
     """
     trained = loaded.metadata.get("test_fraction", test_fraction)
-    same = loaded.metadata.get("dataset") == plain_dataset_name(data.name)
+    same = loaded.metadata.get("dataset") == plain_name(data.name)
     if same and data.test_split_origin.startswith("held out") and trained != test_fraction:
         raise ValueError(
             f"--test_fraction {test_fraction} would test on images that the model was trained on; "
@@ -183,6 +239,7 @@ def example_strip(
             threat_model=threat_model,
             num_steps=attack.num_steps,
             step_size=attack.step_size,
+            loss_fn=unsaturated_cross_entropy,
             generator=make_generator(device, seed, Stream.EVALUATION, 0, 0),
         )
         return ExampleStrip(
@@ -206,8 +263,9 @@ def export_model(model: PixelModel, config: TrainConfig, data: ImageData, prepro
             "norm": config.attack.norm,
             "epsilon": config.attack.epsilon,
             "method": config.method.name,
-            "dataset": plain_dataset_name(data.name),
+            "dataset": plain_name(data.name),
             "test_fraction": config.data.test_fraction,
+            "trained_on": data.provenance.record() if data.provenance is not None else None,
         },
         model_license=config.hub.model_license,
         tag=config.method.name,

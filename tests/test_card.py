@@ -487,14 +487,14 @@ def test_metadata_names_the_split_of_the_test_images(tmp_path: Path, origin: str
 
 
 def test_drops_of_another_schedule_and_options_that_are_off_are_not_listed(tmp_path: Path) -> None:
-    ham = {"method": "ham", "keep_easy_fraction": 0.0, "keep_easy_as": "clean", "lr_drops": ["60:0.1"]}
+    ham = {"method": "ham", "easy_weight": 0.0, "easy_fraction": 0.3, "lr_drops": ["60:0.1"]}
     rows = training_table(written(with_config(make_report().config | ham | {"lr_scheduler_type": "cosine"}), tmp_path))
-    assert not {"Learning rate drops (epoch:factor)", "Method option keep_easy_as"} & set(rows)
-    assert "Method option keep_easy_fraction" not in rows
-    ham |= {"keep_easy_fraction": 0.3, "lr_scheduler_type": "piecewise"}
+    assert not {"Learning rate drops (epoch:factor)", "Method option easy_fraction"} & set(rows)
+    assert "Method option easy_weight" not in rows
+    ham |= {"easy_weight": 0.5, "lr_scheduler_type": "piecewise"}
     rows = training_table(written(with_config(make_report().config | ham), tmp_path))
     assert rows["Learning rate drops (epoch:factor)"] == "60:0.1"
-    assert (rows["Method option keep_easy_fraction"], rows["Method option keep_easy_as"]) == ("0.3", "clean")
+    assert (rows["Method option easy_weight"], rows["Method option easy_fraction"]) == ("0.5", "0.3")
 
 
 @pytest.mark.parametrize(("start", "said"), [(12, True), (11, False)])
@@ -519,6 +519,17 @@ def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) 
     text = written(report, tmp_path)
     assert "The weights are those after the last step." in text
     assert "3 corrupt images of the dataset were skipped." in text
+
+
+def test_notes_are_listed_in_card_and_evaluation_as_text_alone(tmp_path: Path) -> None:
+    plain = make_report()
+    assert "Notes on this run" not in written(plain, tmp_path)
+    report = dataclasses.replace(plain, notes=("3 images were left out.", *HOSTILE))
+    text = written(report, tmp_path)
+    assert "### Notes on this run\n\n- 3 images were left out.\n" in text
+    harmless = dataclasses.replace(plain, notes=("3 images were left out.", *("word" for _ in HOSTILE)))
+    assert structure(body(text)) == structure(body(written(harmless, tmp_path)))
+    assert "- 3 images were left out." in evaluation_section(report)
 
 
 def test_a_thousand_classes_are_cut_to_the_worst(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
 from ham_hf.evaluation import EvaluationAttack, evaluate, standard_attacks
 from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
+from ham_hf.evaluation.robustness import true_margins
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from tests.golden_data import golden_case, golden_net
 from tests.nets import TensorImages, group_norm_net
@@ -73,6 +74,16 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
             assert torch.equal(results[name].margins[start : start + 10], margins)
             assert torch.equal(results[name].flags[start : start + 10], right & (expected == y))
             assert torch.equal(results["clean"].flags[start : start + 10], right)
+
+
+def test_logits_that_are_not_finite_have_no_margin():
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[2.0, -1.0, 1.5], [inf, 0, 0], [0, 0, -inf], [nan, 0, 1], [0, 3, 1]])
+    for dtype in (torch.float64, torch.bfloat16):
+        margins = true_margins(logits.to(dtype), torch.tensor([0, 0, 0, 1, 0]))
+        assert margins.dtype == torch.float32
+        assert margins.isnan().tolist() == [False, True, True, True, False]
+        assert margins[[0, 4]].tolist() == [0.5, -3.0]
 
 
 def test_attacks_hurt_and_never_help(net, split, accelerator):

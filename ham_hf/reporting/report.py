@@ -51,9 +51,10 @@ class ModelReport:
         in_chans: number of image channels.
         upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
         interpolation: interpolation of the resize in the evaluation transform.
-        crop_pct: share of the resized image that the center crop keeps, (0, 1].
+        crop_pct: side of the input by the side that images are resized to.
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel divisor.
+        crop_mode: which sides the resize fits, by timm's names: center, squash or border.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ModelReport:
     crop_pct: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class DatasetReport:
         test_split_origin: where the test images come from.
         num_skipped: number of corrupt images that were skipped.
         augmentation: augmentation during training.
+        trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
+            it (`ham_hf.data.provenance.Provenance`); None if that is not known.
     """
 
     name: str
@@ -99,6 +103,7 @@ class DatasetReport:
     test_split_origin: str
     num_skipped: int
     augmentation: str
+    trained_on: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +122,8 @@ class AttackReport:
         name: "clean", "pgd-20", "cw-20", "autoattack", ..., or "verdict".
         settings: settings of the attack, JSON values only; of the verdict, which attacks it is of.
         summary: per-class accuracy and fairness numbers.
-        confusion: (C, C) counts, row = true class; None with more than ``MAX_CONFUSION_CLASSES`` classes, and of the
-            verdict, which is of several attacks.
+        confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
+            ``MAX_CONFUSION_CLASSES`` classes, and of the verdict, which is of several attacks.
         seconds: duration.
         intervals: of the fairness numbers; None in reports from before there were any.
     """
@@ -160,6 +165,8 @@ class TrainingReport:
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
+        passes: passes over the network of the whole run, validation included, in forwards of one image
+            (`ham_hf.training.passes`); None if unknown.
     """
 
     num_train_epochs: int
@@ -171,6 +178,7 @@ class TrainingReport:
     selected_epoch: int | None
     history: tuple[Mapping[str, object], ...]
     peak_memory_bytes: int | None = None
+    passes: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
@@ -203,6 +211,8 @@ class RunReport:
         environment: software and hardware.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
+        notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
+            on the way); the card lists them.
         verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
             saw; None without an attack, and in reports from before there was one.
 
@@ -219,6 +229,7 @@ class RunReport:
     environment: Environment
     seeds: Mapping[str, int]
     created: str
+    notes: tuple[str, ...] = ()
     verdict: AttackReport | None = None
 
     def __post_init__(self) -> None:
@@ -285,7 +296,7 @@ def attack_report(
         name: "clean", "pgd-20", ...
         settings: settings of the attack, JSON values only.
         flags: (N,) bool, True where the example stayed correctly classified.
-        predictions: (N,) integers in [0, num_classes), under attack.
+        predictions: (N,) integers in [0, num_classes), under attack; -1 for logits that are not finite.
         labels: (N,) integers in [0, num_classes).
         seconds: duration.
         num_classes: C.
@@ -294,7 +305,7 @@ def attack_report(
         ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
     """
     summary = summarize(flags, labels, num_classes)
-    if predictions.shape != labels.shape or not 0 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
         raise ValueError(
             f"{name}: expected {len(labels)} predictions in [0, {num_classes}), got shape {tuple(predictions.shape)} "
             f"with values {int(predictions.min())}..{int(predictions.max())}; has the model as many outputs as the "

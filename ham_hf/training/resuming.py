@@ -133,6 +133,8 @@ def run_plan(
         "interpolation": data.interpolation,
         **besides,
     }
+    if data.crop_mode != "center":  # checkpoints of earlier versions know no other
+        plan["crop_mode"] = data.crop_mode
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(per_update)
     if objective.depends_on_split:
