@@ -1,4 +1,4 @@
-"""Recipes and train_config.yaml files of earlier versions: read where they mean the same, refused by name elsewhere."""
+"""Files of earlier versions: read where they mean the same, refused with the new name elsewhere."""
 
 from __future__ import annotations
 
