@@ -287,7 +287,7 @@ class Trainer:
             except NonFiniteLogitsError as error:
                 raise NonFiniteLossError(
                     f"validation after epoch {epoch + 1} (counted from 1): the logits are not finite on {error.count} "
-                    f"of {error.total} held-out images ({error.reason}); these weights are not selected, and training "
+                    f"of {error.total} held-out images ({error.cause}); these weights are not selected, and training "
                     f"ends here. {STAY_FINITE}"
                 ) from error
         self.progress.validation_due = None
