@@ -92,6 +92,8 @@ class DatasetReport:
         augmentation: augmentation during training.
         trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
             it (`ham_hf.data.provenance.Provenance`); None if that is not known.
+        num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
+        notes: what of the dataset was not read, each with its number and an example.
     """
 
     name: str
@@ -106,6 +108,8 @@ class DatasetReport:
     num_skipped: int
     augmentation: str
     trained_on: Mapping[str, object] | None = None
+    num_test_in_train: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

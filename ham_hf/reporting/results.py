@@ -77,6 +77,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         num_skipped=data.num_skipped,
         augmentation=data.augmentation,
         trained_on=data.provenance.record() if data.provenance is not None else None,
+        num_test_in_train=data.num_test_in_train,
+        notes=data.notes,
     )
 
 
