@@ -199,8 +199,8 @@ def download_files(repo_id: str, names: Sequence[str], folder: Path, *, revision
             _retry(partial(hf_hub_download, repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
         raise ValueError(
-            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME "
-            f"of a model that this package pushed ({_without_token(error)})"
+            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected "
+            f"OWNER/NAME of a model that this package pushed ({_without_token(error)})"
         ) from None
 
 
