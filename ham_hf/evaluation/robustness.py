@@ -58,8 +58,8 @@ class NonFiniteLogitsError(RuntimeError):
         self.count, self.total, self.cause = count, total, cause
         super().__init__(
             f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
-            f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a lower "
-            "--learning_rate"
+            f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a "
+            "lower --learning_rate"
         )
 
 
