@@ -194,14 +194,14 @@ def download_files(repo_id: str, names: Sequence[str], folder: Path, *, revision
         ValueError: if one does not exist, or cannot be had.
     """
     limit_waiting()
-    for name in names:
-        try:
+    try:
+        for name in names:
             _retry(partial(hf_hub_download, repo_id, name, revision=revision, local_dir=folder), attempts=3)
-        except PUSH_ERRORS as error:
-            raise ValueError(
-                f"could not get {name} of {repo_id}, revision {revision}, from the Hub; expected OWNER/NAME of a model "
-                f"that this package pushed ({_without_token(error)})"
-            ) from None
+    except PUSH_ERRORS as error:
+        raise ValueError(
+            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME "
+            f"of a model that this package pushed ({_without_token(error)})"
+        ) from None
 
 
 def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:

@@ -1,4 +1,4 @@
-"""Names of options that are no more: old train_config.yaml files are read where the meaning is the same."""
+"""Files of earlier versions: read where they mean the same, refused with the new name elsewhere."""
 
 from __future__ import annotations
 

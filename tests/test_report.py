@@ -140,7 +140,7 @@ def test_attack_report_counts() -> None:
     assert attack.title == "PGD-20"
 
 
-@pytest.mark.parametrize("predictions", [[0, 1, 1, 2], [0, -1, 1, 1], [0, 1, 1]])
+@pytest.mark.parametrize("predictions", [[0, 1, 1, 2], [0, -2, 1, 1], [0, 1, 1]])
 def test_predictions_outside_of_the_classes_are_refused(predictions: list[int]) -> None:
     """A prediction of a third class would silently be counted in another row of the confusion matrix."""
     with pytest.raises(ValueError, match=r"predictions in \[0, 2\)"):

@@ -8,6 +8,7 @@ gray is scaled to 8 bits, where Pillow would clip it to white.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
@@ -214,21 +215,31 @@ def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], No
     return readable
 
 
+def content_digest(image: Image.Image) -> bytes:
+    """What equal pixels have in common, and others do not: 16 bytes."""
+    start = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(start + image.tobytes(), digest_size=16).digest()
+
+
 def decode_all(
     images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
-) -> tuple[Tensor, Tensor]:
-    """Decode all images into one tensor; nothing else is held in memory.
+) -> tuple[Tensor, Tensor, list[bytes]]:
+    """Decode all images into one tensor; of each, its digest is held in memory besides.
 
     Returns:
-        (M, C, S, S) uint8 pixels of the readable images, and the (N,) bool of ``for_each_image``.
+        (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and the M digests of
+        the images at their own size (`content_digest`).
     """
     pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
+    digests = [b""] * len(images)
 
     def store(position: int, image: Image.Image) -> None:
         pixels[position] = transform(image)
+        digests[position] = content_digest(image)
 
     readable = for_each_image(images, store, skip_corrupt=skip_corrupt)
-    return (pixels if bool(readable.all()) else pixels[readable]), readable
+    found = [digest for digest in digests if digest]
+    return (pixels if bool(readable.all()) else pixels[readable]), readable, found
 
 
 def _chunks(num_images: int) -> list[Tensor]:

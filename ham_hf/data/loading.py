@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ham_hf.data.decoding import (
     EncodedImages,
     EvalTransform,
     common_size,
+    content_digest,
     decode_all,
     for_each_image,
 )
@@ -57,6 +58,9 @@ class ImageData:
         num_skipped: images left out because they cannot be read, in all splits.
         test_split_origin: name of the test split, or how it was held out of train.
         provenance: what decided which images these are, to find them again; None for data made by hand.
+        notes: what of the dataset is not read, each with its number and an example.
+        num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
+            checked, because images are decoded as they are needed.
     """
 
     name: str
@@ -77,6 +81,8 @@ class ImageData:
     test_split_origin: str
     provenance: Provenance | None = None
     crop_mode: str = "center"
+    notes: tuple[str, ...] = ()
+    num_test_in_train: int | None = None
 
 
 def load_image_data(
@@ -188,7 +194,7 @@ def load_image_data(
     # Of a stream, train is never cached.
     of_train = "none" if dataset_streaming else cache_images
     augmentation = _choose_augmentation(augmentation, of_train, dataset_name, image_size)
-    images = {
+    ready = {
         part: _make_ready(
             encoded_images,
             geometry,
@@ -199,6 +205,8 @@ def load_image_data(
         )
         for part, encoded_images in parts.encoded.items()
     }
+    images = {part: found for part, (found, _) in ready.items()}
+    repeated = _test_images_in_train({part: digests for part, (_, digests) in ready.items()})
     for part in images:
         if part != "sample":
             _warn_of_absent_classes(part, images[part].labels, parts.class_names)
@@ -257,6 +265,8 @@ def load_image_data(
             num_train_examples=num_train_examples,
             skip_corrupt=skip_corrupt,
         ),
+        notes=parts.notes,
+        num_test_in_train=repeated,
     )
 
 
@@ -319,27 +329,52 @@ def _make_ready(
     cache_images: str,
     skip_corrupt: bool,
     num_workers: int,
-) -> Images:
+) -> tuple[Images, list[bytes] | None]:
+    """The images of a part, and a digest of each where all are read here."""
     image_size = geometry.image_size
     num_bytes = len(encoded) * encoded.in_chans * image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
     pixels: PixelStore
+    digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
-        decoded, readable = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
+        decoded, readable, digests = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
         pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
         encoded = encoded.subset(readable)
     elif cache_images in ("auto", "none"):
         if skip_corrupt:
             logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
-            encoded = encoded.subset(for_each_image(encoded, lambda position, image: None, skip_corrupt=True))
+            digests = []  # in any order
+            encoded = encoded.subset(
+                for_each_image(
+                    encoded, lambda position, image: digests.append(content_digest(image)), skip_corrupt=True
+                )
+            )
         random_transform = train_transform(geometry, augmentation) if augmentation == "timm" else None
         pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=num_workers)
     else:
         raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
-    return Images(encoded.labels, pixels, augmentation)
+    return Images(encoded.labels, pixels, augmentation), digests
+
+
+def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | None:
+    """How many test images are training or validation images too; None if not all of them were read."""
+    test, train = digests["test"], digests.get("train")
+    held_out = digests.get("validation", [])
+    if test is None or train is None or held_out is None:
+        return None
+    seen = {*train, *held_out}
+    found = sum(digest in seen for digest in test)
+    if found:
+        logger.warning(
+            "%d of %d test images are training images too, pixel for pixel: what is measured on them says nothing "
+            "about new images",
+            found,
+            len(test),
+        )
+    return found
 
 
 def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:

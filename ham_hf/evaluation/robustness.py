@@ -52,13 +52,15 @@ class NonFiniteLogitsError(RuntimeError):
     Attributes:
         count: number of such images.
         total: number of images looked at.
+        cause: what its weights tell of it.
     """
 
-    def __init__(self, count: int, total: int, reason: str) -> None:
-        self.count, self.total, self.reason = count, total, reason
+    def __init__(self, count: int, total: int, cause: str) -> None:
+        self.count, self.total, self.cause = count, total, cause
         super().__init__(
             f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
-            f"so there is no result: {reason}"
+            f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a "
+            "lower --learning_rate"
         )
 
 
@@ -300,13 +302,12 @@ def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
     listed = ", ".join(spoilt[:5]) + (f" and {len(spoilt) - 5} more" if len(spoilt) > 5 else "")
-    reason = (
-        f"values in {listed} are not finite (a damaged file, or training that diverged); take other weights"
+    cause = (
+        f"values in {listed} are not finite (a damaged file, or training that diverged)"
         if spoilt
-        else "its weights are finite, so numbers overflow on the way; take weights of an earlier epoch, or train "
-        "with a lower --learning_rate"
+        else "its weights are finite, so numbers overflow on the way"
     )
-    raise NonFiniteLogitsError(count, len(clean), reason)
+    raise NonFiniteLogitsError(count, len(clean), cause)
 
 
 def warn_of_not_finite(name: str, predictions: Tensor) -> None:

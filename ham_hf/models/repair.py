@@ -59,8 +59,8 @@ def _name_classes_once(config: dict[str, Any], file: Path) -> bool:
             continue
         if arguments["num_classes"] != config.get("num_classes"):
             raise ValueError(
-                f"{file}: num_classes is {config.get('num_classes')!r}, and {arguments['num_classes']!r} in model_args; "
-                "only one can be right, so nothing was changed"
+                f"{file}: num_classes is {config.get('num_classes')!r}, and {arguments['num_classes']!r} inside of "
+                "model_args; only one can be right, so nothing was changed"
             )
         del arguments["num_classes"]
         found = True

@@ -20,10 +20,11 @@ from jinja2 import Environment, StrictUndefined, Template
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
+    method_began,
     method_rows,
     method_title,
     never_active,
-    setting_text,
+    option_text,
 )
 from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
 
@@ -51,7 +52,7 @@ TRAINING_SETTINGS = (
     ("Optimizer", "optimizer"),
     ("Learning rate", "learning_rate"),
     ("Learning rate schedule", "lr_scheduler_type"),
-    ("Learning rate drops (epoch:factor)", "lr_drops"),
+    ("Learning rate drops", "lr_drops"),
     ("Weight decay", "weight_decay"),
     ("Mixed precision", "mixed_precision"),
     ("Precision of the attack in training", "attack_precision"),
@@ -222,13 +223,16 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "title": _title(report, repo_id),
         "dataset": _dataset_name(report),
         "method": method_title(report.config),
+        "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
         "citations": [Markdown(entry) for entry in citations(report.config)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
         "repo_id": repo_id,
+        "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
+        "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),
         "image_mode": Markdown({1: "L", 3: "RGB", 4: "RGBA"}.get(report.model.in_chans, "RGB")),
         "rows": results_table(report, intervals=True),
         "verdict": report.verdict,
@@ -245,6 +249,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "model_license": model_license,
         "version": report.environment.versions.get("ham_hf", "unknown"),
     }
+
+
+def _method_began(report: RunReport) -> bool:
+    return report.training is None or method_began(report.config, report.training)
 
 
 def _is_repo_id(name: str | None) -> bool:
@@ -290,7 +298,7 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
         if key == "step_size" and isinstance(value, float):
             value = fraction_text(value)
         if value not in (None, []):
-            rows.append((label, setting_text(value)))
+            rows.append((label, option_text(key, value)))
     environment = report.environment
     versions = environment.versions
     skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""

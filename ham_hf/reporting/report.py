@@ -1,7 +1,8 @@
 """RunReport: what was run, on what, and what came out; ``report.json`` in both directions.
 
 A report holds everything the figures and the model card need, so that both can be made again from ``report.json``
-alone. It holds no secret: tokens and environment variables never enter it.
+alone. It holds no secret: tokens never enter it, and of the environment only variables that change how numbers are
+computed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ham_hf import __version__
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+from ham_hf.training.outside import recorded
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -90,6 +92,8 @@ class DatasetReport:
         augmentation: augmentation during training.
         trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
             it (`ham_hf.data.provenance.Provenance`); None if that is not known.
+        num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
+        notes: what of the dataset was not read, each with its number and an example.
     """
 
     name: str
@@ -104,6 +108,8 @@ class DatasetReport:
     num_skipped: int
     augmentation: str
     trained_on: Mapping[str, object] | None = None
+    num_test_in_train: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +173,8 @@ class TrainingReport:
             without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
             (`ham_hf.training.passes`); None if unknown.
+        changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
+            settings of the report repeats the run.
     """
 
     num_train_epochs: int
@@ -179,6 +187,7 @@ class TrainingReport:
     history: tuple[Mapping[str, object], ...]
     peak_memory_bytes: int | None = None
     passes: float | None = None
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
@@ -186,7 +195,19 @@ class TrainingReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Software and hardware of the run; ``commit`` is that of the source checkout, None outside of one."""
+    """Software and hardware of the run.
+
+    Attributes:
+        python: version of Python.
+        platform: operating system and processor.
+        versions: versions of packages by name.
+        device: what computed.
+        num_processes: number of processes.
+        num_threads: threads of a process.
+        commit: commit of the source checkout, None outside of one.
+        variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
+            `ham_hf.training.outside`.
+    """
 
     python: str
     platform: str
@@ -195,6 +216,7 @@ class Environment:
     num_processes: int
     num_threads: int
     commit: str | None
+    variables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,6 +390,7 @@ def environment(*, device: torch.device, num_processes: int) -> Environment:
         num_processes=num_processes,
         num_threads=torch.get_num_threads(),
         commit=source_commit(Path(__file__).resolve().parents[2]),
+        variables=recorded(),
     )
 
 

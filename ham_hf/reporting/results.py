@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.reporting.card import evaluation_section, write_card
+from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.plots import ExampleStrip, save_figures
 from ham_hf.reporting.report import (
     AttackReport,
@@ -32,8 +34,11 @@ from ham_hf.reporting.report import (
     verdict_report,
     write_report,
 )
+from ham_hf.training.outside import rounding
 from ham_hf.training.runlog import read_log
 from ham_hf.training.trainer import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dict[str, AttackReport]:
@@ -72,6 +77,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         num_skipped=data.num_skipped,
         augmentation=data.augmentation,
         trained_on=data.provenance.record() if data.provenance is not None else None,
+        num_test_in_train=data.num_test_in_train,
+        notes=data.notes,
     )
 
 
@@ -95,6 +102,23 @@ def training_report(
     began with, and ``peak_memory_bytes`` what `ham_hf.training.launching.peak_memory_bytes` said when training ended
     (evaluation, which follows, may need more).
     """
+    training = TrainingReport(
+        num_train_epochs=len({record["epoch"] for record in progress.history}),
+        steps=progress.step,
+        skipped_updates=progress.skipped_updates,
+        seconds=progress.seconds,
+        selection_metric=best["metric"],
+        selected_step=best["step"],
+        selected_epoch=best["epoch"],
+        history=tuple(progress.history),
+        peak_memory_bytes=peak_memory_bytes,
+        passes=progress.passes,
+        changes=tuple(progress.changes),
+    )
+    settings = config_to_dict(config)
+    early = selected_too_early(settings, training)
+    for sentence in early:
+        logger.warning(sentence)
     return RunReport(
         model=ModelReport(
             name=config.model.model_name,
@@ -106,24 +130,14 @@ def training_report(
             **asdict(preprocessing),
         ),
         dataset=dataset_report(data),
-        config=config_to_dict(config),
+        config=settings,
         threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
         results=attack_reports(results, len(data.class_names)),
-        training=TrainingReport(
-            num_train_epochs=len({record["epoch"] for record in progress.history}),
-            steps=progress.step,
-            skipped_updates=progress.skipped_updates,
-            seconds=progress.seconds,
-            selection_metric=best["metric"],
-            selected_step=best["step"],
-            selected_epoch=best["epoch"],
-            history=tuple(progress.history),
-            peak_memory_bytes=peak_memory_bytes,
-            passes=progress.passes,
-        ),
+        training=training,
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
+        notes=(*early, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
     )
 
@@ -195,6 +209,7 @@ def evaluation_report(
         seeds={"seed": seed},
         created=utc_now(),
         verdict=verdict_of(results, data.class_names),
+        notes=rounding(),
     )
 
 
