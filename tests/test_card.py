@@ -581,6 +581,10 @@ def test_a_limited_test_split_is_told_and_only_its_classes_are_counted(tmp_path:
 def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) -> None:
     report = with_dataset(make_report(), num_skipped=3)
     report = dataclasses.replace(report, training=dataclasses.replace(report.training, selection_metric="last"))
+    by_verdict = dataclasses.replace(report.training, selection_metric="verdict")
+    assert "right as they are and under both PGD and CW on 57 images held out" in written(
+        dataclasses.replace(report, training=by_verdict), tmp_path
+    )
     text = written(report, tmp_path)
     assert "The weights are those after the last step." in text
     assert "3 corrupt images of the dataset were skipped." in text

@@ -162,12 +162,13 @@ def test_comparison_has_every_file_and_every_run(compared):
     assert {path.name for path in folder.iterdir()} == {*FILES, "plain", "mined"}
     values = json.loads((folder / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0, 1])]
-    assert values["evaluations"] == ["clean", "pgd-2", "cw-2"]
+    assert values["evaluations"] == ["verdict", "clean", "pgd-2", "cw-2"]
     assert values["missing"] == values["unequal"] == []
     for row in values["rows"]:
         reports = [read_report(folder / run["source"]) for run in row["runs"]]
         for name, numbers in row["attacks"].items():
-            assert numbers["average"]["values"] == [report.results[name].summary.average for report in reports]
+            found = [{entry.name: entry for entry in report.entries()}[name] for report in reports]
+            assert numbers["average"]["values"] == [entry.summary.average for entry in found]
         assert row["peak_memory_bytes"]["values"] == [report.training.peak_memory_bytes for report in reports]
         assert all(100e6 < report.training.peak_memory_bytes < 10e9 for report in reports)
     assert "Not the same budget" not in (folder / "comparison.md").read_text()

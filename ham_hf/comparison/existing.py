@@ -13,6 +13,7 @@ from pathlib import Path
 from ham_hf.comparison.facts import run_settings, setting_text
 from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
 
 NOT_THERE = "(none)"
@@ -83,7 +84,11 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
     also get the settings in which they differ.
 
     Args:
-        found: (folder or Hub id, label that the folder says or None, report) of every run.
+        found: (folder or Hub id, label that the folder says or None, report) of every run. Predictions are read where
+            the folder has them; of a run on the Hub they are not fetched.
+
+    Raises:
+        ValueError: naming the file, if the predictions of a run cannot be read.
     """
     groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
     for source, folder_label, report in found:
@@ -106,7 +111,14 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
         if label in {run.label for run in runs}:
             label = f"{label} #{len(runs)}"  # long settings, cut alike
         runs += [
-            Run(label=label, seed=_seed(source, report), report=report, source=source) for source, report in members
+            Run(
+                label=label,
+                seed=_seed(source, report),
+                report=report,
+                source=source,
+                verdicts=verdicts_beside(source),
+            )
+            for source, report in members
         ]
     return runs
 

@@ -22,6 +22,7 @@ from types import FrameType
 from ham_hf.comparison.existing import is_locked, running_elsewhere
 from ham_hf.comparison.facts import differences, run_settings
 from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.config import config_to_dict, load_train_config
 from ham_hf.reporting.report import REPORT_NAME, read_report
@@ -186,11 +187,12 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         known = reasons.get((run.label, run.seed))
         if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
             try:
-                report = read_report(run.folder)
+                report, verdicts = read_report(run.folder), verdicts_beside(run.folder)
             except (ValueError, OSError) as error:
                 missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
             else:
-                finished.append(Run(label=run.label, seed=run.seed, report=report, source=str(run.folder)))
+                source = str(run.folder)
+                finished.append(Run(label=run.label, seed=run.seed, report=report, source=source, verdicts=verdicts))
         elif known is not None:
             missing.append(known)
         elif is_locked(run.log):

@@ -195,8 +195,10 @@ class TrainingConfig(SettingsGroup):
     logging_steps: int = setting(10, "updates between two lines of the training log", ">= 1")
     save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", ">= 1")
     save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", ">= 1")
-    selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "last"] = setting(
-        "robust_accuracy", "what the weights that are kept are best at, on held-out images; last = final weights"
+    selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"] = setting(
+        "robust_accuracy",
+        "what the weights that are kept are best at, on held-out images; verdict = images right under PGD and CW, "
+        "which attacks twice; last = final weights",
     )
     validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", ">= 1")
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = setting(

@@ -40,6 +40,7 @@ FIGURES = (
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
     "worst_class": "the highest robust accuracy of the worst class",
+    "verdict": "the largest share of images that are right as they are and under both PGD and CW",
     "robust_plus_worst": "the highest sum of the average and the worst-class robust accuracy",
 }
 TRAINING_SETTINGS = (
