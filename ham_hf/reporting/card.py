@@ -25,6 +25,7 @@ from ham_hf.reporting.method_text import (
     method_title,
     never_active,
     option_text,
+    paper_links,
 )
 from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
 
@@ -216,6 +217,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     shown = class_rows if len(class_rows) <= MAX_CLASS_ROWS else class_rows[:SHOWN_CLASS_ROWS]
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
+    name = report.model.name
     norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
     return {
         "report": report,
@@ -225,6 +227,8 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "method": method_title(report.config),
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
+        "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
+        "papers": [Markdown(link) for link in paper_links(report.config)],
         "citations": [Markdown(entry) for entry in citations(report.config)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
