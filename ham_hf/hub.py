@@ -11,13 +11,14 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.hub_waiting import WAIT_LIMIT, AskedToWaitError, asked_wait, limit_waiting
@@ -35,6 +36,8 @@ ARTEFACTS = (
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
+    "rgb/config.json",
+    "rgb/model.safetensors",
 )
 """What is published of an output folder. Checkpoints, which hold optimizer state as pickles, are not."""
 
@@ -177,6 +180,60 @@ def try_push(
         logger.warning("Training goes on, the next save pushes again: %s", reason)
         return False
     return True
+
+
+def download_file(
+    repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
+) -> None:
+    """Fetch a file of a model on the Hub into a folder, to change it there.
+
+    Args:
+        repo_id: "user/name".
+        name: path inside of the repository, and of the folder.
+        folder: where to.
+        revision: branch, tag or commit.
+        required: False: a file that the repository does not have is left out.
+
+    Raises:
+        ValueError: if there is no such repository or required file, or it cannot be had.
+    """
+    limit_waiting()
+    try:
+        _retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
+    except PUSH_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and not required:
+            return
+        raise ValueError(
+            f"could not get {name} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME of a model "
+            f"that this package pushed ({_without_token(error)})"
+        ) from None
+
+
+def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
+    """Push some files of a folder as one commit; the others of the repository stay.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        PushError: if the push failed.
+    """
+    limit_waiting()
+    upload = partial(
+        HfApi().upload_folder,
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        allow_patterns=list(names),
+    )
+    try:
+        return str(_retry(upload, attempts=3, also=CONFLICTS).commit_url)
+    except PUSH_ERRORS as error:
+        raise PushError(
+            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_way_out(error)}Give the "
+            "same command again"
+        ) from None
 
 
 def download_report(repo_id: str, revision: str | None = None) -> Path:

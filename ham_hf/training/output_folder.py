@@ -25,6 +25,7 @@ OWNED_BY_TRAINING = (
     "train_config.yaml",
     "metrics.jsonl",
     "figures",
+    "rgb",
     "logs",
     BEST_NAME,
     PARTIAL_RESULTS,
