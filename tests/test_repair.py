@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
 from ham_hf.models.repair import repair_folder
@@ -17,8 +18,6 @@ from tests.conftest import ROOT
 from tests.hub_server import Hub, hub_environment
 from tests.recipe_runs import recipe_module
 from tests.test_export import FAMILIES, export, preprocessing, trained
-
-TOKEN = "hf_writer0123456789"
 
 
 def older(folder: Path, name: str = "resnet18_cifar", in_chans: int = 3) -> Path:
@@ -115,87 +114,104 @@ def test_what_is_not_right_is_left_alone(damage, message, tmp_path):
     assert content(folder) == before
 
 
-@pytest.fixture(scope="module")
-def hub():
-    with Hub({TOKEN: "me", "hf_someoneElse0123": "you"}) as server:
+WRITER, READER = "hf_writer0123456789", "hf_reader0123456789"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process talks to as "me"."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    with Hub({WRITER: "me", READER: "me"}, read_only={READER}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield server
 
 
-@pytest.fixture(scope="module")
-def environment(hub, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    return hub_environment(hub, home, token=TOKEN) | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+def publish(folder: Path, name: str) -> None:
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=folder)
 
 
-class TestOnTheHub:
-    def push(self, environment, *arguments):
-        command = [sys.executable, str(ROOT / "recipes/push.py"), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+def push(*arguments: str) -> None:
+    recipe_module("push.py").main(arguments)
 
-    def publish(self, hub, folder, name):
-        api = HfApi(endpoint=hub.url, token=TOKEN)
-        api.create_repo(name)
-        api.upload_folder(repo_id=name, folder_path=folder)
 
-    def test_repository_is_repaired_with_one_commit(self, hub, environment, tmp_path):
-        self.publish(hub, older(tmp_path / "run", "test_vit", 1), "me/gray")
-        repo = hub.model("me/gray")
-        before, commits = repo.tree(), len(repo.commits)
-        done = self.push(environment, "me/gray", "--repair")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "num_classes taken out of model_args" in done.stdout
-        assert len(repo.commits) == commits + 1
-        after = repo.tree()
-        assert {name for name in after if after[name].data != getattr(before.get(name), "data", None)} == {
-            "config.json",
-            "rgb/config.json",
-            "rgb/model.safetensors",
-        }
-        assert "num_classes" not in json.loads(after["config.json"].data)["model_args"]
-        again = self.push(environment, "me/gray", "--repair")
-        assert again.stdout == "me/gray is in order: nothing was changed\n"
-        assert len(repo.commits) == commits + 1
+def test_repository_is_repaired_with_one_commit(hub, tmp_path, capsys):
+    publish(older(tmp_path / "run", "test_vit", 1), "me/gray")
+    repo = hub.model("me/gray")
+    before, commits = repo.tree(), len(repo.commits)
+    push("me/gray", "--repair")
+    assert "num_classes taken out of model_args" in capsys.readouterr().out
+    assert len(repo.commits) == commits + 1
+    after = repo.tree()
+    changed = {name for name in after if name not in before or after[name].data != before[name].data}
+    assert changed == {"config.json", "rgb/config.json", "rgb/model.safetensors"}
+    assert "num_classes" not in json.loads(after["config.json"].data)["model_args"]
+    push("me/gray", "--repair")
+    assert capsys.readouterr().out == "me/gray is in order: nothing was changed\n"
+    assert len(repo.commits) == commits + 1
 
-    def test_transformers_loads_it_from_there(self, hub, environment, tmp_path):
-        pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
-        export(trained("test_vit", 32, 1, patch_size=8), tmp_path, preprocessing(32, 1))
-        self.publish(hub, tmp_path, "me/both")
-        code = (
-            "from PIL import Image\n"
-            "from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline\n"
-            "print(AutoModelForImageClassification.from_pretrained('me/both').config.num_labels)\n"
-            "network = AutoModelForImageClassification.from_pretrained('me/both', subfolder='rgb')\n"
-            "processor = AutoImageProcessor.from_pretrained('me/both', subfolder='rgb')\n"
-            "classify = pipeline('image-classification', model=network, image_processor=processor)\n"
-            "print(classify(Image.new('RGB', (40, 50)))[0]['label'])\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        first, second = done.stdout.split("\n")[:2]
-        assert first == "10"
-        assert second.startswith("class ")
 
-    @pytest.mark.parametrize(
-        ("arguments", "fragment"),
-        [
-            (["me/nothing", "--repair"], "could not get config.json of me/nothing"),
-            (["nothing", "--repair"], "neither a folder, nor owner/name"),
-            (["me/a", "--repair", "--hub_model_id", "me/b"], "there is no folder me/a"),
-            (["nothing"], "--hub_model_id is missing"),
-        ],
-    )
-    def test_slips(self, environment, arguments, fragment):
-        done = self.push(environment, *arguments)
-        assert done.returncode == 2
-        assert fragment in done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["me/nothing", "--repair"], "could not get config.json of me/nothing"),
+        (["nothing", "--repair"], "neither a folder, nor owner/name"),
+        (["me/a", "--repair", "--hub_model_id", "me/b"], "there is no folder me/a"),
+        (["nothing"], "--hub_model_id is missing"),
+    ],
+)
+def test_slips(hub, arguments, fragment, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        push(*arguments)
+    assert fragment in capsys.readouterr().err
 
-    def test_somebody_else_s_repository(self, hub, environment, tmp_path):
-        self.publish(hub, older(tmp_path), "me/mine")
-        before = hub.model("me/mine").tree()
-        done = self.push(environment | {"HF_TOKEN": "hf_someoneElse0123"}, "me/mine", "--repair")
-        assert done.returncode == 2
-        assert "may not write there" in done.stderr
-        assert hub.model("me/mine").tree() == before
+
+def test_repository_that_this_user_may_not_change(hub, tmp_path, monkeypatch, capsys):
+    publish(older(tmp_path), "me/mine")
+    before = hub.model("me/mine").tree()
+    monkeypatch.setenv("HF_TOKEN", READER)
+    with pytest.raises(SystemExit, match="2"):
+        push("me/mine", "--repair")
+    assert "may not write there" in capsys.readouterr().err
+    assert hub.model("me/mine").tree() == before
+
+
+def test_push_that_fails_leaves_the_repository(hub, tmp_path, capsys):
+    publish(older(tmp_path), "me/mine")
+    before = hub.model("me/mine").tree()
+    hub.fail("POST .*/commit/", status=500, times=99)
+    with pytest.raises(SystemExit, match="2"):
+        push("me/mine", "--repair")
+    said = capsys.readouterr()
+    assert "me/mine is as it was" in said.err
+    assert "num_classes taken out" not in said.out
+    assert hub.model("me/mine").tree() == before
+
+
+LOAD_FROM_HUB = """
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+print(AutoModelForImageClassification.from_pretrained("me/both").config.num_labels)
+network = AutoModelForImageClassification.from_pretrained("me/both", subfolder="rgb")
+processor = AutoImageProcessor.from_pretrained("me/both", subfolder="rgb")
+classify = pipeline("image-classification", model=network, image_processor=processor)
+print(classify(Image.new("RGB", (40, 50)))[0]["label"])
+"""
+
+
+def test_transformers_loads_both_forms_from_the_hub(hub, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
+    export(trained("test_vit", 32, 1, patch_size=8), tmp_path / "run", preprocessing(32, 1))
+    publish(tmp_path / "run", "me/both")
+    environment = hub_environment(hub, tmp_path / "home", token=WRITER) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOAD_FROM_HUB]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    number, name = done.stdout.splitlines()
+    assert number == "10"
+    assert name.startswith("class ")
