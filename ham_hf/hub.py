@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.hub_waiting import WAIT_LIMIT, AskedToWaitError, asked_wait, limit_waiting
@@ -187,20 +187,30 @@ def try_push(
     return True
 
 
-def download_files(repo_id: str, names: Sequence[str], folder: Path, *, revision: str = DEFAULT_REVISION) -> None:
-    """Fetch files of a model on the Hub into a folder, to change them there.
+def download_file(
+    repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
+) -> None:
+    """Fetch a file of a model on the Hub into a folder, to change it there.
+
+    Args:
+        repo_id: "user/name".
+        name: path inside of the repository, and of the folder.
+        folder: where to.
+        revision: branch, tag or commit.
+        required: False: a file that the repository does not have is left out.
 
     Raises:
-        ValueError: if one does not exist, or cannot be had.
+        ValueError: if there is no such repository or required file, or it cannot be had.
     """
     limit_waiting()
     try:
-        for name in names:
-            _retry(partial(hf_hub_download, repo_id, name, revision=revision, local_dir=folder), attempts=3)
+        _retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and not required:
+            return
         raise ValueError(
-            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected "
-            f"OWNER/NAME of a model that this package pushed ({_without_token(error)})"
+            f"could not get {name} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME of a model "
+            f"that this package pushed ({_without_token(error)})"
         ) from None
 
 

@@ -36,6 +36,7 @@ from tests.example_report import DIGITS, make_report, with_dataset, with_model
 
 HEADINGS = [
     "How to use",
+    "With Transformers",
     "Preprocessing",
     "Evaluation",
     "Per class",
@@ -713,3 +714,16 @@ def test_literals_stay_inside_their_quotes() -> None:
     assert card.literal(0.875) == "0.875"
     assert ast.literal_eval(card.literal('bi"cubic\\')) == 'bi"cubic\\'
     assert "`" not in card.literal("```")
+
+
+@pytest.mark.parametrize(
+    ("crop_mode", "row"),
+    [
+        ("center", "| Resize | bilinear, center crop 0.9 |"),
+        ("squash", "| Resize | bilinear, both sides to the same length (the aspect ratio is not kept), crop 0.9 |"),
+        ("border", "| Resize | bilinear, the longer side (borders of the mean color make it square), crop 0.9 |"),
+    ],
+)
+def test_crop_mode_is_said(tmp_path: Path, crop_mode: str, row: str) -> None:
+    report = with_model(make_report(), crop_mode=crop_mode, crop_pct=0.9, interpolation="bilinear")
+    assert row in written(report, tmp_path).splitlines()
