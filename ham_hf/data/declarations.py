@@ -25,6 +25,10 @@ OPEN_AT_ONCE = 16
 README = "README.md"
 
 
+class StreamError(ValueError):
+    """A file cannot be read, or the stream broke in mid-run; the message names file and row."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileClasses:
     """What one parquet file declares.
@@ -171,9 +175,15 @@ def _file_classes(file: str, row: Mapping[str, Any]) -> FileClasses:
 
 
 def _declared(file: str) -> dict[str, Any]:
-    with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
-        names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
-        return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+    try:
+        with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
+            names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
+            return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+    except Exception as error:
+        # Network, Hub, file format: dozens of exception types.
+        raise StreamError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); if it is whole, the same command tries again"
+        ) from error
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ham_hf.data.declarations import StreamError
+
+__all__ = ["Example", "Shards", "SplitFiles", "StreamError", "count_rows", "held_out_rows", "read_whole"]
+
 INFO_NAMES = ("_info.json", "info.json")  # beside the archives, as timm and webdataset write it
 OPEN_AT_ONCE = 16
 MAX_LIST_BYTES = 64 * 2**20
 MAX_ARCHIVE_LENGTH = 10**9
-
-
-class StreamError(ValueError):
-    """The stream broke in mid-run; the message names file and row."""
 
 
 class Example(NamedTuple):

@@ -30,7 +30,7 @@ from ham_hf.data.class_folders import (
     note_unnamed_images,
     sort_into_classes,
 )
-from ham_hf.data.declarations import Declarations, names_in, read_file_classes
+from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +287,8 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
             _check_files(builder)
             declared = _declarations(builder)
             splits = builder.as_streaming_dataset()
+        except StreamError:
+            raise
         except Exception as error:
             raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
         kinds = {kind.__name__ for kind in type(builder).__mro__}
