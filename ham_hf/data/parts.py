@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
@@ -118,7 +118,7 @@ def split_dataset(
     features = source.splits[train_name].features
     images = choose_image_column(features, choice.image_column)
     label_column = choose_label_column(features, choice.label_column)
-    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name)
+    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name, source.declared)
 
     def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
         column = encoded_column(source.splits, split, images)
@@ -199,12 +199,22 @@ def split_stream(
         choose_image_column(features, choice.image_column),
         choose_label_column(features, choice.label_column),
     )
-    classes = _declared_classes(features, labels)
+    names = source.declared.class_names(labels, train_name)
+    classes = _declared_classes(features, labels) if names is None else datasets.ClassLabel(names=list(names))
     if test_name is None:
         raise ValueError(
             f"--dataset_streaming: split {train_name!r} is the only one, and a test part is not held out of a stream; "
             "choose a dataset with a test or validation split, or leave --dataset_streaming out"
         )
+    for split in (train_name, test_name):
+        of_files = source.declared.row_names(labels, split, train_name)
+        if of_files:
+            splits[split] = replace(
+                splits[split],
+                label_column=labels,
+                class_names=tuple(classes.names),
+                file_names=tuple(names for _, names in of_files),
+            )
     train = splits[train_name]
     num_rows = count_rows(train, num_train_examples)
     num_held_out = _held_out_of_files(num_rows, validation_fraction)
