@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ham_hf.config import (
     pixel_unit_problems,
 )
 from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
+from ham_hf.data.provenance import Provenance, plain_name, read_provenance
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
@@ -143,9 +144,59 @@ def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float
     return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4
 
 
-def plain_dataset_name(name: str) -> str:
-    """A dataset's name without the path of a local folder, which is nobody else's business."""
-    return Path(name).name if Path(name).exists() else name
+def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
+    """The data that a model was trained on, held out just as in training; ``validation`` is what it never trained on.
+
+    Args:
+        loaded: the model; its ``config.json`` records the split, the seed and the shares.
+        config: says where the data is now (``dataset_name``) and how it is decoded. What decides which images are
+            held out is taken from the record, whatever it says.
+
+    Raises:
+        ValueError: if the model records nothing or held nothing out, or if the data is not what it was trained on.
+    """
+    trained = provenance_of(loaded)
+    if trained is None:
+        raise ValueError(
+            "the model's config.json does not record what it was trained on (ham_hf.trained_on), so its validation "
+            "images cannot be found again; train it with this version"
+        )
+    if trained.validation_fraction == 0:
+        raise ValueError(
+            "the model was trained with --validation_fraction 0, so it has seen every training image; choose a model "
+            "that was trained with a held-out part"
+        )
+    settings = trained.loading_settings(config.dataset_name)
+    seed = settings.pop("seed")
+    data = load_data(
+        replace(config, **settings),
+        image_size=loaded.preprocessing.image_size,
+        inputs=loaded.preprocessing,
+        seed=seed,
+    )
+    found = data.provenance
+    if found is None or (found.num_images, found.fingerprint) != (trained.num_images, trained.fingerprint):
+        raise ValueError(
+            f"--dataset_name {config.dataset_name}: split {trained.train_split!r} is not what the model was trained "
+            f"on, {trained.num_images} images of {trained.dataset}: number of images or labels differ; give that "
+            "dataset, or a copy of it"
+        )
+    return data
+
+
+def provenance_of(loaded: LoadedModel) -> Provenance | None:
+    """What a model was trained on; None if its ``config.json`` does not say so.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    record = loaded.metadata.get("trained_on")
+    if record is None:
+        return None
+    try:
+        return read_provenance(record)
+    except ValueError as error:
+        raise ValueError(f"the model's config.json is damaged: ham_hf.{error}") from error
 
 
 def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float) -> None:
@@ -157,7 +208,7 @@ def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float
         ValueError: if the model was trained on the same dataset with another fraction.
     """
     trained = loaded.metadata.get("test_fraction", test_fraction)
-    same = loaded.metadata.get("dataset") == plain_dataset_name(data.name)
+    same = loaded.metadata.get("dataset") == plain_name(data.name)
     if same and data.test_split_origin.startswith("held out") and trained != test_fraction:
         raise ValueError(
             f"--test_fraction {test_fraction} would test on images that the model was trained on; "
@@ -206,8 +257,9 @@ def export_model(model: PixelModel, config: TrainConfig, data: ImageData, prepro
             "norm": config.attack.norm,
             "epsilon": config.attack.epsilon,
             "method": config.method.name,
-            "dataset": plain_dataset_name(data.name),
+            "dataset": plain_name(data.name),
             "test_fraction": config.data.test_fraction,
+            "trained_on": data.provenance.record() if data.provenance is not None else None,
         },
         model_license=config.hub.model_license,
         tag=config.method.name,

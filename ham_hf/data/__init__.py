@@ -1,9 +1,9 @@
 """Any image-classification dataset as batches of pixels in [0, 1] and labels.
 
 `loading` opens a dataset and makes it ready: `sources` finds its files, `columns` its splits, columns and classes,
-`parts` and `splits` hold out what is held out, `decoding` and `augment` make pixels, `pixels` hands them out in
-batches. `streaming` and `shards` do so for training data that is never stored; `worker_signals` protects decoding
-processes.
+`parts` and `splits` hold out what is held out, `provenance` records it, `decoding` and `augment` make pixels, `pixels`
+hands them out in batches. `streaming` and `shards` do so for training data that is never stored; `worker_signals`
+protects decoding processes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from ham_hf.data.decoding import (
     decode_all,
     for_each_image,
 )
-from ham_hf.data.parts import DatasetChoice, split_dataset, split_stream
+from ham_hf.data.parts import DatasetChoice, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.streaming import TrainingStream
 
@@ -52,6 +55,7 @@ class ImageData:
         augmentation: in use: none, crop, crop_flip or timm.
         num_skipped: images left out because they cannot be read, in all splits.
         test_split_origin: name of the test split, or how it was held out of train.
+        provenance: what decided which images these are, to find them again; None for data made by hand.
     """
 
     name: str
@@ -70,6 +74,7 @@ class ImageData:
     augmentation: str
     num_skipped: int
     test_split_origin: str
+    provenance: Provenance | None = None
 
 
 def load_image_data(
@@ -235,6 +240,35 @@ def load_image_data(
         augmentation=augmentation,
         num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
         test_split_origin=parts.test_split_origin,
+        provenance=_provenance(
+            parts,
+            dataset=plain_name(dataset_name),
+            seed=seed,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            limit_train_examples=limit_train_examples,
+            num_train_examples=num_train_examples,
+            skip_corrupt=skip_corrupt,
+        ),
+    )
+
+
+def _provenance(parts: Parts, **settings: Any) -> Provenance:  # noqa: ANN401 (the fields that the arguments decide)
+    commit = parts.revision if re.fullmatch(r"[0-9a-f]{40}", parts.revision or "") else None
+    known = parts.fingerprint
+    return Provenance(
+        **settings,
+        config_name=parts.config_name,
+        revision=commit,
+        train_split=parts.train_split,
+        test_split=parts.test_split,
+        image_column=parts.image_column,
+        label_column=parts.label_column,
+        dataset_streaming=parts.shards is not None,
+        num_images=parts.num_images,
+        fingerprint=known.labels if known else None,
+        fingerprint_missing=None if known else STREAMED,
+        image_fingerprint=known.images if known else None,
     )
 
 

@@ -20,6 +20,7 @@ from ham_hf.data.columns import (
     read_labels,
 )
 from ham_hf.data.decoding import EncodedImages
+from ham_hf.data.provenance import Fingerprint, fingerprint_of
 from ham_hf.data.shards import Shards, SplitFiles, count_rows, held_out_rows, read_whole
 from ham_hf.data.sources import open_source, open_streamed_source
 from ham_hf.data.splits import TEST_SEED, stratified_split, stratified_subset
@@ -66,6 +67,12 @@ class Parts:
         test_split_origin: name of the test split, or how it was held out of train.
         config_name: configuration that was opened; as given for local data.
         revision: commit of the Hub dataset if known, else as given.
+        train_split: split that train and validation are of.
+        test_split: split of test; None if it was held out of ``train_split``.
+        image_column: column of the images.
+        label_column: column of the labels.
+        num_images: examples of ``train_split``.
+        fingerprint: of ``train_split``; None for a stream, whose labels are not read.
     """
 
     encoded: dict[str, EncodedImages]
@@ -74,6 +81,12 @@ class Parts:
     test_split_origin: str
     config_name: str | None
     revision: str | None
+    train_split: str
+    test_split: str | None
+    image_column: str
+    label_column: str
+    num_images: int
+    fingerprint: Fingerprint | None
 
 
 def split_dataset(
@@ -102,9 +115,8 @@ def split_dataset(
     train_name, test_name = choose_splits(list(source.splits), choice.train_split, choice.test_split, has_labels)
     features = source.splits[train_name].features
     images = choose_image_column(features, choice.image_column)
-    labels, test_labels, class_names = read_labels(
-        source.splits, choose_label_column(features, choice.label_column), train_name, test_name
-    )
+    label_column = choose_label_column(features, choice.label_column)
+    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name)
 
     def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
         column = encoded_column(source.splits, split, images)
@@ -113,6 +125,7 @@ def split_dataset(
         )
 
     train_rows = torch.arange(len(labels))
+    fingerprint, test_split = fingerprint_of(encoded(train_name, train_rows, labels), class_names), test_name
     if test_name is None or test_labels is None:
         train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", test_fraction, TEST_SEED)
         origin = f"held out of {train_name} ({100 * test_fraction:g} %, stratified, seed {TEST_SEED})"
@@ -133,6 +146,12 @@ def split_dataset(
         test_split_origin=origin,
         config_name=source.config_name,
         revision=source.revision,
+        train_split=train_name,
+        test_split=test_split,
+        image_column=images,
+        label_column=label_column,
+        num_images=len(labels),
+        fingerprint=fingerprint,
     )
 
 
@@ -229,6 +248,12 @@ def split_stream(
         test_split_origin=test_name,
         config_name=source.config_name,
         revision=source.revision,
+        train_split=train_name,
+        test_split=test_name,
+        image_column=images,
+        label_column=labels,
+        num_images=sum(num_rows),
+        fingerprint=None,
     )
 
 

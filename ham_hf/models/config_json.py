@@ -110,6 +110,7 @@ def check_metadata(metadata: Mapping[str, object]) -> None:
     _expect(metadata, "epsilon", "a number > 0", lambda value: _is_number(value) and value > 0, optional=True)
     fraction = "a number in (0, 1)"
     _expect(metadata, "test_fraction", fraction, lambda value: _is_number(value) and 0 < value < 1, optional=True)
+    _expect(metadata, "trained_on", "an object", lambda value: isinstance(value, dict), optional=True)
     for key in ("dataset", "method"):
         _expect(metadata, key, "a name", lambda value: isinstance(value, str), optional=True)
 

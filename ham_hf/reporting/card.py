@@ -295,9 +295,26 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
         ("Optimizer steps", f"{training.steps}{skipped}"),
         ("Seeds", _seeds(report)),
         ("Training images", f"{report.dataset.num_train} (augmentation: {report.dataset.augmentation})"),
+        *_trained_on(report),
         ("Duration", f"{training.seconds / 60:.1f} minutes"),
         ("Hardware", f"{environment.num_processes} × {environment.device}"),
         ("Software", ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)),
+    ]
+
+
+def _trained_on(report: RunReport) -> list[tuple[str, str]]:
+    """Split, revision and fingerprint of the training images."""
+    record = report.dataset.trained_on
+    if record is None:
+        return []
+    revision = f", revision {record['revision']}" if record.get("revision") else ""
+    labels = f"labels SHA-256 {str(record['fingerprint'])[:16]}" if record.get("fingerprint") else "labels not known"
+    return [
+        (
+            "Taken from",
+            f"split {record.get('train_split')} of {record.get('dataset')}{revision}: {record.get('num_images')} "
+            f"images, {labels}",
+        )
     ]
 
 

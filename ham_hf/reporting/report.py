@@ -84,6 +84,8 @@ class DatasetReport:
         test_split_origin: where the test images come from.
         num_skipped: number of corrupt images that were skipped.
         augmentation: augmentation during training.
+        trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
+            it (`ham_hf.data.provenance.Provenance`); None if that is not known.
     """
 
     name: str
@@ -97,6 +99,7 @@ class DatasetReport:
     test_split_origin: str
     num_skipped: int
     augmentation: str
+    trained_on: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

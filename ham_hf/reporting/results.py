@@ -64,6 +64,7 @@ def dataset_report(data: ImageData) -> DatasetReport:
         test_split_origin=data.test_split_origin,
         num_skipped=data.num_skipped,
         augmentation=data.augmentation,
+        trained_on=data.provenance.record() if data.provenance is not None else None,
     )
 
 
@@ -165,7 +166,9 @@ def evaluation_report(
             upsample=loaded.model.upsample,
             **asdict(loaded.preprocessing),
         ),
-        dataset=replace(dataset_report(data), num_train=0, num_validation=0),
+        dataset=replace(
+            dataset_report(data), num_train=0, num_validation=0, trained_on=loaded.metadata.get("trained_on")
+        ),
         config=config,
         threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
         results=attack_reports(results, len(data.class_names)),
