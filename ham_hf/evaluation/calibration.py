@@ -340,8 +340,8 @@ class _Meter:
         watch = StopWatch(self.accelerator.device)
         for _ in self._strike([(0, batches[0])]):
             pass
-        rounds = -(-len(batches) // self.accelerator.num_processes)
-        return watch.lap() * min(rounds, len(self.halves[0]) / len(batches[0]))
+        batches_of_one_process = -(-len(batches) // self.accelerator.num_processes)
+        return watch.lap() * min(float(batches_of_one_process), len(self.halves[0]) / len(batches[0]))
 
     def _measure(self, half: int, shifts: tuple[float, ...]) -> Tensor:
         rows, labels = self.halves[half], self.images.labels
