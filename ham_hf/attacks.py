@@ -6,6 +6,9 @@ Arithmetic on ``x`` happens in the dtype of ``x`` (float32 in training) whatever
 Invariant 2: the attack puts the module it is given in evaluation mode, restores the previous mode of every
 submodule afterwards, and asks autograd for the gradient of the input alone. No parameter gradient is computed
 and no BatchNorm buffer moves. Pass the unwrapped module: a DDP wrapper would synchronize at every step.
+
+What is not finite is never right and moves nothing: logits that are not finite predict no class (`predicted`), and an
+image whose gradient is not finite stays where it is, so that an attack never leaves ball and box.
 """
 
 from __future__ import annotations
@@ -23,6 +26,12 @@ LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits (N, num_classes) and labels (N,) to one loss per example (N,), which the attack increases."""
 
 NORMS = ("linf", "l2")
+
+NOT_FINITE = -1
+"""The predicted class where a logit is not finite: no label, so that it is never right."""
+
+SQUARES_FIT = (1e-16, 1e16)
+"""Gradients whose largest entry lies in between have a length in float32: no square vanishes or overflows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +82,11 @@ class ThreatModel:
     def step(self, x_adv: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         """One ascent step of length ``step_size`` (a number or (N,)) along the steepest direction of the norm.
 
-        The result is not projected. A row whose gradient is exactly zero stays where it is.
+        The result is not projected. A row whose gradient is exactly zero, or not finite, stays where it is. However
+        small or large a gradient is, down to a single denormal number, the step has its direction.
         """
         size = per_example(step_size, x_adv)
-        direction = gradient.sign() if self.norm == "linf" else gradient / l2_norm(gradient)
+        direction = finite_rows(gradient).sign() if self.norm == "linf" else l2_direction(gradient)
         return direction.mul_(size).add_(x_adv)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -111,14 +121,59 @@ def l2_norm(x: Tensor) -> Tensor:
     return per_example(x.flatten(1).norm(dim=1).clamp(min=1e-12), x)  # type: ignore[return-value]
 
 
+def largest_entry(gradient: Tensor) -> Tensor:
+    """Largest absolute value of each row of ``gradient`` (N, ...) as (N, 1, ...); not finite if one of them is not."""
+    return gradient.abs().amax(tuple(range(1, gradient.ndim)), keepdim=True)
+
+
+def finite_rows(gradient: Tensor) -> Tensor:
+    """``gradient`` (N, ...) with 0 in every row that has an entry which is not finite; waits for no device."""
+    return torch.where(largest_entry(gradient).isfinite(), gradient, 0)
+
+
+def l2_direction(gradient: Tensor) -> Tensor:
+    """Rows of ``gradient`` (N, ...) divided by their Euclidean length; 0 where a row is 0 or not finite.
+
+    The squares of very small or very large entries are no numbers: such a row is divided by its largest entry first.
+    """
+    largest = largest_entry(gradient)
+    small, large = SQUARES_FIT
+    scaled = gradient / torch.where((largest > small) & (largest < large), 1, largest)
+    length = per_example(scaled.flatten(1).norm(dim=1), gradient)
+    # A row of zeros was divided by 0.
+    return torch.where(largest.isfinite() & (largest > 0), scaled / length, 0)
+
+
 def full_precision(logits: Tensor) -> Tensor:
     """Logits in float32 at least: exponentials and logarithms of half-precision ones are too coarse."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each example (N,), in float32 at least."""
+    """Cross-entropy of each example (N,), in float32 at least; what training attacks increase, as published."""
     return F.cross_entropy(full_precision(logits), y, reduction="none")
+
+
+def unsaturated_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy with the direction that it has in exact arithmetic, for attacks that evaluate (our form).
+
+    Cross-entropy is log(1 + e^u), where u is the logsumexp of the other classes' logits minus the label's. For a sure
+    model e^u is lost beside 1: the gradient keeps the other classes' part alone, or is exactly 0, and the model passes
+    for robust. Its direction is that of u. So an example whose probability rounds to 1, in the precision of the
+    logits, gets u, which goes on where the logarithm has become 0; every other one gets `cross_entropy`, bit for bit.
+
+    Args:
+        logits: (N, num_classes).
+        y: (N,) labels.
+
+    Returns:
+        (N,) values to increase, in float32 at least.
+    """
+    plain, full = cross_entropy(logits, y), full_precision(logits)
+    label = y[:, None]
+    u = full.scatter(1, label, float("-inf")).logsumexp(1) - full.gather(1, label).squeeze(1)
+    sure = plain.detach().neg().exp().to(logits.dtype) == 1
+    return torch.where(sure, u, plain)
 
 
 def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -126,6 +181,14 @@ def margin_loss(logits: Tensor, y: Tensor) -> Tensor:
     true = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], float("-inf"))
     return others.amax(1) - true
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """Predicted classes (N,) int64 of logits (N, num_classes); `NOT_FINITE` where a logit of the row is not finite.
+
+    To ``argmax`` NaN is the largest value, so that a network of NaN would be right about every image of class 0.
+    """
+    return torch.where(logits.isfinite().all(1), logits.argmax(1), NOT_FINITE)
 
 
 @contextmanager
@@ -190,6 +253,9 @@ def pgd(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Projected gradient descent: ``num_steps`` steps uphill on ``loss_fn``, each projected back.
+
+    A row whose gradient is not finite does not move in that step. The result is in ball and box, and finite, whatever
+    the model returns, from the first step on.
 
     The attack has no memory between steps, so ``pgd(M)`` followed by ``pgd(K - M)`` from its result equals
     ``pgd(K)``, and a row's result does not depend on the other rows.

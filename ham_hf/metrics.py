@@ -177,9 +177,10 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
     """(C, C) int64 counts; row = true class, column = predicted class.
 
     Args:
-        predictions: (N,) integers in [0, num_classes).
+        predictions: (N,) integers in [0, num_classes), or -1 for logits that are not finite: no class, so that the
+            example is in no cell, and the cells of a row may add up to less than the examples of the class.
         labels: (N,) integers in [0, num_classes).
         num_classes: C.
     """
-    cells = labels * num_classes + predictions
+    cells = (labels * num_classes + predictions)[predictions >= 0]
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -1,7 +1,10 @@
 """Hard adversarial example mining (HAM; Lin et al., IEEE TIFS 2025): attack, drop the easy, go on with the hard.
 
-An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise. PGD
+An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise; one whose
+logits are not finite is hard. PGD
 has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on the rows that are left.
+
+`mine_three_kinds` (ours) also ends the attack early for examples that are misclassified before it begins.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd
+from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd, predicted
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,12 +37,16 @@ class HardExamples:
     """The rows worth training on, in the order of the batch.
 
     Attributes:
-        x_adv: (H, C, H, W) adversarial images of the hard rows after all attack steps.
+        x_adv: (H, C, H, W) adversarial images of the hard rows where their attack ended: after all steps, or, for the
+            first of three kinds, at the mining step.
         y: (H,) their labels.
-        hard: (N,) bool over the whole batch, True = hard (misclassified at the mining step). A row that the
-            model gets right again later stays hard.
+        hard: (N,) bool over the whole batch, True = hard (misclassified at the mining step; of three kinds, there or
+            at the start). A row that the model gets right again later stays hard.
         rows: (H,) positions of the hard rows in the batch.
+        attacked: (D,) positions in the batch of the hard rows that are attacked to the end: all, or the second of
+            three kinds.
         early: the whole batch at the mining step.
+        wrong_at_start: (N,) bool, misclassified where the attack started; None unless there are three kinds.
         largest_move: (H,) if asked for: the largest L1 distance, in [0, 2], between the class probabilities of
             two consecutive iterates among those whose logits the attack computes anyway (0 .. num_steps - 1).
     """
@@ -48,7 +55,9 @@ class HardExamples:
     y: Tensor
     hard: Tensor
     rows: Tensor
+    attacked: Tensor
     early: EarlyAttack
+    wrong_at_start: Tensor | None = None
     largest_move: Tensor | None = None
 
 
@@ -110,7 +119,7 @@ def mine_hard_examples(
             with torch.no_grad():
                 logits = model(x_early)
             x_next = x_early
-        hard = logits.argmax(1) != y
+        hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
         if isinstance(loss_fn, RowLoss):
@@ -132,8 +141,89 @@ def mine_hard_examples(
         y=y[rows],
         hard=hard,
         rows=rows,
+        attacked=rows,
         early=EarlyAttack(x_adv=x_early, logits=logits),
         largest_move=moves.found(x_adv) if moves is not None else None,
+    )
+
+
+def mine_three_kinds(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat_model: ThreatModel,
+    num_steps: int,
+    step_size: float | Tensor,
+    mining_step: int,
+    start: Tensor | None = None,
+    loss_fn: LossFn = cross_entropy,
+    generator: torch.Generator | None = None,
+) -> HardExamples:
+    """Mine, and attack to the end only what is right at the start of the attack and wrong at the mining step.
+
+    What is misclassified at the start is hard as well, but its attack ends at the mining step; what is right both
+    times is easy. The logits of the first gradient tell what is wrong at the start, at no cost. Our choice, after
+    BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image.
+
+    Args:
+        model: as for `mine_hard_examples`, and so for all that follows.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,).
+        threat_model: the ball; epsilon may be (N,).
+        num_steps: K, all attack steps.
+        step_size: length of a step in pixel units, a number or (N,).
+        mining_step: M, 1 <= M <= K.
+        start: images to start from; None draws them uniformly from the ball.
+        loss_fn: what the attack increases, per example.
+        generator: source of the random start, on the device of ``x``.
+
+    Raises:
+        ValueError: if the batch is malformed or not 1 <= mining_step <= num_steps.
+    """
+    if not 1 <= mining_step <= num_steps:
+        raise ValueError(f"mining_step must lie in 1..num_steps={num_steps} for three kinds, got {mining_step}")
+    seen = FirstLogits(loss_fn)
+    with attack_mode(model):
+        mined = mine_hard_examples(
+            model,
+            x,
+            y,
+            threat_model=threat_model,
+            num_steps=mining_step,
+            step_size=step_size,
+            mining_step=mining_step,
+            start=start,
+            loss_fn=seen,
+            generator=generator,
+        )
+        wrong_at_start = predicted(seen.logits) != y
+        attacked = (mined.hard & ~wrong_at_start).nonzero().squeeze(1)
+        if isinstance(loss_fn, RowLoss):
+            loss_fn.keep(attacked)
+        x_adv = mined.early.x_adv
+        if len(attacked) and num_steps > mining_step:
+            ends = pgd(
+                model,
+                x[attacked],
+                y[attacked],
+                threat_model=threat_model.rows(attacked),
+                num_steps=num_steps - mining_step,
+                step_size=rows_of(step_size, attacked),
+                start=x_adv[attacked],
+                loss_fn=loss_fn,
+            )
+            x_adv = x_adv.index_copy(0, attacked, ends)
+    hard = mined.hard | wrong_at_start
+    rows = hard.nonzero().squeeze(1)
+    return HardExamples(
+        x_adv=x_adv[rows],
+        y=y[rows],
+        hard=hard,
+        rows=rows,
+        attacked=attacked,
+        early=mined.early,
+        wrong_at_start=wrong_at_start,
     )
 
 
@@ -176,6 +266,24 @@ class RowLoss(Protocol):
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but those at the given positions."""
+
+
+class FirstLogits:
+    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits of its first call: those where the attack starts.
+
+    Args:
+        loss_fn: the loss itself.
+    """
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self.loss_fn = loss_fn
+        self.logits = torch.empty(0)
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Keep the logits (N, num_classes) if they are the first, and return the per-example loss (N,)."""
+        if not self.logits.numel():
+            self.logits = logits.detach()
+        return self.loss_fn(logits, y)
 
 
 class LastLogits:

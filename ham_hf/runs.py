@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
+from ham_hf.attacks import ThreatModel, evaluation_mode, pgd, unsaturated_cross_entropy
 from ham_hf.config import (
     DataConfig,
     EvaluationConfig,
@@ -234,6 +234,7 @@ def example_strip(
             threat_model=threat_model,
             num_steps=attack.num_steps,
             step_size=attack.step_size,
+            loss_fn=unsaturated_cross_entropy,
             generator=make_generator(device, seed, Stream.EVALUATION, 0, 0),
         )
         return ExampleStrip(

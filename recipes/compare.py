@@ -33,6 +33,7 @@ from ham_hf.comparison.plots import save_comparison_figures
 from ham_hf.comparison.runs import Launcher, collect, execute, survey
 from ham_hf.comparison.text import write_comparison
 from ham_hf.hub import download_report
+from ham_hf.terminal import replace_what_cannot_be_shown, show
 from ham_hf.training.launching import clean_exit
 
 TRAIN = Path(__file__).with_name("train_ham.py")
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: status 2 if the plan is refused, 1 if a run failed, 130 after Ctrl-C.
     """
+    replace_what_cannot_be_shown()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = f"python recipes/compare.py {shlex.join(map(public_word, argv))}"
         jobs = None if options.config is None else options.jobs or 1
         written = write_comparison(comparison, folder, command=command, figures=figures, jobs=jobs)
-    sys.stdout.write("".join(f"wrote {path}\n" for path in (*written, *figures)))
+    show("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.failed]
     if failed:
         sys.stderr.write(
@@ -121,7 +123,7 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     done, waiting, unusable = survey(plan.runs, chosen)
     launcher = _launcher(options, jobs)
     if options.dry_run:
-        sys.stdout.write("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
+        show("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
         return [], [], plan.baseline, plan.output_dir
     _say(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go")
     try:
@@ -162,8 +164,7 @@ def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    show(f"{line}\n")
 
 
 if __name__ == "__main__":

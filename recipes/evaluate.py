@@ -20,6 +20,7 @@ from dataclasses import replace
 
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub_waiting import limit_waiting
@@ -36,6 +37,7 @@ from ham_hf.runs import (
     num_logits,
     threat_model_of,
 )
+from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launching import (
     FaultError,
     clean_exit,
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     limit_waiting()
     config = parse_evaluate_config(argv)
+    if config.disable_tqdm:
+        hide_progress_bars()
     try:
         with RunLock(config.output_path) as lock:
             evaluate(config, lock)
@@ -65,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     """Run one evaluation; ``lock`` is acquired here, on the main process."""
-    world = launched_processes()
+    with clean_exit(ValueError):
+        world = launched_processes()
     with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on="the same command"):
         if config.evaluation.autoattack:
             require_autoattack()
@@ -93,7 +98,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    faults = (MemoryExhaustedError, CorruptImageError, FaultError, OSError)
+    faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, OSError)
     with (
         clean_exit(*faults),
         explain_faults(num_processes=world, way_on="the same command"),
@@ -108,6 +113,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             accelerator=accelerator,
             seed=config.seed,
             output_dir=config.output_path,
+            show_progress=not config.disable_tqdm,
         )
 
     if accelerator.is_main_process:
@@ -125,7 +131,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
             write_evaluation(report, config.output_path, examples=examples)
         remove_partial_results(config.output_path)
-        sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
+        show(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()
 
 

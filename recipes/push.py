@@ -9,13 +9,13 @@ python recipes/push.py outputs/cifar10-ham --hub_model_id me/robust-cifar10
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.hub import PushError, check_write_access, push_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.terminal import show
 from ham_hf.training.launching import clean_exit, set_up_logging
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             revision=arguments.hub_revision,
             commit_message="Robust model",
         )
-    sys.stdout.write(f"pushed to {url}\n")
+    show(f"pushed to {url}\n")
 
 
 if __name__ == "__main__":

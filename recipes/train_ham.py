@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
+from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
@@ -42,6 +42,7 @@ from ham_hf.runs import (
     load_data,
     new_model,
 )
+from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launching import (
     FaultError,
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     limit_waiting()
     config = parse_train_config(argv, default_recipe=Path(__file__).parent / "digits" / "ham.yaml")
+    if config.training.disable_tqdm:
+        hide_progress_bars()
     folder = Path(config.training.output_dir)
     with (
         stop_requests(folder, config.training.max_train_hours) as stop,
@@ -172,7 +175,15 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         accelerator.num_processes,
         accelerator.device,
     )
-    faults = (NonFiniteLossError, MemoryExhaustedError, CorruptImageError, StreamError, FaultError, OSError)
+    faults = (
+        NonFiniteLossError,
+        NonFiniteLogitsError,
+        MemoryExhaustedError,
+        CorruptImageError,
+        StreamError,
+        FaultError,
+        OSError,
+    )
     world = launched_processes()
     try:
         with clean_exit(*faults), explain_faults(num_processes=world), stop.deferred():
@@ -229,7 +240,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
             write_training(report, folder, examples=examples, repo_id=repo_id)
             remove_partial_results(folder)
-        sys.stdout.write(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
+        show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
     main_process = accelerator.is_main_process
     # Before the push: a failed one ends the process, and nobody has to wait for one that takes long.
     end_training(accelerator)
@@ -242,7 +253,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 revision=hub.hub_revision,
                 commit_message="Robust model",
             )
-        sys.stdout.write(f"pushed to {url}\n")
+        show(f"pushed to {url}\n")
 
 
 if __name__ == "__main__":

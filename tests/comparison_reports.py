@@ -21,6 +21,7 @@ def run_report(
     class_names: Sequence[str] = DIGITS,
     seconds: float = 90.0,
     memory: int | None = 600_000_000,
+    passes: float | None = None,
     **config: object,
 ) -> RunReport:
     plain = make_report(class_names=class_names, attacks=tuple(results))
@@ -32,7 +33,7 @@ def run_report(
         plain,
         results=attacks,
         dataset=dataclasses.replace(plain.dataset, num_test=max(sum(counts) for _, counts in results.values())),
-        training=dataclasses.replace(plain.training, seconds=seconds, peak_memory_bytes=memory),
+        training=dataclasses.replace(plain.training, seconds=seconds, peak_memory_bytes=memory, passes=passes),
         config={**plain.config, "seed": seed, **config},
         seeds={"seed": seed},
     )

@@ -66,7 +66,9 @@ def initial_states(objective, num_classes=10):
 def update_loss(objective, net, batch, *, epoch, states):
     """Loss of an update, every block of images forwarded on its own in training mode, as the authors do."""
     net.train()
-    logits = torch.cat([net(images) for images in batch.x.split(len(batch.y))])
+    num_adversarial, each = len(batch.adversarial_y), len(batch.y)
+    blocks = [batch.x[:num_adversarial], *batch.x[num_adversarial:].split(each)]
+    logits = torch.cat([net(images) for images in blocks if len(images)])
     weight, divisor = objective.weigh(batch, epoch=epoch, states=states)
     return ((weight * objective.losses(logits, batch)).sum(1) / divisor).sum(), logits
 
@@ -101,6 +103,7 @@ def every_method():
     """Every method and the combinations that are documented, by label: the method, and changed training settings."""
     found = {name: (early(kind), {}) for name, kind in available().items() if kind.__module__.startswith("ham_hf.")}
     rules = {"cfa_start_epoch": 1, "dafa_start_epoch": 1}
+    weighed = {"class_weighting": "hard_fraction"}
     combined = {
         "ham-trades": (early(HAM, base_loss="trades"), {}),
         "ham-mart": (early(HAM, base_loss="mart"), {}),
@@ -108,6 +111,18 @@ def every_method():
         "ham-dafa": (early(HAM, class_weighting="dafa", class_rule_args={"dafa_start_epoch": 1}), {}),
         "ham-awp": (early(HAM), {"awp_gamma": 0.01}),
         "ham-packed": (early(HAM, pack_hard_examples=True), {}),
+        "ham-easy": (early(HAM, easy_weight=0.4), {}),
+        "ham-easy-packed": (early(HAM, easy_weight=1.0, pack_hard_examples=True, **weighed), {}),
+        "ham-kinds": (early(HAM, easy_weight=1.0, stop_misclassified=True, **weighed), {}),
+        "ham-kinds-packed": (early(HAM, stop_misclassified=True, pack_hard_examples=True), {}),
+        "ham-trades-kinds": (
+            early(HAM, base_loss="trades", stop_misclassified=True, easy_weight=0.5, pack_hard_examples=True),
+            {},
+        ),
+        "ham-trades-weighed": (early(HAM, base_loss="trades", **weighed), {}),
+        "ham-mart-easy": (early(HAM, base_loss="mart", easy_weight=0.5), {}),
+        "mart-hard_fraction": (MART(**weighed), {}),
+        "fat-hard_fraction": (FAT(**weighed), {}),
         "ham-ema": (early(HAM), {"ema_decay": 0.9}),
         "ham-fawa": (early(HAM), {"fawa": "on", "fawa_threshold": 0.0}),
         "ham-faal": (early(HAM, class_weighting="faal"), {}),

@@ -498,6 +498,17 @@ def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) 
     assert "3 corrupt images of the dataset were skipped." in text
 
 
+def test_notes_are_listed_in_card_and_evaluation_as_text_alone(tmp_path: Path) -> None:
+    plain = make_report()
+    assert "Notes on this run" not in written(plain, tmp_path)
+    report = dataclasses.replace(plain, notes=("3 images were left out.", *HOSTILE))
+    text = written(report, tmp_path)
+    assert "### Notes on this run\n\n- 3 images were left out.\n" in text
+    harmless = dataclasses.replace(plain, notes=("3 images were left out.", *("word" for _ in HOSTILE)))
+    assert structure(body(text)) == structure(body(written(harmless, tmp_path)))
+    assert "- 3 images were left out." in evaluation_section(report)
+
+
 def test_a_thousand_classes_are_cut_to_the_worst(tmp_path: Path) -> None:
     report = make_report(class_names=[f"class {index}" for index in range(1000)], num_test=4000)
     text = written(report, tmp_path)

@@ -244,6 +244,20 @@ def test_other_hardware_is_said_where_the_cost_is():
     assert "Not the same hardware" not in comparison_markdown(compare([*one, *other]), command="x")
 
 
+def test_price_is_relative_to_the_passes_of_the_baseline():
+    rows = {"base": [1000.0, 3000.0], "half": [900.0, 1100.0], "older": [None, 500.0]}
+    runs = [
+        run(label, {"clean": even([10] * 10)}, seed=seed, passes=passes)
+        for label, counts in rows.items()
+        for seed, passes in enumerate(counts)
+    ]
+    comparison = compare(runs, baseline="base")
+    assert [row.price for row in comparison.rows] == [1.0, 0.5, None]
+    table = markdown_tables(comparison_markdown(comparison, command="x"))["Cost"]
+    assert [line[2] for line in table] == ["Price", "1.00", "0.50", "–"]
+    assert [row.price for row in compare(runs).rows] == [None, None, None]
+
+
 def test_evaluated_model_has_no_cost():
     plain = run_report({"clean": CLEAN}, memory=None)
     comparison = compare([Run(label="x", seed=0, report=dataclasses.replace(plain, training=None), source="x")])

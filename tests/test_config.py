@@ -289,7 +289,7 @@ BAD_FLAGS = [
     ("--workers 2", ["did you mean --dataloader_num_workers?"]),
     ("--warmup 5", ["did you mean --warmup_epochs?"]),
     ("--private", ["did you mean --hub_private_repo?"]),
-    ("--keep_easy 0.1", ["did you mean --keep_easy_"]),
+    ("--easy 0.1", ["did you mean --easy_"]),
     ("stray", ["unexpected word 'stray'"]),
     ("--seed 1 2", ["unexpected word '2'"]),
     # methods
@@ -323,8 +323,22 @@ BAD_FLAGS = [
     ("--mining_step 3 --num_steps 3", ["mining_step", "below --num_steps 3"]),
     ("--mining_step -1", ["mining_step", "-1"]),
     ("--mining_start_epoch -5", ["mining_start_epoch", "-5", ">= 0"]),
-    ("--keep_easy_fraction 1.5", ["keep_easy_fraction 1.5", "[0, 1]"]),
-    ("--keep_easy_as dirty", ["keep_easy_as dirty", "adversarial, clean"]),
+    ("--easy_weight 1.5", ["--easy_weight 1.5", "[0, 1]"]),
+    ("--easy_weight 1 --easy_fraction 0", ["--easy_fraction 0", "(0, 1]"]),
+    ("--easy_fraction 0.3", ["--easy_fraction 0.3 has no effect with --easy_weight 0"]),
+    ("--stop_misclassified --mining_step 0", ["--stop_misclassified with --mining_step 0", "at least 1"]),
+    (
+        "--stop_misclassified --hard_weighting probability_move",
+        ["--stop_misclassified does not know --hard_weighting probability_move"],
+    ),
+    ("--keep_easy_fraction 0.3", ["--keep_easy_fraction is now --easy_weight", "--easy_fraction"]),
+    ("--method pgd_at --easy_weight 1", ["--easy_weight is an option of --method ham"]),
+    (
+        "--class_weighting hard_fraction --class_rule_args hard_fraction_low=1 hard_fraction_high=1",
+        ["hard_fraction_low 1", "[0, 1)", "hard_fraction_high 1", "> 1"],
+    ),
+    ("--method hard_fraction --hard_fraction_strength 0", ["--hard_fraction_strength 0", "> 0"]),
+    ("--class_margin hard_fraction", ["--class_margin hard_fraction", "hard_fraction has none to lend"]),
     # types
     ("--num_steps 2.5", ["--num_steps 2.5", "a whole number >= 1"]),
     ("--num_steps ten", ["--num_steps ten", "a whole number"]),
@@ -514,7 +528,7 @@ def test_shortening_a_run_keeps_the_drops_that_are_no_longer_reached():
         lambda: TrainingConfig(optimizer=None),
         lambda: HubConfig(push_to_hub=True),
         lambda: TrainConfig(method=HAM(mining_step=12)),
-        lambda: TrainConfig(method=HAM(keep_easy_fraction="all")),
+        lambda: TrainConfig(method=HAM(easy_fraction="all")),
         lambda: TrainConfig(evaluation=EvaluationConfig(eval_step_size=2)),
         lambda: EvaluateConfig(model=""),
     ],
@@ -645,7 +659,8 @@ configs = st.builds(
     | st.builds(
         HAM,
         mining_step=st.integers(0, 5),
-        keep_easy_fraction=st.floats(0, 1),
+        easy_weight=st.floats(0, 1, exclude_min=True),
+        easy_fraction=st.floats(0, 1, exclude_min=True),
         hard_weighting=st.sampled_from(["none", "probability_move", "margin"]),
     ),
     training=st.builds(
@@ -824,3 +839,15 @@ def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
         parse_evaluate_config([*argv, "--print_config"])
     path = recipe(capsys.readouterr().out)
     assert parse_evaluate_config(["--config", str(path)]) == parse_evaluate_config(argv)
+
+
+@pytest.mark.parametrize("written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"])
+@pytest.mark.parametrize("flag", ["lr_drops", "epsilon", "num_steps", "fat_tau_epochs"])
+def test_what_is_no_number_is_refused_in_our_words(flag, written, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(["--method=fat", f"--{flag}", written])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert f"--{flag} " in said
+    assert "expected" in said
+    assert not any(python in said for python in ("literal", "convert", "float", "str", "base 10"))

@@ -188,20 +188,25 @@ def test_ham_borrows_weights_and_radii():
     x, y = golden_batch(64)
     with starting_at(normal=normal_noise(64)):
         batch = ham.outer_batch(golden_net(), x, y, attack=ATTACK, epoch=0, states=states)
-    x = x[batch.hard]
-    moved = (batch.x[: len(batch.y)] - x).abs().flatten(1).amax(1)
-    assert (moved[batch.y == 3] > HYPER["epsilon"] * 1.5).all()
-    assert (moved[batch.y != 3] <= HYPER["epsilon"] + 1e-12).all()
-    assert 0 < int((batch.y == 3).sum()) < len(batch.y)
+    num_hard, hard_y = int(batch.hard.sum()), y[batch.hard]
+    assert torch.equal(batch.adversarial_y, hard_y)
+    moved = (batch.x[:num_hard] - x[batch.hard]).abs().flatten(1).amax(1)
+    assert (moved[hard_y == 3] > HYPER["epsilon"] * 1.5).all()
+    assert (moved[hard_y != 3] <= HYPER["epsilon"] + 1e-12).all()
+    assert 0 < int((hard_y == 3).sum()) < num_hard < len(y)
     loss, logits = update_loss(ham, golden_net(), batch, epoch=0, states=states)
-    adversarial, clean = logits.chunk(2)
-    natural = F.cross_entropy(clean, batch.y, reduction="none")
-    divergence = (clean.softmax(1) * (clean.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
+    adversarial, clean = logits[:num_hard], logits[num_hard:]
+    natural = F.cross_entropy(clean, y, reduction="none")
+    kept = clean[batch.hard]
+    divergence = (kept.softmax(1) * (kept.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
     expected = 0
-    for scale, multiplier, term in ((1, 0.4, natural), (ham.loss.beta, 0.2, divergence)):
+    for scale, multiplier, term, labels in (
+        (1, 0.4, natural, y),
+        (ham.loss.beta, 0.2, divergence, hard_y),
+    ):
         weights = torch.full((10,), 0.1 - multiplier / 10, dtype=torch.float64)
         weights[3] += multiplier
-        expected += scale * (weights[batch.y] * term).sum() / weights[batch.y].sum()
+        expected += scale * (weights[labels] * term).sum() / weights[y].sum()
     exact(loss, expected)
 
 

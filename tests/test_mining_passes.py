@@ -113,8 +113,8 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
     ("flags", "message"),
     [
         ([], "--pack_hard_examples packs the batches of an update, and there is one"),
-        (["--keep_easy_fraction", "0.3"], "--pack_hard_examples knows neither --keep_easy_fraction"),
-        (["--hard_weighting", "probability_move"], "--pack_hard_examples knows neither"),
+        (["--easy_weight", "1", "--easy_fraction", "0.3"], "--pack_hard_examples does not know --easy_fraction 0.3"),
+        (["--hard_weighting", "probability_move"], "--pack_hard_examples does not know --hard_weighting"),
     ],
 )
 def test_packing_without_meaning_is_refused(flags, message, capsys):

@@ -91,9 +91,9 @@ def test_losses_are_the_cross_entropy_of_each_row(case):
     )
 
 
-@pytest.mark.parametrize("kind", ["adversarial", "clean"])
-def test_kept_easy_examples_are_the_most_confident(case, kind):
-    ham = HAM(mining_start_epoch=0, mining_step=2, keep_easy_fraction=0.3, keep_easy_as=kind)
+@pytest.mark.parametrize("easy_weight", [0.4, 1.0])
+def test_kept_easy_examples_are_the_most_confident(case, easy_weight):
+    ham = HAM(mining_start_epoch=0, mining_step=2, easy_weight=easy_weight, easy_fraction=0.3)
     net, batch = outer(ham, case)
     mined = mined_alike(net, case)
     easy = [i for i in range(len(case.y)) if not mined.hard[i]]
@@ -102,10 +102,9 @@ def test_kept_easy_examples_are_the_most_confident(case, kind):
     assert len(kept) >= 5
     num_hard = len(mined.y)
     assert torch.equal(batch.x[:num_hard], mined.x_adv)
-    images = case.x if kind == "clean" else mined.early.x_adv
-    assert torch.equal(batch.x[num_hard:], images[kept])
+    assert torch.equal(batch.x[num_hard:], mined.early.x_adv[kept])
     assert batch.y[num_hard:].tolist() == case.y[kept].tolist()
-    assert batch.weight.tolist() == [1.0] * (num_hard + len(kept))
+    assert batch.weight.tolist() == [1.0] * num_hard + [easy_weight] * len(kept)
     assert torch.equal(batch.hard, mined.hard)
 
 
@@ -127,7 +126,8 @@ def test_weight_by_probability_move(case):
 
 def test_rows_without_weight_do_not_break_when_nothing_is_hard():
     easy = golden_case("ham_alleasy")
-    for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, {"keep_easy_fraction": 0.3}):
+    some = {"easy_weight": 1, "easy_fraction": 0.3}
+    for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, some):
         net = golden_net()
         ham = HAM(mining_start_epoch=0, mining_step=0, **options)
         batch = ham.outer_batch(
@@ -139,7 +139,7 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
             states=initial_states(ham),
         )
         assert not batch.hard.any()
-        assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if "keep_easy_fraction" in options else 0)
+        assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
 
 
 @pytest.mark.parametrize(

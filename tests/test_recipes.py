@@ -144,17 +144,17 @@ def test_benchmark_recipes_use_the_usual_budget(net):
 @pytest.mark.parametrize(
     ("name", "dataset", "mining", "start", "rate", "keep"),
     [
-        ("cifar10", "uoft-cs/cifar10", 3, 49, 0.1, 0.0),
-        ("cifar100", "uoft-cs/cifar100", 3, 59, 0.1, 0.3),
-        ("svhn", "ufldl-stanford/svhn", 5, 49, 0.01, 0.0),
-        ("imagenette", "frgfm/imagenette", 3, 49, 0.1, 0.0),
+        ("cifar10", "uoft-cs/cifar10", 3, 49, 0.1, {}),
+        ("cifar100", "uoft-cs/cifar100", 3, 59, 0.1, {"easy_weight": 1.0, "easy_fraction": 0.3}),
+        ("svhn", "ufldl-stanford/svhn", 5, 49, 0.01, {}),
+        ("imagenette", "frgfm/imagenette", 3, 49, 0.1, {}),
     ],
 )
 def test_paper_recipes_hold_the_published_values(name, dataset, mining, start, rate, keep):
     """METHODS of the authors' scripts: epochs there count from 1, here from 0."""
     config = load(f"{name}/preactresnet18_ham_paper.yaml")
     assert config.data.dataset_name == dataset
-    assert config.method == HAM(mining_step=mining, mining_start_epoch=start, keep_easy_fraction=keep)
+    assert config.method == HAM(mining_step=mining, mining_start_epoch=start, **keep)
     assert (config.attack.epsilon, config.attack.step_size, config.attack.num_steps) == (0.031, 0.007, 10)
     assert config.model.model_name == "preactresnet18_cifar"
     assert config.model.image_size == 32

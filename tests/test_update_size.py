@@ -16,7 +16,7 @@ from tests.test_trainer import log_of, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
-KEEPS_EASY = HAM(mining_start_epoch=1, mining_step=1, keep_easy_fraction=0.3)
+KEEPS_EASY = HAM(mining_start_epoch=1, mining_step=1, easy_weight=1, easy_fraction=0.3)
 
 
 @pytest.fixture(scope="module")

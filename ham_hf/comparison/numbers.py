@@ -99,6 +99,8 @@ class Row:
         runs: its runs, by seed.
         attacks: numbers under each evaluation that one of its runs has.
         seconds: duration of training; None if no run was trained here.
+        passes: passes over the network in training, in forwards of one image; None unless all its runs counted them.
+        price: the same relative to the baseline's; None without a baseline, or where either did not count.
         peak_memory_bytes: see `ham_hf.reporting.report.TrainingReport`; None if no run knows it.
         settings: its settings, as far as the rows differ in them.
     """
@@ -107,6 +109,8 @@ class Row:
     runs: tuple[Run, ...]
     attacks: Mapping[str, AttackRow]
     seconds: Spread | None
+    passes: Spread | None
+    price: float | None
     peak_memory_bytes: Spread | None
     settings: Mapping[str, object]
 
@@ -229,6 +233,7 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     )
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
     base = {name: row for name, row in base.items() if name in comparable}
+    base_passes = _passes(by_label[baseline]) if baseline in by_label else None
     class_names = {run.report.dataset.class_names for run in runs}
     different = _different_settings(by_label)
     return Comparison(
@@ -238,6 +243,8 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
                 runs=tuple(members),
                 attacks=_attack_rows(members, base),
                 seconds=_spread([run.report.training.seconds for run in members if run.report.training]),
+                passes=_passes(members),
+                price=_price(_passes(members), base_passes),
                 peak_memory_bytes=_spread(
                     [
                         run.report.training.peak_memory_bytes
@@ -266,6 +273,16 @@ def _spread(values: Sequence[float]) -> Spread | None:
         return None
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(values=tuple(values), mean=statistics.fmean(values), std=std)
+
+
+def _passes(members: Sequence[Run]) -> Spread | None:
+    """Passes of the runs of a row, if all of them were trained here and counted them."""
+    counts = [run.report.training.passes if run.report.training else None for run in members]
+    return _spread([count for count in counts if count is not None]) if None not in counts else None
+
+
+def _price(passes: Spread | None, base: Spread | None) -> float | None:
+    return passes.mean / base.mean if passes is not None and base is not None and base.mean else None
 
 
 def _sure(values: Sequence[float]) -> Spread:

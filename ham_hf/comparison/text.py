@@ -115,7 +115,8 @@ def comparison_csv(comparison: Comparison) -> str:
     lines: list[dict[str, object]] = []
     names = comparison.names
     for row in comparison.rows:
-        cost = _columns("training_seconds", row.seconds) | _columns("peak_memory_bytes", row.peak_memory_bytes)
+        cost = {"price": row.price} | _columns("passes", row.passes)
+        cost |= _columns("training_seconds", row.seconds) | _columns("peak_memory_bytes", row.peak_memory_bytes)
         for name in comparison.attacks:
             if name in row.attacks:
                 numbers = row.attacks[name]
@@ -209,6 +210,8 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
         "seeds": row.seeds,
         "settings": public_value(dict(row.settings)),
         "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
+        "price": row.price,
+        "passes": _spread_values(row.passes),
         "training_seconds": _spread_values(row.seconds),
         "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
         "runs": [
@@ -264,16 +267,18 @@ def _attack_table(comparison: Comparison, attack: str) -> str:
 
 def _cost_table(comparison: Comparison) -> str:
     names = comparison.names
+    priced = any(row.price is not None for row in comparison.rows)
     rows = [
         [
             names[row.label],
             str(len(row.seeds)),
+            *([("–" if row.price is None else f"{row.price:.2f}")] if priced else []),
             _cell(row.seconds, lambda seconds: f"{seconds:.1f}"),
             _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}"),
         ]
         for row in comparison.rows
     ]
-    return _table(["", "Seeds", "Training, seconds", "Peak memory, MiB"], rows)
+    return _table(["", "Seeds", *(["Price"] if priced else []), "Training, seconds", "Peak memory, MiB"], rows)
 
 
 def _cost_note(comparison: Comparison) -> str:
@@ -282,6 +287,11 @@ def _cost_note(comparison: Comparison) -> str:
         "not for runs made with --jobs above 1, or beside other work. Memory is the most that the main process held "
         "up to the end of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
     )
+    if any(row.price is not None for row in comparison.rows):
+        note = (
+            "Price is the number of passes over the network in training and held-out validation, relative to the "
+            "baseline's: a forward of one image counts 1, a gradient of the input 2, a training pass 3. "
+        ) + note
     if len(comparison.environment["Device"]) > 1:
         note += " **Not the same hardware:** seconds and memory of these rows cannot be compared (see Device above)."
     return note

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 
 from ham_hf.config.groups import EvaluateConfig, TrainConfig
+from ham_hf.config.old_names import with_current_names
 from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
 from ham_hf.objectives import Objective, available
@@ -94,6 +95,7 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
             combination.
     """
     groups = group_settings(config_class)
+    entries = with_current_names(entries)
     required = {*required, *(known.name for known in groups[""] if known.default is MISSING)}
     known = {one.name: one for group in groups.values() for one in group}
     missing = sorted(required - {entry.name for entry in entries})

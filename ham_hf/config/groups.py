@@ -39,7 +39,11 @@ class LearningRateDrop(NamedTuple):
             ValueError: when the text has another form.
         """
         epoch, _, factor = text.partition(":")
-        return cls(int(epoch), float(factor))
+        try:
+            return cls(int(epoch), float(factor))
+        except ValueError:
+            # Python's words are about int and float, which nobody wrote.
+            raise ValueError from None
 
     def __str__(self) -> str:
         return f"{self.epoch}:{self.factor!r}"
@@ -394,6 +398,7 @@ class EvaluateConfig(SettingsGroup):
     )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
     ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    disable_tqdm: bool = setting(False, "show no progress bar")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     attack: EvaluationThreatConfig = field(
         default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}

@@ -177,9 +177,14 @@ def _is_unquoted(node: yaml.Node) -> bool:
 
 def _number(text: str) -> float:
     numerator, slash, denominator = text.partition("/")
-    if slash and float(denominator) == 0:
+    try:
+        above, below = float(numerator), float(denominator) if slash else 1.0
+    except ValueError:
+        # Python's words are about strings and float, which nobody wrote.
+        raise ValueError from None
+    if below == 0:
         raise ValueError("the denominator is 0")
-    value = float(numerator) / float(denominator) if slash else float(text)
+    value = above / below
     if MAX_FLOAT < abs(value) < math.inf:
         raise ValueError(f"networks compute with numbers up to {MAX_FLOAT:.3g}")
     return value

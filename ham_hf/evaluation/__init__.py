@@ -9,6 +9,7 @@ from __future__ import annotations
 from ham_hf.evaluation.robustness import (
     AttackResult,
     EvaluationAttack,
+    NonFiniteLogitsError,
     check_pixel_range,
     evaluate,
     memory_layout,
@@ -19,6 +20,7 @@ from ham_hf.evaluation.robustness import (
 __all__ = [
     "AttackResult",
     "EvaluationAttack",
+    "NonFiniteLogitsError",
     "check_pixel_range",
     "evaluate",
     "memory_layout",

@@ -4,6 +4,8 @@ Its attacks run one after the other, each on what the ones before have left, as 
 is finished on all processes before the next one starts; what is left then is cut into full batches anew. The seed of
 a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
 evaluation was interrupted, and a process holds one batch at a time.
+
+The authors' attacks know argmax alone, to which NaN is the largest logit; `GuardedModel` stands between.
 """
 
 from __future__ import annotations
@@ -17,12 +19,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, attack_mode
+from ham_hf.attacks import ThreatModel, attack_mode, finite_rows
 from ham_hf.data import BatchRequest, Images, stratified_subset
 from ham_hf.data.splits import TEST_SEED
 from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
 from ham_hf.evaluation.partial_results import PartialResults
-from ham_hf.evaluation.robustness import AttackResult, check_pixel_range, predict
+from ham_hf.evaluation.robustness import (
+    AttackResult,
+    check_pixel_range,
+    predict,
+    refuse_not_finite,
+    warn_of_not_finite,
+)
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, derive_seed
 
@@ -87,6 +95,7 @@ def evaluate_autoattack(
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
+        NonFiniteLogitsError: if the logits of an image as it is are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
@@ -107,12 +116,12 @@ def evaluate_autoattack(
     if partial is not None:
         partial = partial.keyed({"autoattack": settings, "batch_size": batch_size})
     size = WorkingSize(batch_size)
-    adversary = _standard_adversary(
-        PiecewiseModel(model, size), threat_model, attacks, num_targets, accelerator.device
-    )
+    guarded = GuardedModel(PiecewiseModel(model, size))
+    adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, accelerator.device)
     stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
     with attack_mode(model):
         predictions, seconds = stages.run("clean", torch.arange(len(chosen)), _Classify(adversary, size))
+        refuse_not_finite(model, predictions)
         accuracy = {"clean": float((predictions == labels).double().mean())}
         for position, name in enumerate(attacks):
             left = (predictions == labels).nonzero().squeeze(1)
@@ -121,6 +130,7 @@ def evaluate_autoattack(
             seconds += spent
     if accelerator.is_main_process:
         _check_square(accuracy)
+        warn_of_not_finite("autoattack", predictions)
     return AttackResult(
         name="autoattack",
         settings=settings,
@@ -130,6 +140,43 @@ def evaluate_autoattack(
         indices=chosen,
         seconds=seconds,
     )
+
+
+class GuardedModel(nn.Module):
+    """What the attacks of others are shown of a model: finite logits and finite gradients.
+
+    An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
+    found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.
+
+    Args:
+        model: maps images to logits.
+
+    Attributes:
+        model: that model.
+        x: (N, C, H, W) images under attack.
+        y: (N,) their labels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.x, self.y = torch.empty(0), torch.empty(0, dtype=torch.long)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (M, num_classes) of images (M, C, H, W) near those under attack."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(finite_rows)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.model(x)
+        finite = logits.isfinite().all(1)
+        # The authors' attacks wait for the device in every step anyway.
+        if bool(finite.all()):
+            return logits
+        pixels = x.detach().flatten(1)
+        label = self.y[torch.cdist(pixels, self.x.flatten(1), p=torch.inf).argmin(1)]
+        # Pixels that are not finite are no image: showing their logits as wrong would call them a find.
+        shown = (label + pixels.isfinite().all(1).long()) % logits.shape[1]
+        return torch.where(finite[:, None], logits, nn.functional.one_hot(shown, logits.shape[1]).to(logits.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +244,14 @@ class _Classify:
 
     def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         check_pixel_range(x)
+        guarded: GuardedModel = self.adversary.model
+        guarded.x, guarded.y = x, y
         if number == 0:
             # Without an attack, only the checks are left: they log what makes an evaluation doubtful.
             attacks, self.adversary.attacks_to_run = self.adversary.attacks_to_run, []
             self.size.whole(lambda: self.adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
             self.adversary.attacks_to_run = attacks
-        return self.size.whole(lambda: predict(self.adversary.model, x), len(x))
+        return self.size.whole(lambda: predict(guarded.model, x), len(x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +265,8 @@ class _Strike:
 
     def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
         seed, position = self.place
+        guarded: GuardedModel = self.adversary.model
+        guarded.x, guarded.y = x, y
         attack = {
             "apgd-ce": self.adversary.apgd,
             "apgd-dlr": self.adversary.apgd,
@@ -233,7 +284,9 @@ class _Strike:
         def strike() -> Tensor:
             with torch.no_grad():
                 x_adv: Tensor = attack.perturb(x.clone(), y.clone())
-            return predict(self.adversary.model, x_adv)
+            # An image with a pixel that is not finite is none that an adversary could show.
+            real = x_adv.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
+            return predict(guarded.model, torch.where(real, x_adv, x))
 
         return self.size.whole(strike, len(x))
 

@@ -8,25 +8,57 @@ precision and memory layout it is given in.
 PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
 stays under attack: it may be right again at the end, and dropping it would give another number ("wrong at any
 iterate"), lower and comparable with nobody's. What is misclassified as it is counts as lost and is not attacked.
+
+Logits that are not finite are never right: a model that has some on images as they are is refused; under attack they
+count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, cross_entropy, evaluation_mode, margin_loss, pgd
+from ham_hf.attacks import (
+    NOT_FINITE,
+    LossFn,
+    ThreatModel,
+    evaluation_mode,
+    margin_loss,
+    pgd,
+    predicted,
+    unsaturated_cross_entropy,
+)
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
 from ham_hf.evaluation.partial_results import PartialResults
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
-LOSSES: dict[str, LossFn] = {"cross-entropy": cross_entropy, "margin": margin_loss}
+logger = logging.getLogger(__name__)
+
+LOSSES: dict[str, LossFn] = {"cross-entropy": unsaturated_cross_entropy, "margin": margin_loss}
+
+
+class NonFiniteLogitsError(RuntimeError):
+    """The logits of a model are not finite on images as they are: there is nothing to attack, and no result.
+
+    Attributes:
+        count: number of such images.
+        total: number of images looked at.
+    """
+
+    def __init__(self, count: int, total: int, reason: str) -> None:
+        self.count, self.total, self.reason = count, total, reason
+        super().__init__(
+            f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
+            f"so there is no result: {reason}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +69,7 @@ class EvaluationAttack:
         name: key of the result, such as "pgd-20".
         num_steps: number of steps.
         step_size: length of a step in pixel units.
-        loss: "cross-entropy" (PGD) or "margin" (CW, on the logits).
+        loss: "cross-entropy" (PGD; `ham_hf.attacks.unsaturated_cross_entropy`) or "margin" (CW, on the logits).
     """
 
     name: str
@@ -55,7 +87,7 @@ class AttackResult:
         settings: what was run: norm, epsilon, num_steps, step_size, loss, seed, ...
         flags: (N,) bool, CPU: correct on the clean image and, for an attack, on the attacked one. The adversary may
             leave an image as it is, so an attack never makes an example right.
-        predictions: (N,) int64, CPU: predicted class of the attacked image.
+        predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
         labels: (N,) int64, CPU.
         indices: (N,) int64, CPU: positions of the examples in the split.
         seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
@@ -113,6 +145,7 @@ def evaluate(
 
     Raises:
         ValueError: if the split is empty or holds pixels outside [0, 1].
+        NonFiniteLogitsError: if the logits of an image as it is are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     if not len(images):
@@ -138,6 +171,10 @@ def evaluate(
             partial=partial,
             show_progress=show_progress,
         )
+    refuse_not_finite(model, predictions[0])
+    if accelerator.is_main_process:
+        for name, found in zip(names[1:], predictions[1:], strict=True):
+            warn_of_not_finite(name, found)
     return {
         name: AttackResult(
             name=name,
@@ -152,15 +189,20 @@ def evaluate(
     }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _BatchAttacker:
-    """Clean predictions of a batch, and those under each attack."""
+    """Clean predictions of a batch, and those under each attack.
+
+    Once an image as it is has logits that are not finite, the model is refused whatever comes: no further image is
+    attacked, and what would have been counts as broken.
+    """
 
     model: nn.Module
     attacks: Sequence[EvaluationAttack]
     threat_model: ThreatModel
     size: WorkingSize
     seed: int
+    refused: bool = False
 
     def __call__(self, number: int, batch: PixelBatch) -> tuple[Tensor, Tensor]:
         """Predictions (1 + attacks, B) and seconds (1 + attacks,) of the batch with this number."""
@@ -169,9 +211,12 @@ class _BatchAttacker:
         clean = self.size.split(lambda rows: predict(self.model, batch.x[rows]), len(batch.y))
         predictions, seconds = [clean], [watch.lap()]
         right = (clean == batch.y).nonzero().squeeze(1)
+        self.refused = self.refused or bool((clean == NOT_FINITE).any())
         for position, attack in enumerate(self.attacks, start=1):
             attacked = clean.clone()
-            if len(right):
+            if self.refused:
+                attacked[right] = NOT_FINITE
+            elif len(right):
                 generator = make_generator(batch.x.device, self.seed, Stream.EVALUATION, position, number)
                 attacked[right] = self._attack(attack, batch.x[right], batch.y[right], generator)
             predictions.append(attacked)
@@ -222,10 +267,50 @@ def attack_settings(attack: EvaluationAttack, threat_model: ThreatModel, seed: i
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
-    """Predicted classes (N,) int64 of pixels (N, C, H, W), without a gradient."""
+    """Predicted classes (N,) int64 of pixels (N, C, H, W), without a gradient; -1 for logits that are not finite."""
     with torch.no_grad():
-        prediction: Tensor = model(x).argmax(1)
-    return prediction
+        return predicted(model(x))
+
+
+def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
+    """Refuse a model whose logits are not finite on images as they are.
+
+    Args:
+        model: the model, whose weights may tell why.
+        clean: (N,) predictions of `predict`.
+
+    Raises:
+        NonFiniteLogitsError: with the number of such images and the names of weights that are not finite.
+    """
+    count = int((clean == NOT_FINITE).sum())
+    if not count:
+        return
+    spoilt = [
+        name
+        for name, value in chain(model.named_parameters(), model.named_buffers())
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    listed = ", ".join(spoilt[:5]) + (f" and {len(spoilt) - 5} more" if len(spoilt) > 5 else "")
+    reason = (
+        f"values in {listed} are not finite (a damaged file, or training that diverged); take other weights"
+        if spoilt
+        else "its weights are finite, so numbers overflow on the way; take weights of an earlier epoch, or train "
+        "with a lower --learning_rate"
+    )
+    raise NonFiniteLogitsError(count, len(clean), reason)
+
+
+def warn_of_not_finite(name: str, predictions: Tensor) -> None:
+    """Warn of images (N,) that an attack drove to logits that are not finite."""
+    count = int((predictions == NOT_FINITE).sum())
+    if count:
+        logger.warning(
+            "%s: the logits of %d of %d images are not finite under attack; they count as broken and are in no cell "
+            "of the confusion matrix",
+            name,
+            count,
+            len(predictions),
+        )
 
 
 def check_pixel_range(x: Tensor) -> None:

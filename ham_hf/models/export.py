@@ -110,7 +110,8 @@ def export_for_timm(
 
     Raises:
         ValueError: if classes or channels do not match the backbone, or something cannot be written as JSON.
-        RuntimeError: if the network that timm builds from the files disagrees with the backbone.
+        RuntimeError: if the backbone's logits are not finite, or the network that timm builds from the files disagrees
+            with it.
     """
     trained = _copy_of_trained(backbone)
     _check(trained, preprocessing, class_names, metadata)
@@ -169,13 +170,14 @@ def _copy_of_trained(model: nn.Module) -> _Trained:
     arguments = {
         name: value
         for name, value in module._model_args.items()
-        if name not in _REGULARISATION and not name.endswith("_drop_rate")
+        # The number of classes stands beside model_args; transformers refuses a second one.
+        if name != "num_classes" and name not in _REGULARISATION and not name.endswith("_drop_rate")
     }
     arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
     return _Trained(
         module=module,
         architecture=module.pretrained_cfg["architecture"],
-        model_args={**arguments, "num_classes": module.num_classes},
+        model_args=arguments,
         pretrained_cfg=module.pretrained_cfg,
         num_classes=module.num_classes,
         num_features=module.num_features,
@@ -251,7 +253,7 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
         Number of parameters of what timm loads.
 
     Raises:
-        RuntimeError: if their logits differ.
+        RuntimeError: if those of the trained network are not finite, or their logits differ.
     """
     with torch.random.fork_rng(devices=[]):
         loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -262,11 +264,18 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
         expected = PixelModel(trained, preprocessing.mean, preprocessing.std)(x)
         difference = (expected - published(x)).abs().max().item()
     largest = expected.abs().max().item()
+    if not expected.isfinite().all():
+        spoilt = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
+        weights = f"values in {', '.join(spoilt[:5])} are not finite" if spoilt else "its weights are finite"
+        raise RuntimeError(
+            f"the logits of the trained network are not finite ({weights}), so nothing was written: train again with "
+            "a lower --learning_rate, or take weights of an earlier epoch"
+        )
     # Written so that NaN fails.
     if not difference <= _LOGIT_TOLERANCE * max(1.0, largest):
         raise RuntimeError(
             f"the network that timm loads from the export disagrees with the trained one by {difference:.2g} in the "
             f"logits (the largest logit is {largest:.2g}), so nothing was written. Was the model changed after it was "
-            f"built, or are its weights not finite?"
+            f"built?"
         )
     return sum(parameter.numel() for parameter in loaded.parameters())

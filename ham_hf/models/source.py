@@ -49,7 +49,8 @@ class TrainedForm:
 
     Attributes:
         architecture: timm name of the network that was trained.
-        model_args: its arguments, as passed to ``timm.create_model``.
+        model_args: its arguments, as passed to ``timm.create_model``, but for the number of classes (older exports
+            have it here too).
         image_size: side of its input in pixels.
         interpolation: resampling by which images were brought to that size.
         crop_pct: share of the resized image's side that the central crop kept, in (0, 1].

@@ -22,6 +22,7 @@ from ham_hf.objectives.fat import FAT
 from ham_hf.objectives.frl import FRL
 from ham_hf.objectives.gairat import GAIRAT
 from ham_hf.objectives.ham import HAM
+from ham_hf.objectives.hard_fraction import HardFraction
 from ham_hf.objectives.losses import BASE_LOSSES, BaseLoss, MartLoss, TradesLoss
 from ham_hf.objectives.pgd_at import PGDAT
 from ham_hf.objectives.trades import MART, TRADES
@@ -45,6 +46,7 @@ __all__ = [
     "BaseLoss",
     "BuiltOnLoss",
     "Combinable",
+    "HardFraction",
     "InnerAttack",
     "MartLoss",
     "Objective",

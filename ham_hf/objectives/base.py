@@ -64,16 +64,29 @@ class OuterBatch:
         x: (R, C, H, W) rows for the single training forward, in blocks of E: the adversarial images first, then
             whatever else the loss needs of the same examples. R may be 0.
         y: (E,) labels of the examples.
-        weight: (E,) weight >= 0 of each example in every term of the loss.
+        weight: weight >= 0 of each example: (E,) in every term of the loss, or (T, E) in each of them.
+        divided_by: (E,) what an example adds to the divisor of every term; None = its weight.
+        with_adversarial: (A,) positions of the examples that have an adversarial image in ``x``, in its order; None =
+            all have one.
         hard: (N,) bool over the whole batch for methods that mine, else None.
+        wrong_at_start: (N,) bool over the whole batch, misclassified where the attack started, for methods that treat
+            such examples differently, else None.
         early_logits: (N, num_classes) of the whole batch in mid-attack for methods that mine, else None.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor
+    divided_by: Tensor | None = None
+    with_adversarial: Tensor | None = None
     hard: Tensor | None = None
+    wrong_at_start: Tensor | None = None
     early_logits: Tensor | None = None
+
+    @property
+    def adversarial_y(self) -> Tensor:
+        """Labels (A,) of the first block of rows, the adversarial images."""
+        return self.y if self.with_adversarial is None else self.y[self.with_adversarial]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +142,11 @@ class Objective:
     @property
     def depends_on_split(self) -> bool:
         """Whether an update depends on how its examples are split into processes and accumulation steps."""
+        return False
+
+    @property
+    def tells_wrong_at_start(self) -> bool:
+        """Whether outer batches of epochs that mine say what is misclassified where the attack starts."""
         return False
 
     @property
@@ -252,9 +270,12 @@ class Objective:
         """
         of_class = self.weighting.class_weight(states[self.weighting.name], self.loss, epoch=epoch)
         weight = batch.weight.expand(self.num_terms, -1)
+        divided_by = weight if batch.divided_by is None else batch.divided_by.expand_as(weight)
         if of_class is not None:
-            weight = weight * of_class.to(weight.dtype)[:, batch.y]
-        divided_by = weight if self.weighting.divides_by_class_weight else batch.weight.expand_as(weight)
+            of_example = of_class.to(weight.dtype)[:, batch.y]
+            weight = weight * of_example
+            if self.weighting.divides_by_class_weight:
+                divided_by = divided_by * of_example
         # Numbers, not a tensor of them: that would have to be copied to the device, and be waited for.
         scaled = [row * scale for row, scale in zip(weight, self.loss.scales, strict=True)]
         return torch.stack(scaled), divided_by.sum(1)

@@ -40,6 +40,7 @@ class BalanceLoss(TradesLoss):
 
     name: ClassVar[str] = "bat"
     num_terms: ClassVar[int] = 3
+    clean_term: ClassVar[bool] = False
 
     @property
     def scales(self) -> tuple[float, ...]:

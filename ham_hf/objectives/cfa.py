@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ham_hf.attacks import predicted
 from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
 from ham_hf.objectives.combining import BuiltOnLoss
 from ham_hf.objectives.losses import BaseLoss
@@ -57,7 +58,7 @@ class CFA(BuiltOnLoss):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """See `Objective.observe`: correct and all examples of each class."""
-        correct = (logits.argmax(1) == y).to(statistics_dtype(logits.device))
+        correct = (predicted(logits) == y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ham_hf.attacks import predicted
 from ham_hf.objectives.base import Objective, State, class_sums
 from ham_hf.objectives.losses import BaseLoss
 
@@ -68,7 +69,7 @@ class CFOL(Objective):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """See `Objective.observe`: misclassified adversarial examples of each class."""
-        return class_sums(logits.argmax(1) != y, y, logits.shape[1])
+        return class_sums(predicted(logits) != y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
         """See `Objective.after_update`: divide by the probability that the examples were drawn with."""

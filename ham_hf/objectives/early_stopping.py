@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient
+from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient, predicted
 from ham_hf.mining import RowLoss
 from ham_hf.objectives.base import InnerAttack
 
@@ -105,7 +105,7 @@ class WatchedLoss:
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         """Note who is wrong and return the loss of each row (N,)."""
-        self.wrong = logits.detach().argmax(1) != y
+        self.wrong = predicted(logits.detach()) != y
         return self.loss_fn(logits, y)
 
     def keep(self, rows: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd
+from ham_hf.attacks import pgd, predicted
 from ham_hf.objectives.base import InnerAttack, Objective, State, class_sums
 from ham_hf.objectives.losses import BaseLoss, TradesLoss
 
@@ -77,7 +77,7 @@ class FRL(Objective):
         ball = attack.threat_model
         x_adv = pgd(model, x, y, threat_model=ball, num_steps=20, step_size=ball.epsilon / 4, generator=generator)
         with torch.no_grad():
-            right = [model(images).argmax(1) == y for images in (x, x_adv)]
+            right = [predicted(model(images)) == y for images in (x, x_adv)]
         return class_sums(torch.stack([torch.ones_like(right[0]), *right], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:

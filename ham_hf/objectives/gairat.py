@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import cross_entropy, pgd
+from ham_hf.attacks import cross_entropy, pgd, predicted
 from ham_hf.objectives.base import InnerAttack, Objective, OuterBatch, States, statistics_dtype
 
 
@@ -93,7 +93,7 @@ class CorrectIterates:
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
         """Count the rows that are correct and return the cross-entropy of each (N,)."""
-        self.count += logits.detach().argmax(1) == y
+        self.count += predicted(logits.detach()) == y
         return cross_entropy(logits, y)
 
 

@@ -33,6 +33,8 @@ class BaseLoss:
     num_terms: ClassVar[int] = 1
     paired: ClassVar[bool] = False
     """Whether a training forward takes the clean images as well."""
+    clean_term: ClassVar[bool] = False
+    """Whether the first term is of the clean image alone, and the second alone needs the adversarial one."""
 
     beta: float = 0.0
 
@@ -73,6 +75,7 @@ class TradesLoss(BaseLoss):
     name: ClassVar[str] = "trades"
     num_terms: ClassVar[int] = 2
     paired: ClassVar[bool] = True
+    clean_term: ClassVar[bool] = True
 
     beta: float = 6.0
 
@@ -100,6 +103,7 @@ class MartLoss(TradesLoss):
     """
 
     name: ClassVar[str] = "mart"
+    clean_term: ClassVar[bool] = False
 
     beta: float = 5.0
 
@@ -128,6 +132,19 @@ def kl(target: Tensor, logits: Tensor) -> Tensor:
     From logarithms, as the gradient with respect to a probability of exactly 0 would be NaN.
     """
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def trades_terms_of_some(logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """The terms of TRADES (2, E) where some of the examples alone have an adversarial image; KL is 0 elsewhere.
+
+    Args:
+        logits: (A + E, num_classes) of the A adversarial images, then of all clean ones.
+        y: (E,) labels.
+        rows: (A,) positions of the examples that the adversarial images belong to.
+    """
+    adversarial, clean = torch.split(full_precision(logits), [len(rows), len(y)])
+    divergence = torch.zeros_like(clean[:, 0]).index_copy(0, rows, kl(clean[rows], adversarial))
+    return torch.stack([F.cross_entropy(clean, y, reduction="none"), divergence])
 
 
 class KLFromClean:

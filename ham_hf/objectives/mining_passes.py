@@ -5,9 +5,10 @@ is needed for the hard rows anyway. What is cheaper follows from the share of ha
 before.
 
 *Packing*: the sub-batch that mining leaves is too small to fill a fast device. With accumulation, an update has
-several batches: all are mined first, their hard rows are then put together, and the rest of the attack and the
-training passes see full batches. The update is the same sum over the same rows; BatchNorm alone notices, as it takes
-its statistics over fuller batches.
+several batches: all are mined first, the rows that are attacked further are then put together, and the rest of the
+attack sees full batches. So does the training forward where only hard rows are trained on; where all are, its batches
+stay as they were. The update is the same sum over the same rows; BatchNorm alone notices the fuller batches, of
+which it takes its statistics.
 
 Both are our choice; published code has neither.
 """
@@ -15,13 +16,13 @@ Both are our choice; published code has neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pgd
-from ham_hf.mining import HardExamples, mine_hard_examples, rows_of
+from ham_hf.attacks import ThreatModel, pgd, predicted
+from ham_hf.mining import HardExamples, rows_of
 from ham_hf.objectives.base import InnerAttack, OuterBatch, State, States
 from ham_hf.objectives.combining import BuiltOnLoss
 
@@ -46,8 +47,8 @@ class Mining(BuiltOnLoss):
     pack_hard_examples: bool = field(
         default=False,
         metadata={
-            "help": "attack and train on the hard examples of all accumulation steps of an update together, in "
-            "full batches; needs --gradient_accumulation_steps"
+            "help": "attack the hard examples of all accumulation steps of an update together, in full batches, and "
+            "train on them so unless all examples are trained on; needs --gradient_accumulation_steps"
         },
     )
 
@@ -63,9 +64,31 @@ class Mining(BuiltOnLoss):
         """Epochs of the plain base loss before mining starts."""
         return self.mining_start_epoch
 
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether every example of a batch is trained on, hard or not."""
+        return False
+
     def hard_weights(self, mined: HardExamples) -> Tensor:
         """Weight of each hard example (H,)."""
         return torch.ones_like(mined.x_adv[:, 0, 0, 0])
+
+    def mine(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        states: States,
+        generator: torch.Generator | None,
+    ) -> HardExamples:
+        """Mine a batch with this attack; one of ``mining_step`` steps leaves the hard rows where they are then."""
+        raise NotImplementedError(f"{self.name} does not say how it mines")
+
+    def chosen(self, mined: HardExamples, x: Tensor, y: Tensor) -> OuterBatch:
+        """What to train on of a mined batch with clean images ``x`` and labels ``y``."""
+        raise NotImplementedError(f"{self.name} does not say what it trains on")
 
     def classify_in_step(self, states: States) -> bool:
         """Whether the step after the mining step is to classify, in this epoch."""
@@ -86,7 +109,7 @@ class Mining(BuiltOnLoss):
         """See `Objective.observe`: number of hard examples and of all, once mining has begun."""
         if epoch < self.warmup_epochs:
             return None
-        hard = logits.argmax(1) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
+        hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
     def after_update(self, state: State, sums: Tensor) -> None:
@@ -106,7 +129,7 @@ class Mining(BuiltOnLoss):
         if not self.pack_hard_examples or epoch < self.warmup_epochs:
             return super().outer_batches(model, batches, attack=attack, epoch=epoch, states=states)
         attacks = [self.attack_on(y, attack, epoch=epoch, states=states) for _, y, _ in batches]
-        return packed_outer_batches(self, model, batches, attacks)
+        return packed_outer_batches(self, model, batches, attacks, states)
 
 
 def packed_outer_batches(
@@ -114,69 +137,86 @@ def packed_outer_batches(
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
     attacks: Sequence[InnerAttack],
+    states: States,
 ) -> list[OuterBatch]:
-    """Mine every batch, and put the hard rows of all into as few full batches as they fill.
+    """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
 
     Args:
-        method: for the mining step, the loss and the weights.
+        method: for the mining step, the loss, the weights and what is trained on.
         model: the unwrapped pixel model.
         batches: images (N, C, H, W), labels (N,) and source of randomness of each accumulation step.
         attacks: the attack on each of them; radius and step may be per example.
+        states: class state of all parts.
 
     Returns:
-        As many outer batches as ``batches``, the last ones without a row; ``hard`` and ``early_logits`` belong to
-        the batch in the same place.
+        As many outer batches as ``batches``. Unless the method trains on all examples, the rows of all are packed as
+        well, and the last ones are without a row; ``hard``, ``wrong_at_start`` and ``early_logits`` belong to the
+        batch in the same place.
     """
-    loss, mining_step = method.loss, method.mining_step
+    mining = [replace(attack, num_steps=method.mining_step) for attack in attacks]
     mined = [
-        mine_hard_examples(
-            model,
-            x,
-            y,
-            threat_model=attack.threat_model,
-            num_steps=mining_step,
-            step_size=attack.step_size,
-            mining_step=mining_step,
-            start=loss.start(x, attack.threat_model, generator),
-            loss_fn=loss.attack_loss(model, x),
-        )
-        for (x, y, generator), attack in zip(batches, attacks, strict=True)
+        method.mine(model, x, y, attack=attack, states=states, generator=generator)
+        for (x, y, generator), attack in zip(batches, mining, strict=True)
     ]
-    x = torch.cat([images[found.rows] for (images, _, _), found in zip(batches, mined, strict=True)])
-    y, early = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])
-    weight = torch.cat([method.hard_weights(found) for found in mined])
-    epsilon = _of_hard_rows([attack.threat_model.epsilon for attack in attacks], mined)
-    step_size = _of_hard_rows([attack.step_size for attack in attacks], mined)
     full = max(len(labels) for _, labels, _ in batches)
-    outer = []
-    for number, found in enumerate(mined):
-        rows = slice(number * full, (number + 1) * full)
-        x_adv, clean, labels = early[rows], x[rows], y[rows]
-        if len(labels):
-            x_adv = pgd(
+    mined = _attacked_to_the_end(method, model, batches, attacks, mined, full)
+    if method.trains_on_all:
+        return [method.chosen(found, x, y) for found, (x, y, _) in zip(mined, batches, strict=True)]
+    x = torch.cat([images[found.rows] for (images, _, _), found in zip(batches, mined, strict=True)])
+    y, x_adv = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])
+    weight = torch.cat([method.hard_weights(found) for found in mined]).to(x.dtype)
+    chunks = [slice(number * full, (number + 1) * full) for number in range(len(mined))]
+    return [
+        OuterBatch(
+            x=method.loss.rows(x_adv[rows], x[rows]),
+            y=y[rows],
+            weight=weight[rows],
+            hard=found.hard,
+            wrong_at_start=found.wrong_at_start,
+            early_logits=found.early.logits,
+        )
+        for rows, found in zip(chunks, mined, strict=True)
+    ]
+
+
+def _attacked_to_the_end(
+    method: Mining,
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
+    attacks: Sequence[InnerAttack],
+    mined: Sequence[HardExamples],
+    full: int,
+) -> list[HardExamples]:
+    """The mined batches after the rest of the attack on their ``attacked`` rows, made in batches of ``full`` rows."""
+    x = torch.cat([images[found.attacked] for (images, _, _), found in zip(batches, mined, strict=True)])
+    y = torch.cat([labels[found.attacked] for (_, labels, _), found in zip(batches, mined, strict=True)])
+    start = torch.cat([found.early.x_adv[found.attacked] for found in mined])
+    epsilon = _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
+    step_size = _of_attacked_rows([attack.step_size for attack in attacks], mined)
+    ends = [start[:0]]
+    for first in range(0, len(y), full):
+        rows = slice(first, first + full)
+        ends.append(
+            pgd(
                 model,
-                clean,
-                labels,
-                threat_model=ThreatModel(attacks[number].threat_model.norm, rows_of(epsilon, rows)),
-                num_steps=attacks[number].num_steps - mining_step,
+                x[rows],
+                y[rows],
+                threat_model=ThreatModel(attacks[0].threat_model.norm, rows_of(epsilon, rows)),
+                num_steps=attacks[0].num_steps - method.mining_step,
                 step_size=rows_of(step_size, rows),
-                start=x_adv,
-                loss_fn=loss.attack_loss(model, clean),
-            )
-        outer.append(
-            OuterBatch(
-                x=loss.rows(x_adv, clean),
-                y=labels,
-                weight=weight[rows],
-                hard=found.hard,
-                early_logits=found.early.logits,
+                start=start[rows],
+                loss_fn=method.loss.attack_loss(model, x[rows]),
             )
         )
-    return outer
+    of_batch = torch.split(torch.cat(ends), [len(found.attacked) for found in mined])
+    return [
+        replace(found, x_adv=found.early.x_adv.index_copy(0, found.attacked, end)[found.rows])
+        for found, end in zip(mined, of_batch, strict=True)
+    ]
 
 
-def _of_hard_rows(values: Sequence[float | Tensor], mined: Sequence[HardExamples]) -> float | Tensor:
-    """A value per example of several batches, for the hard rows of all; a number as it is."""
-    parts = [rows_of(value, found.rows) for value, found in zip(values, mined, strict=True)]
+def _of_attacked_rows(values: Sequence[float | Tensor], mined: Sequence[HardExamples]) -> float | Tensor:
+    """A value per example of several batches, for the rows of all that are attacked on; a number as it is."""
+    parts = [rows_of(value, found.attacked) for value, found in zip(values, mined, strict=True)]
     per_example = [part for part in parts if isinstance(part, Tensor) and part.ndim]
     return torch.cat(per_example) if per_example else parts[0]

@@ -297,9 +297,15 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
         ("Training images", f"{report.dataset.num_train} (augmentation: {report.dataset.augmentation})"),
         *_trained_on(report),
         ("Duration", f"{training.seconds / 60:.1f} minutes"),
+        *([] if training.passes is None else [("Computation", _passes(training.passes, report.dataset.num_train))]),
         ("Hardware", f"{environment.num_processes} × {environment.device}"),
         ("Software", ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)),
     ]
+
+
+def _passes(passes: float, num_images: int) -> str:
+    """Computation of a run: a forward counts 1, a gradient of the input 2, a training pass 3."""
+    return f"{passes / num_images:.0f} forward passes per training image, validation included"
 
 
 def _trained_on(report: RunReport) -> list[tuple[str, str]]:

@@ -16,8 +16,8 @@ from ham_hf.reporting.method_text import trained_method
 from ham_hf.reporting.report import AttackReport, RunReport, plain_text
 
 MAX_NAMED_CLASSES = 120
-PANEL_INCHES = (5.2, 3.7, 3.0, 2.7)
-"""Width of each panel when there are one, two, three, four of them."""
+PANEL_INCHES = (5.2, 3.7, 3.0, 2.7, 2.5)
+"""Width of each panel when there are one, two, three, four, five of them."""
 BAR_INCHES = 0.13
 """Height of the color bars."""
 UNKNOWN = "#CCCCCC"
@@ -81,6 +81,7 @@ def class_treatments(report: RunReport) -> list[Treatment]:
     first_term = "loss" if method is None or method.num_terms == 1 else "cross-entropy"
     quantities = (
         ("hard_per_class", "share of hard examples", 1.0, False),
+        ("start_wrong_per_class", "share wrong at the start", 1.0, False),
         ("class_weight", f"weight of the {first_term}", 1.0, True),
         ("class_kl_weight", "weight of the KL term", 1.0, True),
         ("class_epsilon", "radius / ε", report.threat_model.epsilon, True),

@@ -10,6 +10,9 @@ from ham_hf.objectives import Objective, available
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 """Settings that name another method, and what is borrowed from it."""
 
+KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
+"""Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
+
 CITATIONS = {
     "ham": """\
 @article{lin2025ham,
@@ -161,14 +164,16 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         if "base_loss" in config:
             rows.append(("Base loss", _described(str(config["base_loss"]))))
         unshown = {"base_loss", "class_rule_args", *LENDERS} | ({"beta"} if method.num_terms == 1 else set())
-        if not config.get("keep_easy_fraction"):
-            unshown.add("keep_easy_as")
+        if not config.get("easy_weight") or config.get("easy_fraction") == 1:
+            unshown.add("easy_fraction")
         # An option that is 0 unless somebody sets it is off at 0.
         off = {field.name for field in fields(method) if field.default == 0 and config.get(field.name) == 0}
         options = [field.name for field in fields(method) if field.name not in unshown | off]
         rows += [
             (f"Method option {name}", setting_text(config[name])) for name in options if _is_set(config.get(name))
         ]
+        if config.get(KEPT_EASY[0]):
+            rows += [(f"Method option {name}", setting_text(config[name])) for name in KEPT_EASY if name in config]
     rows += [
         (what.capitalize(), _described(str(config[setting])))
         for setting, what in LENDERS.items()

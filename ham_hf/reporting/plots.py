@@ -39,7 +39,7 @@ class ExampleStrip:
         adversarial: (N, C, H, W) pixels in [0, 1].
         labels: (N,) true classes.
         clean_predictions: (N,) predicted classes of ``clean``.
-        adversarial_predictions: (N,) predicted classes of ``adversarial``.
+        adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
         attack: title of the attack, for the figure.
     """
 
@@ -197,7 +197,7 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure
     if attack.confusion is None:
         raise ValueError(f"{attack.name} has no confusion matrix: too many classes")
     counts = torch.tensor(attack.confusion, dtype=torch.float64)
-    totals = counts.sum(1, keepdim=True)
+    totals = torch.tensor([[entry.count] for entry in attack.summary.per_class], dtype=torch.float64)
     shares = torch.where(totals > 0, counts / totals.clamp(min=1), torch.nan)
     num_classes = len(shares)
     side = min(11.0, max(4.2, 2.4 + (0.42 if num_classes <= MAX_CELL_TEXT_CLASSES else 0.13) * num_classes))
@@ -247,7 +247,7 @@ def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_i
         grid[0, column].set_title(plain_text(class_names[label], 14), fontsize=9, parse_math=False)
         for row, predictions in enumerate((examples.clean_predictions, examples.adversarial_predictions)):
             predicted = int(predictions[column])
-            caption = plain_text(class_names[predicted], 14)
+            caption = plain_text(class_names[predicted], 14) if predicted >= 0 else "not finite"
             right = predicted == label
             color = "black" if right else VERMILLION
             text = caption if right else f"✗ {caption}"

@@ -118,7 +118,8 @@ class AttackReport:
         name: "clean", "pgd-20", "cw-20", "autoattack", ...
         settings: settings of the attack, JSON values only.
         summary: per-class accuracy and fairness numbers.
-        confusion: (C, C) counts, row = true class; None with more than ``MAX_CONFUSION_CLASSES`` classes.
+        confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
+            ``MAX_CONFUSION_CLASSES`` classes.
         seconds: duration.
     """
 
@@ -158,6 +159,8 @@ class TrainingReport:
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
+        passes: passes over the network of the whole run, validation included, in forwards of one image
+            (`ham_hf.training.passes`); None if unknown.
     """
 
     num_train_epochs: int
@@ -169,6 +172,7 @@ class TrainingReport:
     selected_epoch: int | None
     history: tuple[Mapping[str, object], ...]
     peak_memory_bytes: int | None = None
+    passes: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
@@ -201,6 +205,8 @@ class RunReport:
         environment: software and hardware.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
+        notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
+            on the way); the card lists them.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -215,6 +221,7 @@ class RunReport:
     environment: Environment
     seeds: Mapping[str, int]
     created: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -276,7 +283,7 @@ def attack_report(
         name: "clean", "pgd-20", ...
         settings: settings of the attack, JSON values only.
         flags: (N,) bool, True where the example stayed correctly classified.
-        predictions: (N,) integers in [0, num_classes), under attack.
+        predictions: (N,) integers in [0, num_classes), under attack; -1 for logits that are not finite.
         labels: (N,) integers in [0, num_classes).
         seconds: duration.
         num_classes: C.
@@ -285,7 +292,7 @@ def attack_report(
         ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
     """
     summary = summarize(flags, labels, num_classes)
-    if predictions.shape != labels.shape or not 0 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
         raise ValueError(
             f"{name}: expected {len(labels)} predictions in [0, {num_classes}), got shape {tuple(predictions.shape)} "
             f"with values {int(predictions.min())}..{int(predictions.max())}; has the model as many outputs as the "

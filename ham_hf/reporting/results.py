@@ -112,6 +112,7 @@ def training_report(
             selected_epoch=best["epoch"],
             history=tuple(progress.history),
             peak_memory_bytes=peak_memory_bytes,
+            passes=progress.passes,
         ),
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},

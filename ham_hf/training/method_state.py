@@ -25,13 +25,16 @@ class MethodState:
         states: the state of each part, by its name.
         log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that mining
             looked at, all examples, and for each of the T terms of the loss the share of it that went to the class.
+            Three rows more where the method tells what is wrong at the start of the attack: examples that are, and
+            of a part of the updates examples that are wrong without an attack, and all.
     """
 
     def __init__(self, objective: Objective, class_counts: Tensor) -> None:
         self.objective, self.num_classes = objective, len(class_counts)
         self.states = {part.name: part.initial_state(class_counts) for part in objective.parts}
         self.class_counts = class_counts
-        self.log = class_counts.new_zeros(3 + objective.num_terms, self.num_classes)
+        rows = 3 + objective.num_terms + (3 if objective.tells_wrong_at_start else 0)
+        self.log = class_counts.new_zeros(rows, self.num_classes)
 
     def begin_epoch(self, epoch: int, measure: Callable[[Objective], Tensor]) -> None:
         """Run the hooks that come before an epoch; ``measure`` gives the held-out sums of a part."""
@@ -60,7 +63,8 @@ class MethodState:
             epoch: 0-based epoch.
         """
         early = batch.early_logits
-        seen, labels = (logits[: len(batch.y)], batch.y) if early is None else (early, y)
+        labels = batch.adversarial_y if early is None else y
+        seen = logits[: len(labels)] if early is None else early
         sums = (part.observe(seen.detach(), labels, epoch=epoch) for part in self.objective.parts)
         return torch.cat([one.flatten() for one in sums if one is not None] or [self.log.new_zeros(0)])
 
@@ -82,7 +86,13 @@ class MethodState:
         if batch.hard is not None:
             self.log[:2] += class_sums(torch.stack([batch.hard, ones], 1), y, self.num_classes).T
         self.log[2] += class_sums(ones, y, self.num_classes)
-        self.log[3:] += class_sums(share.T, batch.y, self.num_classes).T
+        self.log[3 : 3 + len(share)] += class_sums(share.T, batch.y, self.num_classes).T
+        if batch.wrong_at_start is not None:
+            self.log[-3] += class_sums(batch.wrong_at_start, y, self.num_classes)
+
+    def note_clean(self, y: Tensor, wrong: Tensor) -> None:
+        """Log which images (N,) of labels ``y`` are misclassified without an attack, if the method compares by it."""
+        self.log[-2:] += class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, self.num_classes).T
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs, but the log, which is spread over processes."""
@@ -115,13 +125,18 @@ class MethodState:
         Returns:
             ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: by how much a class's
             share of the loss (of its first term) exceeded its share of the examples, 1 = plain (with a sampler, of the
-            training images); ``class_kl_weight``: the same for the second term; ``class_epsilon``: radius.
+            training images); ``class_kl_weight``: the same for the second term; ``class_epsilon``: radius. Where the
+            method tells three kinds of example, also their shares (see `_kinds`).
         """
-        hard, mined, seen, *shares = log.cpu().double()
+        hard, mined, seen, *others = log.cpu().double()
+        shares = others[: self.objective.num_terms]
         record: dict[str, Any] = {"hard_fraction": None, "hard_per_class": None}
         if mined.sum() > 0:
             record["hard_fraction"] = float(hard.sum() / mined.sum())
             record["hard_per_class"] = _ratios(hard, mined)
+        if self.objective.tells_wrong_at_start:
+            start_wrong, clean_wrong, clean_seen = others[self.objective.num_terms :]
+            record |= _kinds(hard, mined, start_wrong) | _shares("clean_wrong", clean_wrong, clean_seen)
         # A sampler shows in what was drawn: it is compared with the training images there are.
         usual = seen if self.class_probabilities() is None else self.class_counts.cpu().double()
         for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
@@ -133,6 +148,29 @@ class MethodState:
         of_class = margin.class_attack(self.states[margin.name], attack, epoch=epoch)
         record["class_epsilon"] = None if of_class is None else of_class[0].tolist()
         return record
+
+
+def _kinds(hard: Tensor, mined: Tensor, start_wrong: Tensor) -> dict[str, Any]:
+    """Shares of the three kinds of example, over all and (``_per_class``) of each class; they add up to 1.
+
+    ``start_wrong``: misclassified at the start of the attack, ``turned_wrong``: right there and wrong at the mining
+    step, ``stayed_right``: right at both.
+    """
+    turned_wrong, stayed_right = hard - start_wrong, mined - hard
+    return (
+        _shares("start_wrong", start_wrong, mined)
+        | _shares("turned_wrong", turned_wrong, mined)
+        | _shares("stayed_right", stayed_right, mined)
+    )
+
+
+def _shares(name: str, part: Tensor, whole: Tensor) -> dict[str, Any]:
+    """``part / whole`` over all classes and of each; None if there is no whole."""
+    known = bool(whole.sum() > 0)
+    return {
+        f"{name}_fraction": float(part.sum() / whole.sum()) if known else None,
+        f"{name}_per_class": _ratios(part, whole) if known else None,
+    }
 
 
 def _ratios(part: Tensor, whole: Tensor) -> list[float | None]:

@@ -23,26 +23,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from ham_hf.training.outside import REFUSED, SHARDING, is_on
+
 if TYPE_CHECKING:
     from ham_hf.config import TrainingConfig
 
 _WAY_OUT = "use recipes/accelerate/ddp.yaml or recipes/accelerate/fsdp.yaml"
-_OTHER_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: its engine owns the backward, and attacks need gradients of images",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it trains the transformers that it defines itself, not timm's",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism: images are split by rows alone",
-}
-_FSDP_OPTIONS = {
-    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: true; an attack would move every weight at every step",
-    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: true; dropout would differ when recomputed",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
-        "fsdp_cpu_ram_efficient_loading: true; it cannot carry the buffers of a network"
-    ),
-}
-
-
-def _is_on(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() in ("true", "1", "yes")
 
 
 def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
@@ -54,20 +40,21 @@ def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullySharded
     Raises:
         ValueError: if the launcher asks for an engine, or an option of one, that this training cannot use.
     """
-    for name, why in _OTHER_ENGINES.items():
-        if _is_on(environment, name):
+    for name, why in REFUSED.items():
+        if is_on(environment, name):
             raise ValueError(f"accelerate launch asks for {why} ({name}=true); {_WAY_OUT}")
-    if not _is_on(environment, "ACCELERATE_USE_FSDP"):
+    if not is_on(environment, "ACCELERATE_USE_FSDP"):
         return None
     if environment.get("FSDP_VERSION", "1") != "2":
         raise ValueError(
             "accelerate launch asks for FSDP 1, whose weights cannot be gathered for an attack; set fsdp_version: 2 "
             "in the launch configuration, as recipes/accelerate/fsdp.yaml does"
         )
-    for name, what in _FSDP_OPTIONS.items():
-        if _is_on(environment, name):
+    for name, what in SHARDING.items():
+        if what and (is_on(environment, name) or (name == "FSDP_IGNORED_MODULES" and environment.get(name))):
             raise ValueError(
-                f"the launch configuration sets {what}; set it to false, as recipes/accelerate/fsdp.yaml does"
+                f"the launch configuration sets {what}; set it to false or leave it out, as "
+                "recipes/accelerate/fsdp.yaml does"
             )
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError(
@@ -76,7 +63,13 @@ def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullySharded
         )
     if not hasattr(FSDPModule, "set_reshard_after_forward"):
         raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, say 2.8; or {_WAY_OUT.split(' or ')[0]}")
-    plugin = FullyShardedDataParallelPlugin()
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except ValueError as error:
+        raise ValueError(
+            f"accelerate cannot read the FSDP options of the launch configuration ({error}); write them as "
+            "recipes/accelerate/fsdp.yaml does"
+        ) from error
     # Autocast decides what is computed in bf16, as everywhere else; this would round the pixels themselves.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return plugin

@@ -24,18 +24,29 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import evaluation_mode
+from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import PixelBatch
 from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
 from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState
+from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
+CLEAN_EVERY = 16
+"""Updates of which one pays a forward of the clean images, for a log of how many are wrong without an attack: half a
+percent of a short attack's passes at most."""
+
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of an update is not finite; the update was not made."""
+    """The loss or the gradient of an update is not finite, and it was not made; or what it led to is not finite."""
+
+
+STAY_FINITE = (
+    "Lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the "
+    "last checkpoint is spoilt, resume from an earlier one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop, of all processes.
+        passes: passes over the network; see `ham_hf.training.passes`.
     """
 
     loss: float = 0.0
@@ -59,6 +71,7 @@ class Totals:
     seen: float = 0.0
     seconds: float = 0.0
     stops: float = 0.0
+    passes: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         """The sums over the updates of both."""
@@ -129,6 +142,9 @@ class TrainStep:
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
+        self.passes = PassCounter()
+        """Counts the passes over the network that nothing has added up yet."""
+        self.passes.watch(self.module)
 
     def __call__(
         self,
@@ -156,11 +172,12 @@ class TrainStep:
         with gathered(self.accelerator, self.module):
             outer = self._inner_maximization(batches, place)
             self._preview(batches, outer, place)
+            self._note_clean(batches, outer, place)
         works, divisor = self._weigh(batches, outer, epoch)
         with self._perturbed_weights(works, place):
             loss, observed = self._backward(works, place)
             gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
-            sums = torch.zeros(6, device=divisor.device, dtype=divisor.dtype)
+            sums = torch.zeros(7, device=divisor.device, dtype=divisor.dtype)
             sums[0] = loss
             if gradients:
                 sums[1] = torch.stack([norm.to(sums) for norm in torch._foreach_norm(gradients)]).sum()
@@ -170,21 +187,24 @@ class TrainStep:
                     sums[3] += work.batch.hard.sum()
                     sums[4] += len(work.y)
             sums[5] = float(stop() is not None)
+            sums[6] = self.passes.take()
             sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
             # The only wait for the device in an update, apart from finding the hard rows.
-            total, gradient_size, seen, hard, mined, stops, weight = torch.cat(
-                [sums[:6], divisor.amax()[None]]
+            total, gradient_size, seen, hard, mined, stops, passes, weight = torch.cat(
+                [sums[:7], divisor.amax()[None]]
             ).tolist()
             self._refuse_if_not_finite(total, gradient_size, step)
             if weight > 0:
                 self._update()
         self.optimizer.zero_grad()
-        self.method_state.after_update(sums[6:], epoch=epoch)
+        self.method_state.after_update(sums[7:], epoch=epoch)
         if weight > 0:
             self._average_buffers()
             if self.ema is not None:
                 self.ema.update(self.module, step=step + 1)
-        return Totals(loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops)
+        return Totals(
+            loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops, passes=passes
+        )
 
     def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
         rank = self.accelerator.process_index
@@ -214,9 +234,19 @@ class TrainStep:
             if len(batch.y):
                 with torch.no_grad(), preserved_buffers(self.module):
                     logits = self._training_forward(self.module, batch, number, place)
-            sums.append(weighting.preview(logits[: len(batch.y)], batch.y, num_classes))
+            labels = batch.adversarial_y
+            sums.append(weighting.preview(logits[: len(labels)], labels, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
         weighting.before_update(self.method_state.states[weighting.name], total)
+
+    def _note_clean(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
+        """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""
+        if place[1] % CLEAN_EVERY or outer[0].wrong_at_start is None:
+            return
+        with evaluation_mode(self.module), torch.no_grad():
+            for batch in batches:
+                logits = self.attacked(batch.x.contiguous(memory_format=self.memory_format))
+                self.method_state.note_clean(batch.y, predicted(logits) != batch.y)
 
     def _weigh(
         self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], epoch: int
@@ -293,11 +323,7 @@ class TrainStep:
             return
         self.optimizer.zero_grad()
         what = "gradient" if math.isfinite(loss) else "loss"
-        raise NonFiniteLossError(
-            f"the {what} of update {step} is not finite: the update was not made. Lower --learning_rate, lengthen "
-            "--warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the last checkpoint is "
-            "spoilt, resume from an earlier one"
-        )
+        raise NonFiniteLossError(f"the {what} of update {step} is not finite: the update was not made. {STAY_FINITE}")
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
-from ham_hf.evaluation import check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.memory import explain_out_of_memory, smaller_batch
 from ham_hf.metrics import FairnessSummary
 from ham_hf.objectives import InnerAttack, Objective
@@ -47,7 +47,7 @@ from ham_hf.training.sharding import (
     whole_state,
 )
 from ham_hf.training.stopping import TrainingStopped
-from ham_hf.training.train_step import Totals, TrainStep
+from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
 from ham_hf.training.update_size import keep_update_size
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class Progress:
         step: updates done, skipped ones included.
         skipped_updates: updates skipped because no process had a row to train on.
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
+        passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
+            the run began before they were counted. See `ham_hf.training.passes`.
         class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
         averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
@@ -73,6 +75,7 @@ class Progress:
     step: int = 0
     skipped_updates: int = 0
     seconds: float = 0.0
+    passes: float | None = 0.0
     class_log: list[list[float]] = field(default_factory=list)
     averaged_epochs: int = 0
     since_log: dict[str, float] = field(default_factory=dict)
@@ -189,7 +192,9 @@ class Trainer:
             attack_precision=config.attack_precision,
         )
         self.method_state = self.train_step.method_state
-        self.module = self.train_step.module
+        self.module, self.passes = self.train_step.module, self.train_step.passes
+        if self.averaged_module is not None:
+            self.passes.watch(self.averaged_module)
         self.progress = Progress(plan=self._plan())
 
     def _warn_of_late_starts(self) -> None:
@@ -218,7 +223,8 @@ class Trainer:
 
         Raises:
             TrainingStopped: if ``stop`` gave a reason; everything up to here is in a checkpoint.
-            NonFiniteLossError: before an update whose loss or gradient is not finite.
+            NonFiniteLossError: before an update whose loss or gradient is not finite, or where the logits of held-out
+                images, or the weights that were to be selected, are not.
             MemoryExhaustedError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
                 ones that cannot be written are logged, and training goes on.
@@ -252,6 +258,7 @@ class Trainer:
             since = time.perf_counter()
             self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
+            self._add_passes(self._passes_of_all_processes())
         batches = self._batches(epoch, first)
         last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
         way_out = smaller_batch(
@@ -275,7 +282,14 @@ class Trainer:
         with explain_out_of_memory(
             f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest goes on"
         ):
-            self._validate(epoch)
+            try:
+                self._validate(epoch)
+            except NonFiniteLogitsError as error:
+                raise NonFiniteLossError(
+                    f"validation after epoch {epoch + 1} (counted from 1): the logits are not finite on {error.count} "
+                    f"of {error.total} held-out images ({error.reason}); these weights are not selected, and training "
+                    f"ends here. {STAY_FINITE}"
+                ) from error
         self.progress.validation_due = None
         if self._save_is_due(epoch_ended=True):
             self._save()
@@ -302,6 +316,7 @@ class Trainer:
         totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
         elapsed = time.perf_counter() - since
         self.progress.seconds += elapsed
+        self._add_passes(totals.passes)
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.updates == 0
@@ -316,6 +331,7 @@ class Trainer:
             "loss": window.loss / window.updates if window.updates else None,
             "hard_fraction": window.hard / window.mined if window.mined else None,
             "images_per_second": window.seen / window.seconds,
+            "passes_per_image": window.passes / window.seen,
         }
         self.log.show({"loss": values["loss"], "hard": values["hard_fraction"], "img/s": values["images_per_second"]})
         extra = {"learning_rate": learning_rate, "skipped_updates": self.progress.skipped_updates}
@@ -347,6 +363,7 @@ class Trainer:
                 "last": score,
             }[self.config.selection_metric]
         self.progress.seconds += time.perf_counter() - since
+        self._add_passes(self._passes_of_all_processes())
         step = self.progress.step
         self.log.write("validation", step, record)
         self.progress.history.append({"step": step, **record})
@@ -360,8 +377,29 @@ class Trainer:
         if best is None or lost or score >= best["score"]:
             self.progress.best = {"score": score, "metric": self.config.selection_metric, "step": step, "epoch": epoch}
             weights = whole_state(self.selected_module.state_dict())
+            self._refuse_weights_not_finite(weights, epoch)
             if self.accelerator.is_main_process:
                 self.files.select(weights, self.progress.best)
+
+    def _add_passes(self, passes: float) -> None:
+        if self.progress.passes is not None:
+            self.progress.passes += passes
+
+    def _passes_of_all_processes(self) -> float:
+        """Passes since they were last added up, outside of updates."""
+        passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
+        return float(self.accelerator.reduce(passes, "sum"))
+
+    def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
+        """Refuse to select weights that are not finite; without held-out images no logits have told so."""
+        spoilt = []
+        if self.accelerator.is_main_process:
+            spoilt = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if anywhere(self.accelerator, bool(spoilt)):
+            raise NonFiniteLossError(
+                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoilt[:5])}); they are "
+                f"not selected, and training ends here. {STAY_FINITE}"
+            )
 
     @property
     def selected_module(self) -> nn.Module:
@@ -479,7 +517,8 @@ class Trainer:
             logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
             return
         checkpoint = load_checkpoint(path)
-        progress = Progress(**checkpoint.state)
+        # A checkpoint that is older than the count of passes does not know them.
+        progress = Progress(**{"passes": None, **checkpoint.state})
         check_same_run(path, progress.plan, self._plan())
         load_model(self.module, checkpoint.model)
         if self.averaged_module is not None and checkpoint.averaged is not None:

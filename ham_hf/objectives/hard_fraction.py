@@ -1,0 +1,107 @@
+"""Class weights from the hard fraction (ours): a class that the method observes as wrong more often weighs more.
+
+h_c is the share of the examples of class c that are misclassified: at the mining step where the method mines, else
+among the adversarial rows that are trained on. It is counted over an epoch, over all processes, and sets the weight
+W_c = clip(1 + 2 s (h_c - mean h), low, high) of the first term of the loss in the next epoch, rescaled to mean 1; both
+means are over the classes of which an example was seen, and the others keep weight 1, as all do in the first epoch.
+Weights are not in the divisor. Counting and weighing cost no pass. Small weights suffice: those of methods that make
+classes fair lie within a ratio of about 2.
+
+That weak classes should weigh more is what DAFA, WAT, FRL and CFOL do as well; this measure of weakness is our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ham_hf.attacks import predicted
+from ham_hf.objectives.base import State, class_sums, statistics_dtype
+from ham_hf.objectives.combining import BuiltOnLoss
+from ham_hf.objectives.losses import BaseLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardFraction(BuiltOnLoss):
+    """Weight of each class from its share of misclassified examples in the epoch before."""
+
+    name: ClassVar[str] = "hard_fraction"
+    summary: ClassVar[str] = "class weights from each class's share of hard examples in the epoch before (ours)"
+    gives_weights: ClassVar[bool] = True
+
+    base_loss: Literal["pgd_at", "trades", "mart"] = field(
+        default="pgd_at", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    )
+    hard_fraction_strength: float = field(
+        default=1.0,
+        metadata={"help": "s of the class weights 1 + 2 s (hard fraction - mean over classes)", "range": "> 0"},
+    )
+    hard_fraction_low: float = field(
+        default=0.7, metadata={"help": "smallest weight of a class, before weights are rescaled", "range": "[0, 1)"}
+    )
+    hard_fraction_high: float = field(
+        default=1.4, metadata={"help": "largest weight of a class, before weights are rescaled", "range": "> 1"}
+    )
+    hard_fraction_start_epoch: int = field(
+        default=0,
+        metadata={
+            "help": "first 0-based epoch with class weights; in epoch 0 nothing is counted yet",
+            "range": ">= 0",
+        },
+    )
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the plain base loss: at least the first."""
+        return max(1, self.hard_fraction_start_epoch)
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Objective.initial_state`: the weights, and wrong and all examples seen in this epoch."""
+        return {"weight": torch.ones_like(class_counts), "counts": class_counts.new_zeros(len(class_counts), 2)}
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """See `Objective.observe`: wrong and all examples of each class."""
+        wrong = (predicted(logits) != y).to(statistics_dtype(logits.device))
+        return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """See `Objective.after_update`."""
+        state["counts"] += sums
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """See `Objective.before_epoch`."""
+        state["weight"] = hard_fraction_weights(
+            *state["counts"].unbind(1),
+            strength=self.hard_fraction_strength,
+            low=self.hard_fraction_low,
+            high=self.hard_fraction_high,
+        )
+        state["counts"].zero_()
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        """See `Objective.class_weight`: of the first term alone."""
+        if epoch < self.warmup_epochs:
+            return None
+        others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
+        return torch.stack([state["weight"], *others])
+
+
+def hard_fraction_weights(wrong: Tensor, seen: Tensor, *, strength: float, low: float, high: float) -> Tensor:
+    """Weight of each class (C,), 1 on average over the classes seen; 1 for a class that was not.
+
+    Args:
+        wrong: (C,) misclassified examples.
+        seen: (C,) all examples.
+        strength: s > 0.
+        low: smallest weight before rescaling, in [0, 1).
+        high: largest weight before rescaling, > 1.
+    """
+    present = seen > 0
+    count = present.sum().clamp(min=1)
+    fraction = torch.where(present, wrong / seen.clamp(min=1), 0)
+    weight = (1 + 2 * strength * (fraction - fraction.sum() / count)).clamp(low, high)
+    # The class of the largest fraction has at least 1, so there is something to divide by.
+    return torch.where(present, weight * count / torch.where(present, weight, 0).sum().clamp(min=1e-12), 1)

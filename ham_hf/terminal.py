@@ -1,0 +1,56 @@
+"""What a command shows: text on a terminal that may not know every character, and progress bars."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+
+logger = logging.getLogger(__name__)
+
+
+def replace_what_cannot_be_shown() -> None:
+    """Let both standard streams replace characters that their encoding lacks, such as those of class names.
+
+    Left to itself, standard output raises an error at the first of them.
+    """
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def show(text: str) -> None:
+    """Print text on standard output; where that takes nothing (a closed pipe, a full disk), say so and go on.
+
+    What is shown is in files as well, and what comes after it, such as a push, is worth more.
+    """
+    if sys.stdout is None:  # a process without a console
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        logger.warning("standard output takes no text (%s); nothing else is lost", error)
+        _discard_output()
+
+
+def hide_progress_bars() -> None:
+    """Turn off the progress bars of datasets, of huggingface_hub, and of timm and others that download through it."""
+    import datasets
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+
+
+def _discard_output() -> None:
+    """Send what is still written to standard output nowhere; else Python complains of it once more when it ends."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output)
+    os.close(nowhere)
