@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ham_hf import __version__
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+from ham_hf.reporting.calibration import CalibrationReport
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -207,6 +208,7 @@ class RunReport:
         created: UTC time, ISO 8601.
         notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
             on the way); the card lists them.
+        calibration: class shifts that are folded into the evaluated model; None if there are none.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -222,6 +224,7 @@ class RunReport:
     seeds: Mapping[str, int]
     created: str
     notes: tuple[str, ...] = ()
+    calibration: CalibrationReport | None = None
 
     def __post_init__(self) -> None:
         if not self.results:
