@@ -22,7 +22,6 @@ from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
-from ham_hf.models.origin import Origin
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
 from ham_hf.reporting.calibration import CalibrationReport, calibration_report
 from ham_hf.runs import (
@@ -61,7 +60,7 @@ class HeldOut:
     how_to_get_more: str
 
 
-def original_model(loaded: LoadedModel) -> None:
+def restore_original(loaded: LoadedModel) -> None:
     """Give a calibrated model its original bias back, in place, so that calibrating again does not add up.
 
     Raises:
@@ -273,11 +272,18 @@ def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float]) -> Tensor:
     return own
 
 
-def folded(model: PixelModel, shifts: Tensor) -> PixelModel:
-    """A copy of the model with the shifts (C,), in the order of its logits, in its bias."""
-    shifted = copy.deepcopy(model)
+def own_class_names(aligned: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The dataset's names in the order of the model's own logits."""
+    if not isinstance(aligned, ReorderedLogits):
+        return tuple(class_names)
+    return tuple(class_names[int(place)] for place in aligned.order.argsort())
+
+
+def folded(loaded: LoadedModel, shifts: Tensor) -> LoadedModel:
+    """The model with the shifts (C,), in the order of its logits, in its bias; ``loaded`` is not changed."""
+    shifted = copy.deepcopy(loaded.model)
     fold_shifts(shifted.backbone, shifts)
-    return shifted
+    return replace(loaded, model=shifted)
 
 
 def calibration_record(original: PixelModel, report: CalibrationReport, shifts: Tensor) -> dict[str, object]:
@@ -305,7 +311,6 @@ def export_calibrated(
     shifts: Tensor,
     *,
     class_names: Sequence[str],
-    origin: Origin,
     model_license: str,
 ) -> ExportInfo:
     """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
@@ -316,7 +321,6 @@ def export_calibrated(
         report: of the calibration.
         shifts: (C,) in the order of the model's logits.
         class_names: of the dataset, in the order of the model's logits; for a model that does not name its own.
-        origin: where the model comes from.
         model_license: of the weights.
 
     Raises:
@@ -331,7 +335,8 @@ def export_calibrated(
         preprocessing=loaded.preprocessing,
         model_args={},
     )
-    write_biases(backbone, read_biases(loaded.model.backbone, len(shifts)))
+    original = loaded.model.cpu()
+    write_biases(backbone, read_biases(original.backbone, len(shifts)))
     fold_shifts(backbone, shifts)
     folder = config.output_path
     exported = export_for_timm(
@@ -339,13 +344,13 @@ def export_calibrated(
         folder,
         preprocessing=loaded.preprocessing,
         class_names=loaded.class_names or class_names,
-        metadata={**loaded.metadata, CALIBRATION_KEY: calibration_record(loaded.model, report, shifts)},
+        metadata={**loaded.metadata, CALIBRATION_KEY: calibration_record(original, report, shifts)},
         model_license=model_license,
         tag=str(backbone.pretrained_cfg.get("tag") or "fair"),
     )
     try:
         published = load_pixel_model(str(folder)).model
-        check_shifted_logits(loaded.model, published, shifts, loaded.preprocessing.image_size)
+        check_shifted_logits(original, published, shifts, loaded.preprocessing.image_size)
     except ValueError:
         for written in (WEIGHTS_NAME, CONFIG_NAME):
             (folder / written).unlink(missing_ok=True)

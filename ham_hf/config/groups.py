@@ -494,6 +494,7 @@ class CalibrateConfig(SettingsGroup):
     seed: int = setting(0, "seed of the attacks' noise and of the two halves of the images", "[0, 4294967295]")
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
     ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    disable_tqdm: bool = setting(False, "show no progress bar")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
     attack: EvaluationThreatConfig = field(

@@ -15,6 +15,7 @@ from ham_hf.data import ImageData
 from ham_hf.evaluation import AttackResult
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
+from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.plots import ExampleStrip, save_figures
 from ham_hf.reporting.report import (
@@ -185,3 +186,51 @@ def write_evaluation(report: RunReport, folder: Path, *, examples: ExampleStrip)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
+
+
+def calibrated_report(
+    source: str,
+    loaded: LoadedModel,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    calibration: CalibrationReport,
+    exported: ExportInfo,
+    *,
+    config: Mapping[str, object],
+    base_model: str | None,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    seed: int,
+) -> RunReport:
+    """Report of a model with class shifts folded in, evaluated like any other.
+
+    ``base_model`` is the Hub id of what it was made of, ``exported`` what was written.
+    """
+    evaluated = evaluation_report(
+        source,
+        loaded,
+        data,
+        results,
+        config=config,
+        threat_model=threat_model,
+        accelerator=accelerator,
+        seed=seed,
+    )
+    model = replace(
+        evaluated.model,
+        architecture=exported.architecture,
+        base_model=base_model,
+        needs_ham_hf=exported.needs_ham_hf,
+        num_parameters=exported.num_parameters,
+        upsample=exported.upsample,
+    )
+    note = training_images_note(calibration)
+    notes = (*evaluated.notes, note) if note is not None else evaluated.notes
+    return replace(evaluated, model=model, calibration=calibration, notes=notes)
+
+
+def write_calibration(report: RunReport, folder: Path, *, examples: ExampleStrip) -> None:
+    """Report, figures and card of a calibrated model that is in ``folder`` already."""
+    write_report(report, folder)
+    save_figures(report, folder, examples=examples, train_log=[])
+    write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))
