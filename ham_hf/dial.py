@@ -198,7 +198,7 @@ def set_dial(
         tags: of the card of the model.
         show_progress: show a bar on the local main process.
     """
-    model = model.to(accelerator.device)
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
     attack = SearchAttack(
         threat_model=threat_model,
         step_size=float(threat_model.epsilon) / 4,
@@ -255,6 +255,14 @@ def validation_part(data: ImageData, *, seed: int) -> HeldOut:
 def check_head(model: PixelModel, *, num_classes: int, image_size: int) -> None:
     """Refuse a head that cannot be shifted, before any work; see `ham_hf.models.head.check_foldable`."""
     check_foldable(model, num_classes=num_classes, image_size=image_size)
+
+
+def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]:
+    """Put the shifts into the bias of a model whose logits are in the dataset's order; returns its record."""
+    shifts = torch.tensor(report.shifts)
+    record = calibration_record(model, report, shifts)
+    fold_shifts(model.backbone, shifts)
+    return record
 
 
 def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float]) -> Tensor:

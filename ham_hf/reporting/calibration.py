@@ -84,16 +84,14 @@ def exchange_sentence(report: CalibrationReport) -> str:
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
         return "Fairness 0 leaves the model as it was: nothing was given and nothing gained."
-    average = 100 * (before.average - after.average)
-    given = (
-        f"{average:.1f} points of the average" if average >= 0 else f"no average, which rose by {-average:.1f} points"
-    )
+    lost = 100 * (before.average - after.average)
+    averages = f"{_percent(before.average)} % before, {_percent(after.average)} % after"
+    price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
     return (
         f"Fairness {report.fairness:g} took the worst class from {_percent(before.worst_class)} % to "
         f"{_percent(after.worst_class)} % and the worst 30 % of the classes from "
-        f"{_percent(before.worst_30_percent)} % to {_percent(after.worst_30_percent)} %, for {given} "
-        f"({_percent(before.average)} % before, {_percent(after.average)} % after), counted on images that the shifts "
-        "were not found on."
+        f"{_percent(before.worst_30_percent)} % to {_percent(after.worst_30_percent)} %, {price} ({averages}), "
+        "counted on images that the shifts were not found on."
     )
 
 

@@ -82,12 +82,14 @@ def training_report(
     *,
     base_model: str | None = None,
     peak_memory_bytes: int | None = None,
+    calibration: CalibrationReport | None = None,
 ) -> RunReport:
     """Report of a training run.
 
     ``best`` is the state that the evaluated weights were selected with, ``base_model`` the Hub id of the weights it
     began with, and ``peak_memory_bytes`` what `ham_hf.training.launching.peak_memory_bytes` said when training ended
-    (evaluation, which follows, may need more).
+    (evaluation, which follows, may need more). The passes of
+    a ``calibration`` count among those of the run.
     """
     return RunReport(
         model=ModelReport(
@@ -113,12 +115,17 @@ def training_report(
             selected_epoch=best["epoch"],
             history=tuple(progress.history),
             peak_memory_bytes=peak_memory_bytes,
-            passes=progress.passes,
+            passes=_with_calibration(progress.passes, calibration),
         ),
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
+        calibration=calibration,
     )
+
+
+def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
+    return passes if passes is None or calibration is None else passes + calibration.passes
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
