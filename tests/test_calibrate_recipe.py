@@ -360,9 +360,7 @@ class TestStranger:
 CALIBRATE = """
 import json, sys
 import ham_hf.evaluation.calibration as calibration
-from ham_hf.attacks import ThreatModel
-from ham_hf.commands import calibrate as command
-from ham_hf.config import parse_calibrate_config
+from ham_hf.commands.calibrate import main
 calibration.FRONTIER, calibration.NUM_ROUNDS = (0.0,), 2
 for words in json.loads(sys.argv[1]):
     main(words)
