@@ -11,7 +11,9 @@ import logging
 import re
 import shlex
 import time
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TypeVar
@@ -32,9 +34,12 @@ ARTEFACTS = (
     "config.json",
     "README.md",
     "report.json",
+    "predictions.parquet",
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
+    "rgb/config.json",
+    "rgb/model.safetensors",
 )
 """What is published of an output folder. Checkpoints, which hold optimizer state as pickles, are not."""
 
@@ -135,13 +140,16 @@ def push_folder(
     limit_waiting()
 
     def upload() -> str:
-        commit = HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            allow_patterns=list(ARTEFACTS),
-        )
+        with warnings.catch_warnings():
+            # predictions.parquet belongs to the model.
+            warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
+            commit = HfApi().upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                allow_patterns=list(ARTEFACTS),
+            )
         return str(commit.commit_url)
 
     try:
@@ -177,6 +185,50 @@ def try_push(
         logger.warning("Training goes on, the next save pushes again: %s", reason)
         return False
     return True
+
+
+def download_files(repo_id: str, names: Sequence[str], folder: Path, *, revision: str = DEFAULT_REVISION) -> None:
+    """Fetch files of a model on the Hub into a folder, to change them there.
+
+    Raises:
+        ValueError: if one does not exist, or cannot be had.
+    """
+    limit_waiting()
+    try:
+        for name in names:
+            _retry(partial(hf_hub_download, repo_id, name, revision=revision, local_dir=folder), attempts=3)
+    except PUSH_ERRORS as error:
+        raise ValueError(
+            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected "
+            f"OWNER/NAME of a model that this package pushed ({_without_token(error)})"
+        ) from None
+
+
+def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
+    """Push some files of a folder as one commit; the others of the repository stay.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        PushError: if the push failed.
+    """
+    limit_waiting()
+    upload = partial(
+        HfApi().upload_folder,
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        commit_message=commit_message,
+        allow_patterns=list(names),
+    )
+    try:
+        return str(_retry(upload, attempts=3, also=CONFLICTS).commit_url)
+    except PUSH_ERRORS as error:
+        raise PushError(
+            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_way_out(error)}Give the "
+            "same command again"
+        ) from None
 
 
 def download_report(repo_id: str, revision: str | None = None) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -75,17 +76,18 @@ class FairnessSummary:
     per_class: tuple[ClassAccuracy, ...]
 
 
-def wilson_interval(correct: int, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson, 1927): unlike the normal one, it stays in [0, 1].
+def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a proportion (Wilson, 1927): unlike the normal one, it stays in [0, 1].
 
     Raises:
         ValueError: if ``count`` is not positive or ``correct`` lies outside [0, count].
     """
     if count <= 0 or not 0 <= correct <= count:
         raise ValueError(f"expected 0 <= correct <= count and count > 0, got correct={correct}, count={count}")
-    share, z2 = correct / count, Z_95**2
+    z = Z_95 if level == 0.95 else NormalDist().inv_cdf((1 + level) / 2)
+    share, z2 = correct / count, z**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     # At 0 and at count the exact bound is 0 and 1; rounding would leave it just inside.
     low = 0.0 if correct == 0 else max(0.0, centre - half)
     high = 1.0 if correct == count else min(1.0, centre + half)

@@ -52,6 +52,8 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
         in_chans=inputs.in_chans,
         interpolation=inputs.interpolation,
         crop_pct=inputs.crop_pct,
+        crop_mode=inputs.crop_mode,
+        border_color=inputs.mean,
         seed=seed,
     )
 
@@ -59,16 +61,19 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
 def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[PixelModel, Preprocessing]:
     """A model to train, the same on every process.
 
-    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's.
+    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's,
+    unless images are brought to their size with borders of the mean color, which then has to stay.
     """
     inputs = input_defaults(config.model_name, model_args=config.model_args)
+    own_statistics = config.pretrained or data.crop_mode == "border"
     preprocessing = Preprocessing(
         image_size=data.image_size,
         in_chans=data.in_chans,
         interpolation=data.interpolation,
         crop_pct=data.crop_pct,
-        mean=inputs.mean if config.pretrained else data.channel_mean,
-        std=inputs.std if config.pretrained else data.channel_std,
+        crop_mode=data.crop_mode,
+        mean=inputs.mean if own_statistics else data.channel_mean,
+        std=inputs.std if own_statistics else data.channel_std,
     )
     torch.manual_seed(seed)
     backbone = create_backbone(

@@ -7,8 +7,9 @@
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
     python recipes/evaluate.py --help
 
-Writes report.json, figures/ and EVALUATION.md (the evaluation part of a model card). Killed in the middle, the same
-command goes on where it stopped.
+Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the
+verdict), figures/ and EVALUATION.md (the evaluation part of a model card). Killed in the middle, the same command goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         )
         with clean_exit(CorruptImageError, OSError):
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
-            write_evaluation(report, config.output_path, examples=examples)
+            write_evaluation(report, config.output_path, results=results, examples=examples)
         remove_partial_results(config.output_path)
         show(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()

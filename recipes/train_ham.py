@@ -259,7 +259,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 calibration=calibration,
             )
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
-            write_training(report, folder, examples=examples, repo_id=repo_id)
+            write_training(report, folder, results=results, examples=examples, repo_id=repo_id)
             remove_partial_results(folder)
         if calibration is not None:
             show(f"{exchange_sentence(calibration)}\n\n")

@@ -22,12 +22,14 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from ham_hf import objectives
+from ham_hf.config import TrainConfig
+from ham_hf.config.build import group_settings, method_settings
 from ham_hf.data.decoding import EvalTransform
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.models.export import export_for_timm
 from ham_hf.reporting import card
 from ham_hf.reporting.card import evaluation_section, fraction_text, write_card
-from ham_hf.reporting.method_text import CITATIONS
+from ham_hf.reporting.method_text import CITATIONS, option_text, selected_too_early
 from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import RunReport, ThreatModelReport, plain_text
 from tests.example_report import DIGITS, make_report, with_dataset, with_model
@@ -60,6 +62,14 @@ HOSTILE = (
     "\x00\x1b[31m\ud800",
     "",
 )
+
+
+def every_setting() -> list:
+    groups = [*group_settings(TrainConfig).values(), *method_settings().values()]
+    return [known for group in groups for known in group]
+
+
+COUNTED_FROM_0 = {known.name for known in every_setting() if "0-based" in known.help}
 
 
 def written(report: RunReport, folder: Path, *, repo_id: str | None = "me/robust-digits") -> str:
@@ -116,7 +126,8 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
         "| Attack step size | 2/255 |",
         "| Method | ham: hard adversarial example mining (Lin et al., 2025) |",
         r"| Method option mining\_step | 3 |",
-        r"| Learning rate drops (epoch\:factor) | 6\:0.1, 9\:0.01 |",
+        r"| Method option mining\_start\_epoch | epoch 5 (--mining\_start\_epoch 4) |",
+        r"| Learning rate drops | × 0.1 from epoch 7, × 0.01 from epoch 10 (--lr\_drops 6\:0.1 9\:0.01) |",
         "| Seeds | seed 0 |",
         "![Clean and robust accuracy per class](figures/per_class_accuracy.png)",
         "accelerate launch recipes/train_ham.py --config train_config.yaml --output_dir outputs/again",
@@ -193,13 +204,16 @@ def test_every_method_is_named_and_cited(tmp_path: Path) -> None:
         assert rows["Method"] == title
         hidden = {"none", "", "{}", "[]", "None"}
         assert not [label for label, value in rows.items() if value in hidden]
+        assert {tag for tag in front_matter(text)["tags"] if tag in every_method()} == {name}
+        if kind.summary.endswith("(ours)"):
+            assert cited(text) == ["ham_hf"]
+            continue
         own = re.match(r"@\w+\{(\w+),", CITATIONS[name])[1]
         assert cited(text)[0] == own
         assert cited(text)[-1] == "ham_hf"
         year, first_author = re.search(r"\((\w+).* (\d{4})\)$", kind.summary).group(2, 1)
         assert re.search(rf"author *= \{{{first_author},", CITATIONS[name])
         assert re.search(rf"year *= \{{{year}\}}", CITATIONS[name])
-        assert {tag for tag in front_matter(text)["tags"] if tag in every_method()} == {name}
 
 
 def test_the_paper_of_ham_is_cited_for_ham_alone(tmp_path: Path) -> None:
@@ -237,7 +251,7 @@ def test_what_a_method_borrows_is_named_and_cited(tmp_path: Path) -> None:
             "Class radii": "cfa: class-wise calibrated fair adversarial training (Wei et al., 2023)",
             "Class weights": "dafa: distance-aware fair adversarial training (Lee et al., 2024)",
             "Options of class radii and weights": "cfa_lambda1=0.3, dafa_lambda=1.5",
-            "Adversarial weight perturbation": "gamma 0.005, from epoch 5 (0-based) on (Wu et al., 2020)",
+            "Adversarial weight perturbation": "gamma 0.005, from epoch 6 (--awp_start_epoch 5) on (Wu et al., 2020)",
             "Averaged weights": (
                 "fairness-gated, once per epoch: decay 0.85, worst class at least 0.2 (Wei et al., 2023)"
             ),
@@ -275,7 +289,28 @@ def test_options_without_effect_are_left_out(tmp_path: Path) -> None:
     }
     assert not {"Class radii", "Class weights", "Adversarial weight perturbation", "Averaged weights"} & rows.keys()
     rows = training_table(written(with_config(config_of(every_method()["fat"])), tmp_path))
-    assert rows["Method option fat_tau_epochs"] == "50, 90"
+    assert rows["Method option fat_tau_epochs"] == "epochs 51, 91 (--fat_tau_epochs 50 90)"
+
+
+def test_the_verdict_is_the_headline(tmp_path: Path) -> None:
+    report = make_report(attacks=("clean", "pgd-20", "cw-20", "autoattack"), num_autoattack=100, verdict=True)
+    text = written(report, tmp_path)
+    summary, (low, high) = report.verdict.summary, report.verdict.intervals.worst_class
+    assert (
+        f"Of 100 test images it classifies {100 * summary.average:.1f} % correctly both as they are and under every "
+        f"attack that was run\n(PGD-20, CW-20, AutoAttack; L-infinity, ε = 8/255); in the worst class "
+        f"{100 * summary.worst_class:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)."
+    ) in text
+    _, results, per_class, _ = tables(body(text))
+    assert [row[0] for row in results[1:]] == ["Verdict", "Clean", "PGD-20", "CW-20", "AutoAttack"]
+    assert results[1][1] == "100 of 360"
+    assert per_class[0][:3] == ["Class", "Images", "Verdict"]
+    shown = [float(row[2].split()[0]) for row in per_class[1:]]
+    assert shown == sorted(shown)
+    assert "on the 100 images that every\nattack saw" in card.evaluation_section(report)
+    entries = ModelCard(text).data.eval_results
+    found = {(entry.metric_type, entry.metric_args["attack"]): entry for entry in entries}
+    assert found["accuracy", "verdict"].metric_value == pytest.approx(summary.average, abs=1e-6)
 
 
 def test_coarser_attacks_in_training_are_told(tmp_path: Path) -> None:
@@ -291,7 +326,9 @@ def test_tables_hold_the_numbers_of_the_report(tmp_path: Path) -> None:
     clean = report.results["clean"].summary
     assert results[0][:3] == ["Evaluation", "Images", "Average"]
     assert results[1][0:2] == ["Clean", "360"]
-    assert results[1][4] == f"{100 * clean.worst_class:.1f} ({DIGITS[clean.worst_class_index]})"
+    low, high = report.results["clean"].intervals.worst_class
+    interval = f"({100 * low:.1f}–{100 * high:.1f})"
+    assert results[1][4] == f"{100 * clean.worst_class:.1f} {interval} ({DIGITS[clean.worst_class_index]})"
     robust = report.results["cw-20"].summary.per_class
     order = sorted((index for index in range(10) if index != 4), key=lambda index: robust[index].accuracy)
     assert [row[0] for row in per_class[1:]] == [DIGITS[index] for index in order]
@@ -464,14 +501,14 @@ def test_metadata_names_the_split_of_the_test_images(tmp_path: Path, origin: str
 
 
 def test_drops_of_another_schedule_and_options_that_are_off_are_not_listed(tmp_path: Path) -> None:
-    ham = {"method": "ham", "keep_easy_fraction": 0.0, "keep_easy_as": "clean", "lr_drops": ["60:0.1"]}
+    ham = {"method": "ham", "easy_weight": 0.0, "easy_fraction": 0.3, "lr_drops": ["60:0.1"]}
     rows = training_table(written(with_config(make_report().config | ham | {"lr_scheduler_type": "cosine"}), tmp_path))
-    assert not {"Learning rate drops (epoch:factor)", "Method option keep_easy_as"} & set(rows)
-    assert "Method option keep_easy_fraction" not in rows
-    ham |= {"keep_easy_fraction": 0.3, "lr_scheduler_type": "piecewise"}
+    assert not {"Learning rate drops", "Method option easy_fraction"} & set(rows)
+    assert "Method option easy_weight" not in rows
+    ham |= {"easy_weight": 0.5, "lr_scheduler_type": "piecewise"}
     rows = training_table(written(with_config(make_report().config | ham), tmp_path))
-    assert rows["Learning rate drops (epoch:factor)"] == "60:0.1"
-    assert (rows["Method option keep_easy_fraction"], rows["Method option keep_easy_as"]) == ("0.3", "clean")
+    assert rows["Learning rate drops"] == "× 0.1 from epoch 61 (--lr_drops 60:0.1)"
+    assert (rows["Method option easy_weight"], rows["Method option easy_fraction"]) == ("0.5", "0.3")
 
 
 @pytest.mark.parametrize(("start", "said"), [(12, True), (11, False)])
@@ -479,6 +516,57 @@ def test_a_method_that_never_began_is_told(tmp_path: Path, start: int, said: boo
     config = {"method": "ham", "mining_start_epoch": start}
     card = write_card(make_report(config=config), tmp_path, repo_id="me/robust", model_license="mit").read_text()
     assert ("The run ended before ham began, so its numbers say nothing about that" in card) == said
+
+
+def test_weights_from_before_the_method_began_are_not_credited_to_it(tmp_path: Path) -> None:
+    early = make_report(config={"method": "ham", "mining_start_epoch": 8, "base_loss": "trades"})
+    training = dataclasses.replace(early.training, selected_epoch=7)
+    early = dataclasses.replace(early, training=training)
+    text = written(early, tmp_path)
+    assert "**These weights are from before that method began, and owe nothing to it.**" in text
+    assert selected_too_early(early.config, training) == (
+        "The weights were selected in epoch 8, and mining (ham) begins with epoch 9 (--mining_start_epoch 8): it had "
+        "no part in them, and these are weights of trades alone.",
+    )
+    for selected in (8, None):
+        training = dataclasses.replace(early.training, selected_epoch=selected)
+        text = written(dataclasses.replace(early, training=training), tmp_path)
+        assert selected_too_early(early.config, training) == ()
+        assert "before that method began" not in text
+
+
+def test_what_is_combined_and_began_later_is_told_with_its_flag() -> None:
+    config = {"method": "ham", "mining_start_epoch": 0, "mining_step": 1, "awp_gamma": 0.005, "awp_start_epoch": 9}
+    config |= {"class_margin": "cfa", "class_rule_args": {"cfa_start_epoch": 8}}
+    training = make_report().training
+    sentences = selected_too_early(config, dataclasses.replace(training, selected_epoch=7))
+    assert sentences == (
+        "The weights were selected in epoch 8, and cfa begins with epoch 9 (--class_rule_args cfa_start_epoch=8): it "
+        "had no part in them.",
+        "The weights were selected in epoch 8, and awp begins with epoch 10 (--awp_start_epoch 9): it had no part in "
+        "them.",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(COUNTED_FROM_0 - {"lr_drops"}))
+def test_cards_count_epochs_from_1_and_name_the_flag_beside_it(name: str) -> None:
+    several = name.endswith("_epochs")
+    shown = option_text(name, [12, 20] if several else 12)
+    assert shown == (f"epochs 13, 21 (--{name} 12 20)" if several else f"epoch 13 (--{name} 12)")
+
+
+def test_settings_that_count_from_0_are_all_known() -> None:
+    assert {"lr_drops", "mining_start_epoch", "awp_start_epoch", "cfa_start_epoch", "fat_tau_epochs"} <= COUNTED_FROM_0
+    assert {known.name for known in every_setting() if known.name.endswith("_start_epoch")} <= COUNTED_FROM_0
+
+
+def test_a_run_that_was_changed_on_the_way_is_not_said_to_be_repeatable(tmp_path: Path) -> None:
+    report = make_report()
+    assert "; this repeats the run:" in written(report, tmp_path)
+    training = dataclasses.replace(report.training, changes=("After update 4, from epoch 2 on, it was changed.",))
+    text = written(dataclasses.replace(report, training=training), tmp_path)
+    assert "this repeats the run" not in text
+    assert "Some were changed on the way" in text
 
 
 def test_a_limited_test_split_is_told_and_only_its_classes_are_counted(tmp_path: Path) -> None:

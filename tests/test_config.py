@@ -245,7 +245,10 @@ def test_an_attack_that_cannot_cross_the_ball_is_told(caplog):
 def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
     with caplog.at_level(logging.WARNING, logger="ham_hf"):
         parse_train_config(["--num_train_epochs", "50"])
-        assert "ham starts at epoch 50, and the run has 50 epochs: it will never be active" in caplog.text
+        assert (
+            "ham starts at epoch 51 (--mining_start_epoch 50), and the run has 50 epochs: it will never be active"
+            in caplog.text
+        )
         caplog.clear()
         borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
         parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
@@ -841,7 +844,9 @@ def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
     assert parse_evaluate_config(["--config", str(path)]) == parse_evaluate_config(argv)
 
 
-@pytest.mark.parametrize("written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"])
+@pytest.mark.parametrize(
+    "written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"]
+)
 @pytest.mark.parametrize("flag", ["lr_drops", "epsilon", "num_steps", "fat_tau_epochs"])
 def test_what_is_no_number_is_refused_in_our_words(flag, written, capsys):
     with pytest.raises(SystemExit) as exit_:

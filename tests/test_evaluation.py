@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
 from ham_hf.evaluation import EvaluationAttack, evaluate, standard_attacks
 from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
+from ham_hf.evaluation.robustness import true_margins
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from tests.golden_data import golden_case, golden_net
 from tests.nets import TensorImages, group_norm_net
@@ -39,6 +40,12 @@ def run(net, split, accelerator, **changes):
     return evaluate(net, split, standard_attacks(5, 0.01), **options | changes)
 
 
+def margin_of(logits, y):
+    """Logit of the true class minus the largest other one, row by row."""
+    rows = zip(logits.detach().tolist(), y.tolist(), strict=True)
+    return torch.tensor([row[label] - max(row[:label] + row[label + 1 :]) for row, label in rows])
+
+
 def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
     results = run(net, split, accelerator)
     assert list(results) == ["clean", "pgd-5", "cw-5"]
@@ -48,7 +55,8 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
             x, y = split.x[start : start + 10], split.labels[start : start + 10]
             clean = reference(x).argmax(1)
             right = clean == y
-            expected = clean.clone()
+            expected, margins = clean.clone(), margin_of(reference(x), y)
+            assert torch.equal(results["clean"].margins[start : start + 10], margins)
             if right.any():
                 x_adv = pgd(
                     reference,
@@ -61,9 +69,21 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
                     generator=make_generator(torch.device("cpu"), 4, Stream.EVALUATION, position, number),
                 )
                 expected[right] = reference(x_adv).argmax(1)
+                margins[right] = margin_of(reference(x_adv), y[right])
             assert torch.equal(results[name].predictions[start : start + 10], expected)
+            assert torch.equal(results[name].margins[start : start + 10], margins)
             assert torch.equal(results[name].flags[start : start + 10], right & (expected == y))
             assert torch.equal(results["clean"].flags[start : start + 10], right)
+
+
+def test_logits_that_are_not_finite_have_no_margin():
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[2.0, -1.0, 1.5], [inf, 0, 0], [0, 0, -inf], [nan, 0, 1], [0, 3, 1]])
+    for dtype in (torch.float64, torch.bfloat16):
+        margins = true_margins(logits.to(dtype), torch.tensor([0, 0, 0, 1, 0]))
+        assert margins.dtype == torch.float32
+        assert margins.isnan().tolist() == [False, True, True, True, False]
+        assert margins[[0, 4]].tolist() == [0.5, -3.0]
 
 
 def test_attacks_hurt_and_never_help(net, split, accelerator):
@@ -116,6 +136,11 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
     assert result.settings["attacks"] == attacks
     assert result.settings["subset"] is False
     assert not result.flags[::4].any()
+    # An image that withstands was returned as it was; one that falls is on the other side.
+    with torch.no_grad():
+        clean = margin_of(net(x), labels)
+    torch.testing.assert_close(result.margins[result.flags], clean[result.flags])
+    assert (result.margins[~result.flags] <= 0).all()
     weaker = run(net, split, accelerator, threat_model=ThreatModel("linf", 0.01))["pgd-5"]
     assert result.flags.sum() <= weaker.flags.sum()
     untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)

@@ -117,7 +117,10 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_families_train_export_and_reload(name, size, in_chans, tmp_path):
     backbone, settings = trained(name, size, in_chans, **FAMILIES[name]), preprocessing(size, in_chans)
     info = export(backbone, tmp_path, settings)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "model.safetensors", *(["rgb"] if info.has_rgb_form else [])]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    # Weights that are standardized cannot be folded.
+    assert info.has_rgb_form == (in_chans == 1 and name != "test_nfnet")
     x = pixels(size, in_chans)
     expected = logits_of(backbone, settings, x)
 

@@ -33,6 +33,7 @@ PUSHED = {
     "figures/confusion_cw-20.png",
     "metrics.jsonl",
     "model.safetensors",
+    "predictions.parquet",
     "report.json",
     "train_config.yaml",
 }
@@ -85,6 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     write_report(report, folder)
     save_figures(report, folder, examples=None, train_log=())
     write_card(report, folder, repo_id="me/robust", model_license="apache-2.0")
+    (folder / "predictions.parquet").write_bytes(b"PAR1")
     (folder / "train_config.yaml").write_text("method: ham\n")
     (folder / "metrics.jsonl").write_text("{}\n")
     for name in ("checkpoint-10/model.safetensors", "checkpoint-10/optimizer.bin", "figures/notes.txt", "random.pkl"):

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
+from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.hub_server import Hub, hub_environment
@@ -163,6 +165,8 @@ def test_evaluation_of_the_hub_model_agrees_with_the_report(pushed, environment,
     assert ours.threat_model == theirs.threat_model
     for name in ("clean", "pgd-2", "cw-2"):
         assert ours.results[name].summary == theirs.results[name].summary
+    assert ours.verdict.summary == theirs.verdict.summary
+    assert torch.equal(read_verdicts(target).withstood, read_verdicts(folder).withstood)
     assert ours.training is None
     assert "PGD-2" in (target / "EVALUATION.md").read_text()
 

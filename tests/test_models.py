@@ -164,7 +164,10 @@ class TestPreprocessing:
             ({"mean": (0.5,)}, "expected 3 means"),
             ({"std": (0.5, 0.0, 0.5)}, "standard deviations > 0"),
             ({"image_size": 0}, "image_size >= 1"),
-            ({"crop_pct": 1.5}, r"crop_pct in \(0, 1\]"),
+            ({"crop_pct": 2.5}, r"crop_pct in \[0.01, 2\]"),
+            ({"image_size": 1, "crop_pct": 1.5}, "leaves nothing"),
+            ({"crop_mode": "stretch"}, "crop_mode 'stretch': expected one of center, squash, border"),
+            ({"interpolation": "random"}, "interpolation 'random': expected one of nearest, bilinear"),
         ],
     )
     def test_out_of_range(self, change, message):

@@ -36,15 +36,29 @@ HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "
         make_report(trained=False, attacks=("clean",)),
         make_report(missing=(2, 5), attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100),
         make_report(class_names=HOSTILE_NAMES),
+        make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, missing=(2,), verdict=True),
         make_report(class_names=[str(index) for index in range(201)], num_test=1000),
     ],
-    ids=["trained", "evaluated", "missing classes", "hostile names", "many classes"],
+    ids=["trained", "evaluated", "missing classes", "hostile names", "verdict", "many classes"],
 )
 def test_report_reads_back_equal(tmp_path: Path, report) -> None:
     path = write_report(report, tmp_path / "run")
     assert read_report(path) == report
     assert read_report(tmp_path / "run") == report
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
+
+
+def test_reports_from_before_verdicts_and_intervals_are_read(tmp_path: Path) -> None:
+    path = write_report(make_report(), tmp_path)
+    values = json.loads(path.read_text())
+    del values["verdict"]
+    for attack in values["results"].values():
+        del attack["intervals"]
+    path.write_text(json.dumps(values))
+    report = read_report(path)
+    assert report.verdict is None
+    assert report.results["clean"].intervals is None
+    assert [row["Evaluation"] for row in results_table(report, intervals=True)] == ["Clean", "PGD-20", "CW-20"]
 
 
 def test_missing_class_is_null_and_many_classes_have_no_confusion(tmp_path: Path) -> None:
@@ -81,6 +95,8 @@ def test_other_schema_versions_are_refused(tmp_path: Path, version: object) -> N
         (lambda values: values["model"].update(image_size=None), r"report\.model\.image_size should be int"),
         (lambda values: values["results"]["clean"]["summary"].update(average=True), "average should be float"),
         (lambda values: values.update(results={}), "at least one evaluation"),
+        (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1]), "an interval has two ends"),
+        (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1, "a"]), r"gap\[1\] should be float"),
     ],
 )
 def test_damaged_reports_are_refused_by_name(tmp_path: Path, change, message: str) -> None:
@@ -124,7 +140,7 @@ def test_attack_report_counts() -> None:
     assert attack.title == "PGD-20"
 
 
-@pytest.mark.parametrize("predictions", [[0, 1, 1, 2], [0, -1, 1, 1], [0, 1, 1]])
+@pytest.mark.parametrize("predictions", [[0, 1, 1, 2], [0, -2, 1, 1], [0, 1, 1]])
 def test_predictions_outside_of_the_classes_are_refused(predictions: list[int]) -> None:
     """A prediction of a third class would silently be counted in another row of the confusion matrix."""
     with pytest.raises(ValueError, match=r"predictions in \[0, 2\)"):
@@ -151,6 +167,20 @@ def test_results_table_states_subsets_worst_class_and_interval() -> None:
     lines = text_table(rows).splitlines()
     assert len(lines) == 4
     assert {line.index("±") for line in lines[1:]} == {lines[1].index("±")}
+
+
+def test_the_verdict_is_the_first_row_with_its_images_and_intervals() -> None:
+    report = make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, verdict=True)
+    rows = results_table(report, intervals=True)
+    assert [row["Evaluation"] for row in rows] == ["Verdict", "Clean", "PGD-20", "AutoAttack"]
+    assert rows[0]["Images"] == "100 of 360"
+    summary, intervals = report.verdict.summary, report.verdict.intervals
+    for title, name, digits in (("Worst 30 %", "worst_30_percent", 1), ("Gap", "gap", 1), ("Std", "std", 1)):
+        low, high = getattr(intervals, name)
+        assert rows[0][title] == f"{100 * getattr(summary, name):.{digits}f} ({100 * low:.1f}–{100 * high:.1f})"
+    low, high = intervals.nsd
+    assert rows[0]["NSD"] == f"{summary.nsd:.3f} ({low:.3f}–{high:.3f})"
+    assert "–" not in results_table(report)[0]["Gap"]
 
 
 def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:

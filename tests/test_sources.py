@@ -315,6 +315,21 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         add(hub, "me/many", "small", "large")
         add(hub, "me/secret", "data", private=True)
         add(hub, "me/empty")
+        picture = Blob(encode(noise(0)), lfs=False)
+        folders = {
+            f"{split}/{name}/{word} [{number}] a:b 50%.PNG": picture
+            for split in ("train", "test")
+            for name in ("bus", "train", "stress test")
+            for word in ("shot", "val")
+            for number in range(3 if split == "train" else 1)
+        }
+        for name, tree in {
+            "folders": {**folders, "logo.png": picture, ".hidden.png": picture},
+            "flat": {path.removeprefix("train/"): picture for path in folders if path.startswith("train/")},
+            "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
+        }.items():
+            repo = hub.repos["dataset", f"me/{name}"] = Repo("dataset", f"me/{name}", private=False)
+            repo.refs["main"] = repo.add_commit(tree, None)
         yield hub
 
 
@@ -335,6 +350,15 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         ({"dataset_name": "me/one", "dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
         ({"dataset_name": "me/empty"}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
         ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
+        (
+            {"dataset_name": "me/folders"},
+            ["default", hub.repos["dataset", "me/folders"].refs["main"], 14, 6, ["bus", "stress test", "train"]],
+        ),
+        (
+            {"dataset_name": "me/flat"},
+            ["default", hub.repos["dataset", "me/flat"].refs["main"], 11, 4, ["bus", "stress test", "train"]],
+        ),
+        ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
     ]
     process = subprocess.run(
         [sys.executable, "-c", LOAD],

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.hub import PushError
+from ham_hf.metrics import summarize
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.run_lock import LOCK_NAME
@@ -43,6 +45,7 @@ def finished(request, tmp_path_factory, subprocess_env):
 def test_run_leaves_every_artefact(finished):
     processes, folder, printed = finished
     expected = {"model.safetensors", "config.json", "README.md", "report.json", "train_config.yaml", "metrics.jsonl"}
+    expected.add("predictions.parquet")
     assert expected <= {path.name for path in folder.iterdir()}
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "per_class_accuracy.png",
@@ -56,6 +59,14 @@ def test_run_leaves_every_artefact(finished):
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pkl", ".part")]
     report = read_report(folder / "report.json")
     assert list(report.results) == ["clean", "pgd-2", "cw-2"]
+    verdicts = read_verdicts(folder)
+    assert list(verdicts.attacks) == ["pgd-2", "cw-2"]
+    assert verdicts.class_names == report.dataset.class_names
+    for name in ("pgd-2", "cw-2"):
+        right = (verdicts.clean == verdicts.labels) & (verdicts.attacked[name] == verdicts.labels)
+        assert int(right.sum()) == sum(entry.correct for entry in report.results[name].summary.per_class)
+    assert report.verdict.summary == summarize(verdicts.withstood, verdicts.labels, 10)
+    assert "\nVerdict " in printed
     assert report.results["clean"].summary.num_examples == report.dataset.num_test == 40
     assert report.dataset.num_train == 180
     assert report.dataset.class_names == tuple("0123456789")

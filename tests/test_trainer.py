@@ -486,12 +486,12 @@ def test_a_run_that_streamed_goes_on_streaming(finished):
 
 def test_max_steps_before_mining_is_said(tmp_path, caplog):
     trainer(tmp_path / "run", max_steps=6)
-    assert "ham starts at epoch 1 (0-based), and --max_steps 6 ends the run in epoch 0" in caplog.text
+    assert "ham starts at epoch 2 (--mining_start_epoch 1), and --max_steps 6 ends the run in epoch 1" in caplog.text
     caplog.clear()
     trainer(tmp_path / "run", max_steps=7)
     assert "--max_steps" not in caplog.text
     trainer(tmp_path / "run", max_steps=7, awp_gamma=0.01, awp_start_epoch=2)
-    assert "awp starts at epoch 2 (0-based), and --max_steps 7 ends the run in epoch 1" in caplog.text
+    assert "awp starts at epoch 3 (--awp_start_epoch 2), and --max_steps 7 ends the run in epoch 2" in caplog.text
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):
@@ -542,3 +542,43 @@ def test_bf16_keeps_pixels_and_weights_in_float32(tmp_path, request):
     assert (torch.float32, torch.bfloat16) in seen
     assert all(value.dtype != torch.bfloat16 for value in run.module.state_dict().values())
     assert progress.history[-1]["clean_accuracy"] > 0.2
+
+
+def test_another_end_of_a_schedule_that_depends_on_it_is_refused(finished, tmp_path):
+    """Rates of no single command: 2 epochs of a cosine, then the last 2 of one of 4."""
+    folder, _, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    longer = trainer(tmp_path / "run", num_train_epochs=4, resume_from_checkpoint="latest")
+    with pytest.raises(
+        ValueError, match="num_train_epochs 3 -> 4; --lr_scheduler_type cosine ends with the last epoch"
+    ):
+        longer.resume()
+
+
+@pytest.mark.parametrize("schedule", ["piecewise", "constant"])
+def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_what_was_changed(
+    schedule, tmp_path, caplog
+):
+    settings = {"lr_scheduler_type": schedule}
+    trainer(tmp_path / "run", num_train_epochs=1, **settings).fit()
+    longer = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
+    longer.resume()
+    progress = longer.fit()
+    direct = trainer(tmp_path / "direct", num_train_epochs=2, **settings)
+    direct.fit()
+    for name, value in direct.module.state_dict().items():
+        assert torch.equal(longer.module.state_dict()[name], value)
+    changed = "--num_train_epochs 2 instead of 1"
+    assert progress.changes == [f"After update 6, from epoch 2 on, the run had {changed}."]
+    assert f"the run goes on with {changed}: the card will say so" in caplog.text
+    assert direct.progress.changes == []
+    again = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
+    again.resume()
+    assert again.progress.changes == progress.changes, "said once, and kept"
+
+
+def test_checkpoints_from_before_schedules_were_noted_go_on_with_a_warning(finished, caplog):
+    _, progress, run = finished
+    saved = {name: value for name, value in progress.plan.items() if name != "num_train_epochs"}
+    check_same_run(run.output_dir, saved, progress.plan)
+    assert "does not say for how many epochs its --lr_scheduler_type cosine was meant" in caplog.text

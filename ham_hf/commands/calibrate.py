@@ -154,7 +154,7 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
             examples = example_strip(
                 shifted, held_out.data.test, config.evaluation, threat_model=threat_model, seed=config.seed
             )
-            write_calibration(report, folder, examples=examples)
+            write_calibration(report, folder, results=results, examples=examples)
         remove_partial_results(folder)
         found = f"{exchange_sentence(calibration)}\n\n{text_table(results_table(report))}"
         show(f"{found}\n\neverything is in {folder}\n")

@@ -67,12 +67,13 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
 
 def _warn_of_late_starts(config: TrainConfig) -> None:
     """Warn of what begins after the last epoch; `--max_steps` may end a run before that, which the trainer knows."""
+    words = config.method.start_words(config.training.first_perturbed_epoch)
     for what, first in config.method.start_epochs(config.training.first_perturbed_epoch).items():
         if first >= config.training.num_train_epochs:
             logger.warning(
-                "%s starts at epoch %d, and the run has %d epochs: it will never be active.",
+                "%s starts at %s, and the run has %d epochs: it will never be active.",
                 what,
-                first,
+                words[what],
                 config.training.num_train_epochs,
             )
 

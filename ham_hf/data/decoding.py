@@ -8,11 +8,12 @@ gray is scaled to 8 bits, where Pillow would clip it to white.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,20 +127,38 @@ def decode_or_explain(encoded: Mapping[str, Any] | None, in_chans: int, *, where
 
 
 class EvalTransform:
-    """Evaluation geometry of timm (resize the shorter side, center crop): PIL image to uint8 (C, S, S).
+    """Evaluation geometry of timm: PIL image to uint8 (C, S, S), pixel for pixel as timm makes it.
 
     An image that has the size already is left as it is, exactly, if ``crop_pct`` is 1. A class, not a closure: worker
     processes that do not fork get it by pickle.
 
     Args:
         image_size: S, in pixels.
-        crop_pct: share of the resized shorter side that the crop keeps, in (0, 1].
+        crop_pct: S by the side that is resized to; above 1, timm pads the smaller image: with black, or with
+            ``border_color`` for ``border``.
         interpolation: as timm names it: ``bicubic``, ``bilinear``, ``nearest``, ...
+        crop_mode: as timm names it: ``center`` resizes the shorter side, ``border`` the longer one, ``squash`` both.
+        border_color: of what ``border`` adds: per channel, of pixels in [0, 1]; timm takes the mean.
     """
 
-    def __init__(self, image_size: int, crop_pct: float, interpolation: str) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        crop_pct: float,
+        interpolation: str,
+        *,
+        crop_mode: str = "center",
+        border_color: Sequence[float] = (),
+    ) -> None:
+        self.image_size, self.interpolation = image_size, interpolation
         self._transform: PixelTransform = create_transform(
-            image_size, is_training=False, interpolation=interpolation, crop_pct=crop_pct, normalize=False
+            image_size,
+            is_training=False,
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            mean=tuple(border_color),
+            normalize=False,
         )
         keeps_size = math.floor(image_size / crop_pct) == image_size
         self._unchanged_size = (image_size, image_size) if keeps_size else None
@@ -196,21 +215,31 @@ def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], No
     return readable
 
 
+def content_digest(image: Image.Image) -> bytes:
+    """What equal pixels have in common, and others do not: 16 bytes."""
+    start = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(start + image.tobytes(), digest_size=16).digest()
+
+
 def decode_all(
     images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
-) -> tuple[Tensor, Tensor]:
-    """Decode all images into one tensor; nothing else is held in memory.
+) -> tuple[Tensor, Tensor, list[bytes]]:
+    """Decode all images into one tensor; of each, its digest is held in memory besides.
 
     Returns:
-        (M, C, S, S) uint8 pixels of the readable images, and the (N,) bool of ``for_each_image``.
+        (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and the M digests of
+        the images at their own size (`content_digest`).
     """
     pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
+    digests = [b""] * len(images)
 
     def store(position: int, image: Image.Image) -> None:
         pixels[position] = transform(image)
+        digests[position] = content_digest(image)
 
     readable = for_each_image(images, store, skip_corrupt=skip_corrupt)
-    return (pixels if bool(readable.all()) else pixels[readable]), readable
+    found = [digest for digest in digests if digest]
+    return (pixels if bool(readable.all()) else pixels[readable]), readable, found
 
 
 def _chunks(num_images: int) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ham_hf.data.decoding import (
     EncodedImages,
     EvalTransform,
     common_size,
+    content_digest,
     decode_all,
     for_each_image,
 )
@@ -50,12 +51,16 @@ class ImageData:
         in_chans: channels of the images, 1 or 3.
         crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
         interpolation: of the evaluation geometry.
+        crop_mode: of the evaluation geometry.
         channel_mean: of at most 2,000 training images in [0, 1], one per channel.
         channel_std: standard deviation of the same pixels, at least one gray level.
         augmentation: in use: none, crop, crop_flip or timm.
         num_skipped: images left out because they cannot be read, in all splits.
         test_split_origin: name of the test split, or how it was held out of train.
         provenance: what decided which images these are, to find them again; None for data made by hand.
+        notes: what of the dataset is not read, each with its number and an example.
+        num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
+            checked, because images are decoded as they are needed.
     """
 
     name: str
@@ -75,6 +80,9 @@ class ImageData:
     num_skipped: int
     test_split_origin: str
     provenance: Provenance | None = None
+    crop_mode: str = "center"
+    notes: tuple[str, ...] = ()
+    num_test_in_train: int | None = None
 
 
 def load_image_data(
@@ -102,6 +110,8 @@ def load_image_data(
     in_chans: int,
     interpolation: str,
     crop_pct: float,
+    crop_mode: str = "center",
+    border_color: tuple[float, ...] = (),
     seed: int,
 ) -> ImageData:
     """Open a dataset, choose splits, columns and classes, and make its images ready.
@@ -138,7 +148,10 @@ def load_image_data(
         default_image_size: the model's own.
         in_chans: 1 or 3.
         interpolation: of resizing, as timm names it.
-        crop_pct: center crop of the evaluation geometry above 96 px; up to there it is 1.0, which makes images square.
+        crop_pct: crop of the evaluation geometry at ``default_image_size`` and above 96 px; at other sizes up to there
+            it is 1.0, which keeps images that are small already whole.
+        crop_mode: of the evaluation geometry, see ``decoding.EvalTransform``.
+        border_color: of the evaluation geometry, one number per channel; only ``border`` needs it.
         seed: of the validation part and of the limited training set.
 
     Raises:
@@ -175,17 +188,16 @@ def load_image_data(
             seed=seed,
         )
     image_size = image_size or _own_size(parts.encoded.values()) or default_image_size
-    if image_size <= SMALL_IMAGE_SIZE:
+    if image_size <= SMALL_IMAGE_SIZE and image_size != default_image_size:
         crop_pct = 1.0
+    geometry = EvalTransform(image_size, crop_pct, interpolation, crop_mode=crop_mode, border_color=border_color)
     # Of a stream, train is never cached.
     of_train = "none" if dataset_streaming else cache_images
     augmentation = _choose_augmentation(augmentation, of_train, dataset_name, image_size)
-    images = {
+    ready = {
         part: _make_ready(
             encoded_images,
-            image_size=image_size,
-            crop_pct=crop_pct,
-            interpolation=interpolation,
+            geometry,
             augmentation=augmentation if part == "train" else "none",
             cache_images=cache_images,
             skip_corrupt=skip_corrupt,
@@ -193,6 +205,8 @@ def load_image_data(
         )
         for part, encoded_images in parts.encoded.items()
     }
+    images = {part: found for part, (found, _) in ready.items()}
+    repeated = _test_images_in_train({part: digests for part, (_, digests) in ready.items()})
     for part in images:
         if part != "sample":
             _warn_of_absent_classes(part, images[part].labels, parts.class_names)
@@ -216,7 +230,7 @@ def load_image_data(
     else:
         train = TrainingStream(
             parts.shards,
-            train_transform(image_size, crop_pct, interpolation, augmentation),
+            train_transform(geometry, augmentation),
             augmentation=augmentation,
             in_chans=in_chans,
             buffer_size=shuffle_buffer_size,
@@ -240,6 +254,7 @@ def load_image_data(
         augmentation=augmentation,
         num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
         test_split_origin=parts.test_split_origin,
+        crop_mode=crop_mode,
         provenance=_provenance(
             parts,
             dataset=plain_name(dataset_name),
@@ -250,6 +265,8 @@ def load_image_data(
             num_train_examples=num_train_examples,
             skip_corrupt=skip_corrupt,
         ),
+        notes=parts.notes,
+        num_test_in_train=repeated,
     )
 
 
@@ -297,44 +314,67 @@ def _choose_augmentation(augmentation: str, cache_images: str, dataset_name: str
     return augmentation
 
 
-def train_transform(image_size: int, crop_pct: float, interpolation: str, augmentation: str) -> PixelTransform:
+def train_transform(geometry: EvalTransform, augmentation: str) -> PixelTransform:
     """From a training image to (C, S, S) uint8 pixels; random if the augmentation is timm's."""
     if augmentation == "timm":
-        return timm_train_transform(image_size, interpolation)
-    return EvalTransform(image_size, crop_pct, interpolation)
+        return timm_train_transform(geometry.image_size, geometry.interpolation)
+    return geometry
 
 
 def _make_ready(
     encoded: EncodedImages,
+    geometry: EvalTransform,
     *,
-    image_size: int,
-    crop_pct: float,
-    interpolation: str,
     augmentation: str,
     cache_images: str,
     skip_corrupt: bool,
     num_workers: int,
-) -> Images:
-    transform = EvalTransform(image_size, crop_pct, interpolation)
+) -> tuple[Images, list[bytes] | None]:
+    """The images of a part, and a digest of each where all are read here."""
+    image_size = geometry.image_size
     num_bytes = len(encoded) * encoded.in_chans * image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
     pixels: PixelStore
+    digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
-        decoded, readable = decode_all(encoded, image_size, transform, skip_corrupt=skip_corrupt)
+        decoded, readable, digests = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
         pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
         encoded = encoded.subset(readable)
     elif cache_images in ("auto", "none"):
         if skip_corrupt:
             logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
-            encoded = encoded.subset(for_each_image(encoded, lambda position, image: None, skip_corrupt=True))
-        random_transform = timm_train_transform(image_size, interpolation) if augmentation == "timm" else None
-        pixels = StreamedPixels(encoded, transform, train_transform=random_transform, num_workers=num_workers)
+            digests = []  # in any order
+            encoded = encoded.subset(
+                for_each_image(
+                    encoded, lambda position, image: digests.append(content_digest(image)), skip_corrupt=True
+                )
+            )
+        random_transform = train_transform(geometry, augmentation) if augmentation == "timm" else None
+        pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=num_workers)
     else:
         raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
-    return Images(encoded.labels, pixels, augmentation)
+    return Images(encoded.labels, pixels, augmentation), digests
+
+
+def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | None:
+    """How many test images are training or validation images too; None if not all of them were read."""
+    test, train = digests["test"], digests.get("train")
+    held_out = digests.get("validation", [])
+    if test is None or train is None or held_out is None:
+        return None
+    seen = {*train, *held_out}
+    found = sum(digest in seen for digest in test)
+    if found:
+        logger.warning(
+            "%d of %d test images are training images too, pixel for pixel: what is measured on them says nothing "
+            "about new images",
+            found,
+            len(test),
+        )
+    return found
 
 
 def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:

@@ -73,6 +73,7 @@ class Parts:
         label_column: column of the labels.
         num_images: examples of ``train_split``.
         fingerprint: of ``train_split``; None for a stream, whose labels are not read.
+        notes: what of the dataset is not read, each with its number and an example.
     """
 
     encoded: dict[str, EncodedImages]
@@ -87,6 +88,7 @@ class Parts:
     label_column: str
     num_images: int
     fingerprint: Fingerprint | None
+    notes: tuple[str, ...] = ()
 
 
 def split_dataset(
@@ -152,6 +154,7 @@ def split_dataset(
         label_column=label_column,
         num_images=len(labels),
         fingerprint=fingerprint,
+        notes=source.notes,
     )
 
 

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
+
+from ham_hf.data.class_folders import (
+    DATA_EXTENSIONS,
+    METADATA_NAMES,
+    ClassFolders,
+    has_class_folders,
+    is_hidden,
+    is_image_name,
+    list_files,
+    note_unnamed_images,
+    sort_into_classes,
+)
+
+logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
+MAX_README_BYTES = 2**22
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 STREAMED_BUILDERS = {"Parquet", "WebDataset"}
+
+
+class CacheError(ValueError):
+    """The cache of ``datasets`` cannot be written; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +50,13 @@ class Source:
         splits: every split, by name.
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
+        notes: what of it is not read, each with its number and an example.
     """
 
     splits: datasets.DatasetDict
     config_name: str | None
     revision: str | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +89,27 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
     local = _is_local(name, config_name, revision)
     if name == DIGITS:
         return Source(splits=_digits(), config_name=None, revision=None)
+    folder = Path(name).expanduser()
     try:
-        if local and _is_saved(Path(name).expanduser()):
-            saved = datasets.load_from_disk(str(Path(name).expanduser()))
+        if local and _is_saved(folder):
+            saved = datasets.load_from_disk(str(folder))
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return Source(splits=splits, config_name=config_name, revision=None)
+        if local and config_name is None and not _declares_configs(str(folder)):
+            paths, notes = list_files(folder)
+            if has_class_folders(paths):
+                found = sort_into_classes(paths)
+                notes += note_unnamed_images(folder, paths)
+                return _read_class_folders(found, {path: str(folder.absolute() / path) for path in paths}, notes)
+        check_cache()
         # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
         builder = _builder(name, config_name, revision, local=local)
+        opened, commit = _opened(builder, config_name, revision, local=local)
+        folders = _class_folders_of(builder)
+        if folders is not None:
+            source = _read_class_folders(*folders)
+            return replace(source, config_name=opened, revision=commit)
+        unread = _check_files(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
     except Exception as error:
@@ -77,8 +117,123 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
     if not local:
         _refuse_files_of_this_machine(name, splits)
-    opened, commit = _opened(builder, config_name, revision, local=local)
-    return Source(splits=splits, config_name=opened, revision=commit)
+    return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread))
+
+
+def _read_class_folders(found: ClassFolders, file_of: Mapping[str, str], notes: Sequence[str]) -> Source:
+    if not found.splits:
+        raise ValueError("it has no image that is not hidden")
+    noted = (*notes, *found.notes)
+    for note in noted:
+        logger.warning("%s", note)
+    return Source(splits=found.as_dataset(file_of), config_name=None, revision=None, notes=noted)
+
+
+def _class_folders_of(builder: datasets.DatasetBuilder) -> tuple[ClassFolders, dict[str, str], list[str]] | None:
+    """Class folders that a builder of ``datasets`` would read, listed anew; None if it reads something else.
+
+    Which files belong to which split is left to the dataset's README.md where that says so.
+    """
+    kinds = {kind.__name__ for kind in type(builder).__mro__}
+    listed = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    if "ImageFolder" not in kinds or not all(map(is_image_name, listed)):
+        return None
+    base = str(builder.base_path).rstrip("/")
+    declared = _declared_configs(base)
+    if any("data_files" in config for config in declared if config.get("config_name") == builder.config.name):
+        return None
+    root = "/".join(part for part in (base, builder.config.data_dir) if part)
+    if "://" not in root:
+        paths, notes = list_files(Path(root))
+        found = sort_into_classes(paths)
+        return found, {path: f"{root}/{path}" for path in paths}, notes + note_unnamed_images(Path(root), paths)
+    filesystem, start = fsspec.url_to_fs(root)
+    paths = [path[len(start) :].lstrip("/") for path in filesystem.find(start, expand_info=False)]
+    found = sort_into_classes(paths)
+    images = [path for split in found.splits.values() for path, _ in split]
+    manager = datasets.DownloadManager(
+        dataset_name=builder.dataset_name, download_config=datasets.DownloadConfig(token=builder.token)
+    )
+    stored = manager.download([f"{root}/{path}" for path in images])
+    return found, dict(zip(images, map(str, stored), strict=True)), []
+
+
+def _declared_configs(base: str) -> list[dict[str, object]]:
+    """What the front matter of a dataset's README.md declares as its configurations."""
+    try:
+        with fsspec.open(f"{base}/README.md", "rb") as file:
+            text = file.read(MAX_README_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    try:
+        values = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return []  # datasets, which reads it next, says what is wrong with it
+    configs = values.get("configs") if isinstance(values, dict) else None
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+
+
+def _declares_configs(base: str) -> bool:
+    return bool(_declared_configs(base))
+
+
+def _check_files(builder: datasets.DatasetBuilder) -> list[str]:
+    """Refuse a file that is listed twice; say which files of a local folder no split has.
+
+    Raises:
+        ValueError: naming the file and its splits.
+    """
+    data_files = builder.config.data_files or {}
+    splits_of: dict[str, list[str]] = {}
+    for split, files in data_files.items():
+        for file in files:
+            # A table of file names and labels may serve several splits.
+            if os.path.basename(file) not in METADATA_NAMES:
+                splits_of.setdefault(str(file), []).append(str(split))
+    for file, splits in splits_of.items():
+        if len(splits) > 1:
+            where = " and ".join(map(repr, Counter(splits))) + (" twice" if len(set(splits)) == 1 else "")
+            raise ValueError(f"the file {file} is listed in {where}: list each file once, in one split (README.md)")
+    base = str(builder.base_path)
+    if "://" in base or not splits_of or _declares_configs(base):
+        return []
+    kinds = {os.path.splitext(file)[1].lower() for file in splits_of}
+    paths, notes = list_files(Path(base))
+    read = {os.path.realpath(file) for file in splits_of}
+    images = any(map(is_image_name, splits_of))
+    missing = [
+        path
+        for path in paths
+        if not is_hidden(path)
+        and (path.lower().endswith(tuple(kinds & set(DATA_EXTENSIONS))) or (images and is_image_name(path)))
+        and os.path.realpath(os.path.join(base, path)) not in read
+    ]
+    if missing:
+        notes.append(
+            f"{len(missing)} files belong to no split by their names and are not read, such as {missing[0]!r}"
+        )
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
+
+
+def check_cache() -> None:
+    """Refuse a cache of ``datasets`` that cannot be written, before it is blamed on the data.
+
+    Raises:
+        ValueError: naming the folder and the variables that choose it.
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CacheError(
+            f"the cache folder {folder} cannot be written ({error.strerror or error}): datasets are prepared there; "
+            "set HF_HOME or HF_DATASETS_CACHE to a folder that can be written, or make room in it"
+        ) from error
 
 
 def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> StreamedSource:
@@ -93,7 +248,9 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
         layout = "a folder written by save_to_disk"
     if not layout:
         try:
+            check_cache()
             builder = _builder(name, config_name, revision, local=local)
+            _check_files(builder)
             splits = builder.as_streaming_dataset()
         except Exception as error:
             raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
@@ -182,6 +339,8 @@ def _opened(
 
 
 def _explain(error: Exception, name: str, config_name: str | None, revision: str | None, *, local: bool) -> str:
+    if isinstance(error, CacheError):
+        return str(error)
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]

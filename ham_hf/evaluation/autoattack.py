@@ -19,16 +19,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, attack_mode, finite_rows
+from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
 from ham_hf.data import BatchRequest, Images, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
+from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
 from ham_hf.evaluation.partial_results import PartialResults
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
-    predict,
+    logits_of,
     refuse_not_finite,
+    true_margins,
     warn_of_not_finite,
 )
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
@@ -81,6 +82,10 @@ def evaluate_autoattack(
     Where the memory of the device does not suffice for a batch, it goes through the model in parts; noise is drawn for
     the whole batch, so that the result is the same.
 
+    The margin of an image is that of the last point returned for it: of an image that falls, the adversarial one that
+    was found; of one that withstands, what the last attack (Square) returned. The authors' attacks return an image as
+    it was where they do not succeed, so the latter is the clean margin: it says nothing of the attack.
+
     Args:
         model: the unwrapped pixel model.
         images: the split.
@@ -120,12 +125,14 @@ def evaluate_autoattack(
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, accelerator.device)
     stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
     with attack_mode(model):
-        predictions, seconds = stages.run("clean", torch.arange(len(chosen)), _Classify(adversary, size))
+        every = torch.arange(len(chosen))
+        predictions, margins, seconds = stages.run("clean", every, _Classify(adversary, size))
         refuse_not_finite(model, predictions)
         accuracy = {"clean": float((predictions == labels).double().mean())}
         for position, name in enumerate(attacks):
             left = (predictions == labels).nonzero().squeeze(1)
-            predictions[left], spent = stages.run(name, left, _Strike(adversary, name, size, (seed, position)))
+            strike = _Strike(adversary, name, size, (seed, position))
+            predictions[left], margins[left], spent = stages.run(name, left, strike)
             accuracy[name] = float((predictions == labels).double().mean())
             seconds += spent
     if accelerator.is_main_process:
@@ -136,6 +143,7 @@ def evaluate_autoattack(
         settings=settings,
         flags=predictions == labels,
         predictions=predictions,
+        margins=margins,
         labels=labels,
         indices=chosen,
         seconds=seconds,
@@ -190,21 +198,24 @@ class _Stages:
     partial: PartialResults | None
     show_progress: bool
 
-    def run(self, name: str, rows: Tensor, strike: Callable[[int, Tensor, Tensor], Tensor]) -> tuple[Tensor, float]:
-        """Predictions of these rows (n,) of the chosen examples, and seconds.
+    def run(
+        self, name: str, rows: Tensor, strike: Callable[[int, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Predictions and margins of these rows (n,) of the chosen examples, and seconds.
 
-        ``strike`` is given number, images and labels of a batch, and makes the predictions.
+        ``strike`` is given number, images and labels of a batch, and makes the logits.
         """
         device = self.accelerator.device
 
-        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
             requests = [BatchRequest(self.chosen[part], None) for _, part in batches]
             for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
                 watch = StopWatch(device)
-                found = strike(number, batch.x, batch.y)
-                yield found[None], torch.tensor([watch.lap()])
+                logits = strike(number, batch.x, batch.y)
+                found, margins = predicted(logits), true_margins(logits, batch.y)
+                yield Outcome(found[None], margins[None], torch.tensor([watch.lap()]))
 
-        predictions, seconds = share_batches(
+        outcome = share_batches(
             f"autoattack-{name}",
             torch.split(rows, self.batch_size) if len(rows) else [],
             compute,
@@ -213,7 +224,7 @@ class _Stages:
             partial=self.partial,
             show_progress=self.show_progress,
         )
-        return predictions[0, rows], float(seconds)
+        return outcome.predictions[0, rows], outcome.margins[0, rows], float(outcome.seconds)
 
 
 def _standard_adversary(
@@ -237,7 +248,7 @@ def _standard_adversary(
 
 @dataclass(frozen=True, eq=False)
 class _Classify:
-    """Predictions of a batch as it is; the first batch also goes through the authors' checks of the model."""
+    """Logits of a batch as it is; the first batch also goes through the authors' checks of the model."""
 
     adversary: Any
     size: WorkingSize
@@ -251,12 +262,12 @@ class _Classify:
             attacks, self.adversary.attacks_to_run = self.adversary.attacks_to_run, []
             self.size.whole(lambda: self.adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
             self.adversary.attacks_to_run = attacks
-        return self.size.whole(lambda: predict(guarded.model, x), len(x))
+        return self.size.whole(lambda: logits_of(guarded.model, x), len(x))
 
 
 @dataclass(frozen=True, eq=False)
 class _Strike:
-    """Predictions of a batch under one of the attacks; examples that withstand keep their label."""
+    """Logits of what one of the attacks makes of a batch; examples that withstand keep their label."""
 
     adversary: Any
     name: str
@@ -286,7 +297,7 @@ class _Strike:
                 x_adv: Tensor = attack.perturb(x.clone(), y.clone())
             # An image with a pixel that is not finite is none that an adversary could show.
             real = x_adv.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
-            return predict(guarded.model, torch.where(real, x_adv, x))
+            return logits_of(guarded.model, torch.where(real, x_adv, x))
 
         return self.size.whole(strike, len(x))
 

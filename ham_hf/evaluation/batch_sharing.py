@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,24 @@ from ham_hf.evaluation.partial_results import FinishedBatch, PartialResults
 
 logger = logging.getLogger(__name__)
 
-Compute = Callable[[Sequence[tuple[int, Tensor]]], Iterable[tuple[Tensor, Tensor]]]
-"""Given numbers and rows (n,) of batches, makes predictions (S, n) int64 and seconds (S,) of each, in order."""
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What S evaluations make of n rows.
+
+    Attributes:
+        predictions: (S, n) int64.
+        margins: (S, n) float32, logit of the true class minus the largest other one; NaN where there is none.
+        seconds: (S,) float32.
+    """
+
+    predictions: Tensor
+    margins: Tensor
+    seconds: Tensor
+
+
+Compute = Callable[[Sequence[tuple[int, Tensor]]], Iterable[Outcome]]
+"""Given numbers and rows (n,) of batches, makes the outcome of each, in order."""
 
 
 class StopWatch:
@@ -43,7 +60,7 @@ def share_batches(
     accelerator: Accelerator,
     partial: PartialResults | None = None,
     show_progress: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Outcome:
     """Compute batches on all processes, but for those that are kept from an interrupted run.
 
     Processes do not wait for each other between batches. Kept batches need not be visible to all of them: where every
@@ -59,15 +76,15 @@ def share_batches(
         show_progress: show a bar on the local main process.
 
     Returns:
-        Predictions (S, N) int64 on the CPU, zero in rows of no batch, and seconds (S,) float32 on the CPU: wall-clock
-        time as the mean over processes, earlier parts of an interrupted run included. Both the same on every process.
+        Predictions and margins (S, N), zero in rows of no batch, and seconds (S,): wall-clock time as the mean over
+        processes, earlier parts of an interrupted run included. On the CPU, the same on every process.
     """
-    predictions, seconds = torch.zeros(shape, dtype=torch.long), torch.zeros(shape[0])
+    predictions, margins, seconds = torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.zeros(shape[0])
     if not batches:
-        return predictions, seconds
+        return Outcome(predictions, margins, seconds)
     kept, todo = _agree(stage, batches, accelerator, partial)
     for batch in kept:
-        predictions[:, batch.rows] = batch.predictions
+        predictions[:, batch.rows], margins[:, batch.rows] = batch.predictions, batch.margins
         seconds += batch.seconds
     results = compute([(number, batches[number]) for number in todo])
     bar = tqdm(
@@ -77,14 +94,16 @@ def share_batches(
         unit="batch",
         disable=not (show_progress and accelerator.is_local_main_process),
     )
-    for number, (found, spent) in bar:
-        batch = FinishedBatch(batches[number], found.cpu(), spent / accelerator.num_processes)
-        predictions[:, batch.rows] = batch.predictions
+    for number, found in bar:
+        spent = found.seconds / accelerator.num_processes
+        batch = FinishedBatch(batches[number], found.predictions.cpu(), found.margins.cpu(), spent)
+        predictions[:, batch.rows], margins[:, batch.rows] = batch.predictions, batch.margins
         seconds += batch.seconds
         if partial is not None:
             partial.save(stage, number, batch)
-    predictions, seconds = (accelerator.reduce(part.to(accelerator.device), "sum") for part in (predictions, seconds))
-    return predictions.cpu(), seconds.cpu()
+    # Each row is one process's: the others add zero to it.
+    parts = (accelerator.reduce(part.to(accelerator.device), "sum") for part in (predictions, margins, seconds))
+    return Outcome(*(part.cpu() for part in parts))
 
 
 def _agree(

@@ -18,10 +18,8 @@ so is the first round, which is computed once.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from accelerate import Accelerator
@@ -31,11 +29,11 @@ from tqdm.auto import tqdm
 from ham_hf.attacks import ThreatModel, evaluation_mode, margin_loss, pgd
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
-from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
+from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
 from ham_hf.evaluation.partial_results import PartialResults
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
-from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts
+from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
 from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, make_generator
 
@@ -352,18 +350,19 @@ class _Meter:
             partial = partial.keyed({"calibration": settings, "half": half, "shifts": shifts})
         offset = half * len(torch.split(self.halves[0], self.attack.batch_size))
 
-        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
             for predicted in self._strike([(offset + number, part) for number, part in batches]):
-                yield predicted[None], torch.zeros(1)
+                nothing = torch.full((1, len(predicted)), torch.nan)
+                yield Outcome(predicted[None], nothing, torch.zeros(1))
 
-        predictions, _ = share_batches(
+        predictions = share_batches(
             "calibrating",
             torch.split(rows, self.attack.batch_size),
             compute,
             shape=(1, len(labels)),
             accelerator=self.accelerator,
             partial=partial,
-        )
+        ).predictions
         return count_per_class(labels[rows], self.num_classes, predictions[0, rows] == labels[rows])
 
     def _strike(self, batches: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
@@ -434,8 +433,8 @@ def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int
     """Average and worst classes with their intervals from the right and all images of each class."""
     summary = summarize_counts(correct, counts)
     present = [(hit, count) for hit, count in zip(correct, counts, strict=True) if count]
-    z = NormalDist().inv_cdf(1 - 0.05 / len(present) / 2)
-    lows, highs = zip(*(_wilson(hit, count, z) for hit, count in present), strict=True)
+    level = 1 - 0.05 / len(present)
+    lows, highs = zip(*(wilson_interval(hit, count, level=level) for hit, count in present), strict=True)
     return FrontierPoint(
         fairness=fairness,
         average=summary.average,
@@ -449,14 +448,6 @@ def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int
         worst_30_percent_high=mean_of_worst(highs, 30),
         correct=tuple(correct),
     )
-
-
-def _wilson(correct: int, count: int, z: float) -> tuple[float, float]:
-    share, z2 = correct / count, z * z
-    center = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    low, high = max(0.0, center - half), min(1.0, center + half)
-    return low, high
 
 
 def _largest_within(meter: _Meter, points: dict[float, FrontierPoint], max_average_drop: float) -> float:

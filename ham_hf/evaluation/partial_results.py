@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 PARTIAL_RESULTS = "evaluation-progress"
 """Folder in the output folder of a run."""
+_LAYOUT = 2
+"""Part of the key: files of another layout (1 had no margins) are not looked at."""
 NUM_HASHED_IMAGES = 32
 """Images whose pixels are part of the key, spread over the split (our choice); labels are hashed in full."""
 
@@ -39,11 +41,13 @@ class FinishedBatch:
     Attributes:
         rows: (n,) int64, positions of its examples.
         predictions: (S, n) int64, CPU: a predicted class for each of S results ("clean", "pgd-20", ...).
+        margins: (S, n) float32, CPU: logit of the true class minus the largest other one; may be NaN or infinite.
         seconds: (S,) float32, CPU: the share of the batch in the wall-clock time of each result.
     """
 
     rows: Tensor
     predictions: Tensor
+    margins: Tensor
     seconds: Tensor
 
 
@@ -76,7 +80,10 @@ class PartialResults:
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
             found = FinishedBatch(
-                torch.tensor(read["rows"]), torch.tensor(read["predictions"]), torch.tensor(read["seconds"])
+                torch.tensor(read["rows"]),
+                torch.tensor(read["predictions"]),
+                torch.tensor(read["margins"], dtype=torch.float32),
+                torch.tensor(read["seconds"]),
             )
         except FileNotFoundError:
             return None
@@ -89,7 +96,7 @@ class PartialResults:
         """Keep a finished batch. Where the disk does not take it, the evaluation goes on, and says so."""
         path = self._path(stage, number)
         part = path.with_suffix(f".{os.getpid()}.part")
-        values = {name: getattr(batch, name).tolist() for name in ("rows", "predictions", "seconds")}
+        values = {name: getattr(batch, name).tolist() for name in ("rows", "predictions", "margins", "seconds")}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(values), encoding="utf-8")
@@ -111,7 +118,7 @@ def partial_results(output_dir: Path, model: nn.Module, images: Images) -> Parti
         model: the unwrapped pixel model; its weights, buffers and structure are part of the key.
         images: the split; labels and some pixels are part of the key.
     """
-    digest = hashlib.sha256(f"ham_hf {__version__}\n".encode())
+    digest = hashlib.sha256(f"ham_hf {__version__}, layout {_LAYOUT}\n".encode())
     # Parts without a name of their own (functions) are shown with their address, which is another one every time.
     digest.update(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -29,13 +29,14 @@ from ham_hf.attacks import (
     LossFn,
     ThreatModel,
     evaluation_mode,
+    full_precision,
     margin_loss,
     pgd,
     predicted,
     unsaturated_cross_entropy,
 )
 from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import StopWatch, share_batches
+from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
 from ham_hf.evaluation.partial_results import PartialResults
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.seeding import Stream, make_generator
@@ -51,13 +52,15 @@ class NonFiniteLogitsError(RuntimeError):
     Attributes:
         count: number of such images.
         total: number of images looked at.
+        cause: what its weights tell of it.
     """
 
-    def __init__(self, count: int, total: int, reason: str) -> None:
-        self.count, self.total, self.reason = count, total, reason
+    def __init__(self, count: int, total: int, cause: str) -> None:
+        self.count, self.total, self.cause = count, total, cause
         super().__init__(
             f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
-            f"so there is no result: {reason}"
+            f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a "
+            "lower --learning_rate"
         )
 
 
@@ -88,6 +91,9 @@ class AttackResult:
         flags: (N,) bool, CPU: correct on the clean image and, for an attack, on the attacked one. The adversary may
             leave an image as it is, so an attack never makes an example right.
         predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
+        margins: (N,) float32, CPU: margin of the attacked image, logit of the true class minus the largest other one;
+            positive = right. Of PGD and CW at the last iterate, of AutoAttack see `evaluate_autoattack`; an image that
+            is not attacked, as it is misclassified already, has its margin as it is.
         labels: (N,) int64, CPU.
         indices: (N,) int64, CPU: positions of the examples in the split.
         seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
@@ -98,6 +104,7 @@ class AttackResult:
     settings: dict[str, object]
     flags: Tensor
     predictions: Tensor
+    margins: Tensor
     labels: Tensor
     indices: Tensor
     seconds: float
@@ -156,13 +163,13 @@ def evaluate(
         partial = partial.keyed({"results": list(zip(names, settings, strict=True)), "batch_size": batch_size})
     attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(batch_size), seed)
 
-    def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
         requests = [BatchRequest(rows, None) for _, rows in batches]
         for (number, _), batch in zip(batches, images.batches(requests, device=accelerator.device), strict=True):
             yield attacker(number, batch)
 
     with evaluation_mode(model):
-        predictions, seconds = share_batches(
+        outcome = share_batches(
             "evaluating",
             torch.split(torch.arange(len(images)), batch_size),
             compute,
@@ -171,19 +178,20 @@ def evaluate(
             partial=partial,
             show_progress=show_progress,
         )
-    refuse_not_finite(model, predictions[0])
+    refuse_not_finite(model, outcome.predictions[0])
     if accelerator.is_main_process:
-        for name, found in zip(names[1:], predictions[1:], strict=True):
+        for name, found in zip(names[1:], outcome.predictions[1:], strict=True):
             warn_of_not_finite(name, found)
     return {
         name: AttackResult(
             name=name,
             settings=settings[position],
-            flags=predictions[position] == images.labels,
-            predictions=predictions[position],
+            flags=outcome.predictions[position] == images.labels,
+            predictions=outcome.predictions[position],
+            margins=outcome.margins[position],
             labels=images.labels,
             indices=torch.arange(len(images)),
-            seconds=float(seconds[position]),
+            seconds=float(outcome.seconds[position]),
         )
         for position, name in enumerate(names)
     }
@@ -191,7 +199,7 @@ def evaluate(
 
 @dataclass(eq=False)
 class _BatchAttacker:
-    """Clean predictions of a batch, and those under each attack.
+    """Clean predictions and margins of a batch, and those under each attack.
 
     Once an image as it is has logits that are not finite, the model is refused whatever comes: no further image is
     attacked, and what would have been counts as broken.
@@ -204,27 +212,31 @@ class _BatchAttacker:
     seed: int
     refused: bool = False
 
-    def __call__(self, number: int, batch: PixelBatch) -> tuple[Tensor, Tensor]:
-        """Predictions (1 + attacks, B) and seconds (1 + attacks,) of the batch with this number."""
+    def __call__(self, number: int, batch: PixelBatch) -> Outcome:
+        """Predictions and margins (1 + attacks, B) and seconds (1 + attacks,) of the batch with this number."""
         check_pixel_range(batch.x)
         watch = StopWatch(batch.x.device)
-        clean = self.size.split(lambda rows: predict(self.model, batch.x[rows]), len(batch.y))
-        predictions, seconds = [clean], [watch.lap()]
+        logits = self.size.split(lambda rows: logits_of(self.model, batch.x[rows]), len(batch.y))
+        clean, clean_margins = predicted(logits), true_margins(logits, batch.y)
+        predictions, margins, seconds = [clean], [clean_margins], [watch.lap()]
         right = (clean == batch.y).nonzero().squeeze(1)
         self.refused = self.refused or bool((clean == NOT_FINITE).any())
         for position, attack in enumerate(self.attacks, start=1):
-            attacked = clean.clone()
+            attacked, attacked_margins = clean.clone(), clean_margins.clone()
             if self.refused:
                 attacked[right] = NOT_FINITE
             elif len(right):
                 generator = make_generator(batch.x.device, self.seed, Stream.EVALUATION, position, number)
-                attacked[right] = self._attack(attack, batch.x[right], batch.y[right], generator)
+                logits = self._attack(attack, batch.x[right], batch.y[right], generator)
+                attacked[right] = predicted(logits)
+                attacked_margins[right] = true_margins(logits, batch.y[right])
             predictions.append(attacked)
+            margins.append(attacked_margins)
             seconds.append(watch.lap())
-        return torch.stack(predictions), torch.tensor(seconds)
+        return Outcome(torch.stack(predictions), torch.stack(margins), torch.tensor(seconds))
 
     def _attack(self, attack: EvaluationAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Predictions (N,) at the last iterate."""
+        """Logits (N, num_classes) at the last iterate."""
         # Of all rows at once and in one layout: the same noise however many rows go through the model at a time.
         start = self.threat_model.random_start(x, generator)
         layout = memory_layout(self.model)
@@ -240,7 +252,7 @@ class _BatchAttacker:
                 start=start[rows].contiguous(memory_format=layout),
                 loss_fn=LOSSES[attack.loss],
             )
-            return predict(self.model, x_adv)
+            return logits_of(self.model, x_adv)
 
         return self.size.split(strike, len(y))
 
@@ -268,8 +280,7 @@ def attack_settings(attack: EvaluationAttack, threat_model: ThreatModel, seed: i
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Predicted classes (N,) int64 of pixels (N, C, H, W), without a gradient; -1 for logits that are not finite."""
-    with torch.no_grad():
-        return predicted(model(x))
+    return predicted(logits_of(model, x))
 
 
 def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
@@ -291,13 +302,12 @@ def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
     listed = ", ".join(spoilt[:5]) + (f" and {len(spoilt) - 5} more" if len(spoilt) > 5 else "")
-    reason = (
-        f"values in {listed} are not finite (a damaged file, or training that diverged); take other weights"
+    cause = (
+        f"values in {listed} are not finite (a damaged file, or training that diverged)"
         if spoilt
-        else "its weights are finite, so numbers overflow on the way; take weights of an earlier epoch, or train "
-        "with a lower --learning_rate"
+        else "its weights are finite, so numbers overflow on the way"
     )
-    raise NonFiniteLogitsError(count, len(clean), reason)
+    raise NonFiniteLogitsError(count, len(clean), cause)
 
 
 def warn_of_not_finite(name: str, predictions: Tensor) -> None:
@@ -311,6 +321,19 @@ def warn_of_not_finite(name: str, predictions: Tensor) -> None:
             count,
             len(predictions),
         )
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, num_classes) of pixels (N, C, H, W), without a gradient."""
+    with torch.no_grad():
+        logits: Tensor = model(x)
+    return logits
+
+
+def true_margins(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the true class minus the largest other one, (N,) float32; NaN where a logit is not finite."""
+    margins = -margin_loss(full_precision(logits), y).float()
+    return margins.where(logits.isfinite().all(1), torch.nan)
 
 
 def check_pixel_range(x: Tensor) -> None:

@@ -20,7 +20,12 @@ MAX_NUMBER = 1_000_000
 MAX_SIDE = 4096
 """Longest side of an input in pixels."""
 MAX_UPSAMPLE = 64
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+"""What timm can evaluate with; its "random" draws one of two per image, and only for training."""
+CROP_MODES = ("center", "squash", "border")
+MIN_CROP_PCT, MAX_CROP_PCT = 0.01, 2
+"""Side of the input by the side that images are resized to; timm's own are from 0.8 to 1.15."""
+_CROP_RANGE = f"a share in [{MIN_CROP_PCT}, {MAX_CROP_PCT}]"
 
 FORBIDDEN_ARGUMENTS = ("checkpoint_path", "cache_dir", "device", "dtype", "kwargs_filter", "model_cfg", "model_cls")
 """Arguments of ``timm.create_model`` that read files, or replace what is built."""
@@ -70,7 +75,8 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
     """
     _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
     _expect(cfg, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
-    _expect(cfg, "crop_pct", "a share in (0, 2]", _is_crop)
+    _expect(cfg, "crop_pct", _CROP_RANGE, _is_crop)
+    _expect(cfg, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES)
     _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
     positive = "one number > 0 per channel"
     _expect(cfg, "std", positive, lambda value: _is_list(value, lambda item: _is_number(item) and item > 0))
@@ -95,7 +101,8 @@ def check_trained_form(form: Mapping[str, object]) -> None:
     side = f"a whole number from 1 to {MAX_SIDE}"
     _expect(form, "image_size", side, lambda value: _is_whole(value) and 1 <= value <= MAX_SIDE)
     _expect(form, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
-    _expect(form, "crop_pct", "a share in (0, 2]", _is_crop)
+    _expect(form, "crop_pct", _CROP_RANGE, _is_crop)
+    _expect(form, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES, optional=True)
     factor = f"a whole number from 1 to {MAX_UPSAMPLE}"
     _expect(form, "upsample", factor, lambda value: _is_whole(value) and 1 <= value <= MAX_UPSAMPLE)
 
@@ -171,7 +178,7 @@ def _is_interpolation(value: object) -> bool:
 
 
 def _is_crop(value: object) -> bool:
-    return _is_number(value) and 0 < value <= 2  # type: ignore[operator]
+    return _is_number(value) and MIN_CROP_PCT <= value <= MAX_CROP_PCT  # type: ignore[operator]
 
 
 def _is_names(value: Any) -> bool:  # noqa: ANN401

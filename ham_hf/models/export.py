@@ -25,6 +25,7 @@ from ham_hf.models.cifar_nets import (
     embed_in_resnet18,
 )
 from ham_hf.models.pixel_model import PixelModel, Preprocessing
+from ham_hf.models.rgb_form import remove_rgb_form, write_rgb_form
 from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME, TrainedForm
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
@@ -48,6 +49,7 @@ class ExportInfo:
             brought to that side first, as they were for training.
         upsample: enlargement per side between the pixels of training and the exported network's input.
         num_parameters: parameters of the exported network.
+        has_rgb_form: True if ``rgb/`` holds the same network for clients that give RGB to every network.
     """
 
     architecture: str
@@ -56,6 +58,7 @@ class ExportInfo:
     interpolation: str
     upsample: int
     num_parameters: int
+    has_rgb_form: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,8 @@ def export_for_timm(
 
     ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
     function; an argument that would break the equality (another activation, say) keeps it under its own name. The
-    files appear in ``folder`` only after the comparison has passed, each of them at once.
+    files appear in ``folder`` only after the comparison has passed, each of them at once. A network for gray images
+    is written a second time, into ``rgb/`` (`ham_hf.models.rgb_form`), where it has that form.
 
     Args:
         backbone: a timm module made by ``create_backbone`` (or ``timm.create_model`` of timm 1.0.31 and later, which
@@ -145,8 +149,11 @@ def export_for_timm(
         # safetensors leaves a file that only its owner may read.
         shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
         num_parameters = _verify(staging, trained.module, preprocessing, published.upsample)
+        # Of an earlier export: gone before the network that it belonged to is.
+        remove_rgb_form(folder)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             os.replace(staging / name, folder / name)
+    has_rgb_form = preprocessing.in_chans == 1 and write_rgb_form(folder)
     return ExportInfo(
         architecture=published.architecture,
         needs_ham_hf=published.architecture in default_cfgs,
@@ -154,6 +161,7 @@ def export_for_timm(
         interpolation=data_config["interpolation"],
         upsample=published.upsample,
         num_parameters=num_parameters,
+        has_rgb_form=has_rgb_form,
     )
 
 
@@ -220,6 +228,7 @@ def _config(
         image_size=preprocessing.image_size,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
         upsample=published.upsample,
     )
     return {
@@ -240,7 +249,7 @@ def _data_config(preprocessing: Preprocessing, upsample: int) -> dict[str, Any]:
         "input_size": (preprocessing.in_chans, size, size),
         "interpolation": preprocessing.interpolation if plain else "nearest",
         "crop_pct": preprocessing.crop_pct if plain else 1.0,
-        "crop_mode": "center",
+        "crop_mode": preprocessing.crop_mode,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
     }

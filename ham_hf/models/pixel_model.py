@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ham_hf.models.build_limit import BuildLimit
-from ham_hf.models.config_json import check_model_args
+from ham_hf.models.config_json import CROP_MODES, INTERPOLATIONS, MAX_CROP_PCT, MIN_CROP_PCT, check_model_args
 from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,11 @@ class Preprocessing:
         image_size: side of the square input in pixels, >= 1.
         in_chans: number of channels, >= 1.
         interpolation: resampling of the resize, by timm's names ("bilinear", "bicubic", "nearest", ...).
-        crop_pct: share of the resized image's side that the central crop keeps, in (0, 1].
+        crop_pct: side of the input by the side that images are resized to, in [0.01, 2]; above 1, timm pads.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1], > 0.
+        crop_mode: which sides are resized, by timm's names: the shorter one ("center"), the longer one, with borders
+            of the color ``mean`` ("border"), or both ("squash").
 
     Raises:
         ValueError: if a value is out of range, or there is not one mean and one standard deviation per channel.
@@ -59,13 +61,22 @@ class Preprocessing:
     crop_pct: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.in_chans < 1 or not 0 < self.crop_pct <= 1:
+        if self.image_size < 1 or self.in_chans < 1 or not MIN_CROP_PCT <= self.crop_pct <= MAX_CROP_PCT:
             raise ValueError(
-                f"expected image_size >= 1, in_chans >= 1 and crop_pct in (0, 1], "
+                f"expected image_size >= 1, in_chans >= 1 and crop_pct in [{MIN_CROP_PCT}, {MAX_CROP_PCT}], "
                 f"got {self.image_size}, {self.in_chans} and {self.crop_pct}"
             )
+        if self.image_size < self.crop_pct:
+            raise ValueError(f"crop_pct {self.crop_pct} leaves nothing of an image of side {self.image_size}")
+        for name, value, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, CROP_MODES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ValueError(f"expected {self.in_chans} means and standard deviations, got {self.mean} and {self.std}")
         if min(self.std) <= 0:
@@ -275,15 +286,22 @@ def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preproces
         in_chans=channels,
         interpolation=cfg["interpolation"],
         crop_pct=cfg["crop_pct"],
-        mean=_per_channel(cfg["mean"], channels),
-        std=_per_channel(cfg["std"], channels),
+        crop_mode=cfg["crop_mode"],
+        mean=_per_channel(source.name, "mean", cfg, channels),
+        std=_per_channel(source.name, "std", cfg, channels),
     )
 
 
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """One value per channel; their average for every channel if there are fewer or more, as timm does."""
+def _per_channel(name: str, key: str, cfg: Mapping[str, Any], channels: int) -> tuple[float, ...]:
+    """One value per channel; their average for every channel if the network's channels are not those of the values."""
+    values, own_channels = cfg[key], cfg["input_size"][0]
     if len(values) == channels:
         return tuple(values)
+    # timm leaves three values beside one channel when it adapts a network to gray images.
+    if len(values) not in (1, own_channels) and own_channels != 1:
+        raise ValueError(
+            f"{name}: {key} has {len(values)} values for {own_channels} channels, expected one per channel"
+        )
     return (sum(values) / len(values),) * channels
 
 

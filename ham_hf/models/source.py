@@ -44,6 +44,7 @@ TRAINED_FORM_KEY = "trained_form"
 _HUB_PREFIXES = ("hf-hub", "hf_hub")
 _FOLDER_PREFIX = "local-dir"
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@\S+)?")
+_PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 _WEIGHT_LOCATIONS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
 
@@ -57,8 +58,9 @@ class TrainedForm:
             have it here too).
         image_size: side of its input in pixels.
         interpolation: resampling by which images were brought to that size.
-        crop_pct: share of the resized image's side that the central crop kept, in (0, 1].
+        crop_pct: side of its input by the side that images were resized to.
         upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
+        crop_mode: which sides were resized, by timm's names.
     """
 
     architecture: str
@@ -67,6 +69,7 @@ class TrainedForm:
     interpolation: str
     crop_pct: float
     upsample: int
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ class ModelSource:
                 "input_size": (channels, form.image_size, form.image_size),
                 "interpolation": form.interpolation,
                 "crop_pct": form.crop_pct,
+                "crop_mode": form.crop_mode,
             },
             read_weights=self.read_weights if form.upsample == 1 else self._read_extracted_weights,
         )
@@ -257,6 +261,8 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
     try:
         config = read_model_config(config_file)
         cfg, architecture, model_args = load_model_config_from_path(folder)
+        # As in timm, a null means that it is not said.
+        cfg = {key: value for key, value in cfg.items() if value is not None or key not in _PREPROCESSING}
         pretrained_cfg = _as_dict(PretrainedCfg(**{**cfg, "architecture": architecture}))
         check_pretrained_cfg(pretrained_cfg)
         extra = config.get(CONFIG_KEY, {})

@@ -26,7 +26,7 @@ A method is one frozen dataclass in one file; its fields are its command-line op
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -187,6 +187,18 @@ class Objective:
         """
         starts = {part.name: part.warmup_epochs for part in self.parts}
         return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
+
+    def start_words(self, awp_start_epoch: int | None = None) -> dict[str, str]:
+        """The same for people, who count from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
+        words = {}
+        for name, first in self.start_epochs(awp_start_epoch).items():
+            part = next((part for part in self.parts if part.name == name), None)
+            option = "awp_start_epoch"
+            if part is not None:
+                option = next((field.name for field in fields(part) if field.name.endswith("_start_epoch")), "")
+            flag = f"--{option} {first}" if part in (self, None) else f"--class_rule_args {option}={first}"
+            words[name] = f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}"
+        return words
 
     # --- the inner maximization
 

@@ -21,10 +21,11 @@ from ham_hf.reporting.calibration import exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
+    method_began,
     method_rows,
     method_title,
     never_active,
-    setting_text,
+    option_text,
 )
 from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
 
@@ -53,7 +54,7 @@ TRAINING_SETTINGS = (
     ("Optimizer", "optimizer"),
     ("Learning rate", "learning_rate"),
     ("Learning rate schedule", "lr_scheduler_type"),
-    ("Learning rate drops (epoch:factor)", "lr_drops"),
+    ("Learning rate drops", "lr_drops"),
     ("Weight decay", "weight_decay"),
     ("Mixed precision", "mixed_precision"),
     ("Precision of the attack in training", "attack_precision"),
@@ -132,7 +133,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
         metrics=["accuracy"],
         model_name=_title(report, repo_id),
-        eval_results=[entry for attack in report.results.values() for entry in _eval_results(report, attack)],
+        eval_results=[entry for attack in report.entries() for entry in _eval_results(report, attack)],
     )
 
 
@@ -189,6 +190,7 @@ def _template() -> Template:
         "percent": lambda share: Markdown(percent(share)),
         "thousands": lambda number: Markdown(f"{number:,}"),
         "number": lambda number: Markdown(f"{number:g}"),
+        "interval": lambda ends: Markdown(" to ".join(map(percent, ends))),
         "numbers": lambda numbers: Markdown(", ".join(f"{number:.4g}" for number in numbers)),
     }
     return environment.from_string(_template_source())
@@ -231,15 +233,21 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "dataset": _dataset_name(report),
         "original": report.model.base_model or plain_text(Path(report.model.name).name),
         "method": method_title(report.config),
+        "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
         "citations": [Markdown(entry) for entry in citations(report.config)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
         "repo_id": repo_id,
+        "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
+        "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),
         "image_mode": Markdown({1: "L", 3: "RGB", 4: "RGBA"}.get(report.model.in_chans, "RGB")),
-        "rows": results_table(report),
+        "rows": results_table(report, intervals=True),
+        "verdict": report.verdict,
+        "verdict_attacks": ", ".join(attack.title for attack in report.results.values() if attack.name != "clean"),
+        "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
         "num_tested_classes": len(class_rows),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
@@ -272,6 +280,10 @@ def _calibration(report: RunReport) -> dict[str, object]:
     }
 
 
+def _method_began(report: RunReport) -> bool:
+    return report.training is None or method_began(report.config, report.training)
+
+
 def _is_repo_id(name: str | None) -> bool:
     return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None
 
@@ -286,8 +298,8 @@ def _dataset_name(report: RunReport) -> str:
 
 
 def _class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with test images, the worst under the reference attack first."""
-    order_by = report.reference_attack() or next(iter(report.results.values()))
+    """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
+    order_by = report.verdict or report.reference_attack() or next(iter(report.results.values()))
     entries = order_by.summary.per_class
     present = [index for index, entry in enumerate(entries) if entry.count]
     present.sort(key=lambda index: entries[index].accuracy or 0.0)
@@ -297,7 +309,7 @@ def _class_rows(report: RunReport) -> list[dict[str, str]]:
             "Class": plain_text(report.dataset.class_names[index], 40),
             "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),
         }
-        for attack in report.results.values():
+        for attack in report.entries():
             entry = attack.summary.per_class[index]
             row[attack.title] = "–"
             if entry.accuracy is not None and entry.low is not None and entry.high is not None:
@@ -315,7 +327,7 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
         if key == "step_size" and isinstance(value, float):
             value = fraction_text(value)
         if value not in (None, []):
-            rows.append((label, setting_text(value)))
+            rows.append((label, option_text(key, value)))
     environment = report.environment
     versions = environment.versions
     skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from ham_hf.objectives import Objective, available
+from ham_hf.reporting.report import TrainingReport
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 """Settings that name another method, and what is borrowed from it."""
@@ -170,7 +171,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         off = {field.name for field in fields(method) if field.default == 0 and config.get(field.name) == 0}
         options = [field.name for field in fields(method) if field.name not in unshown | off]
         rows += [
-            (f"Method option {name}", setting_text(config[name])) for name in options if _is_set(config.get(name))
+            (f"Method option {name}", option_text(name, config[name])) for name in options if _is_set(config.get(name))
         ]
         if config.get(KEPT_EASY[0]):
             rows += [(f"Method option {name}", setting_text(config[name])) for name in KEPT_EASY if name in config]
@@ -180,10 +181,10 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         if _is_set(config.get(setting))
     ]
     if config.get("class_rule_args"):
-        rows.append(("Options of class radii and weights", setting_text(config["class_rule_args"])))
+        rows.append(("Options of class radii and weights", _rule_options(config["class_rule_args"])))
     if config.get("awp_gamma") is not None:
-        start = config.get("awp_start_epoch") or 0
-        since = f", from epoch {start} (0-based) on" if start else ""
+        start = config.get("awp_start_epoch")
+        since = f", from {option_text('awp_start_epoch', start)} on" if start else ""
         rows.append(("Adversarial weight perturbation", f"gamma {config['awp_gamma']}{since} (Wu et al., 2020)"))
     if gates_averaging(config):
         gate = f"decay {config['fawa_decay']}, worst class at least {config['fawa_threshold']}"
@@ -196,12 +197,68 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
 
 def never_active(config: Mapping[str, object], num_epochs: int) -> str:
     """Names of methods and combinations that begin after the last of the epochs that were trained; often empty."""
+    return ", ".join(name for name, (first, _) in _starts(config).items() if first >= num_epochs)
+
+
+def method_began(config: Mapping[str, object], training: TrainingReport) -> bool:
+    """Whether the method differed from its base loss in any epoch up to the one of the selected weights."""
+    first, _ = _starts(config).get(str(config.get("method")), (0, ""))
+    last = training.num_train_epochs - 1 if training.selected_epoch is None else training.selected_epoch
+    return first <= last
+
+
+def selected_too_early(config: Mapping[str, object], training: TrainingReport) -> tuple[str, ...]:
+    """One sentence for each method or combination that began after the selected weights were trained."""
+    selected = training.selected_epoch
+    if selected is None:
+        return ()
+    own, base = str(config.get("method")), config.get("base_loss")
+    sentences = []
+    for name, (first, words) in _starts(config).items():
+        if selected < first < training.num_train_epochs:
+            what = f"mining ({name})" if "mining_start_epoch" in words else name
+            plain = f", and these are weights of {base or 'plain adversarial training'} alone" if name == own else ""
+            sentences.append(
+                f"The weights were selected in epoch {selected + 1}, and {what} begins with {words}: it had no part "
+                f"in them{plain}."
+            )
+    return tuple(sentences)
+
+
+def option_text(name: str, value: object) -> str:
+    """The value of a setting in words; where it counts epochs from 0, the epoch from 1 with the flag beside it."""
+    if name.endswith("_epoch") and type(value) is int:
+        return f"epoch {value + 1} (--{name} {value})"
+    if name.endswith("_epochs") and isinstance(value, list) and all(type(item) is int for item in value):
+        counted = ", ".join(str(item + 1) for item in value)
+        return f"{'epoch' if len(value) == 1 else 'epochs'} {counted} (--{name} {' '.join(map(str, value))})"
+    if name == "lr_drops" and isinstance(value, list):
+        drops = [str(drop).partition(":") for drop in value]
+        if all(epoch.isdecimal() for epoch, _, _ in drops):
+            steps = ", ".join(f"× {factor} from epoch {int(epoch) + 1}" for epoch, _, factor in drops)
+            return f"{steps} (--lr_drops {' '.join(map(str, value))})"
+    return setting_text(value)
+
+
+def _rule_options(options: object) -> str:
+    """Options of borrowed methods, ``name=value``; beside those that count epochs from 0, the epoch from 1."""
+    if not isinstance(options, Mapping):
+        return setting_text(options)
+    return ", ".join(
+        f"{name}={value}" + (f" (epoch {value + 1})" if name.endswith("_epoch") and type(value) is int else "")
+        for name, value in options.items()
+    )
+
+
+def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
+    """By name of method or combination: the 0-based epoch in which it begins, and the same in words."""
     method = trained_method(config)
     if method is None:
-        return ""
+        return {}
     awp_start = config.get("awp_start_epoch") if config.get("awp_gamma") is not None else None
-    starts = method.start_epochs(awp_start if isinstance(awp_start, int) else None)
-    return ", ".join(name for name, first in starts.items() if first >= num_epochs)
+    start = awp_start if isinstance(awp_start, int) else None
+    words = method.start_words(start)
+    return {name: (first, words[name]) for name, first in method.start_epochs(start).items()}
 
 
 def citations(config: Mapping[str, object]) -> list[str]:

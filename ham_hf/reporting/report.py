@@ -1,7 +1,8 @@
 """RunReport: what was run, on what, and what came out; ``report.json`` in both directions.
 
 A report holds everything the figures and the model card need, so that both can be made again from ``report.json``
-alone. It holds no secret: tokens and environment variables never enter it.
+alone. It holds no secret: tokens never enter it, and of the environment only variables that change how numbers are
+computed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import types
 import typing
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -27,8 +28,11 @@ import torch
 from torch import Tensor
 
 from ham_hf import __version__
+from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 from ham_hf.reporting.calibration import CalibrationReport
+from ham_hf.training.outside import recorded
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -50,9 +54,10 @@ class ModelReport:
         in_chans: number of image channels.
         upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
         interpolation: interpolation of the resize in the evaluation transform.
-        crop_pct: share of the resized image that the center crop keeps, (0, 1].
+        crop_pct: side of the input by the side that images are resized to.
         mean: per-channel mean subtracted from pixels in [0, 1].
         std: per-channel divisor.
+        crop_mode: which sides the resize fits, by timm's names: center, squash or border.
     """
 
     name: str
@@ -67,6 +72,7 @@ class ModelReport:
     crop_pct: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_mode: str = "center"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,8 @@ class DatasetReport:
         augmentation: augmentation during training.
         trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
             it (`ham_hf.data.provenance.Provenance`); None if that is not known.
+        num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
+        notes: what of the dataset was not read, each with its number and an example.
     """
 
     name: str
@@ -101,6 +109,8 @@ class DatasetReport:
     num_skipped: int
     augmentation: str
     trained_on: Mapping[str, object] | None = None
+    num_test_in_train: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +126,13 @@ class AttackReport:
     """Result of one evaluation.
 
     Attributes:
-        name: "clean", "pgd-20", "cw-20", "autoattack", ...
-        settings: settings of the attack, JSON values only.
+        name: "clean", "pgd-20", "cw-20", "autoattack", ..., or "verdict".
+        settings: settings of the attack, JSON values only; of the verdict, which attacks it is of.
         summary: per-class accuracy and fairness numbers.
         confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
-            ``MAX_CONFUSION_CLASSES`` classes.
+            ``MAX_CONFUSION_CLASSES`` classes, and of the verdict, which is of several attacks.
         seconds: duration.
+        intervals: of the fairness numbers; None in reports from before there were any.
     """
 
     name: str
@@ -129,6 +140,7 @@ class AttackReport:
     summary: FairnessSummary
     confusion: tuple[tuple[int, ...], ...] | None
     seconds: float
+    intervals: FairnessIntervals | None = None
 
     def __post_init__(self) -> None:
         # It names files of figures.
@@ -141,7 +153,7 @@ class AttackReport:
     @property
     def title(self) -> str:
         """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"."""
-        fixed = {"clean": "Clean", "autoattack": "AutoAttack"}
+        fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
         return fixed.get(self.name, self.name.upper())
 
 
@@ -162,6 +174,8 @@ class TrainingReport:
             without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
             (`ham_hf.training.passes`); None if unknown.
+        changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
+            settings of the report repeats the run.
     """
 
     num_train_epochs: int
@@ -174,6 +188,7 @@ class TrainingReport:
     history: tuple[Mapping[str, object], ...]
     peak_memory_bytes: int | None = None
     passes: float | None = None
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
@@ -181,7 +196,19 @@ class TrainingReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Software and hardware of the run; ``commit`` is that of the source checkout, None outside of one."""
+    """Software and hardware of the run.
+
+    Attributes:
+        python: version of Python.
+        platform: operating system and processor.
+        versions: versions of packages by name.
+        device: what computed.
+        num_processes: number of processes.
+        num_threads: threads of a process.
+        commit: commit of the source checkout, None outside of one.
+        variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
+            `ham_hf.training.outside`.
+    """
 
     python: str
     platform: str
@@ -190,6 +217,7 @@ class Environment:
     num_processes: int
     num_threads: int
     commit: str | None
+    variables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +236,8 @@ class RunReport:
         created: UTC time, ISO 8601.
         notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
             on the way); the card lists them.
+        verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
+            saw; None without an attack, and in reports from before there was one.
         calibration: class shifts that are folded into the evaluated model; None if there are none.
 
     Raises:
@@ -224,14 +254,19 @@ class RunReport:
     seeds: Mapping[str, int]
     created: str
     notes: tuple[str, ...] = ()
+    verdict: AttackReport | None = None
     calibration: CalibrationReport | None = None
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a report needs at least one evaluation, got none")
-        for attack in self.results.values():
+        for attack in self.entries():
             _check_classes(attack, len(self.dataset.class_names))
         object.__setattr__(self, "config", _json_values(self.config, "config"))
+
+    def entries(self) -> tuple[AttackReport, ...]:
+        """The verdict, where there is one, and every evaluation, in the order in which tables show them."""
+        return (*([] if self.verdict is None else [self.verdict]), *self.results.values())
 
     def reference_attack(self) -> AttackReport | None:
         """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
@@ -304,7 +339,41 @@ def attack_report(
     confusion = None
     if num_classes <= MAX_CONFUSION_CLASSES:
         confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())
-    return AttackReport(name=name, settings=settings, summary=summary, confusion=confusion, seconds=seconds)
+    return AttackReport(
+        name=name,
+        settings=settings,
+        summary=summary,
+        confusion=confusion,
+        seconds=seconds,
+        intervals=intervals_of(summary),
+    )
+
+
+def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
+    """The verdict on the images that every attack saw; None without an attack.
+
+    Args:
+        verdicts: of each image.
+        seconds: duration of all attacks together.
+    """
+    judged = verdicts.judged
+    if not bool(judged.any()):
+        return None
+    summary = summarize(verdicts.withstood[judged], verdicts.labels[judged], len(verdicts.class_names))
+    return AttackReport(
+        name="verdict",
+        settings={"attacks": list(verdicts.attacks)},
+        summary=summary,
+        confusion=None,
+        seconds=seconds,
+        intervals=intervals_of(summary),
+    )
+
+
+def intervals_of(summary: FairnessSummary) -> FairnessIntervals:
+    """Intervals of the fairness numbers of a summary."""
+    entries = summary.per_class
+    return fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
 
 
 def environment(*, device: torch.device, num_processes: int) -> Environment:
@@ -324,6 +393,7 @@ def environment(*, device: torch.device, num_processes: int) -> Environment:
         num_processes=num_processes,
         num_threads=torch.get_num_threads(),
         commit=source_commit(Path(__file__).resolve().parents[2]),
+        variables=recorded(),
     )
 
 
@@ -389,14 +459,19 @@ def read_report(path: str | Path) -> RunReport:
     return report
 
 
-def results_table(report: RunReport) -> list[dict[str, str]]:
-    """One row per evaluation, column title to text; accuracies in percent, NSD as a ratio.
+def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
+    """One row per evaluation, the verdict first, column title to text; accuracies in percent, NSD as a ratio.
 
     The number after ± is half the 95 % interval. Class names are cleaned (``plain_text``) but not escaped.
+
+    Args:
+        report: a finished run.
+        intervals: also show the 95 % intervals of the fairness numbers, which make the table wide.
     """
     rows = []
-    for attack in report.results.values():
+    for attack in report.entries():
         summary = attack.summary
+        known = attack.intervals if intervals else None
         half = (summary.average_high - summary.average_low) / 2
         worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
         rows.append(
@@ -407,15 +482,25 @@ def results_table(report: RunReport) -> list[dict[str, str]]:
                 else f"{summary.num_examples}",
                 "Average": f"{percent(summary.average)} ± {percent(half)}",
                 "Macro": percent(summary.macro_average),
-                "Worst class": f"{percent(summary.worst_class)} ({worst_name})",
+                "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
                 "Worst 10 %": percent(summary.worst_10_percent),
-                "Worst 30 %": percent(summary.worst_30_percent),
-                "Gap": percent(summary.gap),
-                "Std": percent(summary.std),
-                "NSD": "–" if summary.nsd is None else f"{summary.nsd:.3f}",
+                "Worst 30 %": percent(summary.worst_30_percent) + interval_text(known, "worst_30_percent"),
+                "Gap": percent(summary.gap) + interval_text(known, "gap"),
+                "Std": percent(summary.std) + interval_text(known, "std"),
+                "NSD": "–"
+                if summary.nsd is None
+                else f"{summary.nsd:.3f}{interval_text(known, 'nsd', digits=lambda end: f'{end:.3f}')}",
             }
         )
     return rows
+
+
+def interval_text(
+    intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = lambda end: f"{100 * end:.1f}"
+) -> str:
+    """The two ends to put behind a number, as " (7.1–12.9)" in percent; nothing where they are not known."""
+    ends = None if intervals is None else getattr(intervals, name)
+    return "" if ends is None else f" ({'–'.join(map(digits, ends))})"
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -450,6 +535,10 @@ def plain_text(value: object, max_length: int = 60) -> str:
 def _check_classes(attack: AttackReport, num_classes: int) -> None:
     """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
     summary = attack.summary
+    if attack.intervals is not None:
+        values = (getattr(attack.intervals, field.name) for field in fields(attack.intervals))
+        if any(len(ends) != 2 for ends in values if ends is not None):
+            raise ValueError(f"{attack.name}: an interval has two ends")
     indices = (*summary.missing_classes, summary.worst_class_index)
     sizes = {len(summary.per_class)}
     if attack.confusion is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData
 from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_section, write_card
+from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.plots import ExampleStrip, save_figures
 from ham_hf.reporting.report import (
     AttackReport,
@@ -29,10 +32,14 @@ from ham_hf.reporting.report import (
     environment,
     hub_dataset_id,
     utc_now,
+    verdict_report,
     write_report,
 )
+from ham_hf.training.outside import rounding
 from ham_hf.training.runlog import read_log
 from ham_hf.training.trainer import Progress
+
+logger = logging.getLogger(__name__)
 
 
 def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dict[str, AttackReport]:
@@ -51,6 +58,11 @@ def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dic
     }
 
 
+def verdict_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) -> AttackReport | None:
+    """The verdict in the form of the report; None without an attack."""
+    return verdict_report(verdicts_of(results, class_names), seconds=sum(found.seconds for found in results.values()))
+
+
 def dataset_report(data: ImageData) -> DatasetReport:
     """The dataset in the form of the report."""
     return DatasetReport(
@@ -66,6 +78,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         num_skipped=data.num_skipped,
         augmentation=data.augmentation,
         trained_on=data.provenance.record() if data.provenance is not None else None,
+        num_test_in_train=data.num_test_in_train,
+        notes=data.notes,
     )
 
 
@@ -91,6 +105,23 @@ def training_report(
     (evaluation, which follows, may need more). The passes of
     a ``calibration`` count among those of the run.
     """
+    training = TrainingReport(
+        num_train_epochs=len({record["epoch"] for record in progress.history}),
+        steps=progress.step,
+        skipped_updates=progress.skipped_updates,
+        seconds=progress.seconds,
+        selection_metric=best["metric"],
+        selected_step=best["step"],
+        selected_epoch=best["epoch"],
+        history=tuple(progress.history),
+        peak_memory_bytes=peak_memory_bytes,
+        passes=_with_calibration(progress.passes, calibration),
+        changes=tuple(progress.changes),
+    )
+    settings = config_to_dict(config)
+    early = selected_too_early(settings, training)
+    for sentence in early:
+        logger.warning(sentence)
     return RunReport(
         model=ModelReport(
             name=config.model.model_name,
@@ -102,24 +133,15 @@ def training_report(
             **asdict(preprocessing),
         ),
         dataset=dataset_report(data),
-        config=config_to_dict(config),
+        config=settings,
         threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
         results=attack_reports(results, len(data.class_names)),
-        training=TrainingReport(
-            num_train_epochs=len({record["epoch"] for record in progress.history}),
-            steps=progress.step,
-            skipped_updates=progress.skipped_updates,
-            seconds=progress.seconds,
-            selection_metric=best["metric"],
-            selected_step=best["step"],
-            selected_epoch=best["epoch"],
-            history=tuple(progress.history),
-            peak_memory_bytes=peak_memory_bytes,
-            passes=_with_calibration(progress.passes, calibration),
-        ),
+        training=training,
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
+        notes=(*early, *training.changes, *rounding()),
+        verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
 
@@ -143,8 +165,17 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
 
 
-def write_training(report: RunReport, folder: Path, *, examples: ExampleStrip, repo_id: str | None) -> None:
-    """Report, figures and card of a training run whose model and log are in ``folder`` already."""
+def write_training(
+    report: RunReport,
+    folder: Path,
+    *,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    repo_id: str | None,
+) -> None:
+    """Predictions, report, figures and card of a training run whose model and log are in ``folder`` already."""
+    # Before the report, which says that a run is finished.
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
     write_report(report, folder)
     train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
     save_figures(report, folder, examples=examples, train_log=train_log)
@@ -185,11 +216,16 @@ def evaluation_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": seed},
         created=utc_now(),
+        verdict=verdict_of(results, data.class_names),
+        notes=rounding(),
     )
 
 
-def write_evaluation(report: RunReport, folder: Path, *, examples: ExampleStrip) -> None:
-    """Report, figures and the evaluation part of a card, ``EVALUATION.md``."""
+def write_evaluation(
+    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+) -> None:
+    """Predictions, report, figures and the evaluation part of a card, ``EVALUATION.md``."""
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
@@ -236,8 +272,11 @@ def calibrated_report(
     return replace(evaluated, model=model, calibration=calibration, notes=notes)
 
 
-def write_calibration(report: RunReport, folder: Path, *, examples: ExampleStrip) -> None:
-    """Report, figures and card of a calibrated model that is in ``folder`` already."""
+def write_calibration(
+    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+) -> None:
+    """Predictions, report, figures and card of a calibrated model that is in ``folder`` already."""
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))

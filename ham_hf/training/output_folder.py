@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS, list_checkpoints
 from ham_hf.training.launching import FaultError
 from ham_hf.training.run_lock import LOCK_NAME
@@ -22,16 +23,18 @@ OWNED_BY_TRAINING = (
     "config.json",
     "README.md",
     "report.json",
+    PREDICTIONS_NAME,
     "train_config.yaml",
     "metrics.jsonl",
     "figures",
+    "rgb",
     "logs",
     BEST_NAME,
     PARTIAL_RESULTS,
 )
 """What a training run writes into its output folder beside numbered checkpoints."""
-OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "README.md", "report.json", "figures")
-OWNED_BY_EVALUATION = ("report.json", "EVALUATION.md", "figures")
+OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "rgb", "README.md", "report.json", PREDICTIONS_NAME, "figures")
+OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, "EVALUATION.md", "figures")
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:
@@ -138,7 +141,7 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        results = (WEIGHTS, "config.json", "README.md", "report.json", "figures")
+        results = (WEIGHTS, "config.json", "README.md", PREDICTIONS_NAME, "report.json", "figures")
         missing = [name for name in results if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "

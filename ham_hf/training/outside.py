@@ -145,6 +145,7 @@ HARMLESS = {
     "GROUP_WORLD_SIZE": _LAUNCHER,
     "ROLE_*": _LAUNCHER,
     "TORCHELASTIC_*": _LAUNCHER,
+    "TORCH_ELASTIC_WORKER_IDENTICAL": _LAUNCHER,
 }
 """Variables that change no number, and why."""
 

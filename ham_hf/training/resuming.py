@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,9 @@ from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, TrainingStream
 from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
+from ham_hf.training.optimization import depends_on_end
+
+logger = logging.getLogger(__name__)
 
 MAY_CHANGE = frozenset(
     {
@@ -40,6 +44,15 @@ MAY_CHANGE = frozenset(
     }
 )
 """Settings of the training loop that a resumed run may change."""
+MATTERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "memory_format",
+    "torch_compile",
+)
+"""Those of them that can change numbers, if only in the last bits or by a validation more."""
 
 
 def anywhere(accelerator: Accelerator, happened: bool) -> bool:
@@ -133,6 +146,10 @@ def run_plan(
         "interpolation": data.interpolation,
         **besides,
     }
+    if data.crop_mode != "center":  # checkpoints of earlier versions know no other
+        plan["crop_mode"] = data.crop_mode
+    if depends_on_end(config.lr_scheduler_type):
+        plan["num_train_epochs"] = config.num_train_epochs
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(per_update)
     if objective.depends_on_split:
@@ -145,12 +162,48 @@ def run_plan(
     return same_types
 
 
+def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """Settings that a resumed run may change although they can change numbers, and where it runs; JSON types."""
+    settings = asdict(config)
+    return {name: settings[name] for name in MATTERS} | {
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+    }
+
+
+def changes_on_the_way(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, in words, such as "--num_train_epochs 4 instead of 2"; empty if nothing does."""
+
+    def shown(name: str, value: object) -> str:
+        return (
+            f"{value} processes"
+            if name == "processes"
+            else f"the {name} {value}"
+            if name == "device"
+            else (f"--{name} {'none' if value is None else value}")
+        )
+
+    return ", ".join(
+        f"{shown(name, value)} instead of {'none' if before[name] is None else before[name]}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    )
+
+
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
     """Refuse a checkpoint whose plan is another one.
 
     Raises:
         ValueError: naming what differs.
     """
+    if "num_train_epochs" in plan and "num_train_epochs" not in saved:
+        logger.warning(
+            "%s does not say for how many epochs its --lr_scheduler_type %s was meant: taking it to be the %d of now",
+            checkpoint,
+            plan["lr_scheduler_type"],
+            plan["num_train_epochs"],
+        )
+        plan = {key: value for key, value in plan.items() if key != "num_train_epochs"}
     changed = [
         f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
         for key in {**saved, **plan}
@@ -160,6 +213,11 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]
         changed.append(
             f"an update of --method {plan['method']} with these options depends on how its examples are split into "
             "batches, so batch size and number of processes have to stay"
+        )
+    if "num_train_epochs" in plan and saved["num_train_epochs"] != plan["num_train_epochs"]:
+        changed.append(
+            f"--lr_scheduler_type {plan['lr_scheduler_type']} ends with the last epoch, so that another number of "
+            "epochs would give learning rates that no single run has (piecewise and constant do not depend on the end)"
         )
     if changed:
         raise ValueError(

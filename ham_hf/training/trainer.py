@@ -34,7 +34,14 @@ from ham_hf.training.checkpoint import (
 from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
 from ham_hf.training.held_out import held_out_accuracy, held_out_sums
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
-from ham_hf.training.resuming import agreed_checkpoint, anywhere, check_same_run, run_plan
+from ham_hf.training.resuming import (
+    agreed_checkpoint,
+    anywhere,
+    changeable,
+    changes_on_the_way,
+    check_same_run,
+    run_plan,
+)
 from ham_hf.training.runlog import RunLog
 from ham_hf.training.saving import RunFiles
 from ham_hf.training.sharding import (
@@ -70,6 +77,8 @@ class Progress:
         best: state of the best validation so far; None before the first.
         history: one record per validation.
         plan: what has to stay the same for a resumed run to continue this one.
+        changeable: the settings that a resumed run may change although they can change numbers, as they are.
+        changes: what was changed of them on the way, one sentence per resumption that did so.
     """
 
     step: int = 0
@@ -83,6 +92,8 @@ class Progress:
     best: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    changeable: dict[str, Any] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -195,20 +206,20 @@ class Trainer:
         self.module, self.passes = self.train_step.module, self.train_step.passes
         if self.averaged_module is not None:
             self.passes.watch(self.averaged_module)
-        self.progress = Progress(plan=self._plan())
+        self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
         epochs = -(-self.total_steps // self.updates_per_epoch)
+        words = self.objective.start_words(self.config.first_perturbed_epoch)
         for what, first in self.objective.start_epochs(self.config.first_perturbed_epoch).items():
             if epochs <= first < self.config.num_train_epochs:
                 logger.warning(
-                    "%s starts at epoch %d (0-based), and --max_steps %s ends the run in epoch %d: it will never be "
-                    "active",
+                    "%s starts at %s, and --max_steps %s ends the run in epoch %d: it will never be active",
                     what,
-                    first,
+                    words[what],
                     self.config.max_steps,
-                    epochs - 1,
+                    epochs,
                 )
 
     def fit(self, stop: Callable[[], str | None] = lambda: None) -> Progress:
@@ -287,7 +298,7 @@ class Trainer:
             except NonFiniteLogitsError as error:
                 raise NonFiniteLossError(
                     f"validation after epoch {epoch + 1} (counted from 1): the logits are not finite on {error.count} "
-                    f"of {error.total} held-out images ({error.reason}); these weights are not selected, and training "
+                    f"of {error.total} held-out images ({error.cause}); these weights are not selected, and training "
                     f"ends here. {STAY_FINITE}"
                 ) from error
         self.progress.validation_due = None
@@ -527,6 +538,13 @@ class Trainer:
             self.gated.updates = progress.averaged_epochs
         self.method_state.load(checkpoint.method)
         load_optimizer(self.optimizer, checkpoint.optimizer)
+        now = changeable(self.config, self.accelerator)
+        changed = changes_on_the_way(progress.changeable, now)
+        if changed:
+            epoch = progress.step // self.updates_per_epoch + 1
+            progress.changes.append(f"After update {progress.step}, from epoch {epoch} on, the run had {changed}.")
+            logger.warning("the run goes on with %s: the card will say so", changed)
+        progress.changeable = now
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)

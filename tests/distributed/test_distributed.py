@@ -97,6 +97,9 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(results):
     for found in (results["one"], results["two"]):
         for key in ("clean", "pgd", "predictions", "autoattack_indices", "autoattack_flags", "autoattack_predictions"):
             assert torch.equal(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"]), key
+        for key in ("margins", "autoattack_margins"):
+            # A process that halves its batches rounds in another way.
+            torch.testing.assert_close(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"])
         clean, pgd = found["evaluation/clean"], found["evaluation/pgd"]
         assert clean.sum() == sum(i % 5 != 0 for i in range(23))
         assert 0 < pgd.sum() < clean.sum()

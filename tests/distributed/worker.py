@@ -112,6 +112,8 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         "clean": results["clean"].flags,
         "pgd": results["pgd"].flags,
         "predictions": results["pgd"].predictions,
+        "margins": results["pgd"].margins,
+        "autoattack_margins": auto.margins,
         "autoattack_indices": auto.indices,
         "autoattack_flags": auto.flags,
         "autoattack_predictions": auto.predictions,

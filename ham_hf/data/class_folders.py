@@ -1,0 +1,261 @@
+"""Which images of a folder belong to which split and class: by the names of folders, and by nothing else.
+
+Only a folder at the top that is named like a split (``train``, ``val``, ``test``, ...) and holds class folders is a
+split. No word in the name of a class or a file decides anything. Every image file is in exactly one split and class,
+or refused, or counted in a note with an example.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import datasets
+import pyarrow as pa
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+SPLIT_OF_FOLDER = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS) | {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"}
+DATA_EXTENSIONS = (".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".zip")
+METADATA_NAMES = frozenset(ImageFolder.METADATA_FILENAMES)
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFolders:
+    """The images of a folder.
+
+    Attributes:
+        splits: of each split the paths of its images relative to the folder, sorted, each with its class.
+        notes: what is not read, each with its number and an example.
+    """
+
+    splits: Mapping[str, tuple[tuple[str, str], ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes of all splits, sorted."""
+        return sorted({name for images in self.splits.values() for _, name in images})
+
+    def as_dataset(self, file_of: Mapping[str, str]) -> datasets.DatasetDict:
+        """Images and labels; images stay in their files.
+
+        Args:
+            file_of: where the file of each path is.
+        """
+        names = self.class_names
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        place = {name: number for number, name in enumerate(names)}
+        splits = datasets.DatasetDict()
+        for split, images in self.splits.items():
+            files = pa.array([file_of[path] for path, _ in images], pa.string())
+            bytes_of = pa.nulls(len(files), pa.binary())
+            stored = pa.StructArray.from_arrays([bytes_of, files], names=["bytes", "path"])
+            labels = pa.array([place[name] for _, name in images], pa.int64())
+            table = pa.table({"image": stored, "label": labels}, schema=features.arrow_schema)
+            splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
+        return splits
+
+
+def list_files(root: Path) -> tuple[list[str], list[str]]:
+    """Every file below a folder, also behind links, as paths relative to it.
+
+    Returns:
+        The paths, and notes on links that lead back to a folder above them, which are not followed.
+    """
+    found: list[str] = []
+    loops: list[str] = []
+
+    def visit(folder: str, above: frozenset[str]) -> None:
+        here = os.path.realpath(folder)
+        if here in above:
+            loops.append(os.path.relpath(folder, root))
+            return
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_dir():
+                visit(entry.path, above | {here})
+            else:
+                found.append(os.path.relpath(entry.path, root).replace(os.sep, "/"))
+
+    visit(str(root), frozenset())
+    return found, _note(loops, "links lead back to a folder above them and are not followed")
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is an image by its extension, in upper or lower case."""
+    return PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file or a folder above it is hidden, or left by an archiver of macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
+
+
+def has_class_folders(paths: Sequence[str]) -> bool:
+    """Whether the files are images in folders, not parquet files or archives, and no table beside them has labels."""
+    visible = [path for path in paths if not is_hidden(path)]
+    images = sum(map(is_image_name, visible))
+    data = sum(path.lower().endswith(DATA_EXTENSIONS) for path in visible)
+    return images > data and not any(PurePosixPath(path).name in METADATA_NAMES for path in visible)
+
+
+def sort_into_classes(paths: Iterable[str]) -> ClassFolders:
+    """Put every image file into its split and class.
+
+    An image's class is the folder that it is in. Class folders may lie in further folders, all equally deep, if that
+    leaves their names unique. A folder at the top that alone holds everything is looked into.
+
+    Args:
+        paths: relative paths of all files, with ``/``.
+
+    Raises:
+        ValueError: for an image without a class folder, class folders at different depths, two class folders or two
+            split folders with one name, a file that is listed twice, and a name that is no Unicode.
+    """
+    listed = sorted(paths)
+    _refuse_repeated(listed)
+    images = [path for path in listed if is_image_name(path)]
+    hidden = [path for path in images if is_hidden(path)]
+    notes = _note(hidden, "image files are hidden (their name or their folder's begins with a dot) and are not read")
+    shown = [path for path in images if not is_hidden(path)]
+    start = _common_folder(shown)
+    splits, apart = _split_folders(shown, start)
+    notes += _note(apart, "image files lie outside of the split folders and are not read")
+    archives = [path for path in listed if not is_hidden(path) and path.lower().endswith(DATA_EXTENSIONS)]
+    notes += _note(archives, "archives and data files lie beside class folders and are not read")
+    sorted_splits = {}
+    for split, (folder, found) in splits.items():
+        names, depth_notes = _classes_of(found, folder)
+        notes += depth_notes
+        sorted_splits[split] = tuple(zip(found, names, strict=True))
+    return ClassFolders(splits=sorted_splits, notes=tuple(notes))
+
+
+def note_unnamed_images(root: Path, paths: Iterable[str]) -> list[str]:
+    """A note on files of a local folder that begin as images do and are not named so."""
+    unnamed = []
+    for path in paths:
+        if is_hidden(path) or is_image_name(path):
+            continue
+        with open(root / path, "rb") if (root / path).is_file() else open(os.devnull, "rb") as file:
+            if file.read(6).startswith(SIGNATURES):
+                unnamed.append(path)
+    return _note(unnamed, "files hold images by their first bytes and have no image's extension; they are not read")
+
+
+def _refuse_repeated(listed: Sequence[str]) -> None:
+    twice = [path for path, count in Counter(listed).items() if count > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} files are listed twice, such as {_shown(twice[0])}: list each once")
+    # As Python names files whose names are no UTF-8.
+    odd = [path for path in listed if any("\ud800" <= letter <= "\udfff" for letter in path)]
+    if odd:
+        raise ValueError(f"{len(odd)} file names are not Unicode, such as {_shown(odd[0])}: rename the files")
+
+
+def _common_folder(images: Sequence[str]) -> tuple[str, ...]:
+    """Folders that lead to the one that holds splits or classes: the only one, that is no split, over and over."""
+    start: tuple[str, ...] = ()
+    while images:
+        below = [PurePosixPath(path).parts[len(start) :] for path in images]
+        tops = {parts[0] for parts in below}
+        if len(tops) > 1 or min(map(len, below)) < 3 or _split_name(next(iter(tops))) is not None:
+            break
+        start = (*start, tops.pop())
+    return start
+
+
+def _split_name(folder: str) -> str | None:
+    return SPLIT_OF_FOLDER.get(folder.lower())
+
+
+def _split_folders(
+    images: Sequence[str], start: tuple[str, ...]
+) -> tuple[dict[str, tuple[tuple[str, ...], list[str]]], list[str]]:
+    """Folder and images of each split, and images that are in none."""
+    of_top: dict[str, list[str]] = {}
+    for path in images:
+        parts = PurePosixPath(path).parts[len(start) :]
+        of_top.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
+    named = [top for top in of_top if _split_name(top) is not None]
+    # A split holds class folders; a folder of images alone is a class, whatever its name.
+    holding = [top for top in named if any(_depth(path, start) > 2 for path in of_top[top])]
+    if named and not holding and not [top for top in of_top if top and top not in named]:
+        raise ValueError(
+            f"{len(of_top[named[0]])} images lie in the split folder {_shown(named[0])} itself, such as "
+            f"{_shown(of_top[named[0]][0])}: put each into the folder of its class, {named[0]}/CLASS/IMAGE"
+        )
+    if not holding:
+        return ({"train": (start, list(images))} if images else {}), []
+    splits: dict[str, tuple[tuple[str, ...], list[str]]] = {}
+    folder_of: dict[str, str] = {}
+    for top in named:
+        split = str(_split_name(top))
+        if split in splits:
+            raise ValueError(
+                f"the folders {_shown(folder_of[split])} and {_shown(top)} are both the split {split!r}: rename one"
+            )
+        folder_of[split] = top
+        splits[split] = ((*start, top), of_top[top])
+    return splits, [path for top in of_top if top not in named for path in of_top[top]]
+
+
+def _depth(path: str, start: tuple[str, ...]) -> int:
+    return len(PurePosixPath(path).parts) - len(start)
+
+
+def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Class of each image below a split's folder, and notes."""
+    where = "/".join(folder) or "the folder itself"
+    loose = [path for path in images if _depth(path, folder) == 1]
+    if loose:
+        raise ValueError(
+            f"{len(loose)} of {len(images)} images lie beside the class folders, in {where}, such as "
+            f"{_shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away"
+        )
+    parents = [PurePosixPath(path).parent for path in images]
+    of_depth: dict[int, str] = {}
+    for path in images:
+        of_depth.setdefault(_depth(path, folder), path)
+    if len(of_depth) > 1:
+        first, second = (of_depth[depth] for depth in sorted(of_depth)[:2])
+        raise ValueError(
+            f"class folders are not equally deep: {_shown(first)} and {_shown(second)}; an image's class is the "
+            "folder that it is in, so put all class folders beside each other"
+        )
+    place: dict[str, PurePosixPath] = {}
+    for parent in parents:
+        if place.setdefault(parent.name, parent) != parent:
+            raise ValueError(
+                f"the folders {_shown(str(place[parent.name]))} and {_shown(str(parent))} have one name, and an "
+                "image's class is the folder that it is in: put all images of a class into one folder"
+            )
+    if of_depth and next(iter(of_depth)) > 2:
+        example = _shown(str(parents[0]))
+        return [parent.name for parent in parents], [f"classes are named by the innermost folders, such as {example}"]
+    return [parent.name for parent in parents], []
+
+
+def _note(paths: Sequence[str], what: str) -> list[str]:
+    return [f"{len(paths)} {what}, such as {_shown(paths[0])}"] if paths else []
+
+
+def _shown(path: str) -> str:
+    """A path for a message, on one line and short."""
+    text = repr(path) if path.isprintable() else ascii(path)
+    return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"
