@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -252,8 +252,18 @@ def example_strip(
         )
 
 
-def export_model(model: PixelModel, config: TrainConfig, data: ImageData, preprocessing: Preprocessing) -> ExportInfo:
-    """Write ``model.safetensors`` and ``config.json`` for plain timm into the output folder."""
+def export_model(
+    model: PixelModel,
+    config: TrainConfig,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    calibration: Mapping[str, object] | None = None,
+) -> ExportInfo:
+    """Write ``model.safetensors`` and ``config.json`` for plain timm into the output folder.
+
+    ``calibration`` is the record of the class shifts that are folded into the model, if there are any.
+    """
     return export_for_timm(
         model,
         config.training.output_dir,
@@ -266,6 +276,7 @@ def export_model(model: PixelModel, config: TrainConfig, data: ImageData, prepro
             "dataset": plain_name(data.name),
             "test_fraction": config.data.test_fraction,
             "trained_on": data.provenance.record() if data.provenance is not None else None,
+            **({} if calibration is None else {"calibration": dict(calibration)}),
         },
         model_license=config.hub.model_license,
         tag=config.method.name,

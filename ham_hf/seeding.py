@@ -22,6 +22,7 @@ class Stream(IntEnum):
     EVALUATION = 4
     AUTOATTACK = 5
     HELD_OUT = 6
+    CALIBRATION = 7
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:

@@ -24,6 +24,7 @@ from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
+from ham_hf.dial import check_head, fold_into, set_dial, validation_part
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
@@ -33,6 +34,7 @@ from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.objectives import InnerAttack
+from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import (
@@ -122,6 +124,10 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         model, preprocessing = new_model(config.model, data, seed=seed)
         # Takes the selected weights later; made now, as the trainer changes the forward and the place of its own.
         selected = copy.deepcopy(model)
+        held_out = None
+        if config.calibration.is_asked_for:
+            held_out = validation_part(data, seed=seed)
+            check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
         # Of the --ddp_timeout that the other processes wait for this one.
         background = Background(patience=min(60.0, config.training.ddp_timeout / 8))
 
@@ -195,8 +201,9 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     accelerator.wait_for_everyone()
 
     ########################
-    # Evaluation of the selected weights on the test split, once
+    # Class shifts for the selected weights, from held-out images; then the test split, once
     ########################
+    calibration = record = None
     way_out = (
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory; --resume_from_checkpoint latest trains nothing again"
@@ -204,6 +211,19 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     with clean_exit(*faults), explain_faults(num_processes=world), explain_out_of_memory(way_out):
         weights, best = load_best(folder)
         selected.load_state_dict(weights)
+        if held_out is not None:
+            calibration = set_dial(
+                selected,
+                held_out,
+                config.calibration,
+                threat_model=threat_model,
+                accelerator=accelerator,
+                batch_size=config.evaluation.per_device_eval_batch_size,
+                seed=seed,
+                output_dir=folder,
+                show_progress=not config.training.disable_tqdm,
+            )
+            record = fold_into(selected, calibration)
         results = evaluate_on_test(
             selected,
             data.test,
@@ -223,7 +243,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     if accelerator.is_main_process:
         background.finish()
         with clean_exit(FaultError), explain_unfinished(folder):
-            exported = export_model(selected, config, data, preprocessing)
+            exported = export_model(selected, config, data, preprocessing, calibration=record)
             report = training_report(
                 config,
                 selected,
@@ -236,10 +256,13 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 accelerator,
                 base_model=base_model,
                 peak_memory_bytes=peak_memory,
+                calibration=calibration,
             )
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
             write_training(report, folder, results=results, examples=examples, repo_id=repo_id)
             remove_partial_results(folder)
+        if calibration is not None:
+            show(f"{exchange_sentence(calibration)}\n\n")
         show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
     main_process = accelerator.is_main_process
     # Before the push: a failed one ends the process, and nobody has to wait for one that takes long.

@@ -7,9 +7,11 @@ a configuration of what was written, `cli` reads command lines.
 from __future__ import annotations
 
 from ham_hf.config.build import load_train_config
-from ham_hf.config.cli import parse_evaluate_config, parse_train_config
+from ham_hf.config.cli import parse_calibrate_config, parse_evaluate_config, parse_train_config
 from ham_hf.config.groups import (
     AttackConfig,
+    CalibrateConfig,
+    CalibrationConfig,
     DataConfig,
     EvaluateConfig,
     EvaluationConfig,
@@ -27,6 +29,8 @@ from ham_hf.config.yaml_text import config_to_yaml
 
 __all__ = [
     "AttackConfig",
+    "CalibrateConfig",
+    "CalibrationConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "config_to_dict",
     "config_to_yaml",
     "load_train_config",
+    "parse_calibrate_config",
     "parse_evaluate_config",
     "parse_train_config",
     "pixel_unit_problems",

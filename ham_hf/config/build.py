@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from ham_hf.config.groups import EvaluateConfig, TrainConfig
+from ham_hf.config.groups import AnyConfig, TrainConfig
 from ham_hf.config.old_names import with_current_names
 from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
@@ -19,7 +19,7 @@ from ham_hf.objectives import Objective, available
 
 logger = logging.getLogger(__name__)
 
-ConfigT = TypeVar("ConfigT", bound=TrainConfig | EvaluateConfig)
+ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 
 # What timm, transformers and attack libraries call it, where spelling alone would not lead to our name. Where an alias
 # stands for several, the first that the command has is suggested.

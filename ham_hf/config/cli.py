@@ -17,7 +17,7 @@ from typing import NoReturn
 import yaml
 
 from ham_hf.config.build import ConfigT, build_config, group_settings, method_settings
-from ham_hf.config.groups import EvaluateConfig, TrainConfig
+from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, TrainConfig
 from ham_hf.config.settings import ConfigError, Setting
 from ham_hf.config.yaml_text import (
     Entry,
@@ -88,6 +88,18 @@ def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
         SystemExit: status 2 for a command line that is not right, 0 after ``--help`` or ``--print_config``.
     """
     return _parse(EvaluateConfig, argv, required=("dataset_name",), positional="model")
+
+
+def parse_calibrate_config(argv: Sequence[str] | None = None) -> CalibrateConfig:
+    """Read the command line of a calibration. The model is named by the first word or by ``--model``.
+
+    Args:
+        argv: words after the program's name; None = those of this process.
+
+    Raises:
+        SystemExit: status 2 for a command line that is not right, 0 after ``--help`` or ``--print_config``.
+    """
+    return _parse(CalibrateConfig, argv, positional="model")
 
 
 def _parse(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.objectives import HAM, Objective
@@ -282,6 +282,41 @@ class EvaluationConfig(SettingsGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(SettingsGroup):
+    """Class shifts found on held-out images after training, which spread robust accuracy more evenly over classes."""
+
+    fairness: float | None = setting(
+        None, "how evenly: 0 = as trained, 1 = all classes alike; none = no calibration", "[0, 1]"
+    )
+    max_average_drop: float | None = setting(
+        None, "instead of --fairness: the largest one whose held-out average drops by at most this share", "[0, 1]"
+    )
+    calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", ">= 1")
+    calibration_precision: Literal["float32", "bf16"] = setting(
+        "float32", "precision of that attack's passes; predictions are counted in float32"
+    )
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is anything to calibrate."""
+        return self.fairness is not None or self.max_average_drop is not None
+
+    def contradictions(self) -> Iterator[str]:
+        """Two goals at once, and settings of a search without one."""
+        if self.fairness is not None and self.max_average_drop is not None:
+            yield (
+                f"--fairness {self.fairness:g} and --max_average_drop {self.max_average_drop:g} exclude each other; "
+                "give one of them"
+            )
+        if not self.is_asked_for:
+            yield from (
+                f"--{name} {getattr(self, name)} has no effect without --fairness or --max_average_drop"
+                for name in ("calibration_num_steps", "calibration_precision")
+                if getattr(self, name) != getattr(type(self), name)
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class HubConfig(SettingsGroup):
     """Where the finished model goes."""
 
@@ -326,6 +361,9 @@ class TrainConfig:
     attack: AttackConfig = field(default_factory=AttackConfig, metadata={"title": "Attack (threat model)"})
     method: Objective = field(default_factory=HAM, metadata={"title": "Method"})
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={"title": "Training"})
+    calibration: CalibrationConfig = field(
+        default_factory=CalibrationConfig, metadata={"title": "Calibration (fairness after training)"}
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
     hub: HubConfig = field(default_factory=HubConfig, metadata={"title": "Hub"})
 
@@ -336,6 +374,11 @@ class TrainConfig:
             problems.append(
                 f"--validation_fraction 0 leaves no images for --selection_metric {self.training.selection_metric}; "
                 "hold some out, or take --selection_metric last"
+            )
+        if self.data.validation_fraction == 0 and self.calibration.is_asked_for:
+            problems.append(
+                "--validation_fraction 0 leaves no images to calibrate on (--fairness, --max_average_drop); hold some "
+                "out"
             )
         if getattr(self.method, "pack_hard_examples", False) and self.training.gradient_accumulation_steps == 1:
             problems.append(
@@ -418,6 +461,83 @@ class EvaluateConfig(SettingsGroup):
             yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationDataConfig(DataConfig):
+    """Which data set, by default the one that the model records; what is held out is taken from that record too."""
+
+    dataset_name: str | None = setting(  # type: ignore[assignment]  # `named` gives one with a name
+        None, "Hub dataset id, local folder, or digits; none = what the model was trained on"
+    )
+
+    def named(self, dataset_name: str) -> DataConfig:
+        """The same settings for a dataset of this name."""
+        values = {declared.name: getattr(self, declared.name) for declared in fields(DataConfig)}
+        return DataConfig(**{**values, "dataset_name": dataset_name})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(SettingsGroup):
+    """Everything that defines a calibration of a model that exists."""
+
+    model: str = field(metadata={"help": "Hub id, local folder or timm name; may be given without its flag"})
+    model_revision: str | None = setting(None, "branch, tag or commit of a Hub model")
+    calibration_split: str | None = setting(
+        None, "split of images that the model was not trained on; none = the part that its training run held out"
+    )
+    allow_training_images: bool = setting(
+        False, "calibrate on the training split too, which overestimates what the shifts give; the card says so"
+    )
+    limit_calibration_examples: int | None = setting(
+        None, "calibrate on this many images of --calibration_split, stratified", ">= 1"
+    )
+    output_dir: str | None = setting(None, "folder of the calibrated model; none = outputs/<model>-fair-<fairness>")
+    overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a calibrated model")
+    model_license: str | None = setting(None, "license of the weights, for the card; none = that of the model")
+    seed: int = setting(0, "seed of the attacks' noise and of the two halves of the images", "[0, 4294967295]")
+    use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    disable_tqdm: bool = setting(False, "show no progress bar")
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
+    data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
+    attack: EvaluationThreatConfig = field(
+        default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
+    )
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
+
+    @property
+    def output_path(self) -> Path:
+        """``output_dir``, or the folder that stands for it when it is not given."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        dial = self.calibration
+        how = f"{dial.fairness:g}" if dial.fairness is not None else f"drop-{dial.max_average_drop:g}"
+        return Path("outputs", f"{Path(self.model.split(':')[-1]).resolve().name}-fair-{how}")
+
+    def contradictions(self) -> Iterator[str]:
+        """No goal, settings of a split without one, an output folder that is the model's own, and lengths."""
+        if not self.calibration.is_asked_for:
+            yield "--fairness F (0 = as it is, 1 = all classes alike) or --max_average_drop is required"
+            return
+        if self.calibration_split is None:
+            idle = {
+                "--allow_training_images": self.allow_training_images,
+                f"--limit_calibration_examples {self.limit_calibration_examples}": (
+                    self.limit_calibration_examples is not None
+                ),
+            }
+            yield from (
+                f"{written} has no effect without --calibration_split" for written, given in idle.items() if given
+            )
+        source = Path(self.model.removeprefix("local-dir:")).expanduser()
+        if source.is_dir() and source.resolve() == self.output_path.resolve():
+            yield f"--output_dir {self.output_path} is the model's own folder; name another one"
+        if self.attack.norm is not None:
+            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+
+
+AnyConfig: TypeAlias = TrainConfig | EvaluateConfig | CalibrateConfig
+
+
 def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
     """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
     for name, length in lengths.items():
@@ -428,7 +548,7 @@ def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
             )
 
 
-def sections(config: TrainConfig | EvaluateConfig) -> Iterator[tuple[str, dict[str, object]]]:
+def sections(config: AnyConfig) -> Iterator[tuple[str, dict[str, object]]]:
     """Titles and settings of ``config`` in order; the method's section starts with its name."""
     own = {known.name: getattr(config, known.name) for known in settings_of(type(config))}
     if own:
@@ -443,7 +563,7 @@ def sections(config: TrainConfig | EvaluateConfig) -> Iterator[tuple[str, dict[s
         yield declared.metadata["title"], values
 
 
-def config_to_dict(config: TrainConfig | EvaluateConfig) -> dict[str, object]:
+def config_to_dict(config: AnyConfig) -> dict[str, object]:
     """All settings by name in one flat dictionary of what JSON can hold; reading it back gives ``config``."""
     return {name: _plain(value) for _, values in sections(config) for name, value in values.items()}
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
-from ham_hf.config.groups import EvaluateConfig, TrainConfig, config_to_dict, sections
+from ham_hf.config.groups import AnyConfig, config_to_dict, sections
 from ham_hf.config.settings import MAX_FLOAT, ConfigError, Setting
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
@@ -121,7 +121,7 @@ def show_node(node: yaml.Node) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
-def config_to_yaml(config: TrainConfig | EvaluateConfig) -> str:
+def config_to_yaml(config: AnyConfig) -> str:
     """Every setting of ``config``, by group; passed to ``--config`` it gives an equal configuration."""
     flat = config_to_dict(config)
     blocks = [

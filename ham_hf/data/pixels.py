@@ -151,6 +151,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def relabeled(self, labels: Tensor) -> Images:
+        """The same images with other labels (N,)."""
+        return Images(labels, self._pixels, self._augmentation)
+
     def batches(self, requests: Sequence[BatchRequest], *, device: torch.device) -> Iterator[PixelBatch]:
         """Yield one batch per request, in order; augmented if the request has a seed.
 

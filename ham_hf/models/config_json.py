@@ -117,6 +117,13 @@ def check_metadata(metadata: Mapping[str, object]) -> None:
     _expect(metadata, "epsilon", "a number > 0", lambda value: _is_number(value) and value > 0, optional=True)
     fraction = "a number in (0, 1)"
     _expect(metadata, "test_fraction", fraction, lambda value: _is_number(value) and 0 < value < 1, optional=True)
+    _expect(
+        metadata,
+        "calibration",
+        "an object with the original bias of each head and a shift per class",
+        _is_calibration,
+        optional=True,
+    )
     _expect(metadata, "trained_on", "an object", lambda value: isinstance(value, dict), optional=True)
     for key in ("dataset", "method"):
         _expect(metadata, key, "a name", lambda value: isinstance(value, str), optional=True)
@@ -152,6 +159,14 @@ def _is_number(value: object) -> bool:
 
 def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:  # noqa: ANN401 (that is the question)
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_item, value))
+
+
+def _is_calibration(value: Any) -> bool:  # noqa: ANN401
+    biases, shifts = (value.get("original_bias"), value.get("shifts")) if isinstance(value, dict) else (None, None)
+    return (
+        _is_list(shifts, _is_number)
+        and _is_list(biases, lambda bias: _is_list(bias, _is_number) and len(bias) == len(shifts))  # type: ignore[arg-type]
+    )
 
 
 def _is_size(value: Any) -> bool:  # noqa: ANN401

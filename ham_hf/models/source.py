@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ from torch import Tensor
 from ham_hf.models.cifar_nets import extract_from_resnet18
 from ham_hf.models.config_json import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 CONFIG_KEY = "ham_hf"
 """Top-level key of ``config.json`` under which this package keeps what timm has no place for."""
 TRAINED_FORM_KEY = "trained_form"
@@ -161,6 +165,26 @@ def resolve_source(name: str) -> ModelSource:
             f"model name {name!r}: write hf-hub:{name} for a model on the Hub, local-dir:{name} for a folder"
         )
     return _source_from_registry(name)
+
+
+def fetch_card(name: str, hub_id: str | None) -> Path | None:
+    """Path of the card, ``README.md``, of a model; None, with a line in the log, if it has none.
+
+    Args:
+        name: as for `resolve_source`.
+        hub_id: OWNER/NAME of the model on the Hub, if it is there.
+    """
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix == _FOLDER_PREFIX:
+        path = Path(rest).expanduser() / CARD_NAME
+        return path if path.is_file() else None
+    if hub_id is None:
+        return None
+    try:
+        return _download(name, rest if colon else hub_id, CARD_NAME)
+    except ValueError as error:
+        logger.warning("no card is carried over: %s", error)
+        return None
 
 
 def complete_name(source: str, revision: str | None = None) -> str:

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
+from ham_hf.reporting.calibration import exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
@@ -36,8 +37,10 @@ FIGURES = (
     ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
     ("Training curves", "figures/training_curves.png"),
     ("What training did to each class", "figures/class_treatment.png"),
+    ("What fairness costs, on held-out images", "figures/fairness_frontier.png"),
     ("Clean and adversarial images", "figures/adversarial_examples.png"),
 )
+SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
     "worst_class": "the highest robust accuracy of the worst class",
@@ -81,16 +84,20 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
         The path of the card.
 
     Raises:
-        ValueError: if ``repo_id`` cannot be the id of a repository, or the report has no training section.
+        ValueError: if ``repo_id`` cannot be the id of a repository, or the report has neither training nor
+            calibration.
     """
     folder = Path(folder)
-    if report.training is None:
-        raise ValueError("the card describes how the model was trained, and this report has no training section")
-    context = {
-        **_context(report, folder, repo_id=repo_id, model_license=model_license),
-        "training_rows": _training_rows(report, report.training),
-        "selection": _selection(report, report.training),
-    }
+    if report.training is None and report.calibration is None:
+        raise ValueError(
+            "the card describes how the model was made, and this report says of no training or calibration"
+        )
+    context = _context(report, folder, repo_id=repo_id, model_license=model_license)
+    if report.training is not None:
+        context |= {
+            "training_rows": _training_rows(report, report.training),
+            "selection": _selection(report, report.training),
+        }
     path = folder / "README.md"
     path.write_text(_template().render(context), encoding="utf-8")
     return path
@@ -107,19 +114,22 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
     """The card's YAML front matter, with one ``model-index`` entry per evaluation and metric."""
     method = report.config.get("method")
     dataset = report.dataset
+    tags = [
+        "timm",
+        "image-classification",
+        "adversarial-robustness",
+        # How a stranger's model was trained is for its own card to say.
+        *(["adversarial-training"] if report.training else []),
+        "robust-fairness",
+        "ham_hf",
+        *([plain_text(method)] if method else []),
+        "safetensors",
+        *(["class-shifts", *map(plain_text, report.calibration.tags)] if report.calibration else []),
+    ]
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=[
-            "timm",
-            "image-classification",
-            "adversarial-robustness",
-            "adversarial-training",
-            "robust-fairness",
-            "ham_hf",
-            *([plain_text(method)] if method else []),
-            "safetensors",
-        ],
+        tags=list(dict.fromkeys(tags)),
         license=plain_text(model_license),
         datasets=[dataset.hub_id] if dataset.hub_id else None,
         base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
@@ -224,6 +234,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "metadata": Markdown(metadata.to_yaml()),
         "title": _title(report, repo_id),
         "dataset": _dataset_name(report),
+        "original": report.model.base_model or plain_text(Path(report.model.name).name),
         "method": method_title(report.config),
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
@@ -251,7 +262,26 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),
         "missing_classes": ", ".join(plain_text(report.dataset.class_names[index], 30) for index in missing),
         "model_license": model_license,
+        **_calibration(report),
         "version": report.environment.versions.get("ham_hf", "unknown"),
+    }
+
+
+def _calibration(report: RunReport) -> dict[str, object]:
+    """What the card says of class shifts; nothing where there are none."""
+    found = report.calibration
+    if found is None:
+        return {"calibration": None}
+    names = report.dataset.class_names
+    order = sorted(range(len(names)), key=lambda index: found.shifts[index])
+    shown = order if len(order) <= SHOWN_SHIFTS else [*order[: SHOWN_SHIFTS // 2], *order[-SHOWN_SHIFTS // 2 :]]
+    return {
+        "calibration": found,
+        "exchange": exchange_sentence(found),
+        "frontier_rows": frontier_rows(found),
+        "shifts": ", ".join(f"{plain_text(names[index], 30)} {found.shifts[index]:+.2f}" for index in shown),
+        "hidden_shifts": len(order) - len(shown),
+        "least_factor": Markdown(f"{min((f for f in found.factors if f), default=1.0):.2f}"),
     }
 
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from ham_hf.reporting.class_plots import class_treatment_figure
+from ham_hf.reporting.frontier_plot import frontier_figure
 from ham_hf.reporting.method_text import trained_method
 from ham_hf.reporting.report import AttackReport, RunReport, plain_text
 
@@ -69,7 +70,7 @@ def save_figures(
 
     Returns:
         The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``class_treatment.png``,
-        ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
+        ``fairness_frontier.png``, ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
     """
     figures = {"per_class_accuracy": per_class_figure(report)}
     history = report.training.history if report.training else ()
@@ -78,6 +79,8 @@ def save_figures(
     treatment = class_treatment_figure(report)
     if treatment is not None:
         figures["class_treatment"] = treatment
+    if report.calibration is not None:
+        figures["fairness_frontier"] = frontier_figure(report.calibration)
     for attack in report.results.values():
         if attack.name != "clean" and attack.confusion is not None:
             figures[f"confusion_{attack.name}"] = confusion_figure(attack, report.dataset.class_names)

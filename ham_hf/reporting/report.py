@@ -31,6 +31,7 @@ from ham_hf import __version__
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.training.outside import recorded
 
 SCHEMA_VERSION = 1
@@ -237,6 +238,7 @@ class RunReport:
             on the way); the card lists them.
         verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
             saw; None without an attack, and in reports from before there was one.
+        calibration: class shifts that are folded into the evaluated model; None if there are none.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -253,6 +255,7 @@ class RunReport:
     created: str
     notes: tuple[str, ...] = ()
     verdict: AttackReport | None = None
+    calibration: CalibrationReport | None = None
 
     def __post_init__(self) -> None:
         if not self.results:

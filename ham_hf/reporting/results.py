@@ -17,6 +17,7 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
+from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.plots import ExampleStrip, save_figures
@@ -95,12 +96,14 @@ def training_report(
     *,
     base_model: str | None = None,
     peak_memory_bytes: int | None = None,
+    calibration: CalibrationReport | None = None,
 ) -> RunReport:
     """Report of a training run.
 
     ``best`` is the state that the evaluated weights were selected with, ``base_model`` the Hub id of the weights it
     began with, and ``peak_memory_bytes`` what `ham_hf.training.launching.peak_memory_bytes` said when training ended
-    (evaluation, which follows, may need more).
+    (evaluation, which follows, may need more). The passes of
+    a ``calibration`` count among those of the run.
     """
     training = TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
@@ -112,7 +115,7 @@ def training_report(
         selected_epoch=best["epoch"],
         history=tuple(progress.history),
         peak_memory_bytes=peak_memory_bytes,
-        passes=progress.passes,
+        passes=_with_calibration(progress.passes, calibration),
         changes=tuple(progress.changes),
     )
     settings = config_to_dict(config)
@@ -139,7 +142,12 @@ def training_report(
         created=utc_now(),
         notes=(*early, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
+        calibration=calibration,
     )
+
+
+def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
+    return passes if passes is None or calibration is None else passes + calibration.passes
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
@@ -221,3 +229,54 @@ def write_evaluation(
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
+
+
+def calibrated_report(
+    source: str,
+    loaded: LoadedModel,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    calibration: CalibrationReport,
+    exported: ExportInfo,
+    *,
+    config: Mapping[str, object],
+    base_model: str | None,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    seed: int,
+) -> RunReport:
+    """Report of a model with class shifts folded in, evaluated like any other.
+
+    ``base_model`` is the Hub id of what it was made of, ``exported`` what was written.
+    """
+    evaluated = evaluation_report(
+        source,
+        loaded,
+        data,
+        results,
+        config=config,
+        threat_model=threat_model,
+        accelerator=accelerator,
+        seed=seed,
+    )
+    model = replace(
+        evaluated.model,
+        architecture=exported.architecture,
+        base_model=base_model,
+        needs_ham_hf=exported.needs_ham_hf,
+        num_parameters=exported.num_parameters,
+        upsample=exported.upsample,
+    )
+    note = training_images_note(calibration)
+    notes = (*evaluated.notes, note) if note is not None else evaluated.notes
+    return replace(evaluated, model=model, calibration=calibration, notes=notes)
+
+
+def write_calibration(
+    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+) -> None:
+    """Predictions, report, figures and card of a calibrated model that is in ``folder`` already."""
+    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
+    write_report(report, folder)
+    save_figures(report, folder, examples=examples, train_log=[])
+    write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))

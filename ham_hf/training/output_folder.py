@@ -33,6 +33,7 @@ OWNED_BY_TRAINING = (
     PARTIAL_RESULTS,
 )
 """What a training run writes into its output folder beside numbered checkpoints."""
+OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "rgb", "README.md", "report.json", PREDICTIONS_NAME, "figures")
 OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, "EVALUATION.md", "figures")
 
 
@@ -85,6 +86,27 @@ def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
     if _is_occupied(output_dir, besides=ours) and not overwrite:
         raise ValueError(
             f"--output_dir {output_dir} already holds files; name another folder, or replace what an evaluation left "
+            "in it with --overwrite_output_dir"
+        )
+
+
+def check_calibration_dir(output_dir: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder for a calibrated model that holds something, or a training run, which is never replaced.
+
+    What a calibration left that was interrupted is not refused: the same command goes on with it.
+
+    Raises:
+        ValueError: if the path is a file, or the folder holds a training run, or anything that is not to be replaced.
+    """
+    if any((output_dir / name).exists() for name in ("train_config.yaml", BEST_NAME)):
+        raise ValueError(
+            f"--output_dir {output_dir} holds a training run; a calibrated model needs a folder of its own"
+        )
+    unfinished = (output_dir / PARTIAL_RESULTS).exists()
+    ours = (PARTIAL_RESULTS, *OWNED_BY_CALIBRATION) if unfinished else ()
+    if _is_occupied(output_dir, besides=ours) and not overwrite:
+        raise ValueError(
+            f"--output_dir {output_dir} already holds files; name another folder, or replace what a calibration left "
             "in it with --overwrite_output_dir"
         )
 

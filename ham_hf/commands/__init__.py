@@ -1,0 +1,1 @@
+"""What the recipes run: the stages of each in order."""

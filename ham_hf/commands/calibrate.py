@@ -1,0 +1,171 @@
+"""Make a robust model fairer without training: class shifts, the full evaluation, a model for plain timm, its card."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from ham_hf.config import CalibrateConfig, config_to_dict, parse_calibrate_config
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.dial import (
+    HeldOut,
+    check_enough_images,
+    check_head,
+    export_calibrated,
+    folded,
+    images_to_calibrate_on,
+    own_class_names,
+    restore_original,
+    set_dial,
+    shifts_of_logits,
+)
+from ham_hf.evaluation import NonFiniteLogitsError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.hub_waiting import limit_waiting
+from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.models import LoadedModel, load_pixel_model
+from ham_hf.models.origin import read_origin
+from ham_hf.reporting.calibration import exchange_sentence
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import calibrated_report, write_calibration
+from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
+from ham_hf.terminal import hide_progress_bars, show
+from ham_hf.training.launching import (
+    FaultError,
+    clean_exit,
+    create_accelerator,
+    explain_faults,
+    launched_processes,
+    set_up_logging,
+)
+from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
+from ham_hf.training.run_lock import RunLock
+
+logger = logging.getLogger("ham_hf.calibrate")
+
+WAY_ON = "the same command"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one calibration from the command line ``argv`` (None: the process's)."""
+    set_up_logging()
+    limit_waiting()
+    config = parse_calibrate_config(argv)
+    if config.disable_tqdm:
+        hide_progress_bars()
+    try:
+        with RunLock(config.output_path) as lock:
+            run(config, lock)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
+
+
+def run(config: CalibrateConfig, lock: RunLock) -> None:
+    """Run one calibration; ``lock`` is acquired here, on the main process."""
+    folder = config.output_path
+    with clean_exit(ValueError):
+        world = launched_processes()
+
+    ########################
+    # Everything that can be refused, before anything is written
+    ########################
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
+        if config.evaluation.autoattack:
+            require_autoattack()
+        check_calibration_dir(folder, overwrite=config.overwrite_output_dir)
+        accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+        with accelerator.main_process_first():
+            loaded, held_out = load(config)
+            origin = read_origin(config.model, revision=config.model_revision)
+        threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+        model = align_classes(loaded, held_out.data.class_names)
+        if accelerator.is_main_process:
+            lock.acquire()
+            clear_output_dir(folder, OWNED_BY_CALIBRATION)
+        accelerator.wait_for_everyone()
+    logger.info("calibrating %s on %s of %s", config.model, held_out.origin, held_out.data.name)
+
+    ########################
+    # The search, and the full evaluation of what it found
+    ########################
+    way_out = "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
+    faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, OSError)
+    with (
+        clean_exit(*faults),
+        explain_faults(num_processes=world, way_on=WAY_ON),
+        explain_out_of_memory(way_out),
+    ):
+        calibration = set_dial(
+            model,
+            held_out,
+            config.calibration,
+            threat_model=threat_model,
+            accelerator=accelerator,
+            batch_size=config.evaluation.per_device_eval_batch_size,
+            seed=config.seed,
+            output_dir=folder,
+            tags=origin.tags,
+            show_progress=not config.disable_tqdm,
+        )
+        shifts = shifts_of_logits(model, calibration.shifts)
+        shifted = align_classes(folded(loaded, shifts), held_out.data.class_names)
+        results = evaluate_on_test(
+            shifted,
+            held_out.data.test,
+            config.evaluation,
+            num_classes=len(held_out.data.class_names),
+            threat_model=threat_model,
+            accelerator=accelerator,
+            seed=config.seed,
+            output_dir=folder,
+            show_progress=not config.disable_tqdm,
+        )
+
+    ########################
+    # Artefacts
+    ########################
+    if accelerator.is_main_process:
+        model_license = config.model_license or origin.license
+        with clean_exit(ValueError, CorruptImageError, OSError):
+            exported = export_calibrated(
+                config,
+                loaded,
+                calibration,
+                shifts,
+                class_names=own_class_names(model, held_out.data.class_names),
+                model_license=model_license,
+            )
+            report = calibrated_report(
+                config.model,
+                loaded,
+                held_out.data,
+                results,
+                calibration,
+                exported,
+                config={**config_to_dict(config), "model_license": model_license},
+                base_model=origin.base_model,
+                threat_model=threat_model,
+                accelerator=accelerator,
+                seed=config.seed,
+            )
+            examples = example_strip(
+                shifted, held_out.data.test, config.evaluation, threat_model=threat_model, seed=config.seed
+            )
+            write_calibration(report, folder, results=results, examples=examples)
+        remove_partial_results(folder)
+        found = f"{exchange_sentence(calibration)}\n\n{text_table(results_table(report))}"
+        show(f"{found}\n\neverything is in {folder}\n")
+    accelerator.end_training()
+
+
+def load(config: CalibrateConfig) -> tuple[LoadedModel, HeldOut]:
+    """The original model and the images to calibrate it on, both checked."""
+    loaded = load_pixel_model(config.model, revision=config.model_revision)
+    restore_original(loaded)
+    check_head(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
+    held_out = images_to_calibrate_on(loaded, config)
+    check_enough_images(held_out)
+    return loaded, held_out

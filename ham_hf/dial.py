@@ -1,0 +1,366 @@
+"""The fairness dial of one model: the images it is set on, the shifts, the folded network and its files."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
+from ham_hf.data import ImageData, Images
+from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
+from ham_hf.evaluation.partial_results import partial_results
+from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
+from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
+from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
+from ham_hf.reporting.calibration import CalibrationReport, calibration_report
+from ham_hf.runs import (
+    ReorderedLogits,
+    check_test_images,
+    find_validation_part,
+    load_data,
+    num_logits,
+    provenance_of,
+)
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_KEY = "calibration"
+"""Key of the metadata in ``config.json`` under which original bias and shifts stand."""
+MORE_VALIDATION = "raise --validation_fraction"
+MORE_OF_A_SPLIT = "choose a larger --calibration_split, or raise --limit_calibration_examples"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeldOut:
+    """Images to calibrate on, with the data that they are of.
+
+    Attributes:
+        images: what the shifts are found on.
+        data: the dataset; its test images are evaluated, its classes are those of ``images``.
+        origin: which images these are, to follow "found on".
+        seen_in_training: whether the model was trained on them.
+        how_to_get_more: which setting gives more of them.
+    """
+
+    images: Images
+    data: ImageData
+    origin: str
+    seen_in_training: bool
+    how_to_get_more: str
+
+
+def restore_original(loaded: LoadedModel) -> None:
+    """Give a calibrated model its original bias back, in place, so that calibrating again does not add up.
+
+    Raises:
+        HeadError: if the recorded bias does not fit the model.
+    """
+    record = loaded.metadata.get(CALIBRATION_KEY)
+    if record is not None:
+        logger.info(
+            "the model was calibrated with fairness %s: starting from its original bias", record.get("fairness")
+        )
+        write_biases(loaded.model.backbone, record["original_bias"])
+
+
+def images_to_calibrate_on(loaded: LoadedModel, config: CalibrateConfig) -> HeldOut:
+    """The images that a model's training run held out, or a named split; never those of the test.
+
+    Raises:
+        ValueError: if the model does not record what it was trained on and no split is named, or the named split is
+            the test split, or the training split without ``allow_training_images``.
+    """
+    trained = provenance_of(loaded)
+    name = config.data.dataset_name or (trained.dataset if trained else None)
+    if name is None:
+        raise ValueError(
+            "the model does not record what it was trained on: name the data with --dataset_name, and with "
+            "--calibration_split a split of it that the model was not trained on"
+        )
+    settings = replace(config.data.named(name), augmentation="none")
+    if config.calibration_split is not None:
+        return _named_split(loaded, settings, config, config.calibration_split)
+    if trained is None:
+        raise ValueError(
+            "the model does not record which images its training run held out: name a split that it was not trained "
+            "on with --calibration_split (or, with --allow_training_images, the training split)"
+        )
+    data = find_validation_part(loaded, settings)
+    assert data.validation is not None  # noqa: S101 (find_validation_part refuses a run that held nothing out)
+    return HeldOut(
+        images=data.validation,
+        data=data,
+        origin=f"the {len(data.validation)} images of split {trained.train_split} that its training run held out "
+        f"(seed {trained.seed}, share {trained.validation_fraction:g})",
+        seen_in_training=False,
+        how_to_get_more="train with a larger --validation_fraction, or name another --calibration_split",
+    )
+
+
+def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateConfig, split: str) -> HeldOut:
+    inputs = loaded.preprocessing
+
+    def loaded_with(**changes: Any) -> ImageData:  # noqa: ANN401 (settings of data)
+        return load_data(
+            replace(settings, validation_fraction=0.0, **changes),
+            image_size=inputs.image_size,
+            inputs=inputs,
+            seed=config.seed,
+        )
+
+    # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
+    data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
+    check_test_images(loaded, data, settings.test_fraction)
+    known, trained = data.provenance, provenance_of(loaded)
+    assert known is not None  # noqa: S101 (a dataset that was loaded)
+    if split == known.test_split:
+        raise ValueError(
+            f"--calibration_split {split} is the test split, whose images are for the evaluation alone; name another "
+            f"one, or choose the test images with --test_split"
+        )
+    is_train = split == known.train_split
+    # The other split is named, so that none is held out of this one; of it a single image is read.
+    others = {} if is_train else {"train_split": split, "test_split": known.test_split or known.train_split}
+    limits = {"limit_train_examples": config.limit_calibration_examples, "limit_test_examples": 1}
+    if settings.dataset_streaming:
+        raise ValueError(
+            f"--calibration_split {split}: a stream cannot be calibrated on; leave --dataset_streaming out"
+        )
+    part = loaded_with(**others, **limits)
+    found = part.provenance
+    same_images = trained is not None and found is not None and trained.fingerprint == found.fingerprint
+    seen = is_train or same_images
+    if seen and not config.allow_training_images:
+        raise ValueError(
+            f"--calibration_split {split} is the training split: shifts that are found on images which the model was "
+            "trained on may be wrong for new ones; name another split, or say --allow_training_images"
+        )
+    assert isinstance(part.train, Images)  # noqa: S101 (no stream)
+    images = _with_labels_by_name(part.train, part.class_names, data.class_names, split)
+    whose = "its own training images, " if seen else ""
+    return HeldOut(
+        images=images,
+        data=data,
+        origin=f"{whose}{len(images)} images of split {split}",
+        seen_in_training=seen,
+        how_to_get_more=MORE_OF_A_SPLIT,
+    )
+
+
+def _with_labels_by_name(images: Images, names: Sequence[str], wanted: Sequence[str], split: str) -> Images:
+    """The images with labels that count ``wanted`` instead of ``names``."""
+    if tuple(names) == tuple(wanted):
+        return images
+    unknown = sorted({*names} - {*wanted})
+    if unknown:
+        raise ValueError(
+            f"--calibration_split {split} has classes that the other splits do not have: {', '.join(unknown[:5])}"
+        )
+    place = torch.tensor([list(wanted).index(name) for name in names])
+    return images.relabeled(place[images.labels])
+
+
+def set_dial(
+    model: nn.Module,
+    held_out: HeldOut,
+    config: CalibrationConfig,
+    *,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    output_dir: Path,
+    tags: Sequence[str] = (),
+    show_progress: bool = True,
+) -> CalibrationReport:
+    """Find the shifts for held-out images; finished batches are kept in the output folder, as those of an evaluation.
+
+    Args:
+        model: the unwrapped pixel model with its logits in the order of the dataset's classes; moved to the device.
+        held_out: images, checked with `check_enough_images`.
+        config: what is asked for.
+        threat_model: norm and radius.
+        accelerator: shares the batches out.
+        batch_size: images per batch and process.
+        seed: of the random starts and of the two halves.
+        output_dir: output folder of the run.
+        tags: of the card of the model.
+        show_progress: show a bar on the local main process.
+    """
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    attack = SearchAttack(
+        threat_model=threat_model,
+        step_size=float(threat_model.epsilon) / 4,
+        num_steps=config.calibration_num_steps,
+        precision=config.calibration_precision,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    since = time.perf_counter()
+    found = calibrate(
+        model,
+        held_out.images,
+        Dial(fairness=config.fairness, max_average_drop=config.max_average_drop),
+        attack,
+        num_classes=len(held_out.data.class_names),
+        accelerator=accelerator,
+        partial=partial_results(output_dir, model, held_out.images),
+        show_progress=show_progress,
+    )
+    return calibration_report(
+        found,
+        attack,
+        images=held_out.origin,
+        seen_in_training=held_out.seen_in_training,
+        max_average_drop=config.max_average_drop,
+        seconds=time.perf_counter() - since,
+        tags=tags,
+    )
+
+
+def check_enough_images(held_out: HeldOut) -> None:
+    """Refuse too few images of a class; see `ham_hf.evaluation.calibration.check_held_out`."""
+    check_held_out(held_out.images.labels, held_out.data.class_names, how=held_out.how_to_get_more)
+
+
+def validation_part(data: ImageData, *, seed: int) -> HeldOut:
+    """The images that a training run holds out of its own, to calibrate on at its end.
+
+    Raises:
+        ValueError: if there are too few of a class.
+    """
+    assert data.validation is not None  # noqa: S101 (the configuration says that there is one)
+    held_out = HeldOut(
+        images=data.validation,
+        data=data,
+        origin=f"the {len(data.validation)} images that training held out (seed {seed})",
+        seen_in_training=False,
+        how_to_get_more=MORE_VALIDATION,
+    )
+    check_enough_images(held_out)
+    return held_out
+
+
+def check_head(model: PixelModel, *, num_classes: int, image_size: int) -> None:
+    """Refuse a head that cannot be shifted, before any work; see `ham_hf.models.head.check_foldable`."""
+    check_foldable(model, num_classes=num_classes, image_size=image_size)
+
+
+def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]:
+    """Put the shifts into the bias of a model whose logits are in the dataset's order; returns its record."""
+    shifts = torch.tensor(report.shifts)
+    record = calibration_record(model, report, shifts)
+    fold_shifts(model.backbone, shifts)
+    return record
+
+
+def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float]) -> Tensor:
+    """Shifts (C,) float32 in the order of the model's own logits.
+
+    Args:
+        aligned: what `ham_hf.runs.align_classes` made of the model.
+        shifts: in the order of the dataset's classes.
+    """
+    found = torch.tensor(shifts)
+    if not isinstance(aligned, ReorderedLogits):
+        return found
+    own = torch.empty_like(found)
+    own[aligned.order.cpu()] = found
+    return own
+
+
+def own_class_names(aligned: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:
+    """The dataset's names in the order of the model's own logits."""
+    if not isinstance(aligned, ReorderedLogits):
+        return tuple(class_names)
+    return tuple(class_names[int(place)] for place in aligned.order.argsort())
+
+
+def folded(loaded: LoadedModel, shifts: Tensor) -> LoadedModel:
+    """The model with the shifts (C,), in the order of its logits, in its bias; ``loaded`` is not changed."""
+    shifted = copy.deepcopy(loaded.model)
+    fold_shifts(shifted.backbone, shifts)
+    return replace(loaded, model=shifted)
+
+
+def calibration_record(original: PixelModel, report: CalibrationReport, shifts: Tensor) -> dict[str, object]:
+    """What ``config.json`` keeps of a calibration: enough to undo it.
+
+    Args:
+        original: the model without the shifts.
+        report: of the calibration.
+        shifts: (C,) in the order of the model's logits.
+    """
+    return {
+        "fairness": report.fairness,
+        "shifts": shifts.tolist(),
+        "original_bias": read_biases(original.backbone, len(shifts)),
+        "images": report.images,
+        "seen_in_training": report.seen_in_training,
+        "attack": dict(report.attack),
+    }
+
+
+def export_calibrated(
+    config: CalibrateConfig,
+    loaded: LoadedModel,
+    report: CalibrationReport,
+    shifts: Tensor,
+    *,
+    class_names: Sequence[str],
+    model_license: str,
+) -> ExportInfo:
+    """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
+
+    Args:
+        config: names model and output folder.
+        loaded: the original model.
+        report: of the calibration.
+        shifts: (C,) in the order of the model's logits.
+        class_names: of the dataset, in the order of the model's logits; for a model that does not name its own.
+        model_license: of the weights.
+
+    Raises:
+        HeadError: if they differ; nothing of the export is left then.
+    """
+    name = complete_name(config.model, config.model_revision)
+    # The network as it was trained, where it was published inside another one.
+    backbone: Any = create_backbone(
+        name,
+        pretrained=True,
+        num_classes=len(shifts),
+        preprocessing=loaded.preprocessing,
+        model_args={},
+    )
+    original = loaded.model.cpu()
+    write_biases(backbone, read_biases(original.backbone, len(shifts)))
+    fold_shifts(backbone, shifts)
+    folder = config.output_path
+    exported = export_for_timm(
+        backbone,
+        folder,
+        preprocessing=loaded.preprocessing,
+        class_names=loaded.class_names or class_names,
+        metadata={**loaded.metadata, CALIBRATION_KEY: calibration_record(original, report, shifts)},
+        model_license=model_license,
+        tag=str(backbone.pretrained_cfg.get("tag") or "fair"),
+    )
+    try:
+        published = load_pixel_model(str(folder)).model
+        check_shifted_logits(original, published, shifts, loaded.preprocessing.image_size)
+    except ValueError:
+        for written in (WEIGHTS_NAME, CONFIG_NAME):
+            (folder / written).unlink(missing_ok=True)
+        raise
+    return exported

@@ -1,0 +1,487 @@
+"""One number per class added to the logits, so that robust accuracy is spread more evenly: how many, and at what cost.
+
+Post-hoc logit adjustment (Menon et al., ICLR 2021) is the source; finding the numbers under attack, for robust
+fairness, is ours. ``a_c`` is the share of held-out images of class c that are right under CW-10 *on the shifted
+model*. With fairness F in [0, 1] the goal of class c is mean(a) + (1 - F) (a_c(0) - mean a(0)), a_c(0) being its share
+before any shift: F 0 leaves the model as it is, bit for bit, and F 1 asks for equality. Ten rounds of
+``shift_c += 2 (goal_c - a_c) 0.9^round``, centered, find the shifts.
+
+Of few images the found shift is partly noise, so that of a class with n_c < 300 images is multiplied by
+n_c / (n_c + 10) x 310 / 300 (our choice: 10 is what empirical Bayes gives for class accuracies around 0.4 that spread
+by 0.15; 0.69 at 20 images, 0.94 at 100, 1 from 300 on). A class without images keeps 0.
+
+What a setting of the dial gives is measured on images that its shifts were not found on: shifts from one half of the
+images, counts from the other, and back. The random start of an image is the same in every round and for every F, and
+so is the first round, which is computed once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ham_hf.attacks import ThreatModel, evaluation_mode, margin_loss, pgd
+from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.data.splits import stratified_split
+from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
+from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
+from ham_hf.evaluation.working_size import WorkingSize
+from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
+from ham_hf.precision import BFloat16Passes
+from ham_hf.seeding import Stream, make_generator
+
+logger = logging.getLogger(__name__)
+
+NUM_ROUNDS, STEP, DECAY = 10, 2.0, 0.9
+MIN_IMAGES = 20
+"""Held-out images of a class, fewer of which say nothing about it."""
+TRUSTED_IMAGES, SHRINKAGE = 300, 10
+FRONTIER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Values of F at which average and worst classes are measured, whichever was asked for."""
+NUM_BISECTIONS = 3
+"""Values of F tried between two of the frontier's for ``max_average_drop``: steps of 0.2 become ones of 0.025."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dial:
+    """What is asked for: one of the two.
+
+    Attributes:
+        fairness: F in [0, 1].
+        max_average_drop: the largest F whose held-out average is at most this much below that of F 0, in [0, 1].
+
+    Raises:
+        ValueError: unless exactly one is given, in its range.
+    """
+
+    fairness: float | None = None
+    max_average_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.fairness, self.max_average_drop) if value is not None]
+        if len(given) != 1 or not 0 <= given[0] <= 1:
+            raise ValueError(
+                f"expected either fairness or max_average_drop, in [0, 1], got {self.fairness} and "
+                f"{self.max_average_drop}"
+            )
+
+    def values(self) -> tuple[float, ...]:
+        """The values of F of the frontier: six, and the one asked for."""
+        return tuple(sorted({*FRONTIER, *(() if self.fairness is None else (self.fairness,))}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchAttack:
+    """The attack of the search, CW: PGD on the margin, one random start.
+
+    Attributes:
+        threat_model: norm and radius.
+        step_size: length of a step in pixel units.
+        num_steps: number of steps.
+        precision: "float32", or "bf16" for the attack's passes; what is counted as right is always float32.
+        batch_size: images per batch and process; random starts are drawn per batch.
+        seed: of the random starts and of the two halves.
+    """
+
+    threat_model: ThreatModel
+    step_size: float
+    num_steps: int = 10
+    precision: str = "float32"
+    batch_size: int = 256
+    seed: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Most passes that an image takes: two of its own, and a step's gradient counts as two."""
+        return 2 + 2 * self.num_steps
+
+    def settings(self) -> dict[str, object]:
+        """What a report says of it; JSON types only."""
+        return {
+            "norm": self.threat_model.norm,
+            "epsilon": float(self.threat_model.epsilon),
+            "num_steps": self.num_steps,
+            "step_size": self.step_size,
+            "loss": "margin",
+            "precision": self.precision,
+            "restarts": 1,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierPoint:
+    """What one setting of the dial gives under the attack of the search, cross-fitted, in shares.
+
+    Attributes:
+        fairness: F.
+        average: share of all held-out images that are right.
+        average_low: lower end of its 95 % Wilson interval.
+        average_high: upper end.
+        worst_class: smallest class accuracy.
+        worst_class_low: lower end of its 95 % interval: the smallest of the lower ends of the classes' simultaneous
+            Wilson intervals (each at 1 - 0.05 / C), which all hold at once with 95 %.
+        worst_class_high: upper end, likewise.
+        worst_30_percent: mean of the worst 30 % of the classes.
+        worst_30_percent_low: the same of the lower ends, which bounds it as it grows with each class.
+        worst_30_percent_high: the same of the upper ends.
+        correct: right images of each class.
+    """
+
+    fairness: float
+    average: float
+    average_low: float
+    average_high: float
+    worst_class: float
+    worst_class_low: float
+    worst_class_high: float
+    worst_30_percent: float
+    worst_30_percent_low: float
+    worst_30_percent_high: float
+    correct: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Found shifts, and what the dial gives.
+
+    Attributes:
+        fairness: F that the shifts are for.
+        shifts: number added to the logit of each class, float32 values, after shrinking.
+        factors: what the found shift of each class was multiplied by; 0 without images.
+        counts: held-out images of each class.
+        frontier: points by growing F; the one of ``fairness`` is among them.
+        rounds: measurements of half the images; those that are shared count once.
+        passes: most image passes that these took.
+    """
+
+    fairness: float
+    shifts: tuple[float, ...]
+    factors: tuple[float, ...]
+    counts: tuple[int, ...]
+    frontier: tuple[FrontierPoint, ...]
+    rounds: int
+    passes: int
+
+    def point(self, fairness: float | None = None) -> FrontierPoint:
+        """The frontier's point at F, by default the one of the shifts."""
+        wanted = self.fairness if fairness is None else fairness
+        return next(point for point in self.frontier if point.fairness == wanted)
+
+
+def check_held_out(labels: Tensor, class_names: Sequence[str], *, how: str) -> None:
+    """Refuse to calibrate on too few images of a class; a class without any is fine.
+
+    Args:
+        labels: (N,) of the held-out images.
+        class_names: C names.
+        how: which setting gives more images.
+
+    Raises:
+        ValueError: naming the classes and how many images each one lacks.
+    """
+    counts = count_per_class(labels, len(class_names)).tolist()
+    short = [(name, count) for name, count in zip(class_names, counts, strict=True) if 0 < count < MIN_IMAGES]
+    if not any(counts):
+        raise ValueError(f"there is no held-out image to calibrate on; {how}")
+    if short:
+        listed = ", ".join(f"{name!r} has {count} and lacks {MIN_IMAGES - count}" for name, count in short[:5])
+        more = f", and {len(short) - 5} more classes" if len(short) > 5 else ""
+        raise ValueError(
+            f"calibration needs {MIN_IMAGES} held-out images of every class that has any: {listed}{more}; {how}"
+        )
+
+
+def shrinkage(counts: Tensor) -> Tensor:
+    """Factors (C,) float64 for shifts that were found on so many images (C,) of each class."""
+    counts = counts.double()
+    factor = counts / (counts + SHRINKAGE) * (TRUSTED_IMAGES + SHRINKAGE) / TRUSTED_IMAGES
+    return factor.clamp(max=1.0)
+
+
+def calibrate(
+    model: nn.Module,
+    images: Images,
+    dial: Dial,
+    attack: SearchAttack,
+    *,
+    num_classes: int,
+    accelerator: Accelerator,
+    partial: PartialResults | None = None,
+    show_progress: bool = False,
+) -> Calibration:
+    """Find the shifts that a fairness asks for, and measure the frontier.
+
+    For ``max_average_drop`` the frontier is measured first; between the last F before the average has dropped by more,
+    going up, and the next one, three more are tried by bisection; the largest that keeps to it is taken, F 0 at least.
+
+    Args:
+        model: the unwrapped pixel model, on its device; not changed.
+        images: held out of training; at least 20 of each class that has any (`check_held_out`).
+        dial: what is asked for.
+        attack: the attack of the search.
+        num_classes: number of logits.
+        accelerator: shares the batches out; the shifts do not depend on the number of processes.
+        partial: where finished batches are kept, so that a repeated call after a kill finds the same shifts sooner.
+        show_progress: show a bar on the local main process.
+    """
+    meter = _Meter(model, images, attack, num_classes, accelerator, partial)
+    values = dial.values()
+    bisections = 0 if dial.max_average_drop is None else NUM_BISECTIONS
+    per_value = 2 * NUM_ROUNDS
+    # Round 0 is shared by all; the last search takes both halves.
+    most = 2 + per_value * (sum(value > 0 for value in values) + bisections) + 2 * (NUM_ROUNDS - 1)
+    _show_forecast(meter, most)
+    hidden = not (show_progress and accelerator.is_local_main_process)
+    with (
+        evaluation_mode(model),
+        tqdm(total=most, desc="calibrating", unit="half round", disable=hidden) as bar,
+    ):
+        meter.bar = bar
+        points = {value: _cross_fitted(meter, value) for value in values}
+        fairness = dial.fairness
+        if fairness is None:
+            assert dial.max_average_drop is not None  # noqa: S101 (a dial says one of the two)
+            fairness = _largest_within(meter, points, dial.max_average_drop)
+        shifts = _found_shifts(meter, fairness, (0, 1))
+    return Calibration(
+        fairness=fairness,
+        shifts=tuple(shifts.tolist()),
+        factors=tuple(shrinkage(meter.counts((0, 1))).tolist()),
+        counts=tuple(meter.counts((0, 1)).tolist()),
+        frontier=tuple(points[value] for value in sorted(points)),
+        rounds=meter.measured,
+        passes=meter.measured * -(-len(images) // 2) * attack.passes,
+    )
+
+
+class ShiftedLogits(nn.Module):
+    """A classifier with a number added to the logits of each class.
+
+    Args:
+        model: maps pixels (N, C, H, W) to logits (N, num_classes); not copied.
+        num_classes: number of logits.
+    """
+
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.register_buffer("shift", torch.zeros(num_classes, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shifted logits (N, num_classes)."""
+        logits: Tensor = self.model(x)
+        return logits + self.shift
+
+
+class _Meter:
+    """Counts right images per class of one half of the images, or both, for given shifts.
+
+    Batches and their random starts belong to a half, whether it is measured alone or with the other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        attack: SearchAttack,
+        num_classes: int,
+        accelerator: Accelerator,
+        partial: PartialResults | None,
+    ) -> None:
+        self.model, self.images, self.attack = ShiftedLogits(model, num_classes), images, attack
+        self.attacked = BFloat16Passes(self.model) if attack.precision == "bf16" else self.model
+        self.layout = memory_layout(model)
+        self.num_classes, self.accelerator, self.partial = num_classes, accelerator, partial
+        self.halves = stratified_split(images.labels, 0.5, attack.seed)
+        self.size = WorkingSize(attack.batch_size)
+        self.known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
+        self.bar: tqdm | None = None  # type: ignore[type-arg]  # tqdm.auto's takes none
+
+    @property
+    def measured(self) -> int:
+        """Halves measured so far."""
+        return len(self.known)
+
+    def counts(self, halves: Sequence[int]) -> Tensor:
+        """Images (C,) int64 of each class in these halves."""
+        return sum(
+            (count_per_class(self.images.labels[self.halves[half]], self.num_classes) for half in halves),
+            torch.zeros(self.num_classes, dtype=torch.long),
+        )
+
+    def correct(self, shifts: Tensor, halves: Sequence[int]) -> Tensor:
+        """Right images (C,) int64 of each class in these halves, attacked with ``shifts`` (C,) float32."""
+        total = torch.zeros(self.num_classes, dtype=torch.long)
+        for half in halves:
+            key = (half, tuple(shifts.tolist()))
+            if key not in self.known:
+                self.known[key] = self._measure(*key)
+                if self.bar is not None:
+                    self.bar.update()
+            total += self.known[key]
+        return total
+
+    def seconds_per_round(self) -> float:
+        """Time of a half, from that of its first batch; what a process does not share is its own."""
+        batches = torch.split(self.halves[0], self.attack.batch_size)
+        watch = StopWatch(self.accelerator.device)
+        for _ in self._strike([(0, batches[0])]):
+            pass
+        batches_of_one_process = -(-len(batches) // self.accelerator.num_processes)
+        return watch.lap() * min(float(batches_of_one_process), len(self.halves[0]) / len(batches[0]))
+
+    def _measure(self, half: int, shifts: tuple[float, ...]) -> Tensor:
+        rows, labels = self.halves[half], self.images.labels
+        self.model.shift.copy_(torch.tensor(shifts))
+        partial = self.partial
+        if partial is not None:
+            settings = {**self.attack.settings(), "batch_size": self.attack.batch_size}
+            partial = partial.keyed({"calibration": settings, "half": half, "shifts": shifts})
+        offset = half * len(torch.split(self.halves[0], self.attack.batch_size))
+
+        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
+            for predicted in self._strike([(offset + number, part) for number, part in batches]):
+                nothing = torch.full((1, len(predicted)), torch.nan)
+                yield Outcome(predicted[None], nothing, torch.zeros(1))
+
+        predictions = share_batches(
+            "calibrating",
+            torch.split(rows, self.attack.batch_size),
+            compute,
+            shape=(1, len(labels)),
+            accelerator=self.accelerator,
+            partial=partial,
+        ).predictions
+        return count_per_class(labels[rows], self.num_classes, predictions[0, rows] == labels[rows])
+
+    def _strike(self, batches: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
+        """Predictions (n,) of each of these numbered batches of rows, under attack."""
+        device = self.accelerator.device
+        requests = [BatchRequest(rows, None) for _, rows in batches]
+        for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
+            check_pixel_range(batch.x)
+            # Of all rows, whichever are right as they are: that changes with the shifts.
+            generator = make_generator(device, self.attack.seed, Stream.CALIBRATION, number)
+            start = self.attack.threat_model.random_start(batch.x, generator)
+            yield self._predictions(batch, start)
+
+    def _predictions(self, batch: PixelBatch, start: Tensor) -> Tensor:
+        def strike(rows: slice) -> Tensor:
+            x, y = batch.x[rows].contiguous(memory_format=self.layout), batch.y[rows]
+            predicted = predict(self.model, x)
+            right = (predicted == y).nonzero().squeeze(1)
+            if len(right):
+                x_adv = pgd(
+                    self.attacked,
+                    x[right],
+                    y[right],
+                    threat_model=self.attack.threat_model,
+                    num_steps=self.attack.num_steps,
+                    step_size=self.attack.step_size,
+                    start=start[rows][right].contiguous(memory_format=self.layout),
+                    loss_fn=margin_loss,
+                )
+                predicted[right] = predict(self.model, x_adv)
+            return predicted
+
+        return self.size.split(strike, len(batch.y))
+
+
+def _found_shifts(meter: _Meter, fairness: float, halves: Sequence[int]) -> Tensor:
+    """Shifts (C,) float32 found on these halves, shrunk."""
+    counts = meter.counts(halves)
+    present = counts > 0
+    shifts = torch.zeros(len(counts), dtype=torch.float64)
+    if fairness == 0:
+        return shifts.float()
+
+    def shares(found: Tensor) -> Tensor:
+        return torch.where(present, found / counts.clamp(min=1), 0.0).double()
+
+    first = accuracy = shares(meter.correct(shifts.float(), halves))
+    spread = first - first[present].mean()
+    for number in range(NUM_ROUNDS):
+        goal = accuracy[present].mean() + (1 - fairness) * spread
+        shifts += torch.where(present, STEP * (goal - accuracy) * DECAY**number, 0.0)
+        shifts -= torch.where(present, shifts[present].mean(), 0.0)
+        if number < NUM_ROUNDS - 1:
+            accuracy = shares(meter.correct(shifts.float(), halves))
+    return (shifts * shrinkage(counts)).float()
+
+
+def _cross_fitted(meter: _Meter, fairness: float) -> FrontierPoint:
+    """Counts of each half under the shifts of the other."""
+    correct = sum(
+        (meter.correct(_found_shifts(meter, fairness, [1 - half]), [half]) for half in (0, 1)),
+        torch.zeros(meter.num_classes, dtype=torch.long),
+    )
+    return frontier_point(fairness, correct.tolist(), meter.counts((0, 1)).tolist())
+
+
+def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int]) -> FrontierPoint:
+    """Average and worst classes with their intervals from the right and all images of each class."""
+    summary = summarize_counts(correct, counts)
+    present = [(hit, count) for hit, count in zip(correct, counts, strict=True) if count]
+    level = 1 - 0.05 / len(present)
+    lows, highs = zip(*(wilson_interval(hit, count, level=level) for hit, count in present), strict=True)
+    return FrontierPoint(
+        fairness=fairness,
+        average=summary.average,
+        average_low=summary.average_low,
+        average_high=summary.average_high,
+        worst_class=summary.worst_class,
+        worst_class_low=min(lows),
+        worst_class_high=min(highs),
+        worst_30_percent=summary.worst_30_percent,
+        worst_30_percent_low=mean_of_worst(lows, 30),
+        worst_30_percent_high=mean_of_worst(highs, 30),
+        correct=tuple(correct),
+    )
+
+
+def _largest_within(meter: _Meter, points: dict[float, FrontierPoint], max_average_drop: float) -> float:
+    """The largest F whose cross-fitted average has not dropped by more; what is tried is added to ``points``."""
+
+    def holds(value: float) -> bool:
+        if value not in points:
+            points[value] = _cross_fitted(meter, value)
+        return points[0.0].average - points[value].average <= max_average_drop
+
+    below = 0.0
+    for above in FRONTIER[1:]:
+        if not holds(above):
+            break
+        below = above
+    else:
+        return below
+    for _ in range(NUM_BISECTIONS):
+        middle = round((below + above) / 2, 6)
+        below, above = (middle, above) if holds(middle) else (below, middle)
+    return below
+
+
+def _show_forecast(meter: _Meter, rounds: int) -> None:
+    """Say what the work will take before it begins; every process times a batch of its own."""
+    num_images, attack = len(meter.images), meter.attack
+    with evaluation_mode(meter.model):
+        seconds = rounds * meter.seconds_per_round()
+    logger.info(
+        "calibrating on %d images: at most %d measurements of half of them, %.3g passes of an image, about %.0f s on "
+        "%d process(es); killed, the same command goes on where it stopped",
+        num_images,
+        rounds,
+        float(rounds * -(-num_images // 2) * attack.passes),
+        seconds,
+        meter.accelerator.num_processes,
+    )

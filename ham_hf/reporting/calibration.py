@@ -1,0 +1,129 @@
+"""What a report says of a calibration, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint, SearchAttack
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """Class shifts that were folded into a model, and what they cost.
+
+    Attributes:
+        fairness: F that the shifts are for, in [0, 1].
+        max_average_drop: the drop that F was chosen by; None if F was given.
+        shifts: number added to the logit of each class, in the order of the dataset's classes.
+        factors: what the found shift of each class was multiplied by, as few images tell less.
+        counts: images of each class that the shifts were found on.
+        frontier: average and worst classes under the attack of the search for several F, cross-fitted.
+        attack: the attack of the search; JSON values only.
+        images: which images the shifts were found on, to follow "found on".
+        seen_in_training: whether the model was trained on them.
+        seconds: duration.
+        passes: most image passes that the search took (forward 1, gradient of the input 2).
+        tags: of the card of the model that was calibrated.
+    """
+
+    fairness: float
+    max_average_drop: float | None
+    shifts: tuple[float, ...]
+    factors: tuple[float, ...]
+    counts: tuple[int, ...]
+    frontier: tuple[FrontierPoint, ...]
+    attack: Mapping[str, object]
+    images: str
+    seen_in_training: bool
+    seconds: float
+    passes: int
+    tags: tuple[str, ...] = ()
+
+    def point(self, fairness: float) -> FrontierPoint:
+        """The frontier's point at F.
+
+        Raises:
+            ValueError: if it was not measured.
+        """
+        for point in self.frontier:
+            if point.fairness == fairness:
+                return point
+        raise ValueError(f"the frontier has no point at {fairness}")
+
+
+def calibration_report(
+    calibration: Calibration,
+    attack: SearchAttack,
+    *,
+    images: str,
+    seen_in_training: bool,
+    max_average_drop: float | None,
+    seconds: float,
+    tags: Sequence[str] = (),
+) -> CalibrationReport:
+    """A calibration in the form of the report; see `CalibrationReport` for the arguments."""
+    return CalibrationReport(
+        fairness=calibration.fairness,
+        max_average_drop=max_average_drop,
+        shifts=calibration.shifts,
+        factors=calibration.factors,
+        counts=calibration.counts,
+        frontier=calibration.frontier,
+        attack=attack.settings(),
+        images=images,
+        seen_in_training=seen_in_training,
+        seconds=seconds,
+        passes=calibration.passes,
+        tags=tuple(tags),
+    )
+
+
+def exchange_sentence(report: CalibrationReport) -> str:
+    """What was given for what, in one sentence."""
+    before, after = report.point(0.0), report.point(report.fairness)
+    if report.fairness == 0:
+        return "Fairness 0 leaves the model as it was: nothing was given and nothing gained."
+    lost = 100 * (before.average - after.average)
+    averages = f"{_percent(before.average)} % before, {_percent(after.average)} % after"
+    price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
+    return (
+        f"Fairness {report.fairness:g} took the worst class from {_percent(before.worst_class)} % to "
+        f"{_percent(after.worst_class)} % and the worst 30 % of the classes from "
+        f"{_percent(before.worst_30_percent)} % to {_percent(after.worst_30_percent)} %, {price} ({averages}), "
+        "counted on images that the shifts were not found on."
+    )
+
+
+def training_images_note(report: CalibrationReport) -> str | None:
+    """The warning that goes with shifts found on training images; None for others."""
+    if not report.seen_in_training:
+        return None
+    return (
+        f"The class shifts were found on images that the model was trained on ({report.images}): there it is more "
+        "often right than on new ones, and not equally so in every class, so the shifts may be wrong for new images "
+        "and the frontier is too good."
+    )
+
+
+def frontier_rows(report: CalibrationReport) -> list[dict[str, str]]:
+    """The frontier as rows of a table, in percent with 95 % intervals."""
+    return [
+        {
+            "Fairness": f"{point.fairness:g}" + (" (this model)" if point.fairness == report.fairness else ""),
+            "Average": _with_interval(point.average, point.average_low, point.average_high),
+            "Worst class": _with_interval(point.worst_class, point.worst_class_low, point.worst_class_high),
+            "Worst 30 %": _with_interval(
+                point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high
+            ),
+        }
+        for point in report.frontier
+    ]
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{_percent(value)} ({_percent(low)}–{_percent(high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
