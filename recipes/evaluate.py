@@ -22,7 +22,7 @@ from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub_waiting import limit_waiting
+from ham_hf.hub import limit_waiting
 from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import results_table, text_table

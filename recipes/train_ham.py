@@ -21,14 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.hub_waiting import limit_waiting
+from ham_hf.hub import PushError, check_write_access, has_ended, limit_waiting, push_folder, start_push
 from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
@@ -119,17 +117,18 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         model, preprocessing = new_model(config.model, data, seed=seed)
         # Takes the selected weights later; made now, as the trainer changes the forward and the place of its own.
         selected = copy.deepcopy(model)
-        # Of the --ddp_timeout that the other processes wait for this one.
-        background = Background(patience=min(60.0, config.training.ddp_timeout / 8))
+        # The other processes wait --ddp_timeout for this one.
+        push, push_patience = None, min(60.0, config.training.ddp_timeout / 8)
 
         def export_and_push(trainer: Trainer) -> None:
-            if background.is_busy():
+            nonlocal push
+            if not has_ended(push, patience=push_patience):
                 logger.warning("an earlier push is still under way: the next save pushes again")
                 return
             selected.load_state_dict(trainer.selected_weights())
             export_model(selected, config, data, preprocessing)
-            message = f"Step {trainer.progress.step}"
-            background.start(lambda: try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=message))
+            options = {"revision": hub.hub_revision, "commit_message": f"Step {trainer.progress.step}"}
+            push = start_push(folder, str(repo_id), patience=push_patience, **options)
 
         trainer = Trainer(
             model,
@@ -210,7 +209,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     # Artefacts, then the Hub
     ########################
     if accelerator.is_main_process:
-        background.finish()
+        has_ended(push, patience=None)
         with clean_exit(FaultError), explain_unfinished(folder):
             exported = export_model(selected, config, data, preprocessing)
             report = training_report(

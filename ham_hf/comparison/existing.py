@@ -13,11 +13,11 @@ from pathlib import Path
 from ham_hf.comparison.facts import run_settings, setting_text
 from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.hub_ids import split_revision
 from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
 
 NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")
-HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def read_runs(sources: Sequence[str], download: Callable[[str, str | None], Path
     found, missing, problems = list[tuple[str, str | None, RunReport]](), list[MissingRun](), list[str]()
     baselines, seen = set[str](), set[Path | str]()
     for source in sources:
-        path, hub_id = Path(source), HUB_ID.fullmatch(source)
+        path, hub_id = Path(source), split_revision(source)
         try:
             if path.is_dir():
                 places = [path]
@@ -134,9 +134,9 @@ def running_elsewhere(label: str, seed: int) -> MissingRun:
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
-def _read_hub(source: str, hub_id: re.Match[str], download: Callable[[str, str | None], Path]) -> RunReport:
+def _read_hub(source: str, hub_id: tuple[str, str | None], download: Callable[[str, str | None], Path]) -> RunReport:
     try:
-        return read_report(download(hub_id[1], hub_id[2]))
+        return read_report(download(*hub_id))
     except ValueError as error:
         raise ValueError(f"there is no folder {source}, and {error}") from error
 

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ham_hf.hub_ids import is_hub_id
+
 DIGITS = "digits"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 STREAMED_BUILDERS = {"Parquet", "WebDataset"}
 
 
@@ -155,7 +156,7 @@ def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
         raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
     if name != DIGITS and folder.is_file():
         raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
-    if not local and not HUB_ID.fullmatch(name):
+    if not local and not is_hub_id(name):
         raise ValueError(
             f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
         )

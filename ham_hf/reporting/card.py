@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
@@ -103,7 +104,7 @@ def evaluation_section(report: RunReport) -> str:
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
     """The card's YAML front matter, with one ``model-index`` entry per evaluation and metric."""
     method = report.config.get("method")
-    dataset = report.dataset
+    dataset, base_model = report.dataset, report.model.base_model
     return ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
@@ -119,7 +120,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         ],
         license=plain_text(model_license),
         datasets=[dataset.hub_id] if dataset.hub_id else None,
-        base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
+        base_model=base_model if is_hub_id(base_model or "", with_owner=True) else None,
         metrics=["accuracy"],
         model_name=_title(report, repo_id),
         eval_results=[entry for attack in report.results.values() for entry in _eval_results(report, attack)],
@@ -240,10 +241,6 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "model_license": model_license,
         "version": report.environment.versions.get("ham_hf", "unknown"),
     }
-
-
-def _is_repo_id(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None
 
 
 def _title(report: RunReport, repo_id: str | None) -> str:

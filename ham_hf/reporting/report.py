@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ham_hf import __version__
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 
 SCHEMA_VERSION = 1
@@ -253,8 +254,7 @@ def utc_now() -> str:
 
 def hub_dataset_id(name: str) -> str | None:
     """``name`` if it is the id of a Hub dataset, None for "digits" and for a local path."""
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, flags=re.ASCII)
-    return name if hub_id and name != "digits" and not Path(name).exists() else None
+    return name if is_hub_id(name) and name != "digits" and not Path(name).exists() else None
 
 
 def attack_report(
