@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
 from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS, list_checkpoints
 from ham_hf.training.launching import FaultError
-from ham_hf.training.run_lock import LOCK_NAME
+from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def _is_occupied(output_dir: Path, besides: Collection[str] = ()) -> bool:
         return False
     if not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
-    # The lock alone is left where a run was killed before it wrote anything.
-    return any(path.name not in (LOCK_NAME, *besides) for path in output_dir.iterdir())
+    # A run that was killed before it wrote anything leaves only its lock.
+    return any(path.name not in (LOCK_NAME, OWNER_NAME, *besides) for path in output_dir.iterdir())
 
 
 def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
