@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ham_hf.files import replace
 from ham_hf.models.cifar_nets import (
     EMBEDDABLE_ARGUMENTS,
     EMBEDDING_UPSAMPLE,
@@ -145,7 +146,7 @@ def export_for_timm(
         shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
         num_parameters = _verify(staging, trained.module, preprocessing, published.upsample)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(staging / name, folder / name)
+            replace(staging / name, folder / name)
     return ExportInfo(
         architecture=published.architecture,
         needs_ham_hf=published.architecture in default_cfgs,

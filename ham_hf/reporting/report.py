@@ -7,7 +7,6 @@ alone. It holds no secret: tokens and environment variables never enter it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ham_hf import __version__
+from ham_hf.files import atomic_write, parse_json
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 
@@ -343,9 +343,7 @@ def write_report(report: RunReport, folder: str | Path) -> Path:
     # One line per list of plain values (a row of the confusion matrix). "[" and a line break never meet inside a
     # JSON string, and a list that holds a quote or a bracket is left alone.
     text = re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: " ".join(match.group().split()), text)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, text + "\n")
     return path
 
 
@@ -360,7 +358,7 @@ def read_report(path: str | Path) -> RunReport:
     if path.is_dir():
         path = path / REPORT_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a report of ham_hf: {error}") from error
     schema = values.pop("schema_version", None) if isinstance(values, dict) else None
@@ -443,10 +441,6 @@ def _check_classes(attack: AttackReport, num_classes: int) -> None:
         sizes |= {len(attack.confusion), *map(len, attack.confusion)}
     if sizes != {num_classes} or not all(0 <= index < num_classes for index in indices):
         raise ValueError(f"{attack.name}: the numbers are not of the {num_classes} classes of the dataset")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:
