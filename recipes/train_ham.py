@@ -26,8 +26,16 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.faults import (
+    FaultError,
+    MemoryExhaustedError,
+    clean_exit,
+    explain_faults,
+    explain_interrupt,
+    explain_out_of_memory,
+    explain_unfinished,
+)
 from ham_hf.hub import PushError, check_write_access, has_ended, limit_waiting, push_folder, start_push
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.objectives import InnerAttack
@@ -42,18 +50,14 @@ from ham_hf.runs import (
 )
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launching import (
-    FaultError,
     check_shared_folder,
-    clean_exit,
     create_accelerator,
-    explain_faults,
-    explain_interrupt,
     launched_processes,
     peak_memory_bytes,
     set_up_logging,
 )
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
+from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 from ham_hf.training.runlog import check_tracker, end_training, start_tracker
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
