@@ -32,9 +32,9 @@ from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.plots import save_comparison_figures
 from ham_hf.comparison.runs import Launcher, collect, execute, survey
 from ham_hf.comparison.text import write_comparison
+from ham_hf.faults import clean_exit
 from ham_hf.hub import download_report
 from ham_hf.terminal import replace_what_cannot_be_shown, show
-from ham_hf.training.launching import clean_exit
 
 TRAIN = Path(__file__).with_name("train_ham.py")
 

@@ -24,8 +24,8 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub_waiting import limit_waiting
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.hub import limit_waiting
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import evaluation_report, write_evaluation
@@ -39,14 +39,7 @@ from ham_hf.runs import (
     threat_model_of,
 )
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import (
-    FaultError,
-    clean_exit,
-    create_accelerator,
-    explain_faults,
-    launched_processes,
-    set_up_logging,
-)
+from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 

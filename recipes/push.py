@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ham_hf.faults import clean_exit
 from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder
 from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
-from ham_hf.training.launching import clean_exit, set_up_logging
+from ham_hf.training.launching import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:

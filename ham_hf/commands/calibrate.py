@@ -23,8 +23,8 @@ from ham_hf.dial import (
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub_waiting import limit_waiting
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.hub import limit_waiting
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.models.origin import read_origin
 from ham_hf.reporting.calibration import exchange_sentence
@@ -32,14 +32,7 @@ from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
 from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import (
-    FaultError,
-    clean_exit,
-    create_accelerator,
-    explain_faults,
-    launched_processes,
-    set_up_logging,
-)
+from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from ham_hf.comparison.facts import evaluations, setting_text
 from ham_hf.comparison.naming import public_source, public_text, public_value
 from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
 from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.files import atomic_write
 from ham_hf.pairing import Difference
 from ham_hf.reporting.card import text
 from ham_hf.reporting.report import percent, plain_text
@@ -85,9 +85,7 @@ def write_comparison(
         "comparison.md": comparison_markdown(comparison, command=command, figures=[path.name for path in figures]),
     }
     for name, content in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8", newline="")
-        os.replace(partial, folder / name)
+        atomic_write(folder / name, content)
     return [folder / name for name in texts]
 
 

@@ -31,12 +31,12 @@ from ham_hf.data.class_folders import (
     sort_into_classes,
 )
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
+from ham_hf.hub_ids import is_hub_id
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
 MAX_README_BYTES = 2**22
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 STREAMED_BUILDERS = {"Parquet", "WebDataset"}
 
 
@@ -351,7 +351,7 @@ def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
         raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
     if name != DIGITS and folder.is_file():
         raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
-    if not local and not HUB_ID.fullmatch(name):
+    if not local and not is_hub_id(name):
         raise ValueError(
             f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
         )

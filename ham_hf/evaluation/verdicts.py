@@ -11,7 +11,6 @@ stand in the metadata of the file, with a schema version.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ham_hf.checksums import flush
 from ham_hf.evaluation.robustness import AttackResult
+from ham_hf.files import replacing
 
 PREDICTIONS_NAME = "predictions.parquet"
 SCHEMA_VERSION = 1
@@ -133,10 +132,8 @@ def write_verdicts(verdicts: Verdicts, folder: str | Path) -> Path:
         "attacks": {name: dict(settings) for name, settings in verdicts.attacks.items()},
     }
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(table, partial)
-    flush(partial)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        pq.write_table(table, part)
     return path
 
 

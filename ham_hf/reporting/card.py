@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.reporting.calibration import exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
@@ -113,7 +114,7 @@ def evaluation_section(report: RunReport) -> str:
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
     """The card's YAML front matter, with one ``model-index`` entry per evaluation and metric."""
     method = report.config.get("method")
-    dataset = report.dataset
+    dataset, base_model = report.dataset, report.model.base_model
     tags = [
         "timm",
         "image-classification",
@@ -132,7 +133,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         tags=list(dict.fromkeys(tags)),
         license=plain_text(model_license),
         datasets=[dataset.hub_id] if dataset.hub_id else None,
-        base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
+        base_model=base_model if is_hub_id(base_model or "", with_owner=True) else None,
         metrics=["accuracy"],
         model_name=_title(report, repo_id),
         eval_results=[entry for attack in report.entries() for entry in _eval_results(report, attack)],
@@ -287,10 +288,6 @@ def _calibration(report: RunReport) -> dict[str, object]:
 
 def _method_began(report: RunReport) -> bool:
     return report.training is None or method_began(report.config, report.training)
-
-
-def _is_repo_id(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None
 
 
 def _title(report: RunReport, repo_id: str | None) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
-from ham_hf.memory import explain_out_of_memory, smaller_batch
+from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
