@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
-from ham_hf.data import ImageData
+from ham_hf.data import ImageData, TestData
 from ham_hf.evaluation import AttackResult
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
@@ -50,7 +50,7 @@ def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dic
     }
 
 
-def dataset_report(data: ImageData) -> DatasetReport:
+def dataset_report(data: TestData) -> DatasetReport:
     """The dataset in the form of the report."""
     return DatasetReport(
         name=data.name,
@@ -58,8 +58,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         config_name=data.config_name,
         revision=data.revision,
         class_names=data.class_names,
-        num_train=len(data.train),
-        num_validation=len(data.validation) if data.validation is not None else 0,
+        num_train=len(data.train) if isinstance(data, ImageData) else 0,
+        num_validation=len(data.validation or ()) if isinstance(data, ImageData) else 0,
         num_test=len(data.test),
         test_split_origin=data.test_split_origin,
         num_skipped=data.num_skipped,
@@ -67,6 +67,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         trained_on=data.provenance.record() if data.provenance is not None else None,
         num_test_in_train=data.num_test_in_train,
         notes=data.notes,
+        class_order="by name",
+        num_model_classes=len(data.class_names),
     )
 
 
@@ -147,15 +149,16 @@ def write_training(report: RunReport, folder: Path, *, examples: ExampleStrip, r
 def evaluation_report(
     source: str,
     loaded: LoadedModel,
-    data: ImageData,
+    data: TestData,
     results: Mapping[str, AttackResult],
     *,
     config: Mapping[str, object],
     threat_model: ThreatModel,
     accelerator: Accelerator,
     seed: int,
+    class_order: str | None = None,
 ) -> RunReport:
-    """Report of an evaluation of a model that exists."""
+    """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`."""
     backbone: Any = loaded.model.backbone
     architecture = str(backbone.pretrained_cfg["architecture"])
     return RunReport(
@@ -169,7 +172,10 @@ def evaluation_report(
             **asdict(loaded.preprocessing),
         ),
         dataset=replace(
-            dataset_report(data), num_train=0, num_validation=0, trained_on=loaded.metadata.get("trained_on")
+            dataset_report(data),
+            trained_on=loaded.metadata.get("trained_on"),
+            class_order=class_order,
+            num_model_classes=int(backbone.num_classes),
         ),
         config=config,
         threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
