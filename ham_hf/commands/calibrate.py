@@ -74,7 +74,7 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
             loaded, held_out = load(config)
             origin = read_origin(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
-        model = align_classes(loaded, held_out.data.class_names)
+        model, class_order = align_classes(loaded, held_out.data.class_names)
         if accelerator.is_main_process:
             lock.acquire()
             clear_output_dir(folder, OWNED_BY_CALIBRATION)
@@ -104,7 +104,7 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
             show_progress=not config.disable_tqdm,
         )
         shifts = shifts_of_logits(model, calibration.shifts)
-        shifted = align_classes(folded(loaded, shifts), held_out.data.class_names)
+        shifted, _ = align_classes(folded(loaded, shifts), held_out.data.class_names)
         results = evaluate_on_test(
             shifted,
             held_out.data.test,
@@ -143,6 +143,7 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
                 threat_model=threat_model,
                 accelerator=accelerator,
                 seed=config.seed,
+                class_order=class_order,
             )
             examples = example_strip(
                 shifted, held_out.data.test, config.evaluation, threat_model=threat_model, seed=config.seed

@@ -134,8 +134,8 @@ def split_dataset(
         test_name, test_labels = train_name, labels
     else:
         test_rows, origin = torch.arange(len(test_labels)), test_name
-    train_rows = _limit(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
-    test_rows = _limit(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
+    train_rows = limit_rows(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
+    test_rows = limit_rows(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
     parts = {"test": encoded(test_name, test_rows, test_labels)}
     if validation_fraction != 0:
         train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", validation_fraction, seed)
@@ -232,7 +232,7 @@ def split_stream(
     dataset = datasets.DatasetDict(read)
     first_labels, test_labels, class_names = read_labels(dataset, labels, train_name, test_name)
     assert test_labels is not None  # noqa: S101 (there is a test split)
-    test_rows = _limit(
+    test_rows = limit_rows(
         test_labels, torch.arange(len(test_labels)), "--limit_test_examples", limit_test_examples, TEST_SEED
     )
 
@@ -299,7 +299,15 @@ def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: in
     return rows[kept], rows[held_out]
 
 
-def _limit(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
+def named_labels(labels: Tensor, class_names: Sequence[str], order: Sequence[str] | None) -> Tensor:
+    """The (N,) labels as places in another order of the same class names; as they are if the names differ."""
+    if order is None or not set(class_names) <= set(order):
+        return labels
+    return torch.tensor([order.index(name) for name in class_names])[labels]
+
+
+def limit_rows(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
+    """A stratified part of the (M,) ``rows`` of a split, at most ``limit``; the message of an error names ``flag``."""
     if limit is None:
         return rows
     try:

@@ -92,7 +92,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
     Raises:
         ValueError: if it cannot be opened; the message names the setting and the way out, the cause is kept.
     """
-    local = _is_local(name, config_name, revision)
+    local = is_local(name, config_name, revision)
     if name == DIGITS:
         return Source(splits=_digits(), config_name=None, revision=None)
     folder = Path(name).expanduser()
@@ -276,7 +276,7 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
     Raises:
         ValueError: if it cannot be opened or has another layout; the message names the way out.
     """
-    local = _is_local(name, config_name, revision)
+    local = is_local(name, config_name, revision)
     layout = "scikit-learn's digits" if name == DIGITS else ""
     if local and _is_saved(Path(name).expanduser()):
         layout = "a folder written by save_to_disk"
@@ -337,7 +337,7 @@ def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> No
                     )
 
 
-def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
+def is_local(name: str, config_name: str | None, revision: str | None) -> bool:
     """Whether ``name`` is the digits or a folder.
 
     Raises:

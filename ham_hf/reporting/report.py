@@ -96,6 +96,10 @@ class DatasetReport:
             it (`ham_hf.data.provenance.Provenance`); None if that is not known.
         num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
         notes: what of the dataset was not read, each with its number and an example.
+        class_order: how the model's classes and the dataset's were brought together: ``by name``, ``assumed`` (in the
+            same order, as names say nothing), or ``subset`` (by name, over those classes of the model alone that the
+            dataset has); None if it is not known.
+        num_model_classes: classes that the model tells apart; None if it is not known.
     """
 
     name: str
@@ -112,6 +116,8 @@ class DatasetReport:
     trained_on: Mapping[str, object] | None = None
     num_test_in_train: int | None = None
     notes: tuple[str, ...] = ()
+    class_order: str | None = None
+    num_model_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
