@@ -70,10 +70,11 @@ def _push(folder: Path, arguments: argparse.Namespace) -> None:
         raise ValueError(f"{folder} is not the folder of a finished run: {', '.join(missing)} missing")
     report = read_report(folder / REPORT_NAME)
     model_license = arguments.model_license or report.config.get("model_license")
-    if report.training is None or not isinstance(model_license, str):
+    made_here = report.training is not None or report.calibration is not None
+    if not made_here or not isinstance(model_license, str):
         raise ValueError(
             f"{folder} holds no training: its {REPORT_NAME} lacks "
-            + ("a training section" if report.training is None else "the license; name it with --model_license")
+            + ("the license; name it with --model_license" if made_here else "a training section")
         )
     revision = arguments.hub_revision
     repo_id = check_write_access(arguments.hub_model_id, private=arguments.hub_private_repo, revision=revision)

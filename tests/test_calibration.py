@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
+import subprocess
 
 import pytest
 import torch
@@ -22,7 +25,9 @@ from ham_hf.evaluation.calibration import (
     shrinkage,
 )
 from ham_hf.evaluation.partial_results import partial_results
+from tests.conftest import ROOT
 from tests.nets import TensorImages
+from tests.recipe_runs import LAUNCH, PROCESSES
 
 BIAS = torch.tensor([0.9, -0.2, -0.7])
 NUM_CLASSES = 3
@@ -243,6 +248,42 @@ class TestRepetition:
         assert "at most 140 measurements of half of them" in line
         assert found.rounds <= 140
         assert f"{140 * 30 * 22:.3g} passes" in line
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from tests import test_calibration as tests
+from ham_hf.evaluation import calibration
+
+calibration.FRONTIER = (0.0,)
+accelerator = Accelerator(cpu=True)
+found = calibration.calibrate(
+    tests.ChannelMeans(tests.BIAS), tests.channel_images(30), calibration.Dial(fairness=1.0),
+    tests.attack_of(batch_size=13), num_classes=3, accelerator=accelerator,
+)
+with open(f"{sys.argv[1]}-{accelerator.process_index}", "w") as file:
+    json.dump([found.shifts, [point.correct for point in found.frontier]], file)
+"""
+
+
+def test_two_processes_find_the_same_shifts(quick, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    done = subprocess.run(
+        [*LAUNCH, *PROCESSES[2], str(script), str(tmp_path / "found")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = run(channel_images(30), 1.0, batch_size=13)
+    for process in (0, 1):
+        shifts, correct = json.loads((tmp_path / f"found-{process}").read_text())
+        assert shifts == list(alone.shifts)
+        assert correct == [list(point.correct) for point in alone.frontier]
 
 
 class TestRefusals:

@@ -8,6 +8,7 @@
     runs:                               # label: settings of that run, which win over both
       pgd_at: {method: pgd_at}
       ham: {}
+      pgd_at-fair: {calibrated_from: pgd_at, fairness: 0.5}   # that row's weights of the same seed, no second training
 
 Settings of a run act as flags on the command line do: one that names another method drops the recipe's options of its
 own method.
@@ -19,20 +20,23 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 
-from ham_hf.config import ConfigError, TrainConfig, config_to_dict
+from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to_dict
 from ham_hf.config.build import build_config
+from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import Entry, exact_fraction, read_yaml, show_node, text_node
 
 T = TypeVar("T")
 KEYS = ("recipe", "output_dir", "seeds", "baseline", "settings", "runs")
 REQUIRED = ("recipe", "output_dir", "seeds", "runs")
 LABEL = re.compile(r"(?!comparison)[A-Za-z0-9][A-Za-z0-9._+-]{0,63}(?<!\.)(?<!\.log)")
+CALIBRATED_FROM = "calibrated_from"
+"""Key of a row that takes its weights from another row."""
 OURS = {
     "seed": "give seeds to the comparison",
     "output_dir": "give output_dir to the comparison; each run has a folder of its own in it",
@@ -52,12 +56,14 @@ class PlannedRun:
         seed: its seed.
         config: what it runs with.
         words: the command line that says so, without the training recipe's own name.
+        weights_from: folder of the run whose weights it takes instead of training; None: it trains.
     """
 
     label: str
     seed: int
     config: TrainConfig
     words: tuple[str, ...]
+    weights_from: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -113,7 +119,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     common = (
         _settings(entries["settings"].node, f"{entries['settings'].origin}settings") if "settings" in entries else []
     )
-    rows = dict(_rows(entries["runs"]))
+    rows, bases = _with_bases(dict(_rows(entries["runs"])))
     baseline = _word(entries["baseline"]) if "baseline" in entries else None
     if baseline is not None and baseline not in rows:
         origin = entries["baseline"].origin
@@ -127,7 +133,9 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     for seed in seeds:
         for label, settings in rows.items():
             try:
-                runs.append(_planned_run(label, seed, Path(folder), recipe, written, [*common, *settings]))
+                run = _planned_run(label, seed, Path(folder), recipe, written, [*common, *settings])
+                base = bases.get(label)
+                runs.append(run if base is None else replace(run, weights_from=_folder(Path(folder), base, seed)))
             except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
                 found = [f"run {label}: {problem}" for problem in error.problems]
                 problems += [problem for problem in found if problem not in problems]
@@ -161,7 +169,7 @@ def _planned_run(
     problems = [f"{entry.name} is not for a run: {OURS[entry.name]}" for entry in own if entry.name in OURS]
     if problems:
         raise ConfigError(problems)
-    place = {"seed": str(seed), "output_dir": str(output_dir / label / f"seed{seed}")}
+    place = {"seed": str(seed), "output_dir": str(_folder(output_dir, label, seed))}
     flags = [*own, *(Entry(name, text_node(value), "") for name, value in place.items())]
     config = build_config(TrainConfig, [*written, *flags])
     for name in ("resume_from_checkpoint", "overwrite_output_dir"):
@@ -173,6 +181,43 @@ def _planned_run(
     names = dict.fromkeys(entry.name for entry in flags)
     words = ["--config", str(recipe), *setting_words({name: resolved[name] for name in names}), "--disable_tqdm"]
     return PlannedRun(label=label, seed=seed, config=config, words=tuple(words))
+
+
+def _folder(output_dir: Path, label: str, seed: int) -> Path:
+    return output_dir / label / f"seed{seed}"
+
+
+def _with_bases(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], dict[str, str]]:
+    """Rows with the settings of the row that they take their weights from before their own, and the label of that."""
+    allowed = {known.name for known in settings_of(CalibrationConfig)}
+    bases: dict[str, str] = {}
+    whole = dict(rows)
+    problems = []
+    for label, settings in rows.items():
+        named = [entry for entry in settings if entry.name == CALIBRATED_FROM]
+        if not named:
+            continue
+        own = [entry for entry in settings if entry.name != CALIBRATED_FROM]
+        base = named[0].node.value if isinstance(named[0].node, yaml.ScalarNode) else show_node(named[0].node)
+        taken = rows.get(base)
+        if taken is None or base == label or any(entry.name == CALIBRATED_FROM for entry in taken):
+            others = ", ".join(other for other in rows if other != label) or "of which there is none"
+            problems.append(
+                f"run {label}: {CALIBRATED_FROM} {base}: expected the label of a row that trains, {others}"
+            )
+            continue
+        others = ", ".join(sorted({entry.name for entry in own} - allowed))
+        if others or not {"fairness", "max_average_drop"} & {entry.name for entry in own}:
+            problems.append(
+                f"run {label}: a row that is {CALIBRATED_FROM} another one has fairness or max_average_drop, and of "
+                f"other settings only those of the calibration ({', '.join(sorted(allowed))})"
+                + (f"; not {others}" if others else "")
+            )
+            continue
+        bases[label], whole[label] = base, [*(entry for entry in taken if entry.name not in allowed), *own]
+    if problems:
+        raise ConfigError(problems)
+    return whole, bases
 
 
 def _rows(entry: Entry) -> Iterator[tuple[str, list[Entry]]]:

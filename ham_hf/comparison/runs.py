@@ -10,12 +10,15 @@ import contextlib
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from ham_hf.comparison.existing import running_elsewhere
@@ -23,8 +26,10 @@ from ham_hf.comparison.facts import differences, run_settings
 from ham_hf.comparison.numbers import MissingRun, Run
 from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
-from ham_hf.config import config_to_dict, load_train_config
+from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
+from ham_hf.config.settings import settings_of
 from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints
 from ham_hf.training.run_lock import LOCK_NAME, is_locked
 
 logger = logging.getLogger(__name__)
@@ -48,8 +53,8 @@ class Launcher:
     environment: Mapping[str, str]
 
     def words(self, run: PlannedRun) -> list[str]:
-        """The command line of ``run``; one that has begun goes on from its last checkpoint."""
-        begun = run.folder.is_dir() and any(run.folder.iterdir())
+        """The command line of ``run``; one that has begun, here or with the weights of another, goes on."""
+        begun = run.weights_from is not None or (run.folder.is_dir() and any(run.folder.iterdir()))
         return [*self.command, *run.words, *(["--resume_from_checkpoint=latest"] if begun else [])]
 
 
@@ -158,7 +163,9 @@ def execute(
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    run = waiting.popleft()
+                    run = _next_ready(waiting, [child.run for child in running])
+                    if run is None:
+                        break
                     try:
                         child = _start(run, launcher, jobs)
                     except (ValueError, OSError) as error:
@@ -216,6 +223,8 @@ def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
         raise BusyRunError(run)
     if is_done(run):
         return None
+    if run.weights_from is not None:
+        bring_weights(run, run.weights_from)
     words = launcher.words(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
@@ -230,6 +239,47 @@ def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
             start_new_session=True,
         )
     return _Child(run=run, process=process, started=time.monotonic())
+
+
+def _next_ready(waiting: deque[PlannedRun], running: Sequence[PlannedRun]) -> PlannedRun | None:
+    """Take out the first run that waits for the weights of no other; None if all do."""
+    busy = {run.folder for run in (*waiting, *running)}
+    for run in waiting:
+        if run.weights_from not in busy:
+            waiting.remove(run)
+            return run
+    return None
+
+
+def bring_weights(run: PlannedRun, source: Path) -> None:
+    """Give a run that does not train what the finished run in ``source`` left, so that it goes on at its end.
+
+    Raises:
+        ValueError: if that run is not finished, or its settings differ in more than the calibration.
+    """
+    if run.folder.is_dir() and any(run.folder.iterdir()):
+        return
+    if not (source / REPORT_NAME).is_file():
+        raise ValueError(f"its weights are those of {source}, which is not finished: run that first")
+    theirs = read_report(source).config
+    calibration = {known.name for known in settings_of(CalibrationConfig)}
+    ours, made = (run_settings(config, without=calibration) for config in (config_to_dict(run.config), theirs))
+    if changed := differences(ours, made):
+        raise ValueError(
+            f"{source} holds a run with other settings ({'; '.join(changed)}), whose weights cannot be taken"
+        )
+    checkpoints = list_checkpoints(source)
+    if not checkpoints or not (source / BEST_NAME).is_dir():
+        raise ValueError(f"{source} has no checkpoint any more, so its weights cannot be taken; run it again")
+    with TemporaryDirectory(dir=run.folder.parent, prefix=f".{run.folder.name}-") as temporary:
+        staging = Path(temporary) / run.folder.name
+        staging.mkdir()
+        for part in (source / BEST_NAME, checkpoints[-1]):
+            shutil.copytree(part, staging / part.name)
+        shutil.copy(source / "metrics.jsonl", staging)
+        if run.folder.is_dir():
+            run.folder.rmdir()
+        os.replace(staging, run.folder)
 
 
 def _failure(child: _Child) -> str:
