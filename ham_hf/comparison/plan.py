@@ -141,7 +141,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
                 run = _planned_run(label, seed, Path(folder), recipe, written, [*common, *settings])
                 base = bases.get(label)
                 runs.append(run if base is None else replace(run, weights_from=_folder(Path(folder), base, seed)))
-            except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
+            except ConfigError as error:
                 found = [f"run {label}: {problem}" for problem in error.problems]
                 problems += [problem for problem in found if problem not in problems]
     if problems:
