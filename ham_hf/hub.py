@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_dow
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
+from ham_hf.invocation import command
 from ham_hf.reporting.report import REPORT_NAME
 
 logger = logging.getLogger(__name__)
@@ -147,15 +148,15 @@ def push_folder(
     try:
         commit = _retry(upload, attempts, also=CONFLICTS)
     except PUSH_ERRORS as error:
-        command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
+        words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
         if private:
-            command.append("--hub_private_repo")
+            words.append("--hub_private_repo")
         if revision != DEFAULT_REVISION:
-            command += ["--hub_revision", revision]
+            words += ["--hub_revision", revision]
         raise PushError(
             f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder {Path(folder).resolve()} is "
             f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
-            f"with:\n    {shlex.join(command)}"
+            f"with:\n    {shlex.join(words)}"
         ) from None
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return str(commit.commit_url)
@@ -344,7 +345,7 @@ def _advice(error: Exception) -> str:
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
     """Explain ``error``, raised by a request before training, and how to fix it."""
     push, hub, status = "--push_to_hub:", constants.ENDPOINT, _status(error)
-    without = "train without --push_to_hub and push the folder later with recipes/push.py"
+    without = f"train without --push_to_hub and push the folder later with {command('push')}"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{push} HF_HUB_OFFLINE is set. Unset it, or {without}"
     if isinstance(error, STRANGE_ANSWERS):

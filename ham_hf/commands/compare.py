@@ -1,11 +1,8 @@
-# /// script
-# dependencies = ["ham-hf"]
-# ///
-"""Compare training methods: run methods x seeds through train_ham.py, or take runs that exist, and write one table.
+"""Compare training methods: run methods x seeds, or take runs that exist, and write one table.
 
-    python recipes/compare.py --config recipes/digits/compare.yaml
-    python recipes/compare.py outputs/a outputs/b me/robust-cifar10 --output_dir outputs/compared
-    python recipes/compare.py --help
+    ham-hf compare --config digits/compare
+    ham-hf compare outputs/a outputs/b me/robust-cifar10 --output_dir outputs/compared
+    ham-hf compare --help
 
 Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png. Called
 again after an interruption, it goes on where it was: finished runs stay, unfinished ones resume from their checkpoint.
@@ -37,9 +34,12 @@ from ham_hf.comparison.runs import Launcher, collect, execute, survey
 from ham_hf.comparison.text import write_comparison
 from ham_hf.faults import clean_exit
 from ham_hf.hub import download_report
+from ham_hf.invocation import command, program
+from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import replace_what_cannot_be_shown, show
 
-TRAIN = Path(__file__).with_name("train_ham.py")
+TRAIN = ("-m", "ham_hf", "train")
+"""What follows the interpreter, or the launcher, to train."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         comparison = compare(runs, baseline=options.baseline or baseline, missing=missing)
         figures = save_comparison_figures(comparison, folder)
-        command = f"python recipes/compare.py {shlex.join(map(public_word, argv))}"
+        words = f"{command('compare')} {shlex.join(map(public_word, argv))}"
         jobs = None if options.config is None else options.jobs or 1
-        written = write_comparison(comparison, folder, command=command, figures=figures, jobs=jobs)
+        written = write_comparison(comparison, folder, command=words, figures=figures, jobs=jobs)
     show("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.failed]
     if failed:
@@ -75,10 +75,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program("compare"),
+        description=(__doc__ or "").replace("ham-hf compare", command("compare")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="*", help="runs that exist: folders with report.json, or Hub ids")
     parser.add_argument(
-        "--config", type=Path, metavar="COMPARE.yaml", help="what to run; see ham_hf/comparison/plan.py"
+        "--config",
+        type=find_recipe,
+        metavar="COMPARE.yaml",
+        help="what to run, a file or the name of one that comes with the package; see ham_hf/comparison/plan.py",
     )
     parser.add_argument("--output_dir", help="where the runs and the comparison go; wins over the file")
     parser.add_argument("--baseline", metavar="LABEL", help="row that rho is relative to; wins over the file")
@@ -157,18 +164,14 @@ def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[Missing
 
 def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = [sys.executable]
+    started_by = [sys.executable]
     if options.launch_args is not None:
-        command += ["-m", "accelerate.commands.launch", *shlex.split(options.launch_args)]
+        started_by += ["-m", "accelerate.commands.launch", *shlex.split(options.launch_args)]
     return Launcher(
-        command=(*command, str(TRAIN)),
+        command=(*started_by, *TRAIN),
         environment={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
     )
 
 
 def _say(line: str) -> None:
     show(f"{line}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["ham-hf"]
-# ///
 """Measure robustness per class of any model on any dataset: a Hub id, a local folder or a timm name.
 
     python recipes/evaluate.py outputs/digits-ham --dataset_name digits
@@ -118,7 +115,3 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         remove_partial_results(config.output_path)
         show(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main()

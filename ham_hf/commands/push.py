@@ -1,11 +1,8 @@
-# /// script
-# dependencies = ["ham-hf"]
-# ///
 """Push the output folder of a finished run to the Hub, again if a push has failed; or repair an older export.
 
-    python recipes/push.py outputs/cifar10-ham --hub_model_id me/robust-cifar10
-    python recipes/push.py outputs/cifar10-ham --repair
-    python recipes/push.py me/robust-cifar10 --repair
+    ham-hf push outputs/cifar10-ham --hub_model_id me/robust-cifar10
+    ham-hf push outputs/cifar10-ham --repair
+    ham-hf push me/robust-cifar10 --repair
 
 --repair brings what an earlier version wrote into today's form, which transformers loads too: config.json names the
 number of classes once, and a network for gray images gets a second form in rgb/. The weights stay as they are. A
@@ -21,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 from ham_hf.faults import clean_exit
 from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder
+from ham_hf.invocation import command, program
 from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import REPORT_NAME, read_report
@@ -47,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=program("push"),
+        description=(__doc__ or "").replace("ham-hf push", command("push")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "folder",
@@ -109,7 +110,3 @@ def _repair_on_hub(repo_id: str, arguments: argparse.Namespace) -> None:
 def _print_changes(name: str, changes: Sequence[str]) -> None:
     lines = [f"{name}: {change}" for change in changes] or [f"{name} is in order: nothing was changed"]
     show("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

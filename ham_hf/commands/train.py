@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["ham-hf"]
-# ///
 """Adversarially train a timm backbone on an image-classification dataset, evaluate it per class, save and push it.
 
 Without arguments it runs recipes/digits/ham.yaml: real data, offline, one to two minutes on a CPU.
@@ -40,6 +37,7 @@ from ham_hf.hub import PushError, check_write_access, has_ended, limit_waiting, 
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.objectives import InnerAttack
+from ham_hf.recipe_files import find_recipe
 from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import training_report, write_config, write_training
@@ -67,14 +65,14 @@ from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_request
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
 
-logger = logging.getLogger("ham_hf.train_ham")
+logger = logging.getLogger("ham_hf.train")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training from the command line ``argv`` (None: the process's)."""
     set_up_logging()
     limit_waiting()
-    config = parse_train_config(argv, default_recipe=Path(__file__).parent / "digits" / "ham.yaml")
+    config = parse_train_config(argv, default_recipe=find_recipe("digits/ham"))
     if config.training.disable_tqdm:
         hide_progress_bars()
     folder = Path(config.training.output_dir)
@@ -280,7 +278,3 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 commit_message="Robust model",
             )
         show(f"pushed to {url}\n")
-
-
-if __name__ == "__main__":
-    main()
