@@ -248,6 +248,35 @@ def has_ended(push: threading.Thread | None, *, patience: float | None) -> bool:
     return push is None or not push.is_alive()
 
 
+class SavePushes:
+    """The pushes of a run's saves: one at a time, each on a thread.
+
+    Args:
+        folder: output folder of the run.
+        repo_id: "user/name".
+        revision: branch to push to.
+        patience: seconds to wait for a push, each time.
+    """
+
+    def __init__(self, folder: str | Path, repo_id: str, *, revision: str, patience: float) -> None:
+        self.folder, self.repo_id, self.revision, self.patience = folder, repo_id, revision, patience
+        self._last: threading.Thread | None = None
+
+    def push(self, export: Callable[[], object], *, commit_message: str) -> None:
+        """Push what ``export`` writes into the folder; while an earlier push is under way, write and push nothing."""
+        if not has_ended(self._last, patience=self.patience):
+            logger.warning("an earlier push is still under way: the next save pushes again")
+            return
+        export()
+        self._last = start_push(
+            self.folder, self.repo_id, patience=self.patience, revision=self.revision, commit_message=commit_message
+        )
+
+    def wait(self) -> None:
+        """Wait for the last push to end."""
+        has_ended(self._last, patience=None)
+
+
 def download_report(repo_id: str, revision: str | None = None) -> Path:
     """Fetch ``report.json`` of a model on the Hub, or take it from the Hub's cache; ValueError if that fails."""
     limit_waiting()

@@ -249,7 +249,7 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     hub.drop("POST .*/commit/", times=1000)
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, revision="v1")
-    command = f"python recipes/push.py {folder} --hub_model_id me/robust --hub_revision v1"
+    command = f"ham-hf push {folder} --hub_model_id me/robust --hub_revision v1"
     assert str(caught.value).endswith(f"    {command}")
     assert content(folder) == before
     with caplog.at_level(logging.WARNING):
@@ -267,9 +267,7 @@ def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub,
     del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, private=True)
-    assert str(caught.value).endswith(
-        f"    python recipes/push.py {folder} --hub_model_id me/robust --hub_private_repo"
-    )
+    assert str(caught.value).endswith(f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo")
 
 
 def test_lost_rights_are_not_tried_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

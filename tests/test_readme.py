@@ -92,7 +92,7 @@ def run_recipe(script: str, *arguments: str) -> str:
 @functools.cache
 def flags_of(script: str) -> frozenset[str]:
     """Every flag in the recipe's ``--help``."""
-    return frozenset(re.findall(r"--\w+", run_recipe(script, "--help")))
+    return frozenset(re.findall(r"--\w+", run_recipe(script, "--help", "all")))
 
 
 def test_first_screen_has_the_commands_that_ci_runs() -> None:

@@ -157,7 +157,7 @@ def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[Missing
             raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
     existing = read_runs(options.runs, download_report)
     runs, missing = label_runs(existing.found), list(existing.missing)
-    labels = {run.label for run in [*runs, *missing]}
+    labels = {run.label for run in runs} | {run.label for run in missing}
     baseline = existing.baseline if existing.baseline in labels else None
     return runs, missing, baseline, Path(options.output_dir)
 
