@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +65,10 @@ class RunLock:
         """
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            with _named(folder):
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 self._lock(handle)
                 if os.path.samestat(os.fstat(handle), os.stat(self.path)):
@@ -136,3 +138,24 @@ def _owner(handle: int) -> str:
         return f"process {int(owner['pid'])} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "which does not say whose it is"
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder, with those above it.
+
+    Raises:
+        OSError: naming the setting and what to do, where the system's message names neither.
+    """
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {folder} cannot be written ({error.strerror}); name a folder that can, or make room or get "
+            "permission there"
+        ) from error
