@@ -38,6 +38,7 @@ from ham_hf.comparison.text import write_comparison
 from ham_hf.faults import clean_exit
 from ham_hf.hub import download_report
 from ham_hf.terminal import replace_what_cannot_be_shown, show
+from ham_hf.training.run_lock import make_folder
 
 TRAIN = Path(__file__).with_name("train_ham.py")
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs, missing, baseline, folder = _read_existing(options)
         if options.dry_run:
             return
+        make_folder(folder)
         comparison = compare(runs, baseline=options.baseline or baseline, missing=missing)
         figures = save_comparison_figures(comparison, folder)
         command = f"python recipes/compare.py {shlex.join(map(public_word, argv))}"
