@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ham_hf.config import CalibrateConfig, config_to_dict, parse_calibrate_config
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
 from ham_hf.dial import (
     HeldOut,
     check_enough_images,
@@ -145,7 +146,11 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
                 results,
                 calibration,
                 exported,
-                config={**config_to_dict(config), "model_license": model_license},
+                config={
+                    **config_to_dict(config),
+                    "model": plain_name(config.model),
+                    "model_license": model_license,
+                },
                 base_model=origin.base_model,
                 threat_model=threat_model,
                 accelerator=accelerator,

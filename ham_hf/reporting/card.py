@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
-from ham_hf.reporting.calibration import exchange_sentence, frontier_rows
+from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
@@ -235,7 +235,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "method": method_title(report.config),
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
-        "citations": [Markdown(entry) for entry in citations(report.config)],
+        "citations": [Markdown(entry) for entry in _citations(report)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
@@ -260,6 +260,12 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         **_calibration(report),
         "version": report.environment.versions.get("ham_hf", "unknown"),
     }
+
+
+def _citations(report: RunReport) -> list[str]:
+    """Entries for the method, if the model was trained here, and for class shifts, if it has them."""
+    entries = [] if report.training is None and report.calibration is not None else list(citations(report.config))
+    return [*entries, LOGIT_ADJUSTMENT] if report.calibration is not None else entries
 
 
 def _calibration(report: RunReport) -> dict[str, object]:
