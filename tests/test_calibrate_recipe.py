@@ -309,7 +309,12 @@ class TestStranger:
             "--calibration_split=extra",
             f"--output_dir={tmp_path / 'out'}",
         )
-        expected = load(colors, train_split="extra", test_split="train", image_size=32, validation_fraction=0).train
+        inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
+        geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
+        geometry |= {"image_size": 32, "default_image_size": 32}
+        expected = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
+        others = load(colors, validation_fraction=0, **geometry)
+        assert not any(torch.equal(pixels(expected)[:12], pixels(part)[:12]) for part in (others.train, others.test))
         assert all(torch.equal(pixels(images), pixels(expected)) for images in {images for images, _ in read})
         assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
 

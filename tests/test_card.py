@@ -619,7 +619,7 @@ def test_evaluation_section_is_the_middle_of_the_card(tmp_path: Path) -> None:
     assert len(tables(section)) == 2
     assert "create_model" not in section
     assert section in written(make_report(), tmp_path)
-    with pytest.raises(ValueError, match="no training section"):
+    with pytest.raises(ValueError, match="no training or calibration"):
         written(report, tmp_path)
 
 
