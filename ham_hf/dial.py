@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
 from ham_hf.data import ImageData, Images
+from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
 from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
@@ -26,7 +27,6 @@ from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
 from ham_hf.reporting.calibration import CalibrationReport, calibration_report
 from ham_hf.runs import (
     ReorderedLogits,
-    check_test_images,
     find_validation_part,
     load_data,
     num_logits,
@@ -121,7 +121,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
     data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
-    check_test_images(loaded, data, settings.test_fraction)
+    _check_test_images(loaded, data, settings.test_fraction)
     known, trained = data.provenance, provenance_of(loaded)
     assert known is not None  # noqa: S101 (a dataset that was loaded)
     if split == known.test_split:
@@ -156,6 +156,17 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         seen_in_training=seen,
         how_to_get_more=MORE_OF_A_SPLIT,
     )
+
+
+def _check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float) -> None:
+    """Refuse to test on training images, where a dataset has no test split and another share was held out of train."""
+    trained = loaded.metadata.get("test_fraction", test_fraction)
+    same = loaded.metadata.get("dataset") == plain_name(data.name)
+    if same and data.test_split_origin.startswith("held out") and trained != test_fraction:
+        raise ValueError(
+            f"--test_fraction {test_fraction} would test on images that the model was trained on; "
+            f"it was trained with --test_fraction {trained}"
+        )
 
 
 def _with_labels_by_name(images: Images, names: Sequence[str], wanted: Sequence[str], split: str) -> Images:
@@ -265,17 +276,18 @@ def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]
     return record
 
 
-def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float]) -> Tensor:
-    """Shifts (C,) float32 in the order of the model's own logits.
+def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: int) -> Tensor:
+    """Shifts (num_classes,) float32 in the order of the model's own logits; 0 for classes that the dataset lacks.
 
     Args:
         aligned: what `ham_hf.runs.align_classes` made of the model.
         shifts: in the order of the dataset's classes.
+        num_classes: number of the model's logits.
     """
     found = torch.tensor(shifts)
     if not isinstance(aligned, ReorderedLogits):
         return found
-    own = torch.empty_like(found)
+    own = torch.zeros(num_classes)
     own[aligned.order.cpu()] = found
     return own
 

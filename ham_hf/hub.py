@@ -1,8 +1,11 @@
-"""The only module that writes to the Hub: write access before training, pushes of a finished folder.
+"""The Hub: check write access before training, push a finished folder, limit how long a request may take.
 
-Invariant 9: everything is complete on disk before the first byte goes out. A push reads the folder and changes
-nothing in it, and pushing again is safe: files that the Hub has already are not sent again, so a failed push loses
-nothing. Nothing waits forever (`ham_hf.hub_waiting`). Messages and logs never contain the token.
+Everything is complete on disk before the first byte is sent. A push only reads the folder, and repeating one is safe:
+the Hub skips files that it already has, so a failed push loses nothing. Messages and logs never contain the token.
+
+huggingface_hub retries a failed request up to five times, 1, 2, 4, 8 and 8 seconds apart. By default its client waits
+forever for an answer, and sleeps through any ``Retry-After``, even a day. `limit_waiting` bounds both (the values are
+our choice), so a single request takes at most six time-outs and 23 seconds.
 """
 
 from __future__ import annotations
@@ -10,28 +13,28 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, set_client_factory
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
-from ham_hf.hub_waiting import WAIT_LIMIT, AskedToWaitError, asked_wait, limit_waiting
 from ham_hf.reporting.report import REPORT_NAME
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT_REVISION = "main"
+REQUIRED = ("model.safetensors", "config.json")
 ARTEFACTS = (
-    "model.safetensors",
-    "config.json",
+    *REQUIRED,
     "README.md",
     "report.json",
     "predictions.parquet",
@@ -41,42 +44,41 @@ ARTEFACTS = (
     "rgb/config.json",
     "rgb/model.safetensors",
 )
-"""What is published of an output folder. Checkpoints, which hold optimizer state as pickles, are not."""
+"""The files of an output folder that are published. Checkpoints, which hold optimizer state as pickles, are not."""
 
-REQUIRED = ("model.safetensors", "config.json")
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 CONFLICTS = (409, 412)
-"""Somebody else's commit landed in between, or is landing; a push reads the new state and goes on top of it."""
+"""Another commit got in between. A repeated push reads the new state and commits on top of it."""
 
-# huggingface_hub changed its HTTP client twice (requests, httpx, httpx2), and only some of their errors are OSErrors.
-# Its own error derives from the base class of whichever client it uses.
+SILENCE_LIMIT = 60.0
+"""Seconds within which a server must send or take at least one byte; a request with its own limit keeps that."""
+WAIT_LIMIT = 60
+"""Longest wait in seconds that a server may ask for."""
+
+# huggingface_hub uses httpx or httpx2, depending on the version; its error derives from the base class of either.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 STRANGE_ANSWERS = (LookupError, TypeError, AttributeError, JSONDecodeError)
-"""What huggingface_hub raises on an answer that is not the Hub's: a login page of the network, say."""
+"""What huggingface_hub raises when something else than a Hub answers, for example the login page of a network."""
 ACCESS_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, *STRANGE_ANSWERS)
 # RuntimeError: the transfer library (hf_xet); ValueError: metadata in README.md that the Hub refuses.
 PUSH_ERRORS: tuple[type[Exception], ...] = (*ACCESS_ERRORS, RuntimeError, ValueError)
 
 
 class PushError(RuntimeError):
-    """A push that failed for good; the message names the folder and the command that pushes it again."""
+    """A push failed for good; the message names the folder and the command that pushes it again."""
+
+
+class AskedToWaitError(OSError):
+    """The Hub asks for a longer wait than ``WAIT_LIMIT``."""
 
 
 def check_write_access(repo_id: str | None, *, private: bool, revision: str = DEFAULT_REVISION) -> str:
-    """Make sure, before training, that the finished model can be pushed: repository, branch and rights.
+    """Check before training that the finished model can be pushed; create the repository and branch if missing.
 
-    The repository and the branch are created if they do not exist.
-
-    Args:
-        repo_id: "user/name", or "name" for one of the user's own.
-        private: True if the repository must be private.
-        revision: branch to push to.
-
-    Returns:
-        The full "user/name".
+    ``repo_id`` is "user/name", or "name" for one of the user's own. Returns the full "user/name".
 
     Raises:
-        ValueError: with the way out, if a push could not work.
+        ValueError: saying what to fix, if a push could not work.
     """
     if not repo_id:
         raise ValueError("--push_to_hub needs --hub_model_id, the repository to push to, for example user/my-model")
@@ -94,13 +96,13 @@ def check_write_access(repo_id: str | None, *, private: bool, revision: str = DE
     limit_waiting()
     api = HfApi()
     try:
-        full_id = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id, attempts=3)
-        if private and not _retry(lambda: api.model_info(full_id).private, attempts=3):
+        full_id = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id)
+        if private and not _retry(lambda: api.model_info(full_id).private):
             raise ValueError(
                 f"--hub_private_repo: {full_id} exists and is public. Make it private in its settings on the Hub, "
                 "choose another --hub_model_id, or drop --hub_private_repo"
             )
-        _retry(lambda: _create_branch(api, full_id, revision), attempts=3)
+        _retry(lambda: _create_branch(api, full_id, revision))
     except ACCESS_ERRORS as error:
         raise ValueError(_access_problem(repo_id, revision, error)) from None
     return full_id
@@ -115,19 +117,11 @@ def push_folder(
     commit_message: str = "Upload model",
     attempts: int = 3,
 ) -> str:
-    """Push the artefacts of an output folder; the repository exists already (``check_write_access``).
+    """Push the ``ARTEFACTS`` of an output folder to branch ``revision`` of an existing repository "user/name".
 
-    Args:
-        folder: output folder; only ``ARTEFACTS`` of it are sent.
-        repo_id: "user/name".
-        private: True if the repository must be private, for the command that a failed push names.
-        revision: branch to push to.
-        commit_message: first line of the commit.
-        attempts: how often to try when the server or the connection fails, or another commit gets in between; the
-            wait doubles from 1 second, or is what the server asks for.
-
-    Returns:
-        The URL of the commit (of the last one, if nothing has changed since).
+    Makes up to ``attempts`` tries when the server or the connection fails, or another commit gets in between.
+    ``private`` only goes into the command that a failed push names. Returns the URL of the commit, or of the last one
+    if nothing has changed since.
 
     Raises:
         FileNotFoundError: if the folder lacks the model or its configuration.
@@ -136,24 +130,22 @@ def push_folder(
     for name in REQUIRED:
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
-
     limit_waiting()
 
-    def upload() -> str:
+    def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
         with warnings.catch_warnings():
             # predictions.parquet belongs to the model.
             warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
-            commit = HfApi().upload_folder(
+            return HfApi().upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
                 allow_patterns=list(ARTEFACTS),
             )
-        return str(commit.commit_url)
 
     try:
-        url = _retry(upload, attempts=attempts, also=CONFLICTS)
+        commit = _retry(upload, attempts, also=CONFLICTS)
     except PUSH_ERRORS as error:
         command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
         if private:
@@ -162,45 +154,50 @@ def push_folder(
             command += ["--hub_revision", revision]
         raise PushError(
             f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder {Path(folder).resolve()} is "
-            f"complete and unchanged, and {repo_id} has what was pushed before. {_way_out(error)}Push it again "
+            f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
             f"with:\n    {shlex.join(command)}"
         ) from None
-    logger.info("Pushed %s to %s", folder, url)
-    return url
+    logger.info("Pushed %s to %s", folder, commit.commit_url)
+    return str(commit.commit_url)
 
 
 def try_push(
     folder: str | Path, repo_id: str, *, revision: str = DEFAULT_REVISION, commit_message: str = "Upload model"
 ) -> bool:
-    """Push in the middle of a run: one attempt, and a failure is a warning, as the next save pushes again.
-
-    Returns:
-        True if the push went through.
-    """
+    """Push once in the middle of a run, and only warn if it fails: the next save pushes again. True if it worked."""
     try:
         push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
     except PushError as error:
-        # The rest of the message is about a finished folder.
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]  # the other lines are about a finished folder
         logger.warning("Training goes on, the next save pushes again: %s", reason)
         return False
     return True
 
 
-def download_files(repo_id: str, names: Sequence[str], folder: Path, *, revision: str = DEFAULT_REVISION) -> None:
-    """Fetch files of a model on the Hub into a folder, to change them there.
+def download_file(
+    repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
+) -> None:
+    """Fetch a file of a model on the Hub into a folder, to change it there.
+
+    Args:
+        repo_id: "user/name".
+        name: path inside of the repository, and of the folder.
+        folder: where to.
+        revision: branch, tag or commit.
+        required: False: a file that the repository does not have is left out.
 
     Raises:
-        ValueError: if one does not exist, or cannot be had.
+        ValueError: if there is no such repository or required file, or it cannot be had.
     """
     limit_waiting()
     try:
-        for name in names:
-            _retry(partial(hf_hub_download, repo_id, name, revision=revision, local_dir=folder), attempts=3)
+        _retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and not required:
+            return
         raise ValueError(
-            f"could not get {' and '.join(names)} of {repo_id} (revision {revision}) from the Hub; expected "
-            f"OWNER/NAME of a model that this package pushed ({_without_token(error)})"
+            f"could not get {name} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME of a model "
+            f"that this package pushed ({_without_token(error)})"
         ) from None
 
 
@@ -226,27 +223,35 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
         return str(_retry(upload, attempts=3, also=CONFLICTS).commit_url)
     except PUSH_ERRORS as error:
         raise PushError(
-            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_way_out(error)}Give the "
+            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
             "same command again"
         ) from None
 
 
-def download_report(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch the ``report.json`` of a model on the Hub into the Hub's cache, unless it is there already.
+def start_push(folder: str | Path, repo_id: str, *, patience: float, **options: str) -> threading.Thread:
+    """Run `try_push` on a thread, and return when it ends or after ``patience`` seconds.
 
-    Args:
-        repo_id: "user/name".
-        revision: branch, tag or commit; None for the main branch.
-
-    Returns:
-        The path of the file.
-
-    Raises:
-        ValueError: if there is none, or it cannot be had.
+    The other processes of a run wait for this one at the next update, and give up after ``--ddp_timeout``: a slow push
+    must not block them. The thread is a daemon, so a run that ends or is stopped does not wait for it either.
     """
+    push = threading.Thread(target=try_push, args=(folder, repo_id), kwargs=options, daemon=True)
+    push.start()
+    push.join(patience)
+    return push
+
+
+def has_ended(push: threading.Thread | None, *, patience: float | None) -> bool:
+    """Wait for ``push``, if there is one, at most ``patience`` seconds (None: no limit); True if it has ended."""
+    if push is not None:
+        push.join(patience)
+    return push is None or not push.is_alive()
+
+
+def download_report(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch ``report.json`` of a model on the Hub, or take it from the Hub's cache; ValueError if that fails."""
     limit_waiting()
     try:
-        return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision), attempts=3))
+        return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision)))
     except PUSH_ERRORS as error:
         raise ValueError(
             f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
@@ -254,25 +259,57 @@ def download_report(repo_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
+def limit_waiting() -> None:
+    """Apply ``SILENCE_LIMIT`` and ``WAIT_LIMIT`` to every later request of huggingface_hub; repeating it is harmless.
+
+    ``datasets`` and ``timm`` use the same client. Transfers by the library hf_xet have their own limits.
+    """
+    client: Any = get_session()  # an httpx or httpx2 client, depending on the version
+    hooks, same = client.event_hooks, {"follow_redirects": client.follow_redirects, "timeout": client.timeout}
+    if _limit_silence not in hooks["request"]:
+        limited = {"request": [*hooks["request"], _limit_silence], "response": [*hooks["response"], _limit_wait]}
+        set_client_factory(lambda: type(client)(event_hooks=limited, **same))
+
+
+def asked_wait(headers: Mapping[str, str]) -> int | None:
+    """Seconds that the headers ``Retry-After`` (unless it is a date) and ``RateLimit`` ask to wait, or None."""
+    limit = parse_ratelimit_headers(headers)
+    waits = [limit.reset_in_seconds] if limit is not None and limit.remaining == 0 else []
+    after = {name.lower(): value for name, value in headers.items()}.get("retry-after", "").strip()
+    return max([*waits, int(after)] if after.isascii() and after.isdigit() else waits, default=None)
+
+
+def _limit_silence(request: Any) -> None:  # noqa: ANN401 (of httpx or httpx2)
+    # A default of the client would not do: some calls pass None, which overrides it.
+    limits = request.extensions.get("timeout", {})
+    phases = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {phase: limits.get(phase) or SILENCE_LIMIT for phase in phases}
+
+
+def _limit_wait(response: Any) -> None:  # noqa: ANN401
+    wait = asked_wait(response.headers) if response.status_code in (429, 503) else None
+    if wait is not None and wait > WAIT_LIMIT:
+        raise AskedToWaitError(
+            f"status {response.status_code}, the Hub asks to come back in {wait} s, which is longer than the "
+            f"{WAIT_LIMIT} s that a run waits for"
+        )
+
+
 def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
-    """Create ``branch`` unless it exists. The Hub asks for write access first: 403 without it, 409 if it exists."""
     try:
         api.create_branch(repo_id, branch=branch)
     except HfHubHTTPError as error:
-        if error.response.status_code != 409:
+        if error.response.status_code != 409:  # it exists; without write access the answer is 403 either way
             raise
 
 
-def _retry(action: Callable[[], T], *, attempts: int, also: Collection[int] = ()) -> T:
-    """Call ``action`` until it works, waiting 1, 2, 4 ... seconds after a failure that may pass.
-
-    Where the server says how long to wait, that is how long. A status in ``also`` may pass too.
-    """
+def _retry(action: Callable[[], T], attempts: int = 3, also: Collection[int] = ()) -> T:
+    """Call ``action`` again after temporary failures and statuses in ``also``, after 1, 2, 4 ... s or as asked."""
     for attempt in range(1, attempts):
         try:
             return action()
         except NETWORK_ERRORS as error:  # noqa: PERF203 (trying again is the point)
-            if not _may_pass(error, also):
+            if not (_is_temporary(error) or _status(error) in also):
                 raise
             asked = asked_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else None
             wait = min(max(2 ** (attempt - 1), asked or 0), WAIT_LIMIT)
@@ -281,58 +318,59 @@ def _retry(action: Callable[[], T], *, attempts: int, also: Collection[int] = ()
     return action()
 
 
-def _may_pass(error: Exception, also: Collection[int]) -> bool:
-    """True for a busy server and for a lost connection, False for a refusal and for a file that cannot be read."""
+def _status(error: Exception) -> int | None:
+    return int(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
+
+
+def _is_temporary(error: Exception) -> bool:
+    """True for a busy server and a lost connection; False for a refusal and for an unreadable local file."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (*RETRIED_STATUS, *also)
+        return _status(error) in RETRIED_STATUS
     if isinstance(error, (OfflineModeIsEnabled, AskedToWaitError)):
         return False
-    # The built-in OSErrors apart from these two are about local files.
+    # Other built-in OSErrors are about local files.
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__ != "builtins"
 
 
-def _way_out(error: Exception) -> str:
-    """What has to change before pushing again helps, if there is something; ends with a space."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+def _advice(error: Exception) -> str:
+    """What to fix before pushing again, ending with a space; empty if nothing is known."""
     return {
         401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
         403: "The token may not write there: get the rights, or take another --hub_model_id. ",
         404: "There is no such repository or branch now: the command below makes it again. ",
-    }.get(status or 0, "")
+    }.get(_status(error) or 0, "")
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
-    """What to do about ``error`` of a request before training."""
-    detail = _without_token(error)
+    """Explain ``error``, raised by a request before training, and how to fix it."""
+    push, hub, status = "--push_to_hub:", constants.ENDPOINT, _status(error)
     without = "train without --push_to_hub and push the folder later with recipes/push.py"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"--push_to_hub: HF_HUB_OFFLINE is set. Unset it, or {without}"
+        return f"{push} HF_HUB_OFFLINE is set. Unset it, or {without}"
     if isinstance(error, STRANGE_ANSWERS):
-        return (
-            f"--push_to_hub: {constants.ENDPOINT} gave an answer that is not of a Hub. Check HF_ENDPOINT and whether "
-            f"the network wants a login, or {without}. ({detail})"
+        problem = (
+            f"{push} {hub} gave an answer that is not of a Hub. Check HF_ENDPOINT and whether "
+            f"the network wants a login, or {without}"
         )
-    if isinstance(error, AskedToWaitError):
-        return f"--push_to_hub: {constants.ENDPOINT} is busy. Try again then, or {without}. ({detail})"
-    if not isinstance(error, HfHubHTTPError):
-        return f"--push_to_hub: cannot reach {constants.ENDPOINT}. Check the connection, or {without}. ({detail})"
-    status = error.response.status_code
-    if status == 401:
-        return f"--push_to_hub: the Hub does not accept the token. Run `hf auth login` or renew HF_TOKEN. ({detail})"
-    if status in (402, 403, 404):
-        return (
-            f"--hub_model_id {repo_id}: the token may not write there. Use a token that may, or another "
-            f"--hub_model_id. ({detail})"
-        )
-    if status in RETRIED_STATUS:
-        return f"--push_to_hub: {constants.ENDPOINT} is not working. Try again later, or {without}. ({detail})"
-    return f"--hub_model_id {repo_id}, --hub_revision {revision}: the Hub refused. ({detail})"
+    elif isinstance(error, AskedToWaitError):
+        problem = f"{push} {hub} is busy. Try again then, or {without}"
+    elif status is None:
+        problem = f"{push} cannot reach {hub}. Check the connection, or {without}"
+    elif status == 401:
+        problem = f"{push} the Hub does not accept the token. Run `hf auth login` or renew HF_TOKEN"
+    elif status in (402, 403, 404):
+        advice = "Use a token that may, or another --hub_model_id"
+        problem = f"--hub_model_id {repo_id}: the token may not write there. {advice}"
+    elif status in RETRIED_STATUS:
+        problem = f"{push} {hub} is not working. Try again later, or {without}"
+    else:
+        problem = f"--hub_model_id {repo_id}, --hub_revision {revision}: the Hub refused"
+    return f"{problem}. ({_without_token(error)})"
 
 
 def _without_token(error: Exception) -> str:
-    """The text of ``error`` without anything that is, or looks like, an access token."""
+    """The text of ``error`` with everything that is or looks like an access token masked."""
     message = f"{type(error).__name__}: {error}"
-    token = get_token()
-    if token:
+    if token := get_token():
         message = message.replace(token, "***")
     return re.sub(r"\bhf_\w{8,}", "hf_***", message)

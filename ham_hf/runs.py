@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,10 @@ from ham_hf.config import (
     TrainConfig,
     pixel_unit_problems,
 )
-from ham_hf.data import BatchRequest, ImageData, Images, load_image_data
+from ham_hf.data import BatchRequest, ImageData, Images, TestData, load_image_data, load_test_data
+from ham_hf.data.decoding import EvalTransform
+from ham_hf.data.evaluation_data import TrainedOn
+from ham_hf.data.parts import DatasetChoice
 from ham_hf.data.provenance import Provenance, plain_name, read_provenance
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
@@ -55,6 +59,48 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
         crop_mode=inputs.crop_mode,
         border_color=inputs.mean,
         seed=seed,
+    )
+
+
+def load_evaluation_data(config: DataConfig, loaded: LoadedModel) -> TestData:
+    """What a finished model is evaluated on: the named or only split, whole, unless the model was trained on it.
+
+    See `ham_hf.data.evaluation_data.evaluation_part`.
+
+    Raises:
+        ValueError: for anything that does not fit, or where every image of the split was for training.
+    """
+    inputs, trained = loaded.preprocessing, loaded.metadata
+    return load_test_data(
+        DatasetChoice(
+            name=config.dataset_name,
+            config_name=config.dataset_config_name,
+            revision=config.dataset_revision,
+            train_split=config.train_split,
+            test_split=config.test_split,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            in_chans=inputs.in_chans,
+        ),
+        TrainedOn(
+            record=provenance_of(loaded),
+            dataset=trained.get("dataset"),
+            test_fraction=trained.get("test_fraction"),
+            class_names=loaded.class_names,
+        ),
+        test_fraction=config.test_fraction,
+        limit_test_examples=config.limit_test_examples,
+        streaming=config.dataset_streaming,
+        geometry=EvalTransform(
+            inputs.image_size,
+            inputs.crop_pct,
+            inputs.interpolation,
+            crop_mode=inputs.crop_mode,
+            border_color=inputs.mean,
+        ),
+        cache_images=config.cache_images,
+        skip_corrupt=config.skip_corrupt,
+        num_workers=config.dataloader_num_workers,
     )
 
 
@@ -204,23 +250,6 @@ def provenance_of(loaded: LoadedModel) -> Provenance | None:
         raise ValueError(f"the model's config.json is damaged: ham_hf.{error}") from error
 
 
-def check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: float) -> None:
-    """Refuse to test on images that the model was trained on.
-
-    Where a dataset has no test split, one is held out of train, and ``test_fraction`` says how much.
-
-    Raises:
-        ValueError: if the model was trained on the same dataset with another fraction.
-    """
-    trained = loaded.metadata.get("test_fraction", test_fraction)
-    same = loaded.metadata.get("dataset") == plain_name(data.name)
-    if same and data.test_split_origin.startswith("held out") and trained != test_fraction:
-        raise ValueError(
-            f"--test_fraction {test_fraction} would test on images that the model was trained on; "
-            f"it was trained with --test_fraction {trained}"
-        )
-
-
 def example_strip(
     model: nn.Module, images: Images, config: EvaluationConfig, *, threat_model: ThreatModel, seed: int
 ) -> ExampleStrip:
@@ -334,28 +363,72 @@ class ReorderedLogits(nn.Module):
         return logits[:, self.order]
 
 
-def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> nn.Module:
-    """The model with its logits in the order of the dataset's classes.
+class AlignedModel(NamedTuple):
+    """A model with its logits in the order of a dataset's classes.
+
+    Attributes:
+        model: the model.
+        class_order: ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
+            their logits are attacked and decided over; ``assumed``: names say nothing, the orders are taken to be one.
+    """
+
+    model: nn.Module
+    class_order: str
+
+
+def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedModel:
+    """The model with its logits in the order of the dataset's classes; names that both have decide.
 
     Raises:
-        ValueError: if the model has another number of classes.
+        ValueError: if the dataset has a class that the model does not name while they share others at different
+            places, or if they share none and their numbers differ.
     """
-    names = loaded.class_names
-    if num_logits(loaded) != len(class_names):
+    names, number = loaded.class_names, num_logits(loaded)
+    if names is not None and tuple(names) == tuple(class_names):
+        return AlignedModel(loaded.model, "by name")
+    shared = set(names or ()) & set(class_names)
+    lists = f"the model's: {_shown_names(names or ())}; the dataset's: {_shown_names(class_names)}"
+    if names is not None and shared == set(class_names):
+        twice = sorted(name for name in shared if names.count(name) > 1)
+        if twice:
+            raise ValueError(
+                f"the model has {names.count(twice[0])} classes called {plain_text(twice[0])!r}, so the dataset's "
+                f"cannot be matched by name ({lists}); evaluate it on the dataset it was trained for"
+            )
+        same = len(class_names) == number
+        if not same:
+            logger.warning(
+                "the dataset has %d of the model's %d classes: attacked and decided over those alone",
+                len(class_names),
+                number,
+            )
+        order = [names.index(name) for name in class_names]
+        return AlignedModel(ReorderedLogits(loaded.model, order), "by name" if same else "subset")
+    if number != len(class_names):
         raise ValueError(
-            f"the model tells {num_logits(loaded)} classes apart and the dataset has {len(class_names)}; evaluate it "
-            "on the dataset it was trained for, or name another --label_column"
+            f"the model tells {number} classes apart and the dataset has {len(class_names)}"
+            + (f", {len(class_names) - len(shared)} of which the model does not name" if names else "")
+            + f" ({lists}); evaluate it on the dataset it was trained for, or name another --label_column"
         )
     if names is None:
         logger.warning("the model does not name its classes: taking them to be in the order of the dataset's")
-        return loaded.model
-    if tuple(names) == tuple(class_names):
-        return loaded.model
-    if set(names) != set(class_names):
-        logger.warning(
-            "the model calls its classes %s, the dataset %s: taking them to be in the same order",
-            ", ".join(map(plain_text, names[:5])),
-            ", ".join(map(plain_text, class_names[:5])),
+        return AlignedModel(loaded.model, "assumed")
+    moved = [name for name in class_names if name in shared and names.index(name) != class_names.index(name)]
+    unknown = [name for name in class_names if name not in shared]
+    if moved:
+        raise ValueError(
+            f"the dataset's class {plain_text(unknown[0])!r} is none of the model's, and they share others at "
+            f"different places, such as {plain_text(moved[0])!r}, so the order cannot be assumed ({lists}); give "
+            "the dataset's classes the model's names"
         )
-        return loaded.model
-    return ReorderedLogits(loaded.model, [names.index(name) for name in class_names])
+    logger.warning(
+        "the model calls its classes %s, the dataset %s: taking them to be in the same order",
+        ", ".join(map(plain_text, names[:5])),
+        ", ".join(map(plain_text, class_names[:5])),
+    )
+    return AlignedModel(loaded.model, "assumed")
+
+
+def _shown_names(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > 12 else ""
+    return ", ".join(map(plain_text, names[:12])) + more if names else "not named"

@@ -13,6 +13,9 @@ again after an interruption, it goes on where it was: finished runs stay, unfini
 Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if its runs lie in
 LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it, with its order of rows
 and its baseline.
+
+Where runs kept their predictions (predictions.parquet), rows are set against the baseline image by image, and a number
+is bold if it is better for sure; runs of earlier versions are shown, and it is said that they could not be tested.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.plots import save_comparison_figures
 from ham_hf.comparison.runs import Launcher, collect, execute, survey
 from ham_hf.comparison.text import write_comparison
+from ham_hf.faults import clean_exit
 from ham_hf.hub import download_report
 from ham_hf.terminal import replace_what_cannot_be_shown, show
-from ham_hf.training.launching import clean_exit
 
 TRAIN = Path(__file__).with_name("train_ham.py")
 

@@ -17,36 +17,26 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub_waiting import limit_waiting
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.hub import limit_waiting
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import evaluation_report, write_evaluation
 from ham_hf.runs import (
     align_classes,
-    check_test_images,
     evaluate_on_test,
     example_strip,
-    load_data,
-    num_logits,
+    load_evaluation_data,
     threat_model_of,
 )
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import (
-    FaultError,
-    clean_exit,
-    create_accelerator,
-    explain_faults,
-    launched_processes,
-    set_up_logging,
-)
+from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 
@@ -79,16 +69,9 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
-        # Training images are not looked at: as many as there are classes are loaded, drawn by class, so that the
-        # loader has some. Of a stream nothing is loaded.
-        limit = None if config.data.dataset_streaming else num_logits(loaded)
-        settings = replace(config.data, validation_fraction=0.0, limit_train_examples=limit, augmentation="none")
         with accelerator.main_process_first():
-            data = load_data(
-                settings, image_size=loaded.preprocessing.image_size, inputs=loaded.preprocessing, seed=config.seed
-            )
-        check_test_images(loaded, data, config.data.test_fraction)
-        model = align_classes(loaded, data.class_names)
+            data = load_evaluation_data(config.data, loaded)
+        model, class_order = align_classes(loaded, data.class_names)
         if accelerator.is_main_process:
             lock.acquire()
             clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
@@ -127,6 +110,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             threat_model=threat_model,
             accelerator=accelerator,
             seed=config.seed,
+            class_order=class_order,
         )
         with clean_exit(CorruptImageError, OSError):
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)

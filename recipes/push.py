@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ham_hf.hub import PushError, check_write_access, download_files, push_files, push_folder
-from ham_hf.models.repair import REPAIRED_FILES, repair_folder
+from ham_hf.faults import clean_exit
+from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder
+from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
-from ham_hf.training.launching import clean_exit, set_up_logging
+from ham_hf.training.launching import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,12 +94,13 @@ def _repair_on_hub(repo_id: str, arguments: argparse.Namespace) -> None:
     revision = arguments.hub_revision
     with TemporaryDirectory(prefix="ham_hf-repair-") as temporary:
         copy = Path(temporary)
-        download_files(repo_id, ("config.json", "model.safetensors"), copy, revision=revision)
+        for name in REPAIR_READS:
+            download_file(repo_id, name, copy, revision=revision, required="/" not in name)
         changes = repair_folder(copy)
         if changes:
             check_write_access(repo_id, private=False, revision=revision)
             message = "Repair config.json: loads with transformers"
-            url = push_files(copy, repo_id, REPAIRED_FILES, revision=revision, commit_message=message)
+            url = push_files(copy, repo_id, REPAIR_WRITES, revision=revision, commit_message=message)
     _print_changes(repo_id, changes)
     if changes:
         show(f"pushed to {url}\n")

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.background import Background
 from ham_hf.config import TrainConfig, config_to_dict, parse_train_config
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import StreamError
@@ -28,9 +27,16 @@ from ham_hf.dial import check_head, fold_into, set_dial, validation_part
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.hub_waiting import limit_waiting
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.faults import (
+    FaultError,
+    MemoryExhaustedError,
+    clean_exit,
+    explain_faults,
+    explain_interrupt,
+    explain_out_of_memory,
+    explain_unfinished,
+)
+from ham_hf.hub import PushError, check_write_access, has_ended, limit_waiting, push_folder, start_push
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.objectives import InnerAttack
@@ -47,18 +53,14 @@ from ham_hf.runs import (
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launching import (
-    FaultError,
     check_shared_folder,
-    clean_exit,
     create_accelerator,
-    explain_faults,
-    explain_interrupt,
     launched_processes,
     peak_memory_bytes,
     set_up_logging,
 )
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir, explain_unfinished
+from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 from ham_hf.training.runlog import check_tracker, end_training, start_tracker
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
@@ -128,17 +130,18 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         if config.calibration.is_asked_for:
             held_out = validation_part(data, seed=seed)
             check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
-        # Of the --ddp_timeout that the other processes wait for this one.
-        background = Background(patience=min(60.0, config.training.ddp_timeout / 8))
+        # The other processes wait --ddp_timeout for this one.
+        push, push_patience = None, min(60.0, config.training.ddp_timeout / 8)
 
         def export_and_push(trainer: Trainer) -> None:
-            if background.is_busy():
+            nonlocal push
+            if not has_ended(push, patience=push_patience):
                 logger.warning("an earlier push is still under way: the next save pushes again")
                 return
             selected.load_state_dict(trainer.selected_weights())
             export_model(selected, config, data, preprocessing)
-            message = f"Step {trainer.progress.step}"
-            background.start(lambda: try_push(folder, str(repo_id), revision=hub.hub_revision, commit_message=message))
+            options = {"revision": hub.hub_revision, "commit_message": f"Step {trainer.progress.step}"}
+            push = start_push(folder, str(repo_id), patience=push_patience, **options)
 
         trainer = Trainer(
             model,
@@ -241,7 +244,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     # Artefacts, then the Hub
     ########################
     if accelerator.is_main_process:
-        background.finish()
+        has_ended(push, patience=None)
         with clean_exit(FaultError), explain_unfinished(folder):
             exported = export_model(selected, config, data, preprocessing, calibration=record)
             report = training_report(

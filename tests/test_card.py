@@ -36,6 +36,7 @@ from tests.example_report import DIGITS, make_report, with_dataset, with_model
 
 HEADINGS = [
     "How to use",
+    "With Transformers",
     "Preprocessing",
     "Evaluation",
     "Per class",
@@ -206,7 +207,8 @@ def test_every_method_is_named_and_cited(tmp_path: Path) -> None:
         assert not [label for label, value in rows.items() if value in hidden]
         assert {tag for tag in front_matter(text)["tags"] if tag in every_method()} == {name}
         if kind.summary.endswith("(ours)"):
-            assert cited(text) == ["ham_hf"]
+            # Its base loss is cited, and nothing else.
+            assert cited(text) == ["madry2018towards", "ham_hf"]
             continue
         own = re.match(r"@\w+\{(\w+),", CITATIONS[name])[1]
         assert cited(text)[0] == own
@@ -581,6 +583,10 @@ def test_a_limited_test_split_is_told_and_only_its_classes_are_counted(tmp_path:
 def test_selection_of_the_last_step_and_skipped_images_are_told(tmp_path: Path) -> None:
     report = with_dataset(make_report(), num_skipped=3)
     report = dataclasses.replace(report, training=dataclasses.replace(report.training, selection_metric="last"))
+    by_verdict = dataclasses.replace(report.training, selection_metric="verdict")
+    assert "right as they are and under both PGD and CW on 57 images held out" in written(
+        dataclasses.replace(report, training=by_verdict), tmp_path
+    )
     text = written(report, tmp_path)
     assert "The weights are those after the last step." in text
     assert "3 corrupt images of the dataset were skipped." in text
@@ -708,3 +714,16 @@ def test_literals_stay_inside_their_quotes() -> None:
     assert card.literal(0.875) == "0.875"
     assert ast.literal_eval(card.literal('bi"cubic\\')) == 'bi"cubic\\'
     assert "`" not in card.literal("```")
+
+
+@pytest.mark.parametrize(
+    ("crop_mode", "row"),
+    [
+        ("center", "| Resize | bilinear, center crop 0.9 |"),
+        ("squash", "| Resize | bilinear, both sides to the same length (the aspect ratio is not kept), crop 0.9 |"),
+        ("border", "| Resize | bilinear, the longer side (borders of the mean color make it square), crop 0.9 |"),
+    ],
+)
+def test_crop_mode_is_said(tmp_path: Path, crop_mode: str, row: str) -> None:
+    report = with_model(make_report(), crop_mode=crop_mode, crop_pct=0.9, interpolation="bilinear")
+    assert row in written(report, tmp_path).splitlines()

@@ -90,3 +90,12 @@ def test_without_the_other_run(tmp_path):
     failed = execute([fair], None, jobs=1, announce=said.append)
     assert [run.label for run in failed] == ["fair"]
     assert "not finished" in said[0]
+
+
+def test_a_row_may_have_fewer_seeds(tmp_path):
+    plan = PLAN.replace("seeds: [0]", "seeds: [0, 1]").replace("{method: pgd_at}", "{method: pgd_at, seeds: [1]}")
+    plan += "  other: {method: trades}\n"
+    found = [(run.label, run.seed) for run in read_plan(write_plan(tmp_path, plan)).runs]
+    assert found == [("other", 0), ("fair", 1), ("plain", 1), ("other", 1)]
+    with pytest.raises(ConfigError, match="run plain: seeds one: expected a list of whole numbers"):
+        read_plan(write_plan(tmp_path, plan.replace("seeds: [1]", "seeds: [one]")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -11,9 +10,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from huggingface_hub import constants
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from ham_hf.comparison.plan import read_plan, setting_words
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.reporting.report import read_report, write_report
+from ham_hf.training.run_lock import RunLock, is_locked
 from tests.comparison_reports import even, run_report
 from tests.conftest import ROOT
 from tests.hub_server import Blob, Hub, Repo
@@ -123,15 +125,19 @@ def compared(tmp_path_factory, subprocess_env):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     second_run = folder / "mined" / "seed0"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (second_run / "checkpoint-2").exists() and time.monotonic() < deadline:
         assert first.poll() is None, first.communicate()
         time.sleep(0.005)
     first.send_signal(signal.SIGINT)
     interrupted = first.communicate(timeout=60)
     assert first.returncode == 130, interrupted
-    with (folder / "mined" / "seed0.log").open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process of the run is left
+    assert not is_locked(second_run)
+    assert not [
+        words
+        for process in psutil.process_iter(["cmdline"])
+        if f"--output_dir={second_run}" in (words := process.info["cmdline"] or [])
+    ]
     assert not (second_run / "report.json").exists()
     before = (folder / "plain" / "seed0" / "report.json").stat().st_mtime_ns
     again = subprocess.run(
@@ -162,12 +168,13 @@ def test_comparison_has_every_file_and_every_run(compared):
     assert {path.name for path in folder.iterdir()} == {*FILES, "plain", "mined"}
     values = json.loads((folder / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0, 1])]
-    assert values["evaluations"] == ["clean", "pgd-2", "cw-2"]
+    assert values["evaluations"] == ["verdict", "clean", "pgd-2", "cw-2"]
     assert values["missing"] == values["unequal"] == []
     for row in values["rows"]:
         reports = [read_report(folder / run["source"]) for run in row["runs"]]
         for name, numbers in row["attacks"].items():
-            assert numbers["average"]["values"] == [report.results[name].summary.average for report in reports]
+            found = [{entry.name: entry for entry in report.entries()}[name] for report in reports]
+            assert numbers["average"]["values"] == [entry.summary.average for entry in found]
         assert row["peak_memory_bytes"]["values"] == [report.training.peak_memory_bytes for report in reports]
         assert all(100e6 < report.training.peak_memory_bytes < 10e9 for report in reports)
     assert "Not the same budget" not in (folder / "comparison.md").read_text()
@@ -358,16 +365,61 @@ def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_p
 
 def test_a_run_that_another_process_is_at_is_not_started(fake, tmp_path, capsys):
     main, plan, started = fake
-    log = tmp_path / "out" / "plain" / "seed0.log"
-    log.parent.mkdir(parents=True)
-    with log.open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with RunLock(tmp_path / "out" / "plain" / "seed0") as lock:
+        lock.acquire()
         assert main("--config", plan, "--only", "plain") == 0
         assert started() == ["plain/seed1"]
-        assert f"RUNNING plain seed 0: another process is at it: {log} is locked" in capsys.readouterr().out
+        assert f"RUNNING plain seed 0: another process is at it: {lock.path} is locked" in capsys.readouterr().out
         assert "- plain, seed 0: running." in (tmp_path / "out" / "comparison.md").read_text()
         assert main(tmp_path / "out", "--output_dir", tmp_path / "again") == 0
         assert "- plain, seed 0: running." in (tmp_path / "again" / "comparison.md").read_text()
+
+
+def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_failed(fake, tmp_path, capsys):
+    main, plan, _ = fake
+    # What the trainer does: it finds the folder locked, and ends with status 2.
+    (tmp_path / "fake.py").write_text(
+        "import pathlib, sys, time\n"
+        f"while not pathlib.Path({str(tmp_path / 'taken')!r}).exists(): time.sleep(0.01)\n"
+        "sys.exit(2)\n"
+    )
+    lock = RunLock(tmp_path / "out" / "plain" / "seed0")
+
+    def take() -> None:
+        while not (tmp_path / "out" / "plain" / "seed0.log").exists():
+            time.sleep(0.01)
+        lock.acquire()
+        (tmp_path / "taken").touch()
+
+    other = threading.Thread(target=take)
+    other.start()
+    try:
+        main("--config", plan, "--only", "plain", "--seeds", "0")
+    finally:
+        other.join()
+        lock.release()
+    assert "RUNNING plain seed 0: another process is at it" in capsys.readouterr().out
+
+
+WITHOUT_POSIX = """
+import sys, os, signal, runpy
+import accelerate, datasets, filelock, huggingface_hub, matplotlib, sklearn, timm, torch
+sys.modules["fcntl"] = None
+for module, names in ((os, ("killpg", "setsid", "fork")), (signal, ("SIGHUP", "SIGKILL"))):
+    for name in names:
+        delattr(module, name)
+sys.argv = ["compare.py", "--help"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_comparisons_need_nothing_that_windows_lacks(subprocess_env):
+    command = [sys.executable, "-c", WITHOUT_POSIX]
+    done = subprocess.run(
+        command, env=subprocess_env, cwd=ROOT / "recipes", capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--launch_args" in done.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])

@@ -164,3 +164,12 @@ def test_options_are_lent_and_shown(capsys):
     with pytest.raises(SystemExit):
         parse_train_config([*words[:-1], "hard_fraction_power=2"])
     assert "--class_rule_args hard_fraction_power: expected " in capsys.readouterr().err
+
+
+def test_a_stream_that_does_not_know_its_classes_changes_nothing():
+    """A stream gives NaN for how many images a class has; the rule counts what it sees."""
+    rule = HardFraction()
+    state = rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
+    rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
+    rule.before_epoch(state, epoch=1)
+    assert rule.class_weight(state, rule.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]

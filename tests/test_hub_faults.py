@@ -6,18 +6,29 @@ import json
 import logging
 import re
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, get_session
+from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
-from ham_hf import hub_waiting
-from ham_hf.hub import PushError, check_write_access, push_folder, try_push
-from ham_hf.hub_waiting import asked_wait, limit_waiting
+from ham_hf import hub as ham_hub
+from ham_hf.hub import (
+    SILENCE_LIMIT,
+    PushError,
+    asked_wait,
+    check_write_access,
+    has_ended,
+    limit_waiting,
+    push_folder,
+    start_push,
+    try_push,
+)
 from ham_hf.models.source import resolve_source
 from tests.hub_server import Blob, Hub, Repo
 from tests.recipe_runs import SMALL, recipe_module
@@ -48,7 +59,7 @@ def hub(
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2, raising=False)
-    monkeypatch.setattr(hub_waiting, "SILENCE_LIMIT", 0.2)
+    monkeypatch.setattr(ham_hub, "SILENCE_LIMIT", 0.2)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with Hub({TOKEN: "me"}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -183,6 +194,27 @@ def test_a_call_that_turns_its_time_limit_off_still_has_one(hub: Hub) -> None:
     assert time.monotonic() - since < 10
 
 
+def test_a_request_without_a_time_limit_gets_ours_and_one_with_a_limit_keeps_it() -> None:
+    limit_waiting()
+    limit_waiting()  # once is enough, twice the same
+    client = get_session()
+    assert sum(hook.__module__ == "ham_hf.hub" for hook in client.event_hooks["request"]) == 1
+    for given, seconds in ((None, SILENCE_LIMIT), (5, 5)):
+        request = client.build_request("GET", "http://localhost", timeout=given)
+        for hook in client.event_hooks["request"]:
+            hook(request)
+        assert set(request.extensions["timeout"].values()) == {seconds}
+
+
+def test_limits_leave_the_rest_of_the_client_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = type(get_session())
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", lambda: client(timeout=7.0, follow_redirects=False))
+    limit_waiting()
+    limited = get_session()
+    assert (limited.timeout, limited.follow_redirects) == (client(timeout=7.0).timeout, False)
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -199,6 +231,33 @@ def test_a_call_that_turns_its_time_limit_off_still_has_one(hub: Hub) -> None:
 )
 def test_the_wait_that_a_server_asks_for(headers: dict[str, str], seconds: int | None) -> None:
     assert asked_wait(headers) == seconds
+
+
+# A push beside the training, which other processes wait for
+
+
+def test_a_quick_push_has_ended_when_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[str] = []
+    monkeypatch.setattr(
+        ham_hub, "try_push", lambda folder, repo_id, **options: pushed.append(options["commit_message"])
+    )
+    push = None
+    for number in range(3):
+        assert has_ended(push, patience=0)
+        push = start_push("folder", "me/robust", patience=30, revision="main", commit_message=f"Step {number}")
+        assert pushed == [f"Step {done}" for done in range(number + 1)]
+
+
+def test_a_slow_push_goes_on_beside_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(ham_hub, "try_push", lambda *_, **__: release.wait())
+    since = time.monotonic()
+    push = start_push("folder", "me/robust", patience=0.05)
+    assert time.monotonic() - since < 10
+    assert push.daemon  # the end of the process does not wait for it
+    assert not has_ended(push, patience=0.05)
+    release.set()
+    assert has_ended(push, patience=None)
 
 
 # A whole training
@@ -237,7 +296,7 @@ def test_training_goes_on_whatever_the_hub_does(
         hub.faults.clear()
         return met[fault]
 
-    monkeypatch.setattr(recipe, "try_push", push_meeting_a_fault)
+    monkeypatch.setattr(ham_hub, "try_push", push_meeting_a_fault)
     original = recipe.push_folder
 
     def last_push(*arguments: object, **options: object) -> str:

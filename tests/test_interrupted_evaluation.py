@@ -103,7 +103,8 @@ def auto_results(net, images, accelerator, partial=None, *, num_examples=None, b
 def assert_same(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.predictions, theirs.predictions)
-        assert torch.equal(ours.margins, theirs.margins)
+        # In halves of a batch, logits are rounded in another way.
+        torch.testing.assert_close(ours.margins, theirs.margins)
         assert torch.equal(ours.flags, theirs.flags)
         assert torch.equal(ours.indices, theirs.indices)
         assert ours.settings == theirs.settings

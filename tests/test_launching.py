@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import accelerate
+import datasets
 import pytest
 import torch
 import torch.distributed.elastic.agent.server
+from huggingface_hub.utils import enable_progress_bars
 from safetensors.torch import load_file
 
 from ham_hf.reporting.report import read_report
 from ham_hf.training import outside
+from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
 from tests.environment_reads import variables_of
 from tests.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module
@@ -197,3 +200,27 @@ def test_processes_that_were_started_side_by_side_without_a_launcher_are_told(na
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "1"
     assert f"{name}=4 in the environment: 4 processes were started side by side, and each runs alone" in done.stderr
+
+
+def test_weights_selected_before_mining_are_told_in_log_report_and_card(tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "run"
+    recipe = recipe_module("train_ham.py")
+
+    def first_epoch_was_best(where):
+        weights, best = load_best(where)
+        return weights, best | {"epoch": 0}
+
+    monkeypatch.setattr(recipe, "load_best", first_epoch_was_best)
+    try:
+        recipe.main([*SMALL, "--limit_train_examples=60", "--limit_test_examples=20", f"--output_dir={folder}",
+                     "--per_device_train_batch_size=16"])  # fmt: skip
+    finally:
+        datasets.enable_progress_bars()
+        enable_progress_bars()
+    sentence = (
+        "The weights were selected in epoch 1, and mining (ham) begins with epoch 2 (--mining_start_epoch 1): it had "
+        "no part in them, and these are weights of pgd_at alone."
+    )
+    assert read_report(folder).notes == (sentence,)
+    assert sentence in caplog.text
+    assert "owe nothing to it" in (folder / "README.md").read_text(encoding="utf-8")

@@ -35,17 +35,51 @@ def loaded(class_names=("cat", "dog", "owl"), metadata=None):
 def test_classes_in_another_order_are_matched_by_name():
     found = loaded()
     x = torch.rand(5, 1, 4, 4)
-    model = align_classes(found, ("owl", "cat", "dog"))
+    model, order = align_classes(found, ("owl", "cat", "dog"))
     assert torch.equal(model(x), found.model(x)[:, [2, 0, 1]])
-    assert align_classes(found, ("cat", "dog", "owl")) is found.model
-    assert align_classes(loaded(class_names=None), ("a", "b", "c"))(x).shape == (5, 3)
+    assert order == "by name"
+    assert align_classes(found, ("cat", "dog", "owl")) == (found.model, "by name")
 
 
-def test_other_class_names_are_a_warning_and_another_number_an_error(caplog):
-    align_classes(loaded(), ("0", "1", "2"))
+def test_fewer_classes_are_decided_over_alone(caplog):
+    found = loaded()
+    x = torch.rand(5, 1, 4, 4)
+    model, order = align_classes(found, ("owl", "cat"))
+    assert torch.equal(model(x), found.model(x)[:, [2, 0]])
+    assert order == "subset"
+    assert "the dataset has 2 of the model's 3 classes" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("0", "1", "2"), ("cat", "hound", "owl")])
+def test_the_order_is_assumed_where_names_do_not_contradict_it(names, caplog):
+    found = loaded()
+    assert align_classes(found, names) == (found.model, "assumed")
     assert "taking them to be in the same order" in caplog.text
-    with pytest.raises(ValueError, match="3 classes apart and the dataset has 4"):
-        align_classes(loaded(), ("cat", "dog", "owl", "rat"))
+    unnamed = loaded(class_names=None)
+    assert align_classes(unnamed, names) == (unnamed.model, "assumed")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("dog", "owl", "zero"), "class 'zero' is none of the model's, and they share others at different places"),
+        (("cat", "dog", "owl", "rat"), "3 classes apart and the dataset has 4, 1 of which the model does not name"),
+        (("cat", "rat"), "3 classes apart and the dataset has 2, 1 of which"),
+        (("0", "1"), "3 classes apart and the dataset has 2, 2 of which"),
+    ],
+)
+def test_classes_that_cannot_be_brought_together_are_refused_with_both_lists(names, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        align_classes(loaded(), names)
+    assert "cat, dog, owl" in str(caught.value)
+    assert ", ".join(names) in str(caught.value)
+
+
+def test_a_name_that_the_model_has_twice_matches_nothing():
+    twice = loaded(class_names=("crane", "dog", "crane"))
+    with pytest.raises(ValueError, match="the model has 2 classes called 'crane'"):
+        align_classes(twice, ("dog", "crane"))
+    assert align_classes(twice, ("crane", "dog", "crane")) == (twice.model, "by name")
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,8 @@ def test_a_missing_label_is_named_where_classes_are_counted(tmp_path: Path) -> N
     labels = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = {"image": [gray(value) for value in range(6)], "label": [0, 1, 0, None, 1, 0]}
     examples = datasets.Dataset.from_dict(rows, features=labels)
-    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200))
+    validation = grays(6, first=200, label_feature=labels["label"])
+    folder = write_files(tmp_path / "set", [examples], validation=validation)
     data = stream(folder, validation_fraction=0.3)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 3: label None"):
         training_class_counts(data.train, FAAL(), 2)

@@ -142,7 +142,7 @@ def test_disable_tqdm_reaches_the_bars_of_an_evaluation(hidden, finished, tmp_pa
         enable_progress_bars()
     bars = [line for line in capfd.readouterr().err.splitlines() if "%|" in line]
     assert bool(bars) == (not hidden)
-    assert hidden or {"pgd", "autoattack"} <= {word for line in bars for word in re.split(r"\W", line)}
+    assert hidden or "autoattack" in {word for line in bars for word in re.split(r"\W", line)}
 
 
 def test_bars_of_libraries_are_off_afterwards():

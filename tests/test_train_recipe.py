@@ -19,7 +19,7 @@ from ham_hf.hub import PushError
 from ham_hf.metrics import summarize
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.run_lock import LOCK_NAME
+from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME
 from tests.recipe_runs import SMALL, launch, launch_command, recipe_module
 
 EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]
@@ -283,7 +283,8 @@ def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path,
     (before,) = pushed
     assert {"model.safetensors", "config.json", "README.md", "report.json", "figures/per_class_accuracy.png"} <= before
     # The lock is held until the end, and push_folder takes artefacts only.
-    assert before == {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()} | {LOCK_NAME}
+    after = {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
+    assert before == after | {LOCK_NAME, OWNER_NAME}
     assert "hf-hub:me/sky" in (folder / "README.md").read_text()
 
 

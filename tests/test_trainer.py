@@ -17,8 +17,10 @@ from torch import nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
+from ham_hf.evaluation import evaluate, standard_attacks
 from ham_hf.objectives import HAM, PGDAT, InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.held_out import HeldOutAccuracy
 from ham_hf.training.resuming import check_same_run
 from ham_hf.training.runlog import RunLog, end_training, start_tracker
 from ham_hf.training.stopping import TrainingStopped
@@ -189,7 +191,7 @@ def test_selected_weights_are_those_of_the_best_validation(finished):
         assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
 
 
-@pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "last"])
+@pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"])
 def test_selection_metric(tmp_path, monkeypatch, metric):
     run = trainer(tmp_path / "run", selection_metric=metric, save_steps=None)
     numbers = iter([(0.5, 0.1), (0.4, 0.3), (0.45, 0.2)])
@@ -198,10 +200,53 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
         def __init__(self, average, worst):
             self.average, self.worst_class, self.per_class = average, worst, []
 
-    monkeypatch.setattr(run, "_held_out", lambda module: (Summary(0.9, 0.8), Summary(*next(numbers))))
+    verdicts = iter([0.2, 0.25, 0.3])
+
+    def held_out(module):
+        robust = Summary(*next(numbers))
+        return HeldOutAccuracy(clean=Summary(0.9, 0.8), robust=robust, verdict=Summary(next(verdicts), 0.1))
+
+    monkeypatch.setattr(run, "_held_out", held_out)
     best = run.fit().best
-    assert best["epoch"] == {"robust_accuracy": 0, "worst_class": 1, "robust_plus_worst": 1, "last": 2}[metric]
+    assert (
+        best["epoch"]
+        == {
+            "robust_accuracy": 0,
+            "worst_class": 1,
+            "robust_plus_worst": 1,
+            "verdict": 2,
+            "last": 2,
+        }[metric]
+    )
     assert load_best(tmp_path / "run")[1] == best
+
+
+def test_the_held_out_verdict_is_that_of_both_attacks_on_the_selected_weights(tmp_path):
+    run = trainer(tmp_path / "run", selection_metric="verdict", num_train_epochs=2)
+    progress = run.fit()
+    weights, best = load_best(tmp_path / "run")
+    scores = [record["verdict"] for record in progress.history]
+    assert best["metric"] == "verdict"
+    assert best["score"] == max(scores)
+    module = nn.Module.state_dict(run.selected_module)
+    assert module.keys() == weights.keys()
+    run.selected_module.load_state_dict(weights)
+    validation = run.data.validation
+    results = evaluate(
+        run.selected_module,
+        validation,
+        standard_attacks(run.config.validation_num_steps, ATTACK.step_size),
+        threat_model=ATTACK.threat_model,
+        accelerator=run.accelerator,
+        batch_size=run.eval_batch_size,
+        seed=run.config.seed,
+    )
+    right = torch.stack([result.flags for result in results.values()]).all(0)
+    record = next(record for record in progress.history if record["step"] == best["step"])
+    assert record["verdict"] == pytest.approx(float(right.double().mean()))
+    assert record["verdict"] <= record["robust_accuracy"]
+    assert record["verdict_worst_class"] == min(record["verdict_per_class"])
+    assert "verdict" not in trainer(tmp_path / "other", num_train_epochs=1).fit().history[0]
 
 
 def test_without_a_held_out_part_the_last_weights_are_taken(tmp_path):

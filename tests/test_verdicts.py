@@ -175,10 +175,17 @@ def test_two_models_are_matched_image_by_image():
     ours = verdicts_of(results(), NAMES)
     other_seed = result("pgd-2", [0, 1, 2, 1, 2, 2], [1.0] * 6, num_steps=2, seed=8)
     theirs = verdicts_of(results(**{"pgd-2": other_seed}), NAMES)
-    labels, reference, other = match_verdicts(ours, theirs)
-    assert labels.tolist() == [0, 0, 1]
-    assert reference.tolist() == [True, False, False]
-    assert other.tolist() == [True, False, False]
+    matched = match_verdicts(ours, theirs)
+    assert matched.positions.tolist() == [0, 1, 2]
+    assert matched.labels.tolist() == [0, 0, 1]
+    assert matched.reference.tolist() == [True, False, False]
+    assert matched.other.tolist() == [True, False, False]
+    matched = match_verdicts(ours, theirs, "pgd-2")
+    assert matched.positions.tolist() == list(range(6))
+    assert matched.reference.tolist() == [True, True, False, True, False, False]
+    # The last image is right under the attack and wrong as it is: an attack never makes an image right.
+    assert matched.other.tolist() == [True, False, False, True, True, False]
+    assert match_verdicts(ours, theirs, "clean").other.tolist() == [True, True, False, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_cost_is_the_loss_of_the_run_under_its_own_attack(name):
 def test_classes_without_held_out_images_cost_the_average(num_classes):
     wat = WAT()
     state = wat.initial_state(torch.ones(num_classes, dtype=torch.float64))
-    sums = torch.rand(2, num_classes, dtype=torch.float64) * 50
+    sums = 1 + torch.rand(2, num_classes, dtype=torch.float64) * 50
     sums[:, 1] = 0
     for epoch in range(1, 20):
         wat.after_held_out(state, sums, epoch=epoch)

@@ -29,8 +29,8 @@ from ham_hf.dial import (
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.hub_waiting import limit_waiting
-from ham_hf.memory import MemoryExhaustedError, explain_out_of_memory
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.hub import limit_waiting
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
@@ -38,14 +38,7 @@ from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
 from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import (
-    FaultError,
-    clean_exit,
-    create_accelerator,
-    explain_faults,
-    launched_processes,
-    set_up_logging,
-)
+from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
 from ham_hf.training.run_lock import RunLock
 
@@ -77,6 +70,7 @@ class _Job:
     accelerator: Accelerator
     loaded: LoadedModel
     model: nn.Module
+    class_order: str
     held_out: HeldOut
     origin: Origin
     threat_model: ThreatModel
@@ -122,11 +116,13 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> _Job:
     with accelerator.main_process_first():
         loaded, held_out = load(config)
         origin = read_origin(config.model, revision=config.model_revision)
+    model, class_order = align_classes(loaded, held_out.data.class_names)
     job = _Job(
         config=config,
         accelerator=accelerator,
         loaded=loaded,
-        model=align_classes(loaded, held_out.data.class_names),
+        model=model,
+        class_order=class_order,
         held_out=held_out,
         origin=origin,
         threat_model=threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size),
@@ -154,8 +150,8 @@ def _search(job: _Job) -> _Found:
         tags=job.origin.tags,
         show_progress=not config.disable_tqdm,
     )
-    shifts = shifts_of_logits(job.model, calibration.shifts)
-    shifted = align_classes(folded(job.loaded, shifts), data.class_names)
+    shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
+    shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
     results = evaluate_on_test(
         shifted,
         data.test,
@@ -195,6 +191,7 @@ def _publish(job: _Job, found: _Found) -> None:
         threat_model=job.threat_model,
         accelerator=job.accelerator,
         seed=config.seed,
+        class_order=job.class_order,
     )
     strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
     write_calibration(report, folder, results=found.results, examples=strip)

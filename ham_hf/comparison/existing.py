@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections import defaultdict
@@ -13,11 +12,13 @@ from pathlib import Path
 from ham_hf.comparison.facts import run_settings, setting_text
 from ham_hf.comparison.naming import public_word
 from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.hub_ids import split_revision
 from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
+from ham_hf.training.run_lock import is_locked
 
 NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")
-HUB_ID = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@(\S+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def read_runs(sources: Sequence[str], download: Callable[[str, str | None], Path
     found, missing, problems = list[tuple[str, str | None, RunReport]](), list[MissingRun](), list[str]()
     baselines, seen = set[str](), set[Path | str]()
     for source in sources:
-        path, hub_id = Path(source), HUB_ID.fullmatch(source)
+        path, hub_id = Path(source), split_revision(source)
         try:
             if path.is_dir():
                 places = [path]
@@ -83,7 +84,11 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
     also get the settings in which they differ.
 
     Args:
-        found: (folder or Hub id, label that the folder says or None, report) of every run.
+        found: (folder or Hub id, label that the folder says or None, report) of every run. Predictions are read where
+            the folder has them; of a run on the Hub they are not fetched.
+
+    Raises:
+        ValueError: naming the file, if the predictions of a run cannot be read.
     """
     groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
     for source, folder_label, report in found:
@@ -106,7 +111,14 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
         if label in {run.label for run in runs}:
             label = f"{label} #{len(runs)}"  # long settings, cut alike
         runs += [
-            Run(label=label, seed=_seed(source, report), report=report, source=source) for source, report in members
+            Run(
+                label=label,
+                seed=_seed(source, report),
+                report=report,
+                source=source,
+                verdicts=verdicts_beside(source),
+            )
+            for source, report in members
         ]
     return runs
 
@@ -117,26 +129,14 @@ def _seed(source: str, report: RunReport) -> int:
     return report.seeds["seed"]
 
 
-def is_locked(log: Path) -> bool:
-    """Whether a process is at the run that prints into ``log``."""
-    if not log.is_file():
-        return False
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def running_elsewhere(label: str, seed: int) -> MissingRun:
-    """A run that another process is at."""
+    """A run that another process is running."""
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
-def _read_hub(source: str, hub_id: re.Match[str], download: Callable[[str, str | None], Path]) -> RunReport:
+def _read_hub(source: str, hub_id: tuple[str, str | None], download: Callable[[str, str | None], Path]) -> RunReport:
     try:
-        return read_report(download(hub_id[1], hub_id[2]))
+        return read_report(download(*hub_id))
     except ValueError as error:
         raise ValueError(f"there is no folder {source}, and {error}") from error
 
@@ -164,7 +164,7 @@ def _read_place(folder: Path, found: list[tuple[str, str | None, RunReport]], mi
         log = place.with_name(f"{place.name}.log")
         reason = f"no {REPORT_NAME}: it failed or was stopped, see {label}/{log.name}"
         unfinished = MissingRun(label=label, seed=seed, reason=reason, state="not finished")
-        missing.append(running_elsewhere(label, seed) if is_locked(log) else unfinished)
+        missing.append(running_elsewhere(label, seed) if is_locked(place) else unfinished)
 
 
 def _comparison_places(path: Path) -> tuple[list[Path], str | None]:

@@ -123,10 +123,17 @@ def budget(report: RunReport) -> dict[str, str]:
 
 def conditions(report: RunReport, attack: str) -> tuple[object, ...]:
     """What has to be equal for one evaluation's numbers to be set against each other: images, threat model, attack."""
-    facts, result = budget(report), report.results[attack]
+    facts, result = budget(report), evaluations(report)[attack]
     counts = tuple(entry.count for entry in result.summary.per_class)
     shared = tuple(facts[title] for title in ("Dataset", "Test images", "Threat model"))
-    return (*shared, counts, *sorted(_attack_settings(result)))
+    # The verdict is of all attacks.
+    of = [one for one in report.results.values() if attack == "verdict"] or [result]
+    return (*shared, counts, *(f"{one.name}: {line}" for one in of for line in sorted(_attack_settings(one))))
+
+
+def evaluations(report: RunReport) -> dict[str, AttackReport]:
+    """The verdict, where there is one, and every evaluation, by name."""
+    return {**({} if report.verdict is None else {"verdict": report.verdict}), **report.results}
 
 
 def _attack_settings(attack: AttackReport) -> list[str]:

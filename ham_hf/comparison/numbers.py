@@ -11,12 +11,14 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.facts import Facts, budget, conditions, environment, facts_of, run_settings
+from ham_hf.comparison.facts import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
 from ham_hf.comparison.naming import short_names
 from ham_hf.comparison.noise import image_variances
+from ham_hf.comparison.pairs import PAIRED_METRICS, JudgedRun, Pairs, pair_rows
+from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.reporting.report import RunReport
 
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
@@ -25,12 +27,16 @@ LOWER_IS_BETTER = frozenset({"nsd"})
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id."""
+    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
+
+    ``verdicts`` is what it kept of each image, None of a run from before that was kept.
+    """
 
     label: str
     seed: int
     report: RunReport
     source: str
+    verdicts: Verdicts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +140,7 @@ class Comparison:
         comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
             have no rho and no best.
         missing: runs that failed or are not there.
+        pairs: the rows against the baseline on the same images.
     """
 
     rows: tuple[Row, ...]
@@ -144,6 +151,7 @@ class Comparison:
     environment: Facts
     comparable: frozenset[str]
     missing: tuple[MissingRun, ...]
+    pairs: Pairs = field(default_factory=Pairs)
 
     @property
     def names(self) -> dict[str, str]:
@@ -168,6 +176,16 @@ class Comparison:
             key=lambda name: statistics.fmean(row.attacks[name].average.mean for row in self.rows),
             default=None,
         )
+
+    def is_bold(self, label: str, attack: str, metric: str) -> bool:
+        """Whether a number stands out: where runs kept their predictions, by paired tests against the baseline.
+
+        Else, and for NSD, for which there is no paired test, if the row is the `best` beyond the noise.
+        """
+        if self.pairs.found and metric in PAIRED_METRICS:
+            paired = self.pairs.found.get(label, {}).get(attack)
+            return paired is not None and paired.is_better(metric)
+        return self.best(attack, metric) == label
 
     def best(self, attack: str, metric: str) -> str | None:
         """Label of the row that is best beyond the noise, if one is (our choice of a rule).
@@ -227,9 +245,13 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
                 )
     if baseline is not None and baseline not in {*by_label, *(run.label for run in missing)}:
         raise ValueError(f"--baseline {baseline}: expected one of {', '.join(by_label)}")
-    titles = {name: attack.title for run in runs for name, attack in run.report.results.items()}
+    titles = {name: attack.title for run in runs for name, attack in evaluations(run.report).items()}
+    # The verdict comes first, whichever run is the first to have one.
+    titles = {name: titles[name] for name in sorted(titles, key=lambda name: name != "verdict")}
     comparable = frozenset(
-        name for name in titles if len({conditions(r.report, name) for r in runs if name in r.report.results}) == 1
+        name
+        for name in titles
+        if len({conditions(r.report, name) for r in runs if name in evaluations(r.report)}) == 1
     )
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
     base = {name: row for name, row in base.items() if name in comparable}
@@ -265,7 +287,16 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
         environment=facts_of([(run.label, environment(run.report)) for run in runs]),
         comparable=comparable,
         missing=(*missing, *_absent(by_label, missing)),
+        pairs=pair_rows(
+            {label: list(map(_judged, members)) for label, members in by_label.items()},
+            baseline=baseline,
+            titles={name: title for name, title in titles.items() if name in comparable},
+        ),
     )
+
+
+def _judged(run: Run) -> JudgedRun:
+    return JudgedRun(seed=run.seed, report=run.report, verdicts=run.verdicts)
 
 
 def _spread(values: Sequence[float]) -> Spread | None:
@@ -294,9 +325,9 @@ def _sure(values: Sequence[float]) -> Spread:
 def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
     """Numbers of one row under every evaluation; ``base`` holds those of the baseline."""
     rows = {}
-    for name in dict.fromkeys(name for run in runs for name in run.report.results):
-        having = [run for run in runs if name in run.report.results]
-        summaries = [run.report.results[name].summary for run in having]
+    for name in dict.fromkeys(name for run in runs for name in evaluations(run.report)):
+        having = [run for run in runs if name in evaluations(run.report)]
+        summaries = [evaluations(run.report)[name].summary for run in having]
         variances = [image_variances(summary) for summary in summaries]
         average = _sure([summary.average for summary in summaries])
         worst = _sure([summary.worst_class for summary in summaries])

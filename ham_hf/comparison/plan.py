@@ -8,6 +8,7 @@
     runs:                               # label: settings of that run, which win over both
       pgd_at: {method: pgd_at}
       ham: {}
+      trades: {method: trades, seeds: [0]}                    # with fewer seeds than the others
       pgd_at-fair: {calibrated_from: pgd_at, fairness: 0.5}   # that row's weights of the same seed, no second training
 
 Settings of a run act as flags on the command line do: one that names another method drops the recipe's options of its
@@ -119,7 +120,8 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     common = (
         _settings(entries["settings"].node, f"{entries['settings'].origin}settings") if "settings" in entries else []
     )
-    rows, bases = _with_bases(dict(_rows(entries["runs"])))
+    rows, own_seeds = _with_seeds(dict(_rows(entries["runs"])))
+    rows, bases = _with_bases(rows)
     baseline = _word(entries["baseline"]) if "baseline" in entries else None
     if baseline is not None and baseline not in rows:
         origin = entries["baseline"].origin
@@ -132,11 +134,14 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     # All rows with the first seed come first: a comparison that is stopped early still compares.
     for seed in seeds:
         for label, settings in rows.items():
+            # A calibrated row has no seed that the row of its weights has not.
+            if any(seed not in own_seeds.get(one, seeds) for one in (label, bases.get(label, label))):
+                continue
             try:
                 run = _planned_run(label, seed, Path(folder), recipe, written, [*common, *settings])
                 base = bases.get(label)
                 runs.append(run if base is None else replace(run, weights_from=_folder(Path(folder), base, seed)))
-            except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
+            except ConfigError as error:
                 found = [f"run {label}: {problem}" for problem in error.problems]
                 problems += [problem for problem in found if problem not in problems]
     if problems:
@@ -185,6 +190,17 @@ def _planned_run(
 
 def _folder(output_dir: Path, label: str, seed: int) -> Path:
     return output_dir / label / f"seed{seed}"
+
+
+def _with_seeds(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], dict[str, list[int]]]:
+    """Rows without their ``seeds``, and the seeds of those that have them."""
+    seeds = {
+        label: _read_seeds(entry._replace(origin=f"run {label}: "))
+        for label, settings in rows.items()
+        for entry in settings
+        if entry.name == "seeds"
+    }
+    return {label: [entry for entry in settings if entry.name != "seeds"] for label, settings in rows.items()}, seeds
 
 
 def _with_bases(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], dict[str, str]]:

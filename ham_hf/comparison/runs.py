@@ -1,13 +1,12 @@
 """The runs of a comparison: run what is not done yet, each through the ordinary trainer, and read what there is.
 
-A run prints into ``<run folder>.log``, which is locked as long as one of its processes lives: two comparisons never
-train in one folder, also when the first was killed and left its children behind.
+A run prints into ``<run folder>.log``. Its folder is locked while it runs (`ham_hf.training.run_lock`): no two
+comparisons train in one folder, even if the first was killed and left its children behind.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shlex
@@ -22,14 +21,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-from ham_hf.comparison.existing import is_locked, running_elsewhere
+from ham_hf.comparison.existing import running_elsewhere
 from ham_hf.comparison.facts import differences, run_settings
 from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
 from ham_hf.config.settings import settings_of
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints
+from ham_hf.training.run_lock import LOCK_NAME, is_locked
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,10 @@ class UnreadableRunError(ValueError):
 
 
 class BusyRunError(ValueError):
-    """Another process is at a run."""
+    """Another process is running a run."""
+
+    def __init__(self, run: PlannedRun) -> None:
+        super().__init__(f"another process is at it: {run.folder / LOCK_NAME} is locked")
 
 
 def is_done(run: PlannedRun) -> bool:
@@ -149,9 +153,11 @@ def execute(
     """
     waiting, running, failed = deque(runs), list[_Child](), list[MissingRun]()
 
-    def fail(run: PlannedRun, reason: str) -> None:
-        announce(f"FAILED {run.label} seed {run.seed}: {reason}")
-        failed.append(MissingRun(label=run.label, seed=run.seed, reason=reason, state="failed"))
+    def fail(run: PlannedRun, problem: str | BusyRunError) -> None:
+        busy = isinstance(problem, BusyRunError)
+        announce(f"{'RUNNING' if busy else 'FAILED'} {run.label} seed {run.seed}: {problem}")
+        reason = MissingRun(label=run.label, seed=run.seed, reason=str(problem), state="failed")
+        failed.append(running_elsewhere(run.label, run.seed) if busy else reason)
 
     with _signals_interrupt():
         try:
@@ -162,12 +168,8 @@ def execute(
                         break
                     try:
                         child = _start(run, launcher, jobs)
-                    except BusyRunError as error:
-                        announce(f"RUNNING {run.label} seed {run.seed}: {error}")
-                        failed.append(running_elsewhere(run.label, run.seed))
-                        continue
                     except (ValueError, OSError) as error:
-                        fail(run, str(error))
+                        fail(run, error if isinstance(error, BusyRunError) else str(error))
                         continue
                     if child is not None:
                         running.append(child)
@@ -179,7 +181,8 @@ def execute(
                     if child.process.returncode == 0 and (child.run.folder / REPORT_NAME).is_file():
                         announce(f"done {child.run.label} seed {child.run.seed} in {seconds:.0f} s")
                     else:
-                        fail(child.run, _failure(child))
+                        # Another comparison started it at the same moment, and was first.
+                        fail(child.run, BusyRunError(child.run) if is_locked(child.run.folder) else _failure(child))
         finally:
             _stop(running)
     return failed
@@ -193,14 +196,15 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         known = reasons.get((run.label, run.seed))
         if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
             try:
-                report = read_report(run.folder)
+                report, verdicts = read_report(run.folder), verdicts_beside(run.folder)
             except (ValueError, OSError) as error:
                 missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
             else:
-                finished.append(Run(label=run.label, seed=run.seed, report=report, source=str(run.folder)))
+                source = str(run.folder)
+                finished.append(Run(label=run.label, seed=run.seed, report=report, source=source, verdicts=verdicts))
         elif known is not None:
             missing.append(known)
-        elif is_locked(run.log):
+        elif is_locked(run.folder):
             missing.append(running_elsewhere(run.label, run.seed))
         else:
             reason = "not started: left out by --only or --seeds"
@@ -209,24 +213,21 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
 
 
 def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
-    """Start a run in a session of its own, so that Ctrl-C reaches it once, from here; None if it is done by now.
+    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now.
 
     Raises:
-        BusyRunError: if another process is at it.
+        BusyRunError: if another process is running it.
         ValueError: if its folder holds another run.
     """
+    if is_locked(run.folder):
+        raise BusyRunError(run)
+    if is_done(run):
+        return None
+    if run.weights_from is not None:
+        bring_weights(run, run.weights_from)
+    words = launcher.words(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
-        try:
-            # The lock belongs to the open file, which the child inherits: it lasts as long as the child does.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyRunError(f"another process is at it: {run.log} is locked") from None
-        if is_done(run):
-            return None
-        if run.weights_from is not None:
-            bring_weights(run, run.weights_from)
-        words = launcher.words(run)
         log.write(f"# at most {jobs} run(s) at a time\n$ {shlex.join(words)}\n".encode())
         log.flush()
         process = subprocess.Popen(  # noqa: S603 (the words are ours, and no shell reads them)
@@ -303,7 +304,7 @@ def _stop(children: Sequence[_Child]) -> None:
         while any(child.process.poll() is None for child in children) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     finally:
-        _signal(children, signal.SIGKILL)
+        _signal(children, getattr(signal, "SIGKILL", signal.SIGTERM))
         for child in children:
             child.process.wait()
 
@@ -312,17 +313,21 @@ def _signal(children: Sequence[_Child], number: signal.Signals) -> None:
     for child in children:
         # To the whole session: a launcher's workers are in it, and may outlive the launcher. It may also be gone.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, number)
+            if hasattr(os, "killpg"):
+                os.killpg(child.process.pid, number)
+            else:  # Windows, which has no signals for other processes
+                child.process.terminate()
 
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP do what Ctrl-C does: the runs, in sessions of their own, would outlive this process."""
+    """Make SIGTERM and SIGHUP act like Ctrl-C: the runs, in their own sessions, would outlive this process."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    known = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

@@ -8,13 +8,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from ham_hf.comparison.facts import setting_text
+from ham_hf.comparison.facts import evaluations, setting_text
 from ham_hf.comparison.naming import public_source, public_text, public_value
 from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.files import atomic_write
+from ham_hf.pairing import Difference
 from ham_hf.reporting.card import text
 from ham_hf.reporting.report import percent, plain_text
 
@@ -26,10 +29,26 @@ HOW_TO_READ = (
     "The worst classes are those of each run; the figure of the classes takes each class' mean over seeds first, and "
     "prints the lowest of these means in bold: it is never below the worst class of the table. "
     "NSD is the standard deviation over classes divided by their mean; lower is better. {rho}"
+    "{bold}"
+    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+)
+BOLD_BY_NOISE = (
     "A value is bold if it is better than the next best by more than the noise, with at least two seeds each; noise "
     "is sqrt(std² + std²) of the two and, but for NSD, also has the binomial variances p(1 - p)/n of the n test "
     "images of each, which more seeds do not lower, as all see the same images. "
-    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+)
+BOLD_BY_PAIRS = (
+    "A value is bold if it is better than that of {baseline} on the same images, seed by seed. With one seed: the "
+    "average by McNemar's exact test (5 %), worst class and worst 30 % if the 95 % interval of the difference "
+    "excludes 0. With several seeds: if all agree and the interval of the pooled difference excludes 0. Intervals by "
+    "bootstrap of the images of each class, in the classes that are the worst of {baseline}. NSD is bold if it is "
+    "lower than the next best by more than sqrt(std² + std²), with at least two seeds each. "
+)
+NOT_PAIRED = (
+    "Nothing is tested image by image, as the runs (older ones, or from the Hub) have no predictions.parquet here. "
+)
+VERDICT = (
+    "The verdict is right on the clean image and never broken by any attack, on the images that every attack saw. "
 )
 RHO = (
     "ρ is the relative change of the worst class plus that of the average against {baseline}, from the means; higher "
@@ -66,9 +85,7 @@ def write_comparison(
         "comparison.md": comparison_markdown(comparison, command=command, figures=[path.name for path in figures]),
     }
     for name, content in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(content, encoding="utf-8", newline="")
-        os.replace(partial, folder / name)
+        atomic_write(folder / name, content)
     return [folder / name for name in texts]
 
 
@@ -99,6 +116,11 @@ def comparison_json(
             }
             for run in comparison.missing
         ],
+        "paired": {
+            label: {name: asdict(paired) for name, paired in found.items()}
+            for label, found in comparison.pairs.found.items()
+        },
+        "unpaired": dict(comparison.pairs.unpaired),
         "comparable": [name for name in comparison.attacks if name in comparison.comparable],
         "unequal": list(comparison.unequal),
         "budget": comparison.budget,
@@ -157,6 +179,8 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     for name in comparison.attacks:
         note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
         parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
+    if pairs := _pairs_section(comparison):
+        parts.append(pairs)
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
     if comparison.missing:
         missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
@@ -187,19 +211,65 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def _how_to_read(comparison: Comparison) -> str:
+    bold = BOLD_BY_NOISE
+    if comparison.pairs.unpaired and not comparison.pairs.found:
+        bold += NOT_PAIRED
+    if comparison.pairs.found:
+        bold = BOLD_BY_PAIRS.format(baseline=_baseline_name(comparison))
+    if "verdict" in comparison.attacks:
+        bold = VERDICT + bold
     if comparison.baseline is None:
-        return HOW_TO_READ.format(rho="", undefined=NO_RHO_WHERE)
-    name = comparison.names.get(comparison.baseline, comparison.baseline)
-    return HOW_TO_READ.format(rho=RHO.format(baseline=text(name)), undefined=f"{NO_RHO_WHERE}; {RHO_WHERE}")
+        return HOW_TO_READ.format(rho="", bold=bold, undefined=NO_RHO_WHERE)
+    rho = RHO.format(baseline=_baseline_name(comparison))
+    return HOW_TO_READ.format(rho=rho, bold=bold, undefined=f"{NO_RHO_WHERE}; {RHO_WHERE}")
+
+
+def _baseline_name(comparison: Comparison) -> str:
+    baseline = str(comparison.baseline)
+    return text(comparison.names.get(baseline, baseline))
+
+
+def _pairs_section(comparison: Comparison) -> str:
+    """Differences of the verdict from the baseline with their intervals, and which rows have none; or nothing."""
+    pairs, names = comparison.pairs, comparison.names
+    if not pairs.found:
+        return ""
+    rows = []
+    for label, found in pairs.found.items():
+        if "verdict" in found:
+            paired = found["verdict"].differences
+            cells = [_difference(getattr(paired, metric)) for metric in PAIRED_METRICS]
+            values = ", ".join(f"{value:.2g}" for value in paired.p_values)
+            rows.append([names[label], ", ".join(map(str, found["verdict"].seeds)), *cells, values])
+    titles = ["", "Seeds", *(METRIC_TITLES[metric] for metric in PAIRED_METRICS), "McNemar p"]
+    parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
+    if rows:
+        parts += [
+            "On the same images, in percentage points, with 95 % intervals; p of each seed.",
+            _table(titles, rows),
+        ]
+    if pairs.unpaired:
+        listed = [f"- {text(_named(label, names))}: {text(reason, 300)}" for label, reason in pairs.unpaired.items()]
+        parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _named(label: str, names: Mapping[str, str]) -> str:
+    """A row's short name; what is not a row alone stays as it is."""
+    return names.get(label, label)
+
+
+def _difference(difference: Difference) -> str:
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def _heading(comparison: Comparison, attack: str) -> str:
     """The evaluation's title and, where it saw a part of them only, the number of test images."""
-    reports = [run.report for row in comparison.rows for run in row.runs if attack in run.report.results]
+    reports = [run.report for row in comparison.rows for run in row.runs if attack in evaluations(run.report)]
     title = text(comparison.attacks[attack])
-    if not any(report.is_subset(report.results[attack]) for report in reports):
+    if not any(report.is_subset(evaluations(report)[attack]) for report in reports):
         return title
-    counts = {(report.results[attack].summary.num_examples, report.dataset.num_test) for report in reports}
+    counts = {(evaluations(report)[attack].summary.num_examples, report.dataset.num_test) for report in reports}
     return f"{title} ({'; '.join(f'{seen} of {all_images}' for seen, all_images in sorted(counts))} test images)"
 
 
@@ -247,7 +317,6 @@ def _columns(name: str, spread: Spread | None) -> dict[str, object]:
 
 
 def _attack_table(comparison: Comparison, attack: str) -> str:
-    best = {metric: comparison.best(attack, metric) for metric in METRICS}
     rows: list[list[str]] = []
     names, with_rho = comparison.names, comparison.baseline is not None
     for row in comparison.rows:
@@ -259,7 +328,7 @@ def _attack_table(comparison: Comparison, attack: str) -> str:
         for metric in METRICS:
             digits = _ratio if metric == "nsd" else percent
             shown = _cell(getattr(numbers, metric), digits)
-            cells.append(f"**{shown}**" if best[metric] == row.label else shown)
+            cells.append(f"**{shown}**" if comparison.is_bold(row.label, attack, metric) else shown)
         rho = "–" if numbers.rho is None else f"{numbers.rho:+.2f}"
         rows.append([names[row.label], str(len(numbers.seeds)), *cells, *([rho] if with_rho else [])])
     return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), *(["ρ"] if with_rho else [])], rows)

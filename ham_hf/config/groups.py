@@ -6,18 +6,17 @@ are in pixel units, pixels being in [0, 1].
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.objectives import HAM, Objective
 
 _LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
 _SHUFFLE_BUFFER_SIZE = 10_000
-_HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\w+(?:[.-]+\w+)*/)?\w+(?:[.-]+\w+)*", re.ASCII)
 
 
 class LearningRateDrop(NamedTuple):
@@ -195,8 +194,10 @@ class TrainingConfig(SettingsGroup):
     logging_steps: int = setting(10, "updates between two lines of the training log", ">= 1")
     save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", ">= 1")
     save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", ">= 1")
-    selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "last"] = setting(
-        "robust_accuracy", "what the weights that are kept are best at, on held-out images; last = final weights"
+    selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"] = setting(
+        "robust_accuracy",
+        "what the weights that are kept are best at, on held-out images; verdict = images right under PGD and CW, "
+        "which attacks twice; last = final weights",
     )
     validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", ">= 1")
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
@@ -337,9 +338,7 @@ class HubConfig(SettingsGroup):
                 f"--hub_strategy {self.hub_strategy}": self.hub_strategy != "end",
             }
             yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
-        if self.hub_model_id is not None and not (
-            _HUB_ID.fullmatch(self.hub_model_id) and len(self.hub_model_id) <= 96
-        ):
+        if self.hub_model_id is not None and not (is_hub_id(self.hub_model_id) and len(self.hub_model_id) <= 96):
             yield (
                 f"--hub_model_id {self.hub_model_id!r}: expected owner/name of at most 96 letters, digits and single "
                 "'-', '_' or '.', such as me/robust-cifar10"

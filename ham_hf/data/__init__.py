@@ -8,7 +8,7 @@ protects decoding processes.
 
 from __future__ import annotations
 
-from ham_hf.data.loading import ImageData, load_image_data
+from ham_hf.data.loading import ImageData, TestData, load_image_data, load_test_data
 from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_subset
 from ham_hf.data.streaming import TrainingStream
@@ -18,7 +18,9 @@ __all__ = [
     "ImageData",
     "Images",
     "PixelBatch",
+    "TestData",
     "TrainingStream",
     "load_image_data",
+    "load_test_data",
     "stratified_subset",
 ]

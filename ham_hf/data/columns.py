@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
+
+from ham_hf.data.declarations import Declarations, FileClasses
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
@@ -153,12 +157,17 @@ def encoded_column(splits: datasets.DatasetDict, split: str, column: str) -> dat
 
 
 def read_labels(
-    splits: datasets.DatasetDict, column: str, train_split: str, test_split: str | None
+    splits: datasets.DatasetDict,
+    column: str,
+    train_split: str,
+    test_split: str | None,
+    declared: Declarations | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     """Labels of train and test as 0..C-1, and the names of the classes.
 
     The classes are those that a ``ClassLabel`` declares, whether or not each has an example; for integers, strings
-    and booleans they are the sorted distinct values in train.
+    and booleans they are the sorted distinct values in train. Where ``declared`` has the declarations of the single
+    files, each file's labels count that file's names.
 
     Returns:
         (N,) int64 labels of train, (M,) int64 labels of test or None, C class names.
@@ -166,9 +175,11 @@ def read_labels(
     Raises:
         ValueError: if an example has no label or one that train does not have, or there are fewer than 2 classes.
     """
-    train = _label_values(splits, column, train_split)
+    declared = declared or Declarations()
+    train = _label_values(splits, column, train_split, declared.row_names(column, train_split, train_split))
     feature = splits[train_split].features[column]
     classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(train))
+    classes = declared.class_names(column, train_split) or classes
     if len(classes) < 2:
         raise ValueError(
             f"--label_column {column}: split {train_split!r} has {len(classes)} class, at least 2 are needed"
@@ -177,11 +188,18 @@ def read_labels(
     train_labels = torch.tensor([index_of[value] for value in train])
     if test_split is None:
         return train_labels, None, tuple(map(str, classes))
-    test = _label_values(splits, column, test_split)
+    of_test = declared.row_names(column, test_split, train_split)
+    test = _label_values(splits, column, test_split, of_test)
     row = next((row for row, value in enumerate(test) if value not in index_of), None)
     if row is not None:
+        ends = list(accumulate(file.num_rows for file, _ in of_test))
+        lists = ""
+        if of_test:
+            file, names = of_test[bisect_right(ends, row)]
+            train_files = declared.files.get(train_split) or ()
+            lists = f" ({train_files[0].file} declares {_listed(classes)}, {file.file} {_listed(names)})"
         raise ValueError(
-            f"split {test_split!r}, row {row}: label {test[row]!r} does not occur in split {train_split!r}; "
+            f"split {test_split!r}, row {row}: label {test[row]!r} does not occur in split {train_split!r}{lists}; "
             "choose other splits with --train_split and --test_split, or another --label_column"
         )
     return train_labels, torch.tensor([index_of[value] for value in test]), tuple(map(str, classes))
@@ -192,8 +210,13 @@ def is_unlabeled(value: object) -> bool:
     return value is None or (isinstance(value, int) and value < 0)
 
 
-def _label_values(splits: datasets.DatasetDict, column: str, split: str) -> list[Any]:
-    """Labels of a split as they are in the data; class names for a ``ClassLabel``."""
+def _label_values(
+    splits: datasets.DatasetDict,
+    column: str,
+    split: str,
+    of_files: Sequence[tuple[FileClasses, tuple[str, ...]]],
+) -> list[Any]:
+    """Labels of a split as they are in the data; class names for a ``ClassLabel``, each file's own."""
     _check_column(splits, split, column, "--label_column")
     values = splits[split][column][:]
     if not values:
@@ -207,14 +230,30 @@ def _label_values(splits: datasets.DatasetDict, column: str, split: str) -> list
         )
     feature = splits[split].features[column]
     if not isinstance(feature, datasets.ClassLabel):
-        return list(values)
-    outside = next((row for row, value in enumerate(values) if value >= len(feature.names)), None)
-    if outside is not None:
+        if of_files and not isinstance(values[0], int):
+            raise ValueError(
+                f"split {split!r}, column {column!r}: {of_files[0][0].file} or another file declares class names, and "
+                f"the labels are {getattr(feature, 'dtype', feature)} in others; store them in one way"
+            )
+        if not of_files:
+            return list(values)
+    sections = [(file.num_rows, names) for file, names in of_files] or [(len(values), tuple(feature.names))]
+    if sum(rows for rows, _ in sections) != len(values):
         raise ValueError(
-            f"split {split!r}, row {outside}: label {values[outside]}, and column {column!r} declares "
-            f"{len(feature.names)} classes (0 to {len(feature.names) - 1}); repair it or choose another --label_column"
+            f"split {split!r} has {len(values)} examples and its files have {sum(rows for rows, _ in sections)}: "
+            "files changed since they were prepared; delete the copy in the cache of datasets (HF_DATASETS_CACHE)"
         )
-    return [feature.names[value] for value in values]
+    named: list[Any] = []
+    for rows, names in sections:
+        part = values[len(named) : len(named) + rows]
+        outside = next((row for row, value in enumerate(part) if value >= len(names)), None)
+        if outside is not None:
+            raise ValueError(
+                f"split {split!r}, row {len(named) + outside}: label {part[outside]}, and column {column!r} declares "
+                f"{len(names)} classes (0 to {len(names) - 1}); repair it or choose another --label_column"
+            )
+        named += [names[value] for value in part]
+    return named
 
 
 def _check_column(splits: datasets.DatasetDict, split: str, column: str, flag: str) -> None:

@@ -21,6 +21,7 @@ from ham_hf.data.decoding import (
     decode_all,
     for_each_image,
 )
+from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.parts import DatasetChoice, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
@@ -36,53 +37,129 @@ FEW_PER_CLASS = 5  # held-out images, on average
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData:
-    """A dataset made ready for training and evaluation.
+class TestData:
+    """Images made ready to evaluate on.
 
     Attributes:
         name: as given: Hub id, folder or ``digits``.
         config_name: configuration that was opened; as given for local data.
         revision: commit of the Hub dataset if known, else as given.
-        train: without the held-out parts; the only part that is augmented. It may be a stream.
-        validation: held out of train for selection; None if ``validation_fraction`` is 0.
         test: looked at once, at the end.
         class_names: C names, in label order.
         image_size: side S of the square images, in pixels.
         in_chans: channels of the images, 1 or 3.
-        crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
-        interpolation: of the evaluation geometry.
-        crop_mode: of the evaluation geometry.
-        channel_mean: of at most 2,000 training images in [0, 1], one per channel.
-        channel_std: standard deviation of the same pixels, at least one gray level.
-        augmentation: in use: none, crop, crop_flip or timm.
+        augmentation: of the training images: none, crop, crop_flip or timm.
         num_skipped: images left out because they cannot be read, in all splits.
         test_split_origin: name of the test split, or how it was held out of train.
         provenance: what decided which images these are, to find them again; None for data made by hand.
         notes: what of the dataset is not read, each with its number and an example.
         num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
-            checked, because images are decoded as they are needed.
+            checked, because images are decoded as they are needed or training images are not read.
     """
+
+    __test__ = False  # no test of pytest
 
     name: str
     config_name: str | None
     revision: str | None
-    train: Images | TrainingStream
-    validation: Images | None
     test: Images
     class_names: tuple[str, ...]
     image_size: int
     in_chans: int
-    crop_pct: float
-    interpolation: str
-    channel_mean: tuple[float, ...]
-    channel_std: tuple[float, ...]
     augmentation: str
     num_skipped: int
     test_split_origin: str
     provenance: Provenance | None = None
-    crop_mode: str = "center"
     notes: tuple[str, ...] = ()
     num_test_in_train: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData(TestData):
+    """A dataset made ready for training and evaluation.
+
+    Attributes:
+        train: without the held-out parts; the only part that is augmented. It may be a stream.
+        validation: held out of train for selection; None if ``validation_fraction`` is 0.
+        crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
+        interpolation: of the evaluation geometry.
+        channel_mean: of at most 2,000 training images in [0, 1], one per channel.
+        channel_std: standard deviation of the same pixels, at least one gray level.
+        crop_mode: of the evaluation geometry.
+    """
+
+    train: Images | TrainingStream
+    validation: Images | None
+    crop_pct: float
+    interpolation: str
+    channel_mean: tuple[float, ...]
+    channel_std: tuple[float, ...]
+    crop_mode: str = "center"
+
+
+def load_test_data(
+    choice: DatasetChoice,
+    trained: TrainedOn,
+    *,
+    test_fraction: float,
+    limit_test_examples: int | None,
+    streaming: bool,
+    geometry: EvalTransform,
+    cache_images: str,
+    skip_corrupt: bool,
+    num_workers: int,
+) -> TestData:
+    """Open what a finished model is evaluated on; see `ham_hf.data.evaluation_data.evaluation_part` for which images.
+
+    Args:
+        choice: the dataset.
+        trained: what is known of the model's training data.
+        test_fraction: share held out of a split that is for training by its name.
+        limit_test_examples: evaluate on a stratified part of this many images.
+        streaming: open it as a stream; the split is read into the cache all the same.
+        geometry: how images are brought to the size that the model takes.
+        cache_images: see `load_image_data`.
+        skip_corrupt: see `load_image_data`.
+        num_workers: processes that decode images that are not cached.
+
+    Raises:
+        ValueError: for anything that does not fit; the message names the setting.
+        CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
+    """
+    if choice.in_chans not in MODE_OF_CHANNELS:
+        raise ValueError(
+            f"the model takes {choice.in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)"
+        )
+    part = evaluation_part(
+        choice,
+        trained,
+        test_fraction=test_fraction,
+        limit_test_examples=limit_test_examples,
+        streaming=streaming,
+    )
+    images, _ = _make_ready(
+        part.encoded,
+        geometry,
+        augmentation="none",
+        cache_images=cache_images,
+        skip_corrupt=skip_corrupt,
+        num_workers=num_workers,
+    )
+    _warn_of_absent_classes("test", images.labels, part.class_names)
+    logger.info("%d images to test on (%s)", len(images), part.origin)
+    return TestData(
+        name=choice.name,
+        config_name=part.config_name,
+        revision=part.revision,
+        test=images,
+        class_names=part.class_names,
+        image_size=geometry.image_size,
+        in_chans=choice.in_chans,
+        augmentation="none",
+        num_skipped=len(part.encoded) - len(images),
+        test_split_origin=part.origin,
+        notes=part.notes,
+    )
 
 
 def load_image_data(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
@@ -118,7 +118,7 @@ def split_dataset(
     features = source.splits[train_name].features
     images = choose_image_column(features, choice.image_column)
     label_column = choose_label_column(features, choice.label_column)
-    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name)
+    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name, source.declared)
 
     def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
         column = encoded_column(source.splits, split, images)
@@ -134,8 +134,8 @@ def split_dataset(
         test_name, test_labels = train_name, labels
     else:
         test_rows, origin = torch.arange(len(test_labels)), test_name
-    train_rows = _limit(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
-    test_rows = _limit(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
+    train_rows = limit_rows(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
+    test_rows = limit_rows(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
     parts = {"test": encoded(test_name, test_rows, test_labels)}
     if validation_fraction != 0:
         train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", validation_fraction, seed)
@@ -199,12 +199,22 @@ def split_stream(
         choose_image_column(features, choice.image_column),
         choose_label_column(features, choice.label_column),
     )
-    classes = _declared_classes(features, labels)
+    names = source.declared.class_names(labels, train_name)
+    classes = _declared_classes(features, labels) if names is None else datasets.ClassLabel(names=list(names))
     if test_name is None:
         raise ValueError(
             f"--dataset_streaming: split {train_name!r} is the only one, and a test part is not held out of a stream; "
             "choose a dataset with a test or validation split, or leave --dataset_streaming out"
         )
+    for split in (train_name, test_name):
+        of_files = source.declared.row_names(labels, split, train_name)
+        if of_files:
+            splits[split] = replace(
+                splits[split],
+                label_column=labels,
+                class_names=tuple(classes.names),
+                file_names=tuple(names for _, names in of_files),
+            )
     train = splits[train_name]
     num_rows = count_rows(train, num_train_examples)
     num_held_out = _held_out_of_files(num_rows, validation_fraction)
@@ -222,7 +232,7 @@ def split_stream(
     dataset = datasets.DatasetDict(read)
     first_labels, test_labels, class_names = read_labels(dataset, labels, train_name, test_name)
     assert test_labels is not None  # noqa: S101 (there is a test split)
-    test_rows = _limit(
+    test_rows = limit_rows(
         test_labels, torch.arange(len(test_labels)), "--limit_test_examples", limit_test_examples, TEST_SEED
     )
 
@@ -289,7 +299,15 @@ def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: in
     return rows[kept], rows[held_out]
 
 
-def _limit(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
+def named_labels(labels: Tensor, class_names: Sequence[str], order: Sequence[str] | None) -> Tensor:
+    """The (N,) labels as places in another order of the same class names; as they are if the names differ."""
+    if order is None or not set(class_names) <= set(order):
+        return labels
+    return torch.tensor([order.index(name) for name in class_names])[labels]
+
+
+def limit_rows(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
+    """A stratified part of the (M,) ``rows`` of a split, at most ``limit``; the message of an error names ``flag``."""
     if limit is None:
         return rows
     try:

@@ -24,14 +24,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ham_hf.data.declarations import StreamError
+
+__all__ = ["Example", "Shards", "SplitFiles", "StreamError", "count_rows", "held_out_rows", "read_whole"]
+
 INFO_NAMES = ("_info.json", "info.json")  # beside the archives, as timm and webdataset write it
 OPEN_AT_ONCE = 16
 MAX_LIST_BYTES = 64 * 2**20
 MAX_ARCHIVE_LENGTH = 10**9
-
-
-class StreamError(ValueError):
-    """The stream broke in mid-run; the message names file and row."""
 
 
 class Example(NamedTuple):
@@ -57,12 +57,18 @@ class SplitFiles:
         files: paths or URLs, in order.
         version: tells one version of the files from another.
         stream: the split as ``datasets`` streams it; its shards are the files.
+        label_column: column whose labels count ``file_names``; None if no file declares class names.
+        class_names: names that the labels count when they are given out.
+        file_names: of each file the names that its labels count.
     """
 
     split: str
     files: tuple[str, ...]
     version: str
     stream: datasets.IterableDataset
+    label_column: str | None = None
+    class_names: tuple[str, ...] = ()
+    file_names: tuple[tuple[str, ...], ...] = ()
 
     @property
     def are_parquet(self) -> bool:
@@ -74,10 +80,36 @@ class SplitFiles:
 
         Of a parquet file the row groups are read in which these rows are; an archive is read from its beginning.
 
+        Labels are matched by name where the file declares its classes (`class_of`).
+
         Raises:
             StreamError: if a row of files from elsewhere names a file of this machine instead of holding an image.
         """
-        return self._own(self._rows(columns, file, start, stop), file, start)
+        rows = self._own(self._rows(columns, file, start, stop), file, start)
+        label = self.label_column
+        if label is None or label not in columns or self.file_names[file] == self.class_names:
+            return rows
+        return ({**values, label: self.class_of(values[label], file, row)} for row, values in enumerate(rows, start))
+
+    def class_of(self, label: object, file: int, row: int) -> object:
+        """The class of a label of a file, matched by name; what is no label of the file stays as it is.
+
+        Raises:
+            StreamError: if the file's name for it is none of the classes, or the file has no name for it.
+        """
+        if self.label_column is None or self.file_names[file] == self.class_names:
+            return label
+        if not isinstance(label, int) or label < 0:
+            return label
+        names = self.file_names[file]
+        if label < len(names) and names[label] in self.class_names:
+            return self.class_names.index(names[label])
+        what = repr(names[label]) if label < len(names) else f"number {label} of {len(names)}"
+        raise StreamError(
+            f"split {self.split!r}, {self.files[file]}, row {row}: the label is {what}, of {list(names)[:12]} that "
+            f"the file declares, and the classes are {list(self.class_names)[:12]}; declare the same names in every "
+            "file, or choose another --label_column"
+        )
 
     def _rows(self, columns: Sequence[str], file: int, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
         if self.are_parquet:
@@ -179,6 +211,9 @@ class Shards:
             with _naming(name), fsspec.open(name, "rb") as file:
                 column = pq.read_table(file, columns=[self.label_column])[self.label_column]
             values = column.to_pylist()[self.num_held_out[number] :]
+            values = [
+                self.source.class_of(label, number, row) for row, label in enumerate(values, self.num_held_out[number])
+            ]
             for row, label in enumerate(values, self.num_held_out[number]):
                 self._check_label(label, number, row)
             return torch.tensor(values, dtype=torch.long)
@@ -253,7 +288,10 @@ def read_whole(
             with _naming(source.files[file]):
                 yield from source.rows(list(features), file, 0, count)
 
-    return _cached(["rows", *source.files, source.version, str(features), str(first_rows)], features, rows)
+    key = ["rows", *source.files, source.version, str(features), str(first_rows)]
+    if any(names != source.class_names for names in source.file_names):
+        key.append(str(source.file_names))
+    return _cached(key, features, rows)
 
 
 @contextmanager

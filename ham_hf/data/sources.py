@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import yaml
 
 from ham_hf.data.class_folders import (
@@ -29,12 +30,13 @@ from ham_hf.data.class_folders import (
     note_unnamed_images,
     sort_into_classes,
 )
+from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
+from ham_hf.hub_ids import is_hub_id
 
 logger = logging.getLogger(__name__)
 
 DIGITS = "digits"
 MAX_README_BYTES = 2**22
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 STREAMED_BUILDERS = {"Parquet", "WebDataset"}
 
 
@@ -51,12 +53,14 @@ class Source:
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
         notes: what of it is not read, each with its number and an example.
+        declared: the class names that its files declare.
     """
 
     splits: datasets.DatasetDict
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...] = ()
+    declared: Declarations = field(default_factory=Declarations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class StreamedSource:
         versions: of each split what tells one version of its files from another.
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
+        declared: the class names that its files declare.
     """
 
     splits: Mapping[str, datasets.IterableDataset]
@@ -76,6 +81,7 @@ class StreamedSource:
     versions: Mapping[str, str]
     config_name: str | None
     revision: str | None
+    declared: Declarations
 
 
 def open_source(name: str, config_name: str | None, revision: str | None) -> Source:
@@ -86,7 +92,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
     Raises:
         ValueError: if it cannot be opened; the message names the setting and the way out, the cause is kept.
     """
-    local = _is_local(name, config_name, revision)
+    local = is_local(name, config_name, revision)
     if name == DIGITS:
         return Source(splits=_digits(), config_name=None, revision=None)
     folder = Path(name).expanduser()
@@ -110,6 +116,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
             source = _read_class_folders(*folders)
             return replace(source, config_name=opened, revision=commit)
         unread = _check_files(builder)
+        declared = _declarations(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
     except Exception as error:
@@ -117,7 +124,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
     if not local:
         _refuse_files_of_this_machine(name, splits)
-    return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread))
+    return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread), declared=declared)
 
 
 def _read_class_folders(found: ClassFolders, file_of: Mapping[str, str], notes: Sequence[str]) -> Source:
@@ -218,6 +225,33 @@ def _check_files(builder: datasets.DatasetBuilder) -> list[str]:
     return notes
 
 
+def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
+    """Class names that the parquet files of a builder declare, each for itself, and README.md.
+
+    Where they differ, the builder is told the widest declaration, which every file's labels fit into.
+    """
+    kinds = {kind.__name__ for kind in type(builder).__mro__}
+    readme = names_in(builder.info.features)
+    if "Parquet" not in kinds or not builder.config.data_files:
+        return Declarations(readme=readme)
+    data_files = builder.config.data_files
+    declared = Declarations(
+        readme=readme,
+        files={
+            str(split): read_file_classes(list(map(str, files)), str(files.origin_metadata))
+            for split, files in data_files.items()
+        },
+    )
+    widest = declared.widest()
+    if widest:
+        features = builder.info.features
+        if features is None:
+            with fsspec.open(next(str(file) for files in data_files.values() for file in files), "rb") as opened:
+                features = datasets.Features.from_arrow_schema(pq.read_schema(opened))
+        builder.info.features = datasets.Features({**features, **{k: v for k, v in widest.items() if k in features}})
+    return declared
+
+
 def check_cache() -> None:
     """Refuse a cache of ``datasets`` that cannot be written, before it is blamed on the data.
 
@@ -242,7 +276,7 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
     Raises:
         ValueError: if it cannot be opened or has another layout; the message names the way out.
     """
-    local = _is_local(name, config_name, revision)
+    local = is_local(name, config_name, revision)
     layout = "scikit-learn's digits" if name == DIGITS else ""
     if local and _is_saved(Path(name).expanduser()):
         layout = "a folder written by save_to_disk"
@@ -251,7 +285,10 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
             check_cache()
             builder = _builder(name, config_name, revision, local=local)
             _check_files(builder)
+            declared = _declarations(builder)
             splits = builder.as_streaming_dataset()
+        except StreamError:
+            raise
         except Exception as error:
             raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
         kinds = {kind.__name__ for kind in type(builder).__mro__}
@@ -264,7 +301,9 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
     files = {str(split): tuple(map(str, found)) for split, found in builder.config.data_files.items()}
     versions = {str(split): str(found.origin_metadata) for split, found in builder.config.data_files.items()}
     opened, commit = _opened(builder, config_name, revision, local=local)
-    return StreamedSource(splits=splits, files=files, versions=versions, config_name=opened, revision=commit)
+    return StreamedSource(
+        splits=splits, files=files, versions=versions, config_name=opened, revision=commit, declared=declared
+    )
 
 
 def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
@@ -298,7 +337,7 @@ def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> No
                     )
 
 
-def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
+def is_local(name: str, config_name: str | None, revision: str | None) -> bool:
     """Whether ``name`` is the digits or a folder.
 
     Raises:
@@ -312,7 +351,7 @@ def _is_local(name: str, config_name: str | None, revision: str | None) -> bool:
         raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
     if name != DIGITS and folder.is_file():
         raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
-    if not local and not HUB_ID.fullmatch(name):
+    if not local and not is_hub_id(name):
         raise ValueError(
             f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf import __version__
-from ham_hf.checksums import flush
 from ham_hf.data.pixels import BatchRequest, Images
+from ham_hf.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -93,17 +92,14 @@ class PartialResults:
         return found if torch.equal(found.rows, rows) else None
 
     def save(self, stage: str, number: int, batch: FinishedBatch) -> None:
-        """Keep a finished batch. Where the disk does not take it, the evaluation goes on, and says so."""
+        """Keep a finished batch. If it cannot be written, the evaluation warns and continues."""
         path = self._path(stage, number)
-        part = path.with_suffix(f".{os.getpid()}.part")
         values = {name: getattr(batch, name).tolist() for name in ("rows", "predictions", "margins", "seconds")}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(values), encoding="utf-8")
-            flush(part)
-            os.replace(part, path)
+            atomic_write(path, json.dumps(values))
         except OSError as error:
-            # What it would spare is less than what stopping would cost.
+            # Losing the cached batch is cheaper than aborting the evaluation.
             logger.warning("%s cannot be written (%s): a rerun would attack this batch again", path, error)
 
     def _path(self, stage: str, number: int) -> Path:

@@ -11,7 +11,6 @@ stand in the metadata of the file, with a schema version.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ham_hf.checksums import flush
 from ham_hf.evaluation.robustness import AttackResult
+from ham_hf.files import replacing
 
 PREDICTIONS_NAME = "predictions.parquet"
 SCHEMA_VERSION = 1
@@ -70,6 +69,19 @@ class Verdicts:
         for predictions in self.attacked.values():
             right = right & ((predictions == self.labels) | (predictions == UNSEEN))
         return right
+
+    def seen(self, name: str) -> Tensor:
+        """(N,) bool, images that "verdict", "clean" or the attack of this name is about."""
+        if name in ("verdict", "clean"):
+            return self.judged if name == "verdict" else torch.ones_like(self.judged)
+        return self.attacked[name] != UNSEEN
+
+    def right(self, name: str) -> Tensor:
+        """(N,) bool, right by "verdict", when "clean", or clean and under the attack of this name."""
+        if name == "verdict":
+            return self.withstood
+        clean = self.clean == self.labels
+        return clean if name == "clean" else clean & (self.attacked[name] == self.labels)
 
 
 def verdicts_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) -> Verdicts:
@@ -120,10 +132,8 @@ def write_verdicts(verdicts: Verdicts, folder: str | Path) -> Path:
         "attacks": {name: dict(settings) for name, settings in verdicts.attacks.items()},
     }
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
-    partial = path.with_name(f"{path.name}.partial")
-    pq.write_table(table, partial)
-    flush(partial)
-    os.replace(partial, path)
+    with replacing(path) as part:
+        pq.write_table(table, part)
     return path
 
 
@@ -156,34 +166,57 @@ def read_verdicts(path: str | Path) -> Verdicts:
         raise ValueError(f"{path} is no table of predictions that ham_hf wrote: {error}") from error
 
 
-def match_verdicts(reference: Verdicts, other: Verdicts) -> tuple[Tensor, Tensor, Tensor]:
-    """The images that two models were judged on: labels (n,), and what withstood in each (n,) bool.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MatchedVerdicts:
+    """Two models on the same n images: positions and labels (n,), and what each was right on (n,) bool."""
+
+    positions: Tensor
+    labels: Tensor
+    reference: Tensor
+    other: Tensor
+
+
+def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") -> MatchedVerdicts:
+    """The images that two models were judged on, by position and label, and what each was right on.
+
+    Args:
+        reference: of one model.
+        other: of the other model.
+        name: "verdict", "clean", or the name of an attack.
 
     Raises:
-        ValueError: if classes, attacks (their seed aside), positions, labels, or the judged images differ: a paired
-            test is for the same images under the same attacks.
+        ValueError: if classes, attacks (their seed aside), positions, labels, or the images seen differ: a paired test
+            is for the same images under the same attacks.
     """
+    attacks = [_comparable(one.attacks, name) for one in (reference, other)]
     for title, ours, theirs in (
         ("classes", reference.class_names, other.class_names),
-        ("attacks", _comparable(reference.attacks), _comparable(other.attacks)),
+        ("attacks", *attacks),
     ):
         if ours != theirs:
             raise ValueError(f"the two have different {title} ({ours} and {theirs}): they cannot be paired")
     for title, first, second in (
         ("images", reference.positions, other.positions),
         ("labels", reference.labels, other.labels),
-        ("judged images", reference.judged, other.judged),
+        ("judged images", reference.seen(name), other.seen(name)),
     ):
         if not torch.equal(first, second):
             raise ValueError(f"the two have different {title}: they cannot be paired; evaluate both on one split")
-    judged = reference.judged
-    return reference.labels[judged], reference.withstood[judged], other.withstood[judged]
+    seen = reference.seen(name)
+    return MatchedVerdicts(
+        positions=reference.positions[seen],
+        labels=reference.labels[seen],
+        reference=reference.right(name)[seen],
+        other=other.right(name)[seen],
+    )
 
 
-def _comparable(attacks: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+def _comparable(attacks: Mapping[str, Mapping[str, object]], name: str) -> dict[str, dict[str, object]]:
+    """Settings of the attacks that an evaluation is of; ``name`` as in `match_verdicts`."""
     return {
-        name: {key: value for key, value in settings.items() if key not in _NOT_COMPARED}
-        for name, settings in attacks.items()
+        attack: {key: value for key, value in settings.items() if key not in _NOT_COMPARED}
+        for attack, settings in attacks.items()
+        if name in ("verdict", attack)
     }
 
 

@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ham_hf.memory import is_out_of_memory
+from ham_hf.faults import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,12 @@ every model that timm has.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ham_hf.files import parse_json
 
 MAX_BYTES = 64 * 2**20
 """Size of the file; a thousand names of classes take 20 KB."""
@@ -42,7 +43,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     if size > MAX_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        config = parse_json(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(config, dict):
@@ -188,10 +189,6 @@ def _is_names(value: Any) -> bool:  # noqa: ANN401
 
 def _is_layers(value: object) -> bool:
     return isinstance(value, str) or _is_list(value, lambda item: isinstance(item, str))
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _word(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ham_hf.files import replace
 from ham_hf.models.cifar_nets import (
     EMBEDDABLE_ARGUMENTS,
     EMBEDDING_UPSAMPLE,
@@ -152,7 +153,7 @@ def export_for_timm(
         # Of an earlier export: gone before the network that it belonged to is.
         remove_rgb_form(folder)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(staging / name, folder / name)
+            replace(staging / name, folder / name)
     has_rgb_form = preprocessing.in_chans == 1 and write_rgb_form(folder)
     return ExportInfo(
         architecture=published.architecture,

@@ -16,8 +16,10 @@ from ham_hf.models.pixel_model import load_pixel_model
 from ham_hf.models.rgb_form import RGB_FOLDER, write_rgb_form
 from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME
 
-REPAIRED_FILES = (CONFIG_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}", f"{RGB_FOLDER}/{WEIGHTS_NAME}")
-"""What a repair may write, by path inside of the folder."""
+REPAIR_READS = (CONFIG_NAME, WEIGHTS_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}")
+"""What a repair looks at, by path inside of the folder."""
+REPAIR_WRITES = (CONFIG_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}", f"{RGB_FOLDER}/{WEIGHTS_NAME}")
+"""What a repair may write."""
 
 
 def repair_folder(folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from timm.models import (
 from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
+from ham_hf.hub_ids import split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
 from ham_hf.models.config_json import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
@@ -43,7 +43,6 @@ TRAINED_FORM_KEY = "trained_form"
 
 _HUB_PREFIXES = ("hf-hub", "hf_hub")
 _FOLDER_PREFIX = "local-dir"
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@\S+)?")
 _PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 _WEIGHT_LOCATIONS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 
@@ -203,7 +202,7 @@ def complete_name(source: str, revision: str | None = None) -> str:
         name = source
     elif Path(source).expanduser().is_dir():
         name = f"{_FOLDER_PREFIX}:{source}"
-    elif _HUB_ID.fullmatch(source):
+    elif split_revision(source):
         name = f"{_HUB_PREFIXES[0]}:{source}"
     else:
         raise ValueError(

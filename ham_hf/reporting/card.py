@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
@@ -26,6 +27,7 @@ from ham_hf.reporting.method_text import (
     method_title,
     never_active,
     option_text,
+    paper_links,
 )
 from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
 
@@ -43,6 +45,7 @@ SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
     "worst_class": "the highest robust accuracy of the worst class",
+    "verdict": "the largest share of images that are right as they are and under both PGD and CW",
     "robust_plus_worst": "the highest sum of the average and the worst-class robust accuracy",
 }
 TRAINING_SETTINGS = (
@@ -111,7 +114,7 @@ def evaluation_section(report: RunReport) -> str:
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
     """The card's YAML front matter, with one ``model-index`` entry per evaluation and metric."""
     method = report.config.get("method")
-    dataset = report.dataset
+    dataset, base_model = report.dataset, report.model.base_model
     tags = [
         "timm",
         "image-classification",
@@ -130,7 +133,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         tags=list(dict.fromkeys(tags)),
         license=plain_text(model_license),
         datasets=[dataset.hub_id] if dataset.hub_id else None,
-        base_model=report.model.base_model if _is_repo_id(report.model.base_model) else None,
+        base_model=base_model if is_hub_id(base_model or "", with_owner=True) else None,
         metrics=["accuracy"],
         model_name=_title(report, repo_id),
         eval_results=[entry for attack in report.entries() for entry in _eval_results(report, attack)],
@@ -225,6 +228,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     shown = class_rows if len(class_rows) <= MAX_CLASS_ROWS else class_rows[:SHOWN_CLASS_ROWS]
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
+    name = report.model.name
     norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
     return {
         "report": report,
@@ -235,6 +239,8 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "method": method_title(report.config),
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
+        "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
+        "papers": [Markdown(link) for link in paper_links(report.config)],
         "citations": [Markdown(entry) for entry in _citations(report)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
@@ -288,10 +294,6 @@ def _calibration(report: RunReport) -> dict[str, object]:
 
 def _method_began(report: RunReport) -> bool:
     return report.training is None or method_began(report.config, report.training)
-
-
-def _is_repo_id(name: str | None) -> bool:
-    return name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name, flags=re.ASCII) is not None
 
 
 def _title(report: RunReport, repo_id: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -223,6 +224,12 @@ def selected_too_early(config: Mapping[str, object], training: TrainingReport) -
                 f"in them{plain}."
             )
     return tuple(sentences)
+
+
+def paper_links(config: Mapping[str, object]) -> list[str]:
+    """Where the method's own paper can be read, if its entry says so."""
+    found = re.search(r"arXiv:(\d{4}\.\d{5})", CITATIONS.get(str(config.get("method")), ""))
+    return [f"https://arxiv.org/abs/{found[1]}"] if found else []
 
 
 def option_text(name: str, value: object) -> str:

@@ -8,7 +8,6 @@ computed.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -29,6 +28,8 @@ from torch import Tensor
 
 from ham_hf import __version__
 from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.files import atomic_write, parse_json
+from ham_hf.hub_ids import is_hub_id
 from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 from ham_hf.reporting.calibration import CalibrationReport
@@ -95,6 +96,10 @@ class DatasetReport:
             it (`ham_hf.data.provenance.Provenance`); None if that is not known.
         num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
         notes: what of the dataset was not read, each with its number and an example.
+        class_order: how the model's classes and the dataset's were brought together: ``by name``, ``assumed`` (in the
+            same order, as names say nothing), or ``subset`` (by name, over those classes of the model alone that the
+            dataset has); None if it is not known.
+        num_model_classes: classes that the model tells apart; None if it is not known.
     """
 
     name: str
@@ -111,6 +116,8 @@ class DatasetReport:
     trained_on: Mapping[str, object] | None = None
     num_test_in_train: int | None = None
     notes: tuple[str, ...] = ()
+    class_order: str | None = None
+    num_model_classes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,8 +308,7 @@ def utc_now() -> str:
 
 def hub_dataset_id(name: str) -> str | None:
     """``name`` if it is the id of a Hub dataset, None for "digits" and for a local path."""
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, flags=re.ASCII)
-    return name if hub_id and name != "digits" and not Path(name).exists() else None
+    return name if is_hub_id(name) and name != "digits" and not Path(name).exists() else None
 
 
 def attack_report(
@@ -426,9 +432,7 @@ def write_report(report: RunReport, folder: str | Path) -> Path:
     # One line per list of plain values (a row of the confusion matrix). "[" and a line break never meet inside a
     # JSON string, and a list that holds a quote or a bracket is left alone.
     text = re.sub(r'\[\n[^\[\]{}"]*\]', lambda match: " ".join(match.group().split()), text)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    atomic_write(path, text + "\n")
     return path
 
 
@@ -443,7 +447,7 @@ def read_report(path: str | Path) -> RunReport:
     if path.is_dir():
         path = path / REPORT_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a report of ham_hf: {error}") from error
     schema = values.pop("schema_version", None) if isinstance(values, dict) else None
@@ -545,10 +549,6 @@ def _check_classes(attack: AttackReport, num_classes: int) -> None:
         sizes |= {len(attack.confusion), *map(len, attack.confusion)}
     if sizes != {num_classes} or not all(0 <= index < num_classes for index in indices):
         raise ValueError(f"{attack.name}: the numbers are not of the {num_classes} classes of the dataset")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
-from ham_hf.data import ImageData
+from ham_hf.data import ImageData, TestData
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
@@ -64,7 +64,7 @@ def verdict_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) 
     return verdict_report(verdicts_of(results, class_names), seconds=sum(found.seconds for found in results.values()))
 
 
-def dataset_report(data: ImageData) -> DatasetReport:
+def dataset_report(data: TestData) -> DatasetReport:
     """The dataset in the form of the report."""
     return DatasetReport(
         name=data.name,
@@ -72,8 +72,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         config_name=data.config_name,
         revision=data.revision,
         class_names=data.class_names,
-        num_train=len(data.train),
-        num_validation=len(data.validation) if data.validation is not None else 0,
+        num_train=len(data.train) if isinstance(data, ImageData) else 0,
+        num_validation=len(data.validation or ()) if isinstance(data, ImageData) else 0,
         num_test=len(data.test),
         test_split_origin=data.test_split_origin,
         num_skipped=data.num_skipped,
@@ -81,6 +81,8 @@ def dataset_report(data: ImageData) -> DatasetReport:
         trained_on=data.provenance.record() if data.provenance is not None else None,
         num_test_in_train=data.num_test_in_train,
         notes=data.notes,
+        class_order="by name",
+        num_model_classes=len(data.class_names),
     )
 
 
@@ -186,15 +188,16 @@ def write_training(
 def evaluation_report(
     source: str,
     loaded: LoadedModel,
-    data: ImageData,
+    data: TestData,
     results: Mapping[str, AttackResult],
     *,
     config: Mapping[str, object],
     threat_model: ThreatModel,
     accelerator: Accelerator,
     seed: int,
+    class_order: str | None = None,
 ) -> RunReport:
-    """Report of an evaluation of a model that exists."""
+    """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`."""
     backbone: Any = loaded.model.backbone
     architecture = str(backbone.pretrained_cfg["architecture"])
     return RunReport(
@@ -208,7 +211,10 @@ def evaluation_report(
             **asdict(loaded.preprocessing),
         ),
         dataset=replace(
-            dataset_report(data), num_train=0, num_validation=0, trained_on=loaded.metadata.get("trained_on")
+            dataset_report(data),
+            trained_on=loaded.metadata.get("trained_on"),
+            class_order=class_order,
+            num_model_classes=int(backbone.num_classes),
         ),
         config=config,
         threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
@@ -245,10 +251,12 @@ def calibrated_report(
     threat_model: ThreatModel,
     accelerator: Accelerator,
     seed: int,
+    class_order: str,
 ) -> RunReport:
     """Report of a model with class shifts folded in, evaluated like any other.
 
-    ``base_model`` is the Hub id of what it was made of, ``exported`` what was written.
+    ``base_model`` is the Hub id of what it was made of, ``exported`` what was written,
+    ``class_order`` that of `DatasetReport`.
     """
     evaluated = evaluation_report(
         source,
@@ -259,6 +267,7 @@ def calibrated_report(
         threat_model=threat_model,
         accelerator=accelerator,
         seed=seed,
+        class_order=class_order,
     )
     model = replace(
         evaluated.model,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -28,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ham_hf.checksums import DamagedError, check_checksums, flush, write_checksums
+from ham_hf.files import DamagedError, check_checksums, flush, replacing, write_checksums
 
 logger = logging.getLogger(__name__)
 
@@ -210,11 +209,8 @@ def rewind(output_dir: Path, checkpoint: Path) -> None:
     saved = checkpoint / BEST
     if saved.is_file():
         best.parent.mkdir(parents=True, exist_ok=True)
-        part = best.with_suffix(".part")
-        shutil.copyfile(saved, part)
-        flush(part)
-        os.replace(part, best)
-        flush(best.parent)
+        with replacing(best) as part:
+            shutil.copyfile(saved, part)
     else:
         best.unlink(missing_ok=True)
 
@@ -367,14 +363,8 @@ def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[st
     """
     final = output_dir / BEST_NAME / WEIGHTS
     final.parent.mkdir(parents=True, exist_ok=True)
-    part = final.with_suffix(".part")
-    try:
+    with replacing(final) as part:
         save_weights(part, weights, {"state": json.dumps(dict(state), allow_nan=False)})
-        os.replace(part, final)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    flush(final.parent)
     return final
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -14,6 +16,18 @@ from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.seeding import Stream, make_generator
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOutAccuracy:
+    """Accuracy on the held-out part: of the images as they are, under PGD, and by the verdict of PGD and CW.
+
+    ``verdict`` (right as it is and under both attacks) is None where CW was not run.
+    """
+
+    clean: FairnessSummary
+    robust: FairnessSummary
+    verdict: FairnessSummary | None = None
+
+
 def held_out_accuracy(
     module: nn.Module,
     images: Images,
@@ -24,7 +38,8 @@ def held_out_accuracy(
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
-) -> tuple[FairnessSummary, FairnessSummary]:
+    with_verdict: bool = False,
+) -> HeldOutAccuracy:
     """Clean and PGD accuracy of a module; the same noise every time, so that epochs can be compared.
 
     Args:
@@ -36,19 +51,67 @@ def held_out_accuracy(
         accelerator: shares the batches out.
         batch_size: images per batch and process.
         seed: the run's seed.
+        with_verdict: also run CW with as many steps of the same length, which costs as much as PGD.
     """
-    pgd = EvaluationAttack(name="pgd", num_steps=num_steps, step_size=float(attack.step_size))
+    step_size = float(attack.step_size)
+    attacks = [EvaluationAttack(name="pgd", num_steps=num_steps, step_size=step_size)]
+    if with_verdict:
+        attacks.append(EvaluationAttack(name="cw", num_steps=num_steps, step_size=step_size, loss="margin"))
     results = evaluate(
         module,
         images,
-        [pgd],
+        attacks,
         threat_model=attack.threat_model,
         accelerator=accelerator,
         batch_size=batch_size,
         seed=seed,
     )
     clean, robust = (summarize(results[name].flags, images.labels, num_classes) for name in ("clean", "pgd"))
-    return clean, robust
+    verdict = None
+    if with_verdict:
+        verdict = summarize(results["pgd"].flags & results["cw"].flags, images.labels, num_classes)
+    return HeldOutAccuracy(clean=clean, robust=robust, verdict=verdict)
+
+
+def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
+    """What the log of an epoch says of the held-out part."""
+    record: dict[str, object] = {
+        "clean_accuracy": found.clean.average,
+        "robust_accuracy": found.robust.average,
+        "worst_class": found.robust.worst_class,
+        "clean_per_class": [entry.accuracy for entry in found.clean.per_class],
+        "robust_per_class": [entry.accuracy for entry in found.robust.per_class],
+    }
+    if found.verdict is not None:
+        record |= {
+            "verdict": found.verdict.average,
+            "verdict_worst_class": found.verdict.worst_class,
+            "verdict_per_class": [entry.accuracy for entry in found.verdict.per_class],
+        }
+    return record
+
+
+def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> float:
+    """What weights are selected by; higher is better.
+
+    Args:
+        found: on the held-out part.
+        metric: ``selection_metric`` of the run.
+        last: the score of "last".
+
+    Raises:
+        ValueError: if ``metric`` is "verdict" and CW was not run.
+    """
+    if metric == "verdict":
+        if found.verdict is None:
+            raise ValueError("--selection_metric verdict needs the held-out images attacked by CW too")
+        return found.verdict.average
+    return {
+        "robust_accuracy": found.robust.average,
+        "worst_class": found.robust.worst_class,
+        "robust_plus_worst": found.robust.average + found.robust.worst_class,
+        "last": last,
+    }[metric]
 
 
 def held_out_sums(

@@ -1,4 +1,4 @@
-"""How a recipe starts and stops: the accelerator, logging, and errors that need no traceback."""
+"""How a recipe starts: the accelerator, logging, peak memory, and a check of the shared output folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
+from ham_hf.faults import FaultError
 from ham_hf.terminal import hide_progress_bars, replace_what_cannot_be_shown
 from ham_hf.training.outside import (
     check_variables,
@@ -204,23 +202,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@contextmanager
-def explain_interrupt(output_dir: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says how to go on, and exit status 130.
-
-    Raises:
-        SystemExit: instead of KeyboardInterrupt.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.stderr.write(
-            f"interrupted; go on from the last checkpoint in {output_dir} with the same command and "
-            "--resume_from_checkpoint latest\n"
-        )
-        raise SystemExit(130) from None
-
-
 def check_shared_folder(written: Path, accelerator: Accelerator, *, patience: float) -> None:
     """Refuse an output folder that is not the same one on all nodes; call it on all processes.
 
@@ -247,65 +228,3 @@ def check_shared_folder(written: Path, accelerator: Accelerator, *, patience: fl
             f"--output_dir {written.parent}: {count.item():.0f} of {accelerator.num_processes} processes do not find "
             "there what the main one wrote; it has to be a folder on a file system that all nodes share"
         )
-
-
-class FaultError(RuntimeError):
-    """Something around the run failed; the message says what, and how to go on."""
-
-
-# What gloo, NCCL and the store between processes say when one of them is gone or silent.
-_LOST = re.compile(
-    r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE
-)
-
-
-@contextmanager
-def explain_faults(
-    *, num_processes: int, way_on: str = "the same command and --resume_from_checkpoint latest"
-) -> Iterator[None]:
-    """Say how to go on when a data-loading process or another process of the run is gone.
-
-    Args:
-        num_processes: processes of the run.
-        way_on: how to go on.
-
-    Raises:
-        FaultError: instead of what torch raises.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        if text[0].startswith("DataLoader worker"):
-            raise FaultError(
-                f"a process that decodes images is gone ({text[0]}), most often for lack of memory: lower "
-                f"--dataloader_num_workers, and go on with {way_on}"
-            ) from error
-        if num_processes > 1 and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
-            raise FaultError(
-                f"another process of the run is gone or did not answer within --ddp_timeout ({text[0][:200]}); what "
-                "stopped it is in its own output. If it was still downloading or decoding the dataset, which the "
-                f"others wait for, give a longer --ddp_timeout. Go on with {way_on}"
-            ) from error
-        raise
-
-
-@contextmanager
-def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors that explain themselves into their message and exit status 2, without a traceback.
-
-    Args:
-        *kinds: what to turn; other exceptions pass.
-
-    Raises:
-        SystemExit: instead of an exception of these kinds.
-    """
-    try:
-        yield
-    except kinds as error:
-        # Names from elsewhere are in it: nothing that a terminal would take for a command or that turns text around.
-        message = "".join(
-            character if character in "\n\t" or character.isprintable() else "?" for character in str(error)
-        )
-        sys.stderr.write(f"error: {message}\n")
-        raise SystemExit(2) from error

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.training.checkpoint import ABANDONED, BEST_NAME, CHECKPOINT_NAME, WEIGHTS, list_checkpoints
-from ham_hf.training.launching import FaultError
-from ham_hf.training.run_lock import LOCK_NAME
+from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +113,8 @@ def _is_occupied(output_dir: Path, besides: Collection[str] = ()) -> bool:
         return False
     if not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file; name a folder")
-    # The lock alone is left where a run was killed before it wrote anything.
-    return any(path.name not in (LOCK_NAME, *besides) for path in output_dir.iterdir())
+    # A run that was killed before it wrote anything leaves only its lock.
+    return any(path.name not in (LOCK_NAME, OWNER_NAME, *besides) for path in output_dir.iterdir())
 
 
 def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
@@ -129,23 +125,3 @@ def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
         if path.name in owned or (WEIGHTS in owned and numbered):
             logger.info("removing %s", path)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def explain_unfinished(output_dir: Path) -> Iterator[None]:
-    """Say what is missing, and how to get it without training again, when the results cannot be written.
-
-    Raises:
-        FaultError: instead of the error of the file system.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        results = (WEIGHTS, "config.json", "README.md", PREDICTIONS_NAME, "report.json", "figures")
-        missing = [name for name in results if not (output_dir / name).exists()]
-        raise FaultError(
-            f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
-            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with the "
-            "same command and --resume_from_checkpoint latest: it evaluates the trained weights, and trains nothing "
-            "again"
-        ) from error

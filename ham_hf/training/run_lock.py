@@ -1,8 +1,8 @@
-"""One run per output folder: a lock of the operating system on a file in it.
+"""One run per output folder: a lock on a file in it, by ``filelock``.
 
-The lock belongs to the open file. It ends with the process, however that ends: a file left behind by a dead run locks
-nothing. It holds between the processes of one machine, and between machines where the file system passes locks on
-(NFS 4, Lustre mounted with ``flock``, CephFS); where the file system knows no locks, the run says so and goes on.
+The operating system ends the lock with the process, even if a forked child lives on: files that a dead run left behind
+lock nothing. The lock holds between the processes of one machine, and between machines where the file system passes
+locks on (NFS 4, Lustre mounted with ``flock``, CephFS). Without locks in the file system, the run warns and continues.
 """
 
 from __future__ import annotations
@@ -17,106 +17,72 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".run.lock"
+OWNER_NAME = ".run.owner.json"
+"""Who has the lock. Windows does not let other processes read a locked file, so this is another one."""
+PATIENCE = 0.5
+"""Seconds to try for: the owner may be ending, or be another process that only looks (`is_locked`)."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-_open_here: set[int] = set()
 
 
 class BusyFolderError(ValueError):
-    """Another run is at work in the output folder."""
-
-
-def _close_in_child() -> None:
-    # The lock would last as long as a forked child, which may outlive a run that was killed.
-    while _open_here:
-        os.close(_open_here.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
+    """Another run uses the output folder."""
 
 
 class RunLock:
     """The lock of one output folder; as a context manager it is released at the end, if it was acquired.
 
     Args:
-        folder: the output folder; made when the lock is acquired, and removed again if nothing else came into it.
+        folder: the output folder; created when the lock is acquired, and removed at the end if it is empty then.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_NAME
-        self._handle: int | None = None
+        self.path, self._owner = folder / LOCK_NAME, folder / OWNER_NAME
+        self._lock = _lock(self.path)
         self._made: list[Path] = []
 
     def acquire(self) -> None:
-        """Take the lock, or refuse the run.
+        """Take the lock.
 
         Raises:
-            BusyFolderError: if another run has it, with its process, machine and start.
-            OSError: if nothing can be written into the folder.
+            BusyFolderError: naming process, machine and start of the run that has it.
+            OSError: if the folder is not writable.
         """
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                self._lock(handle)
-                if os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                    break
-            except FileNotFoundError:
-                pass  # Its last owner removed it between our opening and our locking: it is nobody's, take another.
-            except BaseException:
-                os.close(handle)
-                raise
-            os.close(handle)
-        self._handle = handle
-        _open_here.add(handle)
-        owner = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        os.ftruncate(handle, 0)
-        os.write(handle, json.dumps(owner).encode())
-
-    def _lock(self, handle: int) -> None:
-        if fcntl is None:
-            logger.warning("no lock on this system: see to it that no other run uses %s", self.path.parent)
-            return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock.acquire()
+        except Timeout:
             raise BusyFolderError(
-                f"--output_dir {self.path.parent} is in use by another run, {_owner(handle)}; wait for it, stop it "
+                f"--output_dir {folder} is in use by another run, {_describe(self._owner)}; wait for it, stop it "
                 "(SIGTERM lets it save), or name another folder"
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
+            self.path.unlink(missing_ok=True)
             logger.warning(
                 "the file system of %s knows no locks (%s): see to it that no other run uses the folder",
-                self.path.parent,
+                folder,
                 error.strerror,
             )
+            return
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
 
     def release(self) -> None:
-        """Give the lock back; does nothing if it was not acquired."""
-        if self._handle is None:
-            return
-        # While it is still locked, so that nobody else's file is removed. The folder may be gone or read-only.
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
-        _open_here.discard(self._handle)
-        os.close(self._handle)
-        self._handle = None
+        """Release the lock and remove its files; does nothing if it was not acquired."""
+        if self._lock.is_locked:
+            # While it is still locked, so that no other run's files are removed. The folder may be gone or read-only.
+            with contextlib.suppress(OSError):
+                self._owner.unlink(missing_ok=True)
+                self.path.unlink(missing_ok=True)
+            self._lock.release()
         with contextlib.suppress(OSError):  # not empty: there is something to keep
             for folder in self._made:
                 folder.rmdir()
@@ -130,9 +96,27 @@ class RunLock:
         self.release()
 
 
-def _owner(handle: int) -> str:
+def is_locked(folder: Path) -> bool:
+    """Whether a run uses ``folder``; False if that cannot be known (no locks there, or no right to write)."""
+    if not (folder / LOCK_NAME).exists():
+        return False
     try:
-        owner = json.loads(os.read(handle, 4096))
-        return f"process {int(owner['pid'])} on {owner['host']}, since {owner['since']}"
+        with _lock(folder / LOCK_NAME):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+def _lock(path: Path) -> FileLock:
+    # fallback_to_soft would replace a missing lock by a file that outlives a killed run on another machine.
+    return FileLock(path, timeout=PATIENCE, thread_local=False, fallback_to_soft=False)
+
+
+def _describe(owner: Path) -> str:
+    try:
+        values = json.loads(owner.read_text())
+        return f"process {int(values['pid'])} on {values['host']}, since {values['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "which does not say whose it is"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+from ham_hf.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,7 @@ class RunLog:
                 if record["step"] <= start_step and (record["type"], record["step"]) != due
             ]
             output_dir.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(".part")
-            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(part, self.path)
+            atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,

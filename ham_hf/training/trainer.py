@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
-from ham_hf.memory import explain_out_of_memory, smaller_batch
-from ham_hf.metrics import FairnessSummary
+from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
@@ -32,7 +31,13 @@ from ham_hf.training.checkpoint import (
     rewind,
 )
 from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
-from ham_hf.training.held_out import held_out_accuracy, held_out_sums
+from ham_hf.training.held_out import (
+    HeldOutAccuracy,
+    held_out_accuracy,
+    held_out_record,
+    held_out_sums,
+    selection_score,
+)
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
 from ham_hf.training.resuming import (
     agreed_checkpoint,
@@ -359,20 +364,9 @@ class Trainer:
             record["averaged"] = self._update_gated_average(self.gated)
         score = float(self.progress.step)
         if self.data.validation is not None:
-            clean, robust = self._held_out(self.selected_module)
-            record |= {
-                "clean_accuracy": clean.average,
-                "robust_accuracy": robust.average,
-                "worst_class": robust.worst_class,
-                "clean_per_class": [entry.accuracy for entry in clean.per_class],
-                "robust_per_class": [entry.accuracy for entry in robust.per_class],
-            }
-            score = {
-                "robust_accuracy": robust.average,
-                "worst_class": robust.worst_class,
-                "robust_plus_worst": robust.average + robust.worst_class,
-                "last": score,
-            }[self.config.selection_metric]
+            held_out = self._held_out(self.selected_module)
+            record |= held_out_record(held_out)
+            score = selection_score(held_out, self.config.selection_metric, last=score)
         self.progress.seconds += time.perf_counter() - since
         self._add_passes(self._passes_of_all_processes())
         step = self.progress.step
@@ -421,7 +415,7 @@ class Trainer:
 
     def _update_gated_average(self, gated: GatedAverage) -> bool:
         """Let the current weights into the fairness-gated average if their worst held-out class is good enough."""
-        _, robust = self._held_out(self.module)
+        robust = self._held_out(self.module).robust
         passed = gated.update(self.module, [entry.accuracy for entry in robust.per_class])
         self.progress.averaged_epochs = gated.updates
         return passed
@@ -442,7 +436,7 @@ class Trainer:
                 epoch=epoch,
             )
 
-    def _held_out(self, module: nn.Module) -> tuple[FairnessSummary, FairnessSummary]:
+    def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
             return held_out_accuracy(
@@ -454,6 +448,7 @@ class Trainer:
                 accelerator=self.accelerator,
                 batch_size=self.eval_batch_size,
                 seed=self.config.seed,
+                with_verdict=self.config.selection_metric == "verdict",
             )
 
     def _held_out_images(self, what_for: str) -> Images:

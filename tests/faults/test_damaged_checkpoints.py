@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from ham_hf.checksums import DamagedError
+from ham_hf.files import DamagedError
 from ham_hf.training import checkpoint as checkpoints
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
 from tests.faults.same_runs import assert_same_weights, timeless_log

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.memory import MemoryExhaustedError, smaller_batch
+from ham_hf.faults import MemoryExhaustedError, smaller_batch
 from tests.recipe_runs import SMALL, recipe_module
 from tests.test_trainer import trainer
 

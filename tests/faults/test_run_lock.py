@@ -12,13 +12,13 @@ import time
 
 import pytest
 
-from ham_hf.training.run_lock import LOCK_NAME, BusyFolderError, RunLock
+from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME, BusyFolderError, RunLock
 from tests.conftest import ROOT
 from tests.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 
-# run_lock.py needs nothing else of the package: this process starts in a fraction of a second.
+# run_lock.py imports nothing else of the package, so this process starts in a fraction of a second.
 OWNER = f"""
 import importlib.util, os, sys, time
 from pathlib import Path
@@ -26,7 +26,7 @@ spec = importlib.util.spec_from_file_location("run_lock", {str(ROOT / "ham_hf/tr
 run_lock = importlib.util.module_from_spec(spec); spec.loader.exec_module(run_lock)
 lock = run_lock.RunLock(Path(sys.argv[1]))
 lock.acquire()
-# The child speaks for itself: while it has not run at all, it cannot have let go of what it inherited.
+# Printed by the child: before it has run, it cannot have closed what it inherited.
 if sys.argv[2] == "alone" or os.fork() == 0:
     print(os.getpid(), flush=True)
 time.sleep(60)
@@ -48,7 +48,7 @@ def test_second_run_is_refused_by_name_until_the_first_is_dead(tmp_path):
     assert (folder / LOCK_NAME).exists()
     with RunLock(folder) as lock:
         lock.acquire()
-        assert json.loads((folder / LOCK_NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((folder / OWNER_NAME).read_text())["pid"] == os.getpid()
     assert not list(folder.iterdir())
 
 
@@ -79,12 +79,13 @@ def test_run_that_ends_between_our_opening_and_locking_is_no_obstacle(tmp_path, 
     lock = fcntl.flock
 
     def first_ends_now(handle, how):
+        monkeypatch.undo()
         first.release()
         lock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", first_ends_now)
     second.acquire()
-    monkeypatch.undo()
+    assert fcntl.flock is lock
     with pytest.raises(BusyFolderError):
         RunLock(tmp_path).acquire()
     second.release()
@@ -114,7 +115,7 @@ def test_recipe_refuses_a_folder_in_use_and_leaves_it_alone(tmp_path, capsys):
         recipe_module("train_ham.py").main(arguments)
     assert exit_.value.code == 2
     assert f"process {process.pid} on" in capsys.readouterr().err
-    assert [path.name for path in folder.iterdir()] == [LOCK_NAME]
+    assert {path.name for path in folder.iterdir()} == {LOCK_NAME, OWNER_NAME}
     assert time.monotonic() - since < 60
     process.kill()
     process.wait()

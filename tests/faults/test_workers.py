@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from ham_hf.data import BatchRequest
+from ham_hf.faults import FaultError, explain_faults
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import find_checkpoint, step_of
-from ham_hf.training.launching import FaultError, explain_faults
 from tests.example_images import dataset, encode, load, noise, write_parquet
 from tests.recipe_runs import SMALL, recipe_module
 
