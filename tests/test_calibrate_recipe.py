@@ -23,6 +23,7 @@ from ham_hf.models import load_pixel_model
 from ham_hf.models.head import read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
+from ham_hf.runs import ReorderedLogits
 from tests.conftest import ROOT
 from tests.example_images import dataset, load, noise, write_parquet
 from tests.hub_server import Blob, Hub, Repo, hub_environment
@@ -298,6 +299,10 @@ class TestStranger:
             assert load_pixel_model(str(folder / "out")).class_names == tuple(names)
         assert found[0] != [0.0, 0.0]
         assert found[0] == pytest.approx(found[1][::-1], abs=1e-6)
+
+    def test_classes_that_the_dataset_lacks_keep_zero(self):
+        aligned = ReorderedLogits(torch.nn.Identity(), [2, 0])
+        assert dial.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
 
     def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
         stranger("test_resnet", tmp_path / "model")

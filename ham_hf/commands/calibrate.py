@@ -150,7 +150,7 @@ def _search(job: _Job) -> _Found:
         tags=job.origin.tags,
         show_progress=not config.disable_tqdm,
     )
-    shifts = shifts_of_logits(job.model, calibration.shifts)
+    shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
     shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
     results = evaluate_on_test(
         shifted,
