@@ -24,7 +24,7 @@ imports:  ## import-linter: who may import whom
 test:  ## pytest in TEST_PROCESSES processes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-faults:  ## the fault table of CONTRIBUTING.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
+faults:  ## the fault table of docs/unattended.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 
 smoke:  ## the main command of the README, cut to a few steps, into a temporary folder

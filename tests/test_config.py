@@ -253,8 +253,8 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
         borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
         parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
         assert [record.args[:2] for record in caplog.records] == [
-            ("dafa", 70),
-            ("awp", 30),
+            ("dafa", "epoch 71 (--class_rule_args dafa_start_epoch=70)"),
+            ("awp", "epoch 31 (--awp_start_epoch 30)"),
         ]
         caplog.clear()
         parse_train_config(["--num_train_epochs", "51"])

@@ -37,6 +37,7 @@ from ham_hf.hub import download_report
 from ham_hf.invocation import command, program
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import replace_what_cannot_be_shown, show
+from ham_hf.training.run_lock import make_folder
 
 TRAIN = ("-m", "ham_hf", "train")
 """What follows the interpreter, or the launcher, to train."""
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs, missing, baseline, folder = _read_existing(options)
         if options.dry_run:
             return
+        make_folder(folder)
         comparison = compare(runs, baseline=options.baseline or baseline, missing=missing)
         figures = save_comparison_figures(comparison, folder)
         words = f"{command('compare')} {shlex.join(map(public_word, argv))}"
