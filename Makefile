@@ -3,10 +3,10 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults smoke bench bench-quick format
+.PHONY: help check lint types imports test faults smoke bench bench-quick release-check format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=$(PYTHON) is used; give another one with: make check PYTHON=.venv/bin/python"
 
 check: lint types imports test  ## everything a pull request has to pass: lint, types, imports, test
@@ -45,6 +45,9 @@ bench-quick:  ## the same with a tiny network, to see that the benchmarks run; t
 	$(PYTHON) -m tests.benchmarks.profile --quick
 	$(PYTHON) -m tests.benchmarks.epoch --quick
 	$(PYTHON) -m tests.benchmarks.scaling --quick
+
+release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
+	$(PYTHON) -m tests.release_check
 
 format:  ## let ruff rewrite what it can
 	$(PYTHON) -m ruff check --fix .
