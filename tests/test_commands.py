@@ -1,4 +1,4 @@
-"""The commands of an installed package: the overview, recipes by name, the first screen of --help, who is told what."""
+"""The commands of an installed package: overview, recipes by name, the first screen of --help, who is told what."""
 
 from __future__ import annotations
 
