@@ -24,11 +24,30 @@ from tests.hub_server import Hub, hub_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # A few updates of a narrow network; enough held-out images of each class to calibrate on.
-TINY = (
-    "--config digits/ham --max_steps 2 --mining_start_epoch 0 --num_steps 2 --eval_num_steps 2 --learning_rate 0.05 "
-    "--per_device_train_batch_size 32 --validation_fraction 0.4 --limit_train_examples 600 --limit_test_examples 40 "
-    "--use_cpu --disable_tqdm"
-).split()
+TINY = [
+    "--config",
+    "digits/ham",
+    "--max_steps",
+    "2",
+    "--mining_start_epoch",
+    "0",
+    "--num_steps",
+    "2",
+    "--eval_num_steps",
+    "2",
+    "--learning_rate",
+    "0.05",
+    "--per_device_train_batch_size",
+    "32",
+    "--validation_fraction",
+    "0.4",
+    "--limit_train_examples",
+    "600",
+    "--limit_test_examples",
+    "40",
+    "--use_cpu",
+    "--disable_tqdm",
+]
 PLAN = """
 recipe: {recipe}
 output_dir: planned
