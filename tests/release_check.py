@@ -24,7 +24,7 @@ from tests.hub_server import Hub, hub_environment
 ROOT = Path(__file__).resolve().parents[1]
 # A few updates of a narrow network; enough held-out images of each class to calibrate on.
 TINY = shlex.split(
-    "--config digits/ham --max_steps 2 --mining_start_epoch 0 --num_steps 2 --eval_num_steps 2 --learning_rate 0.05 "
+    "--config digits/ham --max_steps 2 --mining_start_epoch 0 --mining_step 1 --num_steps 2 --eval_num_steps 2 "
     "--per_device_train_batch_size 32 --validation_fraction 0.4 --limit_train_examples 600 --limit_test_examples 40 "
     "--use_cpu --disable_tqdm"
 )
@@ -34,7 +34,7 @@ output_dir: planned
 seeds: [0]
 settings: {{max_steps: 2, num_steps: 2, eval_num_steps: 2, limit_train_examples: 200, limit_test_examples: 40,
            use_cpu: true}}
-runs: {{ham: {{mining_start_epoch: 0}}}}
+runs: {{ham: {{mining_start_epoch: 0, mining_step: 1}}}}
 """
 # What is run of each command, in order. One that is not here is only asked for its help.
 RUNS = {
