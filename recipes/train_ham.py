@@ -44,6 +44,7 @@ from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import (
+    class_examples,
     evaluate_on_test,
     example_strip,
     export_model,
@@ -262,7 +263,10 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
                 calibration=calibration,
             )
             examples = example_strip(selected, data.test, config.evaluation, threat_model=threat_model, seed=seed)
-            write_training(report, folder, results=results, examples=examples, repo_id=repo_id)
+            of_classes = class_examples(
+                selected, data.test, config.evaluation, results, threat_model=threat_model, seed=seed
+            )
+            write_training(report, folder, results=results, examples=examples, repo_id=repo_id, of_classes=of_classes)
             remove_partial_results(folder)
         if calibration is not None:
             show(f"{exchange_sentence(calibration)}\n\n")

@@ -30,7 +30,7 @@ from ham_hf.models.origin import read_origin
 from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
-from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
+from ham_hf.runs import align_classes, class_examples, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
@@ -148,7 +148,10 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
             examples = example_strip(
                 shifted, held_out.data.test, config.evaluation, threat_model=threat_model, seed=config.seed
             )
-            write_calibration(report, folder, results=results, examples=examples)
+            of_classes = class_examples(
+                shifted, held_out.data.test, config.evaluation, results, threat_model=threat_model, seed=config.seed
+            )
+            write_calibration(report, folder, results=results, examples=examples, of_classes=of_classes)
         remove_partial_results(folder)
         found = f"{exchange_sentence(calibration)}\n\n{text_table(results_table(report))}"
         show(f"{found}\n\neverything is in {folder}\n")
