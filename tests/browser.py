@@ -53,6 +53,11 @@ class Browser:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", metrics)
         self.command("POST", "/url", {"url": page.resolve().as_uri()})
+        for _ in range(200):
+            if self.run("return document.documentElement.dataset.ready === 'yes'"):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{page} was not drawn: {self.log()}")
 
     def devtools(self, name: str, parameters: dict[str, object]) -> Any:
         return self.command("POST", "/goog/cdp/execute", {"cmd": name, "params": parameters})
@@ -67,9 +72,7 @@ class Browser:
 
     def press(self, *keys: str) -> None:
         """Press keys, one after the other, where the focus is."""
-        actions = [
-            {"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")
-        ]
+        actions = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self.command("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def log(self) -> list[str]:
@@ -96,7 +99,11 @@ def browser(folder: Path) -> Iterator[Browser]:
     try:
         _wait(address, driver)
         options = {"binary": shutil.which("chromium"), "args": [*FLAGS, f"--user-data-dir={folder}"]}
-        capabilities = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        capabilities = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         session = request("POST", f"{address}/session", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
         try:
             yield Browser(address, session)

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _write(folders: Sequence[Path], output: Path | None, *, baseline: str | None, images: bool) -> Path:
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
     if output is None and len(folders) > 1:
         raise ValueError(f"{len(folders)} folders make one page: name it with --output FILE")
     if output is not None and output.is_dir():

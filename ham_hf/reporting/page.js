@@ -4,7 +4,7 @@
   const at = (id) => document.getElementById(id);
   const numbers = read("numbers");
   const images = read("images");
-  const FIRST = 60; // rows drawn before "show all"
+  const FIRST = 40; // rows drawn before "show all"
   const CELLS = 30; // classes of the matrix
   const state = { run: 0, entry: null, order: "worst", find: "", label: null, all: false, point: 0, cell: [0, 1] };
   let run, shown, clean;
@@ -172,14 +172,15 @@
   }
 
   function drawTaken(body, label) {
-    body.append(element("h3", { text: `Taken for (${shown.title})` }));
-    const taken = shown.taken ? shown.taken[label] : null;
+    const known = confusing();
+    body.append(element("h3", { text: `Taken for (${known.title})` }));
+    const taken = known.taken ? known.taken[label] : null;
     if (!taken || !taken.length) {
       body.append(element("p", { class: "quiet", text: taken ? "Never taken for another class." : "Not kept by this run." }));
       return;
     }
     const list = element("ol", { class: "taken" });
-    const count = shown.classes[label][0];
+    const count = known.classes[label][0];
     for (let i = 0; i < Math.min(taken.length, 20); i += 2) {
       const bar = svg("svg", { "aria-hidden": "true" },
         svg("rect", { width: x(taken[i + 1] / Math.max(count, 1)), height: "100%", class: "c-robust" }));
@@ -202,7 +203,7 @@
       body.append(element("h3", { text: `${title} (${found.attack})` }));
       const holder = element("div", { class: "shots" });
       for (const image of some) {
-        const titles = ["before", "after", `difference × ${image.times}`];
+        const titles = ["before", "after", `change\u00a0×\u00a0${image.times}`];
         const three = element("div", { class: "three" }, ...image.png.map((png, i) => element("div", {},
           element("img", { src: `data:image/png;base64,${png}`, alt: `${run.names[label]}, image ${image.position}, ${titles[i]}` }),
           element("span", { text: titles[i] }))));
@@ -216,11 +217,14 @@
     if (!own.length) body.append(element("p", { class: "quiet", text: "No images of this class: there is room for those of the worst classes only." }));
   }
 
+  // Where the verdict's is not kept, that of the first attack.
+  const confusing = () => (shown.taken ? shown : run.entries.find((entry) => entry.taken && entry.name !== "clean") || shown);
+
   // Confusion: the classes that are confused most, those next to each other that are taken for one another.
   function confused() {
     const mass = new Map();
     const pairs = new Map();
-    shown.taken.forEach((taken, label) => {
+    confusing().taken.forEach((taken, label) => {
       for (let i = 0; i < taken.length; i += 2) {
         const [other, count] = [taken[i], taken[i + 1]];
         if (other < 0) continue;
@@ -249,7 +253,9 @@
     at("cell").textContent = "";
     at("pairs").replaceChildren();
     matrix = null;
-    if (!shown.taken) {
+    const known = confusing();
+    at("confusion-body").hidden = !known.taken;
+    if (!known.taken) {
       at("matrix").replaceChildren();
       at("confusion-note").textContent = "Not kept by this run.";
       return;
@@ -257,7 +263,7 @@
     const { order, pairs, total } = confused();
     const size = order.length;
     at("confusion-note").textContent = size
-      ? `${shown.title}. A row is a true class, a column what it is taken for; classes that are confused stand together. ` +
+      ? `${known.title}. A row is a true class, a column what it is taken for; classes that are confused stand together. ` +
         (total > size ? `The ${size} of ${total} classes that are confused most. ` : "") + "Arrow keys move in the matrix, Enter opens the class."
       : "Nothing was taken for anything else.";
     at("matrix").replaceChildren();
@@ -268,23 +274,22 @@
     const cell = Math.max(12, Math.min(40, Math.floor((width - text - 4) / size)));
     const side = cell * size;
     const letters = Math.floor((text - 10) / 6.6);
-    const large = Math.max(...order.map((a) => Math.max(...order.map((b) => (pairs.get(`${a},${b}`) || 0) / Math.max(1, shown.classes[a][0])))), 1e-9);
+    const large = Math.max(...order.map((a) => Math.max(...order.map((b) => (pairs.get(`${a},${b}`) || 0) / Math.max(1, known.classes[a][0])))), 1e-9);
     const drawing = svg("svg", {
       width: text + side + 4, height: text + side + 4, tabindex: 0, role: "application",
       "aria-roledescription": "matrix", "aria-labelledby": "confusion-title", "aria-describedby": "cell",
     });
     order.forEach((row, i) => {
       const y = text + i * cell;
-      const size = cell < 14 ? "font-size:10px" : null;
       const label = svg("text", { x: text - 6, y: y + cell / 2 + 4, "text-anchor": "end" }, svg("title", { text: run.names[row] }));
       label.append(cut(run.names[row], letters));
-      const column = svg("text", { transform: `translate(${text + i * cell + cell / 2 + 4} ${text - 6}) rotate(-90)` }, svg("title", { text: run.names[row] }));
+      const column = svg("text", { transform: `translate(${text + i * cell + cell / 2 + (longest > 2 ? 4 : 0)} ${text - 6}) ${longest > 2 ? "rotate(-90)" : ""}`, "text-anchor": longest > 2 ? "start" : "middle" }, svg("title", { text: run.names[row] }));
       column.append(cut(run.names[row], letters));
-      if (size) { label.style.fontSize = "10px"; column.style.fontSize = "10px"; }
+      if (cell < 14) { label.style.fontSize = "10px"; column.style.fontSize = "10px"; }
       drawing.append(label, column);
       order.forEach((other, j) => {
         const count = pairs.get(`${row},${other}`) || 0;
-        const part = count / Math.max(1, shown.classes[row][0]) / large;
+        const part = count / Math.max(1, known.classes[row][0]) / large;
         const place = { x: text + j * cell, y, width: cell - 1, height: cell - 1 };
         drawing.append(svg("rect", { ...place, class: i === j ? "same" : "empty" }));
         if (i === j) return;
@@ -292,7 +297,7 @@
           onclick: () => { state.cell = [i, j]; moveCell(); choose(row, true); } }, svg("title", { text: cellText(row, other, count) }));
         drawing.append(rect);
         if (cell >= 24 && count) {
-          const number = svg("text", { x: place.x + cell / 2 - 0.5, y: y + cell / 2 + 4, "text-anchor": "middle", "pointer-events": "none", text: count });
+          const number = svg("text", { x: place.x + cell / 2 - 0.5, y: y + cell / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: part > 0.5 ? "on" : "", text: count });
           drawing.append(number);
         }
       });
@@ -308,11 +313,11 @@
     const most = [...pairs].map(([key, count]) => [...key.split(",").map(Number), count]).sort((a, b) => b[2] - a[2] || a[0] - b[0]);
     at("pairs").replaceChildren(...most.slice(0, 10).map(([row, other, count]) => element("li", {},
       element("button", { type: "button", text: `${cut(run.names[row], 60)} → ${cut(run.names[other], 60)}`, onclick: () => choose(row, true) }),
-      element("small", { text: ` ${count} of ${shown.classes[row][0]}` }))));
+      element("small", { text: ` ${count} of ${known.classes[row][0]}` }))));
   }
   const cellText = (row, other, count) =>
-    row === other ? `${run.names[row]}: ${percents(share(shown, row))} right`
-      : `${run.names[row]} taken for ${run.names[other]}: ${count} of ${shown.classes[row][0]}`;
+    row === other ? `${run.names[row]}: ${percents(share(confusing(), row))} right`
+      : `${run.names[row]} taken for ${run.names[other]}: ${count} of ${confusing().classes[row][0]}`;
   function moveCell() {
     const [i, j] = state.cell;
     const { order, pairs, cursor, text, cell } = matrix;
@@ -335,7 +340,7 @@
   function plot(title, places, lines, options = {}) {
     const holder = element("div", { class: "plot" });
     const width = Math.max(260, Math.min(options.width || 900, 1000));
-    const [height, left, top, bottom] = [210, 40, 8, 34];
+    const [height, left, top, bottom] = [216, 40, 8, 40];
     const right = 10;
     const [first, last] = [Math.min(...places), Math.max(...places)];
     const px = (value) => left + ((width - left - right) * (value - first)) / (last - first || 1);
@@ -345,7 +350,7 @@
       drawing.append(svg("line", { x1: left, x2: width - right, y1: py(value), y2: py(value), class: "grid" }),
         svg("text", { x: left - 6, y: py(value) + 4, "text-anchor": "end", class: "quiet", text: 100 * value }));
     }
-    for (const value of ticks(places)) drawing.append(svg("text", { x: px(value), y: height - bottom + 16, "text-anchor": "middle", class: "quiet", text: value }));
+    for (const value of ticks(places)) drawing.append(svg("text", { x: px(value), y: height - bottom + 18, "text-anchor": "middle", class: "quiet", text: value }));
     drawing.append(svg("text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle", class: "quiet", text: options.axis || "" }));
     if (options.mark !== undefined && options.mark !== null && options.mark >= first && options.mark <= last) {
       drawing.append(svg("line", { x1: px(options.mark), x2: px(options.mark), y1: top, y2: height - bottom, class: "mark" }));
@@ -410,6 +415,7 @@
     slider.setAttribute("aria-valuetext", words);
     at("frontier-note").textContent =
       `One number per class is added to the logits; counted on images that they were not found on (${frontier.images}).` +
+      " A ring is the class without shifts, a diamond with those of this fairness." +
       (frontier.seen ? " The model was trained on these images, so this is too good." : "");
     const places = frontier.points.map((found) => found.fairness);
     const line = (key, title, kind, dash) => ({ title, kind, dash, values: frontier.points.map((found) => found[key][0]), band: frontier.points.map((found) => found[key].slice(1)) });
@@ -512,15 +518,19 @@
   if (numbers.comparison) {
     at("comparison-entry").replaceChildren(...Object.keys(numbers.comparison.rows).map((title) => element("option", { value: title, text: title })));
     at("comparison-entry").addEventListener("change", drawComparison);
-    drawComparison();
   }
   let width = window.innerWidth;
   window.addEventListener("resize", () => {
-    if (window.innerWidth === width) return;
+    if (window.innerWidth === width || !run) return;
     width = window.innerWidth;
     drawMatrix();
     drawCurves();
     drawFrontier();
   });
-  openRun(0);
+  // After the first paint, which shows the head of the page.
+  requestAnimationFrame(() => setTimeout(() => {
+    openRun(0);
+    if (numbers.comparison) drawComparison();
+    document.documentElement.dataset.ready = "yes";
+  }, 0));
 })();

@@ -177,7 +177,10 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         ("Threat model", f"{_norm(report.threat_model.norm)}, ε = {_length(report.threat_model.epsilon)}"),
     ]
     method = report.config.get("method") if report.training is not None else None
-    return facts + ([("Method", plain_text(method))] if method else []) + [("Made", plain_text(report.created))]
+    if method:
+        facts.append(("Method", plain_text(method)))
+    made = report.created.replace("T", " ").replace("+00:00", " UTC")
+    return [*facts, ("Made", plain_text(made))]
 
 
 def _headline(report: RunReport) -> list[dict[str, str]]:
@@ -380,7 +383,7 @@ def _comparison_values(comparison: PageComparison) -> dict[str, object]:
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    return [None if value is None else round(value, 4) for value in values]
+    return [None if value is None else round(value, 6) for value in values]
 
 
 def _settings_text(entry: AttackReport) -> str:
@@ -393,10 +396,10 @@ def _settings_text(entry: AttackReport) -> str:
     parts = []
     if "norm" in settings:
         parts.append(_norm(str(settings["norm"])))
-    for key, before, after in (("epsilon", "ε = ", ""), ("step_size", "steps of ", "")):
+    for key, before in (("epsilon", "ε = "), ("step_size", "steps of ")):
         value = settings.get(key)
         if isinstance(value, (int, float)):
-            parts.append(f"{before}{_length(float(value))}{after}")
+            parts.append(f"{before}{_length(float(value))}")
     if isinstance(settings.get("num_steps"), int):
         parts.append(f"{settings['num_steps']} steps")
     if entry.name == "clean":
