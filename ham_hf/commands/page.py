@@ -16,6 +16,7 @@ from ham_hf.comparison.numbers import Comparison, compare
 from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
 from ham_hf.faults import clean_exit
 from ham_hf.files import atomic_write
+from ham_hf.invocation import program
 from ham_hf.reporting.class_examples import read_examples
 from ham_hf.reporting.page import PAGE_NAME, PageComparison, PageRow, PageRun, page_html
 from ham_hf.reporting.report import plain_text, read_report
@@ -24,7 +25,12 @@ from ham_hf.terminal import show
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a page from the command line ``argv`` (None: the process's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program("page"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder with report.json")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"where the page goes; default: {PAGE_NAME} in the only FOLDER"

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
+from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
@@ -291,6 +292,7 @@ def calibrated_report(
     )
     model = replace(
         evaluated.model,
+        name=plain_name(source),
         architecture=exported.architecture,
         base_model=base_model,
         needs_ham_hf=exported.needs_ham_hf,
