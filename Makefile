@@ -3,7 +3,7 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults smoke bench bench-quick release-check format
+.PHONY: help check lint types imports test faults smoke bench bench-quick browser release-check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-quick:  ## the same with a tiny network, to see that the benchmarks run; t
 	$(PYTHON) -m tests.benchmarks.profile --quick
 	$(PYTHON) -m tests.benchmarks.epoch --quick
 	$(PYTHON) -m tests.benchmarks.scaling --quick
+
+browser:  ## report.html in a headless Chromium: clicks, keys, sizes, hostile names; says so where there is none
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests
 
 release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
 	$(PYTHON) -m tests.release_check

@@ -43,11 +43,14 @@ RUNS = {
     "evaluate": [["evaluate", "run", "--dataset_name", "digits", "--limit_test_examples", "20", "--use_cpu"]],
     "calibrate": [["calibrate", "run", "--fairness", "0.5", "--eval_num_steps", "2", "--use_cpu"]],
     "compare": [["compare", "--config", "plan.yaml"], ["compare", "run", "planned", "--output_dir", "compared"]],
+    "page": [["page", "run"], ["page", "run", "evaluation/run", "--output", "both.html"]],
     "push": [["push", "run", "--hub_model_id", "me/robust"], ["push", "me/robust", "--repair"]],
 }
 LEFT_BEHIND = (
     "run/model.safetensors",
     "run/README.md",
+    "run/report.html",
+    "both.html",
     "launched/report.json",
     "evaluation/run/report.json",
     "planned/ham/seed0/report.json",

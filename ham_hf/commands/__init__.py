@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": Command("ham_hf.commands.compare", "run methods x seeds, or take runs that exist, and write one table"),
     "calibrate": Command("ham_hf.commands.calibrate", "make a robust model fairer in minutes, without training"),
     "push": Command("ham_hf.commands.push", "push a finished run to the Hub, or repair an older export"),
+    "page": Command("ham_hf.commands.page", "write report.html: which class fails, and why, for one run or several"),
     "recipes": Command("ham_hf.commands.recipes", "list the recipes that come with the package, for --config NAME"),
 }
 """Every command of ``ham-hf``, by its name, in the order of the overview."""

@@ -36,7 +36,7 @@ from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
-from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
+from ham_hf.runs import align_classes, class_examples, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
@@ -194,7 +194,15 @@ def _publish(job: _Job, found: _Found) -> None:
         class_order=job.class_order,
     )
     strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
-    write_calibration(report, folder, results=found.results, examples=strip)
+    of_classes = class_examples(
+        found.shifted,
+        data.test,
+        config.evaluation,
+        found.results,
+        threat_model=job.threat_model,
+        seed=config.seed,
+    )
+    write_calibration(report, folder, results=found.results, examples=strip, of_classes=of_classes)
     remove_partial_results(folder)
     sentence = exchange_sentence(found.calibration)
     show(f"{sentence}\n\n{text_table(results_table(report))}\n\neverything is in {folder}\n")

@@ -27,6 +27,7 @@ from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import evaluation_report, write_evaluation
 from ham_hf.runs import (
     align_classes,
+    class_examples,
     evaluate_on_test,
     example_strip,
     load_evaluation_data,
@@ -111,7 +112,10 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         )
         with clean_exit(CorruptImageError, OSError):
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
-            write_evaluation(report, config.output_path, results=results, examples=examples)
+            of_classes = class_examples(
+                model, data.test, config.evaluation, results, threat_model=threat_model, seed=config.seed
+            )
+            write_evaluation(report, config.output_path, results=results, examples=examples, of_classes=of_classes)
         remove_partial_results(config.output_path)
         show(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()

@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--hub_model_id", "--hub-model-id", help="repository on the Hub: owner/name")
     parser.add_argument("--hub_private_repo", "--hub-private-repo", action="store_true", help="create it private")
+    parser.add_argument(
+        "--publish_images",
+        "--publish-images",
+        action="store_true",
+        help="keep the images of a dataset that is not public on the page that is pushed",
+    )
     parser.add_argument("--hub_revision", "--hub-revision", default="main", help="branch to push to")
     parser.add_argument(
         "--model_license", "--model-license", help="license of the weights; default: that of the run's settings"
@@ -82,7 +88,12 @@ def _push(folder: Path, arguments: argparse.Namespace) -> None:
     # The card's loading lines name the repository, which may be another one than the run knew of.
     write_card(report, folder, repo_id=repo_id, model_license=model_license)
     url = push_folder(
-        folder, repo_id, private=arguments.hub_private_repo, revision=revision, commit_message="Robust model"
+        folder,
+        repo_id,
+        private=arguments.hub_private_repo,
+        revision=revision,
+        commit_message="Robust model",
+        publish_images=arguments.publish_images,
     )
     show(f"pushed to {url}\n")
 

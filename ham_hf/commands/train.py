@@ -46,6 +46,7 @@ from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import (
+    class_examples,
     evaluate_on_test,
     example_strip,
     export_model,
@@ -398,7 +399,17 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
         examples = example_strip(
             run.selected, data.test, config.evaluation, threat_model=run.threat_model, seed=config.training.seed
         )
-        write_training(report, folder, results=found.results, examples=examples, repo_id=run.repo_id)
+        of_classes = class_examples(
+            run.selected,
+            data.test,
+            config.evaluation,
+            found.results,
+            threat_model=run.threat_model,
+            seed=config.training.seed,
+        )
+        write_training(
+            report, folder, results=found.results, examples=examples, repo_id=run.repo_id, of_classes=of_classes
+        )
         remove_partial_results(folder)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
@@ -415,5 +426,6 @@ def push(run: Run) -> None:
             private=hub.hub_private_repo,
             revision=hub.hub_revision,
             commit_message="Robust model",
+            publish_images=hub.publish_images,
         )
     show(f"pushed to {url}\n")
