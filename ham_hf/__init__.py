@@ -1,6 +1,6 @@
 """Fair adversarial training for any timm backbone. Importing the package registers its CIFAR networks with timm.
 
-In the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`; `objectives`, the
+In the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`; `methods`, the
 training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages together for the
 recipes, `comparison` compares runs.
 """

@@ -37,9 +37,9 @@ from ham_hf.faults import (
     explain_unfinished,
 )
 from ham_hf.hub import PushError, check_write_access, has_ended, limit_waiting, push_folder, start_push
+from ham_hf.methods import InnerAttack
 from ham_hf.models import input_defaults
 from ham_hf.models.source import resolve_source
-from ham_hf.objectives import InnerAttack
 from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import training_report, write_config, write_training

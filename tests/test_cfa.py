@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ham_hf.attacks import ThreatModel, input_gradient
-from ham_hf.objectives import CFA, HAM, TRADES
+from ham_hf.methods import CFA, HAM, TRADES
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

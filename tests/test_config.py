@@ -33,7 +33,7 @@ from ham_hf.config import (
     parse_evaluate_config,
     parse_train_config,
 )
-from ham_hf.objectives import HAM, PGDAT, Objective, available
+from ham_hf.methods import HAM, PGDAT, Objective, available
 
 GROUPS = ("data", "model", "attack", "training", "evaluation", "hub")
 

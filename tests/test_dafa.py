@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.objectives import DAFA, HAM, PGDAT
-from ham_hf.objectives.dafa import dafa_weights
+from ham_hf.methods import DAFA, HAM, PGDAT
+from ham_hf.methods.rules.dafa import dafa_weights
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

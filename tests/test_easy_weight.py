@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, pgd
+from ham_hf.methods import HAM, InnerAttack, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
-from ham_hf.objectives import HAM, InnerAttack, MartLoss, TradesLoss
 from ham_hf.training.train_step import CLEAN_EVERY, TrainStep
 from tests.golden_data import golden_case, golden_net
 from tests.nets import group_norm_net, pixel_batch

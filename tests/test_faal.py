@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import pgd
 from ham_hf.config.settings import setting_problems
-from ham_hf.objectives import HAM, TRADES, OuterBatch
-from ham_hf.objectives.faal import FAAL, worst_case_weights
+from ham_hf.methods import HAM, TRADES, OuterBatch
+from ham_hf.methods.rules.faal import FAAL, worst_case_weights
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

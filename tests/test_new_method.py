@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
-from ham_hf.objectives import Objective, available, class_sums
+from ham_hf.methods import Objective, available, class_sums
 from tests.test_trainer import ATTACK, trainer
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Objective, available
 from ham_hf.mining import mine_hard_examples
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective, available
 from tests.golden_data import golden_case, golden_net
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)

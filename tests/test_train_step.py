@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective
-from ham_hf.objectives.base import OuterBatch
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Objective
+from ham_hf.methods.base import OuterBatch
 from ham_hf.training.train_step import NonFiniteLossError, TrainStep
 from tests.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 from tests.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch

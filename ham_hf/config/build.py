@@ -15,7 +15,7 @@ from ham_hf.config.groups import AnyConfig, TrainConfig
 from ham_hf.config.old_names import with_current_names
 from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
-from ham_hf.objectives import Objective, available
+from ham_hf.methods import Objective, available
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from ham_hf.config.yaml_text import (
     read_yaml,
     text_node,
 )
-from ham_hf.objectives import HAM, available
+from ham_hf.methods import HAM, available
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.hub_ids import is_hub_id
-from ham_hf.objectives import HAM, Objective
+from ham_hf.methods import HAM, Objective
 
 _LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
 _SHUFFLE_BUFFER_SIZE = 10_000

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 
-from ham_hf.objectives import Objective, available
+from ham_hf.methods import Objective, available
 from ham_hf.reporting.report import TrainingReport
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ham_hf.data import BatchRequest, Images, TrainingStream
+from ham_hf.methods import Objective
 from ham_hf.metrics import count_per_class
-from ham_hf.objectives import Objective
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ham_hf.attacks import evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.methods import InnerAttack, Objective
 from ham_hf.metrics import FairnessSummary, summarize
-from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.seeding import Stream, make_generator
 
 

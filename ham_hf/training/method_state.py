@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ham_hf.objectives import InnerAttack, Objective, OuterBatch, class_sums
+from ham_hf.methods import InnerAttack, Objective, OuterBatch, class_sums
 
 
 class MethodState:

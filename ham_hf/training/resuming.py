@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, TrainingStream
-from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.methods import InnerAttack, Objective
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
 from ham_hf.training.optimization import depends_on_end
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import PixelBatch
-from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
+from ham_hf.methods import InnerAttack, Objective, OuterBatch, statistics_dtype
 from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState

@@ -20,7 +20,7 @@ from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
-from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.methods import InnerAttack, Objective
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,

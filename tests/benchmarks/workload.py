@@ -21,8 +21,8 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, Images, PixelBatch
 from ham_hf.data.pixels import CachedPixels
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Objective
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective
 from ham_hf.training.train_step import Totals
 from ham_hf.training.trainer import Trainer
 

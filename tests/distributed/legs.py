@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.data import PixelBatch
-from ham_hf.objectives import HAM, InnerAttack, Objective, TradesLoss
+from ham_hf.methods import HAM, InnerAttack, Objective, TradesLoss
 from ham_hf.training.checkpoint import load_best
 from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer

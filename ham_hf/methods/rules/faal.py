@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ham_hf.objectives.base import State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base import State, class_sums, statistics_dtype
+from ham_hf.methods.combining import BuiltOnLoss
+from ham_hf.methods.losses import BaseLoss
 
 BISECTIONS = 64
 """Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""

@@ -15,9 +15,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base import InnerAttack, State, class_sums, statistics_dtype
+from ham_hf.methods.combining import BuiltOnLoss
+from ham_hf.methods.losses import BaseLoss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import predicted
-from ham_hf.objectives.base import Objective, State, class_sums
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base import Objective, State, class_sums
+from ham_hf.methods.losses import BaseLoss
 
 
 @dataclass(frozen=True, kw_only=True)

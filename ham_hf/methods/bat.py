@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, full_precision
-from ham_hf.objectives.base import InnerAttack, Objective, OuterBatch, States
-from ham_hf.objectives.early_stopping import early_stopped_pgd
-from ham_hf.objectives.losses import BaseLoss, TradesLoss, kl
+from ham_hf.methods.base import InnerAttack, Objective, OuterBatch, States
+from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
+from ham_hf.methods.stopped_attack import early_stopped_pgd
 
 FURTHER_STEPS = 1
 """Steps beyond the first wrong iterate (tau in the published code)."""

@@ -27,11 +27,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ham_hf.methods.base import InnerAttack, OuterBatch, States
+from ham_hf.methods.combining import Combinable
+from ham_hf.methods.losses import trades_terms_of_some
+from ham_hf.methods.mining_passes import Mining
 from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
-from ham_hf.objectives.base import InnerAttack, OuterBatch, States
-from ham_hf.objectives.combining import Combinable
-from ham_hf.objectives.losses import trades_terms_of_some
-from ham_hf.objectives.mining_passes import Mining
 
 
 @dataclass(frozen=True, kw_only=True)

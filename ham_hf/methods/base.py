@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, pgd
-from ham_hf.objectives.losses import BASE_LOSSES, BaseLoss
+from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 
 State: TypeAlias = dict[str, Tensor]
 """Class state of one method: named tensors on the device of the model, changed in place by its hooks."""

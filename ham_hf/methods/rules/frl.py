@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import pgd, predicted
-from ham_hf.objectives.base import InnerAttack, Objective, State, class_sums
-from ham_hf.objectives.losses import BaseLoss, TradesLoss
+from ham_hf.methods.base import InnerAttack, Objective, State, class_sums
+from ham_hf.methods.losses import BaseLoss, TradesLoss
 
 
 @dataclass(frozen=True, kw_only=True)

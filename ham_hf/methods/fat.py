@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.objectives.base import InnerAttack, OuterBatch, States
-from ham_hf.objectives.combining import Combinable
-from ham_hf.objectives.early_stopping import early_stopped_pgd
+from ham_hf.methods.base import InnerAttack, OuterBatch, States
+from ham_hf.methods.combining import Combinable
+from ham_hf.methods.stopped_attack import early_stopped_pgd
 
 
 @dataclass(frozen=True, kw_only=True)

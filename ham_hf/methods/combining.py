@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives.base import InnerAttack, Objective, available
-from ham_hf.objectives.losses import BASE_LOSSES, BaseLoss
+from ham_hf.methods.base import InnerAttack, Objective, available
+from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import pgd
-from ham_hf.objectives.base import InnerAttack, State, class_sums
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base import InnerAttack, State, class_sums
+from ham_hf.methods.combining import BuiltOnLoss
+from ham_hf.methods.losses import BaseLoss
 
 
 @dataclass(frozen=True, kw_only=True)

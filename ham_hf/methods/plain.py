@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ham_hf.objectives.combining import Combinable
-from ham_hf.objectives.losses import BaseLoss, MartLoss, TradesLoss
+from ham_hf.methods.combining import Combinable
+from ham_hf.methods.losses import BaseLoss, MartLoss, TradesLoss
 
 
 @dataclass(frozen=True, kw_only=True)

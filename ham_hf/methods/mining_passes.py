@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, pgd, predicted
+from ham_hf.methods.base import InnerAttack, OuterBatch, State, States
+from ham_hf.methods.combining import BuiltOnLoss
 from ham_hf.mining import HardExamples, rows_of
-from ham_hf.objectives.base import InnerAttack, OuterBatch, State, States
-from ham_hf.objectives.combining import BuiltOnLoss
 
 CLASSIFY_IN_STEP_FROM = 0.5
 """Hard fraction from which the gradient of the next step is the cheaper classification: it costs two forwards, one

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient, predicted
+from ham_hf.methods.base import InnerAttack
 from ham_hf.mining import RowLoss
-from ham_hf.objectives.base import InnerAttack
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ham_hf.objectives.combining import Combinable
+from ham_hf.methods.combining import Combinable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import cross_entropy, pgd, predicted
-from ham_hf.objectives.base import InnerAttack, Objective, OuterBatch, States, statistics_dtype
+from ham_hf.methods.base import InnerAttack, Objective, OuterBatch, States, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

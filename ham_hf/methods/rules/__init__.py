@@ -1,0 +1,1 @@
+"""The methods that treat classes differently, one file each."""
