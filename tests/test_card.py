@@ -173,13 +173,13 @@ def cited(text: str) -> list[str]:
     return [re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries]
 
 
-def every_method() -> dict[str, type[methods.Objective]]:
+def every_method() -> dict[str, type[methods.Method]]:
     for module in pkgutil.walk_packages(methods.__path__, "ham_hf.methods."):
         importlib.import_module(module.name)
     return {name: kind for name, kind in methods.available().items() if kind.__module__.startswith("ham_hf.")}
 
 
-def config_of(kind: type[methods.Objective], **changes: object) -> dict[str, object]:
+def config_of(kind: type[methods.Method], **changes: object) -> dict[str, object]:
     """Settings of a run with this method, as a report has them."""
     options = {
         field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default

@@ -146,7 +146,7 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
     def prepare(step):
         state = step.method_state.states["hard_fraction"]
         state["counts"] = torch.tensor([[9, 10], [5, 10], [2, 20], [0, 0]], dtype=torch.float64)
-        ham.weighting.before_epoch(state, epoch=1)
+        ham.weights.before_epoch(state, epoch=1)
 
     mean = (0.9 + 0.5 + 0.1) / 3
     raw = [min(1.4, 1 + 2 * (0.9 - mean)), 1 + 2 * (0.5 - mean), max(0.7, 1 + 2 * (0.1 - mean))]

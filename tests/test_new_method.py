@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
-from ham_hf.methods import Objective, available, class_sums
+from ham_hf.methods import Method, available, class_sums
 from tests.test_trainer import ATTACK, trainer
 
 
@@ -20,7 +20,7 @@ def made_up():
     """Weighs a class, and widens its radius, by how often it has been seen misclassified."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Underdog(Objective):
+    class Underdog(Method):
         name: ClassVar[str] = "underdog"
         summary: ClassVar[str] = "made up for a test (Nobody, 2026)"
         gives_margin: ClassVar[bool] = True

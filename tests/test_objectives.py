@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.methods import HAM, PGDAT, InnerAttack, Objective, available
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Method, available
 from ham_hf.mining import mine_hard_examples
 from tests.golden_data import golden_case, golden_net
 
@@ -153,4 +153,4 @@ def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HAM(**options).check(num_steps=10)
     HAM(mining_step=9).check(num_steps=10)
-    assert issubclass(HAM, Objective)
+    assert issubclass(HAM, Method)

@@ -1,1 +1,1 @@
-"""The methods that treat classes differently, one file each."""
+"""Class rules, one file each; each with the method of its name that trains with it."""
