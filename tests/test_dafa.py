@@ -99,8 +99,8 @@ def test_plain_until_it_starts():
         assert dafa.warmup_epochs == 5
         assert dafa.rule.class_attack(states["dafa"], attack_of(HYPER), epoch=4) is None
         assert dafa.rule.class_weight(states["dafa"], dafa.loss, epoch=4) is None
-        observed = [dafa.rule.observe(torch.zeros(3, 10), torch.zeros(3, dtype=torch.long), epoch=e) for e in range(7)]
-        assert [sums is not None for sums in observed] == [e == 4 for e in range(7)]
+        shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
+        assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])

@@ -51,7 +51,9 @@ def epochs(frl, count=8):
         exact(clean_error.mean(), TENSORS["in/total_clean_error"][epoch])
         exact(boundary_error.mean(), TENSORS["in/total_bndy_error"][epoch])
         right = 1 - clean_error
-        frl.rule.after_held_out(states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch)
+        frl.rule.after_held_out(
+            states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch
+        )
         yield epoch, states
 
 
@@ -169,7 +171,7 @@ def test_fair_classes_leave_trades():
     for objective in (FRL(frl_margin=False, beta=6.0), TRADES(beta=6.0)):
         states, net = initial_states(objective), golden_net()
         if objective.name == "frl":
-            objective.after_held_out(
+            objective.rule.after_held_out(
                 states["frl"], torch.tensor([[9.0], [7.0], [4.0]]).expand(3, 10).double(), epoch=0
             )
         batch = objective.outer_batch(

@@ -50,30 +50,30 @@ def test_weights_by_hand(counts, strength, low, high):
 
 
 def test_defaults_are_those_that_were_measured():
-    rule = HardFraction()
-    state = rule.rule.initial_state(torch.ones(4, dtype=torch.float64))
-    assert rule.rule.class_weight(state, rule.loss, epoch=0) is None
+    method = HardFraction()
+    state = method.rule.initial_state(torch.ones(4, dtype=torch.float64))
+    assert method.rule.class_weight(state, method.loss, epoch=0) is None
     wrong, seen = torch.tensor([9.0, 5.0, 1.0, 5.0]).double(), torch.full((4,), 10.0, dtype=torch.float64)
-    rule.rule.after_update(state, torch.stack([wrong, seen], 1))
-    rule.rule.before_epoch(state, epoch=1)
+    method.rule.after_update(state, torch.stack([wrong, seen], 1))
+    method.rule.before_epoch(state, epoch=1)
     expected = torch.tensor([1.4, 1.0, 0.7, 1.0], dtype=torch.float64) * 4 / 4.1
-    torch.testing.assert_close(rule.rule.class_weight(state, rule.loss, epoch=1)[0], expected)
+    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=1)[0], expected)
     # The counts are those of one epoch: without any, all classes weigh the same again.
-    rule.rule.before_epoch(state, epoch=2)
-    assert rule.rule.class_weight(state, rule.loss, epoch=2).tolist() == [[1.0] * 4]
+    method.rule.before_epoch(state, epoch=2)
+    assert method.rule.class_weight(state, method.loss, epoch=2).tolist() == [[1.0] * 4]
 
 
 def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
-    rule = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
-    state = rule.rule.initial_state(torch.ones(2, dtype=torch.float64))
+    method = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
+    state = method.rule.initial_state(torch.ones(2, dtype=torch.float64))
     logits, y = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1])
     for epoch in range(4):
-        rule.rule.before_epoch(state, epoch=epoch)
-        weight = rule.rule.class_weight(state, rule.loss, epoch=epoch)
+        method.rule.before_epoch(state, epoch=epoch)
+        weight = method.rule.class_weight(state, method.loss, epoch=epoch)
         assert (weight is not None) == (epoch == 3)
-        rule.rule.after_update(state, rule.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch))
+        method.rule.after_update(state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch))
     torch.testing.assert_close(weight, torch.tensor([[1.4 / 2.1 / 2 * 2, 1.4 / 2.1 * 2], [1.0, 1.0]]).double())
-    assert (rule.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
+    assert (method.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_options_are_lent_and_shown(capsys):
 
 def test_a_stream_that_does_not_know_its_classes_changes_nothing():
     """A stream gives NaN for how many images a class has; the rule counts what it sees."""
-    rule = HardFraction()
-    state = rule.rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
-    rule.rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
-    rule.rule.before_epoch(state, epoch=1)
-    assert rule.rule.class_weight(state, rule.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]
+    method = HardFraction()
+    state = method.rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
+    method.rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
+    method.rule.before_epoch(state, epoch=1)
+    assert method.rule.class_weight(state, method.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]
