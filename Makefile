@@ -3,7 +3,7 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults smoke bench bench-quick browser release-check format
+.PHONY: help check lint types imports test faults same smoke bench bench-quick browser release-check format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test:  ## pytest in TEST_PROCESSES processes
 
 faults:  ## the fault table of docs/unattended.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
+
+same:  ## make same COMMIT=main: train with that commit and with this tree, and compare every number bit for bit
+	@test -n "$(COMMIT)" || (echo "say what to compare with: make same COMMIT=main" && exit 2)
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.same $(COMMIT)
 
 smoke:  ## the main command of the README, cut to a few steps, into a temporary folder
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \

@@ -6,7 +6,7 @@ whole trainer. Importing the package imports none of them, neither torch nor tim
 Our CIFAR networks are registered with timm, whichever of the two is imported first.
 
 The modules, in the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`;
-`objectives`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages
+`methods`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages
 together for the recipes, `comparison` compares runs, `api` holds the functions named above.
 """
 

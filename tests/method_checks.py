@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, InnerAttack, TradesLoss, available
+from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, InnerAttack, TradesLoss, available
 from tests.golden_data import GOLDEN
 
 

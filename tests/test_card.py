@@ -21,7 +21,7 @@ from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from ham_hf import objectives
+from ham_hf import methods
 from ham_hf.config import TrainConfig
 from ham_hf.config.build import group_settings, method_settings
 from ham_hf.data.decoding import EvalTransform
@@ -173,13 +173,13 @@ def cited(text: str) -> list[str]:
     return [re.match(r"@\w+\{(\w+),", entry)[1] for entry in entries]
 
 
-def every_method() -> dict[str, type[objectives.Objective]]:
-    for module in pkgutil.iter_modules(objectives.__path__, "ham_hf.objectives."):
+def every_method() -> dict[str, type[methods.Method]]:
+    for module in pkgutil.walk_packages(methods.__path__, "ham_hf.methods."):
         importlib.import_module(module.name)
-    return {name: kind for name, kind in objectives.available().items() if kind.__module__.startswith("ham_hf.")}
+    return {name: kind for name, kind in methods.available().items() if kind.__module__.startswith("ham_hf.")}
 
 
-def config_of(kind: type[objectives.Objective], **changes: object) -> dict[str, object]:
+def config_of(kind: type[methods.Method], **changes: object) -> dict[str, object]:
     """Settings of a run with this method, as a report has them."""
     options = {
         field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
@@ -423,7 +423,7 @@ def test_hostile_names_change_nothing_but_text(tmp_path: Path) -> None:
     st.lists(
         # hypothesis also tries words of our sources; the name of a method adds the method's own text.
         st.text(st.one_of(st.sampled_from("|`*_[]()<>!#-:&\\\n{}%$~'\" "), st.characters())).filter(
-            lambda name: name not in objectives.available()
+            lambda name: name not in methods.available()
         ),
         min_size=12,
         max_size=12,

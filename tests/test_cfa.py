@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ham_hf.attacks import ThreatModel, input_gradient
-from ham_hf.objectives import CFA, HAM, TRADES
+from ham_hf.methods import CFA, HAM, TRADES
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,
@@ -41,14 +41,14 @@ def test_class_radius_and_beta_follow_the_authors_rules(rule, when):
     epoch = HYPER["begin"] - (when == "before_begin")
     state = states_of(cfa, TENSORS["in/class_robust_acc"][rule])["cfa"]
     expected = TENSORS[f"out/rule/{rule}/{when}/class_eps"]
-    of_class = cfa.class_attack(state, attack_of(HYPER), epoch=epoch)
+    of_class = cfa.rule.class_attack(state, attack_of(HYPER), epoch=epoch)
     if when == "before_begin":
         assert of_class is None
         assert expected.tolist() == pytest.approx([HYPER["epsilon"]] * 10)
     else:
         torch.testing.assert_close(of_class[0], expected, rtol=0, atol=1e-9)
         assert of_class[1].tolist() == [HYPER["step_size"]] * 10
-    weight = cfa.class_weight(state, cfa.loss, epoch=epoch)
+    weight = cfa.rule.class_weight(state, cfa.loss, epoch=epoch)
     fraction = TENSORS[f"out/rule/{rule}/{when}/class_beta_fraction"]
     # Ours are relative to the scales (1, beta) of the two terms.
     torch.testing.assert_close(weight[1] * HYPER["beta"], fraction, rtol=0, atol=1e-9)
@@ -65,7 +65,7 @@ def test_trades_attack_loss_and_gradients_are_the_authors():
     prefix = "out/ccm_ccr_trades/"
     logits = assert_loss_and_gradients(cfa, net, batch, epoch=10, states=states, tensors=TENSORS, prefix=prefix)
     torch.testing.assert_close(logits[: len(y)], TENSORS[f"{prefix}robust_logits"], rtol=0, atol=1e-9)
-    counts = cfa.observe(logits[: len(y)], y, epoch=10)
+    counts = cfa.rule.observe(logits[: len(y)], y, epoch=10)
     logged = TENSORS[f"{prefix}log/class_robust_acc"]
     # Their accuracy of a class is C correct / N, right for balanced batches only; ours is correct / count.
     torch.testing.assert_close(counts[:, 0] * 10 / len(y), logged, rtol=0, atol=1e-9)
@@ -77,7 +77,7 @@ def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
     states = states_of(cfa, TENSORS["in/class_robust_acc"][0])
     x, y = golden_batch(HYPER["rows"])
     noise = TENSORS["in/unit_noise"].double()
-    radius = cfa.class_attack(states["cfa"], attack_of(HYPER), epoch=10)[0][y].view(-1, 1, 1, 1)
+    radius = cfa.rule.class_attack(states["cfa"], attack_of(HYPER), epoch=10)[0][y].view(-1, 1, 1, 1)
     # Theirs attacks in training mode, so with the statistics of the batch.
     theirs = (x + (2 * noise - 1) * radius).clamp(0, 1)
     stepped = theirs
@@ -105,16 +105,16 @@ def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
 
 def test_accuracy_of_the_epoch_before_decides_and_missing_classes_keep_theirs():
     cfa = CFA(cfa_start_epoch=1)
-    state = cfa.initial_state(torch.ones(4, dtype=torch.float64))
+    state = cfa.rule.initial_state(torch.ones(4, dtype=torch.float64))
     logits = torch.eye(4)[[0, 0, 1, 2]]
-    cfa.after_update(state, cfa.observe(logits, torch.tensor([0, 1, 1, 2]), epoch=0))
-    cfa.after_update(state, cfa.observe(logits[:0], torch.zeros(0, dtype=torch.long), epoch=0))
-    cfa.before_epoch(state, epoch=1)
+    cfa.rule.after_update(state, cfa.rule.observe(logits, torch.tensor([0, 1, 1, 2]), epoch=0))
+    cfa.rule.after_update(state, cfa.rule.observe(logits[:0], torch.zeros(0, dtype=torch.long), epoch=0))
+    cfa.rule.before_epoch(state, epoch=1)
     attack = attack_of({"epsilon": 0.1, "step_size": 0.02, "num_steps": 3})
-    assert cfa.class_attack(state, attack, epoch=1)[0].tolist() == pytest.approx([0.15, 0.1, 0.15, 0.1])
-    cfa.after_update(state, cfa.observe(logits, torch.tensor([1, 1, 1, 1]), epoch=1))
-    cfa.before_epoch(state, epoch=2)
-    assert cfa.class_attack(state, attack, epoch=2)[0].tolist() == pytest.approx([0.15, 0.075, 0.15, 0.1])
+    assert cfa.rule.class_attack(state, attack, epoch=1)[0].tolist() == pytest.approx([0.15, 0.1, 0.15, 0.1])
+    cfa.rule.after_update(state, cfa.rule.observe(logits, torch.tensor([1, 1, 1, 1]), epoch=1))
+    cfa.rule.before_epoch(state, epoch=2)
+    assert cfa.rule.class_attack(state, attack, epoch=2)[0].tolist() == pytest.approx([0.15, 0.075, 0.15, 0.1])
 
 
 def test_parts_can_be_switched():
@@ -123,8 +123,8 @@ def test_parts_can_be_switched():
         for regularization in (True, False):
             cfa = CFA(cfa_margin=margin, cfa_regularization=regularization, cfa_start_epoch=1)
             state = states_of(cfa, torch.full((10,), 0.3, dtype=torch.float64))["cfa"]
-            assert (cfa.class_attack(state, attack, epoch=1) is not None) is margin
-            assert (cfa.class_weight(state, cfa.loss, epoch=1) is not None) is regularization
+            assert (cfa.rule.class_attack(state, attack, epoch=1) is not None) is margin
+            assert (cfa.rule.class_weight(state, cfa.loss, epoch=1) is not None) is regularization
 
 
 def test_without_its_parts_it_is_the_base_loss():
@@ -171,7 +171,7 @@ def test_ham_lends_it_the_mining_step_of_the_whole_batch():
 def test_combinations_without_a_meaning_are_refused(objective, message):
     def check():
         objective.check(num_steps=10)
-        objective.check_parts()
+        objective.check_rules()
 
     with pytest.raises(ValueError, match=message):
         check()

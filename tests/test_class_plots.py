@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import CFA, InnerAttack
+from ham_hf.methods import CFA, InnerAttack
 from ham_hf.reporting.class_plots import class_treatment_figure
 from ham_hf.reporting.plots import per_class_figure, save_figures
 from ham_hf.reporting.report import RunReport, read_report

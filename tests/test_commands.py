@@ -13,7 +13,7 @@ from ham_hf.__main__ import main
 from ham_hf.commands import COMMANDS
 from ham_hf.config import load_train_config, parse_calibrate_config, parse_evaluate_config, parse_train_config
 from ham_hf.invocation import SCRIPTS, command, program
-from ham_hf.objectives import available
+from ham_hf.methods import available
 from ham_hf.recipe_files import find_recipe, list_recipes, shown_path
 from tests.conftest import ROOT
 from tests.recipe_runs import recipe_module

@@ -33,7 +33,7 @@ from ham_hf.config import (
     parse_evaluate_config,
     parse_train_config,
 )
-from ham_hf.objectives import HAM, PGDAT, Objective, available
+from ham_hf.methods import HAM, PGDAT, Method, available
 
 GROUPS = ("data", "model", "attack", "training", "evaluation", "hub")
 
@@ -576,7 +576,7 @@ def other_method():
     """A method with an option that another one has too, under another default."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Other(Objective):
+    class Other(Method):
         name: ClassVar[str] = "other_for_config"
         summary: ClassVar[str] = "made for a test"
         mining_step: int = dataclasses.field(default=7, metadata={"help": "another meaning"})

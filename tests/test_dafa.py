@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.objectives import DAFA, HAM, PGDAT
-from ham_hf.objectives.dafa import dafa_weights
+from ham_hf.methods import DAFA, HAM, PGDAT
+from ham_hf.methods.rules.dafa import dafa_weights
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,
@@ -27,11 +27,11 @@ TENSORS, HYPER = golden_tensors("dafa")
 def weights_from(probabilities, labels, scale, num_classes):
     """The method's own way: logits in, observed in two batches, weights out."""
     dafa = DAFA(dafa_lambda=scale, dafa_start_epoch=3)
-    state = dafa.initial_state(torch.ones(num_classes, dtype=torch.float64))
+    state = dafa.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
     for rows in torch.arange(len(labels)).chunk(2):
-        sums = dafa.observe(probabilities[rows].log(), labels[rows], epoch=2)
-        dafa.after_update(state, sums)
-    dafa.before_epoch(state, epoch=3)
+        sums = dafa.rule.observe(probabilities[rows].log(), labels[rows], epoch=2)
+        dafa.rule.after_update(state, sums)
+    dafa.rule.before_epoch(state, epoch=3)
     return state["weight"]
 
 
@@ -62,7 +62,7 @@ def test_trades_attack_loss_and_gradients_are_the_authors():
         batch = dafa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=1, states=states)
     torch.testing.assert_close(batch.x[: len(y)], TENSORS["out/trades/x_adv"], rtol=0, atol=1e-9)
     logits = assert_loss_and_gradients(dafa, net, batch, epoch=1, states=states, tensors=TENSORS, prefix="out/trades/")
-    memory = dafa.observe(logits[: len(y)], y, epoch=0)[:, :-1]
+    memory = dafa.rule.observe(logits[: len(y)], y, epoch=0)[:, :-1]
     expected = torch.zeros(10, 10, dtype=torch.float64).index_add_(0, y, TENSORS["out/trades/memory_probs"])
     torch.testing.assert_close(memory, expected, rtol=0, atol=1e-9)
 
@@ -97,10 +97,10 @@ def test_plain_until_it_starts():
         dafa = DAFA(base_loss=base_loss, dafa_start_epoch=5)
         states = initial_states(dafa)
         assert dafa.warmup_epochs == 5
-        assert dafa.class_attack(states["dafa"], attack_of(HYPER), epoch=4) is None
-        assert dafa.class_weight(states["dafa"], dafa.loss, epoch=4) is None
-        observed = [dafa.observe(torch.zeros(3, 10), torch.zeros(3, dtype=torch.long), epoch=e) for e in range(7)]
-        assert [sums is not None for sums in observed] == [e == 4 for e in range(7)]
+        assert dafa.rule.class_attack(states["dafa"], attack_of(HYPER), epoch=4) is None
+        assert dafa.rule.class_weight(states["dafa"], dafa.loss, epoch=4) is None
+        shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
+        assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
@@ -115,8 +115,8 @@ def test_weights_sum_to_the_number_of_classes_and_a_missing_class_keeps_one(num_
 
 def test_nothing_observed_changes_nothing():
     dafa = DAFA(dafa_start_epoch=1)
-    state = dafa.initial_state(torch.ones(10, dtype=torch.float64))
-    dafa.before_epoch(state, epoch=1)
+    state = dafa.rule.initial_state(torch.ones(10, dtype=torch.float64))
+    dafa.rule.before_epoch(state, epoch=1)
     assert state["weight"].tolist() == [1.0] * 10
 
 

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, pgd
+from ham_hf.methods import HAM, InnerAttack, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
-from ham_hf.objectives import HAM, InnerAttack, MartLoss, TradesLoss
 from ham_hf.training.train_step import CLEAN_EVERY, TrainStep
 from tests.golden_data import golden_case, golden_net
 from tests.nets import group_norm_net, pixel_batch
@@ -146,7 +146,7 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
     def prepare(step):
         state = step.method_state.states["hard_fraction"]
         state["counts"] = torch.tensor([[9, 10], [5, 10], [2, 20], [0, 0]], dtype=torch.float64)
-        ham.weighting.before_epoch(state, epoch=1)
+        ham.weights.before_epoch(state, epoch=1)
 
     mean = (0.9 + 0.5 + 0.1) / 3
     raw = [min(1.4, 1 + 2 * (0.9 - mean)), 1 + 2 * (0.5 - mean), max(0.7, 1 + 2 * (0.1 - mean))]

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import pgd
 from ham_hf.config.settings import setting_problems
-from ham_hf.objectives import HAM, TRADES, OuterBatch
-from ham_hf.objectives.faal import FAAL, worst_case_weights
+from ham_hf.methods import HAM, TRADES, OuterBatch
+from ham_hf.methods.rules.faal import FAAL, FAALRule, worst_case_weights
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,
@@ -81,10 +81,10 @@ def test_attack_loss_and_gradients_are_the_authors(mode):
     exact(batch.x[:ROWS], theirs)
     with torch.no_grad():
         logits = net.train()(batch.x[:ROWS])
-    sums = faal.preview(logits, y, 10)
+    sums = faal.rule.preview(logits, y, 10)
     margin = torch.where(y.bincount(minlength=10) > 0, sums / y.bincount(minlength=10).clamp(min=1), -1.0)
     exact(margin, TENSORS[f"out/{mode}/class_margin"])
-    faal.before_update(states["faal"], sums)
+    faal.rule.before_update(states["faal"], sums)
     exact(states["faal"]["weight"] / 10, TENSORS[f"out/{mode}/closed_form"])
     exact(states["faal"]["weight"] / 10, TENSORS[f"out/{mode}/weights"], 2e-6)
     prefix = f"out/{mode}/"
@@ -102,11 +102,11 @@ def test_margins_by_hand_in_any_number_of_batches():
     for row, label in zip(logits.double().softmax(1), y.tolist(), strict=True):
         expected[label] += max(float(p) for j, p in enumerate(row) if j != label) - float(row[label])
     faal = FAAL()
-    found = sum(faal.preview(part, labels, 5) for part, labels in zip(logits.split(7), y.split(7), strict=True))
+    found = sum(faal.rule.preview(part, labels, 5) for part, labels in zip(logits.split(7), y.split(7), strict=True))
     assert found.tolist() == pytest.approx(expected)
     assert float(found[4]) == 0
-    assert faal.preview(logits[:0], y[:0], 5).tolist() == [0.0] * 5
-    half = faal.preview(logits.bfloat16(), y, 5)
+    assert faal.rule.preview(logits[:0], y[:0], 5).tolist() == [0.0] * 5
+    half = faal.rule.preview(logits.bfloat16(), y, 5)
     assert half.dtype == torch.float64
     torch.testing.assert_close(half, found, rtol=0, atol=0.1)
 
@@ -173,13 +173,13 @@ def test_two_classes_by_hand():
 
 def test_missing_classes_get_the_largest_weight_where_the_others_are_easy():
     faal = FAAL()
-    state = faal.initial_state(torch.ones(4, dtype=torch.float64))
-    faal.before_update(state, torch.tensor([-3.0, -1.0, 0.0, -2.0], dtype=torch.float64))
-    weight = faal.class_weight(state, faal.loss, epoch=0)
+    state = faal.rule.initial_state(torch.ones(4, dtype=torch.float64))
+    faal.rule.before_update(state, torch.tensor([-3.0, -1.0, 0.0, -2.0], dtype=torch.float64))
+    weight = faal.rule.class_weight(state, faal.loss, epoch=0)
     assert weight.shape == (1, 4)
     assert int(weight[0].argmax()) == 2
     assert float(weight.sum()) == pytest.approx(4)
-    faal.before_update(state, torch.zeros(4, dtype=torch.float64))
+    faal.rule.before_update(state, torch.zeros(4, dtype=torch.float64))
     assert state["weight"].tolist() == [1.0] * 4
     empty = OuterBatch(x=torch.zeros(0, 3, 4, 4), y=torch.zeros(0, dtype=torch.long), weight=torch.zeros(0))
     found, divisor = faal.weigh(empty, epoch=0, states={"faal": state})
@@ -194,8 +194,8 @@ def test_radius_zero_is_the_base_loss():
         states, net = initial_states(objective), golden_net()
         generator = torch.Generator().manual_seed(1)
         batch = objective.outer_batch(net, x, y, attack=attack, epoch=0, states=states, generator=generator)
-        if objective.wants_preview:
-            objective.before_update(states["faal"], objective.preview(net(batch.x[:16]), y, 10))
+        if objective.weights is not None:
+            objective.weights.before_update(states["faal"], objective.weights.preview(net(batch.x[:16]), y, 10))
         losses.append(update_loss(objective, golden_net(), batch, epoch=0, states=states)[0])
     exact(*losses, 1e-6)
 
@@ -203,14 +203,14 @@ def test_radius_zero_is_the_base_loss():
 def test_ham_borrows_weights_from_its_hard_examples():
     ham = HAM(mining_start_epoch=0, mining_step=1, class_weighting="faal", class_rule_args={"faal_radius": 0.2})
     ham.check(num_steps=3)
-    assert ham.weighting == FAAL(faal_radius=0.2)
+    assert ham.weights == FAALRule(faal_radius=0.2)
     states, net = initial_states(ham), golden_net()
     x, y = golden_batch(64)
     generator, attack = torch.Generator().manual_seed(1), attack_of(HYPER, num_steps=3)
     batch = ham.outer_batch(net, x, y, attack=attack, epoch=0, states=states, generator=generator)
     assert 0 < len(batch.y) < 64
     logits = net.train()(batch.x)
-    ham.weighting.before_update(states["faal"], ham.weighting.preview(logits, batch.y, 10))
+    ham.weights.before_update(states["faal"], ham.weights.preview(logits, batch.y, 10))
     loss, _ = update_loss(ham, golden_net(), batch, epoch=0, states=states)
     weight = states["faal"]["weight"]
     assert divergence(weight / 10) == pytest.approx(0.2, abs=1e-6)
@@ -227,10 +227,10 @@ def test_options_out_of_range_are_refused():
 def test_a_class_without_training_images_takes_nothing_from_the_others():
     faal = FAAL()
     counts = torch.tensor([5.0, 0, 5, 5], dtype=torch.float64)
-    state, smaller = faal.initial_state(counts), faal.initial_state(counts[counts > 0])
+    state, smaller = faal.rule.initial_state(counts), faal.rule.initial_state(counts[counts > 0])
     sums = torch.tensor([-3.0, 0, -1, -2], dtype=torch.float64)
-    faal.before_update(state, sums)
-    faal.before_update(smaller, sums[counts > 0])
+    faal.rule.before_update(state, sums)
+    faal.rule.before_update(smaller, sums[counts > 0])
     torch.testing.assert_close(state["weight"][counts > 0], smaller["weight"])
     assert float(state["weight"][1]) == 0
     assert float(state["weight"].sum()) == pytest.approx(3)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
 from ham_hf.config.settings import setting_problems
-from ham_hf.objectives import HAM, PGDAT, TRADES
-from ham_hf.objectives.frl import FRL
+from ham_hf.methods import HAM, PGDAT, TRADES
+from ham_hf.methods.rules.frl import FRL
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,
@@ -51,7 +51,9 @@ def epochs(frl, count=8):
         exact(clean_error.mean(), TENSORS["in/total_clean_error"][epoch])
         exact(boundary_error.mean(), TENSORS["in/total_bndy_error"][epoch])
         right = 1 - clean_error
-        frl.after_held_out(states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch)
+        frl.rule.after_held_out(
+            states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch
+        )
         yield epoch, states
 
 
@@ -62,11 +64,11 @@ def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
         state = states["frl"]
         for found, name in zip((*state["multipliers"], state["radius"]), ("0", "1", "2"), strict=True):
             exact(found, TENSORS[f"out/{variant}/lmbda{name}"][epoch])
-        weight = frl.class_weight(state, frl.loss, epoch=epoch) / 10
+        weight = frl.rule.class_weight(state, frl.loss, epoch=epoch) / 10
         exact(weight[0], TENSORS[f"out/{variant}/weight0"][epoch])
         exact(weight[1], TENSORS[f"out/{variant}/weight1"][epoch])
         expected = TENSORS[f"out/{variant}/eps_multiplier"][epoch] * HYPER["epsilon"]
-        of_class = frl.class_attack(state, ATTACK, epoch=epoch)
+        of_class = frl.rule.class_attack(state, ATTACK, epoch=epoch)
         if variant == "rw":
             assert of_class is None
             assert expected.tolist() == [HYPER["epsilon"]] * 10
@@ -95,7 +97,7 @@ def test_step_is_of_the_largest_radius_of_all_classes_where_the_authors_take_the
     frl, net = make("rw_rm"), golden_net()
     *_, (epoch, states) = epochs(frl)
     x, y = golden_batch(64)
-    radius, step = frl.class_attack(states["frl"], ATTACK, epoch=epoch)
+    radius, step = frl.rule.class_attack(states["frl"], ATTACK, epoch=epoch)
     assert step.tolist() == [float(radius.max()) / 4] * 10
     rows = (y != radius.argmax()).nonzero().squeeze(1)
     theirs = float(radius[y[rows]].max()) / 4
@@ -111,7 +113,7 @@ def test_held_out_counts_by_hand():
     frl, net = FRL(), golden_net()
     x, y = golden_batch(32)
     with starting_at(uniform=uniform_noise()):
-        sums = frl.held_out_sums(net, x, y, attack=ATTACK, loss=frl.loss, num_classes=10, generator=None)
+        sums = frl.rule.held_out_sums(net, x, y, attack=ATTACK, loss=frl.loss, num_classes=10, generator=None)
     x_adv = (x + uniform_noise()).clamp(0, 1)
     epsilon = HYPER["epsilon"]
     for _ in range(20):
@@ -124,8 +126,8 @@ def test_held_out_counts_by_hand():
         expected[:, label] += torch.tensor([1.0, float(clean[i] == label), float(robust[i] == label)])
     assert torch.equal(sums, expected)
     assert 0 < expected[2].sum() < expected[1].sum() < 32
-    assert frl.wants_held_out(0)
-    assert frl.wants_held_out(7)
+    assert frl.rule.wants_held_out(0)
+    assert frl.rule.wants_held_out(7)
 
 
 def test_rate_of_the_weights_is_halved_before_the_fortieth_epoch_and_the_eightieth():
@@ -133,8 +135,8 @@ def test_rate_of_the_weights_is_halved_before_the_fortieth_epoch_and_the_eightie
     gained = {}
     for epoch in (0, 38, 39, 78, 79):
         frl = FRL(frl_bound=0.0)
-        state = frl.initial_state(torch.ones(2, dtype=torch.float64))
-        frl.after_held_out(state, sums, epoch=epoch)
+        state = frl.rule.initial_state(torch.ones(2, dtype=torch.float64))
+        frl.rule.after_held_out(state, sums, epoch=epoch)
         gained[epoch] = float(state["multipliers"][0, 0])
     assert list(gained.values()) == pytest.approx([0.3 * rate for rate in (0.05, 0.05, 0.025, 0.025, 0.0125)])
 
@@ -143,23 +145,23 @@ def test_rate_of_the_weights_is_halved_before_the_fortieth_epoch_and_the_eightie
 def test_classes_without_held_out_images_count_as_average(num_classes):
     torch.manual_seed(0)
     frl = FRL(frl_bound=0.0, frl_rate1=1.0)
-    state = frl.initial_state(torch.ones(num_classes, dtype=torch.float64))
+    state = frl.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
     count = torch.randint(1, 30, (num_classes,)).double()
     count[1:] *= torch.rand(num_classes - 1) > 0.3
     count[1] = 0
     clean = (torch.rand(num_classes) * count).floor()
     robust = (torch.rand(num_classes) * clean).floor()
     for epoch in range(3):
-        frl.after_held_out(state, torch.stack([count, clean, robust]), epoch=epoch)
+        frl.rule.after_held_out(state, torch.stack([count, clean, robust]), epoch=epoch)
     assert all(torch.isfinite(value).all() for value in state.values())
     assert state["multipliers"][:, 1].tolist() == [0.0, 0.0]
     assert float(state["radius"][1]) == 0
     assert (state["multipliers"].sum(1) <= 0.5 + 1e-12).all()
     assert (state["multipliers"].sum(1) > 0).all()
-    weight = frl.class_weight(state, frl.loss, epoch=0)
+    weight = frl.rule.class_weight(state, frl.loss, epoch=0)
     assert float(weight.min()) >= 0.5 - 1e-12
     assert weight.mean(1).tolist() == pytest.approx([1.0, 1.0])
-    frl.after_held_out(state, torch.zeros(3, num_classes, dtype=torch.float64), epoch=3)
+    frl.rule.after_held_out(state, torch.zeros(3, num_classes, dtype=torch.float64), epoch=3)
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
@@ -169,7 +171,7 @@ def test_fair_classes_leave_trades():
     for objective in (FRL(frl_margin=False, beta=6.0), TRADES(beta=6.0)):
         states, net = initial_states(objective), golden_net()
         if objective.name == "frl":
-            objective.after_held_out(
+            objective.rule.after_held_out(
                 states["frl"], torch.tensor([[9.0], [7.0], [4.0]]).expand(3, 10).double(), epoch=0
             )
         batch = objective.outer_batch(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import parse_train_config
 from ham_hf.config.settings import setting_problems
-from ham_hf.objectives import FAT, HAM, MART, PGDAT, TRADES, InnerAttack
-from ham_hf.objectives.hard_fraction import HardFraction, hard_fraction_weights
+from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES, InnerAttack
+from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
 from ham_hf.reporting.method_text import combined_with, method_rows
 from tests.golden_data import golden_net
 from tests.method_checks import golden_batch, initial_states
@@ -50,30 +50,30 @@ def test_weights_by_hand(counts, strength, low, high):
 
 
 def test_defaults_are_those_that_were_measured():
-    rule = HardFraction()
-    state = rule.initial_state(torch.ones(4, dtype=torch.float64))
-    assert rule.class_weight(state, rule.loss, epoch=0) is None
+    method = HardFraction()
+    state = method.rule.initial_state(torch.ones(4, dtype=torch.float64))
+    assert method.rule.class_weight(state, method.loss, epoch=0) is None
     wrong, seen = torch.tensor([9.0, 5.0, 1.0, 5.0]).double(), torch.full((4,), 10.0, dtype=torch.float64)
-    rule.after_update(state, torch.stack([wrong, seen], 1))
-    rule.before_epoch(state, epoch=1)
+    method.rule.after_update(state, torch.stack([wrong, seen], 1))
+    method.rule.before_epoch(state, epoch=1)
     expected = torch.tensor([1.4, 1.0, 0.7, 1.0], dtype=torch.float64) * 4 / 4.1
-    torch.testing.assert_close(rule.class_weight(state, rule.loss, epoch=1)[0], expected)
+    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=1)[0], expected)
     # The counts are those of one epoch: without any, all classes weigh the same again.
-    rule.before_epoch(state, epoch=2)
-    assert rule.class_weight(state, rule.loss, epoch=2).tolist() == [[1.0] * 4]
+    method.rule.before_epoch(state, epoch=2)
+    assert method.rule.class_weight(state, method.loss, epoch=2).tolist() == [[1.0] * 4]
 
 
 def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
-    rule = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
-    state = rule.initial_state(torch.ones(2, dtype=torch.float64))
+    method = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
+    state = method.rule.initial_state(torch.ones(2, dtype=torch.float64))
     logits, y = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1])
     for epoch in range(4):
-        rule.before_epoch(state, epoch=epoch)
-        weight = rule.class_weight(state, rule.loss, epoch=epoch)
+        method.rule.before_epoch(state, epoch=epoch)
+        weight = method.rule.class_weight(state, method.loss, epoch=epoch)
         assert (weight is not None) == (epoch == 3)
-        rule.after_update(state, rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch))
+        method.rule.after_update(state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch))
     torch.testing.assert_close(weight, torch.tensor([[1.4 / 2.1 / 2 * 2, 1.4 / 2.1 * 2], [1.0, 1.0]]).double())
-    assert (rule.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
+    assert (method.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
 )
 def test_every_method_can_use_it(objective, tmp_path):
     objective.check(num_steps=10)
-    objective.check_parts()
+    objective.check_rules()
     if isinstance(objective, HAM):
         objective = replace(objective, mining_step=1, mining_start_epoch=1)
     run = trainer(tmp_path / "run", objective, ema_decay=None, save_steps=None, num_train_epochs=2)
@@ -110,13 +110,13 @@ def test_every_method_can_use_it(objective, tmp_path):
 @pytest.mark.parametrize("mines", [False, True])
 def test_what_is_counted(mines, monkeypatch):
     """Where the method mines, the whole batch at the mining step; else the rows of the training forward."""
-    seen, observe = [], HardFraction.observe
+    seen, observe = [], HardFractionRule.observe
 
     def recorded(self, logits, y, *, epoch):
         seen.append((logits, y))
         return observe(self, logits, y, epoch=epoch)
 
-    monkeypatch.setattr(HardFraction, "observe", recorded)
+    monkeypatch.setattr(HardFractionRule, "observe", recorded)
     rule = {"class_weighting": "hard_fraction"}
     objective = HAM(mining_start_epoch=0, mining_step=2, **rule) if mines else PGDAT(**rule)
     x, y = golden_batch(20)
@@ -124,7 +124,7 @@ def test_what_is_counted(mines, monkeypatch):
     logits, labels = seen[0]
     assert torch.equal(labels, y)
     assert logits.shape == (20, 10)
-    sums = observe(HardFraction(), logits, labels, epoch=0)
+    sums = observe(HardFractionRule(), logits, labels, epoch=0)
     for c in range(10):
         rows = [i for i in range(20) if int(y[i]) == c]
         assert sums[c].tolist() == [sum(int(logits[i].argmax()) != c for i in rows), len(rows)]
@@ -155,7 +155,7 @@ def test_options_are_lent_and_shown(capsys):
         "hard_fraction_strength=2",
     ]
     method = parse_train_config(words).method
-    assert method.weighting == HardFraction(hard_fraction_strength=2)
+    assert method.weights == HardFractionRule(hard_fraction_strength=2)
     config = {"method": "pgd_at", "class_weighting": "hard_fraction"}
     assert combined_with(config) == "the class weights of hard_fraction"
     assert ("Class weights", f"hard_fraction: {HardFraction.summary}") in method_rows(config, averaged=False)
@@ -168,8 +168,8 @@ def test_options_are_lent_and_shown(capsys):
 
 def test_a_stream_that_does_not_know_its_classes_changes_nothing():
     """A stream gives NaN for how many images a class has; the rule counts what it sees."""
-    rule = HardFraction()
-    state = rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
-    rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
-    rule.before_epoch(state, epoch=1)
-    assert rule.class_weight(state, rule.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]
+    method = HardFraction()
+    state = method.rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
+    method.rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
+    method.rule.before_epoch(state, epoch=1)
+    assert method.rule.class_weight(state, method.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import InnerAttack
+from ham_hf.methods import InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.trainer import Trainer
 from tests.method_checks import every_method

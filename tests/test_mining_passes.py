@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import ConfigError, parse_train_config
-from ham_hf.objectives import HAM, InnerAttack
+from ham_hf.methods import HAM, InnerAttack
 from ham_hf.training.train_step import TrainStep
 from tests.golden_data import golden_case, golden_net
 from tests.method_checks import golden_batch

@@ -1,4 +1,4 @@
-"""A new training method takes one class and no change elsewhere: CLI, training, state, resuming, report, lending."""
+"""A new class rule takes one class and no change elsewhere: CLI, training, state, resuming, report, lending."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
-from ham_hf.objectives import Objective, available, class_sums
+from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
 from tests.test_trainer import ATTACK, trainer
 
 
@@ -20,16 +20,17 @@ def made_up():
     """Weighs a class, and widens its radius, by how often it has been seen misclassified."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Underdog(Objective):
+    class UnderdogRule(RadiusRule, WeightRule):
         name: ClassVar[str] = "underdog"
         summary: ClassVar[str] = "made up for a test (Nobody, 2026)"
-        gives_margin: ClassVar[bool] = True
-        gives_weights: ClassVar[bool] = True
 
         underdog_gain: float = field(default=1.0, metadata={"help": "how much failures count", "range": "> 0"})
 
         def initial_state(self, class_counts):
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
+
+        def observed_shape(self, num_classes, *, epoch):
+            return (num_classes,)
 
         def observe(self, logits, y, *, epoch):
             return class_sums(logits.argmax(1) != y, y, logits.shape[1])
@@ -47,9 +48,10 @@ def made_up():
         def class_weight(self, state, loss, *, epoch):
             return (1 + self.underdog_gain * state["share"]).expand(loss.num_terms, -1)
 
-    yield Underdog
-    Underdog.name = ""
-    del Underdog
+    underdog = method_of(UnderdogRule)
+    yield underdog
+    UnderdogRule.name = underdog.name = ""
+    del UnderdogRule, underdog
     gc.collect()
 
 
@@ -92,6 +94,6 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
 def test_other_methods_can_borrow_from_it(made_up, tmp_path):
     options = ["--method", "ham", "--mining_start_epoch", "1", "--mining_step", "1", "--class_weighting", "underdog"]
     ham = parse_train_config([*options, "--class_margin", "underdog", "--class_rule_args", "underdog_gain=3"]).method
-    assert ham.parts[1] == made_up(underdog_gain=3)
+    assert ham.parts[1] == made_up(underdog_gain=3).rule
     progress = trainer(tmp_path / "run", ham, ema_decay=None, save_steps=None).fit()
     assert progress.history[1]["class_epsilon"] is not None

@@ -18,12 +18,12 @@ from ham_hf.attacks import ThreatModel, cross_entropy, pgd, predicted, unsaturat
 from ham_hf.evaluation import NonFiniteLogitsError, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
+from ham_hf.methods import InnerAttack
+from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.models.export import export_for_timm
-from ham_hf.objectives import InnerAttack
-from ham_hf.objectives.early_stopping import early_stopped_pgd
 from ham_hf.precision import BFloat16Passes
 from ham_hf.reporting.results import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints

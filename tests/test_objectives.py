@@ -10,10 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Method, available
 from ham_hf.mining import mine_hard_examples
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective, available
 from tests.golden_data import golden_case, golden_net
+from tests.method_checks import every_method
 
+METHODS = every_method()
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
 
 
@@ -153,4 +155,30 @@ def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HAM(**options).check(num_steps=10)
     HAM(mining_step=9).check(num_steps=10)
-    assert issubclass(HAM, Objective)
+    assert issubclass(HAM, Method)
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_what_is_observed_has_the_declared_shape_and_adds_up(label):
+    method, _ = METHODS[label]
+    logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
+    for epoch in range(3):
+        for part in method.parts:
+            shape = part.observed_shape(5, epoch=epoch)
+            if shape is not None:
+                sums = [part.observe(logits[rows], y[rows], epoch=epoch) for rows in (slice(7), slice(4), slice(4, 7))]
+                assert {tuple(one.shape) for one in sums} == {shape}
+                torch.testing.assert_close(sums[1] + sums[2], sums[0])
+                assert not part.observe(logits[:0], y[:0], epoch=epoch).any()
+
+
+def test_a_method_has_each_class_rule_once():
+    ham = HAM(class_margin="dafa", class_weighting="dafa")
+    assert ham.radii is ham.weights
+    assert [part.name for part in ham.parts] == ["ham", "dafa"]
+    assert [rule.name for rule in ham.rules] == ["dafa"]
+    assert PGDAT().rules == ()
+    cfa = available()["cfa"](cfa_lambda1=0.3)
+    assert [part.name for part in cfa.parts] == ["cfa"]
+    assert cfa.radii is cfa.weights is cfa.rule
+    assert cfa.rule.cfa_lambda1 == 0.3

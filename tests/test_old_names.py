@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ham_hf.config import ConfigError, config_to_yaml, load_train_config, parse_train_config
-from ham_hf.objectives import HAM, PGDAT
+from ham_hf.methods import HAM, PGDAT
 from ham_hf.reporting.method_text import method_rows
 
 

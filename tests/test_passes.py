@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from ham_hf.objectives import HAM, PGDAT
+from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.passes import PassCounter
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.trainer import Progress

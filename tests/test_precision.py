@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 import ham_hf  # noqa: F401 (registers the CIFAR networks with timm)
 from ham_hf.attacks import ThreatModel, input_gradient, pgd
-from ham_hf.objectives import HAM, PGDAT, InnerAttack
+from ham_hf.methods import HAM, PGDAT, InnerAttack
 from ham_hf.precision import BFloat16Passes
 from ham_hf.training.train_step import TrainStep
 from tests.nets import pixel_batch

@@ -12,7 +12,7 @@ import yaml
 
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.config.groups import sections
-from ham_hf.objectives import HAM, PGDAT
+from ham_hf.methods import HAM, PGDAT
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))

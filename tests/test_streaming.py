@@ -22,7 +22,7 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.pixels import PixelBatch
 from ham_hf.data.shards import SplitFiles, StreamError, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
-from ham_hf.objectives import FAAL, HAM
+from ham_hf.methods import FAAL, HAM
 from ham_hf.training.data_order import training_class_counts
 from tests.example_images import dataset, encode, gray, grays, load, noise
 

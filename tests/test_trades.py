@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.objectives import HAM, MART, TRADES, InnerAttack, MartLoss, TradesLoss
+from ham_hf.methods import HAM, MART, TRADES, InnerAttack, MartLoss, TradesLoss
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

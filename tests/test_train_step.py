@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective
-from ham_hf.objectives.base import OuterBatch
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Method
+from ham_hf.methods.base import OuterBatch
 from ham_hf.training.train_step import NonFiniteLossError, TrainStep
 from tests.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 from tests.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch
@@ -181,7 +181,7 @@ def test_gradient_that_is_not_finite_stops_before_the_update(accelerator):
 
 def test_weights_of_rows_normalize_the_loss(accelerator):
     @dataclass(frozen=True, kw_only=True)
-    class Weighted(Objective):
+    class Weighted(Method):
         name: ClassVar[str] = "weighted_for_a_test"
 
         def outer_batch(self, model, x, y, *, attack, epoch, states, generator=None):

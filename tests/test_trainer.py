@@ -18,7 +18,7 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
 from ham_hf.evaluation import evaluate, standard_attacks
-from ham_hf.objectives import HAM, PGDAT, InnerAttack
+from ham_hf.methods import HAM, PGDAT, InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.held_out import HeldOutAccuracy
 from ham_hf.training.resuming import check_same_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.objectives import HAM
+from ham_hf.methods import HAM
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.data_order import batch_requests
 from tests.test_trainer import log_of, trainer

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import evaluation_mode, pgd
 from ham_hf.config.settings import setting_problems
-from ham_hf.objectives import BASE_LOSSES, HAM, PGDAT, OuterBatch
-from ham_hf.objectives.wat import WAT, hedge_weights, mean_costs
+from ham_hf.methods import BASE_LOSSES, HAM, PGDAT, OuterBatch
+from ham_hf.methods.rules.wat import WAT, hedge_weights, mean_costs
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,
@@ -36,7 +36,7 @@ def held_out(wat, net, slices, loss=None):
     sums = []
     for rows in slices:
         with starting_at(normal=normal_noise(HYPER["rows"])[rows]), evaluation_mode(net):
-            found = wat.held_out_sums(
+            found = wat.rule.held_out_sums(
                 net,
                 x[rows],
                 y[rows],
@@ -57,15 +57,15 @@ def test_weights_of_the_arms_are_the_authors_over_epochs():
 
 def test_costs_accumulate_over_epochs():
     wat = WAT(wat_eta=0.3)
-    state = wat.initial_state(torch.ones(2, dtype=torch.float64))
+    state = wat.rule.initial_state(torch.ones(2, dtype=torch.float64))
     assert state["weight"].tolist() == [1.0] * 3
-    assert wat.class_weight(state, wat.loss, epoch=0).tolist() == [[2.0, 2.0], [2.0, 2.0]]
+    assert wat.rule.class_weight(state, wat.loss, epoch=0).tolist() == [[2.0, 2.0], [2.0, 2.0]]
     for sums in ([[4.0, 1.0], [8.0, 5.0]], [[4.0, 1.0], [4.0, 1.5]]):
-        wat.after_held_out(state, torch.tensor(sums, dtype=torch.float64), epoch=1)
+        wat.rule.after_held_out(state, torch.tensor(sums, dtype=torch.float64), epoch=1)
     costs = torch.tensor([2 + 1, 5 + 1.5, 13 / 5 + 5.5 / 5], dtype=torch.float64)
     arms = 2 * (0.3 * costs).exp() / (0.3 * costs).exp().sum()
     exact(state["weight"], arms)
-    exact(wat.class_weight(state, wat.loss, epoch=2), (arms[:2] + arms[2]).repeat(2, 1))
+    exact(wat.rule.class_weight(state, wat.loss, epoch=2), (arms[:2] + arms[2]).repeat(2, 1))
 
 
 def test_held_out_costs_differ_from_the_authors_by_their_sizes_alone():
@@ -116,21 +116,21 @@ def test_cost_is_the_loss_of_the_run_under_its_own_attack(name):
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_classes_without_held_out_images_cost_the_average(num_classes):
     wat = WAT()
-    state = wat.initial_state(torch.ones(num_classes, dtype=torch.float64))
+    state = wat.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
     sums = 1 + torch.rand(2, num_classes, dtype=torch.float64) * 50
     sums[:, 1] = 0
     for epoch in range(1, 20):
-        wat.after_held_out(state, sums, epoch=epoch)
+        wat.rule.after_held_out(state, sums, epoch=epoch)
     assert float(state["cost"][1]) == pytest.approx(float(19 * sums[1].sum() / sums[0].sum()))
-    wat.after_held_out(state, torch.zeros_like(sums), epoch=20)
-    weight = wat.class_weight(state, wat.loss, epoch=20)
+    wat.rule.after_held_out(state, torch.zeros_like(sums), epoch=20)
+    weight = wat.rule.class_weight(state, wat.loss, epoch=20)
     assert weight.shape == (2, num_classes)
     assert torch.isfinite(weight).all()
     assert float(state["weight"].sum()) == pytest.approx(num_classes)
 
 
 def test_held_out_images_are_asked_for_after_every_epoch():
-    assert [WAT().wants_held_out(epoch) for epoch in range(3)] == [False, True, True]
+    assert [WAT().rule.wants_held_out(epoch) for epoch in range(3)] == [False, True, True]
 
 
 def test_begins_with_twice_the_loss_and_takes_updates_without_rows():
@@ -154,7 +154,7 @@ def test_ham_borrows_weights_for_its_hard_examples():
     ham.check(num_steps=10)
     states = initial_states(ham)
     sums = torch.stack([torch.ones(10), torch.arange(10.0)]).double()
-    ham.weighting.after_held_out(states["wat"], sums, epoch=1)
+    ham.weights.after_held_out(states["wat"], sums, epoch=1)
     x, y = golden_batch(64)
     generator = torch.Generator().manual_seed(1)
     batch = ham.outer_batch(golden_net(), x, y, attack=ATTACK, epoch=1, states=states, generator=generator)

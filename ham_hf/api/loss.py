@@ -17,12 +17,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ham_hf.attacks import ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.config.settings import setting_problems
 from ham_hf.evaluation import check_pixel_range
-from ham_hf.objectives import InnerAttack, Objective, OuterBatch, States, available
+from ham_hf.methods import InnerAttack, Method, OuterBatch, RuleMethod, States, available
 
 PAST_WARM_UP = sys.maxsize
 """The epoch that methods with a schedule are told: past every warm-up."""
 
-_CLASS_HOOKS = ("class_attack", "class_weight", "class_probabilities", "preview", "held_out_sums")
 _SCHEDULE = "_start_epoch"
 
 
@@ -89,7 +88,7 @@ def adversarial_loss(
         num_steps: K, steps of the attack.
         step_size: length of a step in pixel units; None = a quarter of epsilon.
         generator: source of the random start, on the device of ``x``; None uses torch's global one.
-        options: of the method, as in `ham_hf.objectives` and ``train_ham.py --help``: ``mining_step=3`` and
+        options: of the method, as in `ham_hf.methods` and ``train_ham.py --help``: ``mining_step=3`` and
             ``easy_weight=0.5`` for "ham", ``beta=6`` for "trades".
 
     Returns:
@@ -128,7 +127,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _outer_loss(model: nn.Module, x: Tensor, batch: OuterBatch, objective: Objective, states: States) -> Tensor:
+def _outer_loss(model: nn.Module, x: Tensor, batch: OuterBatch, objective: Method, states: States) -> Tensor:
     """Sum of the weighted terms over their divisors, through one forward; 0 where there is nothing to train on."""
     weight, divisor = objective.weigh(batch, epoch=PAST_WARM_UP, states=states)
     if isinstance(model, DistributedDataParallel):
@@ -146,7 +145,8 @@ def _outer_loss(model: nn.Module, x: Tensor, batch: OuterBatch, objective: Objec
     alone = model.training and len(batch.x) == 1
     logits: Tensor = model(batch.x.repeat(2, 1, 1, 1) if alone else batch.x)
     share = weight / torch.where(divisor > 0, divisor, 1)[:, None]
-    return (objective.losses(logits[: len(batch.x)], batch) * share).sum()
+    loss: Tensor = (objective.losses(logits[: len(batch.x)], batch) * share).sum()
+    return loss
 
 
 def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -163,10 +163,10 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
     check_pixel_range(x)
 
 
-def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Objective:
+def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Method:
     """The method with these options, checked."""
     kinds = available()
-    stateless = [name for name, kind in kinds.items() if not _keeps_class_state(kind)]
+    stateless = [name for name, kind in kinds.items() if not issubclass(kind, RuleMethod)]
     if method not in kinds:
         near = difflib.get_close_matches(method.lower().replace("-", "_"), stateless, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -196,7 +196,3 @@ def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Ob
         raise ValueError("; ".join(problems))
     objective.check(num_steps=num_steps)
     return objective
-
-
-def _keeps_class_state(kind: type[Objective]) -> bool:
-    return any(getattr(kind, hook) is not getattr(Objective, hook) for hook in _CLASS_HOOKS)

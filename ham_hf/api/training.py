@@ -30,9 +30,9 @@ from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
+from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.objectives import InnerAttack
 from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import evaluate_on_test, example_strip, export_model, load_data, new_model
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights

@@ -38,9 +38,9 @@ from ham_hf.faults import (
     explain_unfinished,
 )
 from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder
+from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import resolve_source
-from ham_hf.objectives import InnerAttack
 from ham_hf.recipe_files import find_recipe
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.report import results_table, text_table

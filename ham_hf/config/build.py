@@ -15,7 +15,7 @@ from ham_hf.config.groups import AnyConfig, TrainConfig
 from ham_hf.config.old_names import with_current_names
 from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
-from ham_hf.objectives import Objective, available
+from ham_hf.methods import Method, available
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def group_settings(config_class: type) -> dict[str, tuple[Setting, ...]]:
     groups = {"": settings_of(config_class)}
     for declared in fields(config_class):
         kind = hints[declared.name]
-        if kind is not Objective and declared.name not in {known.name for known in groups[""]}:
+        if kind is not Method and declared.name not in {known.name for known in groups[""]}:
             groups[declared.name] = settings_of(kind)
     return groups
 
@@ -100,7 +100,7 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
     known = {one.name: one for group in groups.values() for one in group}
     missing = sorted(required - {entry.name for entry in entries})
     problems = [f"--{name} is required: {known[name].help}" for name in missing]
-    method: type[Objective] | None = None
+    method: type[Method] | None = None
     if config_class is TrainConfig:
         method, entries = _choose_method(entries)
         known |= {one.name: one for one in settings_of(method)}
@@ -120,14 +120,14 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
     return _assemble(config_class, groups, method, values)
 
 
-def _choose_method(entries: Sequence[Entry]) -> tuple[type[Objective], list[Entry]]:
+def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]:
     """The training method, and the entries that remain to be read for it.
 
     When a flag replaces the method of a recipe, the recipe's options of its own method fall with it.
     """
     methods = available()
 
-    def last_method(candidates: list[Entry]) -> type[Objective] | None:
+    def last_method(candidates: list[Entry]) -> type[Method] | None:
         written = [entry for entry in candidates if entry.name == "method"]
         if not written:
             return None
@@ -151,7 +151,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Objective], list[Entr
     return chosen, [entry for entry in rest if not (entry.origin and entry.name in fallen)]
 
 
-def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Objective] | None) -> str:
+def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Method] | None) -> str:
     """Say why ``name`` is no setting here, with the nearest one that is."""
     if method is not None:
         owners = [owner for owner, options in method_settings().items() if name in {one.name for one in options}]
@@ -192,7 +192,7 @@ def _alike(word: str, other: str) -> bool:
 def _assemble(
     config_class: type[ConfigT],
     groups: Mapping[str, tuple[Setting, ...]],
-    method: type[Objective] | None,
+    method: type[Method] | None,
     values: Mapping[str, object],
 ) -> ConfigT:
     """Put values that are fine by themselves into their groups, and those into the configuration."""

@@ -29,7 +29,7 @@ from ham_hf.config.yaml_text import (
     text_node,
 )
 from ham_hf.invocation import command, program
-from ham_hf.objectives import HAM, available
+from ham_hf.methods import HAM, available
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import show
 

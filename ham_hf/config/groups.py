@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.hub_ids import is_hub_id
-from ham_hf.objectives import HAM, Objective
+from ham_hf.methods import HAM, Method
 
 _LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
 _SHUFFLE_BUFFER_SIZE = 10_000
@@ -205,7 +205,7 @@ class TrainingConfig(SettingsGroup):
     )
     disable_tqdm: bool = setting(False, "show no progress bar")
 
-    def uses_fawa(self, method: Objective) -> bool:
+    def uses_fawa(self, method: Method) -> bool:
         """Whether weights are averaged once per epoch, if the classes are fair enough."""
         return self.fawa == "on" or (self.fawa == "auto" and method.gates_averaging)
 
@@ -358,7 +358,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"title": "Model"})
     attack: AttackConfig = field(default_factory=AttackConfig, metadata={"title": "Attack (threat model)"})
-    method: Objective = field(default_factory=HAM, metadata={"title": "Method"})
+    method: Method = field(default_factory=HAM, metadata={"title": "Method"})
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={"title": "Training"})
     calibration: CalibrationConfig = field(
         default_factory=CalibrationConfig, metadata={"title": "Calibration (fairness after training)"}
@@ -400,17 +400,17 @@ class TrainConfig:
             yield from (f"--class_rule_args: {problem}" for problem in borrowed)
             return
         try:
-            self.method.check_parts()
+            self.method.check_rules()
         except ValueError as error:
             yield str(error)
         if self.data.dataset_streaming:
-            own = [part.name for part in self.method.parts if part.draws_classes]
+            own = [rule.name for rule in self.method.rules if rule.draws_classes]
             yield from (
                 f"--method {name} draws a class and then one of its images, which a stream cannot give; leave "
                 "--dataset_streaming out, or take another method"
                 for name in own
             )
-        held_out = [part.name for part in self.method.parts if part.uses_held_out]
+        held_out = [rule.name for rule in self.method.rules if rule.uses_held_out]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):
             who = f"--method {held_out[0]}" if held_out else "fairness-gated averaging (--fawa)"
@@ -557,7 +557,7 @@ def sections(config: AnyConfig) -> Iterator[tuple[str, dict[str, object]]]:
             continue
         group = getattr(config, declared.name)
         values = {known.name: getattr(group, known.name) for known in settings_of(type(group))}
-        if isinstance(group, Objective):
+        if isinstance(group, Method):
             values = {"method": group.name, **values}
         yield declared.metadata["title"], values
 

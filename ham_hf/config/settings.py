@@ -1,6 +1,6 @@
 """What a setting is: a dataclass field with a type, a help line and a range, and the checks that follow from them.
 
-Every settings class (the groups of `ham_hf.config.groups` and the training methods of `ham_hf.objectives`) is a
+Every settings class (the groups of `ham_hf.config.groups` and the training methods of `ham_hf.methods`) is a
 frozen dataclass whose fields carry ``metadata={"help": ..., "range": ...}``. `settings_of` reads that into
 `Setting` objects, from which checks, ``--help``, flags and YAML are made, so that each fact is written once.
 """

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 
-from ham_hf.objectives import Objective, available
+from ham_hf.methods import Method, available
 from ham_hf.reporting.report import TrainingReport
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
@@ -126,7 +126,7 @@ Liu, Xianglong and Liu, Aishan},
 """BibTeX of each method by its name, and of adversarial weight perturbation."""
 
 
-def trained_method(config: Mapping[str, object]) -> Objective | None:
+def trained_method(config: Mapping[str, object]) -> Method | None:
     """The method of a report's settings with its options; None if this version does not know it."""
     kind = available().get(str(config.get("method")))
     if kind is None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ham_hf.data import BatchRequest, Images, TrainingStream
+from ham_hf.methods import Method
 from ham_hf.metrics import count_per_class
-from ham_hf.objectives import Objective
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 
@@ -61,7 +61,7 @@ def batch_requests(
     ]
 
 
-def training_class_counts(train: Images | TrainingStream, objective: Objective, num_classes: int) -> Tensor:
+def training_class_counts(train: Images | TrainingStream, objective: Method, num_classes: int) -> Tensor:
     """Number of training images of each class (num_classes,); NaN where a stream does not know and no method asks.
 
     Raises:
@@ -69,7 +69,7 @@ def training_class_counts(train: Images | TrainingStream, objective: Objective, 
     """
     if not isinstance(train, TrainingStream):
         return count_per_class(train.labels, num_classes)
-    asking = [part.name for part in objective.parts if part.uses_class_counts]
+    asking = [rule.name for rule in objective.rules if rule.uses_class_counts]
     counts = train.shards.class_counts() if asking else None
     if counts is not None:
         return counts

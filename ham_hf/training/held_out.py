@@ -1,4 +1,4 @@
-"""What is measured on the held-out part of train: accuracy per class, and the sums that methods ask for."""
+"""What is measured on the held-out part of train: accuracy per class, and the sums that class rules ask for."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ham_hf.attacks import evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.methods import ClassRule, InnerAttack, Method
 from ham_hf.metrics import FairnessSummary, summarize
-from ham_hf.objectives import InnerAttack, Objective
 from ham_hf.seeding import Stream, make_generator
 
 
@@ -115,11 +115,11 @@ def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> floa
 
 
 def held_out_sums(
-    part: Objective,
+    rule: ClassRule,
     module: nn.Module,
     images: Images,
     *,
-    objective: Objective,
+    objective: Method,
     attack: InnerAttack,
     num_classes: int,
     accelerator: Accelerator,
@@ -127,12 +127,12 @@ def held_out_sums(
     seed: int,
     epoch: int,
 ) -> Tensor:
-    """Sums (S, num_classes) that ``part`` takes over all held-out images, of all processes.
+    """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes.
 
     Batches and their noise do not depend on the number of processes.
 
     Args:
-        part: the method that asks.
+        rule: the class rule that asks.
         module: the unwrapped pixel model with the current weights.
         images: the held-out part.
         objective: the method that trains, whose loss the sums may use.
@@ -151,7 +151,7 @@ def held_out_sums(
     sums = []
     with evaluation_mode(module):
         for (number, _), batch in zip(mine, batches, strict=True):
-            found = part.held_out_sums(
+            found = rule.held_out_sums(
                 module,
                 batch.x,
                 batch.y,

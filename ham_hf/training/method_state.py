@@ -5,17 +5,18 @@ The state is the same on every process: only sums over all processes change it. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ham_hf.objectives import InnerAttack, Objective, OuterBatch, class_sums
+from ham_hf.methods import ClassRule, InnerAttack, Method, OuterBatch, Stateful, class_sums
 
 
 class MethodState:
-    """Class state of a method and of those it borrows from, and a log of the current epoch.
+    """State of a method and of its class rules, and a log of the current epoch.
 
     Args:
         objective: the method.
@@ -29,26 +30,26 @@ class MethodState:
             of a part of the updates examples that are wrong without an attack, and all.
     """
 
-    def __init__(self, objective: Objective, class_counts: Tensor) -> None:
+    def __init__(self, objective: Method, class_counts: Tensor) -> None:
         self.objective, self.num_classes = objective, len(class_counts)
         self.states = {part.name: part.initial_state(class_counts) for part in objective.parts}
         self.class_counts = class_counts
         rows = 3 + objective.num_terms + (3 if objective.tells_wrong_at_start else 0)
         self.log = class_counts.new_zeros(rows, self.num_classes)
 
-    def begin_epoch(self, epoch: int, measure: Callable[[Objective], Tensor]) -> None:
-        """Run the hooks that come before an epoch; ``measure`` gives the held-out sums of a part."""
+    def begin_epoch(self, epoch: int, measure: Callable[[ClassRule], Tensor]) -> None:
+        """Run the hooks that come before an epoch; ``measure`` gives the held-out sums of a rule."""
         self.log.zero_()
         for part in self.objective.parts:
-            state = self.states[part.name]
-            part.before_epoch(state, epoch=epoch)
-            if part.wants_held_out(epoch):
-                part.after_held_out(state, measure(part), epoch=epoch)
+            part.before_epoch(self.states[part.name], epoch=epoch)
+        for rule in self.objective.rules:
+            if rule.wants_held_out(epoch):
+                rule.after_held_out(self.states[rule.name], measure(rule), epoch=epoch)
 
     def class_probabilities(self) -> Tensor | None:
-        """Probability of each class in the epoch's draws, where a part has a sampler; None = every example once."""
-        for part in self.objective.parts:
-            probabilities = part.class_probabilities(self.states[part.name])
+        """Probability of each class in the epoch's draws, where a rule has a sampler; None = every example once."""
+        for rule in self.objective.rules:
+            probabilities = rule.class_probabilities(self.states[rule.name])
             if probabilities is not None:
                 return probabilities
         return None
@@ -65,20 +66,20 @@ class MethodState:
         early = batch.early_logits
         labels = batch.adversarial_y if early is None else y
         seen = logits[: len(labels)] if early is None else early
-        sums = (part.observe(seen.detach(), labels, epoch=epoch) for part in self.objective.parts)
-        return torch.cat([one.flatten() for one in sums if one is not None] or [self.log.new_zeros(0)])
+        sums = [part.observe(seen.detach(), labels, epoch=epoch) for part, _ in self._observing(epoch)]
+        return torch.cat([one.flatten() for one in sums] or [self.log.new_zeros(0)])
 
     def after_update(self, observed: Tensor, *, epoch: int) -> None:
         """Hand the global sums of `observe` to the parts that they are for."""
-        if not len(observed):
-            return
-        nothing = self.log.new_zeros(0, self.num_classes)
-        labels = torch.zeros(0, dtype=torch.long, device=self.log.device)
-        for part in self.objective.parts:
-            shape = part.observe(nothing, labels, epoch=epoch)
-            if shape is not None:
-                part.after_update(self.states[part.name], observed[: shape.numel()].view_as(shape))
-                observed = observed[shape.numel() :]
+        observing = self._observing(epoch)
+        parts = torch.split(observed, [math.prod(shape) for _, shape in observing])
+        for (part, shape), sums in zip(observing, parts, strict=True):
+            part.after_update(self.states[part.name], sums.view(shape))
+
+    def _observing(self, epoch: int) -> list[tuple[Stateful, tuple[int, ...]]]:
+        """The parts that observe in this epoch, with the shape of their sums."""
+        shapes = [(part, part.observed_shape(self.num_classes, epoch=epoch)) for part in self.objective.parts]
+        return [(part, shape) for part, shape in shapes if shape is not None]
 
     def note(self, y: Tensor, batch: OuterBatch, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
@@ -144,8 +145,8 @@ class MethodState:
             differs = bool(((share - plain).abs() > 1e-6 * plain.abs()).any())
             record[name] = _ratios(share, plain) if differs else None
         record.setdefault("class_kl_weight", None)
-        margin = self.objective.margin
-        of_class = margin.class_attack(self.states[margin.name], attack, epoch=epoch)
+        rule = self.objective.radii
+        of_class = None if rule is None else rule.class_attack(self.states[rule.name], attack, epoch=epoch)
         record["class_epsilon"] = None if of_class is None else of_class[0].tolist()
         return record
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, TrainingStream
-from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.methods import InnerAttack, Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
 from ham_hf.training.optimization import depends_on_end
 
@@ -98,7 +98,7 @@ def agreed_checkpoint(output_dir: Path, name: str, accelerator: Accelerator) -> 
 
 def run_plan(
     config: TrainingConfig,
-    objective: Objective,
+    objective: Method,
     attack: InnerAttack,
     data: ImageData,
     module: nn.Module,
@@ -154,7 +154,7 @@ def run_plan(
         plan["stream"] = data.train.plan(per_update)
     if objective.depends_on_split:
         plan["split"] = [config.per_device_train_batch_size, num_processes]
-    if config.uses_fawa(objective) or any(part.uses_held_out for part in objective.parts):
+    if config.uses_fawa(objective) or any(rule.uses_held_out for rule in objective.rules):
         # The noise of held-out images is numbered by batch.
         plan["per_device_eval_batch_size"] = eval_batch_size
     # Through JSON: tuples become lists.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import PixelBatch
-from ham_hf.objectives import InnerAttack, Objective, OuterBatch, statistics_dtype
+from ham_hf.methods import InnerAttack, Method, OuterBatch, statistics_dtype
 from ham_hf.precision import BFloat16Passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState
@@ -120,7 +120,7 @@ class TrainStep:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        objective: Objective,
+        objective: Method,
         attack: InnerAttack,
         accelerator: Accelerator,
         *,
@@ -224,9 +224,9 @@ class TrainStep:
         )
 
     def _preview(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
-        """Show the method the training logits of all rows before their weights are settled, if it asks for them."""
-        weighting, num_classes = self.objective.weighting, self.method_state.num_classes
-        if not weighting.wants_preview:
+        """Show the class rule the training logits of all rows before it weighs them, if it asks for them."""
+        rule, num_classes = self.objective.weights, self.method_state.num_classes
+        if rule is None or not rule.wants_preview:
             return
         sums = []
         for number, (source, batch) in enumerate(zip(batches, outer, strict=True)):
@@ -235,9 +235,9 @@ class TrainStep:
                 with torch.no_grad(), preserved_buffers(self.module):
                     logits = self._training_forward(self.module, batch, number, place)
             labels = batch.adversarial_y
-            sums.append(weighting.preview(logits[: len(labels)], labels, num_classes))
+            sums.append(rule.preview(logits[: len(labels)], labels, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
-        weighting.before_update(self.method_state.states[weighting.name], total)
+        rule.before_update(self.method_state.states[rule.name], total)
 
     def _note_clean(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
         """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""

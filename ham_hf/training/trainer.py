@@ -20,7 +20,7 @@ from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
-from ham_hf.objectives import InnerAttack, Objective
+from ham_hf.methods import ClassRule, InnerAttack, Method
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -129,7 +129,7 @@ class Trainer:
         self,
         model: nn.Module,
         data: ImageData,
-        objective: Objective,
+        objective: Method,
         attack: InnerAttack,
         config: TrainingConfig,
         accelerator: Accelerator,
@@ -420,13 +420,13 @@ class Trainer:
         self.progress.averaged_epochs = gated.updates
         return passed
 
-    def _held_out_sums(self, part: Objective, *, epoch: int) -> Tensor:
-        """Sums that a method takes over the held-out images with the current weights."""
+    def _held_out_sums(self, rule: ClassRule, *, epoch: int) -> Tensor:
+        """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
             return held_out_sums(
-                part,
+                rule,
                 self.module,
-                self._held_out_images(f"--method {part.name}"),
+                self._held_out_images(f"--method {rule.name}"),
                 objective=self.objective,
                 attack=self.attack,
                 num_classes=self.num_classes,

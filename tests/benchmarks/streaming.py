@@ -32,8 +32,8 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import load_train_config
 from ham_hf.data import ImageData, TrainingStream, load_image_data
 from ham_hf.data.pixels import PixelBatch
+from ham_hf.methods import PGDAT, InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.objectives import PGDAT, InnerAttack
 from ham_hf.training.trainer import Trainer
 from tests.benchmarks import common
 from tests.benchmarks.workload import labels, num_hard, prefer_class_0, training_config

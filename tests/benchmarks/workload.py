@@ -21,8 +21,8 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, Images, PixelBatch
 from ham_hf.data.pixels import CachedPixels
+from ham_hf.methods import HAM, PGDAT, InnerAttack, Method
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.objectives import HAM, PGDAT, InnerAttack, Objective
 from ham_hf.training.train_step import Totals
 from ham_hf.training.trainer import Trainer
 
@@ -30,7 +30,7 @@ NUM_CLASSES = 10
 IMAGE_SIZE = 32
 EPSILON, STEP_SIZE, NUM_STEPS, MINING_STEP = 8 / 255, 2 / 255, 10, 3
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", EPSILON), num_steps=NUM_STEPS, step_size=STEP_SIZE)
-METHODS: dict[str, Objective] = {
+METHODS: dict[str, Method] = {
     "ham": HAM(mining_step=MINING_STEP, mining_start_epoch=0),
     "ham_packed": HAM(mining_step=MINING_STEP, mining_start_epoch=0, pack_hard_examples=True),
     "pgd_at": PGDAT(),

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.data import PixelBatch
-from ham_hf.objectives import HAM, InnerAttack, Objective, TradesLoss
+from ham_hf.methods import HAM, InnerAttack, Method, TradesLoss
 from ham_hf.training.checkpoint import load_best
 from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer
@@ -25,7 +25,7 @@ from tests.nets import TensorImages, group_norm_net
 from tests.test_trainer import config, image_data
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
-METHODS: dict[str, Objective] = {
+METHODS: dict[str, Method] = {
     "ham": HAM(mining_start_epoch=0, mining_step=1),
     # Looks at training logits before it weighs.
     "faal": every_method()["faal"][0],
@@ -65,7 +65,7 @@ def no_random_start() -> Iterator[None]:
         yield
 
 
-def make_trainer(accelerator: Accelerator, folder: Path, objective: Objective, **changes) -> Trainer:
+def make_trainer(accelerator: Accelerator, folder: Path, objective: Method, **changes) -> Trainer:
     """Two epochs of three updates of 16 images; float64, no batch statistics."""
     data = image_data(48)
     for part in (data.train, data.validation):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.objectives import InnerAttack, TradesLoss
+from ham_hf.methods import InnerAttack, TradesLoss
 from ham_hf.training.launching import create_accelerator
 from ham_hf.training.trainer import Trainer
 from tests.method_checks import every_method

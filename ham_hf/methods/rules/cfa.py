@@ -10,31 +10,29 @@ Defaults are those of the authors' code; the paper has lambda1 = 0.3 for TRADES,
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ham_hf.attacks import predicted
-from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base_loss import TradesOrPGDAT
+from ham_hf.methods.class_rule import RadiusRule, WeightRule
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFA(BuiltOnLoss):
+class CFARule(RadiusRule, WeightRule):
     """Radius and KL weight of each class from its robust accuracy in the epoch before."""
 
     name: ClassVar[str] = "cfa"
     summary: ClassVar[str] = "class-wise calibrated fair adversarial training (Wei et al., 2023)"
-    gives_margin: ClassVar[bool] = True
-    gives_weights: ClassVar[bool] = True
     weighs_losses: ClassVar[tuple[str, ...]] = ("trades",)
     gates_averaging: ClassVar[bool] = True
 
-    base_loss: Literal["pgd_at", "trades"] = field(
-        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
-    )
     cfa_margin: bool = field(default=True, metadata={"help": "scale the radius of each class"})
     cfa_regularization: bool = field(default=True, metadata={"help": "scale the KL weight of each class (TRADES)"})
     cfa_start_epoch: int = field(default=10, metadata={"help": "first 0-based epoch that does so", "range": ">= 1"})
@@ -49,46 +47,63 @@ class CFA(BuiltOnLoss):
         """Epochs of the plain base loss."""
         return self.cfa_start_epoch
 
+    @property
+    def scales_radii(self) -> bool:
+        """See `RadiusRule.scales_radii`."""
+        return self.cfa_margin
+
+    def weighs(self, loss: BaseLoss) -> bool:
+        """See `WeightRule.weighs`."""
+        return super().weighs(loss) and self.cfa_regularization
+
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: robust accuracies (-1 = not known) and the counts they are made of."""
+        """See `Stateful.initial_state`: robust accuracies (-1 = not known) and the counts they are made of."""
         return {
             "robust_accuracy": torch.full_like(class_counts, -1.0),
             "counts": class_counts.new_zeros(len(class_counts), 2),
         }
 
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
-        """See `Objective.observe`: correct and all examples of each class."""
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """See `Stateful.observed_shape`."""
+        return num_classes, 2
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """See `Stateful.observe`: correct and all examples of each class."""
         correct = (predicted(logits) == y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Objective.after_update`."""
+        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Objective.before_epoch`. A class that was not seen keeps what is known of it."""
+        """See `Stateful.before_epoch`. A class that was not seen keeps what is known of it."""
         correct, count = state["counts"].unbind(1)
         state["robust_accuracy"] = torch.where(count > 0, correct / count.clamp(min=1), state["robust_accuracy"])
         state["counts"].zero_()
 
     def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `Objective.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
-        if epoch < self.cfa_start_epoch or not self.cfa_margin:
+        """See `RadiusRule.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
+        if epoch < self.cfa_start_epoch or not self.scales_radii:
             return None
         factor = calibrated(state["robust_accuracy"], self.cfa_lambda1)
         return factor * attack.threat_model.epsilon, torch.ones_like(factor) * attack.step_size
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `Objective.class_weight`: (CE + beta_c KL) / (1 + beta_c), beta_c = (lambda2 + accuracy) beta.
+        """See `WeightRule.class_weight`: (CE + beta_c KL) / (1 + beta_c), beta_c = (lambda2 + accuracy) beta.
 
         Before the first such epoch beta_c is beta: the loss is that of TRADES divided by 1 + beta.
         """
-        if loss.name != "trades" or not self.cfa_regularization:
+        if not self.weighs(loss):
             return None
         factor = torch.ones_like(state["robust_accuracy"])
         if epoch >= self.cfa_start_epoch:
             factor = calibrated(state["robust_accuracy"], self.cfa_lambda2)
         return torch.stack([torch.ones_like(factor), factor]) / (1 + factor * loss.beta)
+
+
+CFA = method_of(CFARule, TradesOrPGDAT)
+"""TRADES or PGD-AT with the class radii and weights of CFA."""
 
 
 def calibrated(robust_accuracy: Tensor, offset: float) -> Tensor:

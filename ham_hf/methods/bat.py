@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, full_precision
-from ham_hf.objectives.base import InnerAttack, Objective, OuterBatch, States
-from ham_hf.objectives.early_stopping import early_stopped_pgd
-from ham_hf.objectives.losses import BaseLoss, TradesLoss, kl
+from ham_hf.methods.base import Method, OuterBatch
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
+from ham_hf.methods.state import States
+from ham_hf.methods.stopped_attack import early_stopped_pgd
 
 FURTHER_STEPS = 1
 """Steps beyond the first wrong iterate (tau in the published code)."""
@@ -70,7 +72,7 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BAT(Objective):
+class BAT(Method):
     """Balance the two sides of the decision boundary that the attack on each example crosses."""
 
     name: ClassVar[str] = "bat"
@@ -80,7 +82,7 @@ class BAT(Objective):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Objective.loss`."""
+        """See `Method.loss`."""
         return BalanceLoss(beta=self.beta)
 
     def outer_batch(
@@ -94,7 +96,7 @@ class BAT(Objective):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Objective.outer_batch`. Waits for the device once per attack step, to let rows go."""
+        """See `Method.outer_batch`. Waits for the device once per attack step, to let rows go."""
         attacked = early_stopped_pgd(
             model,
             x,

@@ -17,13 +17,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.objectives.base import InnerAttack, OuterBatch, States
-from ham_hf.objectives.combining import Combinable
-from ham_hf.objectives.early_stopping import early_stopped_pgd
+from ham_hf.methods.base import OuterBatch
+from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.state import States
+from ham_hf.methods.stopped_attack import early_stopped_pgd
 
 
 @dataclass(frozen=True, kw_only=True)
-class FAT(Combinable):
+class FAT(Borrowing):
     """Train on adversarial examples of an attack that stops soon after it succeeds."""
 
     name: ClassVar[str] = "fat"
@@ -44,7 +46,7 @@ class FAT(Combinable):
     )
 
     def check(self, *, num_steps: int) -> None:
-        """See `Objective.check`."""
+        """See `Method.check`."""
         super().check(num_steps=num_steps)
         epochs = self.fat_tau_epochs
         if any(epoch < 0 for epoch in epochs) or list(epochs) != sorted(epochs):
@@ -67,7 +69,7 @@ class FAT(Combinable):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Objective.outer_batch`. Waits for the device once per attack step, to let rows go."""
+        """See `Method.outer_batch`. Waits for the device once per attack step, to let rows go."""
         attack = self.attack_on(y, attack, epoch=epoch, states=states)
         attacked = early_stopped_pgd(
             model,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient, predicted
+from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.mining import RowLoss
-from ham_hf.objectives.base import InnerAttack
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +74,7 @@ def early_stopped_pgd(
             unbroken &= ~wrong
             last_correct[rows] = _where(unbroken, x_adv, last_correct[rows])
             left = (~wrong | (budget > 0)).nonzero().squeeze(1)
-            attack = rows_of(attack, left)
+            attack = attack.rows(left)
             watched.keep(left)
             budget -= wrong.to(budget.dtype)
             rows, x_adv, gradient, y, budget, unbroken = (
@@ -112,13 +112,6 @@ class WatchedLoss:
         """See `RowLoss.keep`."""
         if isinstance(self.loss_fn, RowLoss):
             self.loss_fn.keep(rows)
-
-
-def rows_of(attack: InnerAttack, rows: Tensor) -> InnerAttack:
-    """The attack on the examples at the given positions, where radius or step are per example."""
-    size = attack.step_size
-    size = size[rows] if isinstance(size, Tensor) and size.ndim else size
-    return replace(attack, threat_model=attack.threat_model.rows(rows), step_size=size)
 
 
 def _where(rows: Tensor, chosen: Tensor, others: Tensor) -> Tensor:

@@ -10,28 +10,26 @@ here; the formula and the published code let its weight be negative (a radius be
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ham_hf.objectives.base import InnerAttack, State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base_loss import TradesOrPGDAT
+from ham_hf.methods.class_rule import RadiusRule, WeightRule
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAFA(BuiltOnLoss):
+class DAFARule(RadiusRule, WeightRule):
     """Class weights from class similarity, used as loss weights and as factors of epsilon and step size."""
 
     name: ClassVar[str] = "dafa"
     summary: ClassVar[str] = "distance-aware fair adversarial training (Lee et al., 2024)"
-    gives_margin: ClassVar[bool] = True
-    gives_weights: ClassVar[bool] = True
 
-    base_loss: Literal["pgd_at", "trades"] = field(
-        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
-    )
     dafa_lambda: float = field(
         default=1.0, metadata={"help": "how much weight passes between classes; 1.5 for 100 classes", "range": ">= 0"}
     )
@@ -46,42 +44,48 @@ class DAFA(BuiltOnLoss):
         return self.dafa_start_epoch
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: the weights, and the sums they are made of."""
+        """See `Stateful.initial_state`: the weights, and the sums they are made of."""
         num_classes = len(class_counts)
         return {
             "weight": torch.ones_like(class_counts),
             "sums": class_counts.new_zeros(num_classes, num_classes + 1),
         }
 
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
-        """See `Objective.observe`: sums of the class probabilities, and a count, per true class."""
-        if epoch != self.dafa_start_epoch - 1:
-            return None
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """See `Stateful.observed_shape`."""
+        return (num_classes, num_classes + 1) if epoch == self.dafa_start_epoch - 1 else None
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """See `Stateful.observe`: sums of the class probabilities, and a count, per true class."""
         probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
         return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Objective.after_update`."""
+        """See `Stateful.after_update`."""
         state["sums"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Objective.before_epoch`."""
+        """See `Stateful.before_epoch`."""
         if epoch == self.dafa_start_epoch:
             counts = state["sums"][:, -1:]
             state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
 
     def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `Objective.class_attack`."""
+        """See `RadiusRule.class_attack`."""
         if epoch < self.dafa_start_epoch:
             return None
         return state["weight"] * attack.threat_model.epsilon, state["weight"] * attack.step_size
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `Objective.class_weight`: the first term is weighted, KL terms are not."""
+        """See `WeightRule.class_weight`: the first term is weighted, KL terms are not."""
         if epoch < self.dafa_start_epoch:
             return None
         others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
         return torch.stack([state["weight"], *others])
+
+
+DAFA = method_of(DAFARule, TradesOrPGDAT)
+"""TRADES or PGD-AT with the class weights and radii of DAFA."""
 
 
 def dafa_weights(similarity: Tensor, scale: float) -> Tensor:

@@ -12,38 +12,37 @@ costs the average. When resumed it forgets the cumulative costs; ours are part o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import pgd
-from ham_hf.objectives.base import InnerAttack, State, class_sums
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base_loss import TradesOrPGDAT
+from ham_hf.methods.class_rule import WeightRule
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class WAT(BuiltOnLoss):
+class WATRule(WeightRule):
     """Class weights by the cumulative loss of each class on held-out images."""
 
     name: ClassVar[str] = "wat"
     summary: ClassVar[str] = "worst-class adversarial training (Li and Liu, 2023)"
-    gives_weights: ClassVar[bool] = True
     uses_held_out: ClassVar[bool] = True
 
-    base_loss: Literal["pgd_at", "trades"] = field(
-        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
-    )
     wat_eta: float = field(default=0.1, metadata={"help": "how fast weight moves to costly classes", "range": ">= 0"})
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
+        """See `Stateful.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
         cost = class_counts.new_zeros(len(class_counts) + 1)
         return {"cost": cost, "weight": torch.ones_like(cost)}
 
     def wants_held_out(self, epoch: int) -> bool:
-        """See `Objective.wants_held_out`: after every epoch, that is, before every epoch but the first."""
+        """See `ClassRule.wants_held_out`: after every epoch, that is, before every epoch but the first."""
         return epoch > 0
 
     def held_out_sums(
@@ -57,7 +56,7 @@ class WAT(BuiltOnLoss):
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `Objective.held_out_sums`: number of images, and sum of the loss under its own attack."""
+        """See `ClassRule.held_out_sums`: number of images, and sum of the loss under its own attack."""
         x_adv = pgd(
             model,
             x,
@@ -74,14 +73,18 @@ class WAT(BuiltOnLoss):
         return class_sums(torch.stack([torch.ones_like(terms[0]), cost], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `Objective.after_held_out`."""
+        """See `ClassRule.after_held_out`."""
         state["cost"] = state["cost"] + mean_costs(sums)
         state["weight"] = hedge_weights(state["cost"], self.wat_eta)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `Objective.class_weight`: a class's own weight plus that of the average, for every term."""
+        """See `WeightRule.class_weight`: a class's own weight plus that of the average, for every term."""
         weight = state["weight"]
         return (weight[:-1] + weight[-1]).expand(loss.num_terms, -1)
+
+
+WAT = method_of(WATRule, TradesOrPGDAT)
+"""TRADES or PGD-AT with the class weights of WAT."""
 
 
 def mean_costs(sums: Tensor) -> Tensor:

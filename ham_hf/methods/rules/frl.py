@@ -18,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import pgd, predicted
-from ham_hf.objectives.base import InnerAttack, Objective, State, class_sums
-from ham_hf.objectives.losses import BaseLoss, TradesLoss
+from ham_hf.methods.base import Method
+from ham_hf.methods.class_rule import RadiusRule, WeightRule
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BaseLoss, TradesLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class FRL(Objective):
+class FRLRule(RadiusRule, WeightRule):
     """Class weights of both TRADES terms, and class radii, from errors on held-out images."""
 
     name: ClassVar[str] = "frl"
     summary: ClassVar[str] = "fair robust learning, Reweight and ReMargin (Xu et al., 2021)"
-    gives_margin: ClassVar[bool] = True
-    gives_weights: ClassVar[bool] = True
     weighs_losses: ClassVar[tuple[str, ...]] = ("trades",)
     uses_held_out: ClassVar[bool] = True
     divides_by_class_weight: ClassVar[bool] = True
 
-    beta: float = field(default=1.5, metadata={"help": "weight of the KL term", "range": ">= 0"})
     frl_margin: bool = field(default=True, metadata={"help": "scale the radius of each class (ReMargin)"})
     frl_bound: float = field(
         default=0.07,
@@ -47,16 +48,16 @@ class FRL(Objective):
     frl_limit: float = field(default=0.5, metadata={"help": "largest sum of multipliers per error", "range": "(0, 1)"})
 
     @property
-    def loss(self) -> BaseLoss:
-        """See `Objective.loss`."""
-        return TradesLoss(beta=self.beta)
+    def scales_radii(self) -> bool:
+        """See `RadiusRule.scales_radii`."""
+        return self.frl_margin
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: multipliers of clean and boundary error, and half the log of the radius."""
+        """See `Stateful.initial_state`: multipliers of clean and boundary error, and half the log of the radius."""
         return {"multipliers": class_counts.new_zeros(2, len(class_counts)), "radius": torch.zeros_like(class_counts)}
 
     def wants_held_out(self, epoch: int) -> bool:
-        """See `Objective.wants_held_out`."""
+        """See `ClassRule.wants_held_out`."""
         return True
 
     def held_out_sums(
@@ -70,7 +71,7 @@ class FRL(Objective):
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `Objective.held_out_sums`: images, images right when clean, and images right after PGD-20.
+        """See `ClassRule.held_out_sums`: images, images right when clean, and images right after PGD-20.
 
         PGD takes steps of epsilon / 4. The last count is by its prediction alone, also where the clean one is wrong.
         """
@@ -81,7 +82,7 @@ class FRL(Objective):
         return class_sums(torch.stack([torch.ones_like(right[0]), *right], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `Objective.after_held_out`."""
+        """See `ClassRule.after_held_out`."""
         excess = excess_errors(sums) - self.frl_bound
         rate = self.frl_rate1 * 0.5 ** ((epoch + 1) // 40)
         moved = state["multipliers"] + torch.stack([rate * excess[0], 2 * rate * excess[1]])
@@ -90,16 +91,32 @@ class FRL(Objective):
             state["radius"] = state["radius"] + self.frl_rate2 * excess[1]
 
     def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `Objective.class_attack`: 0.98 to 3 times epsilon; the step is a quarter of the largest radius."""
-        if not self.frl_margin:
+        """See `RadiusRule.class_attack`: 0.98 to 3 times epsilon; the step is a quarter of the largest radius."""
+        if not self.scales_radii:
             return None
         radius = attack.threat_model.epsilon * (2 * state["radius"]).exp().clamp(0.98, 3)
         return radius, (radius.amax() / 4).expand_as(radius)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `Objective.class_weight`: the authors' weights times the number of classes, so that 1 is plain."""
+        """See `WeightRule.class_weight`: the authors' weights times the number of classes, so that 1 is plain."""
         multipliers = state["multipliers"]
         return 1 + multipliers.shape[1] * (multipliers - multipliers.mean(1, keepdim=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnTrades(Method):
+    """TRADES with the weight of the KL term that the authors take."""
+
+    beta: float = field(default=1.5, metadata={"help": "weight of the KL term", "range": ">= 0"})
+
+    @property
+    def loss(self) -> BaseLoss:
+        """See `Method.loss`."""
+        return TradesLoss(beta=self.beta)
+
+
+FRL = method_of(FRLRule, _OnTrades)
+"""TRADES with the class weights and radii of FRL."""
 
 
 def excess_errors(sums: Tensor) -> Tensor:

@@ -13,28 +13,26 @@ That weak classes should weigh more is what DAFA, WAT, FRL and CFOL do as well; 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ham_hf.attacks import predicted
-from ham_hf.objectives.base import State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.class_rule import WeightRule
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardFraction(BuiltOnLoss):
+class HardFractionRule(WeightRule):
     """Weight of each class from its share of misclassified examples in the epoch before."""
 
     name: ClassVar[str] = "hard_fraction"
     summary: ClassVar[str] = "class weights from each class's share of hard examples in the epoch before (ours)"
-    gives_weights: ClassVar[bool] = True
 
-    base_loss: Literal["pgd_at", "trades", "mart"] = field(
-        default="pgd_at", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
-    )
     hard_fraction_strength: float = field(
         default=1.0,
         metadata={"help": "s of the class weights 1 + 2 s (hard fraction - mean over classes)", "range": "> 0"},
@@ -59,20 +57,24 @@ class HardFraction(BuiltOnLoss):
         return max(1, self.hard_fraction_start_epoch)
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: the weights, and wrong and all examples seen in this epoch."""
+        """See `Stateful.initial_state`: the weights, and wrong and all examples seen in this epoch."""
         return {"weight": torch.ones_like(class_counts), "counts": class_counts.new_zeros(len(class_counts), 2)}
 
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
-        """See `Objective.observe`: wrong and all examples of each class."""
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """See `Stateful.observed_shape`."""
+        return num_classes, 2
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """See `Stateful.observe`: wrong and all examples of each class."""
         wrong = (predicted(logits) != y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Objective.after_update`."""
+        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Objective.before_epoch`."""
+        """See `Stateful.before_epoch`."""
         state["weight"] = hard_fraction_weights(
             *state["counts"].unbind(1),
             strength=self.hard_fraction_strength,
@@ -82,11 +84,15 @@ class HardFraction(BuiltOnLoss):
         state["counts"].zero_()
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `Objective.class_weight`: of the first term alone."""
+        """See `WeightRule.class_weight`: of the first term alone."""
         if epoch < self.warmup_epochs:
             return None
         others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
         return torch.stack([state["weight"], *others])
+
+
+HardFraction = method_of(HardFractionRule, BuiltOnLoss)
+"""A loss with class weights from the hard fraction."""
 
 
 def hard_fraction_weights(wrong: Tensor, seen: Tensor, *, strength: float, low: float, high: float) -> Tensor:

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import predicted
-from ham_hf.objectives.base import Objective, State, class_sums
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.class_rule import ClassRule, WeightRule
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums
 
 
 @dataclass(frozen=True, kw_only=True)
-class CFOL(Objective):
+class CFOLRule(WeightRule):
     """Draw, or weigh, classes by how often their adversarial examples are misclassified."""
 
     name: ClassVar[str] = "cfol"
     summary: ClassVar[str] = "class-focused online learning, a class sampler (Pethick et al., 2023)"
     uses_class_counts: ClassVar[bool] = True
-    gives_weights: ClassVar[bool] = True
 
     cfol_as: Literal["sampler", "weight"] = field(
         default="sampler", metadata={"help": "draw classes by the probabilities, or weigh the loss by them"}
@@ -47,46 +48,58 @@ class CFOL(Objective):
     )
 
     @classmethod
-    def as_rule(cls, **options: Any) -> Objective:  # noqa: ANN401
-        """See `Objective.as_rule`: a weight, unless the options say otherwise."""
+    def lent(cls, **options: Any) -> ClassRule:  # noqa: ANN401
+        """See `ClassRule.lent`: a weight, unless the options say otherwise."""
         return cls(**{"cfol_as": "weight", **options})
 
     @property
     def draws_classes(self) -> bool:
-        """See `Objective.draws_classes`: not as a weight."""
+        """See `ClassRule.draws_classes`: not as a weight."""
         return self.cfol_as == "sampler"
 
+    def weighs(self, loss: BaseLoss) -> bool:
+        """See `WeightRule.weighs`: not as a sampler."""
+        return super().weighs(loss) and self.cfol_as == "weight"
+
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: log-weights, the base, and the probabilities in force for this epoch."""
+        """See `Stateful.initial_state`: log-weights, the base, and the probabilities in force for this epoch."""
         weight = class_counts if self.cfol_base == "empirical" else (class_counts > 0).to(class_counts)
         state = {"log_weight": torch.zeros_like(class_counts), "base": weight / weight.sum()}
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
         return state
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Objective.before_epoch`: settle the probabilities of this epoch's draws."""
+        """See `Stateful.before_epoch`: settle the probabilities of this epoch's draws."""
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
 
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
-        """See `Objective.observe`: misclassified adversarial examples of each class."""
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """See `Stateful.observed_shape`."""
+        return (num_classes,)
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """See `Stateful.observe`: misclassified adversarial examples of each class."""
         return class_sums(predicted(logits) != y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Objective.after_update`: divide by the probability that the examples were drawn with."""
+        """See `Stateful.after_update`: divide by the probability that the examples were drawn with."""
         drawn_with = state["probabilities"] if self.cfol_as == "sampler" else state["base"]
         state["log_weight"] += torch.where(drawn_with > 0, self.cfol_eta * sums / drawn_with, 0.0)
 
     def class_probabilities(self, state: State) -> Tensor | None:
-        """See `Objective.class_probabilities`."""
+        """See `ClassRule.class_probabilities`."""
         return state["probabilities"] if self.cfol_as == "sampler" else None
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `Objective.class_weight`: the mixture times the number of classes, for every term."""
-        if self.cfol_as == "sampler":
+        """See `WeightRule.class_weight`: the mixture times the number of classes, for every term."""
+        if not self.weighs(loss):
             return None
         num_present = (state["base"] > 0).sum()
         weight = num_present * mixture(state["log_weight"], state["base"], self.cfol_gamma)
         return weight.expand(loss.num_terms, -1)
+
+
+CFOL = method_of(CFOLRule)
+"""PGD-AT with the sampler, or the class weights, of CFOL."""
 
 
 def mixture(log_weight: Tensor, base: Tensor, gamma: float) -> Tensor:

@@ -22,9 +22,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ham_hf.objectives.base import State, class_sums, statistics_dtype
-from ham_hf.objectives.combining import BuiltOnLoss
-from ham_hf.objectives.losses import BaseLoss
+from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.class_rule import WeightRule
+from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.rule_method import method_of
+from ham_hf.methods.state import State, class_sums, statistics_dtype
 
 BISECTIONS = 64
 """Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""
@@ -33,42 +35,51 @@ TIE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class FAAL(BuiltOnLoss):
+class FAALRule(WeightRule):
     """Class weights that are the worst within a KL ball, from the margins of each update's rows."""
 
     name: ClassVar[str] = "faal"
     summary: ClassVar[str] = "fairness-aware adversarial learning, class-wise robust optimization (Zhang et al., 2024)"
     uses_class_counts: ClassVar[bool] = True
-    gives_weights: ClassVar[bool] = True
     wants_preview: ClassVar[bool] = True
 
-    beta: float | None = field(
-        default=6.0, metadata={"help": "weight of the KL term of TRADES or MART as --base_loss", "range": ">= 0"}
-    )
     faal_radius: float = field(
         default=0.5, metadata={"help": "largest KL divergence of the class weights from equal ones", "range": ">= 0"}
     )
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Objective.initial_state`: the class weights, 1 on average over classes with training images."""
+        """See `Stateful.initial_state`: the class weights, 1 on average over classes with training images."""
         present = (class_counts > 0).to(class_counts)
         return {"weight": present.clone(), "present": present}
 
     def preview(self, logits: Tensor, y: Tensor, num_classes: int) -> Tensor:
-        """See `Objective.preview`: sum over each class of the largest other probability minus the true one."""
+        """See `WeightRule.preview`: sum over each class of the largest other probability minus the true one."""
         probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
         true = probabilities.gather(1, y[:, None])
         runner_up = probabilities.scatter(1, y[:, None], 0.0).amax(1, keepdim=True)
         return class_sums((runner_up - true).squeeze(1), y, num_classes)
 
     def before_update(self, state: State, sums: Tensor) -> None:
-        """See `Objective.before_update`."""
+        """See `WeightRule.before_update`."""
         present = state["present"] > 0
         state["weight"] = state["present"].sum() * worst_case_weights(sums, self.faal_radius, present)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `Objective.class_weight`: the same for every term."""
+        """See `WeightRule.class_weight`: the same for every term."""
         return state["weight"].expand(loss.num_terms, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnAnyLoss(BuiltOnLoss):
+    """Any loss, with one weight of the KL term for all."""
+
+    beta: float | None = field(
+        default=6.0, metadata={"help": "weight of the KL term of TRADES or MART as --base_loss", "range": ">= 0"}
+    )
+
+
+FAAL = method_of(FAALRule, _OnAnyLoss)
+"""A loss with the class weights of FAAL."""
 
 
 def worst_case_weights(values: Tensor, radius: float, present: Tensor | None = None) -> Tensor:

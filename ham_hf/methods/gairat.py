@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import cross_entropy, pgd, predicted
-from ham_hf.objectives.base import InnerAttack, Objective, OuterBatch, States, statistics_dtype
+from ham_hf.methods.base import Method, OuterBatch
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.state import States, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class GAIRAT(Objective):
+class GAIRAT(Method):
     """Weigh examples by how few attack steps separate them from the decision boundary."""
 
     name: ClassVar[str] = "gairat"
@@ -60,7 +62,7 @@ class GAIRAT(Objective):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Objective.outer_batch`."""
+        """See `Method.outer_batch`."""
         if epoch < self.gairat_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         correct = CorrectIterates(y)

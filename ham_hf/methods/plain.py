@@ -1,16 +1,27 @@
-"""TRADES (Zhang et al., ICML 2019) and MART (Wang et al., ICLR 2020): losses of a clean and an adversarial image."""
+"""Methods that are a loss and the attack that belongs to it, with every example of the batch.
+
+PGD adversarial training (Madry et al., ICLR 2018), TRADES (Zhang et al., ICML 2019) and MART (Wang et al., ICLR 2020).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ham_hf.objectives.combining import Combinable
-from ham_hf.objectives.losses import BaseLoss, MartLoss, TradesLoss
+from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.losses import BaseLoss, MartLoss, TradesLoss
 
 
 @dataclass(frozen=True, kw_only=True)
-class TRADES(Combinable):
+class PGDAT(Borrowing):
+    """Plain PGD-AT: the control of every other method, and what they warm up with."""
+
+    name: ClassVar[str] = "pgd_at"
+    summary: ClassVar[str] = "PGD adversarial training (Madry et al., 2018)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TRADES(Borrowing):
     """Cross-entropy of clean images plus ``beta`` times the KL divergence to adversarial ones."""
 
     name: ClassVar[str] = "trades"
@@ -20,12 +31,12 @@ class TRADES(Combinable):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Objective.loss`."""
+        """See `Method.loss`."""
         return TradesLoss(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MART(Combinable):
+class MART(Borrowing):
     """Boosted cross-entropy of adversarial images plus ``beta`` times a KL term for images the model is unsure of."""
 
     name: ClassVar[str] = "mart"
@@ -35,5 +46,5 @@ class MART(Combinable):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Objective.loss`."""
+        """See `Method.loss`."""
         return MartLoss(beta=self.beta)

@@ -1,0 +1,65 @@
+"""Training methods and class rules, one file each; `available` lists the methods by the name that ``--method`` takes.
+
+A method says which rows are trained on and what they cost; a class rule keeps state of each class, and gives radii or
+weights. The methods that are named for a class rule are a loss with that rule.
+"""
+
+from __future__ import annotations
+
+from ham_hf.methods.base import Method, OuterBatch, available
+from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.bat import BAT
+from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
+from ham_hf.methods.fat import FAT
+from ham_hf.methods.gairat import GAIRAT
+from ham_hf.methods.ham import HAM
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import BASE_LOSSES, BaseLoss, MartLoss, TradesLoss
+from ham_hf.methods.plain import MART, PGDAT, TRADES
+from ham_hf.methods.rule_method import RuleMethod, method_of
+from ham_hf.methods.rules.cfa import CFA
+from ham_hf.methods.rules.cfol import CFOL
+from ham_hf.methods.rules.dafa import DAFA
+from ham_hf.methods.rules.faal import FAAL
+from ham_hf.methods.rules.frl import FRL
+from ham_hf.methods.rules.hard_fraction import HardFraction
+from ham_hf.methods.rules.wat import WAT
+from ham_hf.methods.state import State, Stateful, States, class_sums, statistics_dtype
+
+__all__ = [
+    "BASE_LOSSES",
+    "BAT",
+    "CFA",
+    "CFOL",
+    "DAFA",
+    "FAAL",
+    "FAT",
+    "FRL",
+    "GAIRAT",
+    "HAM",
+    "MART",
+    "PGDAT",
+    "TRADES",
+    "WAT",
+    "BaseLoss",
+    "Borrowing",
+    "BuiltOnLoss",
+    "ClassRule",
+    "HardFraction",
+    "InnerAttack",
+    "MartLoss",
+    "Method",
+    "OuterBatch",
+    "RadiusRule",
+    "RuleMethod",
+    "State",
+    "Stateful",
+    "States",
+    "TradesLoss",
+    "WeightRule",
+    "available",
+    "class_sums",
+    "method_of",
+    "statistics_dtype",
+]

@@ -1,0 +1,405 @@
+"""HAM: Hard Adversarial Example Mining for Improving Robust Fairness (Lin et al., IEEE TIFS 20, 2025).
+
+Warm-up with PGD-AT; then mean cross-entropy over the hard examples alone. Options below the paper's two are off by
+default, and named as our reading where the authors shipped none that runs. Mining under TRADES or MART, or with class
+radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
+
+*Easy examples*. Dropping them from the loss masks gradients: an example is held where the attack of training just
+fails, and other attacks do not. ``easy_weight`` w keeps them, at the image of the mining step, which is paid for
+already: (sum of the losses of the hard + w sum of those of the easy) / (H + w E), over all processes and accumulation
+steps; 0 is the paper, 1 trains on all alike (BulletTrain keeps them so; Hua et al., NeurIPS 2021).
+
+*Three kinds* (``stop_misclassified``; ours): what is misclassified where the attack starts, which the logits of its
+first gradient tell, in the precision of the attack, is attacked to the mining step only; what is right there and wrong
+at the mining step to the end; what is right at both is easy. The first kind is hard: its weight is that of the second.
+
+*TRADES* as base: its clean cross-entropy is taken over all examples, and only its KL term over the hard and, with w,
+the easy ones; both are divided by the number of examples of the update. Only hard examples then need an adversarial
+row in the training forward if w is 0. MART has no term of the clean image alone: mining chooses, and w weighs, the
+examples of both its terms.
+
+*Which pass classifies* (our choice): a forward of its own, or the gradient of the step after the mining step, which
+costs more but is needed for the hard rows anyway. What is cheaper follows from the share of hard examples, measured
+over the epoch before.
+
+*Packing* (``pack_hard_examples``; our choice): the sub-batch that mining leaves is too small to fill a fast device.
+With accumulation, an update has several batches: all are mined first, the rows that are attacked further are then put
+together, and the rest of the attack sees full batches. So does the training forward where only hard rows are trained
+on; where all are, its batches stay as they were. The update is the same sum over the same rows; BatchNorm alone
+notices the fuller batches, of which it takes its statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel, pgd, predicted
+from ham_hf.methods.base import OuterBatch
+from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.methods.losses import trades_terms_of_some
+from ham_hf.methods.state import State, States
+from ham_hf.mining import (
+    HardExamples,
+    hard_weights,
+    mine_hard_examples,
+    mine_three_kinds,
+    most_confident_easy,
+    rows_of,
+)
+
+CLASSIFY_IN_STEP_FROM = 0.5
+"""Hard fraction from which the gradient of the next step is the cheaper classification: it costs two forwards, one
+more than a forward of its own, and spares those of the hard rows. Measured break-even: 0.53 (preactresnet18_cifar,
+two CPU cores, float32)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HAM(BuiltOnLoss, Borrowing):
+    """Train on the adversarial examples that are misclassified after ``mining_step`` attack steps.
+
+    State: the counts that decide which pass classifies.
+    """
+
+    name: ClassVar[str] = "ham"
+    summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
+
+    mining_step: int = field(
+        default=3,
+        metadata={"help": "attack steps after which what is still right is dropped", "range": ">= 0, below num_steps"},
+    )
+    mining_start_epoch: int = field(
+        default=50,
+        metadata={"help": "first 0-based epoch that mines; before it, the base loss alone", "range": ">= 0"},
+    )
+    pack_hard_examples: bool = field(
+        default=False,
+        metadata={
+            "help": "attack the hard examples of all accumulation steps of an update together, in full batches, and "
+            "train on them so unless all examples are trained on; needs --gradient_accumulation_steps"
+        },
+    )
+
+    easy_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight in the loss of an easy example, at its image of mining_step; 0 = dropped (the paper), 1 = "
+            "that of a hard one",
+            "range": "[0, 1]",
+        },
+    )
+    easy_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "fraction of a batch's easy examples to keep in the loss, the most confident first (0.3 with "
+            "easy_weight 1: our reading of the authors' CIFAR-100 setting)",
+            "range": "(0, 1]",
+        },
+    )
+    stop_misclassified: bool = field(
+        default=False,
+        metadata={
+            "help": "end the attack at mining_step also for examples that are misclassified where it starts (ours); "
+            "they are trained on like other hard ones"
+        },
+    )
+    hard_weighting: Literal["none", "probability_move", "margin"] = field(
+        default="none",
+        metadata={
+            "help": "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
+            "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1"
+        },
+    )
+
+    def check(self, *, num_steps: int) -> None:
+        """See `Method.check`."""
+        super().check(num_steps=num_steps)
+        if not 0 <= self.mining_step < num_steps:
+            expected = f"at least 0 and below --num_steps {num_steps}"
+            raise ValueError(f"--mining_step {self.mining_step}: expected {expected}")
+        if self.easy_fraction < 1 and not self.easy_weight:
+            raise ValueError(
+                f"--easy_fraction {self.easy_fraction} has no effect with --easy_weight 0, which drops every easy "
+                "example; set --easy_weight, or leave --easy_fraction out"
+            )
+        if self.stop_misclassified and not self.mining_step:
+            raise ValueError(
+                "--stop_misclassified with --mining_step 0: expected at least 1, as the first step tells what is "
+                "misclassified at the start"
+            )
+        if self.hard_weighting == "probability_move" and (self.pack_hard_examples or self.stop_misclassified):
+            option = "pack_hard_examples" if self.pack_hard_examples else "stop_misclassified"
+            raise ValueError(
+                f"--{option} does not know --hard_weighting probability_move, which watches one attack from its start "
+                "to its end; take margin or none"
+            )
+        if self.pack_hard_examples and self.depends_on_split:
+            raise ValueError(
+                f"--pack_hard_examples does not know --easy_fraction {self.easy_fraction}, which goes by rank in a "
+                "batch; keep all easy examples (--easy_fraction 1) or none (--easy_weight 0)"
+            )
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of the plain base loss before mining starts."""
+        return self.mining_start_epoch
+
+    @property
+    def depends_on_split(self) -> bool:
+        """See `Method.depends_on_split`: a part of the easy examples is chosen by their rank in a batch."""
+        return self.easy_weight > 0 and self.easy_fraction < 1
+
+    @property
+    def tells_wrong_at_start(self) -> bool:
+        """See `Method.tells_wrong_at_start`."""
+        return self.stop_misclassified
+
+    @property
+    def trains_on_all(self) -> bool:
+        """Whether every example of a batch is trained on.
+
+        That is so where all easy examples are kept, or the first term takes all clean images.
+        """
+        return self.loss.clean_term or (self.easy_weight > 0 and self.easy_fraction == 1)
+
+    def outer_batch(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        epoch: int,
+        states: States,
+        generator: torch.Generator | None = None,
+    ) -> OuterBatch:
+        """See `Method.outer_batch`."""
+        if epoch < self.mining_start_epoch:
+            return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
+        attack = self.attack_on(y, attack, epoch=epoch, states=states)
+        return self.chosen(self.mine(model, x, y, attack=attack, states=states, generator=generator), x, y)
+
+    def mine(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        attack: InnerAttack,
+        states: States,
+        generator: torch.Generator | None,
+    ) -> HardExamples:
+        """Mine a batch with this attack; one of ``mining_step`` steps leaves the hard rows where they are then.
+
+        Of three kinds few are attacked on, so a forward of its own is what classifies.
+        """
+        start, loss_fn = self.loss.start(x, attack.threat_model, generator), self.loss.attack_loss(model, x)
+        if self.stop_misclassified:
+            return mine_three_kinds(
+                model,
+                x,
+                y,
+                threat_model=attack.threat_model,
+                num_steps=attack.num_steps,
+                step_size=attack.step_size,
+                mining_step=self.mining_step,
+                start=start,
+                loss_fn=loss_fn,
+            )
+        return mine_hard_examples(
+            model,
+            x,
+            y,
+            threat_model=attack.threat_model,
+            num_steps=attack.num_steps,
+            step_size=attack.step_size,
+            mining_step=self.mining_step,
+            start=start,
+            loss_fn=loss_fn,
+            track_moves=self.hard_weighting == "probability_move",
+            classify_in_step=self.classify_in_step(states),
+        )
+
+    def chosen(self, mined: HardExamples, x: Tensor, y: Tensor) -> OuterBatch:
+        """What to train on of a mined batch with clean images ``x`` and labels ``y``.
+
+        All examples are in the order of the batch; of some, the hard ones come first.
+        """
+        rows, x_adv, weight = self._kept(mined)
+        weight = weight.to(x.dtype)
+        common = {"hard": mined.hard, "wrong_at_start": mined.wrong_at_start, "early_logits": mined.early.logits}
+        if not self.loss.clean_term:
+            clean, labels = (x, y) if rows is None else (x[rows], y[rows])
+            return OuterBatch(x=self.loss.rows(x_adv, clean), y=labels, weight=weight, **common)
+        each = x.new_ones(len(y))
+        robust = weight if rows is None else x.new_zeros(len(y)).index_copy(0, rows, weight)
+        return OuterBatch(
+            x=self.loss.rows(x_adv, x),
+            y=y,
+            weight=torch.stack([each, robust]),
+            divided_by=each,
+            with_adversarial=rows,
+            **common,
+        )
+
+    def _kept(self, mined: HardExamples) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Positions (A,) in the batch of what is trained on (None = all), adversarial images and weights."""
+        weight = self.hard_weights(mined)
+        if not self.easy_weight:
+            return mined.rows, mined.x_adv, weight
+        early = mined.early.x_adv
+        if self.easy_fraction == 1:
+            every = weight.new_full((len(early),), self.easy_weight)
+            return None, early.index_copy(0, mined.rows, mined.x_adv), every.index_copy(0, mined.rows, weight)
+        kept = most_confident_easy(mined, self.easy_fraction)
+        rows, x_adv = torch.cat([mined.rows, kept]), torch.cat([mined.x_adv, early[kept]])
+        return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
+
+    def losses(self, logits: Tensor, batch: OuterBatch) -> Tensor:
+        """See `Method.losses`; with TRADES, where hard examples alone have an adversarial image."""
+        if batch.with_adversarial is None:
+            return super().losses(logits, batch)
+        return trades_terms_of_some(logits, batch.y, batch.with_adversarial)
+
+    def hard_weights(self, mined: HardExamples) -> Tensor:
+        """Weight of each hard example (H,)."""
+        return hard_weights(mined, self.hard_weighting)
+
+    def classify_in_step(self, states: States) -> bool:
+        """Whether the step after the mining step is to classify, in this epoch."""
+        # Kept on the CPU: reading it in every batch waits for nothing.
+        return bool(states[self.name]["classify_in_step"])
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """See `Stateful.initial_state`."""
+        return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """See `Stateful.before_epoch`."""
+        hard, mined = state["mined"].tolist()
+        state["classify_in_step"].fill_(hard > CLASSIFY_IN_STEP_FROM * mined)
+        state["mined"].zero_()
+
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """See `Stateful.observed_shape`: two, once mining has begun."""
+        return None if epoch < self.warmup_epochs else (2,)
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """See `Stateful.observe`: number of hard examples and of all."""
+        hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
+        return torch.stack([hard, torch.ones_like(hard)]).sum(1)
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """See `Stateful.after_update`."""
+        state["mined"] += sums
+
+    def outer_batches(
+        self,
+        model: nn.Module,
+        batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
+        *,
+        attack: InnerAttack,
+        epoch: int,
+        states: States,
+    ) -> list[OuterBatch]:
+        """See `Method.outer_batches`."""
+        if not self.pack_hard_examples or epoch < self.warmup_epochs:
+            return super().outer_batches(model, batches, attack=attack, epoch=epoch, states=states)
+        attacks = [self.attack_on(y, attack, epoch=epoch, states=states) for _, y, _ in batches]
+        return packed_outer_batches(self, model, batches, attacks, states)
+
+
+def packed_outer_batches(
+    method: HAM,
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
+    attacks: Sequence[InnerAttack],
+    states: States,
+) -> list[OuterBatch]:
+    """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
+
+    Args:
+        method: for the mining step, the loss, the weights and what is trained on.
+        model: the unwrapped pixel model.
+        batches: images (N, C, H, W), labels (N,) and source of randomness of each accumulation step.
+        attacks: the attack on each of them; radius and step may be per example.
+        states: class state of all parts.
+
+    Returns:
+        As many outer batches as ``batches``. Unless the method trains on all examples, the rows of all are packed as
+        well, and the last ones are without a row; ``hard``, ``wrong_at_start`` and ``early_logits`` belong to the
+        batch in the same place.
+    """
+    mining = [replace(attack, num_steps=method.mining_step) for attack in attacks]
+    mined = [
+        method.mine(model, x, y, attack=attack, states=states, generator=generator)
+        for (x, y, generator), attack in zip(batches, mining, strict=True)
+    ]
+    full = max(len(labels) for _, labels, _ in batches)
+    mined = _attacked_to_the_end(method, model, batches, attacks, mined, full)
+    if method.trains_on_all:
+        return [method.chosen(found, x, y) for found, (x, y, _) in zip(mined, batches, strict=True)]
+    x = torch.cat([images[found.rows] for (images, _, _), found in zip(batches, mined, strict=True)])
+    y, x_adv = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])
+    weight = torch.cat([method.hard_weights(found) for found in mined]).to(x.dtype)
+    chunks = [slice(number * full, (number + 1) * full) for number in range(len(mined))]
+    return [
+        OuterBatch(
+            x=method.loss.rows(x_adv[rows], x[rows]),
+            y=y[rows],
+            weight=weight[rows],
+            hard=found.hard,
+            wrong_at_start=found.wrong_at_start,
+            early_logits=found.early.logits,
+        )
+        for rows, found in zip(chunks, mined, strict=True)
+    ]
+
+
+def _attacked_to_the_end(
+    method: HAM,
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
+    attacks: Sequence[InnerAttack],
+    mined: Sequence[HardExamples],
+    full: int,
+) -> list[HardExamples]:
+    """The mined batches after the rest of the attack on their ``attacked`` rows, made in batches of ``full`` rows."""
+    x = torch.cat([images[found.attacked] for (images, _, _), found in zip(batches, mined, strict=True)])
+    y = torch.cat([labels[found.attacked] for (_, labels, _), found in zip(batches, mined, strict=True)])
+    start = torch.cat([found.early.x_adv[found.attacked] for found in mined])
+    epsilon = _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
+    step_size = _of_attacked_rows([attack.step_size for attack in attacks], mined)
+    ends = [start[:0]]
+    for first in range(0, len(y), full):
+        rows = slice(first, first + full)
+        ends.append(
+            pgd(
+                model,
+                x[rows],
+                y[rows],
+                threat_model=ThreatModel(attacks[0].threat_model.norm, rows_of(epsilon, rows)),
+                num_steps=attacks[0].num_steps - method.mining_step,
+                step_size=rows_of(step_size, rows),
+                start=start[rows],
+                loss_fn=method.loss.attack_loss(model, x[rows]),
+            )
+        )
+    of_batch = torch.split(torch.cat(ends), [len(found.attacked) for found in mined])
+    return [
+        replace(found, x_adv=found.early.x_adv.index_copy(0, found.attacked, end)[found.rows])
+        for found, end in zip(mined, of_batch, strict=True)
+    ]
+
+
+def _of_attacked_rows(values: Sequence[float | Tensor], mined: Sequence[HardExamples]) -> float | Tensor:
+    """A value per example of several batches, for the rows of all that are attacked on; a number as it is."""
+    parts = [rows_of(value, found.attacked) for value, found in zip(values, mined, strict=True)]
+    per_example = [part for part in parts if isinstance(part, Tensor) and part.ndim]
+    return torch.cat(per_example) if per_example else parts[0]

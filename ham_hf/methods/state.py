@@ -1,0 +1,88 @@
+"""What a method or a class rule remembers: named tensors, the same on every process, that only its hooks change.
+
+The hooks come in the order of a run: `Stateful.initial_state` once, `Stateful.before_epoch` every epoch, and in every
+update `Stateful.observe` on each batch, then `Stateful.after_update` with the sums over all batches and processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Tensor]
+"""State of a method or class rule: named tensors on the device of the model, changed in place by its hooks."""
+States: TypeAlias = Mapping[str, State]
+"""The state of every part of a method (`ham_hf.methods.base.Method.parts`), by the name of the part."""
+
+Kind = TypeVar("Kind", bound="Stateful")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stateful:
+    """Base of methods and class rules; its fields are options."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    """One line for ``--help`` and the model card."""
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Number of first epochs in which it changes nothing; 0 if there are none."""
+        return 0
+
+    def initial_state(self, class_counts: Tensor) -> State:
+        """State at the beginning of a run.
+
+        Args:
+            class_counts: (num_classes,) number of training images of each class, in the dtype and on the device
+                that the state should have too.
+        """
+        return {}
+
+    def before_epoch(self, state: State, *, epoch: int) -> None:
+        """Turn what was observed in the epoch before into what holds for this one."""
+
+    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
+        """Shape of the sums that `observe` takes in this 0-based epoch; None observes nothing."""
+        return None
+
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+        """Sums over examples, of `observed_shape` whatever their number (also 0).
+
+        Args:
+            logits: (N, num_classes) of adversarial images: of the training forward; from methods that mine, of the
+                whole batch at the mining step, as the hard rows alone would say nothing of a class.
+            y: (N,) labels.
+            epoch: 0-based epoch.
+        """
+        raise NotImplementedError(f"{self.name} observes nothing")
+
+    def after_update(self, state: State, sums: Tensor) -> None:
+        """Take in the sums of `observe` over all examples of the update."""
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums over many examples, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def class_sums(values: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """Sum of the values (N, ...) of each class (num_classes, ...), in float64 where the device has it."""
+    sums = torch.zeros(num_classes, *values.shape[1:], dtype=statistics_dtype(values.device), device=values.device)
+    return sums.index_add_(0, y, values.detach().to(sums.dtype))
+
+
+def named_kinds(base: type[Kind]) -> dict[str, type[Kind]]:
+    """Every imported subclass that has a name, by it, in alphabetical order."""
+    found: dict[str, type[Kind]] = {}
+    pending = base.__subclasses__()
+    while pending:
+        kind = pending.pop(0)
+        if kind.name:
+            found[kind.name] = kind
+        pending.extend(kind.__subclasses__())
+    return dict(sorted(found.items()))
