@@ -464,7 +464,7 @@ def test_unfinished_run_with_other_settings_is_refused(fake, tmp_path, capsys):
         ("method: pgd_at", "epsilon: 8", ["run plain", "--epsilon 8", "8/255"]),
         ("save_steps: 2", "save_steps: 0", ["run plain", "run mined", "--save_steps 0"]),
         ("save_steps: 2", "seed: 2", ["seed is not for a run", "give seeds to the comparison"]),
-        ("save_steps: 2", "push_to_hub: true, hub_model_id: me/x", ["push_to_hub is not for a run", "push.py"]),
+        ("save_steps: 2", "push_to_hub: true, hub_model_id: me/x", ["push_to_hub is not for a run", "ham-hf push"]),
         ("save_steps: 2", "save_steps: 2, save_steps: 3", ["save_steps is set a second time"]),
         ("{save_steps: 2}", "[save_steps]", ["settings: expected {setting: value}"]),
         ("seeds: [0, 1]", "seeds: []", ["seeds", "[0, 1, 2]"]),
