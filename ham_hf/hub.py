@@ -142,8 +142,13 @@ def push_folder(
 
     def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
         if page is not None:
-            about = {"repo_id": repo_id, "revision": revision, "commit_message": f"{commit_message}: {PAGE_NAME}"}
-            HfApi().upload_file(path_or_fileobj=page.encode(), path_in_repo=PAGE_NAME, **about)
+            HfApi().upload_file(
+                path_or_fileobj=page.encode(),
+                path_in_repo=PAGE_NAME,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=f"{commit_message}: {PAGE_NAME}",
+            )
         with warnings.catch_warnings():
             # predictions.parquet belongs to the model.
             warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
