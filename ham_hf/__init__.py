@@ -1,9 +1,9 @@
 """Fair adversarial training for any timm backbone: what own training loops and notebooks are written with.
 
 `ThreatModel`, `pgd` and `mine_hard_examples` attack, `adversarial_loss` is the loss of one batch, `evaluate`,
-`summarize` and `calibrate` measure and mend fairness, `load_pixel_model` loads a published model. Importing the
-package imports none of them, neither torch nor timm; each comes when it is first used. Our CIFAR networks are
-registered with timm, whichever of the two is imported first.
+`summarize` and `calibrate` measure and mend fairness, `load_pixel_model` loads a published model, `train` is the
+whole trainer. Importing the package imports none of them, neither torch nor timm; each comes when it is first used.
+Our CIFAR networks are registered with timm, whichever of the two is imported first.
 
 The modules, in the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`;
 `objectives`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ham_hf.api.calibration import calibrate
     from ham_hf.api.evaluation import evaluate
     from ham_hf.api.loss import adversarial_loss
+    from ham_hf.api.training import train
     from ham_hf.attacks import ThreatModel, pgd
     from ham_hf.metrics import summarize
     from ham_hf.mining import mine_hard_examples
@@ -38,6 +39,7 @@ __all__ = [
     "mine_hard_examples",
     "pgd",
     "summarize",
+    "train",
 ]
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "mine_hard_examples": "ham_hf.mining",
     "pgd": "ham_hf.attacks",
     "summarize": "ham_hf.metrics",
+    "train": "ham_hf.api.training",
 }
 """The module of each name. No module of the package may have such a name: its import would take its place."""
 

@@ -1,6 +1,6 @@
 """The command ``ham-hf``, also as ``python -m ham_hf`` and ``accelerate launch -m ham_hf``.
 
-Only the module of the command that is called is imported: the overview and a wrong name cost no import of torch.
+Only the module of the command that is called is imported: the overview costs no import of torch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -24,37 +23,18 @@ from tests.hub_server import Hub, hub_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # A few updates of a narrow network; enough held-out images of each class to calibrate on.
-TINY = [
-    "--config",
-    "digits/ham",
-    "--max_steps",
-    "2",
-    "--mining_start_epoch",
-    "0",
-    "--num_steps",
-    "2",
-    "--eval_num_steps",
-    "2",
-    "--learning_rate",
-    "0.05",
-    "--per_device_train_batch_size",
-    "32",
-    "--validation_fraction",
-    "0.4",
-    "--limit_train_examples",
-    "600",
-    "--limit_test_examples",
-    "40",
-    "--use_cpu",
-    "--disable_tqdm",
-]
+TINY = shlex.split(
+    "--config digits/ham --max_steps 2 --mining_start_epoch 0 --mining_step 1 --num_steps 2 --eval_num_steps 2 "
+    "--per_device_train_batch_size 32 --validation_fraction 0.4 --limit_train_examples 600 --limit_test_examples 40 "
+    "--use_cpu --disable_tqdm"
+)
 PLAN = """
 recipe: {recipe}
 output_dir: planned
 seeds: [0]
 settings: {{max_steps: 2, num_steps: 2, eval_num_steps: 2, limit_train_examples: 200, limit_test_examples: 40,
            use_cpu: true}}
-runs: {{ham: {{mining_start_epoch: 0}}}}
+runs: {{ham: {{mining_start_epoch: 0, mining_step: 1}}}}
 """
 # What is run of each command, in order. One that is not here is only asked for its help.
 RUNS = {
@@ -119,8 +99,8 @@ def install(wheel: Path, venv: Path, *, download: bool) -> Path:
         site = step(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=venv).strip()
         # A folder that is named in a .pth file is searched, but its own .pth files, such as that of an editable
         # install, are not read.
-        borrowed = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-        Path(site, "borrowed.pth").write_text("\n".join(sorted(borrowed)) + "\n", encoding="utf-8")
+        borrowed = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+        Path(site, "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     alone = [] if download else ["--no-deps", "--no-index", "--ignore-installed"]
     step(python, "-m", "pip", "install", "--quiet", *alone, wheel, cwd=venv)
     place, version = step(python, "-c", WHERE, cwd=venv, env=clean_environment()).split()

@@ -147,5 +147,5 @@ def test_calibrating_any_other_model_wraps_it_and_0_changes_nothing() -> None:
     assert not found.shifts.any()
     with torch.no_grad():
         assert torch.equal(found.model(x), net(x))
-    with pytest.raises(ValueError, match="has 10 and lacks 10.*give the loader more images"):
+    with pytest.raises(ValueError, match=r"has 10 and lacks 10.*give the loader more images"):
         calibrate(net, [(x[:40], y[:40])])

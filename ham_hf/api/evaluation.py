@@ -163,7 +163,7 @@ def evaluate(
                 batch_size=batch_size,
                 seed=seed,
             )
-    return _report(results, class_names_of(loader, class_names, head.num_classes), threat_model)
+    return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -215,9 +215,10 @@ def count_logits(model: nn.Module, x: Tensor) -> int:
     return logits.shape[1]
 
 
-def _report(
+def report_of(
     results: Mapping[str, AttackResult], class_names: tuple[str, ...], threat_model: ThreatModel
 ) -> EvaluationReport:
+    """Results by name, "clean" first, as a report."""
     reports = attack_reports(results, len(class_names))
     clean = reports.pop("clean")
     return EvaluationReport(

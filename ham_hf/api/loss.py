@@ -46,7 +46,7 @@ class LossRecord:
     @property
     def hard_fraction(self) -> float | None:
         """Share of the batch that is hard; None for methods that do not mine."""
-        return None if self.hard is None else float(self.hard.double().mean())
+        return None if self.hard is None else float(self.hard.float().mean())
 
 
 class AdversarialLoss(NamedTuple):
