@@ -110,15 +110,8 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        results = (
-            "model.safetensors",
-            "config.json",
-            "README.md",
-            "predictions.parquet",
-            "report.json",
-            "report.html",
-        )
-        missing = [name for name in (*results, "figures") if not (output_dir / name).exists()]
+        results = ("model.safetensors", "config.json", "predictions.parquet", "report.json", "figures", "README.md")
+        missing = [name for name in (*results, "report.html") if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
             f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with the "

@@ -304,9 +304,8 @@ def class_examples(
     attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
     rows = torch.tensor([row for row, _ in chosen])
     found = list[tuple[Tensor, Tensor, Tensor]]()
-    requests = [
-        BatchRequest(part, None) for part in torch.split(verdicts.positions[rows], config.per_device_eval_batch_size)
-    ]
+    size = config.per_device_eval_batch_size
+    requests = [BatchRequest(part, None) for part in torch.split(verdicts.positions[rows], size)]
     with evaluation_mode(model):
         for number, batch in enumerate(images.batches(requests, device=device)):
             x_adv = pgd(

@@ -155,7 +155,7 @@ def test_images_are_kept_and_read_back(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "none") is None
     first = examples.examples[0]
     clean = Image.open(io.BytesIO(first.clean))
-    assert (clean.size, clean.mode) == ((8, 8), "RGB")
+    assert (clean.size, clean.mode, clean.format) == ((8, 8), "RGB", "PNG")
     assert first.enlargement == pytest.approx(5, rel=1e-4)
     (tmp_path / "examples.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"examples.parquet holds no images .* remove it"):
@@ -166,7 +166,8 @@ def test_large_images_are_made_smaller_until_they_fit() -> None:
     examples = made_up_examples(made_up_verdicts(), side=224, channels=3).examples
     sizes = {Image.open(io.BytesIO(example.clean)).size for example in examples}
     assert len(sizes) == 1
-    assert sizes.pop()[0] < 224
+    assert 48 <= sizes.pop()[0] < 224
+    assert {Image.open(io.BytesIO(example.attacked)).format for example in examples} == {"JPEG"}
     assert sum(len(e.clean) + len(e.attacked) + len(e.difference) for e in examples) <= MAX_TOTAL_BYTES
 
 
@@ -174,7 +175,7 @@ def test_a_page_stays_below_its_limit_and_gives_images_up_for_it() -> None:
     verdicts = made_up_verdicts()
     report = make_report(class_names=verdicts.class_names, num_test=60)
     examples = made_up_examples(verdicts, side=64, channels=3)
-    text = page_html([PageRun(label=str(index), report=report, examples=examples) for index in range(3)])
+    text = page_html([PageRun(label=str(index), report=report, examples=examples) for index in range(8)])
     assert len(text.encode()) <= MAX_PAGE_BYTES
     shown = [entry is not None for entry in images_of(text)]
     assert shown[0]

@@ -1,8 +1,9 @@
 """Test images that say most about a class: the ones most easily broken and the ones that hold, before and after.
 
 They need the model and the data, so a run makes them while it has both, and keeps them in ``examples.parquet``: one
-row per image with three PNGs. The page is made of that file again without either. The file stays where it was
-written: images of a dataset are not for everybody (`ham_hf.hub`).
+row per image with three pictures, PNGs as they are where those fit, else JPEGs of a smaller size. The page is made of
+that file again without either. The file stays where it was written: images of a dataset are not for everybody
+(`ham_hf.hub`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ MAX_CLASSES = 12
 """With more classes than this, only the worst of them have images."""
 NUM_PER_KIND = 3
 MAX_TOTAL_BYTES = 900_000
-"""Of all PNGs together; as text in a page they take a third more."""
-SIDES = (128, 96, 64, 48, 32)
+"""Of all pictures together; as text in a page they take a third more."""
+SIDES = (160, 128, 96, 64, 48, 32)
+"""Longer side in pixels of JPEGs, tried until all fit."""
 WEAK, STRONG = "weak", "strong"
 _METADATA = "ham_hf.examples"
 _SCHEMA = pa.schema(
@@ -59,9 +61,9 @@ class ClassExample:
         clean_prediction: class of the image as it is.
         attacked_prediction: class of the attacked image; -1 where the logits are not finite.
         enlargement: what the difference was multiplied by to be seen.
-        clean: PNG of the image.
-        attacked: PNG of the attacked image.
-        difference: PNG of attacked minus clean, enlarged around middle gray.
+        clean: PNG or JPEG of the image.
+        attacked: likewise of the attacked image.
+        difference: likewise of attacked minus clean, enlarged around middle gray.
     """
 
     label: int
@@ -126,11 +128,13 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
 
 
 def encode_examples(images: AttackedImages, verdicts: Verdicts, *, attack: str) -> ClassExamples:
-    """The images as PNGs, as large as fits into ``MAX_TOTAL_BYTES``; never larger than they are."""
+    """The images as PNGs where these fit into ``MAX_TOTAL_BYTES``, else as the largest JPEGs of ``SIDES`` that do."""
     side = max(images.clean.shape[-2:])
+    # Of larger ones PNGs never fit, and take long to find that out.
+    tries = [(side, "PNG")] if side <= 2 * SIDES[-1] else []
     found = ClassExamples(attack=attack, examples=())
-    for limit in sorted({min(side, limit) for limit in SIDES}, reverse=True):
-        examples = tuple(_encode(images, verdicts, index, limit) for index in range(len(images.rows)))
+    for limit, form in [*tries, *((limit, "JPEG") for limit in SIDES if limit <= side)]:
+        examples = tuple(_encode(images, verdicts, index, limit, form) for index in range(len(images.rows)))
         found = ClassExamples(attack=attack, examples=examples)
         if sum(len(e.clean) + len(e.attacked) + len(e.difference) for e in examples) <= MAX_TOTAL_BYTES:
             break
@@ -168,7 +172,7 @@ def read_examples(folder: str | Path) -> ClassExamples | None:
     return ClassExamples(attack=str(attack), examples=examples)
 
 
-def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int) -> ClassExample:
+def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int, form: str) -> ClassExample:
     row = int(images.rows[index])
     clean, attacked = images.clean[index].float(), images.attacked[index].float()
     difference = attacked - clean
@@ -182,17 +186,17 @@ def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int) -
         clean_prediction=int(verdicts.clean[row]),
         attacked_prediction=int(images.attacked_predictions[index]),
         enlargement=enlargement,
-        clean=_png(clean, side),
-        attacked=_png(attacked, side),
-        difference=_png(0.5 + enlargement * difference, side),
+        clean=_picture(clean, side, form),
+        attacked=_picture(attacked, side, form),
+        difference=_picture(0.5 + enlargement * difference, side, form),
     )
 
 
-def _png(pixels: Tensor, side: int) -> bytes:
-    """PNG of (C, H, W) pixels in [0, 1], its longer side at most ``side``; of four channels the first three."""
+def _picture(pixels: Tensor, side: int, form: str) -> bytes:
+    """(C, H, W) pixels in [0, 1] as a file, its longer side at most ``side``; of four channels the first three."""
     values = (pixels.clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(values[0].numpy() if len(values) < 3 else values[:3].permute(1, 2, 0).numpy())
     image.thumbnail((side, side), Image.Resampling.BOX)
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
+    image.save(stream, format=form, optimize=True, **({"quality": 85} if form == "JPEG" else {}))
     return stream.getvalue()

@@ -183,7 +183,7 @@
     const count = known.classes[label][0];
     for (let i = 0; i < Math.min(taken.length, 20); i += 2) {
       const bar = svg("svg", { "aria-hidden": "true" },
-        svg("rect", { width: x(taken[i + 1] / Math.max(count, 1)), height: "100%", class: "c-robust" }));
+        svg("rect", { width: x(taken[i + 1] / Math.max(taken[1], 1)), height: "100%", class: "c-robust" }));
       list.append(element("li", {}, link(taken[i]), bar,
         element("span", { class: "number", text: `${taken[i + 1]} of ${count}` })));
     }
@@ -204,8 +204,8 @@
       const holder = element("div", { class: "shots" });
       for (const image of some) {
         const titles = ["before", "after", `change\u00a0×\u00a0${image.times}`];
-        const three = element("div", { class: "three" }, ...image.png.map((png, i) => element("div", {},
-          element("img", { src: `data:image/png;base64,${png}`, alt: `${run.names[label]}, image ${image.position}, ${titles[i]}` }),
+        const three = element("div", { class: "three" }, ...image.pictures.map((picture, i) => element("div", {},
+          element("img", { src: `data:image/${picture.startsWith("/9j/") ? "jpeg" : "png"};base64,${picture}`, alt: `${run.names[label]}, image ${image.position}, ${titles[i]}` }),
           element("span", { text: titles[i] }))));
         const held = image.after === label ? "stays" : "becomes";
         holder.append(element("figure", {}, three, element("figcaption", {},

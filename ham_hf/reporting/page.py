@@ -351,8 +351,9 @@ def _image_values(examples: ClassExamples | None) -> dict[str, object] | None:
                 "before": example.clean_prediction,
                 "after": example.attacked_prediction,
                 "times": round(example.enlargement, 1),
-                "png": [
-                    base64.b64encode(png).decode() for png in (example.clean, example.attacked, example.difference)
+                "pictures": [
+                    base64.b64encode(picture).decode()
+                    for picture in (example.clean, example.attacked, example.difference)
                 ],
             }
             for example in examples.examples
