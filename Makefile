@@ -3,10 +3,10 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults same smoke bench bench-quick format
+.PHONY: help check lint types imports test faults same smoke bench bench-quick browser release-check format
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PYTHON=$(PYTHON) is used; give another one with: make check PYTHON=.venv/bin/python"
 
 check: lint types imports test  ## everything a pull request has to pass: lint, types, imports, test
@@ -24,7 +24,7 @@ imports:  ## import-linter: who may import whom
 test:  ## pytest in TEST_PROCESSES processes
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-faults:  ## the fault table of CONTRIBUTING.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
+faults:  ## the fault table of docs/unattended.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 
 same:  ## make same COMMIT=main: train with that commit and with this tree, and compare every number bit for bit
@@ -49,6 +49,12 @@ bench-quick:  ## the same with a tiny network, to see that the benchmarks run; t
 	$(PYTHON) -m tests.benchmarks.profile --quick
 	$(PYTHON) -m tests.benchmarks.epoch --quick
 	$(PYTHON) -m tests.benchmarks.scaling --quick
+
+browser:  ## report.html in a headless Chromium: clicks, keys, sizes, hostile names; says so where there is none
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests
+
+release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
+	$(PYTHON) -m tests.release_check
 
 format:  ## let ruff rewrite what it can
 	$(PYTHON) -m ruff check --fix .

@@ -1,19 +1,84 @@
-"""Fair adversarial training for any timm backbone. Importing the package registers its CIFAR networks with timm.
+"""Fair adversarial training for any timm backbone: what own training loops and notebooks are written with.
 
-In the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`; `methods`, the
-training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages together for the
-recipes, `comparison` compares runs.
+`ThreatModel`, `pgd` and `mine_hard_examples` attack, `adversarial_loss` is the loss of one batch, `evaluate`,
+`summarize` and `calibrate` measure and mend fairness, `load_pixel_model` loads a published model, `train` is the
+whole trainer. Importing the package imports none of them, neither torch nor timm; each comes when it is first used.
+Our CIFAR networks are registered with timm, whichever of the two is imported first.
+
+The modules, in the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`;
+`methods`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages
+together for the recipes, `comparison` compares runs, `api` holds the functions named above.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ham_hf.models import cifar_nets
+from ham_hf.timm_import import register_networks
 
-__all__ = ["cifar_nets"]
+if TYPE_CHECKING:
+    from ham_hf.api.calibration import calibrate
+    from ham_hf.api.evaluation import evaluate
+    from ham_hf.api.loss import adversarial_loss
+    from ham_hf.api.training import train
+    from ham_hf.attacks import ThreatModel, pgd
+    from ham_hf.metrics import summarize
+    from ham_hf.mining import mine_hard_examples
+    from ham_hf.models import load_pixel_model
 
-try:
-    __version__ = version("ham-hf")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
+
+__all__ = [
+    "ThreatModel",
+    "__version__",
+    "adversarial_loss",
+    "calibrate",
+    "evaluate",
+    "load_pixel_model",
+    "mine_hard_examples",
+    "pgd",
+    "summarize",
+    "train",
+]
+
+_HOMES = {
+    "ThreatModel": "ham_hf.attacks",
+    "adversarial_loss": "ham_hf.api.loss",
+    "calibrate": "ham_hf.api.calibration",
+    "evaluate": "ham_hf.api.evaluation",
+    "load_pixel_model": "ham_hf.models",
+    "mine_hard_examples": "ham_hf.mining",
+    "pgd": "ham_hf.attacks",
+    "summarize": "ham_hf.metrics",
+    "train": "ham_hf.api.training",
+}
+"""The module of each name. No module of the package may have such a name: its import would take its place."""
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the names above)
+    """Import what a name of the package stands for, once."""
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ham-hf")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"
+
+
+register_networks()

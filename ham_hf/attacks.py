@@ -13,6 +13,7 @@ image whose gradient is not finite stays where it is, so that an attack never le
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,7 +44,7 @@ class ThreatModel:
         epsilon: radius in pixel units; one number, or an (N,) tensor with one radius per example.
 
     Raises:
-        ValueError: if the norm is unknown or a scalar epsilon is negative.
+        ValueError: if the norm is unknown, or a scalar epsilon is negative or, for linf, above 1.
     """
 
     norm: str = "linf"
@@ -51,10 +52,20 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+            spelled = str(self.norm).lower().replace("_", "").replace("∞", "inf")
+            near = difflib.get_close_matches(spelled, NORMS, n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}{hint}")
         # A tensor is left unread: looking at its values would synchronize with the device.
-        if not isinstance(self.epsilon, Tensor) and not self.epsilon >= 0:
+        if isinstance(self.epsilon, Tensor):
+            return
+        if not self.epsilon >= 0:
             raise ValueError(f"epsilon must not be negative, got {self.epsilon}")
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(
+                f"epsilon {self.epsilon:g} is in units of pixels in [0, 1], at most 1 for linf; did you mean "
+                f"{self.epsilon:g}/255?"
+            )
 
     def rows(self, keep: Tensor) -> ThreatModel:
         """The threat model of the rows selected by a mask or index, for a per-example epsilon."""
@@ -228,6 +239,24 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Leave ``torch.inference_mode``, in which autograd records nothing whatever it is told; no gradient inside.
+
+    What is made inside are ordinary tensors. Without inference mode nothing changes.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def ordinary(x: Tensor) -> Tensor:
+    """``x``, or a copy of it that autograd takes, if it was made in ``torch.inference_mode``."""
+    return x.clone() if x.is_inference() else x
+
+
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = cross_entropy) -> Tensor:
     """Gradient of the summed per-example loss with respect to ``x`` alone, in the shape and dtype of ``x``.
 
@@ -260,6 +289,9 @@ def pgd(
     The attack has no memory between steps, so ``pgd(M)`` followed by ``pgd(K - M)`` from its result equals
     ``pgd(K)``, and a row's result does not depend on the other rows.
 
+    It works under ``torch.no_grad()`` and, with weights that were made outside of it, ``torch.inference_mode()``.
+    Values are not read, as that would wait for the device: pixels are taken to be in [0, 1].
+
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
         x: clean images (N, C, H, W) in [0, 1].
@@ -281,8 +313,9 @@ def pgd(
     check_batch(x, y)
     if num_steps < 0:
         raise ValueError(f"num_steps must not be negative, got {num_steps}")
-    x_adv = threat_model.random_start(x, generator) if start is None else start.detach()
-    with attack_mode(model):
+    with outside_inference_mode(), attack_mode(model):
+        x, y = ordinary(x), ordinary(y)
+        x_adv = threat_model.random_start(x, generator) if start is None else ordinary(start.detach())
         for _ in range(num_steps):
             gradient = input_gradient(model, x_adv, y, loss_fn)
             x_adv = threat_model.project(threat_model.step(x_adv, gradient, step_size), x)

@@ -276,17 +276,18 @@ def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]
     return record
 
 
-def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float]) -> Tensor:
-    """Shifts (C,) float32 in the order of the model's own logits.
+def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: int) -> Tensor:
+    """Shifts (num_classes,) float32 in the order of the model's own logits; 0 for classes that the dataset lacks.
 
     Args:
         aligned: what `ham_hf.runs.align_classes` made of the model.
         shifts: in the order of the dataset's classes.
+        num_classes: number of the model's logits.
     """
     found = torch.tensor(shifts)
     if not isinstance(aligned, ReorderedLogits):
         return found
-    own = torch.empty_like(found)
+    own = torch.zeros(num_classes)
     own[aligned.order.cpu()] = found
     return own
 

@@ -111,6 +111,7 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         results = ("model.safetensors", "config.json", "README.md", "predictions.parquet", "report.json", "figures")
+        results += ("report.html",)
         missing = [name for name in results if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "

@@ -26,7 +26,9 @@ from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_dow
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
-from ham_hf.reporting.report import REPORT_NAME
+from ham_hf.invocation import command
+from ham_hf.reporting.page import PAGE_NAME, has_images, without_images
+from ham_hf.reporting.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,6 +40,7 @@ ARTEFACTS = (
     "README.md",
     "report.json",
     "predictions.parquet",
+    "report.html",
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
@@ -116,12 +119,14 @@ def push_folder(
     revision: str = DEFAULT_REVISION,
     commit_message: str = "Upload model",
     attempts: int = 3,
+    publish_images: bool = False,
 ) -> str:
     """Push the ``ARTEFACTS`` of an output folder to branch ``revision`` of an existing repository "user/name".
 
     Makes up to ``attempts`` tries when the server or the connection fails, or another commit gets in between.
-    ``private`` only goes into the command that a failed push names. Returns the URL of the commit, or of the last one
-    if nothing has changed since.
+    Of a dataset that is not public, images are taken out of the pushed ``report.html``, unless ``publish_images``; the
+    one in the folder keeps them. ``private`` only goes into the command that a failed push names. Returns the URL of
+    the commit, or of the last one if nothing has changed since.
 
     Raises:
         FileNotFoundError: if the folder lacks the model or its configuration.
@@ -132,7 +137,13 @@ def push_folder(
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
     limit_waiting()
 
+    page = None if publish_images else _page_to_replace(Path(folder))
+    patterns = [name for name in ARTEFACTS if page is None or name != PAGE_NAME]
+
     def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
+        if page is not None:
+            about = {"repo_id": repo_id, "revision": revision, "commit_message": f"{commit_message}: {PAGE_NAME}"}
+            HfApi().upload_file(path_or_fileobj=page.encode(), path_in_repo=PAGE_NAME, **about)
         with warnings.catch_warnings():
             # predictions.parquet belongs to the model.
             warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
@@ -141,24 +152,55 @@ def push_folder(
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
-                allow_patterns=list(ARTEFACTS),
+                allow_patterns=patterns,
             )
 
     try:
         commit = _retry(upload, attempts, also=CONFLICTS)
     except PUSH_ERRORS as error:
-        command = ["python", "recipes/push.py", str(folder), "--hub_model_id", repo_id]
+        words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
         if private:
-            command.append("--hub_private_repo")
+            words.append("--hub_private_repo")
+        if publish_images:
+            words.append("--publish_images")
         if revision != DEFAULT_REVISION:
-            command += ["--hub_revision", revision]
+            words += ["--hub_revision", revision]
         raise PushError(
             f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder {Path(folder).resolve()} is "
             f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
-            f"with:\n    {shlex.join(command)}"
+            f"with:\n    {shlex.join(words)}"
         ) from None
     logger.info("Pushed %s to %s", folder, commit.commit_url)
     return str(commit.commit_url)
+
+
+def _page_to_replace(folder: Path) -> str | None:
+    """The page to push in place of the one in the folder, as that shows images that are not public; None if not so."""
+    path = folder / PAGE_NAME
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not has_images(text) or _has_public_images(folder):
+        return None
+    logger.warning(
+        "%s is pushed without images, as its dataset is not known to be public; --publish_images keeps them", PAGE_NAME
+    )
+    return without_images(text)
+
+
+def _has_public_images(folder: Path) -> bool:
+    """Whether everybody may have the dataset of a run: the digits that come along, or an open dataset on the Hub."""
+    try:
+        dataset = read_report(folder).dataset
+    except (OSError, ValueError):
+        return False
+    if dataset.hub_id is None:
+        return dataset.name == "digits"
+    hub_id = dataset.hub_id
+    try:
+        # Without a token: what somebody sees who is not logged in.
+        found = _retry(lambda: HfApi(token=False).dataset_info(hub_id))
+    except ACCESS_ERRORS:
+        return False
+    return not (found.private or found.gated)
 
 
 def try_push(
@@ -245,6 +287,35 @@ def has_ended(push: threading.Thread | None, *, patience: float | None) -> bool:
     if push is not None:
         push.join(patience)
     return push is None or not push.is_alive()
+
+
+class SavePushes:
+    """The pushes of a run's saves: one at a time, each on a thread.
+
+    Args:
+        folder: output folder of the run.
+        repo_id: "user/name".
+        revision: branch to push to.
+        patience: seconds to wait for a push, each time.
+    """
+
+    def __init__(self, folder: str | Path, repo_id: str, *, revision: str, patience: float) -> None:
+        self.folder, self.repo_id, self.revision, self.patience = folder, repo_id, revision, patience
+        self._last: threading.Thread | None = None
+
+    def push(self, export: Callable[[], object], *, commit_message: str) -> None:
+        """Push what ``export`` writes into the folder; while an earlier push is under way, write and push nothing."""
+        if not has_ended(self._last, patience=self.patience):
+            logger.warning("an earlier push is still under way: the next save pushes again")
+            return
+        export()
+        self._last = start_push(
+            self.folder, self.repo_id, patience=self.patience, revision=self.revision, commit_message=commit_message
+        )
+
+    def wait(self) -> None:
+        """Wait for the last push to end."""
+        has_ended(self._last, patience=None)
 
 
 def download_report(repo_id: str, revision: str | None = None) -> Path:
@@ -344,7 +415,7 @@ def _advice(error: Exception) -> str:
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
     """Explain ``error``, raised by a request before training, and how to fix it."""
     push, hub, status = "--push_to_hub:", constants.ENDPOINT, _status(error)
-    without = "train without --push_to_hub and push the folder later with recipes/push.py"
+    without = f"train without --push_to_hub and push the folder later with {command('push')}"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{push} HF_HUB_OFFLINE is set. Unset it, or {without}"
     if isinstance(error, STRANGE_ANSWERS):

@@ -16,7 +16,18 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, ThreatModel, attack_mode, check_batch, cross_entropy, margin_loss, pgd, predicted
+from ham_hf.attacks import (
+    LossFn,
+    ThreatModel,
+    attack_mode,
+    check_batch,
+    cross_entropy,
+    margin_loss,
+    ordinary,
+    outside_inference_mode,
+    pgd,
+    predicted,
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -109,7 +120,8 @@ def mine_hard_examples(
     loss_fn = moves or loss_fn
     attack, left = partial(pgd, model, threat_model=threat_model, step_size=step_size), num_steps - mining_step
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
-    with attack_mode(model):
+    with outside_inference_mode(), attack_mode(model):
+        x, y = ordinary(x), ordinary(y)
         x_early = attack(x, y, num_steps=mining_step, start=start, loss_fn=loss_fn, generator=generator)
         if classify_in_step and left:
             seen = LastLogits(loss_fn)
@@ -136,15 +148,15 @@ def mine_hard_examples(
                 start=x_adv,
                 loss_fn=loss_fn,
             )
-    return HardExamples(
-        x_adv=x_adv,
-        y=y[rows],
-        hard=hard,
-        rows=rows,
-        attacked=rows,
-        early=EarlyAttack(x_adv=x_early, logits=logits),
-        largest_move=moves.found(x_adv) if moves is not None else None,
-    )
+        return HardExamples(
+            x_adv=x_adv,
+            y=y[rows],
+            hard=hard,
+            rows=rows,
+            attacked=rows,
+            early=EarlyAttack(x_adv=x_early, logits=logits),
+            largest_move=moves.found(x_adv) if moves is not None else None,
+        )
 
 
 def mine_three_kinds(
@@ -184,7 +196,8 @@ def mine_three_kinds(
     if not 1 <= mining_step <= num_steps:
         raise ValueError(f"mining_step must lie in 1..num_steps={num_steps} for three kinds, got {mining_step}")
     seen = FirstLogits(loss_fn)
-    with attack_mode(model):
+    with outside_inference_mode(), attack_mode(model):
+        x, y = ordinary(x), ordinary(y)
         mined = mine_hard_examples(
             model,
             x,

@@ -29,8 +29,10 @@ from ham_hf.data.provenance import Provenance, plain_name, read_provenance
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
+from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
 from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.reporting.class_examples import AttackedImages, ClassExamples, choose_images, encode_examples
 from ham_hf.reporting.plots import ExampleStrip
 from ham_hf.reporting.report import plain_text
 from ham_hf.seeding import Stream, make_generator
@@ -279,6 +281,52 @@ def example_strip(
             adversarial_predictions=predict(model, x_adv),
             attack=attack.name.upper(),
         )
+
+
+def class_examples(
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    results: Mapping[str, AttackResult],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
+) -> ClassExamples | None:
+    """The most easily broken images of each class and the ones that hold, for the page; None without an attack.
+
+    They are chosen by the verdicts of ``results`` and attacked again with its PGD, from other random starts.
+    """
+    verdicts = verdicts_of(results, ())
+    chosen = choose_images(verdicts)
+    if not chosen:
+        return None
+    device = next(model.parameters()).device
+    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
+    rows = torch.tensor([row for row, _ in chosen])
+    found = list[tuple[Tensor, Tensor, Tensor]]()
+    requests = [BatchRequest(part, None) for part in verdicts.positions[rows].split(config.per_device_eval_batch_size)]
+    with evaluation_mode(model):
+        for number, batch in enumerate(images.batches(requests, device=device)):
+            x_adv = pgd(
+                model,
+                batch.x,
+                batch.y,
+                threat_model=threat_model,
+                num_steps=attack.num_steps,
+                step_size=attack.step_size,
+                loss_fn=unsaturated_cross_entropy,
+                generator=make_generator(device, seed, Stream.EVALUATION, 0, number),
+            )
+            found.append((batch.x.cpu(), x_adv.cpu(), predict(model, x_adv).cpu()))
+    clean, attacked, predictions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    shown = AttackedImages(
+        rows=rows,
+        kinds=[kind for _, kind in chosen],
+        clean=clean,
+        attacked=attacked,
+        attacked_predictions=predictions,
+    )
+    return encode_examples(shown, verdicts, attack=attack.name.upper())
 
 
 def export_model(

@@ -1,6 +1,3 @@
-# /// script
-# dependencies = ["ham-hf"]
-# ///
 """Make a robust model fairer in minutes, without training: one number per class, found on held-out images.
 
     python recipes/calibrate.py outputs/digits-ham --fairness 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -61,8 +62,8 @@ def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1
 
 
 def recipe_module(script: str) -> ModuleType:
-    """A recipe as a module, to call its ``main`` in this process."""
+    """The module whose ``main`` a recipe runs, to call it in this process."""
     spec = importlib.util.spec_from_file_location(f"recipe_{Path(script).stem}", ROOT / "recipes" / script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(module.main.__module__)

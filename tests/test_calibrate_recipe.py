@@ -23,6 +23,7 @@ from ham_hf.models import load_pixel_model
 from ham_hf.models.head import read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
+from ham_hf.runs import ReorderedLogits
 from tests.conftest import ROOT
 from tests.example_images import dataset, load, noise, write_parquet
 from tests.hub_server import Blob, Hub, Repo, hub_environment
@@ -299,6 +300,10 @@ class TestStranger:
         assert found[0] != [0.0, 0.0]
         assert found[0] == pytest.approx(found[1][::-1], abs=1e-6)
 
+    def test_classes_that_the_dataset_lacks_keep_zero(self):
+        aligned = ReorderedLogits(torch.nn.Identity(), [2, 0])
+        assert dial.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
+
     def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
         stranger("test_resnet", tmp_path / "model")
         read = spy_on_images(monkeypatch)
@@ -309,7 +314,12 @@ class TestStranger:
             "--calibration_split=extra",
             f"--output_dir={tmp_path / 'out'}",
         )
-        expected = load(colors, train_split="extra", test_split="train", image_size=32, validation_fraction=0).train
+        inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
+        geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
+        geometry |= {"image_size": 32, "default_image_size": 32}
+        expected = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
+        others = load(colors, validation_fraction=0, **geometry)
+        assert not any(torch.equal(pixels(expected)[:12], pixels(part)[:12]) for part in (others.train, others.test))
         assert all(torch.equal(pixels(images), pixels(expected)) for images in {images for images, _ in read})
         assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
 

@@ -421,7 +421,12 @@ def test_hostile_names_change_nothing_but_text(tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
-        st.text(st.one_of(st.sampled_from("|`*_[]()<>!#-:&\\\n{}%$~'\" "), st.characters())), min_size=12, max_size=12
+        # hypothesis also tries words of our sources; the name of a method adds the method's own text.
+        st.text(st.one_of(st.sampled_from("|`*_[]()<>!#-:&\\\n{}%$~'\" "), st.characters())).filter(
+            lambda name: name not in methods.available()
+        ),
+        min_size=12,
+        max_size=12,
     )
 )
 def test_any_names_change_nothing_but_text(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
@@ -619,7 +624,7 @@ def test_evaluation_section_is_the_middle_of_the_card(tmp_path: Path) -> None:
     assert len(tables(section)) == 2
     assert "create_model" not in section
     assert section in written(make_report(), tmp_path)
-    with pytest.raises(ValueError, match="no training section"):
+    with pytest.raises(ValueError, match="no training or calibration"):
         written(report, tmp_path)
 
 

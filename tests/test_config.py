@@ -253,8 +253,8 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
         borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
         parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
         assert [record.args[:2] for record in caplog.records] == [
-            ("dafa", 70),
-            ("awp", 30),
+            ("dafa", "epoch 71 (--class_rule_args dafa_start_epoch=70)"),
+            ("awp", "epoch 31 (--awp_start_epoch 30)"),
         ]
         caplog.clear()
         parse_train_config(["--num_train_epochs", "51"])
@@ -450,7 +450,7 @@ BAD_YAML = [
     ("epsilon: 8", ["--epsilon 8", "did you mean 8/255?"]),
     ("config: other.yaml", ["there is no setting 'config'"]),
     ("methd: ham", ["there is no setting 'methd'; did you mean --method?"]),
-    ("recipe: ham.yaml\nruns: {}", ["recipe.yaml plans a comparison: python recipes/compare.py --config"]),
+    ("recipe: ham.yaml\nruns: {}", ["recipe.yaml plans a comparison: ham-hf compare --config"]),
     ("- seed: 1", ["recipe.yaml", "'setting: value'"]),
     ("just words", ["recipe.yaml", "'setting: value'"]),
     ("", ["recipe.yaml", "'setting: value'"]),
@@ -552,7 +552,7 @@ def test_config_error_is_a_value_error_that_carries_its_problems():
 
 def test_help_lists_every_setting_once_with_default_unit_and_range(capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_train_config(["--help"])
+        parse_train_config(["--help", "all"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     for name in set(config_to_dict(TrainConfig(method=PGDAT()))):
@@ -591,7 +591,7 @@ def other_method():
 
 def test_methods_may_share_the_name_of_an_option(other_method, capsys, recipe):
     with pytest.raises(SystemExit):
-        parse_train_config(["--help"])
+        parse_train_config(["--help", "all"])
     sections = re.sub(r"\s+", " ", capsys.readouterr().out).split("--method ")
     assert any(
         part.startswith("ham: ") and "what is still right" in part and "default: 3" in part for part in sections

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
 from ham_hf.reporting.card import write_card
+from ham_hf.reporting.class_examples import ClassExample, ClassExamples
+from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
 from ham_hf.reporting.plots import save_figures
-from ham_hf.reporting.report import write_report
-from tests.example_report import DIGITS, make_report, with_model
+from ham_hf.reporting.report import read_report, write_report
+from tests.example_report import DIGITS, make_report, with_dataset, with_model
 from tests.hub_server import Hub, hub_environment
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
@@ -34,9 +36,29 @@ PUSHED = {
     "metrics.jsonl",
     "model.safetensors",
     "predictions.parquet",
+    "report.html",
     "report.json",
     "train_config.yaml",
 }
+
+
+ONE_IMAGE = ClassExamples(
+    attack="PGD-20",
+    examples=(
+        ClassExample(
+            label=0,
+            position=3,
+            kind="weak",
+            margin=-1.0,
+            clean_prediction=0,
+            attacked_prediction=1,
+            enlargement=2.0,
+            clean=b"clean",
+            attacked=b"attacked",
+            difference=b"difference",
+        ),
+    ),
+)
 
 
 @pytest.fixture
@@ -87,6 +109,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     save_figures(report, folder, examples=None, train_log=())
     write_card(report, folder, repo_id="me/robust", model_license="apache-2.0")
     (folder / "predictions.parquet").write_bytes(b"PAR1")
+    (folder / "report.html").write_text(page_html([PageRun(label="robust", report=report, examples=ONE_IMAGE)]))
+    (folder / "examples.parquet").write_bytes(b"images of the dataset")
     (folder / "train_config.yaml").write_text("method: ham\n")
     (folder / "metrics.jsonl").write_text("{}\n")
     for name in ("checkpoint-10/model.safetensors", "checkpoint-10/optimizer.bin", "figures/notes.txt", "random.pkl"):
@@ -202,6 +226,33 @@ def test_push_publishes_the_artefacts_and_nothing_else(hub: Hub, folder: Path, p
     assert HfApi(token=False).repo_exists(repo_id) is not private
 
 
+@pytest.mark.parametrize(
+    ("dataset", "hub_id", "shown"),
+    [
+        ("/data/patients", None, False),
+        ("me/open", "me/open", True),
+        ("me/closed", "me/closed", False),
+        ("me/gone", "me/gone", False),
+    ],
+)
+def test_images_are_published_of_public_datasets_alone(
+    hub: Hub, folder: Path, dataset: str, hub_id: str | None, shown: bool
+) -> None:
+    repo_id = check_write_access("robust", private=False)
+    for name in ("open", "closed"):
+        HfApi().create_repo(f"me/{name}", repo_type="dataset", private=name == "closed")
+    write_report(with_dataset(read_report(folder), name=dataset, hub_id=hub_id), folder)
+    before = (folder / "report.html").read_bytes()
+    push_folder(folder, repo_id)
+    published = hub.model("me/robust").tree("main")["report.html"].data
+    assert set(hub.model("me/robust").tree("main")) == PUSHED | {".gitattributes"}
+    assert (folder / "report.html").read_bytes() == before
+    assert has_images(published.decode()) is shown
+    assert published.decode() == (before.decode() if shown else without_images(before.decode()))
+    push_folder(folder, repo_id, publish_images=True)
+    assert hub.model("me/robust").tree("main")["report.html"].data == before
+
+
 def test_push_to_a_branch_leaves_main_alone(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=False, revision="v1")
     push_folder(folder, repo_id, revision="v1")
@@ -249,7 +300,7 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     hub.drop("POST .*/commit/", times=1000)
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, revision="v1")
-    command = f"python recipes/push.py {folder} --hub_model_id me/robust --hub_revision v1"
+    command = f"ham-hf push {folder} --hub_model_id me/robust --hub_revision v1"
     assert str(caught.value).endswith(f"    {command}")
     assert content(folder) == before
     with caplog.at_level(logging.WARNING):
@@ -267,9 +318,7 @@ def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub,
     del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, private=True)
-    assert str(caught.value).endswith(
-        f"    python recipes/push.py {folder} --hub_model_id me/robust --hub_private_repo"
-    )
+    assert str(caught.value).endswith(f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo")
 
 
 def test_lost_rights_are_not_tried_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

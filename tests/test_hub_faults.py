@@ -122,7 +122,7 @@ def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
         push_folder(folder, repo_id)
     message = str(caught.value)
     assert f"The folder {folder} is complete and unchanged" in message
-    assert message.endswith(f"    python recipes/push.py {folder} --hub_model_id me/robust")
+    assert message.endswith(f"    ham-hf push {folder} --hub_model_id me/robust")
     assert WAY_OUT.get(fault, "") in message
     assert content(folder) == before
     # Bounded: how often, and how long in between, whether huggingface_hub waits or we do.
@@ -319,7 +319,7 @@ def test_training_goes_on_whatever_the_hub_does(
     # The state at the end, and the one command.
     assert f"The folder {folder} is complete and unchanged" in said.err
     command = shlex.split(said.err.strip().splitlines()[-1])
-    assert command[:2] == ["python", "recipes/push.py"]
+    assert command[:2] == ["ham-hf", "push"]
     hub.faults.clear()
     recipe_module("push.py").main(command[2:])
     assert "pushed to" in capsys.readouterr().out

@@ -36,6 +36,18 @@ write_card(read_report(report), folder, repo_id="me/robust-digits", model_licens
 sys.stdout.write(ham_hf.__file__)
 """
 
+RUN_COMMAND = """
+import sys
+from pathlib import Path
+
+site, checkout, *words = sys.argv[1:]
+sys.path[:] = [site, *(entry for entry in sys.path if Path(entry).resolve() != Path(checkout))]
+
+from ham_hf.__main__ import main
+
+main(words)
+"""
+
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|root|Users|mnt|scratch|work)/")
 REGISTRY_SETTING = re.compile(r"(?i)index[-_]url|find[-_]links|trusted[-_]host|pypi\.org/simple")
 
@@ -88,7 +100,8 @@ def test_wheel_has_the_whole_package_and_only_that(wheel: Path) -> None:
         assert archive.read(license_name) == (ROOT / "LICENSE").read_bytes()
         assert archive.read(TEMPLATE) == (ROOT / "model_cards/robust_classifier.md").read_bytes()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ham_hf").rglob("*.py")}
-    assert package == sources | {"ham_hf/py.typed", TEMPLATE}
+    recipes = {f"ham_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").glob("*/*.yaml")}
+    assert package == sources | recipes | {"ham_hf/py.typed", "ham_hf/recipes/accelerate/slurm.sh", TEMPLATE}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ham_hf"}
 
 
@@ -120,6 +133,18 @@ def test_installed_wheel_renders_a_card_without_the_checkout(site: Path, tmp_pat
     assert mark in card
     assert "library_name: timm" in card
     assert "hf-hub:me/robust-digits" in card
+
+
+def test_installed_wheel_finds_its_recipes_without_the_checkout(site: Path, tmp_path: Path, wheel: Path) -> None:
+    run_installed = [sys.executable, "-I", "-c", RUN_COMMAND, site, ROOT]
+    listed = run(*run_installed, "recipes", cwd=tmp_path)
+    assert listed.startswith(f"in {site / 'ham_hf/recipes'}\n")
+    assert "  cifar10/preactresnet18_ham " in listed
+    words = ("train", "--config", "cifar10/preactresnet18_ham", "--print_config")
+    assert "preactresnet18_cifar" in run(*run_installed, *words, cwd=tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        (scripts,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        assert "ham-hf = ham_hf.__main__:main" in archive.read(scripts).decode()
 
 
 def test_recipes_and_tests_are_not_installed(site: Path) -> None:

@@ -23,7 +23,12 @@ from ham_hf.models import Preprocessing, create_backbone
 from ham_hf.models.export import export_for_timm
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "recipes/README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
 SHELL = ("bash", "sh", "shell")
 SEPARATORS = {"&&", "||", ";", "|", "&"}
 
@@ -92,7 +97,7 @@ def run_recipe(script: str, *arguments: str) -> str:
 @functools.cache
 def flags_of(script: str) -> frozenset[str]:
     """Every flag in the recipe's ``--help``."""
-    return frozenset(re.findall(r"--\w+", run_recipe(script, "--help")))
+    return frozenset(re.findall(r"--\w+", run_recipe(script, "--help", "all")))
 
 
 def test_first_screen_has_the_commands_that_ci_runs() -> None:
@@ -168,8 +173,12 @@ def test_python_block_runs_after_the_main_command(
     exec(compile(block.code, block.place, "exec"), {"__name__": "__main__"})
 
 
+def test_readme_can_be_read_with_a_coffee() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1300
+
+
 def test_make_faults_runs_every_file_of_the_fault_table() -> None:
-    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Faults")[2].partition("\n## ")[0]
+    table = (ROOT / "docs/unattended.md").read_text().partition("## Faults")[2].partition("\n## ")[0]
     files = set(re.findall(r"\btests/[\w/]+\.py", table))
     assert len(files) > 20
     assert [file for file in sorted(files) if "pytest.mark.faults" not in (ROOT / file).read_text()] == []

@@ -159,3 +159,18 @@ def test_bars_of_libraries_are_off_afterwards():
     )
     assert done.stdout.split() == ["True", "True"]
     assert "%|" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_ham.py", "compare.py"])
+def test_an_output_folder_that_cannot_be_written_is_named_with_what_to_do(script, finished, tmp_path, capsys):
+    folder, owls = finished
+    (tmp_path / "file").write_text("")
+    words = [str(folder)] if script == "compare.py" else [*SMALL, *QUICK, f"--dataset_name={owls}"]
+    with pytest.raises(SystemExit) as exit_:
+        recipe_module(script).main([*words, f"--output_dir={tmp_path / 'file' / 'run'}"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: --output_dir {tmp_path}/file/run cannot be written (")
+    assert "name a folder that can" in error
+    datasets.enable_progress_bars()
+    enable_progress_bars()

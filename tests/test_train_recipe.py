@@ -45,7 +45,7 @@ def finished(request, tmp_path_factory, subprocess_env):
 def test_run_leaves_every_artefact(finished):
     processes, folder, printed = finished
     expected = {"model.safetensors", "config.json", "README.md", "report.json", "train_config.yaml", "metrics.jsonl"}
-    expected.add("predictions.parquet")
+    expected |= {"predictions.parquet", "report.html", "examples.parquet"}
     assert expected <= {path.name for path in folder.iterdir()}
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "per_class_accuracy.png",

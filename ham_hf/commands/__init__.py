@@ -1,1 +1,24 @@
-"""What the recipes run: the stages of each in order."""
+"""What a user runs: the stages of each command in order. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: the module whose ``main`` runs it, imported when it is called, and what it does, in one line."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("ham_hf.commands.train", "train a timm backbone adversarially, evaluate it per class, save it"),
+    "evaluate": Command("ham_hf.commands.evaluate", "measure robustness per class of any model on any dataset"),
+    "compare": Command("ham_hf.commands.compare", "run methods x seeds, or take runs that exist, and write one table"),
+    "calibrate": Command("ham_hf.commands.calibrate", "make a robust model fairer in minutes, without training"),
+    "push": Command("ham_hf.commands.push", "push a finished run to the Hub, or repair an older export"),
+    "page": Command("ham_hf.commands.page", "write report.html: which class fails, and why, for one run or several"),
+    "recipes": Command("ham_hf.commands.recipes", "list the recipes that come with the package, for --config NAME"),
+}
+"""Every command of ``ham-hf``, by its name, in the order of the overview."""

@@ -5,9 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, config_to_dict, parse_calibrate_config
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
 from ham_hf.dial import (
     HeldOut,
     check_enough_images,
@@ -20,17 +26,17 @@ from ham_hf.dial import (
     set_dial,
     shifts_of_logits,
 )
-from ham_hf.evaluation import NonFiniteLogitsError
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.hub import limit_waiting
 from ham_hf.models import LoadedModel, load_pixel_model
-from ham_hf.models.origin import read_origin
-from ham_hf.reporting.calibration import exchange_sentence
+from ham_hf.models.origin import Origin, read_origin
+from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
-from ham_hf.runs import align_classes, evaluate_on_test, example_strip, num_logits, threat_model_of
+from ham_hf.runs import align_classes, class_examples, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
@@ -56,34 +62,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """What was checked and loaded: ``model`` has its logits in the order of the dataset's classes."""
+
+    config: CalibrateConfig
+    accelerator: Accelerator
+    loaded: LoadedModel
+    model: nn.Module
+    class_order: str
+    held_out: HeldOut
+    origin: Origin
+    threat_model: ThreatModel
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Found:
+    """Shifts, the model with them, and how it does on the test images."""
+
+    calibration: CalibrationReport
+    shifts: Tensor
+    shifted: nn.Module
+    results: dict[str, AttackResult]
+
+
 def run(config: CalibrateConfig, lock: RunLock) -> None:
     """Run one calibration; ``lock`` is acquired here, on the main process."""
-    folder = config.output_path
     with clean_exit(ValueError):
         world = launched_processes()
-
-    ########################
-    # Everything that can be refused, before anything is written
-    ########################
     with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
-        if config.evaluation.autoattack:
-            require_autoattack()
-        check_calibration_dir(folder, overwrite=config.overwrite_output_dir)
-        accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
-        with accelerator.main_process_first():
-            loaded, held_out = load(config)
-            origin = read_origin(config.model, revision=config.model_revision)
-        threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
-        model, class_order = align_classes(loaded, held_out.data.class_names)
-        if accelerator.is_main_process:
-            lock.acquire()
-            clear_output_dir(folder, OWNED_BY_CALIBRATION)
-        accelerator.wait_for_everyone()
-    logger.info("calibrating %s on %s of %s", config.model, held_out.origin, held_out.data.name)
-
-    ########################
-    # The search, and the full evaluation of what it found
-    ########################
+        job = _prepare(config, lock)
     way_out = "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
     faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, OSError)
     with (
@@ -91,68 +99,113 @@ def run(config: CalibrateConfig, lock: RunLock) -> None:
         explain_faults(num_processes=world, way_on=WAY_ON),
         explain_out_of_memory(way_out),
     ):
-        calibration = set_dial(
-            model,
-            held_out,
-            config.calibration,
-            threat_model=threat_model,
-            accelerator=accelerator,
-            batch_size=config.evaluation.per_device_eval_batch_size,
-            seed=config.seed,
-            output_dir=folder,
-            tags=origin.tags,
-            show_progress=not config.disable_tqdm,
-        )
-        shifts = shifts_of_logits(model, calibration.shifts)
-        shifted, _ = align_classes(folded(loaded, shifts), held_out.data.class_names)
-        results = evaluate_on_test(
-            shifted,
-            held_out.data.test,
-            config.evaluation,
-            num_classes=len(held_out.data.class_names),
-            threat_model=threat_model,
-            accelerator=accelerator,
-            seed=config.seed,
-            output_dir=folder,
-            show_progress=not config.disable_tqdm,
-        )
-
-    ########################
-    # Artefacts
-    ########################
-    if accelerator.is_main_process:
-        model_license = config.model_license or origin.license
+        found = _search(job)
+    if job.accelerator.is_main_process:
         with clean_exit(ValueError, CorruptImageError, OSError):
-            exported = export_calibrated(
-                config,
-                loaded,
-                calibration,
-                shifts,
-                class_names=own_class_names(model, held_out.data.class_names),
-                model_license=model_license,
-            )
-            report = calibrated_report(
-                config.model,
-                loaded,
-                held_out.data,
-                results,
-                calibration,
-                exported,
-                config={**config_to_dict(config), "model_license": model_license},
-                base_model=origin.base_model,
-                threat_model=threat_model,
-                accelerator=accelerator,
-                seed=config.seed,
-                class_order=class_order,
-            )
-            examples = example_strip(
-                shifted, held_out.data.test, config.evaluation, threat_model=threat_model, seed=config.seed
-            )
-            write_calibration(report, folder, results=results, examples=examples)
-        remove_partial_results(folder)
-        found = f"{exchange_sentence(calibration)}\n\n{text_table(results_table(report))}"
-        show(f"{found}\n\neverything is in {folder}\n")
-    accelerator.end_training()
+            _publish(job, found)
+    job.accelerator.end_training()
+
+
+def _prepare(config: CalibrateConfig, lock: RunLock) -> _Job:
+    """Everything that can be refused, before anything is written."""
+    folder = config.output_path
+    if config.evaluation.autoattack:
+        require_autoattack()
+    check_calibration_dir(folder, overwrite=config.overwrite_output_dir)
+    accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    with accelerator.main_process_first():
+        loaded, held_out = load(config)
+        origin = read_origin(config.model, revision=config.model_revision)
+    model, class_order = align_classes(loaded, held_out.data.class_names)
+    job = _Job(
+        config=config,
+        accelerator=accelerator,
+        loaded=loaded,
+        model=model,
+        class_order=class_order,
+        held_out=held_out,
+        origin=origin,
+        threat_model=threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size),
+    )
+    if accelerator.is_main_process:
+        lock.acquire()
+        clear_output_dir(folder, OWNED_BY_CALIBRATION)
+    accelerator.wait_for_everyone()
+    return job
+
+
+def _search(job: _Job) -> _Found:
+    """Find the shifts, and evaluate the model with them in full."""
+    config, data = job.config, job.held_out.data
+    logger.info("calibrating %s on %s of %s", config.model, job.held_out.origin, data.name)
+    calibration = set_dial(
+        job.model,
+        job.held_out,
+        config.calibration,
+        threat_model=job.threat_model,
+        accelerator=job.accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+        seed=config.seed,
+        output_dir=config.output_path,
+        tags=job.origin.tags,
+        show_progress=not config.disable_tqdm,
+    )
+    shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
+    shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
+    results = evaluate_on_test(
+        shifted,
+        data.test,
+        config.evaluation,
+        num_classes=len(data.class_names),
+        threat_model=job.threat_model,
+        accelerator=job.accelerator,
+        seed=config.seed,
+        output_dir=config.output_path,
+        show_progress=not config.disable_tqdm,
+    )
+    return _Found(calibration=calibration, shifts=shifts, shifted=shifted, results=results)
+
+
+def _publish(job: _Job, found: _Found) -> None:
+    """Model, report, figures and card."""
+    config, data, folder = job.config, job.held_out.data, job.config.output_path
+    model_license = config.model_license or job.origin.license
+    exported = export_calibrated(
+        config,
+        job.loaded,
+        found.calibration,
+        found.shifts,
+        class_names=own_class_names(job.model, data.class_names),
+        model_license=model_license,
+    )
+    settings = {**config_to_dict(config), "model": plain_name(config.model), "model_license": model_license}
+    report = calibrated_report(
+        config.model,
+        job.loaded,
+        data,
+        found.results,
+        found.calibration,
+        exported,
+        config=settings,
+        base_model=job.origin.base_model,
+        threat_model=job.threat_model,
+        accelerator=job.accelerator,
+        seed=config.seed,
+        class_order=job.class_order,
+    )
+    strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
+    of_classes = class_examples(
+        found.shifted,
+        data.test,
+        config.evaluation,
+        found.results,
+        threat_model=job.threat_model,
+        seed=config.seed,
+    )
+    write_calibration(report, folder, results=found.results, examples=strip, of_classes=of_classes)
+    remove_partial_results(folder)
+    sentence = exchange_sentence(found.calibration)
+    show(f"{sentence}\n\n{text_table(results_table(report))}\n\neverything is in {folder}\n")
 
 
 def load(config: CalibrateConfig) -> tuple[LoadedModel, HeldOut]:

@@ -31,6 +31,7 @@ from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to
 from ham_hf.config.build import build_config
 from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import Entry, exact_fraction, read_yaml, show_node, text_node
+from ham_hf.invocation import command
 
 T = TypeVar("T")
 KEYS = ("recipe", "output_dir", "seeds", "baseline", "settings", "runs")
@@ -43,7 +44,7 @@ OURS = {
     "output_dir": "give output_dir to the comparison; each run has a folder of its own in it",
     "resume_from_checkpoint": "an unfinished run is continued anyway",
     "overwrite_output_dir": "delete a run's folder to run it again",
-    "push_to_hub": "all runs would go to one repository; push the folder of a chosen run with recipes/push.py",
+    "push_to_hub": f"all runs would go to one repository; push the folder of a chosen run with {command('push')}",
 }
 """Settings that no run may have, and what to do instead."""
 

@@ -271,6 +271,7 @@ def bring_weights(run: PlannedRun, source: Path) -> None:
     checkpoints = list_checkpoints(source)
     if not checkpoints or not (source / BEST_NAME).is_dir():
         raise ValueError(f"{source} has no checkpoint any more, so its weights cannot be taken; run it again")
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=run.folder.parent, prefix=f".{run.folder.name}-") as temporary:
         staging = Path(temporary) / run.folder.name
         staging.mkdir()

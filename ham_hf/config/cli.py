@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import yaml
 
@@ -28,9 +28,85 @@ from ham_hf.config.yaml_text import (
     read_yaml,
     text_node,
 )
+from ham_hf.invocation import command, program
 from ham_hf.methods import HAM, available
+from ham_hf.recipe_files import find_recipe
+from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
+
+
+class _Screen(NamedTuple):
+    """What the first help screen of a command says.
+
+    Attributes:
+        command: its name.
+        about: what it does, in a sentence or two.
+        settings: those that are used most, in the order shown, each with a few words.
+    """
+
+    command: str
+    about: str
+    settings: Mapping[str, str]
+
+
+_EVALUATED = {
+    "norm": "linf or l2; none = as it was trained",
+    "epsilon": "radius in pixel units; none = as it was trained",
+    "eval_num_steps": "steps of the PGD and CW attacks",
+    "autoattack": "also run standard AutoAttack",
+    "per_device_eval_batch_size": "images at once",
+    "limit_test_examples": "use this many test images",
+    "seed": "seed of the attacks",
+    "use_cpu": "use the CPU even if there is an accelerator",
+    "output_dir": "folder for all that it writes",
+}
+_SCREENS: dict[type, _Screen] = {
+    TrainConfig: _Screen(
+        "train",
+        "Train a timm backbone adversarially, evaluate it per class, and write a model for\n"
+        "plain timm with its card. Alone it trains on real digits: one to two minutes on a CPU.",
+        {
+            "dataset_name": "Hub dataset id, local folder, or digits",
+            "model_name": "any timm model name",
+            "pretrained": "start from timm's pretrained weights",
+            "method": "how to train",
+            "norm": "linf or l2",
+            "epsilon": "radius of the attack in pixel units",
+            "num_train_epochs": "epochs",
+            "per_device_train_batch_size": "images per process and step",
+            "learning_rate": "highest learning rate",
+            "seed": "seed of everything",
+            "autoattack": "also run standard AutoAttack at the end",
+            "output_dir": "folder for all that the run writes",
+            "resume_from_checkpoint": "latest, or a checkpoint's folder",
+            "push_to_hub": "push the output folder to the Hub",
+            "hub_model_id": "repository on the Hub: owner/name",
+        },
+    ),
+    EvaluateConfig: _Screen(
+        "evaluate",
+        "Measure the robustness per class of any model on any dataset.",
+        {
+            "model": "Hub id, folder or timm name; the first word",
+            "dataset_name": "Hub dataset id, local folder, or digits",
+            "test_split": "split to test on; none = found by rule",
+            **_EVALUATED,
+        },
+    ),
+    CalibrateConfig: _Screen(
+        "calibrate",
+        "Make a robust model fairer without training: one number per class, found on\nheld-out images.",
+        {
+            "model": "Hub id, folder or timm name; the first word",
+            "dataset_name": "data that the model was trained on",
+            "calibration_split": "split to find the numbers on",
+            "fairness": "how much fairness, 0 to 1",
+            "max_average_drop": "or: how much average it may cost",
+            **_EVALUATED,
+        },
+    ),
+}
 
 _ON_OFF = {"true": True, "false": False}
 
@@ -110,15 +186,19 @@ def _parse(
     required: Iterable[str] = (),
     positional: str | None = None,
 ) -> ConfigT:
+    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(config_class, positional)
     try:
-        flags, recipe, print_config = parser.read(sys.argv[1:] if argv is None else argv)
+        if (topic := _help_topic(argv)) is not None:
+            show(parser.help_on(topic))
+            parser.exit(0)
+        flags, recipe, print_config = parser.read(argv)
         if recipe is None and default_recipe and "dataset_name" not in {entry.name for entry in flags}:
             logger.info("Neither --config nor --dataset_name is given: using %s", default_recipe)
             recipe = default_recipe
         written = read_yaml(recipe) if recipe is not None else []
         if {"recipe", "runs"} <= {entry.name for entry in written}:
-            raise ConfigError(f"{recipe} plans a comparison: python recipes/compare.py --config {recipe}")
+            raise ConfigError(f"{recipe} plans a comparison: {command('compare')} --config {recipe}")
         config = build_config(config_class, [*written, *flags], required)
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -133,7 +213,9 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, config_class: type, positional: str | None) -> None:
         first = f"{positional.upper()} " if positional else ""
+        self.screen = _SCREENS[config_class]
         super().__init__(
+            prog=program(self.screen.command),
             usage=f"%(prog)s {first}[--config RECIPE.yaml] [--SETTING VALUE ...]",
             description=_LANGUAGE,
             allow_abbrev=False,
@@ -148,6 +230,7 @@ class _Parser(argparse.ArgumentParser):
             _add_flags(self.add_argument_group(titles.get(attribute, "Model and output")), settings)
         self.settings = {known.name: known for settings in groups.values() for known in settings}
         self.method_help = ""
+        self.methods: dict[str, str] = {}
         if config_class is TrainConfig:
             self._add_methods()
 
@@ -171,7 +254,10 @@ class _Parser(argparse.ArgumentParser):
             listing = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
             options = tuple(known for known, having in users.values() if tuple(having) == names)
             _add_flags(listing.add_argument_group(title), options)
-            self.method_help += "\n" + (listing.format_help() if options else f"{title}\n")
+            text = listing.format_help() if options else f"{title}\n"
+            self.method_help += f"\n{text}"
+            for name in names:
+                self.methods[name] = f"{self.methods[name]}\n{text}" if name in self.methods else text
 
     def read(self, argv: Sequence[str]) -> tuple[list[Entry], Path | None, bool]:
         """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration.
@@ -190,7 +276,7 @@ class _Parser(argparse.ArgumentParser):
         if strays and not unknown:
             raise ConfigError(f"unexpected word {strays[0]!r}; a setting is written --name value")
         entries.extend(Entry(word.lstrip("-").partition("=")[0] or word, text_node(word), "") for word in unknown)
-        return entries, Path(recipe) if recipe is not None else None, print_config
+        return entries, find_recipe(recipe) if recipe is not None else None, print_config
 
     def _node(self, name: str, written: str | list[str]) -> yaml.Node:
         if isinstance(written, str):
@@ -212,6 +298,43 @@ class _Parser(argparse.ArgumentParser):
                 words.append(f"{flag}{equals}{value}")
         return words
 
+    def help_on(self, topic: str) -> str:
+        """What ``--help TOPIC`` shows: the first screen for "", every setting for "all", else one method's options.
+
+        Raises:
+            ConfigError: when there is no such topic.
+        """
+        if topic == "all":
+            return self.format_help()
+        if not topic:
+            return self._first_screen()
+        if topic not in self.methods:
+            expected = ", ".join(["all", *self.methods])
+            raise ConfigError(f"--help {topic}: expected {expected if self.methods else 'all'}")
+        return self.methods[topic]
+
+    def _first_screen(self) -> str:
+        rows = [("--config RECIPE", "YAML file, or a name that ham-hf recipes lists")]
+        for name, what in self.screen.settings.items():
+            if name == "method":
+                rows.append(("--method METHOD", f"{what} [{HAM.name}]"))
+                continue
+            known = self.settings[name]
+            default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
+            # Choices take much room, and are in the words.
+            metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
+            rows.append((f"--{name}{metavar}", f"{what}{default}"))
+        rest = [("--help all", "every setting")]
+        if self.methods:
+            rest.append(("--help METHOD", f"the options of a method, as --help {HAM.name}"))
+        rest += [
+            ("--print_config", "the settings as YAML, and stop"),
+            ("ham-hf recipes", "what --config takes by name"),
+        ]
+        width = max(len(flag) for flag, _ in rows)
+        listed, more = ("".join(f"  {flag:{width}}  {what}\n" for flag, what in table) for table in (rows, rest))
+        return f"{self.format_usage()}\n{self.screen.about}\n\n{listed}\nmore:\n{more}"
+
     def format_help(self) -> str:
         """The help of all settings, then that of each method's own."""
         return super().format_help() + self.method_help
@@ -221,6 +344,16 @@ class _Parser(argparse.ArgumentParser):
         if "expected one argument" in message:
             message += "; write --name=VALUE for a value that begins with '-'"
         raise ConfigError(message.removeprefix("argument "))
+
+
+def _help_topic(argv: Sequence[str]) -> str | None:
+    """What help is asked for: None = none, "" = the first screen."""
+    for at, word in enumerate(argv):
+        flag, _, topic = word.partition("=")
+        if flag in ("-h", "--help"):
+            following = argv[at + 1] if at + 1 < len(argv) else "-"
+            return topic or ("" if following.startswith("-") else following)
+    return None
 
 
 class _Switch(argparse.Action):
@@ -258,15 +391,16 @@ def _metavar(known: Setting) -> str:
 
 
 def _help(known: Setting) -> str:
-    if known.default is MISSING:
-        default = "required"
-    elif isinstance(known.default, tuple):
-        default = "default: " + " ".join(map(str, known.default))
-    elif isinstance(known.default, bool):
-        default = "default: on" if known.default else "default: off"
-    elif known.default is None or known.default == {}:
-        default = "default: none"
-    else:
-        default = f"default: {exact_fraction(known.default) or known.default}"
+    default = "required" if known.default is MISSING else f"default: {_default(known)}"
     limits = f"{known.range}; " if known.range else ""
     return f"{known.help} ({limits}{default})".replace("%", "%%")
+
+
+def _default(known: Setting) -> str:
+    if isinstance(known.default, tuple):
+        return " ".join(map(str, known.default))
+    if isinstance(known.default, bool):
+        return "on" if known.default else "off"
+    if known.default is None or known.default == {}:
+        return "none"
+    return str(exact_fraction(known.default) or known.default)

@@ -80,7 +80,9 @@ def read_yaml(path: Path) -> list[Entry]:
     except ConfigError:
         raise
     except FileNotFoundError:
-        raise ConfigError(f"--config {path}: there is no such file") from None
+        raise ConfigError(
+            f"--config {path}: there is no such file, and no recipe of that name (ham-hf recipes lists them)"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"--config {path}: this is a folder; name the YAML file in it") from None
     except UnicodeDecodeError:

@@ -3,11 +3,12 @@
 `loading` opens a dataset and makes it ready: `sources` finds its files, `columns` its splits, columns and classes,
 `parts` and `splits` hold out what is held out, `provenance` records it, `decoding` and `augment` make pixels, `pixels`
 hands them out in batches. `streaming` and `shards` do so for training data that is never stored; `worker_signals`
-protects decoding processes.
+protects decoding processes. `in_memory` takes datasets that somebody has in Python.
 """
 
 from __future__ import annotations
 
+from ham_hf.data.in_memory import image_data_from
 from ham_hf.data.loading import ImageData, TestData, load_image_data, load_test_data
 from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_subset
@@ -20,6 +21,7 @@ __all__ = [
     "PixelBatch",
     "TestData",
     "TrainingStream",
+    "image_data_from",
     "load_image_data",
     "load_test_data",
     "stratified_subset",

@@ -270,7 +270,7 @@ def load_image_data(
     geometry = EvalTransform(image_size, crop_pct, interpolation, crop_mode=crop_mode, border_color=border_color)
     # Of a stream, train is never cached.
     of_train = "none" if dataset_streaming else cache_images
-    augmentation = _choose_augmentation(augmentation, of_train, dataset_name, image_size)
+    augmentation = choose_augmentation(augmentation, of_train, dataset_name, image_size)
     ready = {
         part: _make_ready(
             encoded_images,
@@ -300,7 +300,7 @@ def load_image_data(
             len(parts.class_names),
         )
     # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
-    mean, std = _channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
+    mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
     train: Images | TrainingStream
     if parts.shards is None:
         train = images["train"]
@@ -377,7 +377,8 @@ def _own_size(parts: Iterable[EncodedImages]) -> int | None:
     return sides.pop()
 
 
-def _choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
+def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
+    """The augmentation that a setting stands for, checked against the cache; see `load_image_data`."""
     if augmentation == "auto":
         small = "none" if dataset_name == DIGITS else "crop_flip"
         augmentation = small if image_size <= SMALL_IMAGE_SIZE else "timm"
@@ -464,7 +465,7 @@ def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, .
         logger.warning("%d of %d classes have no example in %s: %s", len(absent), len(class_names), part, names + more)
 
 
-def _channel_statistics(images: Images, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(images: Images, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of the pixels of at most ``STATISTICS_EXAMPLES`` images."""
     generator = torch.Generator().manual_seed(seed)
     sample = torch.randperm(len(images), generator=generator)[:STATISTICS_EXAMPLES].sort().values

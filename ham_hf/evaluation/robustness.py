@@ -16,7 +16,8 @@ count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -195,6 +196,61 @@ def evaluate(
         )
         for position, name in enumerate(names)
     }
+
+
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[PixelBatch],
+    attacks: Sequence[EvaluationAttack],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
+) -> dict[str, AttackResult]:
+    """`evaluate` on batches that come one by one and are seen once, in this process alone.
+
+    Args:
+        model: maps pixels to logits.
+        batches: on the device of the model; ``indices`` place the examples in the results, which are in the order of
+            the batches. Random starts are drawn per batch.
+        attacks: what to run beside "clean".
+        threat_model: norm and radius of all attacks.
+        seed: seed of the random starts.
+
+    Raises:
+        ValueError: if there is no example, or a pixel outside [0, 1].
+        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+        RuntimeError: the allocator's, if not even one image fits into memory.
+    """
+    attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(sys.maxsize), seed)
+    outcomes, labels, indices = [], [], []
+    with evaluation_mode(model):
+        for number, batch in enumerate(batches):
+            found = attacker(number, batch)
+            outcomes.append(Outcome(found.predictions.cpu(), found.margins.cpu(), found.seconds))
+            labels.append(batch.y.cpu())
+            indices.append(batch.indices)
+    if not outcomes:
+        raise ValueError("there is no example to evaluate on: the loader gave no batch")
+    predictions = torch.cat([outcome.predictions for outcome in outcomes], 1)
+    margins, y = torch.cat([outcome.margins for outcome in outcomes], 1), torch.cat(labels)
+    seconds = torch.stack([outcome.seconds for outcome in outcomes]).sum(0)
+    refuse_not_finite(model, predictions[0])
+    results = {}
+    for position, attack in enumerate((None, *attacks)):
+        name = "clean" if attack is None else attack.name
+        if attack is not None:
+            warn_of_not_finite(name, predictions[position])
+        results[name] = AttackResult(
+            name=name,
+            settings={} if attack is None else attack_settings(attack, threat_model, seed),
+            flags=predictions[position] == y,
+            predictions=predictions[position],
+            margins=margins[position],
+            labels=y,
+            indices=torch.cat(indices),
+            seconds=float(seconds[position]),
+        )
+    return results
 
 
 @dataclass(eq=False)

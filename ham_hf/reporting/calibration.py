@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint, SearchAttack
 
+LOGIT_ADJUSTMENT = """\
+@inproceedings{menon2021longtail,
+  title     = {Long-Tail Learning via Logit Adjustment},
+  author    = {Menon, Aditya Krishna and Jayasumana, Sadeep and Rawat, Ankit Singh and Jain, Himanshu and Veit, Andreas and Kumar, Sanjiv},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021}
+}"""  # noqa: E501
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.hub_ids import is_hub_id
-from ham_hf.reporting.calibration import exchange_sentence, frontier_rows
+from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
@@ -241,7 +241,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "combined_with": combined_with(report.config),
         "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
         "papers": [Markdown(link) for link in paper_links(report.config)],
-        "citations": [Markdown(entry) for entry in citations(report.config)],
+        "citations": [Markdown(entry) for entry in _citations(report)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
@@ -266,6 +266,12 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         **_calibration(report),
         "version": report.environment.versions.get("ham_hf", "unknown"),
     }
+
+
+def _citations(report: RunReport) -> list[str]:
+    """Entries for the method, if the model was trained here, and for class shifts, if it has them."""
+    entries = [] if report.training is None and report.calibration is not None else list(citations(report.config))
+    return [*entries, LOGIT_ADJUSTMENT] if report.calibration is not None else entries
 
 
 def _calibration(report: RunReport) -> dict[str, object]:

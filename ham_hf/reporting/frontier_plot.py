@@ -16,6 +16,10 @@ def frontier_figure(report: CalibrationReport) -> Figure:
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     averages = [100 * point.average for point in report.frontier]
+    across = [
+        [max(0.0, 100 * (point.average - point.average_low)) for point in report.frontier],
+        [max(0.0, 100 * (point.average_high - point.average)) for point in report.frontier],
+    ]
     for name, color in _COLORS.items():
         values = [100 * getattr(point, name) for point in report.frontier]
         low = [100 * getattr(point, f"{name}_low") for point in report.frontier]
@@ -23,7 +27,17 @@ def frontier_figure(report: CalibrationReport) -> Figure:
         # Percent are rounded once, when drawn: an end that touches its value must not be drawn backwards.
         below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
         above = [max(0.0, end - value) for value, end in zip(values, high, strict=True)]
-        axes.errorbar(averages, values, yerr=[below, above], color=color, linewidth=1.0, capsize=2, alpha=0.35)
+        axes.errorbar(
+            averages,
+            values,
+            xerr=across,
+            yerr=[below, above],
+            fmt="none",
+            color=color,
+            linewidth=1.0,
+            capsize=2,
+            alpha=0.3,
+        )
         axes.plot(averages, values, "-o", color=color, markerfacecolor="white", label=_LABELS[name])
         for point, average, value in zip(report.frontier, averages, values, strict=True):
             if point.fairness == report.fairness:
@@ -32,17 +46,14 @@ def frontier_figure(report: CalibrationReport) -> Figure:
                 f"{point.fairness:g}",
                 (average, value),
                 textcoords="offset points",
-                xytext=(5, 5),
+                xytext=(5, 5) if name == "worst_30_percent" else (5, -11),
                 fontsize=8,
                 color=color,
                 parse_math=False,
             )
-    lows, highs = ([100 * getattr(point, f"average_{end}") for point in report.frontier] for end in ("low", "high"))
-    bottom = axes.get_ylim()[0]
-    axes.hlines([bottom] * len(lows), lows, highs, color="#7F7F7F", linewidth=0.8, alpha=0.5)
     for formatted in (axes.xaxis, axes.yaxis):
-        formatted.set_major_formatter(PercentFormatter(100))
-    axes.set_xlabel("average (95 % interval: gray, below)")
+        formatted.set_major_formatter(PercentFormatter(100, decimals=0))
+    axes.set_xlabel("average (bars: 95 % intervals)")
     axes.set_ylabel("accuracy of the worst classes")
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -13,13 +13,16 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
+from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.verdicts import verdicts_of, write_verdicts
+from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_section, write_card
+from ham_hf.reporting.class_examples import ClassExamples, write_examples
 from ham_hf.reporting.method_text import selected_too_early
+from ham_hf.reporting.page import write_page
 from ham_hf.reporting.plots import ExampleStrip, save_figures
 from ham_hf.reporting.report import (
     AttackReport,
@@ -174,14 +177,26 @@ def write_training(
     results: Mapping[str, AttackResult],
     examples: ExampleStrip,
     repo_id: str | None,
+    of_classes: ClassExamples | None = None,
 ) -> None:
-    """Predictions, report, figures and card of a training run whose model and log are in ``folder`` already."""
+    """Predictions, report, figures, card and page of a training run whose model and log are in ``folder`` already.
+
+    ``of_classes`` are the images of the page.
+    """
     # Before the report, which says that a run is finished.
-    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
+    verdicts = verdicts_of(results, report.dataset.class_names)
+    write_verdicts(verdicts, folder)
     write_report(report, folder)
     train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
     save_figures(report, folder, examples=examples, train_log=train_log)
     write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
+    _write_page(report, folder, verdicts, of_classes)
+
+
+def _write_page(report: RunReport, folder: Path, verdicts: Verdicts, of_classes: ClassExamples | None) -> None:
+    if of_classes is not None:
+        write_examples(of_classes, folder)
+    write_page(report, folder, verdicts=verdicts, examples=of_classes)
 
 
 def evaluation_report(
@@ -228,13 +243,20 @@ def evaluation_report(
 
 
 def write_evaluation(
-    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+    report: RunReport,
+    folder: Path,
+    *,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    of_classes: ClassExamples | None = None,
 ) -> None:
-    """Predictions, report, figures and the evaluation part of a card, ``EVALUATION.md``."""
-    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
+    """Predictions, report, figures, page and the evaluation part of a card, ``EVALUATION.md``."""
+    verdicts = verdicts_of(results, report.dataset.class_names)
+    write_verdicts(verdicts, folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
+    _write_page(report, folder, verdicts, of_classes)
 
 
 def calibrated_report(
@@ -270,6 +292,7 @@ def calibrated_report(
     )
     model = replace(
         evaluated.model,
+        name=plain_name(source),
         architecture=exported.architecture,
         base_model=base_model,
         needs_ham_hf=exported.needs_ham_hf,
@@ -282,10 +305,17 @@ def calibrated_report(
 
 
 def write_calibration(
-    report: RunReport, folder: Path, *, results: Mapping[str, AttackResult], examples: ExampleStrip
+    report: RunReport,
+    folder: Path,
+    *,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    of_classes: ClassExamples | None = None,
 ) -> None:
-    """Predictions, report, figures and card of a calibrated model that is in ``folder`` already."""
-    write_verdicts(verdicts_of(results, report.dataset.class_names), folder)
+    """Predictions, report, figures, page and card of a calibrated model that is in ``folder`` already."""
+    verdicts = verdicts_of(results, report.dataset.class_names)
+    write_verdicts(verdicts, folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])
     write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))
+    _write_page(report, folder, verdicts, of_classes)

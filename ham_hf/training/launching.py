@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from ham_hf.faults import FaultError
+from ham_hf.recipe_files import shown_path
 from ham_hf.terminal import hide_progress_bars, replace_what_cannot_be_shown
 from ham_hf.training.outside import (
     check_variables,
@@ -117,10 +118,11 @@ def _joined_processes(*, use_cpu: bool) -> int:
         return started
     logger.warning(
         "%s=%d in the environment: %d processes were started side by side, and each runs alone; for one run of all "
-        "of them start it with accelerate launch, as recipes/accelerate/slurm.sh does",
+        "of them start it with accelerate launch, as %s does",
         name,
         started,
         started,
+        shown_path("accelerate/slurm.sh"),
     )
     return 1
 

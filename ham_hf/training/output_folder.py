@@ -14,12 +14,14 @@ from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME
 
 logger = logging.getLogger(__name__)
 
+PAGE = ("report.html", "examples.parquet")
 OWNED_BY_TRAINING = (
     WEIGHTS,
     "config.json",
     "README.md",
     "report.json",
     PREDICTIONS_NAME,
+    *PAGE,
     "train_config.yaml",
     "metrics.jsonl",
     "figures",
@@ -29,8 +31,8 @@ OWNED_BY_TRAINING = (
     PARTIAL_RESULTS,
 )
 """What a training run writes into its output folder beside numbered checkpoints."""
-OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "rgb", "README.md", "report.json", PREDICTIONS_NAME, "figures")
-OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, "EVALUATION.md", "figures")
+OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "rgb", "README.md", "report.json", PREDICTIONS_NAME, *PAGE, "figures")
+OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, *PAGE, "EVALUATION.md", "figures")
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:

@@ -54,7 +54,7 @@ class RunLock:
         """
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         try:
             self._lock.acquire()
         except Timeout:
@@ -64,7 +64,7 @@ class RunLock:
             ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise
+                raise _unwritable(folder, error) from error
             self.path.unlink(missing_ok=True)
             logger.warning(
                 "the file system of %s knows no locks (%s): see to it that no other run uses the folder",
@@ -120,3 +120,22 @@ def _describe(owner: Path) -> str:
         return f"process {int(values['pid'])} on {values['host']}, since {values['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "which does not say whose it is"
+
+
+def make_folder(folder: Path) -> None:
+    """Make an output folder, with those above it.
+
+    Raises:
+        OSError: naming the setting and what to do, where the system's message names neither.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"--output_dir {folder} cannot be written ({error.strerror}); name a folder that can, or make room or get "
+        "permission there"
+    )

@@ -23,12 +23,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from ham_hf.recipe_files import shown_path
 from ham_hf.training.outside import REFUSED, SHARDING, is_on
 
 if TYPE_CHECKING:
     from ham_hf.config import TrainingConfig
 
-_WAY_OUT = "use recipes/accelerate/ddp.yaml or recipes/accelerate/fsdp.yaml"
+_DDP, _FSDP = shown_path("accelerate/ddp.yaml"), shown_path("accelerate/fsdp.yaml")
+_WAY_OUT = f"use {_DDP} or {_FSDP}"
 
 
 def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
@@ -48,18 +50,15 @@ def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullySharded
     if environment.get("FSDP_VERSION", "1") != "2":
         raise ValueError(
             "accelerate launch asks for FSDP 1, whose weights cannot be gathered for an attack; set fsdp_version: 2 "
-            "in the launch configuration, as recipes/accelerate/fsdp.yaml does"
+            f"in the launch configuration, as {_FSDP} does"
         )
     for name, what in SHARDING.items():
         if what and (is_on(environment, name) or (name == "FSDP_IGNORED_MODULES" and environment.get(name))):
-            raise ValueError(
-                f"the launch configuration sets {what}; set it to false or leave it out, as "
-                "recipes/accelerate/fsdp.yaml does"
-            )
+            raise ValueError(f"the launch configuration sets {what}; set it to false or leave it out, as {_FSDP} does")
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         raise ValueError(
             f"the launch configuration sets dynamo_backend {environment['ACCELERATE_DYNAMO_BACKEND']}, which cannot "
-            "go with FSDP here; set it to 'no', or use recipes/accelerate/ddp.yaml with --torch_compile"
+            f"go with FSDP here; set it to 'no', or use {_DDP} with --torch_compile"
         )
     if not hasattr(FSDPModule, "set_reshard_after_forward"):
         raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, say 2.8; or {_WAY_OUT.split(' or ')[0]}")
@@ -68,7 +67,7 @@ def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullySharded
     except ValueError as error:
         raise ValueError(
             f"accelerate cannot read the FSDP options of the launch configuration ({error}); write them as "
-            "recipes/accelerate/fsdp.yaml does"
+            f"{_FSDP} does"
         ) from error
     # Autocast decides what is computed in bf16, as everywhere else; this would round the pixels themselves.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
@@ -107,8 +106,7 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
     for what, (asked_for, way_out) in refused.items():
         if asked_for:
             raise ValueError(
-                f"{what} needs whole weights at every update, and FSDP shards them; {way_out}, or launch with "
-                "recipes/accelerate/ddp.yaml"
+                f"{what} needs whole weights at every update, and FSDP shards them; {way_out}, or launch with {_DDP}"
             )
 
 

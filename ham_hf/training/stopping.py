@@ -8,13 +8,17 @@ leaves at once with the same status. A second signal ends the process at once.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that was stopped and goes on with ``--resume_from_checkpoint latest``."""
@@ -103,7 +107,11 @@ def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[
         SystemExit: with `EXIT_REQUEUE`, instead of `TrainingStopped`, and where a signal finds nothing to save.
     """
     requests = StopRequests(max_hours)
-    before = {number: signal.signal(number, requests.on_signal) for number in SIGNALS}
+    heard = SIGNALS
+    if threading.current_thread() is not threading.main_thread():
+        heard = ()  # Python lets the main thread alone take signals.
+        logger.info("this run is not in the main thread: a signal ends the process without a checkpoint")
+    before = {number: signal.signal(number, requests.on_signal) for number in heard}
     how = f"; the same command with --resume_from_checkpoint latest goes on (status {EXIT_REQUEUE})\n"
     try:
         yield requests

@@ -176,7 +176,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(subprocess_env):
         "from accelerate import PartialState\n"
         "import os\n"
         "PartialState(cpu=True)\n"
-        "os.environ['WORLD_SIZE'] = '2'\n"
+        "os.environ |= {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}\n"
         "from ham_hf.training.launching import create_accelerator\n"
         "create_accelerator(use_cpu=True)\n"
     )

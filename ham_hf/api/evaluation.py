@@ -1,0 +1,231 @@
+"""Robustness per class of any model on any loader, in one call and one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ham_hf.api.loader import Loader, batches_of, class_names_of, held_images
+from ham_hf.api.loss import unwrapped
+from ham_hf.api.one_process import one_process
+from ham_hf.attacks import ThreatModel, evaluation_mode, outside_inference_mode
+from ham_hf.data import PixelBatch
+from ham_hf.evaluation import AttackResult, EvaluationAttack, evaluate_batches, standard_attacks
+from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
+from ham_hf.evaluation.robustness import logits_of
+from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
+from ham_hf.reporting.report import AttackReport, interval_text, percent, plain_text, text_table
+from ham_hf.reporting.results import attack_reports, verdict_of
+
+MAX_ROWS = 20
+"""Classes that the table of a report lists; of more, the weakest."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class EvaluationReport:
+    """What a model is worth against an adversary, per class; ``print`` shows it as a table.
+
+    Attributes:
+        class_names: names of the C classes in label order.
+        threat_model: norm and radius of the attacks.
+        clean: on the images as they are.
+        attacks: one entry per attack, by its name, in the order they were run.
+        verdict: the headline, right on the clean image and never broken by any attack; None without an attack.
+            Its ``summary`` has average, worst class, gap and ``per_class`` with Wilson intervals, its ``intervals``
+            those of the fairness numbers.
+        verdicts: predictions and margins of every image.
+    """
+
+    class_names: tuple[str, ...]
+    threat_model: ThreatModel
+    clean: AttackReport
+    attacks: Mapping[str, AttackReport] = field(default_factory=dict)
+    verdict: AttackReport | None
+    verdicts: Verdicts
+
+    @property
+    def entries(self) -> tuple[AttackReport, ...]:
+        """Verdict, clean and attacks, in the order in which tables show them."""
+        return (*([] if self.verdict is None else [self.verdict]), self.clean, *self.attacks.values())
+
+    def __str__(self) -> str:
+        """Two tables: one row per evaluation, and one row per class."""
+        num = self.clean.summary.num_examples
+        epsilon = float(self.threat_model.epsilon)
+        budget = f"{self.threat_model.norm} {epsilon * 255:.3g}/255" if epsilon else "no perturbation"
+        parts = [
+            f"{num} images, {len(self.class_names)} classes, {budget}; percent, with 95 % intervals",
+            text_table([self._row(entry) for entry in self.entries]),
+            text_table(self._class_rows()),
+        ]
+        return "\n\n".join(parts)
+
+    __repr__ = __str__
+
+    def _row(self, entry: AttackReport) -> dict[str, str]:
+        summary = entry.summary
+        worst = plain_text(self.class_names[summary.worst_class_index], 30)
+        return {
+            "Evaluation": entry.title,
+            "Images": str(summary.num_examples),
+            "Average": f"{percent(summary.average)} ({percent(summary.average_low)}–{percent(summary.average_high)})",
+            "Worst class": f"{percent(summary.worst_class)}{interval_text(entry.intervals, 'worst_class')} {worst}",
+            "Worst 30 %": percent(summary.worst_30_percent) + interval_text(entry.intervals, "worst_30_percent"),
+            "Gap": percent(summary.gap) + interval_text(entry.intervals, "gap"),
+        }
+
+    def _class_rows(self) -> list[dict[str, str]]:
+        headline = (self.verdict or self.clean).summary.per_class
+        order = list(range(len(self.class_names)))
+        if len(order) > MAX_ROWS:
+            order.sort(key=lambda index: (headline[index].accuracy is None, headline[index].accuracy))
+        rows = []
+        for index in order[:MAX_ROWS]:
+            row = {"Class": plain_text(self.class_names[index], 30), "Images": str(headline[index].count)}
+            for entry in self.entries:
+                found = entry.summary.per_class[index]
+                if found.accuracy is None or found.low is None or found.high is None:
+                    row[entry.title] = "–"
+                    continue
+                ends = f" ({percent(found.low)}–{percent(found.high)})" if entry is self.entries[0] else ""
+                row[entry.title] = percent(found.accuracy) + ends
+            rows.append(row)
+        return rows
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    threat_model: ThreatModel | None = None,
+    num_steps: int = 20,
+    step_size: float | None = None,
+    attacks: Sequence[EvaluationAttack] | None = None,
+    autoattack: bool = False,
+    class_names: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Clean accuracy and that under PGD and CW, and their verdict, for each class.
+
+    The model is left as it was: mode, weights and BatchNorm. This process evaluates all that the loader gives it; with
+    several processes, evaluate on one. Batches are read once and not kept, unless AutoAttack runs.
+
+    Args:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes), and normalizes by itself.
+        loader: a DataLoader or other iterable of (pixels, labels), the same in mappings with "pixel_values" and
+            "labels", or `ham_hf.data.Images`.
+        threat_model: norm and radius; None = linf 8/255.
+        num_steps: steps of PGD and CW.
+        step_size: length of their steps in pixel units; None = a quarter of epsilon.
+        attacks: instead of PGD and CW; empty = clean accuracy alone.
+        autoattack: also run AutoAttack (needs the extra ``ham-hf[autoattack]``); keeps all images in memory.
+        class_names: in label order; None takes those of the loader's dataset, or numbers.
+        device: where to compute; None = where the model is. The model is moved there.
+        batch_size: images at once, for `Images` and AutoAttack; a loader has its own.
+        seed: seed of the attacks.
+
+    Raises:
+        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, or if
+            AutoAttack is not installed.
+        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+    """
+    if autoattack:
+        require_autoattack()
+    threat_model = threat_model or ThreatModel()
+    model = unwrapped(model) if device is None else unwrapped(model).to(device)
+    place = device_of(model)
+    if attacks is None:
+        length = float(threat_model.epsilon) / 4 if step_size is None else step_size
+        attacks = standard_attacks(num_steps, length)
+    with outside_inference_mode():
+        if autoattack:
+            loader = held_images(loader)
+        head = _LogitCheck(model)
+        results = evaluate_batches(
+            model,
+            head.checked(batches_of(loader, place, batch_size)),
+            attacks,
+            threat_model=threat_model,
+            seed=seed,
+        )
+        if autoattack:
+            results["autoattack"] = evaluate_autoattack(
+                model,
+                held_images(loader),
+                num_classes=head.num_classes,
+                threat_model=threat_model,
+                accelerator=one_process(place),
+                batch_size=batch_size,
+                seed=seed,
+            )
+    return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU for one without any."""
+    tensor: Tensor | None = next(model.parameters(), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+class _LogitCheck:
+    """Lets batches through whose labels the model has logits for.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        num_classes: number of logits; 0 before the first batch.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.num_classes = model, 0
+
+    def checked(self, batches: Iterable[PixelBatch]) -> Iterator[PixelBatch]:
+        """The batches, one by one."""
+        for batch in batches:
+            self.num_classes = self.num_classes or count_logits(self.model, batch.x)
+            low, high = (int(end) for end in batch.y.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"labels must lie in [0, {self.num_classes}), as the model has {self.num_classes} logits; "
+                    f"got {low}..{high}"
+                )
+            yield batch
+
+
+def count_logits(model: nn.Module, x: Tensor) -> int:
+    """Number of logits of a model, from one of the images (N, C, H, W).
+
+    Raises:
+        ValueError: if it does not return (N, num_classes) logits.
+    """
+    with evaluation_mode(model):
+        logits = logits_of(model, x[:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the model must return logits (N, num_classes) of at least two classes, got {got} for one image; wrap it "
+            "in a module whose forward returns the logits"
+        )
+    return logits.shape[1]
+
+
+def report_of(
+    results: Mapping[str, AttackResult], class_names: tuple[str, ...], threat_model: ThreatModel
+) -> EvaluationReport:
+    """Results by name, "clean" first, as a report."""
+    reports = attack_reports(results, len(class_names))
+    clean = reports.pop("clean")
+    return EvaluationReport(
+        class_names=class_names,
+        threat_model=threat_model,
+        clean=clean,
+        attacks=reports,
+        verdict=verdict_of(results, class_names),
+        verdicts=verdicts_of(results, class_names),
+    )

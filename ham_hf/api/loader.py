@@ -1,0 +1,111 @@
+"""What `evaluate` and `calibrate` read: a DataLoader, any iterable of batches, or `ham_hf.data.Images`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ham_hf.attacks import check_batch, ordinary
+from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.evaluation import check_pixel_range
+
+Loader: TypeAlias = Iterable[Any] | Images
+"""Batches (x, y), or mappings with "pixel_values" and "labels", of pixels (N, C, H, W) in [0, 1] and int64 labels."""
+
+
+class HeldImages(Images):
+    """Images that are in memory as they came, of any size, in float32.
+
+    Args:
+        x: (N, C, H, W) in [0, 1], on the CPU.
+        labels: (N,) int64.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.x, self.labels = x, labels
+
+    def relabeled(self, labels: Tensor) -> Images:
+        """See `Images.relabeled`."""
+        return HeldImages(self.x, labels)
+
+    def batches(self, requests: Sequence[BatchRequest], *, device: torch.device) -> Iterator[PixelBatch]:
+        """See `Images.batches`; there is no augmentation."""
+        for request in requests:
+            rows = request.indices
+            yield PixelBatch(x=self.x[rows].to(device), y=self.labels[rows].to(device), indices=rows)
+
+
+def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterator[PixelBatch]:
+    """The batches of a loader, checked, on a device; ``batch_size`` is for `Images` alone.
+
+    Raises:
+        ValueError: for what is no batch of pixels and labels, or pixels outside [0, 1].
+    """
+    if isinstance(loader, Images):
+        parts = torch.split(torch.arange(len(loader)), batch_size)
+        yield from loader.batches([BatchRequest(rows, None) for rows in parts], device=device)
+        return
+    first = 0
+    for batch in loader:
+        x, y = (ordinary(part).to(device) for part in _pair(batch))
+        check_batch(x, y)
+        if not len(y):
+            continue
+        check_pixel_range(x)
+        yield PixelBatch(x=x, y=y.long(), indices=torch.arange(first, first + len(y)))
+        first += len(y)
+
+
+def held_images(loader: Loader) -> Images:
+    """All images of a loader, in memory.
+
+    Raises:
+        ValueError: as `batches_of`; also if there is none, or images differ in size.
+    """
+    if isinstance(loader, Images):
+        return loader
+    batches = list(batches_of(loader, torch.device("cpu"), 1))
+    if not batches:
+        raise ValueError("the loader gave no batch")
+    shapes = {tuple(batch.x.shape[1:]) for batch in batches}
+    if len(shapes) > 1:
+        raise ValueError(f"all images must have one shape, got {', '.join(map(str, sorted(shapes)))}")
+    return HeldImages(torch.cat([batch.x.float() for batch in batches]), torch.cat([batch.y for batch in batches]))
+
+
+def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Names of the classes: those given, those that a torchvision or datasets dataset has, or numbers.
+
+    Raises:
+        ValueError: if names are given and their number is not that of the logits.
+    """
+    if given is not None:
+        if len(given) != num_classes:
+            raise ValueError(f"class_names has {len(given)} names, but the model has {num_classes} logits")
+        return tuple(map(str, given))
+    dataset: Any = getattr(loader, "dataset", None)
+    names: Any = getattr(dataset, "classes", None)
+    for feature in (getattr(dataset, "features", None) or {}).values() if names is None else ():
+        names = getattr(feature, "names", None) or names
+    if isinstance(names, (list, tuple)) and len(names) == num_classes:
+        return tuple(map(str, names))
+    return tuple(map(str, range(num_classes)))
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (whatever a loader gives)
+    if isinstance(batch, Mapping):
+        batch = (batch.get("pixel_values"), batch.get("labels"))
+    parts = list(batch[:2]) if isinstance(batch, (tuple, list)) else []
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts):
+        kinds = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(
+            'a batch must be two tensors, pixels and labels, or a mapping with "pixel_values" and "labels", got '
+            f"{type(batch).__name__}{kinds}"
+        )
+    x, y = parts
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels must be class numbers (int64), got {y.dtype} {tuple(y.shape)}")
+    return x, y

@@ -1,0 +1,197 @@
+"""The adversarial loss of one batch, for training loops that are not ours."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ham_hf.attacks import ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
+from ham_hf.config.settings import setting_problems
+from ham_hf.evaluation import check_pixel_range
+from ham_hf.methods import InnerAttack, Method, OuterBatch, RuleMethod, States, available
+
+PAST_WARM_UP = sys.maxsize
+"""The epoch that methods with a schedule are told: past every warm-up."""
+
+_SCHEDULE = "_start_epoch"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LossRecord:
+    """What became of a batch on this process.
+
+    Attributes:
+        method: the method.
+        num_examples: N, images of the batch.
+        num_trained_on: E, examples that the loss is of; 0 = a loss of 0, which moves nothing: skip the optimizer's
+            step if that holds on all processes, as momentum and weight decay would move weights all the same.
+        hard: (N,) bool, True = misclassified at the mining step; None for methods that do not mine.
+    """
+
+    method: str
+    num_examples: int
+    num_trained_on: int
+    hard: Tensor | None
+
+    @property
+    def hard_fraction(self) -> float | None:
+        """Share of the batch that is hard; None for methods that do not mine."""
+        return None if self.hard is None else float(self.hard.float().mean())
+
+
+class AdversarialLoss(NamedTuple):
+    """A loss to call ``backward`` on, and what it is of."""
+
+    loss: Tensor
+    record: LossRecord
+
+
+def adversarial_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    method: str = "ham",
+    threat_model: ThreatModel | None = None,
+    num_steps: int = 10,
+    step_size: float | None = None,
+    generator: torch.Generator | None = None,
+    **options: object,
+) -> AdversarialLoss:
+    """Attack a batch and return the loss to train on it.
+
+    The attack uses the model without its DDP wrapper, in evaluation mode, and computes no gradient of a parameter; the
+    loss takes one forward through the wrapper, in the mode the model is in. With ``DistributedDataParallel`` the loss
+    is scaled so that the gradient that DDP averages is that of the mean over the examples of all processes; a process
+    without one joins with a loss of 0. Where gradients are off (``torch.no_grad()``, ``torch.inference_mode()``) the
+    loss is a number of this process alone, without a graph, and no process waits for another.
+
+    A method with a warm-up is past it here: train with ``method="pgd_at"`` for as many epochs before. The pixels are
+    looked at, which waits for the device once per call.
+
+    Args:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes), and normalizes by itself; may be wrapped
+            in ``DistributedDataParallel`` or ``DataParallel``.
+        x: clean images (N, C, H, W) in [0, 1].
+        y: labels (N,), int64.
+        method: "ham", "pgd_at", "trades", "mart", "bat", "fat" or "gairat".
+        threat_model: norm and radius; None = linf 8/255.
+        num_steps: K, steps of the attack.
+        step_size: length of a step in pixel units; None = a quarter of epsilon.
+        generator: source of the random start, on the device of ``x``; None uses torch's global one.
+        options: of the method, as in `ham_hf.methods` and ``train_ham.py --help``: ``mining_step=3`` and
+            ``easy_weight=0.5`` for "ham", ``beta=6`` for "trades".
+
+    Returns:
+        The loss, a scalar, and a record with the hard fraction.
+
+    Raises:
+        ValueError: for a batch that is malformed or has pixels outside [0, 1], an unknown method or option, or a
+            method that keeps state of the classes over epochs, which needs the trainer (`ham_hf.train`).
+    """
+    objective = _objective(method, options, num_steps)
+    _check(model, x, y)
+    threat_model = threat_model or ThreatModel()
+    attack = InnerAttack(
+        threat_model=threat_model,
+        num_steps=num_steps,
+        step_size=threat_model.epsilon / 4 if step_size is None else step_size,
+    )
+    states = {part.name: part.initial_state(torch.ones(2)) for part in objective.parts}
+    module = unwrapped(model)
+    with outside_inference_mode():
+        x, y = ordinary(x.detach()), ordinary(y)
+        batch = objective.outer_batch(
+            module, x, y, attack=attack, epoch=PAST_WARM_UP, states=states, generator=generator
+        )
+        # DDP exchanges buffers in every forward, also in those of a validation, which processes need not make alike.
+        forward = model if torch.is_grad_enabled() else module
+        loss = _outer_loss(forward, x, batch, objective, states)
+    record = LossRecord(method=method, num_examples=len(y), num_trained_on=len(batch.y), hard=batch.hard)
+    return AdversarialLoss(loss, record)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside of the wrappers that share its work out."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)):
+        model = model.module
+    return model
+
+
+def _outer_loss(model: nn.Module, x: Tensor, batch: OuterBatch, objective: Method, states: States) -> Tensor:
+    """Sum of the weighted terms over their divisors, through one forward; 0 where there is nothing to train on."""
+    weight, divisor = objective.weigh(batch, epoch=PAST_WARM_UP, states=states)
+    if isinstance(model, DistributedDataParallel):
+        # The mean over the examples of all processes, times their number, as DDP takes the mean over processes.
+        dist.all_reduce(divisor, group=model.process_group)
+        weight = weight * dist.get_world_size(model.process_group)
+    if not len(batch.y):
+        if not torch.is_grad_enabled():
+            return x.new_zeros(())
+        # Of a graph: `backward` takes it, and with DDP the other processes wait for this one's gradient.
+        with evaluation_mode(model):
+            idle: Tensor = model(x[:1]).sum() * 0
+        return idle
+    # BatchNorm refuses to normalize a single value; the logits of the copy are dropped.
+    alone = model.training and len(batch.x) == 1
+    logits: Tensor = model(batch.x.repeat(2, 1, 1, 1) if alone else batch.x)
+    share = weight / torch.where(divisor > 0, divisor, 1)[:, None]
+    return (objective.losses(logits[: len(batch.x)], batch) * share).sum()
+
+
+def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(
+            "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel takes apart: "
+            "use DistributedDataParallel, or the trainer (ham_hf.train)"
+        )
+    check_batch(x, y)
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"y must hold class numbers (int64), got {y.dtype}; mixed labels cannot be attacked")
+    if not len(y):
+        raise ValueError("the batch holds no image")
+    check_pixel_range(x)
+
+
+def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Method:
+    """The method with these options, checked."""
+    kinds = available()
+    stateless = [name for name, kind in kinds.items() if not issubclass(kind, RuleMethod)]
+    if method not in kinds:
+        near = difflib.get_close_matches(method.lower().replace("-", "_"), stateless, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method {method!r}: expected one of {', '.join(stateless)}{hint}")
+    if method not in stateless:
+        raise ValueError(
+            f"method {method!r} keeps state of the classes from epoch to epoch, which one batch cannot tell: train "
+            f"with ham_hf.train or train_ham.py --method {method}. In a loop of your own: {', '.join(stateless)}"
+        )
+    known = [field.name for field in fields(kinds[method]) if field.init]
+    usable = [name for name in known if name not in ("class_margin", "class_weighting", "class_rule_args")]
+    usable = [name for name in usable if not name.endswith(_SCHEDULE) and name != "pack_hard_examples"]
+    for name in options:
+        if name in usable:
+            continue
+        reason = ""
+        if name.endswith(_SCHEDULE) and name in known:
+            reason = "; a batch knows no epoch: call with method='pgd_at' in the epochs before"
+        elif name in known:
+            reason = "; it needs more than this batch: train with ham_hf.train"
+        raise ValueError(f"option {name} of method {method!r}: expected one of {', '.join(usable) or 'none'}{reason}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps}: expected at least 1")
+    objective = kinds[method](**options)
+    problems = [problem.removeprefix("--") for problem in setting_problems(objective)]
+    if problems:
+        raise ValueError("; ".join(problems))
+    objective.check(num_steps=num_steps)
+    return objective

@@ -1,0 +1,408 @@
+"""The whole trainer in one call: any dataset, any network, in a script, a thread or a notebook, as often as wanted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+
+from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.config.build import build_config, load_train_config
+from ham_hf.config.yaml_text import Entry
+from ham_hf.data import BatchRequest, ImageData
+from ham_hf.data.in_memory import NAME, Examples, image_data_from
+from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.verdicts import write_verdicts
+from ham_hf.files import atomic_write
+from ham_hf.methods import InnerAttack
+from ham_hf.models import PixelModel, Preprocessing, input_defaults
+from ham_hf.models.source import WEIGHTS_NAME
+from ham_hf.reporting.results import training_report, write_config, write_training
+from ham_hf.runs import evaluate_on_test, example_strip, export_model, load_data, new_model
+from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
+from ham_hf.training.launching import create_accelerator, launched_processes, peak_memory_bytes
+from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
+from ham_hf.training.run_lock import RunLock
+from ham_hf.training.runlog import check_tracker, end_training, start_tracker
+from ham_hf.training.stopping import StopRequests, stop_requests
+from ham_hf.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+LOADING_NAME = "LOADING.md"
+"""Beside the weights of a network that timm cannot build: how they are loaded."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainedModel:
+    """What a training left.
+
+    Attributes:
+        model: maps pixels (N, C, H, W) in [0, 1] to logits; the selected weights, in evaluation mode.
+        report: of the test set.
+        folder: weights, predictions and log; for timm networks also card, figures and ``report.json``.
+        loads_with_timm: whether ``timm.create_model("local-dir:FOLDER", pretrained=True)`` builds it.
+        class_names: in label order.
+    """
+
+    model: nn.Module
+    report: EvaluationReport
+    folder: Path
+    loads_with_timm: bool
+    class_names: tuple[str, ...]
+
+
+def train(
+    config: TrainConfig | Mapping[str, object] | str | Path | None = None,
+    *,
+    train: Examples | None = None,
+    test: Examples | None = None,
+    model: nn.Module | None = None,
+    class_names: Any = None,  # noqa: ANN401 (a sequence of names)
+) -> TrainedModel:
+    """Train, select, evaluate on the test set and export, as ``train_ham.py`` does.
+
+    May be called again in the same process, and from a thread (where no signal saves the run). Trackers, checkpoints
+    and resuming work as from the command line. With ``accelerate launch`` all processes call it alike.
+
+    Args:
+        config: settings by the names of the command line, as a mapping, or the path of a YAML recipe, or a
+            configuration; None = the defaults.
+        train: a dataset of (PIL image or tensor in [0, 1], class number), torchvision's for example, or a
+            ``datasets.Dataset``, without augmentation; None = the dataset that the configuration names. See
+            `ham_hf.data.image_data_from`.
+        test: likewise; is needed with ``train``.
+        model: maps pixels in [0, 1] to logits, and normalizes by itself, but for a plain timm network, which gets its
+            normalization put in front; None = the timm network that the configuration names. It is not changed.
+        class_names: in label order; None takes those of the dataset, or numbers.
+
+    Raises:
+        ValueError: for settings, data or a network that do not fit, before anything is written.
+        SystemExit: with status 75, if a signal or ``max_train_hours`` stopped the run.
+    """
+    settings = _settings(config)
+    _check(settings, train, test)
+    if train is not None:
+        settings = replace(settings, data=replace(settings.data, dataset_name=NAME))
+    folder = Path(settings.training.output_dir)
+    with (
+        _accelerate_of_its_own(),
+        stop_requests(folder, settings.training.max_train_hours) as stop,
+        RunLock(folder) as lock,
+    ):
+        accelerator = create_accelerator(
+            use_cpu=settings.training.use_cpu,
+            mixed_precision=settings.training.mixed_precision,
+            report_to=settings.training.report_to,
+            logging_dir=folder / "logs",
+            ddp_timeout=settings.training.ddp_timeout,
+        )
+        if accelerator.is_main_process:
+            lock.acquire()
+        with accelerator.main_process_first():
+            data = _data(settings, train, test, class_names, model)
+        settings, network, preprocessing = _network(settings, model, data)
+        trained = _run(settings, accelerator, stop, network, preprocessing, data)
+        end_training(accelerator)
+    return trained
+
+
+def _run(
+    settings: TrainConfig,
+    accelerator: Accelerator,
+    stop: StopRequests,
+    network: nn.Module,
+    preprocessing: Preprocessing | None,
+    data: ImageData,
+) -> TrainedModel:
+    """Train, and write what was selected."""
+    folder = Path(settings.training.output_dir)
+    # Made now, as the trainer changes the forward and the place of its own.
+    selected = copy.deepcopy(network)
+    attack = InnerAttack(
+        threat_model=_threat_model(settings),
+        num_steps=settings.attack.num_steps,
+        step_size=settings.attack.step_size,
+    )
+    trainer = Trainer(
+        network,
+        data,
+        settings.method,
+        attack,
+        settings.training,
+        accelerator,
+        eval_batch_size=settings.evaluation.per_device_eval_batch_size,
+    )
+    settings = replace(settings, training=trainer.config)
+    trainer.resume()
+    if accelerator.is_main_process:
+        if settings.training.overwrite_output_dir:
+            clear_output_dir(folder, OWNED_BY_TRAINING)
+            (folder / LOADING_NAME).unlink(missing_ok=True)
+        if data.name != NAME and preprocessing is not None:
+            write_config(settings, folder)
+    accelerator.wait_for_everyone()
+    start_tracker(accelerator, settings.training.report_to, config_to_dict(settings))
+    with stop.deferred():
+        trainer.fit(stop)
+    accelerator.wait_for_everyone()
+    return _finished(settings, trainer, selected, preprocessing, data)
+
+
+def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
+    if isinstance(config, TrainConfig):
+        return config
+    if isinstance(config, (str, Path)):
+        return load_train_config(config)
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"config: expected a mapping of settings, a path or a TrainConfig, got {config!r}")
+    entries = []
+    for name, value in (config or {}).items():
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if isinstance(plain, tuple):
+            plain = list(plain)
+        if node := yaml.compose(yaml.safe_dump(plain), Loader=yaml.SafeLoader):
+            entries.append(Entry(str(name), node, ""))
+    return build_config(TrainConfig, entries)
+
+
+def _check(settings: TrainConfig, train: Examples | None, test: Examples | None) -> None:
+    """Everything that can be refused before the data are read."""
+    if (train is None) != (test is None):
+        missing = "test" if test is None else "train"
+        raise ValueError(f"{missing} is missing: give train and test, or neither for the dataset of the configuration")
+    if settings.hub.push_to_hub:
+        raise ValueError("push_to_hub: this call writes a folder; push it afterwards with push.py")
+    if settings.calibration.is_asked_for:
+        raise ValueError(
+            "fairness: this call trains; make the result fairer with ham_hf.calibrate, on held-out images"
+        )
+    check_tracker(settings.training.report_to)
+    check_optimizer(settings.training.optimizer)
+    if settings.evaluation.autoattack:
+        require_autoattack()
+    folder, resume_from = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
+    if resume_from is not None:
+        check_resume_name(folder, resume_from)
+    check_output_dir(folder, overwrite=settings.training.overwrite_output_dir, resume_from=resume_from)
+
+
+@contextmanager
+def _accelerate_of_its_own() -> Iterator[None]:
+    """Let a run make its own accelerator, and give back the state of any other that this process has.
+
+    accelerate keeps one state for the whole process, which a second run with other settings, or a notebook that has an
+    accelerator, would run into. Several launched processes keep what they know of each other.
+    """
+    kinds: list[Any] = [AcceleratorState, GradientState]
+    if launched_processes() == 1:
+        kinds.append(PartialState)
+    kept = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, kept, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def _threat_model(settings: TrainConfig) -> ThreatModel:
+    return ThreatModel(settings.attack.norm, settings.attack.epsilon)
+
+
+def _data(
+    settings: TrainConfig,
+    train: Examples | None,
+    test: Examples | None,
+    class_names: Any,  # noqa: ANN401 (a sequence of names)
+    model: nn.Module | None,
+) -> ImageData:
+    inputs = input_defaults(settings.model.model_name, model_args=settings.model.model_args)
+    if train is None or test is None:
+        return load_data(
+            settings.data, image_size=settings.model.image_size, inputs=inputs, seed=settings.training.seed
+        )
+    return image_data_from(
+        train,
+        test,
+        class_names=class_names,
+        image_size=settings.model.image_size,
+        default_image_size=inputs.image_size,
+        in_chans=inputs.in_chans if model is None else _channels(train, inputs.in_chans),
+        interpolation=inputs.interpolation,
+        crop_pct=inputs.crop_pct,
+        augmentation=settings.data.augmentation,
+        validation_fraction=settings.data.validation_fraction,
+        seed=settings.training.seed,
+    )
+
+
+def _channels(train: Examples, otherwise: int) -> int:
+    """Channels of the images that a network of somebody's own takes: those of the first tensor or gray PIL image."""
+    example = train[0]
+    image = example[0] if isinstance(example, (tuple, list)) else None
+    if isinstance(image, torch.Tensor) and image.ndim == 3:
+        return int(image.shape[0])
+    return 1 if getattr(image, "mode", None) == "L" else otherwise
+
+
+def _network(
+    settings: TrainConfig, given: nn.Module | None, data: ImageData
+) -> tuple[TrainConfig, nn.Module, Preprocessing | None]:
+    """The settings with its name, the network to train, and its preprocessing if timm can build it."""
+    if given is None:
+        return settings, *new_model(settings.model, data, seed=settings.training.seed)
+    network = copy.deepcopy(given).cpu()
+    cfg: Any = getattr(network, "pretrained_cfg", None)
+    if cfg is not None:
+        mean, std = data.channel_mean, data.channel_std
+        if settings.model.pretrained:
+            mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+        network = PixelModel(network, mean, std)
+    (batch,) = data.test.batches([BatchRequest(torch.arange(1), None)], device=torch.device("cpu"))
+    num_logits = count_logits(network, batch.x)
+    if num_logits != len(data.class_names):
+        raise ValueError(
+            f"the model has {num_logits} logits and the data {len(data.class_names)} classes; give a model with as "
+            "many, or class_names for classes without an example"
+        )
+    if not isinstance(network, PixelModel) or not hasattr(network.backbone, "pretrained_cfg"):
+        return settings, network, None
+    named: Any = network.backbone
+    settings = replace(settings, model=replace(settings.model, model_name=str(named.pretrained_cfg["architecture"])))
+    return (
+        settings,
+        network,
+        Preprocessing(
+            image_size=data.image_size,
+            in_chans=data.in_chans,
+            interpolation=data.interpolation,
+            crop_pct=data.crop_pct,
+            crop_mode=data.crop_mode,
+            mean=tuple(network.mean.flatten().tolist()),
+            std=tuple(network.std.flatten().tolist()),
+        ),
+    )
+
+
+def _finished(
+    settings: TrainConfig,
+    trainer: Trainer,
+    selected: nn.Module,
+    preprocessing: Preprocessing | None,
+    data: ImageData,
+) -> TrainedModel:
+    """The selected weights, evaluated on the test set and written."""
+    folder, threat_model, accelerator = (
+        Path(settings.training.output_dir),
+        _threat_model(settings),
+        trainer.accelerator,
+    )
+    weights, best = load_best(folder)
+    selected.load_state_dict(weights)
+    results = evaluate_on_test(
+        selected,
+        data.test,
+        settings.evaluation,
+        num_classes=len(data.class_names),
+        threat_model=threat_model,
+        accelerator=accelerator,
+        seed=settings.training.seed,
+        output_dir=folder,
+        memory_format=trainer.train_step.memory_format,
+        show_progress=not settings.training.disable_tqdm,
+    )
+    report = report_of(results, data.class_names, threat_model)
+    if accelerator.is_main_process:
+        if preprocessing is None:
+            _write_plain(selected, report, data, folder)
+        else:
+            _write_for_timm(settings, trainer, cast(PixelModel, selected), preprocessing, data, best, results)
+        remove_partial_results(folder)
+    return TrainedModel(
+        model=selected.eval(),
+        report=report,
+        folder=folder,
+        loads_with_timm=preprocessing is not None,
+        class_names=data.class_names,
+    )
+
+
+def _write_for_timm(
+    settings: TrainConfig,
+    trainer: Trainer,
+    selected: PixelModel,
+    preprocessing: Preprocessing,
+    data: ImageData,
+    best: Mapping[str, Any],
+    results: Mapping[str, AttackResult],
+) -> None:
+    """Everything that a run of the command line leaves."""
+    folder, accelerator = Path(settings.training.output_dir), trainer.accelerator
+    exported = export_model(selected, settings, data, preprocessing)
+    report = training_report(
+        settings,
+        selected,
+        exported,
+        preprocessing,
+        data,
+        trainer.progress,
+        best,
+        results,
+        accelerator,
+        peak_memory_bytes=peak_memory_bytes(accelerator.device),
+    )
+    examples = example_strip(
+        selected, data.test, settings.evaluation, threat_model=_threat_model(settings), seed=settings.training.seed
+    )
+    write_training(report, folder, results=results, examples=examples, repo_id=None)
+
+
+def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:
+    """Weights in safetensors, predictions, and a page on how the weights are loaded."""
+    save_weights(folder / WEIGHTS_NAME, selected.state_dict())
+    write_verdicts(report.verdicts, folder)
+    kind = type(selected)
+    size = f"({data.in_chans}, {data.image_size}, {data.image_size})"
+    text = f"""# Loading these weights
+
+`{WEIGHTS_NAME}` holds the state dict of a `{kind.__module__}.{kind.__qualname__}`. timm cannot load it: it is no
+network of timm. Build the network with its own code, then:
+
+```python
+from safetensors.torch import load_file
+
+model.load_state_dict(load_file("{WEIGHTS_NAME}"))
+model.eval()
+```
+
+It takes pixels {size} in [0, 1] and normalizes by itself. Classes, in the order of the logits:
+{json.dumps(list(data.class_names), ensure_ascii=False)}
+
+```
+{report}
+```
+"""
+    atomic_write(folder / LOADING_NAME, text)
+    logger.info(
+        "%s is no network of timm: %s says how its weights are loaded", kind.__qualname__, folder / LOADING_NAME
+    )

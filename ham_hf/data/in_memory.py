@@ -1,0 +1,202 @@
+"""Datasets that somebody has in Python, as the data of a run: torch's and those of the datasets library.
+
+Every image is read once and kept as bytes, as it would come from a file; pixels of float tensors are rounded to
+multiples of 1/255.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ham_hf.data.columns import choose_image_column, choose_label_column
+from ham_hf.data.decoding import MODE_OF_CHANNELS, EvalTransform
+from ham_hf.data.loading import SMALL_IMAGE_SIZE, ImageData, channel_statistics, choose_augmentation
+from ham_hf.data.pixels import CachedPixels, Images
+from ham_hf.data.splits import stratified_split
+
+logger = logging.getLogger(__name__)
+
+NAME = "given-in-python"
+"""What stands for the name of such a dataset in reports."""
+
+
+class Examples(Protocol):
+    """A dataset with a length whose items are (image, label), or rows of the datasets library."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Any:  # noqa: ANN401 (a pair or a mapping)
+        """One example."""
+
+
+def image_data_from(
+    train: Examples,
+    test: Examples,
+    *,
+    class_names: Sequence[str] | None = None,
+    image_size: int | None = None,
+    default_image_size: int = 224,
+    in_chans: int = 3,
+    interpolation: str = "bicubic",
+    crop_pct: float = 1.0,
+    augmentation: str = "auto",
+    validation_fraction: float = 0.04,
+    seed: int = 0,
+) -> ImageData:
+    """Read two datasets into memory as the data of a run.
+
+    Args:
+        train: items are (image, label): a PIL image, or a tensor (C, H, W) of uint8 or of floats in [0, 1], and a
+            class number; or a ``datasets.Dataset``. Without random augmentation and without normalization: the run
+            augments, and the model normalizes.
+        test: likewise.
+        class_names: C names in label order; None takes the dataset's ``classes`` or ``ClassLabel``, or numbers.
+        image_size: side S of the square images; None takes that of the first image if it is a square of at most 96 px,
+            else ``default_image_size``. PIL images are brought to it; tensors must have it.
+        default_image_size: the model's own.
+        in_chans: 1 or 3.
+        interpolation: of resizing, as timm names it.
+        crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
+        augmentation: of training: none, crop, crop_flip, or auto, which is crop_flip.
+        validation_fraction: share of train held out for selection, in [0, 1).
+        seed: of the held-out part.
+
+    Raises:
+        ValueError: for items, pixels, sizes or labels that do not fit; the message names part and index.
+    """
+    if in_chans not in MODE_OF_CHANNELS:
+        raise ValueError(f"in_chans {in_chans}: images can be given as 1 (gray) or 3 (RGB) channels")
+    if augmentation == "timm":
+        raise ValueError(
+            "augmentation timm needs encoded images: use none, crop or crop_flip for data given in Python"
+        )
+    for part, given in (("train", train), ("test", test)):
+        if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or not len(given):
+            raise ValueError(
+                f"{part}: expected a dataset with a length, at least 1, and items (image, label), got "
+                f"{type(given).__name__}"
+            )
+    if image_size is None:
+        width, height = _picture(next(_pairs(train, "train"))[0], in_chans, "train[0]").size
+        image_size = width if width == height <= SMALL_IMAGE_SIZE else default_image_size
+    geometry = EvalTransform(image_size, 1.0 if image_size <= SMALL_IMAGE_SIZE else crop_pct, interpolation)
+    pixels, labels = _read(train, "train", geometry, in_chans)
+    test_pixels, test_labels = _read(test, "test", geometry, in_chans)
+    names = _class_names(train, class_names, int(max(labels.max(), test_labels.max())) + 1)
+    augmentation = (
+        "crop_flip" if augmentation == "auto" else choose_augmentation(augmentation, "ram", NAME, image_size)
+    )
+    kept, held_out = torch.arange(len(labels)), None
+    if validation_fraction:
+        kept, rows = stratified_split(labels, validation_fraction, seed)
+        held_out = _images(pixels[rows], labels[rows], "none")
+    training = _images(pixels[kept], labels[kept], augmentation)
+    mean, std = channel_statistics(training, seed)
+    return ImageData(
+        name=NAME,
+        config_name=None,
+        revision=None,
+        train=training,
+        validation=held_out,
+        test=_images(test_pixels, test_labels, "none"),
+        class_names=names,
+        image_size=image_size,
+        in_chans=in_chans,
+        crop_pct=1.0 if image_size <= SMALL_IMAGE_SIZE else crop_pct,
+        interpolation=interpolation,
+        channel_mean=mean,
+        channel_std=std,
+        augmentation=augmentation,
+        num_skipped=0,
+        test_split_origin="given",
+    )
+
+
+def _images(pixels: Tensor, labels: Tensor, augmentation: str) -> Images:
+    return Images(labels, CachedPixels(pixels, move_to_device=True), augmentation)
+
+
+def _read(
+    given: Examples, part: str, geometry: Callable[[Image.Image], Tensor], in_chans: int
+) -> tuple[Tensor, Tensor]:
+    """Pixels (N, C, S, S) uint8 and labels (N,) int64 of a dataset."""
+    size: int = geometry.image_size  # type: ignore[attr-defined]
+    pixels, labels = torch.empty(len(given), in_chans, size, size, dtype=torch.uint8), []
+    for index, (image, label) in enumerate(_pairs(given, part)):
+        where = f"{part}[{index}]"
+        picture = _picture(image, in_chans, where)
+        if isinstance(image, Tensor) and picture.size != (size, size):
+            raise ValueError(
+                f"{where}: a tensor of {picture.height}x{picture.width} pixels, expected {size}x{size}; give tensors "
+                "of one square size, or PIL images, which are resized"
+            )
+        pixels[index] = geometry(picture)
+        labels.append(_label(label, where))
+    return pixels, torch.tensor(labels)
+
+
+def _pairs(given: Any, part: str) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 (whatever a dataset holds)
+    """Image and label of each example, in order."""
+    image_key: Any = 0
+    label_key: Any = 1
+    if isinstance(given, datasets.Dataset):
+        image_key = choose_image_column(given.features, None)
+        label_key = choose_label_column(given.features, None)
+    for index in range(len(given)):
+        example = given[index]
+        usable = isinstance(example, Mapping) if isinstance(image_key, str) else isinstance(example, (tuple, list))
+        if not usable or len(example) < 2:
+            raise ValueError(f"{part}[{index}]: expected (image, label), got {type(example).__name__}")
+        yield example[image_key], example[label_key]
+
+
+def _picture(image: Any, in_chans: int, where: str) -> Image.Image:  # noqa: ANN401 (checked here)
+    """The image in mode L or RGB."""
+    mode = MODE_OF_CHANNELS[in_chans]
+    if isinstance(image, Image.Image):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise ValueError(f"{where}: pixels of mode {image.mode} have no defined range; give 8-bit pixels")
+        return image.convert(mode)
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != in_chans:
+        got = f"a tensor {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"{where}: expected a PIL image or a tensor ({in_chans}, H, W), got {got}")
+    if image.is_floating_point():
+        low, high = (float(end) for end in image.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"{where}: pixels must lie in [0, 1], got values from {low:g} to {high:g}; leave normalization to the "
+                "model"
+            )
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"{where}: expected pixels of uint8 or floats in [0, 1], got {image.dtype}")
+    array = image.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if in_chans == 1 else array)
+
+
+def _label(label: Any, where: str) -> int:  # noqa: ANN401 (checked here)
+    if isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point():
+        label = int(label)
+    if isinstance(label, bool) or not hasattr(label, "__index__") or int(label) < 0:
+        raise ValueError(f"{where}: expected a class number of at least 0 as label, got {label!r}")
+    return int(label)
+
+
+def _class_names(train: Any, given: Sequence[str] | None, least: int) -> tuple[str, ...]:  # noqa: ANN401 (any dataset)
+    """Names of the classes; ``least`` is one more than the largest label."""
+    names: Any = given if given is not None else getattr(train, "classes", None)
+    if names is None and isinstance(train, datasets.Dataset):
+        names = getattr(train.features[choose_label_column(train.features, None)], "names", None)
+    if names is None:
+        return tuple(map(str, range(least)))
+    if len(names) < least:
+        raise ValueError(f"there are {len(names)} class names, but a label of {least - 1}; give one name per class")
+    return tuple(map(str, names))

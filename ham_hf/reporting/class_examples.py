@@ -1,0 +1,198 @@
+"""Test images that say most about a class: the ones most easily broken and the ones that hold, before and after.
+
+They need the model and the data, so a run makes them while it has both, and keeps them in ``examples.parquet``: one
+row per image with three PNGs. The page is made of that file again without either. The file stays where it was
+written: images of a dataset are not for everybody (`ham_hf.hub`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.files import replacing
+
+EXAMPLES_NAME = "examples.parquet"
+MAX_CLASSES = 12
+"""With more classes than this, only the worst of them have images."""
+NUM_PER_KIND = 3
+MAX_TOTAL_BYTES = 900_000
+"""Of all PNGs together; as text in a page they take a third more."""
+SIDES = (128, 96, 64, 48, 32)
+WEAK, STRONG = "weak", "strong"
+_METADATA = "ham_hf.examples"
+_SCHEMA = pa.schema(
+    [
+        ("label", pa.int32()),
+        ("position", pa.int64()),
+        ("kind", pa.string()),
+        ("margin", pa.float64()),
+        ("clean_prediction", pa.int32()),
+        ("attacked_prediction", pa.int32()),
+        ("enlargement", pa.float64()),
+        ("clean", pa.binary()),
+        ("attacked", pa.binary()),
+        ("difference", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassExample:
+    """One image before and after an attack.
+
+    Attributes:
+        label: true class.
+        position: in the test split as it was loaded.
+        kind: ``WEAK`` or ``STRONG``.
+        margin: logit of the true class minus the largest other one, the smallest over the attacks of the evaluation.
+        clean_prediction: class of the image as it is.
+        attacked_prediction: class of the attacked image; -1 where the logits are not finite.
+        enlargement: what the difference was multiplied by to be seen.
+        clean: PNG of the image.
+        attacked: PNG of the attacked image.
+        difference: PNG of attacked minus clean, enlarged around middle gray.
+    """
+
+    label: int
+    position: int
+    kind: str
+    margin: float
+    clean_prediction: int
+    attacked_prediction: int
+    enlargement: float
+    clean: bytes
+    attacked: bytes
+    difference: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassExamples:
+    """Images of some classes; ``attack`` is the title of what they were attacked with for the page."""
+
+    attack: str
+    examples: tuple[ClassExample, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttackedImages:
+    """N chosen images, on the CPU.
+
+    Attributes:
+        rows: (N,) which rows of the verdicts they are.
+        kinds: N times ``WEAK`` or ``STRONG``.
+        clean: (N, C, H, W) pixels in [0, 1].
+        attacked: (N, C, H, W) pixels in [0, 1].
+        attacked_predictions: (N,) classes, -1 for logits that are not finite.
+    """
+
+    rows: Tensor
+    kinds: Sequence[str]
+    clean: Tensor
+    attacked: Tensor
+    attacked_predictions: Tensor
+
+
+def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
+    """Rows of the verdicts to show, and of which kind each is, class by class.
+
+    Of the classes (with more than ``MAX_CLASSES``: of those where the smallest share withstood), the images with the
+    smallest and with the largest margin under attack among those that are right when clean, up to ``NUM_PER_KIND``
+    each. An image is not shown twice. Empty without an attack.
+    """
+    usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
+    shares = []
+    for label in torch.unique(verdicts.labels[verdicts.judged]).tolist():
+        judged = verdicts.judged & (verdicts.labels == label)
+        shares.append((float(verdicts.withstood[judged].double().mean()), int(label)))
+    chosen = list[tuple[int, str]]()
+    for _, label in sorted(shares)[:MAX_CLASSES]:
+        rows = (usable & (verdicts.labels == label)).nonzero()[:, 0]
+        rows = rows[verdicts.margins_attacked[rows].argsort(stable=True)]
+        weak = rows[: min(NUM_PER_KIND, -(-len(rows) // 2))]
+        strong = rows[len(weak) :].flip(0)[:NUM_PER_KIND]
+        chosen += [(row, WEAK) for row in weak.tolist()] + [(row, STRONG) for row in strong.tolist()]
+    return chosen
+
+
+def encode_examples(images: AttackedImages, verdicts: Verdicts, *, attack: str) -> ClassExamples:
+    """The images as PNGs, as large as fits into ``MAX_TOTAL_BYTES``; never larger than they are."""
+    side = max(images.clean.shape[-2:])
+    found = ClassExamples(attack=attack, examples=())
+    for limit in sorted({min(side, limit) for limit in SIDES}, reverse=True):
+        examples = tuple(_encode(images, verdicts, index, limit) for index in range(len(images.rows)))
+        found = ClassExamples(attack=attack, examples=examples)
+        if sum(len(e.clean) + len(e.attacked) + len(e.difference) for e in examples) <= MAX_TOTAL_BYTES:
+            break
+    return found
+
+
+def write_examples(examples: ClassExamples, folder: str | Path) -> Path:
+    """Write ``examples.parquet`` into ``folder`` (made if needed) in one step, and return its path."""
+    path = Path(folder) / EXAMPLES_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([asdict(example) for example in examples.examples], schema=_SCHEMA)
+    table = table.replace_schema_metadata({_METADATA: json.dumps({"attack": examples.attack})})
+    with replacing(path) as part:
+        pq.write_table(table, part)
+    return path
+
+
+def read_examples(folder: str | Path) -> ClassExamples | None:
+    """Read the ``examples.parquet`` of a folder; None if there is none.
+
+    Raises:
+        ValueError: naming the file, if it is none of ours.
+    """
+    path = Path(folder) / EXAMPLES_NAME
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, partitioning=None)
+        attack = json.loads((table.schema.metadata or {})[_METADATA.encode()])["attack"]
+        examples = tuple(ClassExample(**row) for row in table.cast(_SCHEMA).to_pylist())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no images that ham_hf wrote: {error!r}; remove it for a page without images"
+        ) from error
+    return ClassExamples(attack=str(attack), examples=examples)
+
+
+def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int) -> ClassExample:
+    row = int(images.rows[index])
+    clean, attacked = images.clean[index].float(), images.attacked[index].float()
+    difference = attacked - clean
+    largest = float(difference.abs().max())
+    enlargement = 0.5 / largest if largest > 0 else 1.0
+    return ClassExample(
+        label=int(verdicts.labels[row]),
+        position=int(verdicts.positions[row]),
+        kind=images.kinds[index],
+        margin=float(verdicts.margins_attacked[row]),
+        clean_prediction=int(verdicts.clean[row]),
+        attacked_prediction=int(images.attacked_predictions[index]),
+        enlargement=enlargement,
+        clean=_png(clean, side),
+        attacked=_png(attacked, side),
+        difference=_png(0.5 + enlargement * difference, side),
+    )
+
+
+def _png(pixels: Tensor, side: int) -> bytes:
+    """PNG of (C, H, W) pixels in [0, 1], its longer side at most ``side``; of four channels the first three."""
+    values = (pixels.clamp(0, 1) * 255).round().byte()
+    image = Image.fromarray(values[0].numpy() if len(values) < 3 else values[:3].permute(1, 2, 0).numpy())
+    image.thumbnail((side, side), Image.Resampling.BOX)
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()

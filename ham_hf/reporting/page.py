@@ -1,0 +1,416 @@
+"""``report.html``: one self-contained page on which a person sees which class fails and why.
+
+Everything is in the file: style, script, numbers as JSON, images as data URIs. Nothing is requested from anywhere,
+which a content security policy in the page enforces: only the page's own style and script, by their hashes. Class
+names are data: the template escapes them, and the script sets them as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from torch import Tensor
+
+from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.files import atomic_write
+from ham_hf.pairing import Difference
+from ham_hf.reporting.class_examples import ClassExamples
+from ham_hf.reporting.report import AttackReport, RunReport, percent, plain_text
+
+PAGE_NAME = "report.html"
+MAX_PAGE_BYTES = 2_000_000
+MAX_NAME_LENGTH = 200
+MAX_CURVE_POINTS = 60
+"""Validations per curve; of more, every so many are shown and always the last."""
+MAX_TAKEN_FOR = 10
+"""Classes that one is taken for, listed where there are more than ``MANY_CLASSES``."""
+MANY_CLASSES = 200
+_IMAGES = re.compile(r'(<script type="application/json" id="images">).*?(</script>)', flags=re.DOTALL)
+_NO_IMAGES = "[]"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PageRun:
+    """One run on a page.
+
+    Attributes:
+        label: what to call it.
+        report: of a finished run.
+        verdicts: its predictions; None leaves out what each class is taken for where the report has no confusion.
+        examples: its images; None for none.
+    """
+
+    label: str
+    report: RunReport
+    verdicts: Verdicts | None = None
+    examples: ClassExamples | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageRow:
+    """One row of a comparison under one evaluation.
+
+    Attributes:
+        label: what to call it.
+        seeds: of its runs.
+        values: by metric (``average``, ``worst_class``, ``worst_30_percent``), the number of each run, in [0, 1].
+        differences: by metric, row minus baseline on the same images; empty where they cannot be paired.
+        note: why there is no paired difference; empty where there is one.
+    """
+
+    label: str
+    seeds: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+    differences: Mapping[str, Difference]
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageComparison:
+    """Several runs against a baseline: its label, and the rows by title of the evaluation."""
+
+    baseline: str
+    rows: Mapping[str, tuple[PageRow, ...]]
+
+
+def write_page(
+    report: RunReport, folder: str | Path, *, verdicts: Verdicts | None, examples: ClassExamples | None
+) -> Path:
+    """Write ``report.html`` of one run into ``folder`` in one step, and return its path."""
+    path = Path(folder) / PAGE_NAME
+    run = PageRun(label=plain_text(Path(report.model.name).name), report=report, verdicts=verdicts, examples=examples)
+    atomic_write(path, page_html([run]))
+    return path
+
+
+def page_html(runs: Sequence[PageRun], comparison: PageComparison | None = None) -> str:
+    """The page of one run or several; images of later runs are left out where it would exceed ``MAX_PAGE_BYTES``.
+
+    Args:
+        runs: at least one; the page opens with the first.
+        comparison: how they compare; None leaves that part out.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    if not runs:
+        raise ValueError("a page needs at least one run, got none")
+    data = {
+        "runs": [_run_values(run) for run in runs],
+        "comparison": None if comparison is None else _comparison_values(comparison),
+    }
+    images = [_image_values(run.examples) for run in runs]
+    numbers = script_json(data)
+    while True:
+        html = _render(runs, numbers, images)
+        filled = [index for index, entry in enumerate(images) if entry is not None]
+        if len(html.encode()) <= MAX_PAGE_BYTES or not filled:
+            return html
+        images[filled[-1]] = None
+
+
+def has_images(html: str) -> bool:
+    """Whether a page shows images of the dataset."""
+    found = _IMAGES.search(html)
+    return found is not None and found.group(0) != f"{found.group(1)}{_NO_IMAGES}{found.group(2)}"
+
+
+def without_images(html: str) -> str:
+    """The page without images of the dataset; everything else stays."""
+    return _IMAGES.sub(rf"\g<1>{_NO_IMAGES}\g<2>", html)
+
+
+def script_json(value: object) -> Markup:
+    """JSON to stand in a script element: no character in it can end the element or begin a comment."""
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)  # noqa: S704 (nothing in it can end the element)
+
+
+def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) -> str:
+    report = runs[0].report
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style, script = (_source(name) for name in ("page.css", "page.js"))
+    return environment.from_string(_source("page.html.jinja")).render(
+        style=Markup(style),  # noqa: S704 (our own file)
+        script=Markup(script),  # noqa: S704 (our own file)
+        style_hash=_source_hash(style),
+        script_hash=_source_hash(script),
+        title=f"{runs[0].label}: weak classes" if len(runs) == 1 else f"{len(runs)} runs: weak classes",
+        several=len(runs) > 1,
+        facts=_facts(report),
+        rows=_headline(report),
+        notes=[plain_text(note, 1000) for note in report.notes],
+        numbers=numbers,
+        images=script_json(list(images) if any(images) else []),
+    )
+
+
+def _source(name: str) -> str:
+    return (files("ham_hf.reporting") / name).read_text(encoding="utf-8")
+
+
+def _source_hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def _facts(report: RunReport) -> list[tuple[str, str]]:
+    """What a reader has to know of the first run, before any script has run."""
+    facts = [
+        ("Model", plain_text(report.model.name, 120)),
+        ("Dataset", plain_text(report.dataset.name, 120)),
+        ("Classes", f"{len(report.dataset.class_names):,}"),
+        ("Test images", f"{report.dataset.num_test:,}"),
+        ("Threat model", f"{_norm(report.threat_model.norm)}, ε = {_length(report.threat_model.epsilon)}"),
+    ]
+    method = report.config.get("method") if report.training is not None else None
+    if method:
+        facts.append(("Method", plain_text(method)))
+    made = report.created.replace("T", " ").replace("+00:00", " UTC")
+    return [*facts, ("Made", plain_text(made))]
+
+
+def _headline(report: RunReport) -> list[dict[str, str]]:
+    rows = []
+    for entry in report.entries():
+        summary = entry.summary
+        worst_30 = entry.intervals.worst_30_percent if entry.intervals else None
+        worst = entry.intervals.worst_class if entry.intervals else None
+        rows.append(
+            {
+                "title": entry.title,
+                "images": f"{summary.num_examples:,}",
+                "average": percent(summary.average),
+                "average_ends": _ends((summary.average_low, summary.average_high)),
+                "worst": percent(summary.worst_class),
+                "worst_ends": _ends(worst),
+                "worst_name": plain_text(report.dataset.class_names[summary.worst_class_index], MAX_NAME_LENGTH),
+                "worst_30": percent(summary.worst_30_percent),
+                "worst_30_ends": _ends(worst_30),
+            }
+        )
+    return rows
+
+
+def _ends(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else "–".join(map(percent, ends))
+
+
+def _run_values(run: PageRun) -> dict[str, object]:
+    report, verdicts = run.report, run.verdicts
+    if verdicts is not None and verdicts.class_names != report.dataset.class_names:
+        raise ValueError(f"{run.label}: its predictions are of other classes than its report; evaluate it again")
+    return {
+        "label": plain_text(run.label, 120),
+        "names": [plain_text(name, MAX_NAME_LENGTH) for name in report.dataset.class_names],
+        "entries": [_entry_values(report, entry, verdicts) for entry in report.entries()],
+        "curves": _curve_values(report),
+        "frontier": _frontier_values(report),
+    }
+
+
+def _entry_values(report: RunReport, entry: AttackReport, verdicts: Verdicts | None) -> dict[str, object]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "settings": _settings_text(entry),
+        "images": entry.summary.num_examples,
+        "subset": report.is_subset(entry),
+        "average": _rounded([entry.summary.average, entry.summary.average_low, entry.summary.average_high]),
+        "classes": [
+            [found.count, found.correct, *_rounded([found.low, found.high])] for found in entry.summary.per_class
+        ],
+        "taken": _taken_for(entry, verdicts),
+    }
+
+
+def _taken_for(entry: AttackReport, verdicts: Verdicts | None) -> list[list[int]] | None:
+    """Of each class: other classes and how often it was taken for each, most often first; -1 stands for not finite.
+
+    Under the verdict, what the first evaluation that broke the image made of it. None where that is not known.
+    """
+    num_classes = len(entry.summary.per_class)
+    if verdicts is not None and (entry.name in ("verdict", "clean") or entry.name in verdicts.attacked):
+        predictions = _wrong_predictions(verdicts, entry.name)
+        seen = verdicts.seen(entry.name)
+        labels, wrong = verdicts.labels[seen], predictions[seen]
+        pairs = labels * (num_classes + 1) + wrong + 1
+        keys, counts = torch.unique(pairs[wrong != labels], return_counts=True)
+        found = [
+            (key // (num_classes + 1), key % (num_classes + 1) - 1, count)
+            for key, count in zip(keys.tolist(), counts.tolist(), strict=True)
+        ]
+    elif entry.confusion is not None:
+        found = [
+            (label, other, count)
+            for label, row in enumerate(entry.confusion)
+            for other, count in enumerate(row)
+            if count and other != label
+        ]
+    else:
+        return None
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]
+    for label, other, count in found:
+        taken[label].append((other, count))
+    limit = MAX_TAKEN_FOR if num_classes > MANY_CLASSES else num_classes
+    return [
+        [value for pair in sorted(row, key=lambda pair: (-pair[1], pair[0]))[:limit] for value in pair]
+        for row in taken
+    ]
+
+
+def _wrong_predictions(verdicts: Verdicts, name: str) -> Tensor:
+    """(N,) what an evaluation made of each image; of an image that is right by it, its label."""
+    if name == "clean":
+        return verdicts.clean
+    # An image is right under an attack only if it is right when clean, too.
+    predictions = verdicts.clean
+    for attack in verdicts.attacked if name == "verdict" else (name,):
+        attacked = verdicts.attacked[attack]
+        predictions = torch.where((predictions == verdicts.labels) & verdicts.seen(attack), attacked, predictions)
+    return predictions
+
+
+def _curve_values(report: RunReport) -> dict[str, object] | None:
+    """Validations of a training: epochs from 1, accuracies, and the hard fraction of each class, as far as known."""
+    history = report.training.history if report.training is not None else ()
+    if not history or report.training is None:
+        return None
+    step = math.ceil(len(history) / MAX_CURVE_POINTS)
+    # Counted from the end, so that the last one is there.
+    lines = history[::-1][::step][::-1]
+    hard = [_numbers(line.get("hard_per_class")) for line in lines]
+    selected = report.training.selected_step
+    return {
+        "steps": [line.get("step") for line in lines],
+        "epochs": [_counted_from_one(line.get("epoch")) for line in lines],
+        "clean": _numbers([line.get("clean_accuracy") for line in lines]),
+        "robust": _numbers([line.get("robust_accuracy") for line in lines]),
+        "worst": _numbers([line.get("worst_class") for line in lines]),
+        "hard": hard if any(hard) else None,
+        "selected": selected,
+    }
+
+
+def _counted_from_one(epoch: object) -> int | None:
+    return int(epoch) + 1 if isinstance(epoch, (int, float)) else None
+
+
+def _numbers(values: object) -> list[float | None] | None:
+    if not isinstance(values, (list, tuple)):
+        return None
+    return [round(float(value), 3) if isinstance(value, (int, float)) else None for value in values]
+
+
+def _frontier_values(report: RunReport) -> dict[str, object] | None:
+    found = report.calibration
+    if found is None:
+        return None
+    return {
+        "chosen": found.fairness,
+        "images": plain_text(found.images, 300),
+        "seen": found.seen_in_training,
+        "counts": list(found.counts),
+        "points": [
+            {
+                "fairness": point.fairness,
+                "average": _rounded([point.average, point.average_low, point.average_high]),
+                "worst": _rounded([point.worst_class, point.worst_class_low, point.worst_class_high]),
+                "worst30": _rounded([point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high]),
+                "correct": list(point.correct),
+            }
+            for point in found.frontier
+        ],
+    }
+
+
+def _image_values(examples: ClassExamples | None) -> dict[str, object] | None:
+    if examples is None or not examples.examples:
+        return None
+    return {
+        "attack": plain_text(examples.attack),
+        "images": [
+            {
+                "label": example.label,
+                "position": example.position,
+                "kind": example.kind,
+                "margin": round(example.margin, 2) if math.isfinite(example.margin) else None,
+                "before": example.clean_prediction,
+                "after": example.attacked_prediction,
+                "times": round(example.enlargement, 1),
+                "png": [
+                    base64.b64encode(png).decode() for png in (example.clean, example.attacked, example.difference)
+                ],
+            }
+            for example in examples.examples
+        ],
+    }
+
+
+def _comparison_values(comparison: PageComparison) -> dict[str, object]:
+    return {
+        "baseline": plain_text(comparison.baseline, 120),
+        "rows": {
+            title: [
+                {
+                    "label": plain_text(row.label, 120),
+                    "seeds": list(row.seeds),
+                    "values": {metric: _rounded(values) for metric, values in row.values.items()},
+                    "differences": {
+                        metric: _rounded([found.mean, found.low, found.high])
+                        for metric, found in row.differences.items()
+                    },
+                    "note": plain_text(row.note, 300) if row.note else "",
+                }
+                for row in rows
+            ]
+            for title, rows in comparison.rows.items()
+        },
+    }
+
+
+def _rounded(values: Sequence[float | None]) -> list[float | None]:
+    return [None if value is None else round(value, 6) for value in values]
+
+
+def _settings_text(entry: AttackReport) -> str:
+    """What an attack may do, in one line."""
+    settings = entry.settings
+    if entry.name == "verdict":
+        attacks = settings.get("attacks")
+        listed = ", ".join(str(name).upper() for name in attacks) if isinstance(attacks, list) else ""
+        return plain_text(f"right on the clean image and never broken by {listed}", 300)
+    parts = []
+    if "norm" in settings:
+        parts.append(_norm(str(settings["norm"])))
+    for key, before in (("epsilon", "ε = "), ("step_size", "steps of ")):
+        value = settings.get(key)
+        if isinstance(value, (int, float)):
+            parts.append(f"{before}{_length(float(value))}")
+    if isinstance(settings.get("num_steps"), int):
+        parts.append(f"{settings['num_steps']} steps")
+    if entry.name == "clean":
+        return "images as they are"
+    return plain_text(", ".join(parts), 300) if parts else ""
+
+
+def _norm(norm: str) -> str:
+    return {"linf": "L∞", "l2": "L2"}.get(norm, plain_text(norm))
+
+
+def _length(value: float) -> str:
+    steps = value * 255
+    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"

@@ -1,0 +1,66 @@
+"""Our networks join timm's when timm is imported, so that ``import ham_hf`` need not import timm and torch.
+
+`register_networks` registers at once where timm is imported already. Else a finder at the front of ``sys.meta_path``
+waits for ``import timm``, lets Python's own machinery import it, and then imports `ham_hf.models.cifar_nets`, whose
+import is what registers. Either way ``timm.create_model("preactresnet18_cifar")`` works after ``import ham_hf`` and
+``import timm``, in any order. The finder answers for no other name, leaves no trace on the module, and starts no
+import by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+NETWORKS = "ham_hf.models.cifar_nets"
+
+
+class _AfterTimm(MetaPathFinder):
+    """Finds timm as the other finders do, with a loader that registers our networks afterwards."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The specification of timm; None for any other module, and where there is no timm."""
+        if fullname != "timm":
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _AfterTimm) or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _RegisteringLoader(spec.loader)
+                return spec
+        return None
+
+
+class _RegisteringLoader(Loader):
+    """Loads a module with its own loader, which takes its place, and then imports our networks."""
+
+    def __init__(self, own: Loader) -> None:
+        self._own = own
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """See `importlib.abc.Loader`."""
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See `importlib.abc.Loader`."""
+        module.__loader__ = self._own
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._own
+        self._own.exec_module(module)
+        import_module(NETWORKS)
+
+
+def register_networks() -> None:
+    """Register our networks with timm now, or as soon as it is imported; doing so again changes nothing."""
+    if "timm" in sys.modules:
+        import_module(NETWORKS)
+    elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterTimm())
