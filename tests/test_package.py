@@ -101,7 +101,8 @@ def test_wheel_has_the_whole_package_and_only_that(wheel: Path) -> None:
         assert archive.read(TEMPLATE) == (ROOT / "model_cards/robust_classifier.md").read_bytes()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ham_hf").rglob("*.py")}
     recipes = {f"ham_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").glob("*/*.yaml")}
-    assert package == sources | recipes | {"ham_hf/py.typed", "ham_hf/recipes/accelerate/slurm.sh", TEMPLATE}
+    page = {f"ham_hf/reporting/{name}" for name in ("page.html.jinja", "page.css", "page.js")}
+    assert package == sources | recipes | page | {"ham_hf/py.typed", "ham_hf/recipes/accelerate/slurm.sh", TEMPLATE}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ham_hf"}
 
 

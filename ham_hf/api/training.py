@@ -34,7 +34,7 @@ from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.reporting.results import training_report, write_config, write_training
-from ham_hf.runs import evaluate_on_test, example_strip, export_model, load_data, new_model
+from ham_hf.runs import class_examples, evaluate_on_test, example_strip, export_model, load_data, new_model
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launching import create_accelerator, launched_processes, peak_memory_bytes
 from ham_hf.training.optimization import check_optimizer
@@ -371,10 +371,12 @@ def _write_for_timm(
         accelerator,
         peak_memory_bytes=peak_memory_bytes(accelerator.device),
     )
-    examples = example_strip(
-        selected, data.test, settings.evaluation, threat_model=_threat_model(settings), seed=settings.training.seed
+    seed = settings.training.seed
+    examples = example_strip(selected, data.test, settings.evaluation, threat_model=_threat_model(settings), seed=seed)
+    of_classes = class_examples(
+        selected, data.test, settings.evaluation, results, threat_model=_threat_model(settings), seed=seed
     )
-    write_training(report, folder, results=results, examples=examples, repo_id=None)
+    write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
 
 
 def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:
