@@ -10,16 +10,20 @@ import by itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    # Not at run time: importlib.abc takes longer to import than all the rest.
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 NETWORKS = "ham_hf.models.cifar_nets"
 
 
-class _AfterTimm(MetaPathFinder):
+class _AfterTimm:
     """Finds timm as the other finders do, with a loader that registers our networks afterwards."""
 
     def find_spec(
@@ -34,12 +38,12 @@ class _AfterTimm(MetaPathFinder):
             spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _RegisteringLoader(spec.loader)
+                    spec.loader = cast("Loader", _RegisteringLoader(spec.loader))
                 return spec
         return None
 
 
-class _RegisteringLoader(Loader):
+class _RegisteringLoader:
     """Loads a module with its own loader, which takes its place, and then imports our networks."""
 
     def __init__(self, own: Loader) -> None:
