@@ -193,7 +193,7 @@ def main() -> int:
             found = differences(old / label, new / label)
             status |= bool(found)
             verdict = f"DIFFERS: {', '.join(found)}" if found else f"same ({len(compared(new / label))} files)"
-            print(f"{label:25} {verdict}")
+            print(f"{label:28} {verdict}")
     return status
 
 
