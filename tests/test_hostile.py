@@ -472,7 +472,11 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(
     inside = [child for token in tokens for child in token.children or []]
     assert not [token for token in (*tokens, *inside) if token.type in ("html_block", "html_inline")]
     links = {child.attrs["href"] for child in inside if child.type == "link_open"}
-    assert links == {"https://github.com/huggingface/pytorch-image-models"}
+    assert links == {
+        "https://github.com/huggingface/pytorch-image-models",
+        "https://github.com/huggingface/transformers",
+        "https://arxiv.org/abs/2308.01823",
+    }
     assert "`<b>rogue | (x) {{ 7 * 7 }} &a`" in card
     # What was written loads, under the names that it was given.
     assert load_pixel_model("run").class_names == ROGUE
