@@ -433,6 +433,10 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
             places, or if they share none and their numbers differ.
     """
     names, number = loaded.class_names, num_logits(loaded)
+    numbers = tuple(map(str, range(number)))
+    if names is None and set(class_names) == set(numbers):
+        # Folders 0, 1, 10, 100, ... come sorted as text, where a model that names no classes counts (ImageNetV2).
+        names = numbers
     if names is not None and tuple(names) == tuple(class_names):
         return AlignedModel(loaded.model, "by name")
     shared = set(names or ()) & set(class_names)
