@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ham_hf.attacks import ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.config.settings import setting_problems
 from ham_hf.evaluation import check_pixel_range
+from ham_hf.invocation import command
 from ham_hf.methods import InnerAttack, Method, OuterBatch, RuleMethod, States, available
 
 PAST_WARM_UP = sys.maxsize
@@ -174,7 +175,7 @@ def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Me
     if method not in stateless:
         raise ValueError(
             f"method {method!r} keeps state of the classes from epoch to epoch, which one batch cannot tell: train "
-            f"with ham_hf.train or train_ham.py --method {method}. In a loop of your own: {', '.join(stateless)}"
+            f"with ham_hf.train or {command('train')} --method {method}. In a loop of your own: {', '.join(stateless)}"
         )
     known = [field.name for field in fields(kinds[method]) if field.init]
     usable = [name for name in known if name not in ("class_margin", "class_weighting", "class_rule_args")]

@@ -30,6 +30,7 @@ from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
+from ham_hf.invocation import command
 from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import WEIGHTS_NAME
@@ -189,7 +190,7 @@ def _check(settings: TrainConfig, train: Examples | None, test: Examples | None)
         missing = "test" if test is None else "train"
         raise ValueError(f"{missing} is missing: give train and test, or neither for the dataset of the configuration")
     if settings.hub.push_to_hub:
-        raise ValueError("push_to_hub: this call writes a folder; push it afterwards with push.py")
+        raise ValueError(f"push_to_hub: this call writes a folder; push it afterwards with {command('push')}")
     if settings.calibration.is_asked_for:
         raise ValueError(
             "fairness: this call trains; make the result fairer with ham_hf.calibrate, on held-out images"

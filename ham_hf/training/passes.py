@@ -1,8 +1,8 @@
 """Count the passes over the network that a training run makes, whatever asked for them.
 
 The unit is one forward of one image: a forward costs 1, a gradient of the input 2 (forward included), a training pass
-3 (forward, gradients of input and parameters). Measured on CPUs a gradient of the input takes 1.9 to 2.1 forwards;
-METHODS and papers that count it as 3 include the gradient of the parameters, which no attack here computes.
+3 (forward, gradients of input and parameters): a count of arithmetic, not of time. Attacks that also compute the
+gradient of the parameters, as published code often does, would pay 3 for a step; none here does.
 """
 
 from __future__ import annotations
