@@ -12,7 +12,7 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.runs import align_classes, example_strip, threat_model_of
-from ham_hf.training.runlog import check_tracker, read_log
+from ham_hf.training.runlog import read_log
 from tests.nets import TensorImages
 
 PREPROCESSING = Preprocessing(
@@ -141,10 +141,3 @@ def test_log_line_that_was_cut_off_is_left_out(tmp_path):
     assert read_log(path) == []
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_log(path) == [{"step": 1}]
-
-
-def test_tracker_without_its_package_is_refused():
-    check_tracker("none")
-    check_tracker("tensorboard")
-    with pytest.raises(ValueError, match="pip install trackio"):
-        check_tracker("trackio")

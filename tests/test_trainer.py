@@ -22,8 +22,9 @@ from ham_hf.methods import HAM, PGDAT, InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.held_out import HeldOutAccuracy
 from ham_hf.training.resuming import check_same_run
-from ham_hf.training.runlog import RunLog, end_training, start_tracker
+from ham_hf.training.runlog import RunLog
 from ham_hf.training.stopping import TrainingStopped
+from ham_hf.training.trackers import end_training, start_trackers
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
 from tests.nets import TensorImages
@@ -467,15 +468,16 @@ def test_a_tracker_that_fails_stops_no_training(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.faults(quick=True)
-def test_a_tracker_that_cannot_begin_is_refused_and_one_that_cannot_end_is_only_said(caplog, monkeypatch):
+def test_a_tracker_that_cannot_begin_is_refused_and_one_that_cannot_end_is_only_said(tmp_path, caplog, monkeypatch):
     accelerator = Accelerator(cpu=True)
+    accelerator.log_with = ["wandb"]
 
     def nobody(*_, **__):
         raise RuntimeError("no API key configured")
 
     monkeypatch.setattr(accelerator, "init_trackers", nobody)
     with pytest.raises(ValueError, match=r"--report_to wandb could not begin: no API key .*--report_to none"):
-        start_tracker(accelerator, "wandb", {"seed": 0})
+        start_trackers(accelerator, tmp_path, {"project": "p", "run_name": None, "trackio_space_id": None}, step=0)
     monkeypatch.setattr(accelerator, "end_training", nobody)
     end_training(accelerator)
     assert "the tracker did not end well" in caplog.text

@@ -43,6 +43,7 @@ OURS = {
     "seed": "give seeds to the comparison",
     "output_dir": "give output_dir to the comparison; each run has a folder of its own in it",
     "resume_from_checkpoint": "an unfinished run is continued anyway",
+    "run_name": "each run is called by its row and seed",
     "overwrite_output_dir": "delete a run's folder to run it again",
     "push_to_hub": f"all runs would go to one repository; push the folder of a chosen run with {command('push')}",
 }
@@ -178,6 +179,9 @@ def _planned_run(
     place = {"seed": str(seed), "output_dir": str(_folder(output_dir, label, seed))}
     flags = [*own, *(Entry(name, text_node(value), "") for name, value in place.items())]
     config = build_config(TrainConfig, [*written, *flags])
+    if config.training.report_to:
+        flags.append(Entry("run_name", text_node(f"{label}/seed{seed}"), ""))
+        config = build_config(TrainConfig, [*written, *flags])
     for name in ("resume_from_checkpoint", "overwrite_output_dir"):
         if getattr(config.training, name):
             raise ConfigError(f"leave {name} out of {recipe}: {OURS[name]}")

@@ -144,11 +144,20 @@ def _read(known: Setting, node: yaml.Node) -> object:
         return None
     if known.is_mapping and isinstance(node, yaml.MappingNode):
         return _untyped(node)
+    if known.is_list and known.choices:
+        return _words(node)
     if known.is_list and isinstance(node, yaml.SequenceNode):
         return tuple(_read_scalar(known.item_kind, item) for item in node.value)
     if known.is_mapping or known.is_list:
         raise ValueError
     return _read_scalar(str if known.choices else known.kind, node)
+
+
+def _words(node: yaml.Node) -> tuple[str, ...]:
+    """A list of words, each once: ``[a, b]``, ``a b`` of a flag, or ``a,b``; ``none`` stands for an empty one."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    words = [word.strip() for item in items for word in str(_read_scalar(str, item)).split(",")]
+    return () if words == ["none"] else tuple(dict.fromkeys(words))
 
 
 def _read_scalar(kind: object, node: yaml.Node) -> object:

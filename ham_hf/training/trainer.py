@@ -248,6 +248,7 @@ class Trainer:
         self.log = RunLog(
             self.accelerator,
             self.output_dir,
+            self.data.class_names,
             start_step=self.progress.step,
             validation_due=self.progress.validation_due is not None,
             total_steps=self.total_steps,
