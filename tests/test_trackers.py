@@ -124,11 +124,11 @@ def test_classes_in_trackers_have_names_that_differ():
 
 def test_runs_of_a_comparison_are_called_by_row_and_seed(tmp_path):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(
-        f"recipe: {ROOT}/recipes/digits/ham.yaml\noutput_dir: out\nseeds: [0, 3]\nsettings: {{report_to: [tensorboard]}}\nruns: {{ham: {{}}}}\n"
-    )
+    tracked = "settings: {report_to: [tensorboard]}\n"
+    recipe = f"recipe: {ROOT}/recipes/digits/ham.yaml\n"
+    plan.write_text(f"{recipe}output_dir: out\nseeds: [0, 3]\n{tracked}runs: {{ham: {{}}}}\n")
     words = [run.words for run in read_plan(plan).runs]
     assert ["--run_name=ham/seed0" in one for one in words] == [True, False]
     assert "--run_name=ham/seed3" in words[1]
-    plan.write_text(plan.read_text().replace("settings: {report_to: [tensorboard]}\n", ""))
+    plan.write_text(plan.read_text().replace(tracked, ""))
     assert not any("run_name" in word for run in read_plan(plan).runs for word in run.words)
