@@ -21,7 +21,7 @@ from tests.distributed.legs import METHODS, RELAY, RELAY_METHOD, make_trainer, n
 from tests.distributed.worker import SCENARIOS, scenario_data
 from tests.support.nets import batch_norm_net, group_norm_net
 from tests.support.recipe_runs import CONFIGURED
-from tests.training.test_trainer import log_of
+from tests.support.training import log_of
 
 ENGINES = {
     "two": CONFIGURED["cpu.yaml"],

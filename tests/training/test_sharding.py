@@ -23,7 +23,7 @@ from ham_hf.training.sharding import (
 from tests.conftest import ROOT
 from tests.support.nets import group_norm_net
 from tests.support.recipe_runs import CONFIGURED, recipe_module
-from tests.training.test_trainer import trainer
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
