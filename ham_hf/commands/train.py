@@ -55,7 +55,7 @@ from ham_hf.runs import (
 )
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
-from ham_hf.training.launching import (
+from ham_hf.training.launch import (
     check_shared_folder,
     create_accelerator,
     launched_processes,
@@ -63,8 +63,7 @@ from ham_hf.training.launching import (
     set_up_logging,
 )
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
-from ham_hf.training.run_lock import RunLock
+from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
