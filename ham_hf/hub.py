@@ -22,12 +22,24 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, set_client_factory
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+    set_client_factory,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.invocation import command
-from ham_hf.reporting.page import PAGE_NAME, has_images, without_images
+from ham_hf.reporting.card import IMAGES
+from ham_hf.reporting.card import without_images as card_without_images
+from ham_hf.reporting.eval_results import EVAL_RESULTS
+from ham_hf.reporting.page import PAGE_NAME
+from ham_hf.reporting.page import without_images as page_without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
@@ -44,10 +56,15 @@ ARTEFACTS = (
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
+    "image.png",
+    ".eval_results/*.yaml",
     "rgb/config.json",
     "rgb/model.safetensors",
 )
 """The files of an output folder that are published. Checkpoints, which hold optimizer state as pickles, are not."""
+EVALUATION_NAME = "EVALUATION.md"
+EVALUATED = (REPORT_NAME, EVALUATION_NAME, "figures/*.png", ".eval_results/*.yaml")
+"""Likewise of the folder of an evaluation."""
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 CONFLICTS = (409, 412)
@@ -124,8 +141,8 @@ def push_folder(
     """Push the ``ARTEFACTS`` of an output folder to branch ``revision`` of an existing repository "user/name".
 
     Makes up to ``attempts`` tries when the server or the connection fails, or another commit gets in between.
-    Of a dataset that is not public, images are taken out of the pushed ``report.html``, unless ``publish_images``; the
-    one in the folder keeps them. ``private`` only goes into the command that a failed push names. Returns the URL of
+    Of a dataset that is not public, images are taken out of the pushed card and page, unless ``publish_images``; those
+    in the folder keep them. ``private`` only goes into the command that a failed push names. Returns the URL of
     the commit, or of the last one if nothing has changed since.
 
     Raises:
@@ -137,17 +154,16 @@ def push_folder(
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
     limit_waiting()
 
-    page = None if publish_images else _page_to_replace(Path(folder))
-    patterns = [name for name in ARTEFACTS if page is None or name != PAGE_NAME]
+    instead, left_out = ({}, ()) if publish_images else _without_private_images(Path(folder))
 
     def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
-        if page is not None:
+        for name, text in instead.items():
             HfApi().upload_file(
-                path_or_fileobj=page.encode(),
-                path_in_repo=PAGE_NAME,
+                path_or_fileobj=text.encode(),
+                path_in_repo=name,
                 repo_id=repo_id,
                 revision=revision,
-                commit_message=f"{commit_message}: {PAGE_NAME}",
+                commit_message=f"{commit_message}: {name}",
             )
         with warnings.catch_warnings():
             # predictions.parquet belongs to the model.
@@ -157,7 +173,8 @@ def push_folder(
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
-                allow_patterns=patterns,
+                allow_patterns=list(ARTEFACTS),
+                ignore_patterns=[*instead, *left_out],
             )
 
     try:
@@ -179,16 +196,25 @@ def push_folder(
     return str(commit.commit_url)
 
 
-def _page_to_replace(folder: Path) -> str | None:
-    """The page to push in place of the one in the folder, as that shows images that are not public; None if not so."""
-    path = folder / PAGE_NAME
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if not has_images(text) or _has_public_images(folder):
-        return None
+def _without_private_images(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What to push of a folder whose dataset is not for everybody: texts in place of files, and files to leave out."""
+    instead = {}
+    for name, strip in (
+        (PAGE_NAME, page_without_images),
+        ("README.md", card_without_images),
+        (EVALUATION_NAME, card_without_images),
+    ):
+        text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
+        if (stripped := strip(text)) != text:
+            instead[name] = stripped
+    left_out = tuple(name for name in IMAGES if (folder / name).is_file())
+    if not (instead or left_out) or _has_public_images(folder):
+        return {}, ()
     logger.warning(
-        "%s is pushed without images, as its dataset is not known to be public; --publish_images keeps them", PAGE_NAME
+        "%s: pushed without images, as the dataset is not known to be public; --publish_images keeps them",
+        ", ".join([*instead, *left_out]),
     )
-    return without_images(text)
+    return instead, left_out
 
 
 def _has_public_images(folder: Path) -> bool:
@@ -273,6 +299,99 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
             f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
             "same command again"
         ) from None
+
+
+def check_pull_request(repo_id: str) -> None:
+    """Check before an evaluation that its pull request can be opened; nothing is changed on the Hub.
+
+    Raises:
+        ValueError: saying what to fix, if there is no token that the Hub accepts, or no such repository.
+    """
+    if get_token() is None:
+        raise ValueError(
+            "--create_pr needs a token, and there is none: run `hf auth login`, set HF_TOKEN, or evaluate without "
+            "--push_to_hub"
+        )
+    limit_waiting()
+    try:
+        _retry(lambda: HfApi().whoami())
+        _retry(lambda: HfApi().model_info(repo_id))
+    except ACCESS_ERRORS as error:
+        if _status(error) == 404:
+            raise ValueError(
+                f"--create_pr: there is no model {repo_id} on the Hub, or it is not for this token"
+            ) from None
+        raise ValueError(_access_problem(repo_id, DEFAULT_REVISION, error)) from None
+
+
+def push_evaluation(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    create_pr: bool,
+    publish_images: bool = False,
+    revision: str = DEFAULT_REVISION,
+) -> str:
+    """Push the ``EVALUATED`` files of a folder to a model's repository, as one commit or one pull request.
+
+    A repository whose ``report.json`` is of more than an evaluation, such as of a training run, keeps it and its
+    figures: the files then go into its folder ``evaluation``. For images the rule is that of `push_folder`. A pull
+    request is tried once: one whose answer is lost may have been opened, and a second one would be somebody's work.
+
+    Returns:
+        The URL of the pull request or commit.
+
+    Raises:
+        FileNotFoundError: if the folder holds no evaluation.
+        PushError: if the push failed.
+    """
+    folder = Path(folder)
+    for name in (REPORT_NAME, EVALUATION_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of an evaluation")
+    limit_waiting()
+    instead, left_out = ({}, ()) if publish_images else _without_private_images(folder)
+    found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
+
+    def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
+        place = "evaluation/" if _keeps_its_report(repo_id, revision) else ""
+        operations = [
+            CommitOperationAdd(
+                path_in_repo=name if name.startswith(EVAL_RESULTS) else place + name,
+                path_or_fileobj=instead[name].encode() if name in instead else str(folder / name),
+            )
+            for name in found
+            if name not in left_out
+        ]
+        return HfApi().create_commit(
+            repo_id,
+            operations,
+            commit_message="Robustness per class, measured by ham_hf",
+            create_pr=create_pr,
+            revision=revision,
+        )
+
+    try:
+        commit = _retry(upload, 1 if create_pr else 3, also=CONFLICTS)
+    except PUSH_ERRORS as error:
+        words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
+        words += [flag for flag, given in (("--create_pr", create_pr), ("--publish_images", publish_images)) if given]
+        raise PushError(
+            f"pushing the evaluation to {repo_id} failed: {_without_token(error)}\nIt is complete in "
+            f"{folder.resolve()}. {_advice(error)}Push it again with:\n    {shlex.join(words)}"
+        ) from None
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _keeps_its_report(repo_id: str, revision: str) -> bool:
+    """Whether a repository has a ``report.json`` that is not of an evaluation alone."""
+    try:
+        report = read_report(hf_hub_download(repo_id, REPORT_NAME, revision=revision))
+    except EntryNotFoundError:
+        return False
+    except ValueError:  # somebody else's file
+        return True
+    return report.training is not None or report.calibration is not None
 
 
 def start_push(folder: str | Path, repo_id: str, *, patience: float, **options: str) -> threading.Thread:

@@ -374,10 +374,9 @@ def _write_for_timm(
         peak_memory_bytes=peak_memory_bytes(accelerator.device),
     )
     seed = settings.training.seed
-    examples = example_strip(selected, data.test, settings.evaluation, threat_model=_threat_model(settings), seed=seed)
-    of_classes = class_examples(
-        selected, data.test, settings.evaluation, results, threat_model=_threat_model(settings), seed=seed
-    )
+    shown = (selected, data.test, settings.evaluation, results)
+    examples = example_strip(*shown, threat_model=_threat_model(settings), seed=seed)
+    of_classes = class_examples(*shown, threat_model=_threat_model(settings), seed=seed)
     write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
 
 

@@ -396,7 +396,12 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
             calibration=found.calibration,
         )
         examples = example_strip(
-            run.selected, data.test, config.evaluation, threat_model=run.threat_model, seed=config.training.seed
+            run.selected,
+            data.test,
+            config.evaluation,
+            found.results,
+            threat_model=run.threat_model,
+            seed=config.training.seed,
         )
         of_classes = class_examples(
             run.selected,

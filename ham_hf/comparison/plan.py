@@ -18,9 +18,8 @@ own method.
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +29,7 @@ import yaml
 from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to_dict
 from ham_hf.config.build import build_config
 from ham_hf.config.settings import settings_of
-from ham_hf.config.yaml_text import Entry, exact_fraction, read_yaml, show_node, text_node
+from ham_hf.config.yaml_text import Entry, read_yaml, setting_words, show_node, text_node
 from ham_hf.invocation import command
 
 T = TypeVar("T")
@@ -149,25 +148,6 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     if problems:
         raise ConfigError(problems)
     return Plan(runs=tuple(runs), baseline=baseline, output_dir=Path(folder))
-
-
-def setting_words(values: Mapping[str, object]) -> list[str]:
-    """Settings as words of a command line, which reads them back equal.
-
-    Args:
-        values: by name, in the form of `ham_hf.config.config_to_dict`.
-    """
-    words: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            words += [f"--{name}", *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is None or isinstance(value, bool):
-            words.append(f"--{name}={str(value).lower()}")
-        else:
-            words.append(f"--{name}={exact_fraction(value) or value}")
-    return words
 
 
 def _planned_run(

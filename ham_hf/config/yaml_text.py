@@ -7,8 +7,10 @@ such as ``model_args``, which have no declared type, are recognized by their for
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +132,25 @@ def config_to_yaml(config: AnyConfig) -> str:
         "".join([f"# {title}\n", *(_write(name, flat[name]) for name in values)]) for title, values in sections(config)
     ]
     return "\n".join(blocks)
+
+
+def setting_words(values: Mapping[str, object]) -> list[str]:
+    """Settings as words of a command line, which reads them back equal.
+
+    Args:
+        values: by name, in the form of `ham_hf.config.config_to_dict`.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            words += [f"--{name}", *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, bool):
+            words.append(f"--{name}={str(value).lower()}")
+        else:
+            words.append(f"--{name}={exact_fraction(value) or value}")
+    return words
 
 
 def exact_fraction(value: object) -> str | None:

@@ -119,6 +119,11 @@ class DatasetReport:
     class_order: str | None = None
     num_model_classes: int | None = None
 
+    @property
+    def title(self) -> str:
+        """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+        return self.hub_id or plain_text(Path(self.name).name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModelReport:
@@ -519,6 +524,12 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 def percent(share: float) -> str:
     """A share in [0, 1] as percent with one decimal, without the sign: 0.5312 -> "53.1"."""
     return f"{100 * share:.1f}"
+
+
+def fraction_text(value: float) -> str:
+    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
+    steps = value * 255
+    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
 
 
 def plain_text(value: object, max_length: int = 60) -> str:
