@@ -394,11 +394,10 @@ def _is_there(folder: Path | None, path: str) -> bool:
 def _class_rows(report: RunReport) -> list[dict[str, str]]:
     """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
     order_by = report.verdict or report.reference_attack() or next(iter(report.results.values()))
-    entries = order_by.summary.per_class
-    present = [index for index, entry in enumerate(entries) if entry.count]
-    present.sort(key=lambda index: entries[index].accuracy or 0.0)
     rows = []
-    for index in present:
+    for index in report.worst_first():
+        if not order_by.summary.per_class[index].count:
+            continue
         row = {
             "Class": plain_text(report.dataset.class_names[index], 40),
             "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),

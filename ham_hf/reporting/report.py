@@ -289,6 +289,17 @@ class RunReport:
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
 
+    def worst_first(self) -> list[int]:
+        """Class indices in the order of tables and figures: by the verdict, else under the reference attack.
+
+        Classes without images there are last.
+        """
+        order_by = self.verdict or self.reference_attack() or next(iter(self.results.values()))
+        entries = order_by.summary.per_class
+        return sorted(
+            range(len(entries)), key=lambda index: (not entries[index].count, entries[index].accuracy or 0.0)
+        )
+
     def passed_gate(self) -> bool:
         """Whether any epoch up to the selected one passed the gate of a fairness-gated average of weights."""
         training = self.training
