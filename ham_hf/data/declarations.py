@@ -101,7 +101,7 @@ class Declarations:
             if second is not None:
                 raise ValueError(
                     f"column {column!r}: {silent[0]} declares no class names, and {known[0].file} and {second.file} "
-                    f"declare different ones, {_listed(known[0].names[column])} and {_listed(second.names[column])}, "
+                    f"declare different ones, {listed(known[0].names[column])} and {listed(second.names[column])}, "
                     "so it is not known what its labels count; declare the names in every file, or in README.md"
                 )
             logger.warning(
@@ -132,8 +132,8 @@ def disagreement(column: str, first: str, names: Sequence[str], second: str, oth
     """Message about two declarations that cannot be matched by name."""
     new = [name for name in others if name not in set(names)]
     return (
-        f"column {column!r}: {first} declares the {len(names)} classes {_listed(names)}, and {second} the "
-        f"{len(others)} classes {_listed(others)}: {_listed(new)} of the second are none of the first; declare the "
+        f"column {column!r}: {first} declares the {len(names)} classes {listed(names)}, and {second} the "
+        f"{len(others)} classes {listed(others)}: {listed(new)} of the second are none of the first; declare the "
         "same names in both, or choose another --label_column"
     )
 
@@ -186,6 +186,7 @@ def _declared(file: str) -> dict[str, Any]:
         ) from error
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
     shown = ", ".join(map(repr, names[:12]))
     return f"[{shown}{', ...' if len(names) > 12 else ''}]"
