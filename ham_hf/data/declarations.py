@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
 
 OPEN_AT_ONCE = 16
 README = "README.md"
+
+
+class RepeatedNameError(ValueError):
+    """Two classes have one name; the message gives it."""
 
 
 class StreamError(ValueError):
@@ -177,13 +183,29 @@ def _file_classes(file: str, row: Mapping[str, Any]) -> FileClasses:
 def _declared(file: str) -> dict[str, Any]:
     try:
         with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
+            _refuse_repeated_names(file, parquet.schema_arrow)
             names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
             return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+    except RepeatedNameError:
+        raise
     except Exception as error:
         # Network, Hub, file format: dozens of exception types.
         raise StreamError(
             f"{file} cannot be read ({type(error).__name__}: {error}); if it is whole, the same command tries again"
         ) from error
+
+
+def _refuse_repeated_names(file: str, schema: pa.Schema) -> None:
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for column, feature in stored.get("info", {}).get("features", {}).items():
+        names = feature.get("names") if isinstance(feature, dict) else None
+        counts = Counter(names) if isinstance(names, list) else Counter()
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise RepeatedNameError(
+                f"column {column!r}: {file} declares {counts[twice[0]]} classes called {twice[0]!r}, which nothing "
+                "could tell apart: give each a name of its own"
+            )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
         builder = _builder(name, config_name, revision, local=local)
         opened, commit = _opened(builder, config_name, revision, local=local)
+        _check_names_in_readme(str(builder.base_path))
         configs = _declared_configs(str(builder.base_path))
         declares = any("data_files" in own for own in configs if own.get("config_name") == builder.config.name)
         images = _reads_image_files(builder)
@@ -129,20 +130,50 @@ def _reads_image_files(builder: datasets.DatasetBuilder) -> bool:
     return "ImageFolder" in kinds and all(getattr(builder.config, option, None) is None for option in asked)
 
 
-def _declared_configs(base: str) -> list[dict[str, object]]:
-    """What the front matter of a dataset's README.md declares as its configurations."""
+def _front_matter(base: str) -> str:
+    """The YAML at the top of a dataset's README.md; empty without."""
     try:
         with fsspec.open(f"{base}/README.md", "rb") as file:
             text = file.read(MAX_README_BYTES).decode(errors="replace")
     except FileNotFoundError:
-        return []
+        return ""
     front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    return front[1] if front else ""
+
+
+def _declared_configs(base: str) -> list[dict[str, object]]:
+    """What the front matter of a dataset's README.md declares as its configurations."""
     try:
-        values = yaml.safe_load(front[1]) if front else None
+        values = yaml.safe_load(_front_matter(base))
     except yaml.YAMLError:
         return []  # datasets, which reads it next, says what is wrong with it
     configs = values.get("configs") if isinstance(values, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+
+
+def _check_names_in_readme(base: str) -> None:
+    """Refuse class names of README.md that YAML reads as something else: no is False, 1.10 is 1.1, 007 is 7.
+
+    Raises:
+        ValueError: naming one.
+    """
+    front = _front_matter(base)
+    written, read = (list(_leaves(yaml.load(front, loader))) for loader in (yaml.BaseLoader, yaml.SafeLoader))  # noqa: S506
+    for name, value in zip(written, read, strict=True):
+        if str(value) != name:
+            raise ValueError(f"README.md declares the class {name}, which YAML reads as {value!r}: put it in quotes")
+
+
+def _leaves(node: object, of_names: bool = False) -> Iterator[object]:
+    """Names of all ``class_label`` below a node of YAML, in order."""
+    if isinstance(node, dict):
+        for key, below in node.items():
+            yield from _leaves(below, of_names or (key == "class_label"))
+    elif isinstance(node, list):
+        for below in node:
+            yield from _leaves(below, of_names)
+    elif of_names:
+        yield node
 
 
 def _declares_configs(base: str) -> bool:
@@ -252,6 +283,7 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
         try:
             check_cache()
             builder = _builder(name, config_name, revision, local=local)
+            _check_names_in_readme(str(builder.base_path))
             _refuse_repeated_files(builder)
             _note_unread_files(builder)
             declared = _declarations(builder)
@@ -352,6 +384,8 @@ def _explain(error: Exception, name: str, config_name: str | None, revision: str
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]
+    if text.startswith("Some label names are duplicated"):
+        text += " They are declared in README.md, where YAML reads 1.10 as 1.1 and 007 as 7 unless they are in quotes."
     # datasets raises a plain ValueError if the configuration is missing or unknown, and lists those there are.
     if type(error) is ValueError and "config" in text.lower():
         return f"--dataset_config_name {config_name or '(not given)'}, of --dataset_name {name}: {text}"
