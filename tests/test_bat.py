@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, input_gradient
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import InnerAttack, OuterBatch
 from ham_hf.methods.bat import BAT, BalanceLoss
+from ham_hf.settings import setting_problems
 from tests.golden_data import GOLDEN, golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

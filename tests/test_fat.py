@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, input_gradient
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import InnerAttack
 from ham_hf.methods.fat import FAT
+from ham_hf.settings import setting_problems
 from tests.golden_data import GOLDEN, golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import PGDAT, InnerAttack
 from ham_hf.methods.gairat import GAIRAT, CorrectIterates, gairat_weights
+from ham_hf.settings import setting_problems
 from tests.golden_data import golden_net
 from tests.method_checks import (
     assert_loss_and_gradients,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import parse_train_config
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES, InnerAttack
 from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
 from ham_hf.reporting.method_text import combined_with, method_rows
+from ham_hf.settings import setting_problems
 from tests.golden_data import golden_net
 from tests.method_checks import golden_batch, initial_states
 from tests.test_mining_passes import updated

@@ -15,10 +15,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ham_hf.attacks import ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
-from ham_hf.config.settings import setting_problems
 from ham_hf.evaluation import check_pixel_range
 from ham_hf.invocation import command
 from ham_hf.methods import InnerAttack, Method, OuterBatch, RuleMethod, States, available
+from ham_hf.settings import setting_problems
 
 PAST_WARM_UP = sys.maxsize
 """The epoch that methods with a schedule are told: past every warm-up."""

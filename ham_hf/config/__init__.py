@@ -24,8 +24,8 @@ from ham_hf.config.groups import (
     config_to_dict,
     pixel_unit_problems,
 )
-from ham_hf.config.settings import ConfigError
 from ham_hf.config.yaml_text import config_to_yaml
+from ham_hf.settings import ConfigError
 
 __all__ = [
     "AttackConfig",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.methods import HAM, Method
+from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 
 _LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
 _SHUFFLE_BUFFER_SIZE = 10_000
@@ -60,10 +60,10 @@ class DataConfig(SettingsGroup):
     image_column: str | None = setting(None, "column with the images; none = found by rule")
     label_column: str | None = setting(None, "column with the labels; none = found by rule")
     validation_fraction: float = setting(
-        0.04, "fraction of train held out, stratified, to select the checkpoint by", "[0, 1)"
+        0.04, "fraction of train held out, stratified, to select the checkpoint by", at_least=0, below=1
     )
     test_fraction: float = setting(
-        0.2, "fraction of train made the test split, stratified, if the dataset has none", "(0, 1)"
+        0.2, "fraction of train made the test split, stratified, if the dataset has none", above=0, below=1
     )
     augmentation: Literal["auto", "none", "crop", "crop_flip", "timm"] = setting(
         "auto", "training augmentation; auto = none for digits, crop_flip up to 96 px, timm's own above"
@@ -72,17 +72,17 @@ class DataConfig(SettingsGroup):
         "auto", "ram = decode once into memory, none = decode each epoch, auto = ram where it fits"
     )
     skip_corrupt: bool = setting(False, "skip and count images that cannot be decoded, instead of stopping")
-    dataloader_num_workers: int = setting(2, "decoding processes per device for images that are not cached", ">= 0")
-    limit_train_examples: int | None = setting(None, "use this many training images, stratified", ">= 1")
-    limit_test_examples: int | None = setting(None, "use this many test images, stratified", ">= 1")
+    dataloader_num_workers: int = setting(
+        2, "decoding processes per device for images that are not cached", at_least=0
+    )
+    limit_train_examples: int | None = setting(None, "use this many training images, stratified", at_least=1)
+    limit_test_examples: int | None = setting(None, "use this many test images, stratified", at_least=1)
     dataset_streaming: bool = setting(False, "read the training split from its files as it goes, without a local copy")
     shuffle_buffer_size: int = setting(
-        _SHUFFLE_BUFFER_SIZE,
-        "examples that a stream is shuffled within, kept encoded, over all processes",
-        ">= 1",
+        _SHUFFLE_BUFFER_SIZE, "examples that a stream is shuffled within, kept encoded, over all processes", at_least=1
     )
     num_train_examples: int | None = setting(
-        None, "examples of a streamed training split; needed for .tar archives that do not say it", ">= 1"
+        None, "examples of a streamed training split; needed for .tar archives that do not say it", at_least=1
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -106,14 +106,14 @@ class ModelConfig(SettingsGroup):
 
     model_name: str = setting("resnet18_cifar", "any timm model name")
     pretrained: bool = setting(False, "start from timm's pretrained weights")
-    model_args: Mapping[str, object] = field(
-        default_factory=dict,
-        metadata={"help": "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"},
+    model_args: Mapping[str, object] = setting(
+        {}, "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"
     )
     image_size: int | None = setting(
         None,
         "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
-        "[1, 4096]",
+        at_least=1,
+        at_most=4096,
     )
 
 
@@ -122,9 +122,9 @@ class AttackConfig(SettingsGroup):
     """The threat model, which evaluation shares, and the PGD attack of training."""
 
     norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
-    epsilon: float = setting(_LINF_EPSILON, "radius of the perturbation in pixel units", "> 0")
-    step_size: float = setting(_LINF_STEP_SIZE, "length of a PGD step in training, in pixel units", "> 0")
-    num_steps: int = setting(10, "PGD steps in training", ">= 1")
+    epsilon: float = setting(_LINF_EPSILON, "radius of the perturbation in pixel units", above=0)
+    step_size: float = setting(_LINF_STEP_SIZE, "length of a PGD step in training, in pixel units", above=0)
+    num_steps: int = setting(10, "PGD steps in training", at_least=1)
 
     def contradictions(self) -> Iterator[str]:
         """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
@@ -143,20 +143,23 @@ class TrainingConfig(SettingsGroup):
     output_dir: str = setting("outputs/ham", "folder for everything the run leaves behind")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a run")
     resume_from_checkpoint: str | None = setting(None, "latest, or the path of a checkpoint folder")
-    num_train_epochs: int = setting(120, "epochs", ">= 1")
-    max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", ">= 1")
+    num_train_epochs: int = setting(120, "epochs", at_least=1)
+    max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", at_least=1)
     max_train_hours: float | None = setting(
-        None, "save and stop after this many hours, to go on in another job (exit status 75)", "> 0"
+        None, "save and stop after this many hours, to go on in another job (exit status 75)", above=0
     )
-    per_device_train_batch_size: int = setting(128, "training images per process and step", ">= 1")
-    gradient_accumulation_steps: int = setting(1, "batches per update", ">= 1")
+    per_device_train_batch_size: int = setting(128, "training images per process and step", at_least=1)
+    gradient_accumulation_steps: int = setting(1, "batches per update", at_least=1)
     optimizer: str = setting("momentum", "any timm optimizer name (momentum = SGD without Nesterov)")
-    learning_rate: float = setting(0.1, "highest learning rate", "> 0")
+    learning_rate: float = setting(0.1, "highest learning rate", above=0)
     layer_decay: float | None = setting(
-        None, "factor on the learning rate from each layer of a timm backbone to the one before; none = 1", "(0, 1]"
+        None,
+        "factor on the learning rate from each layer of a timm backbone to the one before; none = 1",
+        above=0,
+        at_most=1,
     )
-    momentum: float = setting(0.9, "momentum, for optimizers that have it", "[0, 1)")
-    weight_decay: float = setting(5e-4, "weight decay", ">= 0")
+    momentum: float = setting(0.9, "momentum, for optimizers that have it", at_least=0, below=1)
+    weight_decay: float = setting(5e-4, "weight decay", at_least=0)
     decay_norm_and_bias: bool = setting(True, "decay norm layers and biases too, as adversarial training does")
     lr_scheduler_type: Literal["constant", "cosine", "piecewise"] = setting(
         "piecewise", "learning-rate schedule; piecewise follows --lr_drops"
@@ -166,22 +169,27 @@ class TrainingConfig(SettingsGroup):
         "from the 0-based EPOCH on, the rate is FACTOR times --learning_rate (piecewise only)",
         items="EPOCH:FACTOR",
     )
-    warmup_epochs: float = setting(0.0, "epochs of linear warm-up of the learning rate", ">= 0")
-    min_learning_rate: float = setting(0.0, "learning rate at the end (cosine only)", ">= 0")
+    warmup_epochs: float = setting(0.0, "epochs of linear warm-up of the learning rate", at_least=0)
+    min_learning_rate: float = setting(0.0, "learning rate at the end (cosine only)", at_least=0)
     lr_step_unit: Literal["epoch", "step"] = setting("epoch", "how often the learning rate changes")
-    max_grad_norm: float | None = setting(None, "clip the gradient to this l2 norm", "> 0")
-    ema_decay: float | None = setting(None, "decay per update of averaged weights; none = no average", "(0, 1)")
+    max_grad_norm: float | None = setting(None, "clip the gradient to this l2 norm", above=0)
+    ema_decay: float | None = setting(
+        None, "decay per update of averaged weights; none = no average", above=0, below=1
+    )
     fawa: Literal["auto", "on", "off"] = setting(
         "auto", "fairness-gated averaging of weights once per epoch; auto = with --method cfa, as published"
     )
-    fawa_decay: float = setting(0.85, "share of the old average in the new one (fawa)", "(0, 1)")
+    fawa_decay: float = setting(0.85, "share of the old average in the new one (fawa)", above=0, below=1)
     fawa_threshold: float = setting(
-        0.2, "robust accuracy that the worst held-out class needs for its epoch to be averaged (fawa)", "[0, 1]"
+        0.2,
+        "robust accuracy that the worst held-out class needs for its epoch to be averaged (fawa)",
+        at_least=0,
+        at_most=1,
     )
     awp_gamma: float | None = setting(
-        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", "> 0"
+        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", above=0
     )
-    awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", ">= 0")
+    awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", at_least=0)
     mixed_precision: Literal["no", "bf16"] = setting("no", "precision of the network; pixels stay float32")
     attack_precision: Literal["training", "bf16"] = setting(
         "training", "precision of the attack's passes in training: that of the training forward, or bf16"
@@ -189,17 +197,19 @@ class TrainingConfig(SettingsGroup):
     memory_format: Literal["channels_last", "contiguous"] = setting("channels_last", "memory layout of images")
     torch_compile: bool = setting(False, "compile the network with torch.compile")
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
-    seed: int = setting(0, "seed of data split, initialization, order, augmentation and attacks", "[0, 4294967295]")
-    logging_steps: int = setting(10, "updates between two lines of the training log", ">= 1")
-    save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", ">= 1")
-    save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", ">= 1")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
+    seed: int = setting(
+        0, "seed of data split, initialization, order, augmentation and attacks", at_least=0, at_most=4294967295
+    )
+    logging_steps: int = setting(10, "updates between two lines of the training log", at_least=1)
+    save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", at_least=1)
+    save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", at_least=1)
     selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"] = setting(
         "robust_accuracy",
         "what the weights that are kept are best at, on held-out images; verdict = images right under PGD and CW, "
         "which attacks twice; last = final weights",
     )
-    validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", ">= 1")
+    validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", at_least=1)
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
         "none", "tracker to log to, besides metrics.jsonl"
     )
@@ -251,7 +261,7 @@ class EvaluationThreatConfig(SettingsGroup):
         None, "norm that bounds the perturbation; none = as the model was trained, else linf"
     )
     epsilon: float | None = setting(
-        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", "> 0"
+        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", above=0
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -265,13 +275,13 @@ class EvaluationConfig(SettingsGroup):
     """The attacks on the test split, with the norm and epsilon of the threat model."""
 
     per_device_eval_batch_size: int = setting(
-        256, "images per process in evaluation; where memory does not suffice, fewer at once", ">= 1"
+        256, "images per process in evaluation; where memory does not suffice, fewer at once", at_least=1
     )
-    eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", ">= 1")
-    eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", "> 0")
+    eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", at_least=1)
+    eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", above=0)
     autoattack: bool = setting(False, "also run standard AutoAttack (needs the extra ham-hf[autoattack])")
     autoattack_examples: int | None = setting(
-        None, "run AutoAttack on this many test images, stratified; none = all", ">= 1"
+        None, "run AutoAttack on this many test images, stratified; none = all", at_least=1
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -285,12 +295,15 @@ class CalibrationConfig(SettingsGroup):
     """Class shifts found on held-out images after training, which spread robust accuracy more evenly over classes."""
 
     fairness: float | None = setting(
-        None, "how evenly: 0 = as trained, 1 = all classes alike; none = no calibration", "[0, 1]"
+        None, "how evenly: 0 = as trained, 1 = all classes alike; none = no calibration", at_least=0, at_most=1
     )
     max_average_drop: float | None = setting(
-        None, "instead of --fairness: the largest one whose held-out average drops by at most this share", "[0, 1]"
+        None,
+        "instead of --fairness: the largest one whose held-out average drops by at most this share",
+        at_least=0,
+        at_most=1,
     )
-    calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", ">= 1")
+    calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", at_least=1)
     calibration_precision: Literal["float32", "bf16"] = setting(
         "float32", "precision of that attack's passes; predictions are counted in float32"
     )
@@ -438,10 +451,13 @@ class EvaluateConfig(SettingsGroup):
     output_dir: str | None = setting(None, "folder for report and figures; none = evaluation/<name of the model>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds an evaluation")
     seed: int = setting(
-        0, "seed of the attacks' noise; test images and subsets are the same for every seed", "[0, 4294967295]"
+        0,
+        "seed of the attacks' noise; test images and subsets are the same for every seed",
+        at_least=0,
+        at_most=4294967295,
     )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     attack: EvaluationThreatConfig = field(
@@ -487,14 +503,16 @@ class CalibrateConfig(SettingsGroup):
         False, "calibrate on the training split too, which overestimates what the shifts give; the card says so"
     )
     limit_calibration_examples: int | None = setting(
-        None, "calibrate on this many images of --calibration_split, stratified", ">= 1"
+        None, "calibrate on this many images of --calibration_split, stratified", at_least=1
     )
     output_dir: str | None = setting(None, "folder of the calibrated model; none = outputs/<model>-fair-<fairness>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a calibrated model")
     model_license: str | None = setting(None, "license of the weights, for the card; none = that of the model")
-    seed: int = setting(0, "seed of the attacks' noise and of the two halves of the images", "[0, 4294967295]")
+    seed: int = setting(
+        0, "seed of the attacks' noise and of the two halves of the images", at_least=0, at_most=4294967295
+    )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})

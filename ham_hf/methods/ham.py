@@ -32,7 +32,7 @@ notices the fuller batches, of which it takes its statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -53,6 +53,7 @@ from ham_hf.mining import (
     most_confident_easy,
     rows_of,
 )
+from ham_hf.settings import setting
 
 CLASSIFY_IN_STEP_FROM = 0.5
 """Hard fraction from which the gradient of the next step is the cheaper classification: it costs two forwards, one
@@ -70,51 +71,39 @@ class HAM(BuiltOnLoss, Borrowing):
     name: ClassVar[str] = "ham"
     summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
 
-    mining_step: int = field(
-        default=3,
-        metadata={"help": "attack steps after which what is still right is dropped", "range": ">= 0, below num_steps"},
+    mining_step: int = setting(
+        3, "attack steps after which what is still right is dropped", limits=">= 0, below num_steps"
     )
-    mining_start_epoch: int = field(
-        default=50,
-        metadata={"help": "first 0-based epoch that mines; before it, the base loss alone", "range": ">= 0"},
-    )
-    pack_hard_examples: bool = field(
-        default=False,
-        metadata={
-            "help": "attack the hard examples of all accumulation steps of an update together, in full batches, and "
-            "train on them so unless all examples are trained on; needs --gradient_accumulation_steps"
-        },
+    mining_start_epoch: int = setting(50, "first 0-based epoch that mines; before it, the base loss alone", at_least=0)
+    pack_hard_examples: bool = setting(
+        False,
+        "attack the hard examples of all accumulation steps of an update together, in full batches, and "
+        "train on them so unless all examples are trained on; needs --gradient_accumulation_steps",
     )
 
-    easy_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight in the loss of an easy example, at its image of mining_step; 0 = dropped (the paper), 1 = "
-            "that of a hard one",
-            "range": "[0, 1]",
-        },
+    easy_weight: float = setting(
+        0.0,
+        "weight in the loss of an easy example, at its image of mining_step; 0 = dropped (the paper), 1 = "
+        "that of a hard one",
+        at_least=0,
+        at_most=1,
     )
-    easy_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "fraction of a batch's easy examples to keep in the loss, the most confident first (0.3 with "
-            "easy_weight 1: our reading of the authors' CIFAR-100 setting)",
-            "range": "(0, 1]",
-        },
+    easy_fraction: float = setting(
+        1.0,
+        "fraction of a batch's easy examples to keep in the loss, the most confident first (0.3 with "
+        "easy_weight 1: our reading of the authors' CIFAR-100 setting)",
+        above=0,
+        at_most=1,
     )
-    stop_misclassified: bool = field(
-        default=False,
-        metadata={
-            "help": "end the attack at mining_step also for examples that are misclassified where it starts (ours); "
-            "they are trained on like other hard ones"
-        },
+    stop_misclassified: bool = setting(
+        False,
+        "end the attack at mining_step also for examples that are misclassified where it starts (ours); "
+        "they are trained on like other hard ones",
     )
-    hard_weighting: Literal["none", "probability_move", "margin"] = field(
-        default="none",
-        metadata={
-            "help": "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
-            "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1"
-        },
+    hard_weighting: Literal["none", "probability_move", "margin"] = setting(
+        "none",
+        "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
+        "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1",
     )
 
     def check(self, *, num_steps: int) -> None:

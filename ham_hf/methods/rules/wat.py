@@ -11,7 +11,7 @@ costs the average. When resumed it forgets the cumulative costs; ours are part o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class WATRule(WeightRule):
     summary: ClassVar[str] = "worst-class adversarial training (Li and Liu, 2023)"
     uses_held_out: ClassVar[bool] = True
 
-    wat_eta: float = field(default=0.1, metadata={"help": "how fast weight moves to costly classes", "range": ">= 0"})
+    wat_eta: float = setting(0.1, "how fast weight moves to costly classes", at_least=0)
 
     def initial_state(self, class_counts: Tensor) -> State:
         """See `Stateful.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
