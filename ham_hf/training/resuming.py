@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, TrainingStream
 from ham_hf.methods import InnerAttack, Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.optimization import depends_on_end
 
 logger = logging.getLogger(__name__)

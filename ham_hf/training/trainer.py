@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.config import TrainingConfig
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
@@ -30,6 +29,7 @@ from ham_hf.training.checkpoint import (
     load_checkpoint,
     rewind,
 )
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
 from ham_hf.training.held_out import (
     HeldOutAccuracy,

@@ -18,8 +18,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ham_hf.config import TrainingConfig
 from ham_hf.training.checkpoint import STATE_FILE, list_checkpoints, tidy
+from ham_hf.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
