@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, full_precision
+from ham_hf.attacks import Attack, ThreatModel, full_precision
 from ham_hf.methods.base import Method, OuterBatch
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
 from ham_hf.methods.state import States
 from ham_hf.methods.stopped_attack import early_stopped_pgd
@@ -92,7 +91,7 @@ class BAT(Method):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,

@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ham_hf.attacks import Attack
 from ham_hf.methods.base import OuterBatch
 from ham_hf.methods.borrowing import Borrowing
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.state import States
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.settings import setting
@@ -62,7 +62,7 @@ class FAT(Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import cross_entropy, pgd, predicted
+from ham_hf.attacks import Attack, cross_entropy, predicted
 from ham_hf.methods.base import Method, OuterBatch
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.state import States, statistics_dtype
 from ham_hf.settings import setting
 
@@ -56,7 +55,7 @@ class GAIRAT(Method):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,
@@ -65,13 +64,10 @@ class GAIRAT(Method):
         if epoch < self.gairat_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         correct = CorrectIterates(y)
-        x_adv = pgd(
+        x_adv = attack(
             model,
             x,
             y,
-            threat_model=attack.threat_model,
-            num_steps=attack.num_steps,
-            step_size=attack.step_size,
             start=self.loss.start(x, attack.threat_model, generator),
             loss_fn=correct,
         )

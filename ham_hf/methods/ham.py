@@ -38,11 +38,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pgd, predicted
+from ham_hf.attacks import Attack, ThreatModel, predicted, rows_of
 from ham_hf.methods.base import OuterBatch
 from ham_hf.methods.base_loss import BuiltOnLoss
 from ham_hf.methods.borrowing import Borrowing
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.state import State, States
 from ham_hf.mining import (
@@ -51,7 +50,6 @@ from ham_hf.mining import (
     mine_hard_examples,
     mine_three_kinds,
     most_confident_easy,
-    rows_of,
 )
 from ham_hf.settings import setting
 
@@ -163,7 +161,7 @@ class HAM(BuiltOnLoss, Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,
@@ -180,7 +178,7 @@ class HAM(BuiltOnLoss, Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         states: States,
         generator: torch.Generator | None,
     ) -> HardExamples:
@@ -293,7 +291,7 @@ class HAM(BuiltOnLoss, Borrowing):
         model: nn.Module,
         batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
     ) -> list[OuterBatch]:
@@ -308,7 +306,7 @@ def packed_outer_batches(
     method: HAM,
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[InnerAttack],
+    attacks: Sequence[Attack],
     states: States,
 ) -> list[OuterBatch]:
     """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
@@ -355,7 +353,7 @@ def _attacked_to_the_end(
     method: HAM,
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[InnerAttack],
+    attacks: Sequence[Attack],
     mined: Sequence[HardExamples],
     full: int,
 ) -> list[HardExamples]:
@@ -363,23 +361,19 @@ def _attacked_to_the_end(
     x = torch.cat([images[found.attacked] for (images, _, _), found in zip(batches, mined, strict=True)])
     y = torch.cat([labels[found.attacked] for (_, labels, _), found in zip(batches, mined, strict=True)])
     start = torch.cat([found.early.x_adv[found.attacked] for found in mined])
-    epsilon = _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
-    step_size = _of_attacked_rows([attack.step_size for attack in attacks], mined)
+    rest = Attack(
+        threat_model=ThreatModel(
+            attacks[0].threat_model.norm,
+            _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined),
+        ),
+        num_steps=attacks[0].num_steps - method.mining_step,
+        step_size=_of_attacked_rows([attack.step_size for attack in attacks], mined),
+    )
     ends = [start[:0]]
     for first in range(0, len(y), full):
         rows = slice(first, first + full)
-        ends.append(
-            pgd(
-                model,
-                x[rows],
-                y[rows],
-                threat_model=ThreatModel(attacks[0].threat_model.norm, rows_of(epsilon, rows)),
-                num_steps=attacks[0].num_steps - method.mining_step,
-                step_size=rows_of(step_size, rows),
-                start=start[rows],
-                loss_fn=method.loss.attack_loss(model, x[rows]),
-            )
-        )
+        loss_fn = method.loss.attack_loss(model, x[rows])
+        ends.append(rest.rows(rows)(model, x[rows], y[rows], start=start[rows], loss_fn=loss_fn))
     of_batch = torch.split(torch.cat(ends), [len(found.attacked) for found in mined])
     return [
         replace(found, x_adv=found.early.x_adv.index_copy(0, found.attacked, end)[found.rows])

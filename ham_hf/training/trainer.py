@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ham_hf.attacks import Attack
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
-from ham_hf.methods import ClassRule, InnerAttack, Method
+from ham_hf.methods import ClassRule, Method
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -130,7 +131,7 @@ class Trainer:
         model: nn.Module,
         data: ImageData,
         objective: Method,
-        attack: InnerAttack,
+        attack: Attack,
         config: TrainingConfig,
         accelerator: Accelerator,
         *,

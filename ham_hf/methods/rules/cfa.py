@@ -15,10 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ham_hf.attacks import predicted
+from ham_hf.attacks import Attack, predicted
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
@@ -80,7 +79,7 @@ class CFARule(RadiusRule, WeightRule):
         state["robust_accuracy"] = torch.where(count > 0, correct / count.clamp(min=1), state["robust_accuracy"])
         state["counts"].zero_()
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
         if epoch < self.cfa_start_epoch or not self.scales_radii:
             return None

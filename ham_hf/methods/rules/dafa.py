@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ham_hf.attacks import Attack
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
@@ -68,7 +68,7 @@ class DAFARule(RadiusRule, WeightRule):
             counts = state["sums"][:, -1:]
             state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`."""
         if epoch < self.dafa_start_epoch:
             return None

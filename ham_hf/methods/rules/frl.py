@@ -17,10 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd, predicted
+from ham_hf.attacks import Attack, pgd, predicted
 from ham_hf.methods.base import Method
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss, TradesLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
@@ -64,7 +63,7 @@ class FRLRule(RadiusRule, WeightRule):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         loss: BaseLoss,
         num_classes: int,
         generator: torch.Generator,
@@ -88,7 +87,7 @@ class FRLRule(RadiusRule, WeightRule):
         if self.frl_margin:
             state["radius"] = state["radius"] + self.frl_rate2 * excess[1]
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`: 0.98 to 3 times epsilon; the step is a quarter of the largest radius."""
         if not self.scales_radii:
             return None

@@ -17,10 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd
+from ham_hf.attacks import Attack
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
@@ -52,19 +51,16 @@ class WATRule(WeightRule):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         loss: BaseLoss,
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
         """See `ClassRule.held_out_sums`: number of images, and sum of the loss under its own attack."""
-        x_adv = pgd(
+        x_adv = attack(
             model,
             x,
             y,
-            threat_model=attack.threat_model,
-            num_steps=attack.num_steps,
-            step_size=attack.step_size,
             start=loss.start(x, attack.threat_model, generator),
             loss_fn=loss.attack_loss(model, x),
         )
