@@ -27,6 +27,7 @@ from ham_hf.models.untrusted import (
     BuildLimit,
     check_model_args,
 )
+from ham_hf.settings import SettingsGroup, setting
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,23 @@ _RESERVED_ARGUMENTS = {
 }
 # What timm's constructors raise on arguments or sizes that do not fit.
 _BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError, AttributeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(SettingsGroup):
+    """Which network."""
+
+    model_name: str = setting("resnet18_cifar", "any timm model name")
+    pretrained: bool = setting(False, "start from timm's pretrained weights")
+    model_args: Mapping[str, object] = setting(
+        {}, "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"
+    )
+    image_size: int | None = setting(
+        None,
+        "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
+        at_least=1,
+        at_most=4096,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
