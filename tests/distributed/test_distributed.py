@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tests.conftest import ROOT
 from tests.distributed.legs import METHODS, RELAY, RELAY_METHOD, make_trainer, no_random_start, outcome
 from tests.distributed.worker import SCENARIOS, scenario_data
-from tests.nets import batch_norm_net, group_norm_net
-from tests.recipe_runs import CONFIGURED
-from tests.test_trainer import log_of
+from tests.support.nets import batch_norm_net, group_norm_net
+from tests.support.recipe_runs import CONFIGURED
+from tests.training.test_trainer import log_of
 
 ENGINES = {
     "two": CONFIGURED["cpu.yaml"],

@@ -17,7 +17,7 @@ from ham_hf.training.launching import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
 from ham_hf.training.train_step import TrainStep
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
-from tests.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
+from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 
 ROWS = 16
 # Which of the 16 rows of an update are hard. Two processes with two accumulation steps each get four rows a time:

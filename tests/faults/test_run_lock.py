@@ -14,7 +14,7 @@ import pytest
 
 from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME, BusyFolderError, RunLock
 from tests.conftest import ROOT
-from tests.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 
