@@ -26,6 +26,7 @@ from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_dow
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.invocation import command
 from ham_hf.reporting.page import PAGE_NAME, has_images, without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
@@ -57,6 +58,8 @@ SILENCE_LIMIT = 60.0
 """Seconds within which a server must send or take at least one byte; a request with its own limit keeps that."""
 WAIT_LIMIT = 60
 """Longest wait in seconds that a server may ask for."""
+MAX_RESULT_BYTES = 200_000_000
+"""Largest report or table of predictions that is fetched to be compared (our choice): a stranger may name any."""
 
 # huggingface_hub uses httpx or httpx2, depending on the version; its error derives from the base class of either.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
@@ -323,16 +326,34 @@ class SavePushes:
         has_ended(self._last, patience=None)
 
 
-def download_report(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch ``report.json`` of a model on the Hub, or take it from the Hub's cache; ValueError if that fails."""
+def download_results(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch ``report.json`` and, where there is one, ``predictions.parquet`` of a model on the Hub, as they are now.
+
+    Both are of one commit. In offline mode they come from the Hub's cache.
+
+    Returns:
+        The folder that they are in, in the Hub's cache.
+
+    Raises:
+        ValueError: if that fails, or a file has more than ``MAX_RESULT_BYTES``.
+    """
     limit_waiting()
+    names, commit = [REPORT_NAME], revision
     try:
-        return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision)))
+        if not constants.HF_HUB_OFFLINE:
+            found = _retry(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+            sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+            names, commit = [REPORT_NAME, *({PREDICTIONS_NAME} & {*sizes})], found.sha
+            for name in names:
+                if sizes.get(name, 0) > MAX_RESULT_BYTES:
+                    raise ValueError(f"{name} has {sizes[name]:,} bytes, more than {MAX_RESULT_BYTES:,}")
+        paths = [_retry(partial(hf_hub_download, repo_id, name, revision=commit)) for name in names]
     except PUSH_ERRORS as error:
         raise ValueError(
             f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
             f"pushed ({_without_token(error)})"
         ) from None
+    return Path(paths[0]).parent
 
 
 def limit_waiting() -> None:

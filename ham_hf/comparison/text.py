@@ -44,9 +44,7 @@ BOLD_BY_PAIRS = (
     "bootstrap of the images of each class, in the classes that are the worst of {baseline}. NSD is bold if it is "
     "lower than the next best by more than sqrt(std² + std²), with at least two seeds each. "
 )
-NOT_PAIRED = (
-    "Nothing is tested image by image, as the runs (older ones, or from the Hub) have no predictions.parquet here. "
-)
+NOT_PAIRED = "Nothing is tested image by image, as the runs (older ones) have no predictions.parquet. "
 VERDICT = (
     "The verdict is right on the clean image and never broken by any attack, on the images that every attack saw. "
 )
@@ -177,7 +175,7 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
             f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
             "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
         )
-    parts += map(text, without_figures(comparison))
+    parts += [text(sentence, 1000) for sentence in without_figures(comparison)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     parts.append(f"## What the rows share, and what not\n\n{_shared(comparison, command)}")
     parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
@@ -392,7 +390,8 @@ def _cost_note(comparison: Comparison) -> str:
 
 
 def _missing_line(run: MissingRun, name: str) -> str:
-    return f"- {text(name)}, seed {run.seed}: {run.state}. {text(public_text(run.reason), 600)}"
+    seed = "" if run.seed is None else f", seed {run.seed}"
+    return f"- {text(name)}{seed}: {run.state}. {text(public_text(run.reason), 600)}"
 
 
 def _settings_list(comparison: Comparison) -> str:

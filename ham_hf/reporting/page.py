@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
@@ -139,15 +139,40 @@ def script_json(value: object) -> Markup:
     return Markup(text)  # noqa: S704 (nothing in it can end the element)
 
 
+def render_page(template: str, *, styles: Sequence[str], script: str, title: str, **context: object) -> str:
+    """A self-contained page: ``page_base.html.jinja`` around a template of this folder.
+
+    Args:
+        template: file in this folder that fills the base's ``body``; it escapes every value.
+        styles: style sheets in this folder, in their order.
+        script: the only script in this folder that the page may run.
+        title: of the page.
+        context: what the template shows.
+    """
+    environment = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, code = "".join(map(_source, styles)), _source(script)
+    return environment.get_template(template).render(
+        style=Markup(style),  # noqa: S704 (our own files)
+        script=Markup(code),  # noqa: S704 (our own file)
+        style_hash=_source_hash(style),
+        script_hash=_source_hash(code),
+        title=title,
+        **context,
+    )
+
+
 def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) -> str:
     report = runs[0].report
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    style, script = (_source(name) for name in ("page.css", "page.js"))
-    return environment.from_string(_source("page.html.jinja")).render(
-        style=Markup(style),  # noqa: S704 (our own file)
-        script=Markup(script),  # noqa: S704 (our own file)
-        style_hash=_source_hash(style),
-        script_hash=_source_hash(script),
+    return render_page(
+        "page.html.jinja",
+        styles=["page.css"],
+        script="page.js",
         title=f"{runs[0].label}: weak classes" if len(runs) == 1 else f"{len(runs)} runs: weak classes",
         several=len(runs) > 1,
         facts=_facts(report),
