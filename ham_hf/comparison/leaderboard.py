@@ -70,6 +70,7 @@ def leaderboard_html(comparison: Comparison, *, folder: str | Path | None = None
                 f"{run.state}. {plain_text(public_text(run.reason), 600)}",
             )
             for run in comparison.missing
+            if run.state != "not run"
         ],
         models=[_model(comparison, row, folder) for row in comparison.rows],
         baseline=plain_text(names.get(comparison.baseline or "", "")),
@@ -108,8 +109,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
             {
                 "title": _conditions_text(dict(key)),
                 "differs": _differences(dict(key), first),
-                "caption": f"{comparison.attacks[name]}, {_count(len(entries), 'model')}"
-                + (_hardware(entries) if len(entries) > 1 else ""),
+                "caption": f"{len(entries)} {'models' if len(entries) > 1 else 'model'}{_hardware(entries)}",
                 "rows": [
                     _row(comparison, entry, name)
                     for entry in sorted(entries, key=lambda one: -_mean(one, name, "worst_class"))
@@ -119,10 +119,6 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
         ],
         "absent": ", ".join(absent),
     }
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _hardware(entries: Sequence[Entry]) -> str:
