@@ -1,8 +1,8 @@
 """``leaderboard.html``: models by robust average, worst class and worst 30 %, in one self-contained page.
 
 A ranking holds models that were attacked alike: the same images, threat model, and settings of the attack
-(`ham_hf.comparison.facts.conditions`). The largest such group of an evaluation comes first; every other one stands
-apart and says in what it differs. Of several seeds a number is the mean; its interval is the mean of theirs (our
+(`ham_hf.comparison.differences.conditions`). The largest such group of an evaluation comes first; every other one
+stands apart and says in what it differs. Of several seeds a number is the mean; its interval is the mean of theirs (our
 choice): all seeds see the same images, so that more of them do not make it narrower.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ham_hf.comparison.facts import budget, conditions, environment, evaluations
-from ham_hf.comparison.naming import public_source, public_text
-from ham_hf.comparison.numbers import Comparison, Row, Run
+from ham_hf.comparison.differences import budget, conditions, environment, evaluations
 from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.row_names import public_source, public_text
+from ham_hf.comparison.table import Comparison, Row, Run
 from ham_hf.files import atomic_write
 from ham_hf.hub_ids import split_revision
 from ham_hf.reporting.page import render_page

@@ -25,8 +25,8 @@ from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
 from ham_hf.runs import ReorderedLogits
 from tests.conftest import ROOT
-from tests.models.test_export import FAMILIES
 from tests.support.example_images import dataset, load, noise, write_parquet
+from tests.support.exports import FAMILIES
 from tests.support.hub_server import Blob, Hub, Repo, hub_environment
 from tests.support.recipe_runs import SMALL, recipe_module
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from ham_hf.comparison.leaderboard import write_leaderboard
-from tests.reporting.test_page_browser import assert_quiet, first_paint
-from tests.support.browser import Browser, browser, missing_browser
+from tests.support.browser import Browser, assert_quiet, browser, first_paint, missing_browser
 from tests.support.leaderboard_runs import leaderboard_comparison
 
 pytestmark = [

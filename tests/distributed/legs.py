@@ -22,7 +22,7 @@ from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages, group_norm_net
-from tests.training.test_trainer import config, image_data
+from tests.support.training import config, image_data
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
 METHODS: dict[str, Method] = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ham_hf.faults import MemoryExhaustedError, smaller_batch
 from tests.support.recipe_runs import SMALL, recipe_module
-from tests.training.test_trainer import trainer
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 

@@ -18,7 +18,7 @@ from ham_hf.mining import mine_three_kinds
 from ham_hf.training.train_step import CLEAN_EVERY, TrainStep
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.nets import group_norm_net, pixel_batch
-from tests.training.test_trainer import trainer
+from tests.support.training import trainer
 
 K, M, BETA = 5, 2, 3.0
 SPLITS = {"one batch": [24], "three batches": [8, 8, 8], "uneven": [4, 13, 7], "packed": [8, 8, 8]}

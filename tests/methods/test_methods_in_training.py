@@ -18,7 +18,7 @@ from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages
-from tests.training.test_trainer import config, image_data, make_net
+from tests.support.training import config, image_data, make_net
 
 METHODS = every_method()
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
-from tests.training.test_trainer import ATTACK, trainer
+from tests.support.training import ATTACK, trainer
 
 
 @pytest.fixture

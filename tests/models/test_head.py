@@ -9,7 +9,7 @@ from torch import nn
 
 from ham_hf.models import PixelModel
 from ham_hf.models.head import HeadError, check_foldable, fold_shifts, read_biases, write_biases
-from tests.models.test_export import FAMILIES
+from tests.support.exports import FAMILIES
 
 # One of each kind of head that get_classifier() gives: side of the images, and what builds the network small.
 HEADS = {

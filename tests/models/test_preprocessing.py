@@ -22,7 +22,7 @@ from ham_hf.data import BatchRequest, ImageData
 from ham_hf.models import LoadedModel, Preprocessing, input_defaults, load_pixel_model
 from ham_hf.models.pixel_model import PixelModel
 from ham_hf.runs import load_data, new_model
-from tests.models.test_export import FAMILIES, export, preprocessing, trained
+from tests.support.exports import FAMILIES, export, preprocessing, trained
 
 SIDES = [(40, 60), (70, 33), (32, 32), (90, 20), (31, 64)]
 GEOMETRIES = [

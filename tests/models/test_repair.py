@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants
 from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
 from ham_hf.models.repair import repair_folder
 from tests.conftest import ROOT
-from tests.models.test_export import FAMILIES, export, preprocessing, trained
+from tests.support.exports import FAMILIES, export, preprocessing, trained
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import recipe_module
 

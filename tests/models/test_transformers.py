@@ -16,8 +16,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.card import write_card
-from tests.models.test_export import CLASSES, FAMILIES, SMALL_RESNET, export, preprocessing, trained
 from tests.support.example_report import make_report, with_model
+from tests.support.exports import CLASSES, FAMILIES, SMALL_RESNET, export, preprocessing, trained
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
 

@@ -3,8 +3,8 @@
     python -m tests.same COMMIT [--only LABEL ...] [--keep FOLDER]
 
 Every method and combination of `tests.support.method_checks`, streaming, and two processes, each for three epochs of
-four updates of a small network on digits. Compared are, of each run, the weights, averages, class state and optimizer of
-every checkpoint, the log and the trainer's state without times, the report without times and environment, and the
+four updates of a small network on digits. Compared are, of each run, the weights, averages, class state and optimizer
+of every checkpoint, the log and the trainer's state without times, the report without times and environment, and the
 settings. Prints one line per label; status 1 if anything differs.
 """
 

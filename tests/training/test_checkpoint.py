@@ -9,7 +9,6 @@ import torch
 
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
 from ham_hf.training.checkpoint import (
-    Checkpoint,
     find_checkpoint,
     list_checkpoints,
     load_best,
@@ -18,19 +17,14 @@ from ham_hf.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from ham_hf.training.output_folder import (
+from ham_hf.training.run_folder import (
     OWNED_BY_EVALUATION,
     OWNED_BY_TRAINING,
     check_evaluation_dir,
     check_output_dir,
     clear_output_dir,
 )
-
-
-def make(step, value=1.0):
-    weights = {"w": torch.full((2, 3, 4, 4), value).to(memory_format=torch.channels_last)}
-    optimizer = {"state": {0: {"m": torch.ones(2)}}}
-    return Checkpoint(model=weights, averaged=None, method={}, optimizer=optimizer, state={"step": step})
+from tests.support.checkpoints import make
 
 
 def names(folder):

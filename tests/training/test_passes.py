@@ -12,7 +12,7 @@ from ham_hf.training.passes import PassCounter
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.trainer import Progress
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
-from tests.training.test_trainer import ATTACK, HAM_FROM_1, image_data, log_of, make_net, trainer
+from tests.support.training import ATTACK, HAM_FROM_1, image_data, log_of, make_net, trainer
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 3}, {"awp_gamma": 0.01}], ids=str)

@@ -15,10 +15,10 @@ from ham_hf.config.settings import setting_problems
 from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES, InnerAttack
 from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
 from ham_hf.reporting.method_text import combined_with, method_rows
-from tests.methods.test_mining_passes import updated
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import golden_batch, initial_states
-from tests.training.test_trainer import trainer
+from tests.support.training import trainer
+from tests.support.updates import updated
 
 DEFAULTS = {"strength": 1.0, "low": 0.7, "high": 1.4}
 

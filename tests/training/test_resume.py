@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ham_hf.methods import HAM
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.data_order import batch_requests
-from tests.training.test_trainer import log_of, trainer
+from tests.support.training import log_of, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
