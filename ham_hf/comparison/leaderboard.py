@@ -2,8 +2,8 @@
 
 A ranking holds models that were attacked alike: the same images, threat model, and settings of the attack
 (`ham_hf.comparison.differences.conditions`). The largest such group of an evaluation comes first; every other one
-stands apart and says in what it differs. Of several seeds a number is the mean; its interval is the mean of theirs (our
-choice): all seeds see the same images, so that more of them do not make it narrower.
+stands apart and says in what it differs. Of several seeds a number is the mean, and its interval the mean of theirs
+(our choice): all seeds see the same images, so that more of them do not make it narrower.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
@@ -29,6 +30,8 @@ from ham_hf.reporting.class_examples import ClassExamples
 from ham_hf.reporting.report import AttackReport, RunReport, percent, plain_text
 
 PAGE_NAME = "report.html"
+SPACE_TAG = "ham_hf"
+"""Says in a Space that it is one of ours, and may be written again."""
 MAX_PAGE_BYTES = 2_000_000
 MAX_NAME_LENGTH = 200
 MAX_CURVE_POINTS = 60
@@ -129,6 +132,37 @@ def has_images(html: str) -> bool:
 def without_images(html: str) -> str:
     """The page without images of the dataset; everything else stays."""
     return _IMAGES.sub(rf"\g<1>{_NO_IMAGES}\g<2>", html)
+
+
+def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
+    """A static Space that shows a page: its files by name. The page and the Space's description link the model.
+
+    Args:
+        html: the page.
+        report: what it is of.
+        repo_id: "owner/name" of the model on the Hub.
+    """
+    link = f'<a href="https://huggingface.co/{repo_id}" target="_blank" rel="noopener">{repo_id}</a>'
+    about = {
+        "title": f"{plain_text(repo_id.split('/')[-1])}: weak classes",
+        "emoji": "🎯",
+        "colorFrom": "blue",
+        "colorTo": "yellow",
+        "sdk": "static",
+        "app_file": "index.html",
+        "pinned": False,
+        "short_description": "Which classes fail under attack, and why",
+        "models": [repo_id],
+        **({"datasets": [report.dataset.hub_id]} if report.dataset.hub_id else {}),
+        "tags": [SPACE_TAG, "adversarial-robustness", "robust-fairness"],
+    }
+    readme = (
+        f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n\n"
+        f"Accuracy of [{repo_id}](https://huggingface.co/{repo_id}) class by class, clean and under attack.\n"
+        "Made by ham_hf; the page asks for nothing from any network.\n"
+    )
+    page = html.replace('<footer class="quiet">', f'<footer class="quiet"><p>The model: {link}.</p> ', 1)
+    return {"README.md": readme.encode(), "index.html": page.encode()}
 
 
 def script_json(value: object) -> Markup:
