@@ -30,8 +30,8 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from ham_hf.comparison.existing import label_runs, read_runs
-from ham_hf.comparison.numbers import compare
-from ham_hf.comparison.text import write_comparison
+from ham_hf.comparison.report import write_comparison
+from ham_hf.comparison.table import compare
 from ham_hf.config import EvaluationThreatConfig
 from ham_hf.models import create_backbone, input_defaults, load_pixel_model
 from ham_hf.reporting.card import write_card

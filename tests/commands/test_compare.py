@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from ham_hf.comparison.plan import read_plan, setting_words
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.reporting.report import read_report, write_report
-from ham_hf.training.run_lock import RunLock, is_locked
+from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, run_report
 from tests.support.hub_server import Blob, Hub, Repo
@@ -620,7 +620,7 @@ def test_plans_of_the_repository_are_accepted(path):
 def test_peak_memory_is_the_process_own_not_its_parents(subprocess_env):
     """A child of a large process: getrusage would count what the parent held."""
     code = (
-        "import torch; from ham_hf.training.launching import peak_memory_bytes; "
+        "import torch; from ham_hf.training.launch import peak_memory_bytes; "
         "print(peak_memory_bytes(torch.device('cpu')))"
     )
     parent = f"import subprocess, sys; x = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', {code!r}])"

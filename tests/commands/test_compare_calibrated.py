@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ham_hf.comparison.execution import bring_weights, execute
 from ham_hf.comparison.plan import read_plan
-from ham_hf.comparison.runs import bring_weights, execute
 from ham_hf.config import ConfigError, config_to_yaml, parse_train_config
 from ham_hf.reporting.report import read_report
 from tests.support.recipe_runs import SMALL, recipe_module

@@ -19,7 +19,7 @@ from ham_hf.hub import PushError
 from ham_hf.metrics import summarize
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME
+from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME
 from tests.support.recipe_runs import SMALL, launch, launch_command, recipe_module
 
 EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from ham_hf.comparison.differences import run_settings
 from ham_hf.comparison.existing import label_runs
-from ham_hf.comparison.facts import run_settings
-from ham_hf.comparison.naming import public_word
-from ham_hf.comparison.numbers import MissingRun, Run, compare
-from ham_hf.comparison.text import comparison_csv, comparison_json, comparison_markdown, write_comparison
+from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown, write_comparison
+from ham_hf.comparison.row_names import public_word
+from ham_hf.comparison.table import MissingRun, Run, compare
 from tests.support.comparison_reports import even, run, run_report
 
 CLEAN = even([18, 17, 20, 16, 19, 20, 15, 18, 17, 20])

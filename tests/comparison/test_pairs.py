@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ham_hf.comparison.existing import label_runs, read_runs
-from ham_hf.comparison.numbers import Run, compare
-from ham_hf.comparison.text import comparison_json, comparison_markdown
+from ham_hf.comparison.report import comparison_json, comparison_markdown
+from ham_hf.comparison.table import Run, compare
 from ham_hf.evaluation.verdicts import Verdicts, write_verdicts
 from ham_hf.pairing import mcnemar
 from ham_hf.reporting.report import attack_report, verdict_report, write_report

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ham_hf.comparison.numbers import compare
-from ham_hf.comparison.plots import class_figure, save_comparison_figures, tradeoff_figure
+from ham_hf.comparison.figures import class_figure, save_comparison_figures, tradeoff_figure
+from ham_hf.comparison.table import compare
 from tests.support.comparison_reports import even, run
 
 HOSTILE = "_$\\frac{%d}$ <b> a label that is too long for any legend %d\n猫"

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.methods import InnerAttack, TradesLoss
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
 from tests.support.nets import group_norm_net

@@ -177,7 +177,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(subprocess_env):
         "import os\n"
         "PartialState(cpu=True)\n"
         "os.environ |= {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}\n"
-        "from ham_hf.training.launching import create_accelerator\n"
+        "from ham_hf.training.launch import create_accelerator\n"
         "create_accelerator(use_cpu=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True, timeout=99)

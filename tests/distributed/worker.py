@@ -13,7 +13,7 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.methods import HAM, InnerAttack
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
 from ham_hf.training.train_step import TrainStep
 from tests.distributed.legs import no_random_start, run_leg, run_sharded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ham_hf.comparison.numbers import Run
+from ham_hf.comparison.table import Run
 from ham_hf.metrics import summarize_counts
 from ham_hf.reporting.report import RunReport
 from tests.support.example_report import DIGITS, make_report

@@ -17,7 +17,7 @@ from ham_hf.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from ham_hf.training.output_folder import (
+from ham_hf.training.run_folder import (
     OWNED_BY_EVALUATION,
     OWNED_BY_TRAINING,
     check_evaluation_dir,

@@ -11,7 +11,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from ham_hf.config import TrainingConfig
 from ham_hf.methods import CFA, PGDAT
 from ham_hf.training import trainer as trainer_module
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,

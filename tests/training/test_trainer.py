@@ -17,12 +17,12 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT, InnerAttack
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.held_out import HeldOutAccuracy
-from ham_hf.training.resuming import check_same_run
-from ham_hf.training.runlog import RunLog, end_training, start_tracker
+from ham_hf.training.log import RunLog, end_training, start_tracker
+from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
+from ham_hf.training.validation import HeldOutAccuracy
 from tests.support.training import ATTACK, HAM_FROM_1, config, image_data, log_of, make_net, trainer
 
 

@@ -1,6 +1,6 @@
 """The runs of a comparison: run what is not done yet, each through the ordinary trainer, and read what there is.
 
-A run prints into ``<run folder>.log``. Its folder is locked while it runs (`ham_hf.training.run_lock`): no two
+A run prints into ``<run folder>.log``. Its folder is locked while it runs (`ham_hf.training.run_folder`): no two
 comparisons train in one folder, even if the first was killed and left its children behind.
 """
 
@@ -21,16 +21,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
+from ham_hf.comparison.differences import differences, run_settings
 from ham_hf.comparison.existing import running_elsewhere
-from ham_hf.comparison.facts import differences, run_settings
-from ham_hf.comparison.numbers import MissingRun, Run
 from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
+from ham_hf.comparison.table import MissingRun, Run
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
 from ham_hf.config.settings import settings_of
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints
-from ham_hf.training.run_lock import LOCK_NAME, is_locked
+from ham_hf.training.run_folder import LOCK_NAME, is_locked
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 Runs with one label are one row, and differ in their seed alone. Spread is the *sample* standard deviation over
 seeds (divisor n - 1); a single seed has none. What the rows do not share (images, epochs, budget of the attack ...) is
 listed, as a table of unequal runs reads like a table of equal ones.
+
+Noise of a number that comes from having few test images: what one more right answer could have changed.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.facts import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
-from ham_hf.comparison.naming import short_names
-from ham_hf.comparison.noise import image_variances
+from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
 from ham_hf.comparison.pairs import PAIRED_METRICS, JudgedRun, Pairs, pair_rows
+from ham_hf.comparison.row_names import short_names
 from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.metrics import FairnessSummary
 from ham_hf.reporting.report import RunReport
 
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
@@ -81,7 +83,7 @@ class AttackRow:
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
             baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
         image_variances: variance of a run's number that comes from having few test images, by metric, mean over
-            the runs; NSD has none (`ham_hf.comparison.noise`).
+            the runs; NSD has none (`ham_hf.comparison.table`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
     """
 
@@ -383,3 +385,23 @@ def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
     rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
     names = {name for row in rows for name in row}
     return {name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)}
+
+
+def image_variances(summary: FairnessSummary) -> dict[str, float]:
+    """Binomial variance of one run's accuracies, by metric; that of NSD is not known and has no entry.
+
+    ``p (1 - p) / n`` of the n images that the number is made of: all of them (average), those of the worst class, and
+    for the mean of the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is
+    taken as given. Our choice.
+    """
+    classes = sorted((entry.accuracy, entry.count) for entry in summary.per_class if entry.accuracy is not None)
+    kept = max(1, -(-30 * len(classes) // 100))  # as in ham_hf.metrics.mean_of_worst
+    return {
+        "average": _variance(summary.average, summary.num_examples),
+        "worst_class": _variance(*classes[0]),
+        "worst_30_percent": math.fsum(_variance(*entry) for entry in classes[:kept]) / kept**2,
+    }
+
+
+def _variance(accuracy: float, count: int) -> float:
+    return accuracy * (1 - accuracy) / count

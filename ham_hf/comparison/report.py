@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ham_hf.comparison.facts import evaluations, setting_text
-from ham_hf.comparison.naming import public_source, public_text, public_value
-from ham_hf.comparison.numbers import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.differences import evaluations, setting_text
 from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.row_names import public_source, public_text, public_value
+from ham_hf.comparison.table import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
 from ham_hf.files import atomic_write
 from ham_hf.pairing import Difference
 from ham_hf.reporting.card import text

@@ -15,7 +15,7 @@ from huggingface_hub.utils import enable_progress_bars
 from safetensors.torch import load_file
 
 from ham_hf.reporting.report import read_report
-from ham_hf.training import outside
+from ham_hf.training import environment
 from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
 from tests.support.environment_reads import variables_of
@@ -42,7 +42,7 @@ def train(folder, env):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, subprocess_env):
-    """Weights of a run with nothing set from outside."""
+    """Weights of a run with nothing set from environment."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(folder, subprocess_env)
     return load_file(folder / "model.safetensors")
@@ -97,11 +97,11 @@ def test_what_rounds_float32_is_warned_of_recorded_and_in_the_card(tmp_path, sub
 
 
 def test_every_variable_that_accelerate_reads_or_sets_has_been_thought_of():
-    """A new accelerate may read new ones: put each into one of the lists of `ham_hf.training.outside`."""
+    """A new accelerate may read new ones: put each into one of the lists of `ham_hf.training.environment`."""
     names, unread = variables_of(Path(accelerate.__file__).parent, besides=("test_utils",))
     assert {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "WORLD_SIZE", "FSDP_VERSION", "ACCELERATE_FP8_MARGIN"} <= names
     assert len(names) > 100
-    assert sorted(name for name in names if outside.fate(name) is None) == []
+    assert sorted(name for name in names if environment.fate(name) is None) == []
     # Helpers whose callers are looked at instead, and the options of FP8.
     assert unread <= {
         "utils/environment.py: e",
@@ -114,23 +114,30 @@ def test_every_variable_that_accelerate_reads_or_sets_has_been_thought_of():
 def test_every_variable_that_torchs_launcher_sets_has_been_thought_of():
     names, _ = variables_of(Path(torch.distributed.elastic.agent.server.__file__).parent)
     assert {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} <= names
-    assert sorted(name for name in names if outside.fate(name) is None) == []
+    assert sorted(name for name in names if environment.fate(name) is None) == []
 
 
 def test_a_variable_is_in_one_list_only():
-    lists = (outside.FIXED, outside.REFUSED, outside.SHARDING, outside.LAYOUT, outside.DEVICE, outside.ROUNDING)
-    names = [name for known in (*lists, outside.RECORDED, outside.HARMLESS) for name in known]
+    lists = (
+        environment.FIXED,
+        environment.REFUSED,
+        environment.SHARDING,
+        environment.LAYOUT,
+        environment.DEVICE,
+        environment.ROUNDING,
+    )
+    names = [name for known in (*lists, environment.RECORDED, environment.HARMLESS) for name in known]
     assert len(names) == len(set(names))
-    assert outside.fate("ACCELERATE_FP8_BACKEND") == "fixed"
-    assert outside.fate("CUDA_VISIBLE_DEVICES") == "device"
-    assert outside.fate("PATH") is None
+    assert environment.fate("ACCELERATE_FP8_BACKEND") == "fixed"
+    assert environment.fate("CUDA_VISIBLE_DEVICES") == "device"
+    assert environment.fate("PATH") is None
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_what_an_ordinary_launch_sets_is_no_warning(processes, subprocess_env, tmp_path):
     script = tmp_path / "create.py"
     script.write_text(
-        "from ham_hf.training.launching import create_accelerator, set_up_logging\n"
+        "from ham_hf.training.launch import create_accelerator, set_up_logging\n"
         "set_up_logging()\n"
         "print(create_accelerator(use_cpu=True).num_processes)\n"
     )
@@ -172,7 +179,7 @@ def test_what_an_ordinary_launch_sets_is_no_warning(processes, subprocess_env, t
     ],
 )
 def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tmp_path, monkeypatch, capsys):
-    for name in [*outside.LAYOUT, "MASTER_ADDR", "ACCELERATE_USE_CPU"]:
+    for name in [*environment.LAYOUT, "MASTER_ADDR", "ACCELERATE_USE_CPU"]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -195,7 +202,7 @@ def test_evaluation_refuses_them_too(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_processes_that_were_started_side_by_side_without_a_launcher_are_told(name, subprocess_env):
-    code = "from ham_hf.training.launching import create_accelerator; print(create_accelerator().num_processes)"
+    code = "from ham_hf.training.launch import create_accelerator; print(create_accelerator().num_processes)"
     env = {key: value for key, value in subprocess_env.items() if key != "ACCELERATE_USE_CPU"} | {name: "4"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "1"

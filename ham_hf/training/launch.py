@@ -18,7 +18,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from ham_hf.faults import FaultError
 from ham_hf.recipe_files import shown_path
 from ham_hf.terminal import hide_progress_bars, replace_what_cannot_be_shown
-from ham_hf.training.outside import (
+from ham_hf.training.environment import (
     check_variables,
     is_on,
     mpi_processes,

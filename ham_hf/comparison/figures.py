@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ham_hf.comparison.numbers import Comparison
+from ham_hf.comparison.table import Comparison
 from ham_hf.reporting.plots import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
 from ham_hf.reporting.report import plain_text
 

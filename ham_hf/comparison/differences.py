@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from ham_hf.comparison.naming import public_value, public_word
+from ham_hf.comparison.row_names import public_value, public_word
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.build import group_settings
 from ham_hf.config.settings import settings_of
