@@ -63,7 +63,9 @@ def read_groups(split: datasets.Dataset, column: str, rows: Tensor) -> ImageGrou
     stored = split[column][:]
     values = [stored[row] for row in rows.tolist()]
     if isinstance(feature, datasets.ClassLabel):
-        named = [None if is_unlabeled(value) or value >= len(feature.names) else feature.names[value] for value in values]
+        named = [
+            None if is_unlabeled(value) or value >= len(feature.names) else feature.names[value] for value in values
+        ]
         groups = make_groups(column, named, feature.names)
     else:
         groups = make_groups(column, values)
@@ -91,13 +93,17 @@ def make_groups(
     Raises:
         ValueError: if there are more than `MAX_GROUPS` groups.
     """
-    order: Sequence[str | int | bool] = list(names) if names is not None else sorted(
-        {value for value in values if value is not None}, key=lambda value: (isinstance(value, str), value)
+    order: Sequence[str | int | bool] = (
+        list(names)
+        if names is not None
+        else sorted(
+            {value for value in values if value is not None}, key=lambda value: (isinstance(value, str), value)
+        )
     )
     if len(order) > MAX_GROUPS:
         raise ValueError(
-            f"--group_column {column}: {len(order)} different values, at most {MAX_GROUPS} can be groups; name a column "
-            "of categories"
+            f"--group_column {column}: {len(order)} different values, at most {MAX_GROUPS} can be groups; "
+            "name a column of categories"
         )
     index_of = {value: index for index, value in enumerate(order)}
     shown = [str(value) for value in order]

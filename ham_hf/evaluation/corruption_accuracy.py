@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_function
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
-from ham_hf.data import BatchRequest, Images
+from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
 from ham_hf.evaluation.corruptions import check_corruption, corrupt
 from ham_hf.evaluation.partial_results import PartialResults
@@ -73,21 +74,16 @@ def evaluate_corruptions(
             check_corruption(name, severity, num_channels=num_channels)
     if partial is not None:
         partial = partial.keyed({"corruptions": list(severities), "seed": seed, "batch_size": batch_size})
-    size, device = WorkingSize(batch_size), accelerator.device
+    size = WorkingSize(batch_size)
     results = []
     for name in names:
+        classify = partial_function(_classify, model, name, severities, size=size, seed=seed)
 
-        def compute(batches: Sequence[tuple[int, Tensor]], name: str = name) -> Iterator[Outcome]:
+        def compute(
+            batches: Sequence[tuple[int, Tensor]], classify: Callable[[PixelBatch], Outcome] = classify
+        ) -> Iterator[Outcome]:
             requests = [BatchRequest(rows, None) for _, rows in batches]
-            for batch in images.batches(requests, device=device):
-                watch, found, margins, seconds = StopWatch(device), [], [], []
-                for severity in severities:
-                    x = corrupt(batch.x, name, severity, seed=seed, indices=batch.indices)
-                    logits = size.split(lambda rows, x=x: logits_of(model, x[rows]), len(x))
-                    found.append(predicted(logits))
-                    margins.append(true_margins(logits, batch.y))
-                    seconds.append(watch.lap())
-                yield Outcome(torch.stack(found), torch.stack(margins), torch.tensor(seconds))
+            yield from map(classify, images.batches(requests, device=accelerator.device))
 
         with evaluation_mode(model):
             outcome = share_batches(
@@ -99,13 +95,25 @@ def evaluate_corruptions(
                 partial=partial,
                 show_progress=show_progress,
             )
-        results += [
-            CorruptionResult(
-                name=name,
-                severity=severity,
-                flags=outcome.predictions[number] == images.labels,
-                seconds=float(outcome.seconds[number]),
-            )
-            for number, severity in enumerate(severities)
-        ]
+        for number, severity in enumerate(severities):
+            flags, seconds = outcome.predictions[number] == images.labels, float(outcome.seconds[number])
+            results.append(CorruptionResult(name=name, severity=severity, flags=flags, seconds=seconds))
     return results
+
+
+def _classify(
+    model: nn.Module, name: str, severities: Sequence[int], batch: PixelBatch, *, size: WorkingSize, seed: int
+) -> Outcome:
+    """Predictions and margins (severities, B) of a batch under one corruption."""
+    watch, found, margins, seconds = StopWatch(batch.x.device), [], [], []
+    for severity in severities:
+        x = corrupt(batch.x, name, severity, seed=seed, indices=batch.indices)
+        logits = size.split(partial_function(_logits, model, x), len(x))
+        found.append(predicted(logits))
+        margins.append(true_margins(logits, batch.y))
+        seconds.append(watch.lap())
+    return Outcome(torch.stack(found), torch.stack(margins), torch.tensor(seconds))
+
+
+def _logits(model: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    return logits_of(model, x[rows])

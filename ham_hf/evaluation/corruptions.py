@@ -74,6 +74,19 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
     return to_unit_interval(stacked.to(x.device))
 
 
+def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str, ...]:
+    """The corruptions that words ask for, each once: names, lists of them with commas, or "all" for `CORRUPTIONS`.
+
+    Raises:
+        ValueError: for a corruption that there is not, or that images of so many channels cannot have.
+    """
+    words = [word for item in asked for word in item.replace(",", " ").split()]
+    names = tuple(dict.fromkeys(name for word in words for name in (CORRUPTIONS if word == "all" else [word])))
+    for name in names:
+        check_corruption(name, 1, num_channels=num_channels)
+    return names
+
+
 def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
     """Refuse what there is not.
 
@@ -81,13 +94,15 @@ def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
         ValueError: naming what is wrong and what there is.
     """
     if name in LEFT_OUT:
-        raise ValueError(f"corruption {name} is not available: {LEFT_OUT[name]}")
+        raise ValueError(f"--corruptions {name}: not available, {LEFT_OUT[name]}")
     if name not in _DEFINITIONS:
-        raise ValueError(f"there is no corruption {name!r}; there are {', '.join(_DEFINITIONS)}")
+        raise ValueError(f"--corruptions {name}: there is none of this name; there are {', '.join(_DEFINITIONS)}")
     if severity not in SEVERITIES:
-        raise ValueError(f"severity {severity}: expected 1, 2, 3, 4 or 5")
+        raise ValueError(f"--severities {severity}: expected 1, 2, 3, 4 or 5")
     if name == "saturate" and num_channels != 3:
-        raise ValueError("corruption saturate changes the saturation of colors, and the images are gray: leave it out")
+        raise ValueError(
+            "--corruptions saturate changes the saturation of colors, and the images are gray: leave it out"
+        )
 
 
 def constants_of(size: int) -> str:
@@ -233,7 +248,8 @@ def _disk(radius: float, alias_blur: float) -> Floats:
     smooth = _gaussian_matrix(len(axis), alias_blur, reach, "reflect")
     disk = smooth @ disk @ smooth.T
     edge = half - int(np.abs(axis[disk.any(0)]).max())
-    return disk[edge : len(axis) - edge, edge : len(axis) - edge]
+    kernel: Floats = disk[edge : len(axis) - edge, edge : len(axis) - edge]
+    return kernel
 
 
 def _glass_blur(image: Bytes, c: tuple[float, int, int], generator: np.random.Generator) -> Bytes:
@@ -270,12 +286,10 @@ def _zoom_blur(image: Bytes, c: tuple[float, ...], generator: np.random.Generato
 def _snow(image: Bytes, c: tuple[float, ...], generator: np.random.Generator) -> Bytes:
     mean, deviation, factor, threshold, radius, sigma, mixing = c
     x = image / 255
-    flakes = generator.normal(mean, deviation, size=x.shape[:2])[..., None]
-    flakes = _along_both(flakes, _zoom_matrix(x.shape[0], factor))
-    flakes = _move(
-        _to_bytes(np.where(flakes < threshold, 0, flakes)), int(radius), sigma, angle=generator.uniform(-135, -45)
-    )
-    layer = flakes / 255
+    noise = generator.normal(mean, deviation, size=x.shape[:2])[..., None]
+    flakes = _along_both(noise, _zoom_matrix(x.shape[0], factor))
+    still = _to_bytes(np.where(flakes < threshold, 0, flakes))
+    layer = _move(still, int(radius), sigma, angle=generator.uniform(-135, -45)) / 255
     gray = x @ np.array([0.299, 0.587, 0.114])[:, None] if x.shape[2] == 3 else x
     whiter = mixing * x + (1 - mixing) * np.maximum(x, gray * 1.5 + 0.5)
     return _to_bytes(whiter + layer + np.rot90(layer, 2))
@@ -284,7 +298,7 @@ def _snow(image: Bytes, c: tuple[float, ...], generator: np.random.Generator) ->
 def _fog(image: Bytes, c: tuple[float, float], generator: np.random.Generator) -> Bytes:
     thickness, decay = c
     x, size = image / 255, image.shape[0]
-    plasma = _plasma(2 ** math.ceil(math.log2(size)), decay, generator)[:size, :size, None]
+    plasma: Floats = _plasma(2 ** math.ceil(math.log2(size)), decay, generator)[:size, :size, None]
     return _to_bytes((x + thickness * plasma) * x.max() / (x.max() + thickness))
 
 
@@ -306,9 +320,8 @@ def _plasma(size: int, decay: float, generator: np.random.Generator) -> Floats:
         field[::step, half::step] = filled(corners, centers + np.roll(centers, 1, 0), 1)
         field[half::step, ::step] = filled(corners, centers + np.roll(centers, 1, 1), 0)
         step, roughness = half, roughness / decay
-    field -= field.min()
-    highest: float = field.max()
-    return field / highest
+    cloud: Floats = (field - field.min()) / (field.max() - field.min())
+    return cloud
 
 
 def _brightness(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
@@ -417,7 +430,7 @@ def _gaussian_matrix(size: int, sigma: float, reach: int, border: str) -> Floats
 
 @lru_cache(maxsize=256)
 def _zoom_matrix(size: int, factor: float) -> Floats:
-    """The middle of a line enlarged by ``factor``, as a matrix: linear interpolation, the first and last pixel stay."""
+    """The middle of a line enlarged by ``factor``, as a matrix: linear interpolation, both ends stay where they are."""
     kept = math.ceil(size / factor)
     enlarged = round(kept * factor)
     places = np.arange(enlarged) * (kept - 1) / (enlarged - 1)

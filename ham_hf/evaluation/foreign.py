@@ -152,7 +152,9 @@ def load_foreign_attack(place: str) -> ForeignAttack:
     for part in name.split("."):
         if not hasattr(found, part):
             known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            raise ValueError(f"{flag}: {origin} has no {name}; it has {', '.join(sorted(known)[:12]) or 'no function'}")
+            raise ValueError(
+                f"{flag}: {origin} has no {name}; it has {', '.join(sorted(known)[:12]) or 'no function'}"
+            )
         found = getattr(found, part)
     return foreign_attack(f"{module.__name__.rpartition('.')[2]}.{name}", found, source=place)
 

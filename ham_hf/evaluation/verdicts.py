@@ -4,9 +4,9 @@ One row per image: ``position`` in the test split as it was loaded, ``label``, `
 ``prediction_NAME`` of each attack (null where it did not see the image; -1 where the logits are not finite),
 ``margin_clean`` and ``margin_attacked`` (the logit of the true class minus the largest other one, the latter the
 smallest over the attacks; null where it is not a number) and ``verdict``: right on the clean image and never broken by
-any attack that saw it; null where some attack did not see this image. With groups (``--group_column``) there is one more
-column, ``group``: the name of the image's group, null where it has none. Class names and attacks with their settings
-stand in the metadata of the file, with a schema version.
+any attack that saw it; null where some attack did not see this image. With groups (``--group_column``) there is one
+more column, ``group``: the name of the image's group, null where it has none. Class names, attacks with their settings
+and the column of the groups stand in the metadata of the file, with a schema version.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.report import RunReport, evaluation_title, interval_text, percent, plain_text
 
@@ -44,9 +42,7 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
             entry = result.summary.per_class[index]
             row[evaluation_title(name)] = "–"
             if entry.accuracy is not None and entry.low is not None and entry.high is not None:
-                row[evaluation_title(name)] = (
-                    f"{percent(entry.accuracy)} ({percent(entry.low)}–{percent(entry.high)})"
-                )
+                row[evaluation_title(name)] = f"{percent(entry.accuracy)} ({percent(entry.low)}–{percent(entry.high)})"
         rows.append(row)
     return rows
 
@@ -94,7 +90,9 @@ def corrupted_class_rows(report: RunReport) -> list[dict[str, str]]:
 def _severities(found: CorruptionReport, name: str | None, same: float | None) -> dict[str, str]:
     values = {entry.severity: entry.average for entry in found.results if entry.name == name}
     shown = [values.get(severity, same) for severity in found.severities]
-    cells = {f"Severity {severity}": percent(value or 0.0) for severity, value in zip(found.severities, shown, strict=True)}
+    cells = {
+        f"Severity {severity}": percent(value or 0.0) for severity, value in zip(found.severities, shown, strict=True)
+    }
     mean = sum(value or 0.0 for value in shown) / len(shown)
     return {**cells, "Mean": percent(mean)}
 
@@ -111,6 +109,7 @@ def _lowest(found: CorruptionReport, index: int) -> str:
     return f"{percent(lowest.correct[index] / found.counts[index])} ({lowest.name}, severity {lowest.severity})"
 
 
-def plain_rows(rows: Sequence[dict[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of a table, for HTML."""
-    return (list(rows[0]) if rows else []), [list(row.values()) for row in rows]
+def breakdown_tables(report: RunReport) -> list[list[dict[str, str]]]:
+    """The tables of groups and of corruptions that there are, for a terminal."""
+    tables = [] if report.groups is None else [group_rows(report.groups), each_group_rows(report.groups)]
+    return tables if report.corruptions is None else [*tables, corruption_rows(report)]
