@@ -430,7 +430,7 @@ def _gaussian_matrix(size: int, sigma: float, reach: int, border: str) -> Floats
 
 @lru_cache(maxsize=256)
 def _zoom_matrix(size: int, factor: float) -> Floats:
-    """The middle of a line enlarged by ``factor``, as a matrix: linear interpolation, both ends stay where they are."""
+    """The middle of a line enlarged by ``factor``, as a matrix: linear interpolation, both ends stay in place."""
     kept = math.ceil(size / factor)
     enlarged = round(kept * factor)
     places = np.arange(enlarged) * (kept - 1) / (enlarged - 1)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -206,13 +205,15 @@ def _left_as_it_was(model: nn.Module, name: str) -> Iterator[None]:
     Raises:
         ForeignAttackError: if weights or buffers were changed; buffers are restored.
     """
-    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
-    versions = {key: tensor._version for key, tensor in tensors.items()}
+    versions = {key: parameter._version for key, parameter in model.named_parameters()}
+    # By value: BatchNorm updates its statistics without a new version.
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         with attack_mode(model):
+            for parameter in model.parameters():
+                parameter.grad = None  # an attack's backward() would add to it in place
             yield
     finally:
         for module, mode in modes:
@@ -220,11 +221,11 @@ def _left_as_it_was(model: nn.Module, name: str) -> Iterator[None]:
         for parameter, requires_grad, gradient in asked:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        changed = [key for key, tensor in tensors.items() if tensor._version != versions[key]]
-        with torch.no_grad():
-            for key in changed:
-                if key in buffers:
-                    tensors[key].copy_(buffers[key])
+        changed = [key for key, parameter in model.named_parameters() if parameter._version != versions[key]]
+        for key, buffer in model.named_buffers():
+            if not torch.equal(buffer, buffers[key]):
+                changed.append(key)
+                buffer.copy_(buffers[key])
     if changed:
         raise ForeignAttackError(
             f"foreign attack {name} changed the model ({', '.join(changed[:3])}): an attack may change images alone, "
