@@ -260,7 +260,7 @@ def test_places_that_hold_no_attack(place, message):
 
 def test_file_that_is_not_python_is_refused(tmp_path):
     (tmp_path / "broken.py").write_text("def attack(model, x, y)\n")
-    with pytest.raises(ValueError, match="cannot be imported .SyntaxError"):
+    with pytest.raises(ValueError, match=r"cannot be imported \(SyntaxError"):
         load_foreign_attack(f"{tmp_path / 'broken.py'}:attack")
 
 
