@@ -246,7 +246,7 @@ def evaluation_report(
         seeds={"seed": seed},
         created=utc_now(),
         verdict=verdict_of(results, data.class_names),
-        notes=rounding(),
+        notes=(*loaded.notes, *rounding()),
         groups=group_report(verdicts_of(results, data.class_names, data.groups)),
         corruptions=corruption_report(
             corrupted, data.test.labels, len(data.class_names), constants=constants_of(data.image_size)
