@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.report import RunReport, evaluation_title, interval_text, percent, plain_text
 
@@ -16,11 +18,11 @@ def group_rows(found: GroupReport) -> list[dict[str, str]]:
     rows = []
     for name, result in found.results.items():
         summary, intervals = result.summary, result.intervals
+        worst = f"{percent(summary.worst_class)}{interval_text(intervals, 'worst_class')}"
         row = {
             "Evaluation": evaluation_title(name),
             "Average": percent(summary.average),
-            "Worst group": f"{percent(summary.worst_class)}{interval_text(intervals, 'worst_class')} "
-            f"({plain_text(found.names[summary.worst_class_index], 30)})",
+            "Worst group": f"{worst} {plain_text(found.names[summary.worst_class_index], 30)}",
         }
         if len(found.names) > FEW_GROUPS:
             worst_30 = percent(summary.worst_30_percent) + interval_text(intervals, "worst_30_percent")
@@ -50,22 +52,28 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
 def corruption_rows(report: RunReport) -> list[dict[str, str]]:
     """One row per corruption: its average at each severity, and what it leaves of the weakest classes.
 
-    Worst class and worst 30 % are of the highest severity that was computed. The last row is the mean over all.
+    Worst class and worst 30 % are of the highest severity that was computed. The last row is the mean over all
+    corruptions, whose last cell of accuracy is the mean corruption accuracy.
     """
     found = report.corruptions
     if found is None:
         return []
-    names = report.dataset.class_names
-    highest = max(found.severities)
-    rows = [{"Corruption": "none", **_severities(found, None, report.results["clean"].summary.average)}]
+    names, highest = report.dataset.class_names, max(found.severities)
     clean = report.results["clean"].summary
-    rows[0] |= _weakest(clean.worst_class, names[clean.worst_class_index], clean.worst_30_percent, highest)
+    rows = [
+        {"Corruption": "none", **_severities([clean.average] * len(found.severities), found)}
+        | _weakest(clean.worst_class, names[clean.worst_class_index], clean.worst_30_percent, highest)
+    ]
+    averages = {(entry.name, entry.severity): entry.average for entry in found.results}
     for name in found.names:
-        entries = {entry.severity: entry for entry in found.results if entry.name == name}
-        last = entries[highest]
-        weakest = _weakest(last.worst_class, names[last.worst_class_index], last.worst_30_percent, highest)
-        rows.append({"Corruption": name, **_severities(found, name, None)} | weakest)
-    return rows
+        last = next(entry for entry in found.results if (entry.name, entry.severity) == (name, highest))
+        rows.append(
+            {"Corruption": name, **_severities([averages[name, severity] for severity in found.severities], found)}
+            | _weakest(last.worst_class, names[last.worst_class_index], last.worst_30_percent, highest)
+        )
+    means = [sum(averages[name, severity] for name in found.names) / len(found.names) for severity in found.severities]
+    last_row = {"Corruption": f"mean of {len(found.names)}", **_severities(means, found)}
+    return [*rows, last_row | dict.fromkeys(_weakest(0, "", 0, highest), "–")]
 
 
 def corrupted_class_rows(report: RunReport) -> list[dict[str, str]]:
@@ -87,14 +95,11 @@ def corrupted_class_rows(report: RunReport) -> list[dict[str, str]]:
     ]
 
 
-def _severities(found: CorruptionReport, name: str | None, same: float | None) -> dict[str, str]:
-    values = {entry.severity: entry.average for entry in found.results if entry.name == name}
-    shown = [values.get(severity, same) for severity in found.severities]
+def _severities(averages: Sequence[float], found: CorruptionReport) -> dict[str, str]:
     cells = {
-        f"Severity {severity}": percent(value or 0.0) for severity, value in zip(found.severities, shown, strict=True)
+        f"Severity {severity}": percent(average) for severity, average in zip(found.severities, averages, strict=True)
     }
-    mean = sum(value or 0.0 for value in shown) / len(shown)
-    return {**cells, "Mean": percent(mean)}
+    return {**cells, "Mean": percent(sum(averages) / len(averages))}
 
 
 def _weakest(worst: float, name: str, worst_30: float, severity: int) -> dict[str, str]:
