@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.data import CalibrationDataConfig, DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.methods import HAM, Method
 from ham_hf.models import ModelConfig
@@ -159,6 +159,9 @@ class EvaluateConfig(SettingsGroup):
         default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
+    more: MoreEvaluationConfig = field(
+        default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
+    )
 
     @property
     def output_path(self) -> Path:
