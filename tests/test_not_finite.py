@@ -28,9 +28,9 @@ from ham_hf.precision import BFloat16Passes
 from ham_hf.reporting.results import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
-from tests.nets import TensorImages, group_norm_net
-from tests.recipe_runs import recipe_module
-from tests.test_trainer import image_data, trainer
+from tests.support.nets import TensorImages, group_norm_net
+from tests.support.recipe_runs import recipe_module
+from tests.support.training import image_data, trainer
 
 NAN, INF = math.nan, math.inf
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ham_hf.reporting.report import write_report
-from tests.example_report import make_report
+from tests.support.example_report import make_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "ham_hf/templates/robust_classifier.md"

@@ -14,7 +14,7 @@ from ham_hf.attacks import ThreatModel, input_gradient, pgd
 from ham_hf.methods import HAM, PGDAT, InnerAttack
 from ham_hf.precision import BFloat16Passes
 from ham_hf.training.train_step import TrainStep
-from tests.nets import pixel_batch
+from tests.support.nets import pixel_batch
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 8 / 255), num_steps=4, step_size=2 / 255)
 

@@ -12,8 +12,8 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.runs import align_classes, example_strip, threat_model_of
-from ham_hf.training.runlog import check_tracker, read_log
-from tests.nets import TensorImages
+from ham_hf.training.log import check_tracker, read_log
+from tests.support.nets import TensorImages
 
 PREPROCESSING = Preprocessing(
     image_size=4, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.5,)

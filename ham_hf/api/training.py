@@ -37,11 +37,10 @@ from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.reporting.results import training_report, write_config, write_training
 from ham_hf.runs import class_examples, evaluate_on_test, example_strip, export_model, load_data, new_model
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
-from ham_hf.training.launching import create_accelerator, launched_processes, peak_memory_bytes
+from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
+from ham_hf.training.log import check_tracker, end_training, start_tracker
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
-from ham_hf.training.run_lock import RunLock
-from ham_hf.training.runlog import check_tracker, end_training, start_tracker
+from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, stop_requests
 from ham_hf.training.trainer import Trainer
 

@@ -25,19 +25,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_runs
-from ham_hf.comparison.naming import public_word
-from ham_hf.comparison.numbers import MissingRun, Run, compare
+from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.plan import read_plan
-from ham_hf.comparison.plots import save_comparison_figures
-from ham_hf.comparison.runs import Launcher, collect, execute, survey
-from ham_hf.comparison.text import write_comparison
+from ham_hf.comparison.report import write_comparison
+from ham_hf.comparison.row_names import public_word
+from ham_hf.comparison.table import MissingRun, Run, compare
 from ham_hf.faults import clean_exit
 from ham_hf.hub import download_report
 from ham_hf.invocation import command, program
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import replace_what_cannot_be_shown, show
-from ham_hf.training.run_lock import make_folder
+from ham_hf.training.run_folder import make_folder
 
 TRAIN = ("-m", "ham_hf", "train")
 """What follows the interpreter, or the launcher, to train."""

@@ -34,9 +34,8 @@ from ham_hf.runs import (
     threat_model_of,
 )
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
-from ham_hf.training.output_folder import OWNED_BY_EVALUATION, check_evaluation_dir, clear_output_dir
-from ham_hf.training.run_lock import RunLock
+from ham_hf.training.launch import create_accelerator, launched_processes, set_up_logging
+from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
 
 logger = logging.getLogger("ham_hf.evaluate")
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.comparison.existing import label_runs, read_runs
-from ham_hf.comparison.numbers import Comparison, compare
 from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
+from ham_hf.comparison.table import Comparison, compare
 from ham_hf.faults import clean_exit
 from ham_hf.files import atomic_write
 from ham_hf.invocation import program

@@ -23,7 +23,7 @@ from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
-from ham_hf.training.launching import set_up_logging
+from ham_hf.training.launch import set_up_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:

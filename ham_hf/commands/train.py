@@ -55,17 +55,16 @@ from ham_hf.runs import (
 )
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
-from ham_hf.training.launching import (
+from ham_hf.training.launch import (
     check_shared_folder,
     create_accelerator,
     launched_processes,
     peak_memory_bytes,
     set_up_logging,
 )
+from ham_hf.training.log import check_tracker, end_training, start_tracker
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.output_folder import OWNED_BY_TRAINING, check_output_dir, clear_output_dir
-from ham_hf.training.run_lock import RunLock
-from ham_hf.training.runlog import check_tracker, end_training, start_tracker
+from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Progress, Trainer

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ham_hf.comparison.facts import run_settings, setting_text
-from ham_hf.comparison.naming import public_word
-from ham_hf.comparison.numbers import MissingRun, Run
+from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.comparison.row_names import public_word
+from ham_hf.comparison.table import MissingRun, Run
 from ham_hf.hub_ids import split_revision
 from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
-from ham_hf.training.run_lock import is_locked
+from ham_hf.training.run_folder import is_locked
 
 NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")

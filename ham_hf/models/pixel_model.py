@@ -17,9 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ham_hf.models.build_limit import BuildLimit
-from ham_hf.models.config_json import CROP_MODES, INTERPOLATIONS, MAX_CROP_PCT, MIN_CROP_PCT, check_model_args
 from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
+from ham_hf.models.untrusted import (
+    CROP_MODES,
+    INTERPOLATIONS,
+    MAX_CROP_PCT,
+    MIN_CROP_PCT,
+    BuildLimit,
+    check_model_args,
+)
 
 logger = logging.getLogger(__name__)
 

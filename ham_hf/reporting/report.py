@@ -33,7 +33,7 @@ from ham_hf.hub_ids import is_hub_id
 from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
 from ham_hf.reporting.calibration import CalibrationReport
-from ham_hf.training.outside import recorded
+from ham_hf.training.environment import recorded
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -178,7 +178,7 @@ class TrainingReport:
         selected_epoch: 0-based epoch of the selected weights; None if unknown.
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
-            without one, of the machine (`ham_hf.training.launching.peak_memory_bytes`); None if unknown.
+            without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
             (`ham_hf.training.passes`); None if unknown.
         changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
@@ -214,7 +214,7 @@ class Environment:
         num_threads: threads of a process.
         commit: commit of the source checkout, None outside of one.
         variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
-            `ham_hf.training.outside`.
+            `ham_hf.training.environment`.
     """
 
     python: str

@@ -38,8 +38,8 @@ from ham_hf.reporting.report import (
     verdict_report,
     write_report,
 )
-from ham_hf.training.outside import rounding
-from ham_hf.training.runlog import read_log
+from ham_hf.training.environment import rounding
+from ham_hf.training.log import read_log
 from ham_hf.training.trainer import Progress
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def training_report(
     """Report of a training run.
 
     ``best`` is the state that the evaluated weights were selected with, ``base_model`` the Hub id of the weights it
-    began with, and ``peak_memory_bytes`` what `ham_hf.training.launching.peak_memory_bytes` said when training ended
+    began with, and ``peak_memory_bytes`` what `ham_hf.training.launch.peak_memory_bytes` said when training ended
     (evaluation, which follows, may need more). The passes of
     a ``calibration`` count among those of the run.
     """

@@ -31,24 +31,18 @@ from ham_hf.training.checkpoint import (
     rewind,
 )
 from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
-from ham_hf.training.held_out import (
-    HeldOutAccuracy,
-    held_out_accuracy,
-    held_out_record,
-    held_out_sums,
-    selection_score,
-)
+from ham_hf.training.log import RunLog
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
-from ham_hf.training.resuming import (
+from ham_hf.training.resume import (
     agreed_checkpoint,
     anywhere,
     changeable,
     changes_on_the_way,
     check_same_run,
+    keep_update_size,
     run_plan,
 )
-from ham_hf.training.runlog import RunLog
-from ham_hf.training.saving import RunFiles
+from ham_hf.training.run_folder import RunFiles
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
@@ -60,7 +54,13 @@ from ham_hf.training.sharding import (
 )
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
-from ham_hf.training.update_size import keep_update_size
+from ham_hf.training.validation import (
+    HeldOutAccuracy,
+    held_out_accuracy,
+    held_out_record,
+    held_out_sums,
+    selection_score,
+)
 
 logger = logging.getLogger(__name__)
 

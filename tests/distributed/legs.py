@@ -20,9 +20,9 @@ from ham_hf.methods import HAM, InnerAttack, Method, TradesLoss
 from ham_hf.training.checkpoint import load_best
 from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer
-from tests.method_checks import every_method
-from tests.nets import TensorImages, group_norm_net
-from tests.test_trainer import config, image_data
+from tests.support.method_checks import every_method
+from tests.support.nets import TensorImages, group_norm_net
+from tests.support.training import config, image_data
 
 ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
 METHODS: dict[str, Method] = {

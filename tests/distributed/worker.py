@@ -13,11 +13,11 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.methods import HAM, InnerAttack
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
 from ham_hf.training.train_step import TrainStep
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
-from tests.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
+from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 
 ROWS = 16
 # Which of the 16 rows of an update are hard. Two processes with two accumulation steps each get four rows a time:
