@@ -1,6 +1,6 @@
 """Write the digits that the package ships, from the copy that scikit-learn has of the UCI data set.
 
-python -m tests.make_digits
+python -m tests.support.make_digits
 """
 
 from __future__ import annotations
