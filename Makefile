@@ -3,7 +3,7 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults same smoke bench bench-quick browser release-check format
+.PHONY: help check lint types imports test faults same smoke bench bench-quick browser release-check house format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ browser:  ## report.html in a headless Chromium: clicks, keys, sizes, hostile na
 
 release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
 	$(PYTHON) -m tests.release_check
+
+house:  ## size and shape of the package: lines, modules, long functions, repeats; tests/test_house.py holds the limits
+	$(PYTHON) -m tests.house
 
 format:  ## let ruff rewrite what it can
 	$(PYTHON) -m ruff check --fix .

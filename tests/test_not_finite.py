@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
 from ham_hf.evaluation import NonFiniteLogitsError, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
-from ham_hf.methods import InnerAttack
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
@@ -77,7 +76,7 @@ def test_whatever_the_gradient_the_result_is_in_ball_and_box_and_spoilt_rows_sta
     start = threat.random_start(x, generator)
     y = torch.zeros(len(x), dtype=torch.long)
     net = GivenGradient(gradients)
-    attack = InnerAttack(threat_model=threat, num_steps=3, step_size=radii / 2)
+    attack = Attack(threat_model=threat, num_steps=3, step_size=radii / 2)
     stopped = early_stopped_pgd(net, x, y, attack=attack, start=start, loss_fn=cross_entropy, tau=9)
     result = pgd(net, x, y, threat_model=threat, num_steps=3, step_size=radii / 2, start=start)
     for found in (result, stopped.stopped, stopped.last_correct):

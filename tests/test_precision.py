@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 
 import ham_hf  # noqa: F401 (registers the CIFAR networks with timm)
-from ham_hf.attacks import ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
-from ham_hf.methods import HAM, PGDAT, InnerAttack
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
+from ham_hf.methods import HAM, PGDAT
 from ham_hf.precision import attack_passes
 from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
 
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 8 / 255), num_steps=4, step_size=2 / 255)
+ATTACK = Attack(threat_model=ThreatModel("linf", 8 / 255), num_steps=4, step_size=2 / 255)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_attack_is_as_strong_and_stays_in_the_ball(net, batch):
 def test_only_the_attack_of_an_update_is_coarser(net, batch):
     """With no attack step, both precisions make the same update to the bit."""
     after = {}
-    still = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.1)
+    still = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.1)
     for objective, attack in ((PGDAT(), still), (HAM(mining_start_epoch=0, mining_step=2), ATTACK)):
         for precision in ("training", "bf16"):
             model = copy.deepcopy(net)

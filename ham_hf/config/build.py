@@ -13,9 +13,9 @@ import yaml
 
 from ham_hf.config.groups import AnyConfig, TrainConfig
 from ham_hf.config.old_names import with_current_names
-from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
 from ham_hf.methods import Method, available
+from ham_hf.settings import ConfigError, Setting, settings_of
 
 logger = logging.getLogger(__name__)
 

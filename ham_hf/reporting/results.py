@@ -246,7 +246,7 @@ def evaluation_report(
         seeds={"seed": seed},
         created=utc_now(),
         verdict=verdict_of(results, data.class_names),
-        notes=rounding(),
+        notes=(*loaded.notes, *rounding()),
     )
 
 

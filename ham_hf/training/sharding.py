@@ -29,7 +29,7 @@ from ham_hf.recipe_files import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
 
 if TYPE_CHECKING:
-    from ham_hf.config import TrainingConfig
+    from ham_hf.training.config import TrainingConfig
 
 _DDP, _FSDP = shown_path("accelerate/ddp.yaml"), shown_path("accelerate/fsdp.yaml")
 _WAY_OUT = f"use {_DDP} or {_FSDP}"

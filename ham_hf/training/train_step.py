@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import evaluation_mode, predicted
+from ham_hf.attacks import Attack, evaluation_mode, predicted
 from ham_hf.data import PixelBatch
-from ham_hf.methods import InnerAttack, Method, OuterBatch, statistics_dtype
+from ham_hf.methods import Method, OuterBatch, statistics_dtype
 from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState
@@ -123,7 +123,7 @@ class TrainStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         objective: Method,
-        attack: InnerAttack,
+        attack: Attack,
         accelerator: Accelerator,
         *,
         class_counts: Tensor,

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.config import TrainingConfig
+from ham_hf.attacks import Attack
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
-from ham_hf.methods import ClassRule, InnerAttack, Method
+from ham_hf.methods import ClassRule, Method
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -30,6 +30,7 @@ from ham_hf.training.checkpoint import (
     load_checkpoint,
     rewind,
 )
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
 from ham_hf.training.log import RunLog
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
@@ -134,7 +135,7 @@ class Trainer:
         model: nn.Module,
         data: ImageData,
         objective: Method,
-        attack: InnerAttack,
+        attack: Attack,
         config: TrainingConfig,
         accelerator: Accelerator,
         *,

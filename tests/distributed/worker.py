@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.methods import HAM, InnerAttack
+from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
 from ham_hf.training.train_step import TrainStep
@@ -30,7 +30,7 @@ PATTERNS = {
     "none_anywhere": "0000 0000 0000 0000",
 }
 SCENARIOS = {name: [mark == "1" for mark in pattern.replace(" ", "")] for name, pattern in PATTERNS.items()}
-NO_ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
+NO_ATTACK = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
 
 
 def scenario_data(net: torch.nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:

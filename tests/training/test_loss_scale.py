@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import HAM, PGDAT, InnerAttack
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import prepare
 from ham_hf.training.train_step import NonFiniteLossError, TrainStep
@@ -50,7 +50,7 @@ BATCH = (torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(0)), to
 def step_of(accelerator, objective=PGDAT(), **options):  # noqa: B008 (frozen)
     net = small_net()
     wrapped, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.05), num_steps=2, step_size=0.03)
+    attack = Attack(threat_model=ThreatModel("linf", 0.05), num_steps=2, step_size=0.03)
     return net, TrainStep(
         wrapped, optimizer, objective, attack, accelerator, class_counts=torch.full((3,), 4), seed=0, **options
     )
