@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import ham_hf
 from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
-from ham_hf.evaluation.foreign import ForeignAttackError, foreign_attack, foreign_attacks, load_foreign_attack
+from ham_hf.evaluation.foreign import (
+    ForeignAttackError,
+    foreign_attack,
+    foreign_attacks,
+    load_foreign_attack,
+    load_foreign_attacks,
+)
 from ham_hf.evaluation.partial_results import partial_results
 from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for
 
@@ -256,6 +262,16 @@ def test_loaded_from_a_file_or_an_installed_package(tmp_path, monkeypatch):
 def test_places_that_hold_no_attack(place, message):
     with pytest.raises(ValueError, match=message):
         load_foreign_attack(place)
+
+
+def test_two_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("def attack(model, x, y):\n    return x\n")
+    places = [f"{tmp_path / folder / 'mine.py'}:attack" for folder in ("a", "b")]
+    assert [attack.name for attack in load_foreign_attacks(places[:1])] == ["mine.attack"]
+    with pytest.raises(ValueError, match=r"two are called mine.attack; rename a function"):
+        load_foreign_attacks(places)
 
 
 def test_file_that_is_not_python_is_refused(tmp_path):
