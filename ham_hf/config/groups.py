@@ -30,7 +30,8 @@ class HubConfig(SettingsGroup):
     hub_private_repo: bool = setting(False, "make the repository private when it is created")
     hub_revision: str = setting("main", "branch to push to")
     hub_strategy: Literal["end", "every_save"] = setting("end", "push at the end, or after every checkpoint too")
-    publish_images: bool = setting(False, "keep the images of a dataset that is not public on the pushed report.html")
+    hub_space: bool = setting(False, "publish report.html as a static Space of the same owner/name too, at the end")
+    publish_images: bool = setting(False, "push the images of a dataset that is not public too")
     model_license: str = setting("apache-2.0", "license of the trained weights, for the model card")
 
     def contradictions(self) -> Iterator[str]:
@@ -43,6 +44,7 @@ class HubConfig(SettingsGroup):
                 "--hub_private_repo": self.hub_private_repo,
                 f"--hub_revision {self.hub_revision}": self.hub_revision != "main",
                 f"--hub_strategy {self.hub_strategy}": self.hub_strategy != "end",
+                "--hub_space": self.hub_space,
                 "--publish_images": self.publish_images,
             }
             yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)

@@ -21,6 +21,7 @@ import yaml
 
 from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, list_files, note
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
+from ham_hf.data.digits import LARGEST, read_digits
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
 from ham_hf.hub_ids import is_hub_id
 
@@ -276,7 +277,7 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
         ValueError: if it cannot be opened or has another layout; the message names the way out.
     """
     local = is_local(name, config_name, revision)
-    layout = "scikit-learn's digits" if name == DIGITS else ""
+    layout = "the digits of the package" if name == DIGITS else ""
     if local and _is_saved(Path(name).expanduser()):
         layout = "a folder written by save_to_disk"
     if not layout:
@@ -405,13 +406,11 @@ def _explain(error: Exception, name: str, config_name: str | None, revision: str
 
 
 def _digits() -> datasets.DatasetDict:
-    """scikit-learn's handwritten digits: 1,797 gray 8x8 images with values 0..16, one split."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
+    """The handwritten digits of the package: 1,797 gray 8x8 images, stretched to 0..255, one split."""
+    images, labels = read_digits()
+    pixels = np.round(images * (255 / LARGEST)).astype(np.uint8)
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    columns = {"image": list(pixels), "label": scans.target}
+    columns = {"image": list(pixels), "label": labels}
     return datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features))

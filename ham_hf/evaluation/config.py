@@ -89,7 +89,7 @@ class CalibrationConfig(SettingsGroup):
         at_most=1,
     )
     calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", at_least=1)
-    calibration_precision: Literal["float32", "bf16"] = setting(
+    calibration_precision: Literal["float32", "bf16", "fp16"] = setting(
         "float32", "precision of that attack's passes; predictions are counted in float32"
     )
 

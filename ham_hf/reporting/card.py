@@ -42,6 +42,8 @@ FIGURES = (
     ("What fairness costs, on held-out images", "figures/fairness_frontier.png"),
     ("Clean and adversarial images", "figures/adversarial_examples.png"),
 )
+IMAGES = ("figures/adversarial_examples.png",)
+"""Files that show images of the dataset, which not everybody may see; see `without_images`."""
 SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
@@ -110,6 +112,11 @@ def evaluation_section(report: RunReport) -> str:
     template = _template()
     context = _context(report, None, repo_id=None, model_license="")
     return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
+
+
+def without_images(markdown: str) -> str:
+    """A card without what shows images of the dataset, the files of ``IMAGES``."""
+    return re.sub(rf"!\[[^\]\n]*\]\((?:{'|'.join(map(re.escape, IMAGES))})\)\n\n?", "", markdown)
 
 
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
@@ -247,6 +254,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
         "repo_id": repo_id,
+        "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
         "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),

@@ -149,10 +149,18 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
-        notes=(*early, *training.changes, *rounding()),
+        notes=(*early, *overflow_notes(progress), *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
+
+
+def overflow_notes(progress: Progress) -> tuple[str, ...]:
+    """What the card says of updates that were skipped because a gradient overflowed in float16."""
+    count = progress.overflowed_updates
+    if not count:
+        return ()
+    return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
 
 
 def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
