@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from ham_hf.commands import COMMANDS
-from tests.hub_server import Hub, hub_environment
+from tests.support.hub_server import Hub, hub_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # A few updates of a narrow network; enough held-out images of each class to calibrate on.

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from ham_hf.attacks import ThreatModel, cross_entropy, evaluation_mode, input_gradient, margin_loss, pgd
-from tests.golden_data import TOLERANCE, golden_case, golden_net
+from tests.support.golden_data import TOLERANCE, golden_case, golden_net
 
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 

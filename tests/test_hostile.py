@@ -30,8 +30,8 @@ from PIL import Image as PILImage
 from safetensors.torch import save_file
 
 from ham_hf.comparison.existing import label_runs, read_runs
-from ham_hf.comparison.numbers import compare
-from ham_hf.comparison.text import write_comparison
+from ham_hf.comparison.report import write_comparison
+from ham_hf.comparison.table import compare
 from ham_hf.config import EvaluationThreatConfig
 from ham_hf.models import create_backbone, input_defaults, load_pixel_model
 from ham_hf.reporting.card import write_card
@@ -39,9 +39,9 @@ from ham_hf.reporting.report import read_report, write_report
 from ham_hf.runs import threat_model_of
 from ham_hf.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
-from tests.example_report import make_report
-from tests.hub_server import Blob, Hub, Repo, hub_environment
-from tests.recipe_runs import SMALL, recipe_module
+from tests.support.example_report import make_report
+from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 

@@ -21,8 +21,8 @@ from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
 from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import read_report, write_report
-from tests.example_report import DIGITS, make_report, with_dataset, with_model
-from tests.hub_server import Hub, hub_environment
+from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
+from tests.support.hub_server import Hub, hub_environment
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
 TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}

@@ -30,8 +30,8 @@ from ham_hf.hub import (
     try_push,
 )
 from ham_hf.models.source import resolve_source
-from tests.hub_server import Blob, Hub, Repo
-from tests.recipe_runs import SMALL, recipe_module
+from tests.support.hub_server import Blob, Hub, Repo
+from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 

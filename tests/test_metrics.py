@@ -21,7 +21,7 @@ from ham_hf.metrics import (
     summarize_counts,
     wilson_interval,
 )
-from tests.golden_data import GOLDEN, TOLERANCE
+from tests.support.golden_data import GOLDEN, TOLERANCE
 
 
 def naive_summary(flags: Sequence[bool], labels: Sequence[int], num_classes: int) -> dict[str, object]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ham_hf.attacks import ThreatModel, pgd
 from ham_hf.mining import mine_hard_examples
-from tests.golden_data import TOLERANCE, Normalized, golden_case, golden_net
+from tests.support.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 
 CASES = ["ham_m1", "ham_m3", "ham_m5", "ham_mK", "ham_norm", "ham_recross", "ham_alleasy"]
 

@@ -25,8 +25,8 @@ from PIL import Image as PILImage
 from ham_hf.config import TrainConfig, config_to_yaml, parse_evaluate_config, parse_train_config
 from ham_hf.config.build import group_settings, method_settings
 from ham_hf.reporting.report import write_report
-from tests.example_report import make_report
-from tests.recipe_runs import recipe_module
+from tests.support.example_report import make_report
+from tests.support.recipe_runs import recipe_module
 
 SETTINGS = [one for group in group_settings(TrainConfig).values() for one in group]
 SETTINGS += [one for options in method_settings().values() for one in options]

@@ -16,7 +16,7 @@ from PIL import Image
 from ham_hf import terminal
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
-from tests.recipe_runs import SMALL, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
 NAMES = ("Eule 🦉", "狐", "ś\u2028b")
 QUICK = [

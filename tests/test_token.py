@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.hub_server import Hub, hub_environment
-from tests.recipe_runs import SMALL
+from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import SMALL
 
 # The Hub's own shape, and one that no pattern would find.
 TOKENS = ("hf_DistinctiveToken0123456789", "a-token.of_another+shape/0123456789")

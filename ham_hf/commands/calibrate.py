@@ -38,9 +38,8 @@ from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import calibrated_report, write_calibration
 from ham_hf.runs import align_classes, class_examples, evaluate_on_test, example_strip, num_logits, threat_model_of
 from ham_hf.terminal import hide_progress_bars, show
-from ham_hf.training.launching import create_accelerator, launched_processes, set_up_logging
-from ham_hf.training.output_folder import OWNED_BY_CALIBRATION, check_calibration_dir, clear_output_dir
-from ham_hf.training.run_lock import RunLock
+from ham_hf.training.launch import create_accelerator, launched_processes, set_up_logging
+from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir, clear_output_dir
 
 logger = logging.getLogger("ham_hf.calibrate")
 

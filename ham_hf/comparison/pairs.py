@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ham_hf.comparison.facts import evaluations
+from ham_hf.comparison.differences import evaluations
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts, read_verdicts
 from ham_hf.pairing import PairedComparison, compare_paired
 from ham_hf.reporting.report import RunReport

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ham_hf.data.columns import (
     TEST_SPLITS,
+    choose_group_column,
     choose_image_column,
     choose_label_column,
     choose_splits,
@@ -23,6 +24,7 @@ from ham_hf.data.columns import (
 )
 from ham_hf.data.declarations import Declarations
 from ham_hf.data.decoding import EncodedImages
+from ham_hf.data.image_groups import ImageGroups, read_groups
 from ham_hf.data.parts import DatasetChoice, limit_rows, named_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import SplitFiles, read_whole
@@ -76,6 +78,7 @@ class EvaluationPart:
         config_name: configuration that was opened.
         revision: commit of a Hub dataset if known, else as given.
         notes: what of the dataset is not read.
+        groups: of the images, where a column of groups was named.
     """
 
     encoded: EncodedImages
@@ -84,6 +87,7 @@ class EvaluationPart:
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    groups: ImageGroups | None = None
 
 
 def evaluation_part(
@@ -128,8 +132,10 @@ def evaluation_part(
         _, rows = stratified_split(labels, fraction, TEST_SEED)
         origin = f"held out of {opened.split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
     rows = limit_rows(opened.labels, rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
+    column = choice.group_column
     return EvaluationPart(
         encoded=encoded(rows),
+        groups=None if column is None else read_groups(opened.splits[opened.split], column, rows),
         class_names=opened.class_names,
         origin=origin,
         config_name=opened.config_name,
@@ -216,6 +222,8 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
     column = choose_label_column(features, choice.label_column)
     logger.info("reading all of split %r", split)
     kept = datasets.Features({images: datasets.Image(), column: features[column]})
+    if choice.group_column is not None:
+        kept[choice.group_column] = features[choose_group_column(features, choice.group_column)]
     # As they are in the files: every file's declaration is applied when labels are read.
     if train == split:
         raise ValueError(

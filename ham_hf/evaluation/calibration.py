@@ -36,7 +36,7 @@ from ham_hf.evaluation.partial_results import PartialResults
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
-from ham_hf.precision import BFloat16Passes
+from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, make_generator
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class SearchAttack:
         threat_model: norm and radius.
         step_size: length of a step in pixel units.
         num_steps: number of steps.
-        precision: "float32", or "bf16" for the attack's passes; what is counted as right is always float32.
+        precision: "float32", or "bf16" or "fp16" for the attack's passes; what is counted as right is always float32.
         batch_size: images per batch and process; random starts are drawn per batch.
         seed: of the random starts and of the two halves.
     """
@@ -303,7 +303,7 @@ class _Meter:
         partial: PartialResults | None,
     ) -> None:
         self.model, self.images, self.attack = ShiftedLogits(model, num_classes), images, attack
-        self.attacked = BFloat16Passes(self.model) if attack.precision == "bf16" else self.model
+        self.attacked = attack_passes(self.model, attack.precision)
         self.layout = memory_layout(model)
         self.num_classes, self.accelerator, self.partial = num_classes, accelerator, partial
         self.halves = stratified_split(images.labels, 0.5, attack.seed)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ham_hf.hub_ids import split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
-from ham_hf.models.config_json import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
+from ham_hf.models.untrusted import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import yaml
 from accelerate import Accelerator
 
 from ham_hf.reporting.report import environment, text_table
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT_MODEL = "preactresnet18_cifar"

@@ -34,7 +34,7 @@ import yaml
 
 from ham_hf.attacks import input_gradient
 from ham_hf.reporting.report import read_report
-from ham_hf.training.launching import create_accelerator
+from ham_hf.training.launch import create_accelerator
 from tests.benchmarks import common
 from tests.benchmarks.workload import batch_of, network
 

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from ham_hf.training.launching import peak_memory_bytes
+from ham_hf.training.launch import peak_memory_bytes
 from tests.benchmarks import common
 from tests.benchmarks.workload import LEARNING_RATE, OurStep, batch_of, network
 from tests.benchmarks.yardsticks import ordinary_step

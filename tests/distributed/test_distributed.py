@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tests.conftest import ROOT
 from tests.distributed.legs import METHODS, RELAY, RELAY_METHOD, make_trainer, no_random_start, outcome
 from tests.distributed.worker import SCENARIOS, scenario_data
-from tests.nets import batch_norm_net, group_norm_net
-from tests.recipe_runs import CONFIGURED
-from tests.test_trainer import log_of
+from tests.support.nets import batch_norm_net, group_norm_net
+from tests.support.recipe_runs import CONFIGURED
+from tests.support.training import log_of
 
 ENGINES = {
     "two": CONFIGURED["cpu.yaml"],
@@ -95,9 +95,10 @@ def test_batch_norm_learns_and_stays_finite_when_a_process_idles(results, name):
 @pytest.mark.faults(quick=True)
 def test_evaluation_does_not_depend_on_the_number_of_processes(results):
     for found in (results["one"], results["two"]):
-        for key in ("clean", "pgd", "predictions", "autoattack_indices", "autoattack_flags", "autoattack_predictions"):
+        autoattack = ("autoattack_indices", "autoattack_flags", "autoattack_predictions")
+        for key in ("clean", "pgd", "predictions", "corrupted", "noise", *autoattack):
             assert torch.equal(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"]), key
-        for key in ("margins", "autoattack_margins"):
+        for key in ("margins", "noise_margins", "autoattack_margins"):
             # A process that halves its batches rounds in another way.
             torch.testing.assert_close(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"])
         clean, pgd = found["evaluation/clean"], found["evaluation/pgd"]
@@ -177,7 +178,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(subprocess_env):
         "import os\n"
         "PartialState(cpu=True)\n"
         "os.environ |= {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}\n"
-        "from ham_hf.training.launching import create_accelerator\n"
+        "from ham_hf.training.launch import create_accelerator\n"
         "create_accelerator(use_cpu=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True, timeout=99)

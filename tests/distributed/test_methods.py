@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.method_checks import every_method
-from tests.recipe_runs import LAUNCH, PROCESSES
+from tests.support.method_checks import every_method
+from tests.support.recipe_runs import LAUNCH, PROCESSES
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
-from tests.recipe_runs import CONFIGURED, SMALL
+from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = pytest.mark.faults
 

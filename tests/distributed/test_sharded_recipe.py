@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
-from tests.recipe_runs import CONFIGURED, SMALL
+from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = pytest.mark.faults
 # Sharded weights are contiguous; rounding would differ with another layout.

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.recipe_runs import CONFIGURED, SMALL
+from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = pytest.mark.faults
 RUN = [*SMALL, "--per_device_train_batch_size=8", "--save_steps=50"]

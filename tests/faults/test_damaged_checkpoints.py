@@ -12,8 +12,8 @@ from ham_hf.files import DamagedError
 from ham_hf.training import checkpoint as checkpoints
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.test_checkpoint import make
-from tests.test_trainer import trainer
+from tests.support.checkpoints import make
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 FILES = [

@@ -13,8 +13,8 @@ import pytest
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.recipe_runs import SMALL, recipe_module
-from tests.test_trainer import trainer
+from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")

@@ -18,7 +18,7 @@ from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import check_checkpoint, list_checkpoints, step_of
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.recipe_runs import SMALL, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
 # 11 updates per epoch; a checkpoint after each, as checkpoints are where a kill can do most harm.

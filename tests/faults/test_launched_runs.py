@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from ham_hf.training.checkpoint import find_checkpoint, list_checkpoints, step_of
-from ham_hf.training.run_lock import LOCK_NAME
+from ham_hf.training.run_folder import LOCK_NAME
 from ham_hf.training.stopping import EXIT_REQUEUE
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.recipe_runs import SMALL, launch_command
+from tests.support.recipe_runs import SMALL, launch_command
 
 pytestmark = pytest.mark.faults
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.faults import MemoryExhaustedError, smaller_batch
-from tests.recipe_runs import SMALL, recipe_module
-from tests.test_trainer import trainer
+from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from ham_hf.training.run_lock import LOCK_NAME, OWNER_NAME, BusyFolderError, RunLock
+from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME, BusyFolderError, RunLock
 from tests.conftest import ROOT
-from tests.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.faults(quick=True)
 OWNER = f"""
 import importlib.util, os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("run_lock", {str(ROOT / "ham_hf/training/run_lock.py")!r})
+spec = importlib.util.spec_from_file_location("run_lock", {str(ROOT / "ham_hf/training/run_folder.py")!r})
 run_lock = importlib.util.module_from_spec(spec); spec.loader.exec_module(run_lock)
 lock = run_lock.RunLock(Path(sys.argv[1]))
 lock.acquire()

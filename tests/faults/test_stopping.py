@@ -16,8 +16,8 @@ from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.recipe_runs import SMALL, recipe_module
-from tests.test_trainer import trainer
+from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.example_images import dataset, encode, noise
 from tests.faults.same_runs import assert_same_weights
-from tests.hub_server import Blob, Hub, Repo, hub_environment
-from tests.recipe_runs import SMALL, launch_command
+from tests.support.example_images import dataset, encode, noise
+from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.recipe_runs import SMALL, launch_command
 
 pytestmark = pytest.mark.faults
 
@@ -98,7 +98,7 @@ SEEN = """
 import sys
 from pathlib import Path
 from ham_hf.training.train_step import TrainStep
-from tests.recipe_runs import recipe_module
+from tests.support.recipe_runs import recipe_module
 
 original = TrainStep.__call__
 

@@ -17,8 +17,8 @@ from ham_hf.data import BatchRequest
 from ham_hf.faults import FaultError, explain_faults
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import find_checkpoint, step_of
-from tests.example_images import dataset, encode, load, noise, write_parquet
-from tests.recipe_runs import SMALL, recipe_module
+from tests.support.example_images import dataset, encode, load, noise, write_parquet
+from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
 IMAGES, CLASSES = 72, 4

@@ -2,9 +2,9 @@
 
     python -m tests.same COMMIT [--only LABEL ...] [--keep FOLDER]
 
-Every method and combination of `tests.method_checks`, streaming, and two processes, each for three epochs of four
-updates of a small network on digits. Compared are, of each run, the weights, averages, class state and optimizer of
-every checkpoint, the log and the trainer's state without times, the report without times and environment, and the
+Every method and combination of `tests.support.method_checks`, streaming, and two processes, each for three epochs of
+four updates of a small network on digits. Compared are, of each run, the weights, averages, class state and optimizer
+of every checkpoint, the log and the trainer's state without times, the report without times and environment, and the
 settings. Prints one line per label; status 1 if anything differs.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import ROOT
-from tests.method_checks import every_method
+from tests.support.method_checks import every_method
 
 BASE = {
     "dataset_name": "digits",

@@ -1,0 +1,186 @@
+"""The figures of a comparison: average against worst class, and the accuracy of every class of every row.
+
+Both are of the strongest attack that all runs share. Like those of a report (`ham_hf.reporting.plots`) they are made
+without pyplot, in the colors of Okabe and Ito; rows also differ in their marker. Labels are never read as mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ham_hf.comparison.table import Comparison
+from ham_hf.reporting.plots import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
+from ham_hf.reporting.report import plain_text
+
+COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<")
+"""As many as there are colors, and one: 56 rows have 56 combinations."""
+MAX_CLASSES_ACROSS = 20
+
+
+def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Draw ``comparison_tradeoff.png`` and ``comparison_per_class.png`` into ``folder`` (made if needed).
+
+    A figure that there are no numbers for is left out, and one of an earlier comparison removed: both if the runs
+    share no attack, that of the classes if the runs do not have the same classes.
+
+    Returns:
+        The files written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    attack = comparison.strongest_shared_attack()
+    figures = {
+        "comparison_tradeoff.png": None if attack is None else tradeoff_figure(comparison, attack),
+        "comparison_per_class.png": None
+        if attack is None or comparison.class_names is None
+        else class_figure(comparison, attack, comparison.class_names),
+    }
+    for name, figure in figures.items():
+        if figure is None:
+            (folder / name).unlink(missing_ok=True)
+    return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
+
+
+def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
+    """Worst class against average under ``attack``, a numbered point per row, with the deviation over seeds as bars.
+
+    Axes are zoomed to the points, and end at 0 and 100 %: differences count here, and the tables have the values.
+    """
+    rows = [row for row in comparison.rows if attack in row.attacks]
+    figure = Figure(figsize=(8.6, max(4.6, 1.2 + 0.27 * len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    for number, row in enumerate(rows):
+        average, worst = row.attacks[attack].average, row.attacks[attack].worst_class
+        bars = axes.errorbar(
+            100 * average.mean,
+            100 * worst.mean,
+            xerr=None if average.std is None else 100 * average.std,
+            yerr=None if worst.std is None else 100 * worst.std,
+            fmt=MARKERS[number % len(MARKERS)],
+            color=COLORS[number % len(COLORS)],
+            ms=8,
+            mec="white",
+            mew=0.6,
+            elinewidth=1.0,
+            capsize=2.5,
+            label=str(number),
+        )
+        point, caps, lines = bars.lines
+        point.set(zorder=4, clip_on=False)
+        for line in (*caps, *lines):
+            line.set(alpha=0.4, zorder=2)
+    title = comparison.attacks[attack]
+    axes.set_xlabel(f"average accuracy under {title}", parse_math=False)
+    axes.set_ylabel(f"worst-class accuracy under {title}", parse_math=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(100))
+    axes.margins(0.12)
+    axes.set_xlim(*_within(axes.get_xlim()))
+    axes.set_ylim(*_within(axes.get_ylim()))
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    heading = "Better is up and to the right\nbars: standard deviation over seeds"
+    axes.set_title(heading + _budget_note(comparison), fontsize=11)
+    legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    for number, (entry, row) in enumerate(zip(legend.get_texts(), rows, strict=True), start=1):
+        # Set afterwards: a label that begins with "_" would get no entry, and "$" would be mathematics.
+        entry.set_parse_math(False)
+        entry.set_text(f"{number}  {comparison.names[row.label]}")
+    _number_points(
+        figure,
+        axes,
+        [(100 * row.attacks[attack].average.mean, 100 * row.attacks[attack].worst_class.mean) for row in rows],
+    )
+    return figure
+
+
+def _within(limits: tuple[float, float]) -> tuple[float, float]:
+    """Limits of an axis in percent, cut to what there is."""
+    return max(0.0, limits[0]), min(100.0, limits[1])
+
+
+def _budget_note(comparison: Comparison) -> str:
+    return "\nnot the same budget: see comparison.md" if comparison.unequal else ""
+
+
+def _number_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    """Write each point's number beside it, in the direction and distance with most room among points and numbers."""
+    figure.draw_without_rendering()  # decides where the points lie
+    taken = [tuple(place) for place in axes.transData.transform(points)]
+    scale = figure.dpi / 72
+    for number, (at, place) in enumerate(zip(points, list(taken), strict=True), start=1):
+        best, most_room = (0.0, 0.0), -1.0
+        for distance in (11.0, 17.0, 24.0):
+            for angle in np.arange(12) * np.pi / 6 + np.pi / 4:
+                shift = distance * np.cos(angle), distance * np.sin(angle)
+                spot = place[0] + scale * shift[0], place[1] + scale * shift[1]
+                # Room beyond what a number needs is worth nothing, and distance costs.
+                room = min(min(np.hypot(spot[0] - x, spot[1] - y) for x, y in taken), 11.0 * scale) - 0.05 * distance
+                if axes.bbox.contains(*spot) and room > most_room + 1e-6:
+                    best, most_room = shift, room
+        taken.append((place[0] + scale * best[0], place[1] + scale * best[1]))
+        axes.annotate(
+            str(number), at, xytext=best, textcoords="offset points", ha="center", va="center", fontsize=8, zorder=5
+        )
+
+
+def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]) -> Figure:
+    """Accuracy of every class (mean over seeds) of every row under ``attack``, in percent, hardest class first.
+
+    Up to ``MAX_CLASSES_ACROSS`` classes lie across and rows down; more classes lie down. Each row's worst class is
+    bold, a class without test images is gray. Above ``MAX_NAMED_CLASSES`` classes there is no text.
+    """
+    rows = [row for row in comparison.rows if attack in row.attacks]
+    values = np.array([row.attacks[attack].per_class for row in rows], dtype=float)
+    known = ~np.isnan(values)
+    difficulty = np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1)
+    order = np.lexsort((difficulty, ~known.any(0)))
+    values, names = values[:, order], [class_names[index] for index in order]
+    labels = [comparison.names[row.label] for row in rows]
+    if len(names) <= MAX_CLASSES_ACROSS:
+        cells, down, across = values, labels, [plain_text(name, 16) for name in names]
+    else:
+        cells, down, across = values.T, [plain_text(name, 28) for name in names], labels
+    named = len(names) <= MAX_NAMED_CLASSES
+    height = 1.6 + (0.32 if len(down) <= MAX_CLASSES_ACROSS else 0.17) * len(down) if named else 9.0
+    figure = Figure(figsize=(max(6.4, 3.4 + 0.5 * len(across)), max(height, 3.0)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("#CCCCCC")
+    image = axes.imshow(cells, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    axes.set_xticks(range(len(across)), labels=across, fontsize=9, parse_math=False)
+    axes.tick_params(axis="x", labelrotation=90)
+    if named:
+        axes.set_yticks(range(len(down)), labels=down, fontsize=9 if height < 9 else 8, parse_math=False)
+        _write_cells(axes, cells, worst=np.nanmin(values, axis=1), by_column=cells is not values)
+    else:
+        axes.set_yticks([])
+        axes.set_ylabel(f"{len(names)} classes, hardest first")
+    title = f"Accuracy per class under {comparison.attacks[attack]}, %"
+    axes.set_title(title + _budget_note(comparison), fontsize=11, parse_math=False)
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), fraction=0.04, aspect=30)
+    return figure
+
+
+def _write_cells(axes: Axes, cells: np.ndarray, *, worst: np.ndarray, by_column: bool) -> None:
+    """Percent in every cell; bold where it is the lowest of its row of the comparison."""
+    for (down, across), value in np.ndenumerate(cells):
+        if np.isnan(value):
+            continue
+        lowest = value == worst[across if by_column else down]
+        axes.text(
+            across,
+            down,
+            f"{100 * value:.0f}",
+            ha="center",
+            va="center",
+            fontsize=9 if len(cells) <= MAX_CLASSES_ACROSS else 7,
+            color="white" if value > 0.55 else "black",
+            fontweight="bold" if lowest else "normal",
+        )

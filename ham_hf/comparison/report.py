@@ -1,0 +1,442 @@
+"""A comparison as files: every number as JSON, one line per row and evaluation as CSV, tables to read as Markdown.
+
+Labels, class names and settings are data, and are escaped for Markdown.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ham_hf.comparison.differences import evaluations, setting_text
+from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.row_names import public_source, public_text, public_value
+from ham_hf.comparison.table import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.files import atomic_write
+from ham_hf.pairing import Difference
+from ham_hf.reporting.card import text
+from ham_hf.reporting.report import percent, plain_text
+
+SCHEMA_VERSION = 1
+MEBIBYTE = 2**20
+METRIC_TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %", "nsd": "NSD"}
+HOW_TO_READ = (
+    "Accuracies are in percent: mean ± sample standard deviation over the seeds of a row (a single seed has none). "
+    "The worst classes are those of each run; the figure of the classes takes each class' mean over seeds first, and "
+    "prints the lowest of these means in bold: it is never below the worst class of the table. "
+    "NSD is the standard deviation over classes divided by their mean; lower is better. {rho}"
+    "{bold}"
+    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+)
+BOLD_BY_NOISE = (
+    "A value is bold if it is better than the next best by more than the noise, with at least two seeds each; noise "
+    "is sqrt(std² + std²) of the two and, but for NSD, also has the binomial variances p(1 - p)/n of the n test "
+    "images of each, which more seeds do not lower, as all see the same images. "
+)
+BOLD_BY_PAIRS = (
+    "A value is bold if it is better than that of {baseline} on the same images, seed by seed. With one seed: the "
+    "average by McNemar's exact test (5 %), worst class and worst 30 % if the 95 % interval of the difference "
+    "excludes 0. With several seeds: if all agree and the interval of the pooled difference excludes 0. Intervals by "
+    "bootstrap of the images of each class, in the classes that are the worst of {baseline}. NSD is bold if it is "
+    "lower than the next best by more than sqrt(std² + std²), with at least two seeds each. "
+)
+NOT_PAIRED = "Nothing is tested image by image, as the runs (older ones) have no predictions.parquet. "
+VERDICT = (
+    "The verdict is right on the clean image and never broken by any attack, on the images that every attack saw. "
+)
+RHO = (
+    "ρ is the relative change of the worst class plus that of the average against {baseline}, from the means; higher "
+    "is better, and it is never bold. "
+)
+NO_RHO_WHERE = "NSD where no image is classified correctly"
+RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
+NOT_COMPARABLE = (
+    "**Not the same evaluation:** dataset, test images, threat model or settings of the attack differ, so nothing is "
+    "bold and there is no ρ."
+)
+
+
+def write_comparison(
+    comparison: Comparison, folder: str | Path, *, command: str, figures: Sequence[Path] = (), jobs: int | None = None
+) -> list[Path]:
+    """Write the three files into ``folder`` (made if needed); each appears in one step.
+
+    Args:
+        comparison: what to write.
+        folder: where to.
+        command: command line that makes the comparison again.
+        figures: images in ``folder`` to show in the Markdown.
+        jobs: runs at a time in this call; None if none was to be run.
+
+    Returns:
+        The paths written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "comparison.json": comparison_json(comparison, command=command, folder=folder, jobs=jobs),
+        "comparison.csv": comparison_csv(comparison),
+        "comparison.md": comparison_markdown(comparison, command=command, figures=[path.name for path in figures]),
+    }
+    for name, content in texts.items():
+        atomic_write(folder / name, content)
+    return [folder / name for name in texts]
+
+
+def comparison_json(
+    comparison: Comparison, *, command: str, folder: Path | None = None, jobs: int | None = None
+) -> str:
+    """Every number, with the values of each seed; accuracies in [0, 1], seconds, bytes.
+
+    Folders of runs are relative to ``folder``, that of the comparison.
+    """
+    names = comparison.names
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "jobs": jobs,
+        "baseline": comparison.baseline,
+        "evaluations": list(comparison.attacks),
+        "strongest_shared_attack": comparison.strongest_shared_attack(),
+        "class_names": comparison.class_names,
+        "rows": [_row_values(row, names[row.label], folder) for row in comparison.rows],
+        "missing": [
+            {
+                "label": run.label,
+                "seed": run.seed,
+                "state": run.state,
+                "failed": run.failed,
+                "reason": public_text(run.reason),
+            }
+            for run in comparison.missing
+        ],
+        "paired": {
+            label: {name: asdict(paired) for name, paired in found.items()}
+            for label, found in comparison.pairs.found.items()
+        },
+        "unpaired": dict(comparison.pairs.unpaired),
+        "comparable": [name for name in comparison.attacks if name in comparison.comparable],
+        "unequal": list(comparison.unequal),
+        "budget": comparison.budget,
+        "environment": comparison.environment,
+    }
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def comparison_csv(comparison: Comparison) -> str:
+    """One line per row and evaluation; accuracies in [0, 1], an unknown value is empty. Cost repeats on each line.
+
+    A text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    lines: list[dict[str, object]] = []
+    names = comparison.names
+    for row in comparison.rows:
+        cost = {"price": row.price} | _columns("passes", row.passes)
+        cost |= _columns("training_seconds", row.seconds) | _columns("peak_memory_bytes", row.peak_memory_bytes)
+        for name in comparison.attacks:
+            if name in row.attacks:
+                numbers = row.attacks[name]
+                line: dict[str, object] = {
+                    "label": _harmless(names[row.label]),
+                    "evaluation": _harmless(name),
+                    "seeds": " ".join(map(str, numbers.seeds)),
+                    "num_examples": " ".join(map(str, sorted(set(numbers.num_examples)))),
+                }
+                for metric in METRICS:
+                    line |= _columns(metric, getattr(numbers, metric))
+                lines.append(line | {"rho": numbers.rho} | cost)
+    target = io.StringIO()
+    writer = csv.DictWriter(target, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return target.getvalue()
+
+
+def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
+    """Tables to read: one per evaluation, one of the cost, and then what one has to know of the runs."""
+    parts = ["# Comparison", *_notes(comparison)]
+    for name in comparison.attacks:
+        note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
+        parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
+    if pairs := _pairs_section(comparison):
+        parts.append(pairs)
+    parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
+    if comparison.missing:
+        missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
+        parts.append("## Runs that are missing\n\n" + "\n".join(missing))
+    parts += ["## How to read this", _how_to_read(comparison)]
+    shown = comparison.strongest_shared_attack()
+    if figures and shown is not None:
+        parts.append(
+            f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
+            "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
+        )
+    parts += [text(sentence, 1000) for sentence in without_figures(comparison)]
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
+    parts.append(f"## What the rows share, and what not\n\n{_shared(comparison, command)}")
+    parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def without_figures(comparison: Comparison) -> list[str]:
+    """A sentence for each figure that cannot be drawn, saying why."""
+    if comparison.strongest_shared_attack() is None:
+        attacks = {
+            title: [comparison.names[row.label] for row in comparison.rows if name in row.attacks]
+            for name, title in comparison.attacks.items()
+            if name not in ("clean", "verdict")
+        }
+        ran = "; ".join(f"{title} on {', '.join(names)}" for title, names in attacks.items())
+        return [f"There are no figures, as no attack was run on every row ({ran or 'none was run on any'})."]
+    if comparison.class_names is None:
+        return ["There is no figure of the classes, as the rows do not have the same classes."]
+    return []
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """What has to be said before any number, each in a line: that budgets or code differ."""
+    notes = []
+    if comparison.unequal:
+        titles = ", ".join(text(title) for title in comparison.unequal)
+        notes.append(
+            f"**Not the same budget:** the rows differ in more than the method ({titles}); see the end of this page."
+        )
+    if len(comparison.environment["Commit"]) > 1:
+        notes.append("**Not the same code:** the runs come from several commits; see the end of this page.")
+    return notes
+
+
+def _shared(comparison: Comparison, command: str) -> str:
+    """Budget, environment, seeds and command: first what differs, each value with its rows."""
+    by_commit: dict[str, dict[str, list[int]]] = {}
+    for row in comparison.rows:
+        for run in row.runs:
+            commit = run.report.environment.commit or "unknown"
+            by_commit.setdefault(commit, {}).setdefault(comparison.names[row.label], []).append(run.seed)
+    known = {**comparison.unequal, **comparison.budget, **comparison.environment}
+    lines = [
+        _fact_line(comparison, title, values, 400)
+        for title, values in known.items()
+        if title != "Commit" or len(values) == 1
+    ]
+    if len(by_commit) > 1:
+        lines += [
+            f"- commit {text(commit)}: "
+            + "; ".join(f"{text(name)}, seed {', '.join(map(str, seeds))}" for name, seeds in rows.items())
+            for commit, rows in by_commit.items()
+        ]
+    seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
+    return "\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"])
+
+
+def _how_to_read(comparison: Comparison) -> str:
+    bold = BOLD_BY_NOISE
+    if comparison.pairs.unpaired and not comparison.pairs.found:
+        bold += NOT_PAIRED
+    if comparison.pairs.found:
+        bold = BOLD_BY_PAIRS.format(baseline=_baseline_name(comparison))
+    if "verdict" in comparison.attacks:
+        bold = VERDICT + bold
+    if comparison.baseline is None:
+        return HOW_TO_READ.format(rho="", bold=bold, undefined=NO_RHO_WHERE)
+    rho = RHO.format(baseline=_baseline_name(comparison))
+    return HOW_TO_READ.format(rho=rho, bold=bold, undefined=f"{NO_RHO_WHERE}; {RHO_WHERE}")
+
+
+def _baseline_name(comparison: Comparison) -> str:
+    baseline = str(comparison.baseline)
+    return text(comparison.names.get(baseline, baseline))
+
+
+def _pairs_section(comparison: Comparison) -> str:
+    """Differences of the verdict from the baseline with their intervals, and which rows have none; or nothing."""
+    pairs, names = comparison.pairs, comparison.names
+    if not pairs.found:
+        return ""
+    rows = []
+    for label, found in pairs.found.items():
+        if "verdict" in found:
+            paired = found["verdict"].differences
+            cells = [_difference(getattr(paired, metric)) for metric in PAIRED_METRICS]
+            values = ", ".join(f"{value:.2g}" for value in paired.p_values)
+            rows.append([names[label], ", ".join(map(str, found["verdict"].seeds)), *cells, values])
+    titles = ["", "Seeds", *(METRIC_TITLES[metric] for metric in PAIRED_METRICS), "McNemar p"]
+    parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
+    if rows:
+        parts += [
+            "On the same images, in percentage points, with 95 % intervals; p of each seed.",
+            _table(titles, rows),
+        ]
+    if pairs.unpaired:
+        listed = [f"- {text(_named(label, names))}: {text(reason, 300)}" for label, reason in pairs.unpaired.items()]
+        parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
+    return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def _named(label: str, names: Mapping[str, str]) -> str:
+    """A row's short name; what is not a row alone stays as it is."""
+    return names.get(label, label)
+
+
+def _difference(difference: Difference) -> str:
+    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def _heading(comparison: Comparison, attack: str) -> str:
+    """The evaluation's title and, where it saw a part of them only, the number of test images."""
+    reports = [run.report for row in comparison.rows for run in row.runs if attack in evaluations(run.report)]
+    title = text(comparison.attacks[attack])
+    if not any(report.is_subset(evaluations(report)[attack]) for report in reports):
+        return title
+    counts = {(evaluations(report)[attack].summary.num_examples, report.dataset.num_test) for report in reports}
+    return f"{title} ({'; '.join(f'{seen} of {all_images}' for seen, all_images in sorted(counts))} test images)"
+
+
+def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
+    return {
+        "label": row.label,
+        "name": name,
+        "seeds": row.seeds,
+        "settings": public_value(dict(row.settings)),
+        "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
+        "price": row.price,
+        "passes": _spread_values(row.passes),
+        "training_seconds": _spread_values(row.seconds),
+        "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
+        "runs": [
+            {
+                "seed": run.seed,
+                "source": public_source(run.source, folder),
+                "created": run.report.created,
+                "commit": run.report.environment.commit,
+            }
+            for run in row.runs
+        ],
+    }
+
+
+def _attack_values(numbers: AttackRow) -> dict[str, object]:
+    return {
+        "seeds": numbers.seeds,
+        "num_examples": numbers.num_examples,
+        **{metric: _spread_values(getattr(numbers, metric)) for metric in METRICS},
+        "rho": numbers.rho,
+        "image_variances": numbers.image_variances,
+        "per_class": numbers.per_class,
+    }
+
+
+def _spread_values(spread: Spread | None) -> dict[str, object] | None:
+    return None if spread is None else {"mean": spread.mean, "std": spread.std, "values": spread.values}
+
+
+def _columns(name: str, spread: Spread | None) -> dict[str, object]:
+    """CSV writes None as nothing, and floats so that they read back equal."""
+    return {f"{name}_mean": spread and spread.mean, f"{name}_std": spread and spread.std}
+
+
+def _attack_table(comparison: Comparison, attack: str) -> str:
+    rows: list[list[str]] = []
+    names, with_rho = comparison.names, comparison.baseline is not None
+    for row in comparison.rows:
+        numbers = row.attacks.get(attack)
+        if numbers is None:
+            rows.append([names[row.label], "0", *["–"] * (len(METRICS) + with_rho)])
+            continue
+        cells = []
+        for metric in METRICS:
+            digits = _ratio if metric == "nsd" else percent
+            shown = _cell(getattr(numbers, metric), digits)
+            cells.append(f"**{shown}**" if comparison.is_bold(row.label, attack, metric) else shown)
+        rho = "–" if numbers.rho is None else f"{numbers.rho:+.2f}"
+        rows.append([names[row.label], str(len(numbers.seeds)), *cells, *([rho] if with_rho else [])])
+    return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), *(["ρ"] if with_rho else [])], rows)
+
+
+def _cost_table(comparison: Comparison) -> str:
+    names = comparison.names
+    priced = any(row.price is not None for row in comparison.rows)
+    rows = [
+        [
+            names[row.label],
+            str(len(row.seeds)),
+            *([("–" if row.price is None else f"{row.price:.2f}")] if priced else []),
+            _cell(row.seconds, lambda seconds: f"{seconds:.1f}"),
+            _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}"),
+        ]
+        for row in comparison.rows
+    ]
+    return _table(["", "Seeds", *(["Price"] if priced else []), "Training, seconds", "Peak memory, MiB"], rows)
+
+
+def _cost_note(comparison: Comparison) -> str:
+    note = (
+        "Seconds are of updates and held-out validation, and hold only for runs that had the machine to themselves: "
+        "not for runs made with --jobs above 1, or beside other work. Memory is the most that the main process held "
+        "up to the end of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
+    )
+    if any(row.price is not None for row in comparison.rows):
+        note = (
+            "Price is the number of passes over the network in training and held-out validation, relative to the "
+            "baseline's: a forward of one image counts 1, a gradient of the input 2, a training pass 3. "
+        ) + note
+    if len(comparison.environment["Device"]) > 1:
+        note += " **Not the same hardware:** seconds and memory of these rows cannot be compared (see Device above)."
+    return note
+
+
+def _missing_line(run: MissingRun, name: str) -> str:
+    seed = "" if run.seed is None else f", seed {run.seed}"
+    return f"- {text(name)}{seed}: {run.state}. {text(public_text(run.reason), 600)}"
+
+
+def _settings_list(comparison: Comparison) -> str:
+    lines = []
+    for row in comparison.rows:
+        settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items())
+        lines.append(f"- {text(comparison.names[row.label])}: {text(settings, 2000) if settings else 'none'}")
+    return "\n".join(lines)
+
+
+def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]], max_length: int) -> str:
+    """One fact; where the rows have several values, each with its rows."""
+    if len(values) == 1:
+        return f"- {text(title)}: {text(next(iter(values)), max_length)}"
+    names = comparison.names
+    shown = [
+        f"{text(value, max_length)} ({', '.join(text(names[label]) for label in labels)})"
+        for value, labels in values.items()
+    ]
+    return f"- {text(title)}: {'; '.join(shown)}"
+
+
+def _harmless(value: str) -> str:
+    """A text for a CSV cell that no spreadsheet computes."""
+    value = plain_text(value, 200)
+    return f"'{value}" if value[0] in "=+-@" else value
+
+
+def _code(command: str) -> str:
+    """A command as a code span, as long as it is."""
+    return f"`{plain_text(command, 2000).replace('`', chr(39))}`"
+
+
+def _cell(spread: Spread | None, digits: Callable[[float], str]) -> str:
+    if spread is None:
+        return "–"
+    return digits(spread.mean) if spread.std is None else f"{digits(spread.mean)} ± {digits(spread.std)}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first cell of a row is its label, the others are ours."""
+    lines = [titles, *([text(row[0]), *row[1:]] for row in rows)]
+    cells = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([cells[0], "|---|" + "---:|" * (len(titles) - 1), *cells[1:]])

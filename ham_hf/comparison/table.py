@@ -1,0 +1,407 @@
+"""Finished runs -> one comparison: mean and spread over seeds of every number, side by side.
+
+Runs with one label are one row, and differ in their seed alone. Spread is the *sample* standard deviation over
+seeds (divisor n - 1); a single seed has none. What the rows do not share (images, epochs, budget of the attack ...) is
+listed, as a table of unequal runs reads like a table of equal ones.
+
+Noise of a number that comes from having few test images: what one more right answer could have changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
+from ham_hf.comparison.pairs import PAIRED_METRICS, JudgedRun, Pairs, pair_rows
+from ham_hf.comparison.row_names import short_names
+from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.metrics import FairnessSummary
+from ham_hf.reporting.report import RunReport
+
+METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
+LOWER_IS_BETTER = frozenset({"nsd"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
+
+    ``verdicts`` is what it kept of each image, None of a run from before that was kept.
+    """
+
+    label: str
+    seed: int
+    report: RunReport
+    source: str
+    verdicts: Verdicts | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingRun:
+    """A run without a report: what became of it, and why, in words.
+
+    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is at it),
+    "not finished" (begun some time) or "not run". ``seed`` is None where it is not known.
+    """
+
+    label: str
+    seed: int | None
+    reason: str
+    state: Literal["failed", "running", "not finished", "not run"]
+
+    @property
+    def failed(self) -> bool:
+        """Whether it was tried without success."""
+        return self.state == "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean and sample standard deviation of ``values``, one per seed; ``std`` is None of a single value."""
+
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """One row under one evaluation; accuracies in [0, 1].
+
+    Attributes:
+        seeds: seeds of the runs that have this evaluation.
+        num_examples: images seen, of every run.
+        average: micro average.
+        worst_class: accuracy of the worst class of each run (which class that is may differ between seeds).
+        worst_30_percent: mean of the worst 30 % of the classes.
+        nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
+        rho: relative trade-off against the baseline, from the means; None without a baseline, where the
+            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
+        image_variances: variance of a run's number that comes from having few test images, by metric, mean over
+            the runs; NSD has none (`ham_hf.comparison.table`).
+        per_class: mean over seeds of each class' accuracy; None for a class without images.
+    """
+
+    seeds: tuple[int, ...]
+    num_examples: tuple[int, ...]
+    average: Spread
+    worst_class: Spread
+    worst_30_percent: Spread
+    nsd: Spread | None
+    rho: float | None
+    image_variances: Mapping[str, float]
+    per_class: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The runs of one label.
+
+    Attributes:
+        label: name of the row.
+        runs: its runs, by seed.
+        attacks: numbers under each evaluation that one of its runs has.
+        seconds: duration of training; None if no run was trained here.
+        passes: passes over the network in training, in forwards of one image; None unless all its runs counted them.
+        price: the same relative to the baseline's; None without a baseline, or where either did not count.
+        peak_memory_bytes: see `ham_hf.reporting.report.TrainingReport`; None if no run knows it.
+        settings: its settings, as far as the rows differ in them.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    attacks: Mapping[str, AttackRow]
+    seconds: Spread | None
+    passes: Spread | None
+    price: float | None
+    peak_memory_bytes: Spread | None
+    settings: Mapping[str, object]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its runs."""
+        return tuple(run.seed for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Rows side by side.
+
+    Attributes:
+        rows: one per label, in the order in which the labels were given.
+        attacks: title of every evaluation that a run has, by name, in the order in which they were run.
+        baseline: label that rho is relative to; None if there is none.
+        class_names: names of the C classes; None if the runs do not have the same.
+        budget: what a fair comparison needs to be equal: images, network, threat model, length, evaluation.
+        environment: hardware and software.
+        comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
+            have no rho and no best.
+        missing: runs that failed or are not there.
+        pairs: the rows against the baseline on the same images.
+    """
+
+    rows: tuple[Row, ...]
+    attacks: Mapping[str, str]
+    baseline: str | None
+    class_names: tuple[str, ...] | None
+    budget: Facts
+    environment: Facts
+    comparable: frozenset[str]
+    missing: tuple[MissingRun, ...]
+    pairs: Pairs = field(default_factory=Pairs)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What tables and figures call each row and missing run, by label: short, and different for each."""
+        return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
+
+    @property
+    def unequal(self) -> Facts:
+        """The part of ``budget`` in which the runs differ."""
+        return {title: values for title, values in self.budget.items() if len(values) > 1}
+
+    def strongest_shared_attack(self) -> str | None:
+        """The evaluation that figures show: of those that all runs share, the one with the lowest mean average.
+
+        Evaluations of a part of the test images count only if there is no other; clean is none.
+        """
+        reports = [run.report for row in self.rows for run in row.runs]
+        shared = [name for name in self.attacks if name != "clean" and all(name in r.results for r in reports)]
+        full = [name for name in shared if not any(r.is_subset(r.results[name]) for r in reports)]
+        return min(
+            full or shared,
+            key=lambda name: statistics.fmean(row.attacks[name].average.mean for row in self.rows),
+            default=None,
+        )
+
+    def is_bold(self, label: str, attack: str, metric: str) -> bool:
+        """Whether a number stands out: where runs kept their predictions, by paired tests against the baseline.
+
+        Else, and for NSD, for which there is no paired test, if the row is the `best` beyond the noise.
+        """
+        if self.pairs.found and metric in PAIRED_METRICS:
+            paired = self.pairs.found.get(label, {}).get(attack)
+            return paired is not None and paired.is_better(metric)
+        return self.best(attack, metric) == label
+
+    def best(self, attack: str, metric: str) -> str | None:
+        """Label of the row that is best beyond the noise, if one is (our choice of a rule).
+
+        Its mean has to be better than the next best by more than the root of ``std_a^2 + std_b^2 + v_a + v_b``, with
+        the spread over seeds and the variance ``v`` of having few test images, which is not divided by the number of
+        seeds: all see the same images. Both need two seeds, and the evaluation has to be `comparable`.
+
+        Args:
+            attack: name of an evaluation.
+            metric: one of ``METRICS``.
+        """
+        if attack not in self.comparable:
+            return None
+        spreads = {
+            row.label: spread
+            for row in self.rows
+            if attack in row.attacks and (spread := getattr(row.attacks[attack], metric)) is not None
+        }
+        order = sorted(spreads, key=lambda label: spreads[label].mean, reverse=metric not in LOWER_IS_BETTER)
+        if len(order) < 2:
+            return None
+        first, second = (spreads[label] for label in order[:2])
+        if first.std is None or second.std is None:
+            return None
+        images = [row.attacks[attack].image_variances.get(metric, 0.0) for row in self.rows if row.label in order[:2]]
+        noise = math.sqrt(first.std**2 + second.std**2 + sum(images))
+        # Means of equal values differ in the last bit.
+        tie = math.isclose(first.mean, second.mean, rel_tol=1e-9, abs_tol=1e-9)
+        return order[0] if abs(first.mean - second.mean) > noise and not tie else None
+
+
+def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
+    """Put runs side by side.
+
+    A seed that some row has and another lacks without an entry in ``missing`` gets one.
+
+    Args:
+        runs: finished runs, at least one; those of one label differ in the seed alone.
+        baseline: label of the row that rho is relative to.
+        missing: runs that are not there, and why.
+
+    Raises:
+        ValueError: if there is no run, two runs have the same label and seed, or no run has the baseline's label.
+    """
+    if not runs:
+        raise ValueError("there is no finished run to compare")
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    for label, members in by_label.items():
+        members.sort(key=lambda run: run.seed)
+        for one, other in itertools.pairwise(members):
+            if one.seed == other.seed:
+                raise ValueError(
+                    f"{one.source} and {other.source} are the same run ({label}, seed {one.seed}); give one of them"
+                )
+    if baseline is not None and baseline not in {*by_label, *(run.label for run in missing)}:
+        raise ValueError(f"--baseline {baseline}: expected one of {', '.join(by_label)}")
+    titles = {name: attack.title for run in runs for name, attack in evaluations(run.report).items()}
+    # The verdict comes first, whichever run is the first to have one.
+    titles = {name: titles[name] for name in sorted(titles, key=lambda name: name != "verdict")}
+    comparable = frozenset(
+        name
+        for name in titles
+        if len({tuple(conditions(r.report, name).items()) for r in runs if name in evaluations(r.report)}) == 1
+    )
+    base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
+    base = {name: row for name, row in base.items() if name in comparable}
+    base_passes = _passes(by_label[baseline]) if baseline in by_label else None
+    class_names = {run.report.dataset.class_names for run in runs}
+    different = _different_settings(by_label)
+    return Comparison(
+        rows=tuple(
+            Row(
+                label=label,
+                runs=tuple(members),
+                attacks=_attack_rows(members, base),
+                seconds=_spread([run.report.training.seconds for run in members if run.report.training]),
+                passes=_passes(members),
+                price=_price(_passes(members), base_passes),
+                peak_memory_bytes=_spread(
+                    [
+                        run.report.training.peak_memory_bytes
+                        for run in members
+                        if run.report.training and run.report.training.peak_memory_bytes is not None
+                    ]
+                ),
+                settings={
+                    name: value for name, value in run_settings(members[0].report.config).items() if name in different
+                },
+            )
+            for label, members in by_label.items()
+        ),
+        attacks=titles,
+        baseline=baseline,
+        class_names=class_names.pop() if len(class_names) == 1 else None,
+        budget=facts_of([(run.label, budget(run.report)) for run in runs]),
+        environment=facts_of([(run.label, environment(run.report)) for run in runs]),
+        comparable=comparable,
+        missing=(*missing, *_absent(by_label, missing)),
+        pairs=pair_rows(
+            {label: list(map(_judged, members)) for label, members in by_label.items()},
+            baseline=baseline,
+            titles={name: title for name, title in titles.items() if name in comparable},
+        ),
+    )
+
+
+def _judged(run: Run) -> JudgedRun:
+    return JudgedRun(seed=run.seed, report=run.report, verdicts=run.verdicts)
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(values=tuple(values), mean=statistics.fmean(values), std=std)
+
+
+def _passes(members: Sequence[Run]) -> Spread | None:
+    """Passes of the runs of a row, if all of them were trained here and counted them."""
+    counts = [run.report.training.passes if run.report.training else None for run in members]
+    return _spread([count for count in counts if count is not None]) if None not in counts else None
+
+
+def _price(passes: Spread | None, base: Spread | None) -> float | None:
+    return passes.mean / base.mean if passes is not None and base is not None and base.mean else None
+
+
+def _sure(values: Sequence[float]) -> Spread:
+    spread = _spread(values)
+    assert spread is not None, "no run"  # noqa: S101 (a row exists because a run does)
+    return spread
+
+
+def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
+    """Numbers of one row under every evaluation; ``base`` holds those of the baseline."""
+    rows = {}
+    for name in dict.fromkeys(name for run in runs for name in evaluations(run.report)):
+        having = [run for run in runs if name in evaluations(run.report)]
+        summaries = [evaluations(run.report)[name].summary for run in having]
+        variances = [image_variances(summary) for summary in summaries]
+        average = _sure([summary.average for summary in summaries])
+        worst = _sure([summary.worst_class for summary in summaries])
+        nsd = [summary.nsd for summary in summaries if summary.nsd is not None]
+        reference = base.get(name)
+        rho = None
+        if reference is not None and reference.worst_class.mean > 0:
+            rho = _gain(worst.mean, reference.worst_class.mean) + _gain(average.mean, reference.average.mean)
+        num_classes = {len(summary.per_class) for summary in summaries}
+        rows[name] = AttackRow(
+            seeds=tuple(run.seed for run in having),
+            num_examples=tuple(summary.num_examples for summary in summaries),
+            average=average,
+            worst_class=worst,
+            worst_30_percent=_sure([summary.worst_30_percent for summary in summaries]),
+            nsd=_spread(nsd) if len(nsd) == len(summaries) else None,
+            rho=rho,
+            image_variances={
+                metric: statistics.fmean(variance[metric] for variance in variances) for metric in variances[0]
+            },
+            per_class=tuple(
+                _class_mean([summary.per_class[index].accuracy for summary in summaries])
+                for index in range(min(num_classes))
+            ),
+        )
+    return rows
+
+
+def _gain(new: float, base: float) -> float:
+    return (new - base) / base
+
+
+def _class_mean(accuracies: Sequence[float | None]) -> float | None:
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
+    """An entry for every seed that one row has and another lacks without a word."""
+    seeds = sorted({run.seed for runs in by_label.values() for run in runs})
+    known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
+    known |= {(run.label, run.seed) for run in missing}
+    return [
+        MissingRun(label=label, seed=seed, reason="not among the given runs", state="not run")
+        for label in by_label
+        for seed in seeds
+        if (label, seed) not in known
+    ]
+
+
+def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
+    """Names of the settings that are not the same in all rows; one that a row lacks differs."""
+    rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
+    names = {name for row in rows for name in row}
+    return {name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)}
+
+
+def image_variances(summary: FairnessSummary) -> dict[str, float]:
+    """Binomial variance of one run's accuracies, by metric; that of NSD is not known and has no entry.
+
+    ``p (1 - p) / n`` of the n images that the number is made of: all of them (average), those of the worst class, and
+    for the mean of the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is
+    taken as given. Our choice.
+    """
+    classes = sorted((entry.accuracy, entry.count) for entry in summary.per_class if entry.accuracy is not None)
+    kept = max(1, -(-30 * len(classes) // 100))  # as in ham_hf.metrics.mean_of_worst
+    return {
+        "average": _variance(summary.average, summary.num_examples),
+        "worst_class": _variance(*classes[0]),
+        "worst_30_percent": math.fsum(_variance(*entry) for entry in classes[:kept]) / kept**2,
+    }
+
+
+def _variance(accuracy: float, count: int) -> float:
+    return accuracy * (1 - accuracy) / count

@@ -1,0 +1,238 @@
+"""What a setting is: a dataclass field with a type, a help line and a range, and the checks that follow from them.
+
+Every settings class (the group of each component, and the training methods of `ham_hf.methods`) is a frozen dataclass
+whose fields are declared with `setting`. `settings_of` reads them into `Setting` objects, from which checks,
+``--help``, flags and YAML are made, so that each fact is written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+MAX_FLOAT = (2 - 2**-23) * 2.0**127
+"""Largest number of 32 bits, which networks compute with."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run, with everything that is wrong with it.
+
+    Attributes:
+        problems: one sentence each; names the setting, its value and what was expected.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        heading = f"{len(self.problems)} problems in the configuration:"
+        super().__init__(self.problems[0] if len(self.problems) == 1 else "\n  - ".join([heading, *self.problems]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Where a number has to lie: an interval, each end of which is open, closed or missing."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Whether the number ``value`` lies in between."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    @property
+    def has_two_ends(self) -> bool:
+        """Whether there is a lower and an upper end."""
+        return self.below is not None or self.at_most is not None
+
+    def __str__(self) -> str:
+        """``[0, 1)``, ``>= 1`` or ``> 0``; empty without an end."""
+        low = f"{self.above}" if self.at_least is None else f"{self.at_least}"
+        if self.has_two_ends:
+            low = f"({low}" if self.at_least is None else f"[{low}"
+            return f"{low}, {self.below})" if self.at_most is None else f"{low}, {self.at_most}]"
+        if self.above is None and self.at_least is None:
+            return ""
+        return f"> {low}" if self.at_least is None else f">= {low}"
+
+
+def setting(default: T, help: str, *, limits: str = "", items: str = "", **ends: float) -> T:
+    """Declare a field of a settings class.
+
+    Args:
+        default: value when nothing is given; a mapping is copied.
+        help: one line with the unit, as shown by ``--help``.
+        limits: in words, for what numbers do not say; shown and not checked.
+        items: notation of one item, for a tuple whose items are written in their own notation.
+        ends: of the interval that a number has to lie in, see `Bounds`: ``at_least=0, below=1``; checked.
+    """
+    metadata = {"help": help, "bounds": Bounds(**ends), "limits": limits, "items": items}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: cast(T, dict(default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        name: field name, flag and YAML key at once.
+        kind: the type without ``| None``: bool, int, float, str, a ``Literal``, a ``tuple[X, ...]`` or a mapping.
+        optional: whether None is allowed.
+        default: the default; ``dataclasses.MISSING`` if a value is required.
+        help: one line with the unit.
+        bounds: of a number.
+        limits: the bounds, or what takes their place, as shown; may be empty.
+        items: notation of one item of a tuple; may be empty.
+    """
+
+    name: str
+    kind: Any
+    optional: bool
+    default: object
+    help: str
+    bounds: Bounds
+    limits: str
+    items: str
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the value is a tuple of items."""
+        return get_origin(self.kind) is tuple
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether the value is a mapping of names to plain values."""
+        return get_origin(self.kind) is Mapping
+
+    @property
+    def item_kind(self) -> object:
+        """Type of one item if the value is a list, else the type of the value."""
+        kind: object = get_args(self.kind)[0] if self.is_list else self.kind
+        return kind
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words of a ``Literal``, else nothing."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, to follow the word "expected"."""
+        if self.choices:
+            what = "one of " + ", ".join(self.choices)
+        elif self.is_mapping:
+            what = "names with values (numbers, words, true/false, lists)"
+        elif self.is_list:
+            what = f"a list of {self.items or _kind_words(self.item_kind)}"
+        else:
+            what = _kind_words(self.kind)
+        if self.limits:
+            what += f" in {self.limits}" if self.bounds.has_two_ends else f" {self.limits}"
+        return what + (" or none" if self.optional else "")
+
+    def accepts(self, value: object) -> bool:
+        """Whether ``value`` has the right type and lies in the range."""
+        if value is None:
+            return self.optional
+        if self.is_mapping:
+            return isinstance(value, Mapping) and all(
+                isinstance(key, str) and key.isidentifier() and _is_plain(item) for key, item in value.items()
+            )
+        if self.is_list:
+            return isinstance(value, tuple) and all(_is_kind(item, self.item_kind) for item in value)
+        if self.choices:
+            return value in self.choices
+        return _is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
+
+
+def _kind_words(kind: object) -> str:
+    words: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+    return words.get(kind, "a text")
+
+
+def _is_kind(value: object, kind: object) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str) and value != "" and "\0" not in value
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether JSON and YAML can hold ``value`` and give the same value back."""
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, bool | int | str)
+
+
+def settings_of(settings_class: type) -> tuple[Setting, ...]:
+    """The settings that a settings class declares, in order; nested groups are not among them."""
+    hints = get_type_hints(settings_class)
+    return tuple(
+        _read_field(declared, hints[declared.name])
+        for declared in fields(settings_class)
+        if not is_dataclass(hints[declared.name])
+    )
+
+
+def _read_field(declared: Field[Any], hint: object) -> Setting:
+    alternatives = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [kind for kind in alternatives if kind is not NoneType]
+    if len(kinds) != 1:
+        raise TypeError(f"{declared.name}: a setting has one type, with or without None, not {hint}")
+    factory, bounds = declared.default_factory, declared.metadata.get("bounds", Bounds())
+    return Setting(
+        name=declared.name,
+        kind=kinds[0],
+        optional=len(kinds) < len(alternatives),
+        default=declared.default if factory is MISSING else factory(),
+        help=declared.metadata["help"],
+        bounds=bounds,
+        limits=declared.metadata.get("limits") or str(bounds),
+        items=declared.metadata.get("items", ""),
+    )
+
+
+def setting_problems(owner: object) -> list[str]:
+    """Everything wrong with the settings of ``owner`` taken one by one: types and ranges."""
+    return [
+        f"--{known.name} {getattr(owner, known.name)!r}: expected {known.expected}"
+        for known in settings_of(type(owner))
+        if not known.accepts(getattr(owner, known.name))
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsGroup:
+    """Base of the groups: a group that exists has been checked.
+
+    Raises:
+        ConfigError: when a value has the wrong type, is out of range, or contradicts another of the group.
+    """
+
+    def __post_init__(self) -> None:
+        problems = setting_problems(self) or list(self.contradictions())
+        if problems:
+            raise ConfigError(problems)
+
+    def contradictions(self) -> Iterator[str]:
+        """Problems between settings, each of which is fine by itself."""
+        return iter(())

@@ -1,0 +1,151 @@
+"""`evaluate` and `calibrate` of any model on any loader."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ham_hf import ThreatModel, calibrate, evaluate, summarize
+from ham_hf.api.loader import HeldImages
+from ham_hf.attacks import margin_loss, pgd, unsaturated_cross_entropy
+from ham_hf.models import PixelModel
+from tests.support.nets import batch_norm_net, group_norm_net
+
+NARROW = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+ATTACK = {"threat_model": ThreatModel("linf", 0.03), "num_steps": 3}
+
+
+@pytest.fixture
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.rand(24, 3, 6, 6, generator=generator), torch.arange(24) % 4)
+
+
+def test_report_has_clean_both_attacks_and_the_verdict_of_each_class(data: TensorDataset) -> None:
+    net = group_norm_net().float().train()
+    report = evaluate(net, DataLoader(data, batch_size=10), class_names=["a", "b", "c", "d"], **ATTACK)
+    x, y = data.tensors
+    with torch.no_grad():
+        right = net.eval()(x).argmax(1) == y
+    assert report.clean.summary == summarize(right, y, 4)
+    assert list(report.attacks) == ["pgd-3", "cw-3"]
+    flags = {name: report.verdicts.right(name) for name in ("pgd-3", "cw-3")}
+    withstood = right & flags["pgd-3"] & flags["cw-3"]
+    assert report.verdict is not None
+    assert report.verdict.summary == summarize(withstood, y, 4)
+    assert report.verdict.intervals is not None
+    assert report.verdict.summary.average <= report.attacks["cw-3"].summary.average <= report.clean.summary.average
+    text = str(report)
+    assert repr(report) == text
+    assert "24 images, 4 classes, linf 7.65/255" in text
+    assert [line.split()[0] for line in text.splitlines() if line][1:] == [
+        *("Evaluation", "Verdict", "Clean", "PGD-3", "CW-3", "Class", "a", "b", "c", "d"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "loss"), [("pgd-3", unsaturated_cross_entropy), ("cw-3", margin_loss)])
+def test_attacks_are_at_least_as_strong_as_plain_ones(name: str, loss, data: TensorDataset) -> None:
+    net = group_norm_net().float()
+    strong = {"threat_model": ThreatModel("linf", 0.3), "num_steps": 3}
+    report = evaluate(net, [data.tensors], **strong)
+    x_adv = pgd(net, *data.tensors, loss_fn=loss, step_size=0.3 / 4, **strong)
+    with torch.no_grad():
+        right = (net(x_adv).argmax(1) == data.tensors[1]) & (net(data.tensors[0]).argmax(1) == data.tensors[1])
+    # Another random start: the same up to an image or two.
+    assert abs(int(report.verdicts.right(name).sum()) - int(right.sum())) <= 2
+
+
+def test_every_kind_of_loader_gives_the_same_numbers_and_leaves_the_model_alone(data: TensorDataset) -> None:
+    net = batch_norm_net().float().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = data.tensors
+    loaders = [
+        DataLoader(data, batch_size=12),
+        ((x[rows], y[rows]) for rows in (slice(0, 12), slice(12, 24))),
+        [{"pixel_values": x[rows], "labels": y[rows]} for rows in (slice(0, 12), slice(12, 24))],
+        HeldImages(x, y),
+    ]
+    with torch.inference_mode():
+        found = [evaluate(net, loader, batch_size=12, **ATTACK) for loader in loaders]
+    for report in found[1:]:
+        assert report.verdicts.attacked.keys() == found[0].verdicts.attacked.keys()
+        assert all(
+            torch.equal(values, found[0].verdicts.attacked[name]) for name, values in report.verdicts.attacked.items()
+        )
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
+
+
+def test_autoattack_counts_in_the_verdict(data: TensorDataset) -> None:
+    net = group_norm_net().float()
+    report = evaluate(net, DataLoader(data, batch_size=24), autoattack=True, attacks=[], threat_model=ThreatModel())
+    assert list(report.attacks) == ["autoattack"]
+    assert report.verdict is not None
+    assert report.verdict.summary == report.attacks["autoattack"].summary
+
+
+def test_names_come_from_the_dataset_of_the_loader(data: TensorDataset) -> None:
+    data.classes = ["ant", "bee", "cat", "dog"]
+    net = group_norm_net().float()
+    assert evaluate(net, DataLoader(data, batch_size=24), attacks=[]).class_names == ("ant", "bee", "cat", "dog")
+    assert evaluate(net, [data.tensors], attacks=[]).class_names == ("0", "1", "2", "3")
+
+
+class _NoLogits(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": x.mean((2, 3))}
+
+
+X, Y = torch.zeros(2, 3, 6, 6), torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "message"),
+    [
+        ([(X + 128, Y)], {}, r"pixels must lie in \[0, 1\], got values from 128"),
+        ([(X, Y + 4)], {}, r"labels must lie in \[0, 4\), as the model has 4 logits; got 4..4"),
+        ([(X, Y.float())], {}, "class numbers"),
+        ([X], {}, "a batch must be two tensors"),
+        ([{"image": X, "label": Y}], {}, 'a mapping with "pixel_values" and "labels"'),
+        ([], {}, "no batch"),
+        ([(X, Y)], {"class_names": ["a"]}, "class_names has 1 names, but the model has 4 logits"),
+        ([(X, Y)], {"model": _NoLogits()}, "must return logits .* got dict"),
+    ],
+)
+def test_refused_with_a_reason(loader: list, options: dict, message: str) -> None:
+    model = options.pop("model", group_norm_net().float())
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, loader, **options)
+
+
+def _held_out(side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(80, 3, side, side, generator=torch.Generator().manual_seed(1)), torch.arange(80) % 4
+
+
+def test_calibrated_timm_network_has_the_shifts_in_its_bias() -> None:
+    backbone = timm.create_model("resnet18_cifar", num_classes=4, **NARROW)
+    model = PixelModel(backbone, (0.5,) * 3, (0.25,) * 3).eval()
+    x, y = _held_out(8)
+    found = calibrate(model, [(x, y)], fairness=1.0, num_steps=1, threat_model=ThreatModel("linf", 0.01))
+    assert found.folded
+    assert isinstance(found.model, PixelModel)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model(x), model(x) + found.shifts, rtol=1e-5, atol=1e-5)
+    assert [point.fairness for point in found.frontier] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert "1 <" in str(found)
+
+
+def test_calibrating_any_other_model_wraps_it_and_0_changes_nothing() -> None:
+    net = group_norm_net().float()
+    x, y = _held_out(6)
+    found = calibrate(net, [(x, y)], fairness=0.0, num_steps=1)
+    assert not found.folded
+    assert not found.shifts.any()
+    with torch.no_grad():
+        assert torch.equal(found.model(x), net(x))
+    with pytest.raises(ValueError, match=r"has 10 and lacks 10.*give the loader more images"):
+        calibrate(net, [(x[:40], y[:40])])

@@ -1,0 +1,140 @@
+"""`train`: any dataset and network, twice in one process, in a thread, beside somebody's own accelerator."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+import ham_hf
+from ham_hf.data import BatchRequest, image_data_from
+from ham_hf.models import load_pixel_model
+from ham_hf.reporting.report import read_report
+from tests.support.nets import batch_norm_net
+
+NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+TINY = {
+    "method": "ham",
+    "mining_start_epoch": 0,
+    "mining_step": 1,
+    "num_steps": 2,
+    "num_train_epochs": 1,
+    "max_steps": 2,
+    "per_device_train_batch_size": 16,
+    "eval_num_steps": 1,
+    "validation_fraction": 0.25,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def tensors(num: int, seed: int = 0, side: int = 8) -> TensorDataset:
+    x = torch.rand(num, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, torch.arange(num) % 4)
+
+
+def rows(num: int) -> datasets.Dataset:
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])})
+    images = [Image.new("RGB", (8, 8), (10 * index % 256, 0, 0)) for index in range(num)]
+    return datasets.Dataset.from_dict({"img": images, "label": [index % 4 for index in range(num)]}, features=features)
+
+
+def test_any_network_is_trained_twice_in_one_process_and_once_in_a_thread(tmp_path: Path) -> None:
+    mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    net = batch_norm_net().float()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    settings = {**TINY, "mixed_precision": "no"}
+    first = ham_hf.train({**settings, "output_dir": tmp_path / "1"}, train=tensors(40), test=tensors(16, 1), model=net)
+    # Another precision: accelerate refuses that where a state is left.
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(
+            ham_hf.train(
+                {**TINY, "mixed_precision": "bf16", "output_dir": str(tmp_path / "2")},
+                train=tensors(40),
+                test=tensors(16, 1),
+                model=net,
+            )
+        )
+    )
+    thread.start()
+    thread.join()
+    again = ham_hf.train({**settings, "output_dir": tmp_path / "3"}, train=tensors(40), test=tensors(16, 1), model=net)
+    assert len(found) == 1
+    assert mine.mixed_precision == "no"
+    assert mine.gradient_state.num_steps == 3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    written = load_file(tmp_path / "1" / "model.safetensors")
+    for one in (first, again):
+        assert all(torch.equal(value, written[name]) for name, value in one.model.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in written.items())
+    assert not first.loads_with_timm
+    assert "timm cannot load it" in (tmp_path / "1" / "LOADING.md").read_text()
+    assert first.report.clean.summary.num_examples == 16
+    assert list(first.report.attacks) == ["pgd-1", "cw-1"]
+    assert (tmp_path / "1" / "predictions.parquet").is_file()
+
+
+def test_a_timm_network_on_rows_of_datasets_loads_with_plain_timm(tmp_path: Path) -> None:
+    backbone = timm.create_model("resnet18_cifar", num_classes=4, **NARROW)
+    trained = ham_hf.train({**TINY, "output_dir": tmp_path}, train=rows(40), test=rows(16), model=backbone)
+    assert trained.loads_with_timm
+    assert trained.class_names == ("a", "b", "c", "d")
+    assert read_report(tmp_path).dataset.class_names == trained.class_names
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(load_pixel_model(str(tmp_path)).model(x), trained.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = {**TINY, "output_dir": folder}
+    net, data = batch_norm_net().float(), tensors(20)
+    for change, given, message in [
+        ({}, {"train": data}, "test is missing"),
+        ({"push_to_hub": True, "hub_model_id": "me/x"}, {"train": data, "test": data}, "push_to_hub"),
+        ({"epsilon": 8}, {"train": data, "test": data}, "did you mean 8/255"),
+        ({"minig_step": 1}, {}, "minig_step"),
+        ({}, {"train": data, "test": data, "model": batch_norm_net(3).float()}, "3 logits and the data 4 classes"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ham_hf.train({**settings, **change}, **{"model": net, **given})
+    assert not folder.exists()
+
+
+def test_pixels_and_labels_are_those_given() -> None:
+    given = tensors(12)
+    data = image_data_from(given, rows(8), validation_fraction=0.0)
+    (batch,) = data.train.batches([BatchRequest(torch.arange(12), None)], device=torch.device("cpu"))
+    torch.testing.assert_close(batch.x, (given.tensors[0] * 255).round() / 255)
+    assert torch.equal(batch.y, given.tensors[1])
+    assert (data.image_size, data.class_names, len(data.test)) == (8, ("0", "1", "2", "3"), 8)
+
+
+def _with(image: object, label: object = 0) -> list:
+    return [(image, label)] * 8
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (_with(torch.zeros(3, 8, 8) - 1), r"train\[0\]: pixels must lie in \[0, 1\]"),
+        (_with(torch.zeros(1, 8, 8)), r"train\[0\]: expected a PIL image or a tensor \(3, H, W\)"),
+        (_with(torch.zeros(3, 8, 8), 0.5), r"train\[0\]: expected a class number"),
+        (_with(torch.zeros(3, 8, 8), -1), r"expected a class number of at least 0 as label, got -1"),
+        ([*_with(torch.zeros(3, 8, 8)), (torch.zeros(3, 9, 9), 0)], r"train\[8\]: a tensor of 9x9 pixels"),
+        ([{"image": 1}], r"train\[0\]: expected \(image, label\), got dict"),
+        (iter([]), "expected a dataset with a length"),
+    ],
+)
+def test_data_are_refused_with_a_reason(train: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        image_data_from(train, tensors(8))

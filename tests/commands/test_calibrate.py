@@ -1,0 +1,424 @@
+"""recipes/calibrate.py and --fairness in training: which images are read, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import datasets
+import pytest
+import timm
+import torch
+import yaml
+from timm.models import save_for_hf
+
+from ham_hf import dial
+from ham_hf.attacks import ThreatModel
+from ham_hf.commands import calibrate as command
+from ham_hf.config import parse_calibrate_config
+from ham_hf.data import BatchRequest, Images
+from ham_hf.evaluation import calibration
+from ham_hf.models import load_pixel_model
+from ham_hf.models.head import read_biases
+from ham_hf.reporting.calibration import calibration_report
+from ham_hf.reporting.report import read_report
+from ham_hf.runs import ReorderedLogits
+from tests.conftest import ROOT
+from tests.support.example_images import dataset, load, noise, write_parquet
+from tests.support.exports import FAMILIES
+from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.recipe_runs import SMALL, recipe_module
+
+NAMES = ["b", "a"]
+QUICK = [
+    "--use_cpu",
+    "--disable_tqdm",
+    "--calibration_num_steps=1",
+    "--eval_num_steps=1",
+    "--epsilon=0.02",
+    "--limit_test_examples=20",
+]
+TRAINED = [
+    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
+    "--limit_train_examples=800",
+    "--validation_fraction=0.3",
+    "--num_train_epochs=1",
+]
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Two rounds and two values of F: what is found is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "FRONTIER", (0.0,))
+        patch.setattr(calibration, "NUM_ROUNDS", 2)
+        yield
+
+
+def example(label: int, number: int, size: int = 32):
+    """Images of two classes that differ in their colors, with more noise than color."""
+    image = noise(10 * number + label, (size, size)).convert("RGB")
+    return image.point([min(255, value // 2 + 60 * label) for value in range(256)] * 3)
+
+
+def examples(split: int, per_class: int = 20, names=tuple(NAMES), size: int = 32):
+    labels = [index % 2 for index in range(2 * per_class)]
+    images = [example(label, 1000 * split + index, size) for index, label in enumerate(labels)]
+    return dataset(images, labels, label_feature=datasets.ClassLabel(names=list(names)))
+
+
+@pytest.fixture(scope="module")
+def colors(tmp_path_factory):
+    """A dataset with a split of its own for everything."""
+    folder = tmp_path_factory.mktemp("colors")
+    return write_parquet(folder, train=examples(0), extra=examples(1, 24), test=examples(2, 6))
+
+
+def stranger(name: str, folder, *, num_classes: int = 2, size: int = 32, label_names=None, **model_args):
+    """A folder as timm writes it, with a network that prefers one class; returns the network."""
+    torch.manual_seed(0)
+    if timm.models.get_pretrained_cfg_value(name, "fixed_input_size"):
+        model_args.setdefault("img_size", size)
+    model = timm.create_model(name, num_classes=num_classes, **model_args).eval()
+    model.pretrained_cfg |= {"input_size": (3, size, size), "license": "bsd-3-clause", "tag": "strong"}
+    settings = {"label_names": label_names} if label_names else {}
+    save_for_hf(model, folder, model_config=settings, model_args=model_args, safe_serialization=True)
+    return model
+
+
+def run(model, *arguments):
+    command.main([str(model), *QUICK, *map(str, arguments)])
+
+
+def refused(capsys, model, *arguments) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(model, *arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def record_of(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())["ham_hf"]["calibration"]
+
+
+def spy_on_images(monkeypatch) -> list:
+    """Which images are read while the shifts are searched, as (images, rows)."""
+    read, searching, batches, calibrate = [], [], Images.batches, dial.calibrate
+
+    def spied(images, requests, *, device):
+        if searching:
+            read.extend((images, request.indices) for request in requests)
+        return batches(images, requests, device=device)
+
+    def search(*arguments, **options):
+        searching.append(True)
+        try:
+            return calibrate(*arguments, **options)
+        finally:
+            searching.clear()
+
+    monkeypatch.setattr(Images, "batches", spied)
+    monkeypatch.setattr(dial, "calibrate", search)
+    return read
+
+
+def pixels(images, rows=None) -> torch.Tensor:
+    rows = torch.arange(len(images)) if rows is None else rows
+    (batch,) = images.batches([BatchRequest(rows, None)], device=torch.device("cpu"))
+    return batch.x
+
+
+def digits(**options):
+    model = {"in_chans": 1, "image_size": 8, "interpolation": "bilinear", "crop_pct": 1.0}
+    return load("digits", **model, **options)
+
+
+@pytest.fixture(scope="module")
+def own(quick, tmp_path_factory):
+    """A run of ours with --fairness; its folder, and what was read while its shifts were searched."""
+    folder = tmp_path_factory.mktemp("own") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        read = spy_on_images(patch)
+        recipe_module("train_ham.py").main(
+            [*TRAINED, "--fairness=0.5", "--calibration_num_steps=1", f"--output_dir={folder}"]
+        )
+    return folder, read
+
+
+class TestTraining:
+    def test_searches_in_the_held_out_part_alone(self, own):
+        _, read = own
+        data = digits(limit_train_examples=800, validation_fraction=0.3, augmentation="none", limit_test_examples=40)
+        assert len({id(images) for images, _ in read}) == 1
+        assert torch.equal(pixels(read[0][0]), pixels(data.validation))
+        assert {int(row) for _, rows in read for row in rows} == set(range(240))
+
+    def test_report_card_figure_and_config(self, own):
+        folder, _ = own
+        report = read_report(folder)
+        found = report.calibration
+        assert found.fairness == 0.5
+        assert found.counts == tuple(
+            torch.bincount(digits(limit_train_examples=800, validation_fraction=0.3).validation.labels)
+        )
+        assert not found.seen_in_training
+        assert report.training.passes > found.passes > 0
+        assert set(report.results) == {"clean", "pgd-2", "cw-2"}
+        card = (folder / "README.md").read_text()
+        assert "## Calibration" in card
+        assert "Fairness 0.5 took the worst class from" in card
+        assert "figures/fairness_frontier.png" in card
+        assert (folder / "figures" / "fairness_frontier.png").stat().st_size > 5000
+        assert "class-shifts" in yaml.safe_load(card.split("---")[1])["tags"]
+        record = record_of(folder)
+        assert record["shifts"] == list(found.shifts)
+        bias = read_biases(load_pixel_model(str(folder)).model.backbone, 10)[0]
+        added = torch.tensor(record["original_bias"][0]) + torch.tensor(record["shifts"])
+        assert bias == added.tolist()
+
+    def test_too_few_held_out_images_are_refused_before_training(self, capsys, tmp_path):
+        with pytest.raises(SystemExit) as stop:
+            recipe_module("train_ham.py").main(
+                [*TRAINED, "--validation_fraction=0.1", "--fairness=0.5", f"--output_dir={tmp_path / 'run'}"]
+            )
+        assert stop.value.code == 2
+        assert "and lacks 12" in capsys.readouterr().err.replace("and lacks 11", "and lacks 12")
+        assert not (tmp_path / "run").exists()
+
+    def test_nothing_held_out(self, capsys):
+        with pytest.raises(SystemExit):
+            recipe_module("train_ham.py").main(
+                [*SMALL, "--validation_fraction=0", "--selection_metric=last", "--fairness=0.5"]
+            )
+        assert "--validation_fraction 0 leaves no images to calibrate on" in capsys.readouterr().err
+
+
+class TestOwnRun:
+    def test_calibrated_again_starts_from_the_original(self, own, tmp_path, monkeypatch):
+        """F 0 gives the weights back that were trained, bit for bit, in the same plain architecture."""
+        folder, _ = own
+        read = spy_on_images(monkeypatch)
+        run(folder, "--fairness=0", f"--output_dir={tmp_path / 'out'}")
+        validation = digits(limit_train_examples=800, validation_fraction=0.3).validation
+        assert all(torch.equal(pixels(images), pixels(validation)) for images in {images for images, _ in read})
+        record = record_of(folder)
+        assert record_of(tmp_path / "out")["original_bias"] == record["original_bias"]
+        assert read_biases(load_pixel_model(str(tmp_path / "out")).model.backbone, 10) == record["original_bias"]
+        before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+        assert before["architecture"] == after["architecture"] == "resnet18"
+        assert {**before["ham_hf"], "calibration": 0} == {**after["ham_hf"], "calibration": 0}
+        assert before["pretrained_cfg"] == after["pretrained_cfg"]
+
+    def test_killed_and_repeated(self, own, tmp_path, monkeypatch):
+        folder, _ = own
+        run(folder, "--fairness=1", f"--output_dir={tmp_path / 'whole'}")
+        strike, strikes = calibration._Meter._predictions, []
+
+        def stop(*given):
+            strikes.append(1)
+            if len(strikes) == 5:
+                raise KeyboardInterrupt
+            return strike(*given)
+
+        arguments = ["--fairness=1", f"--output_dir={tmp_path / 'out'}"]
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration._Meter, "_predictions", stop)
+            with pytest.raises(SystemExit) as stopped:
+                run(folder, *arguments)
+        assert stopped.value.code == 130
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        run(folder, *arguments)
+        assert record_of(tmp_path / "out") == record_of(tmp_path / "whole")
+        assert not (tmp_path / "out" / "evaluation-progress").exists()
+
+    def test_what_is_refused(self, own, capsys, tmp_path):
+        folder, _ = own
+        out = f"--output_dir={tmp_path / 'out'}"
+        assert "is the model's own folder" in refused(capsys, folder, "--fairness=1", f"--output_dir={folder}")
+        assert "without --fairness or --max_average_drop" in refused(capsys, folder, out)
+        assert "exclude each other" in refused(capsys, folder, out, "--fairness=1", "--max_average_drop=0.1")
+        again = refused(capsys, folder, out, "--fairness=1", "--calibration_split=train")
+        assert "--calibration_split train is the training split" in again
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").touch()
+        assert "already holds files" in refused(capsys, folder, out, "--fairness=1")
+
+
+class TestStranger:
+    @pytest.mark.parametrize("name", [*FAMILIES, "deit_tiny_distilled_patch16_224"])
+    def test_every_family(self, name, tmp_path):
+        """Folded and published: plain timm's logits are the old ones plus the shift, bit for bit those of a copy."""
+        arguments = dict(FAMILIES.get(name, {"embed_dim": 24, "depth": 1, "num_heads": 2}))
+        stranger(name, tmp_path / "model", label_names=NAMES, **arguments)
+        words = [f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"]
+        original = load_pixel_model(str(tmp_path / "model"))
+        dial.check_head(original.model, num_classes=2, image_size=32)
+        shifts = torch.tensor([0.7, -0.7])
+        point = calibration.frontier_point(0.0, [1, 1], [2, 2])
+        found = calibration.Calibration(
+            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,), rounds=1, passes=1
+        )
+        attack = calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01)
+        report = calibration_report(
+            found, attack, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0
+        )
+        config = parse_calibrate_config(words)
+        dial.export_calibrated(config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause")
+        new = load_pixel_model(str(tmp_path / "out"))
+        x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            torch.testing.assert_close(new.model(x), original.model(x) + shifts, rtol=1e-5, atol=1e-5)
+            if new.model.upsample == 1:
+                assert torch.equal(new.model(x), dial.folded(original, shifts).model(x))
+        assert new.class_names == tuple(NAMES)
+        cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+        assert (cfg["license"], cfg["tag"]) == ("bsd-3-clause", "strong")
+        dial.restore_original(new)
+        assert read_biases(new.model.backbone, 2) == read_biases(original.model.backbone, 2)
+
+    def test_labels_are_matched_by_name(self, quick, colors, tmp_path):
+        """The shift of a class goes to the logit of its name, in whatever order model and data have them."""
+        found = []
+        for names in (NAMES, NAMES[::-1]):
+            folder = tmp_path / names[0]
+            model = stranger("test_resnet", folder / "model", label_names=names)
+            if names != NAMES:
+                with torch.no_grad():
+                    for part in (model.fc.weight, model.fc.bias):
+                        part.copy_(part.flip(0))
+                save_for_hf(model, folder / "model", model_config={"label_names": names}, safe_serialization=True)
+            run(
+                folder / "model",
+                "--fairness=1",
+                f"--dataset_name={colors}",
+                "--calibration_split=extra",
+                f"--output_dir={folder / 'out'}",
+            )
+            found.append(record_of(folder / "out")["shifts"])
+            assert load_pixel_model(str(folder / "out")).class_names == tuple(names)
+        assert found[0] != [0.0, 0.0]
+        assert found[0] == pytest.approx(found[1][::-1], abs=1e-6)
+
+    def test_classes_that_the_dataset_lacks_keep_zero(self):
+        aligned = ReorderedLogits(torch.nn.Identity(), [2, 0])
+        assert dial.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
+
+    def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
+        stranger("test_resnet", tmp_path / "model")
+        read = spy_on_images(monkeypatch)
+        run(
+            tmp_path / "model",
+            "--fairness=0.5",
+            f"--dataset_name={colors}",
+            "--calibration_split=extra",
+            f"--output_dir={tmp_path / 'out'}",
+        )
+        inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
+        geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
+        geometry |= {"image_size": 32, "default_image_size": 32}
+        expected = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
+        others = load(colors, validation_fraction=0, **geometry)
+        assert not any(torch.equal(pixels(expected)[:12], pixels(part)[:12]) for part in (others.train, others.test))
+        assert all(torch.equal(pixels(images), pixels(expected)) for images in {images for images, _ in read})
+        assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
+
+    def test_training_images_only_with_a_flag_and_card_and_report_say_so(self, quick, colors, tmp_path, capsys):
+        stranger("test_resnet", tmp_path / "model")
+        data = ["--fairness=1", f"--dataset_name={colors}", f"--output_dir={tmp_path / 'out'}"]
+        model = tmp_path / "model"
+        assert "name a split that it was not trained on" in refused(capsys, model, *data)
+        train = [*data, "--calibration_split=train"]
+        assert "say --allow_training_images" in refused(capsys, model, *train)
+        run(model, *train, "--allow_training_images")
+        report = read_report(tmp_path / "out")
+        assert report.calibration.seen_in_training
+        assert any("that the model was trained on" in note for note in report.notes)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "found on images that the model was trained on (its own training images" in " ".join(card.split())
+
+    def test_the_test_split_never(self, colors, tmp_path, capsys):
+        stranger("test_resnet", tmp_path / "model")
+        split = ["--fairness=1", f"--dataset_name={colors}", "--calibration_split=test", "--allow_training_images"]
+        message = refused(capsys, tmp_path / "model", *split, f"--output_dir={tmp_path / 'out'}")
+        assert "--calibration_split test is the test split" in message
+
+    def test_too_few_images(self, colors, tmp_path, capsys):
+        stranger("test_resnet", tmp_path / "model")
+        message = refused(
+            capsys,
+            tmp_path / "model",
+            "--fairness=1",
+            f"--dataset_name={colors}",
+            "--calibration_split=extra",
+            "--limit_calibration_examples=30",
+            f"--output_dir={tmp_path / 'out'}",
+        )
+        assert "'b' has 15 and lacks 5" in message
+
+    def test_a_head_without_bias_is_refused_by_name(self, colors, tmp_path, capsys, monkeypatch):
+        stranger("test_resnet", tmp_path / "model")
+        loaded = load_pixel_model(str(tmp_path / "model"))
+        loaded.model.backbone.fc.register_parameter("bias", None)
+        monkeypatch.setattr(command, "load_pixel_model", lambda *_, **__: loaded)
+        split = [f"--dataset_name={colors}", "--calibration_split=extra"]
+        message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
+        assert "test_resnet: the Linear that makes its logits has no bias to shift" in message
+        assert not (tmp_path / "out").exists()
+
+
+CALIBRATE = """
+import json, sys
+import ham_hf.evaluation.calibration as calibration
+from ham_hf.commands.calibrate import main
+calibration.FRONTIER, calibration.NUM_ROUNDS = (0.0,), 2
+for words in json.loads(sys.argv[1]):
+    main(words)
+"""
+CARD = """---
+license: cc-by-4.0
+tags: [timm, strong, image-classification]
+---
+# Strong
+"""
+
+
+def published(hub: Hub, name: str, folder) -> None:
+    repo = hub.repos["model", name] = Repo("model", name, private=False)
+    files = {path.name: Blob(path.read_bytes(), lfs=False) for path in folder.iterdir()}
+    repo.refs["main"] = repo.add_commit({**files, "README.md": Blob(CARD.encode(), lfs=False)}, None)
+
+
+def test_strangers_on_the_hub(colors, tmp_path):
+    """A Hub id and a timm name, whose weights, license and tags come from the Hub; the latter has 998 more classes."""
+    names = [f"n{index}" for index in range(1000)]
+    many = {split: examples(number, 20, names, 160) for number, split in enumerate(("train", "extra", "test"))}
+    data = {"them/strong": colors, "test_resnet.r160_in1k": write_parquet(tmp_path / "data", **many)}
+    ids = {"them/strong": "them/strong", "test_resnet.r160_in1k": "timm/test_resnet.r160_in1k"}
+    stranger("test_resnet", tmp_path / "two")
+    stranger("test_resnet", tmp_path / "many", num_classes=1000, size=160)
+    with Hub() as hub:
+        published(hub, "them/strong", tmp_path / "two")
+        published(hub, "timm/test_resnet.r160_in1k", tmp_path / "many")
+        options = [*QUICK, "--fairness=1", "--calibration_split=extra"]
+        words = [
+            [name, *options, f"--dataset_name={data[name]}", f"--output_dir={tmp_path / name[:4]}"] for name in data
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", CALIBRATE, json.dumps(words)],
+            env=hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, num_classes in zip(data, (2, 1000), strict=True):
+        out = tmp_path / name[:4]
+        shifts = record_of(out)["shifts"]
+        assert len(shifts) == num_classes
+        assert shifts[2:] == [0.0] * (num_classes - 2)
+        metadata = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+        assert metadata["license"] == "cc-by-4.0"
+        assert metadata["base_model"] == ids[name]
+        assert {"strong", "ham_hf", "class-shifts"} <= set(metadata["tags"])
+        assert "adversarial-training" not in metadata["tags"]

@@ -1,0 +1,101 @@
+"""Rows of a comparison that take their weights from another row's run, and are calibrated."""
+
+from __future__ import annotations
+
+import pytest
+
+from ham_hf.comparison.execution import bring_weights, execute
+from ham_hf.comparison.plan import read_plan
+from ham_hf.config import ConfigError, config_to_yaml, parse_train_config
+from ham_hf.reporting.report import read_report
+from tests.support.recipe_runs import SMALL, recipe_module
+
+BASE = [
+    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
+    "--limit_train_examples=800",
+    "--validation_fraction=0.3",
+    "--num_train_epochs=1",
+    "--mining_start_epoch=0",
+    "--validation_num_steps=1",
+    "--selection_metric=last",
+]
+PLAN = """
+recipe: base.yaml
+output_dir: FOLDER
+seeds: [0]
+baseline: plain
+runs:
+  fair: {calibrated_from: plain, fairness: 1, calibration_num_steps: 1}
+  plain: {method: pgd_at}
+"""
+
+
+def write_plan(place, plan: str = PLAN):
+    (place / "base.yaml").write_text(config_to_yaml(parse_train_config(BASE)))
+    path = place / "compare.yaml"
+    path.write_text(plan.replace("FOLDER", str(place / "out")))
+    return path
+
+
+def test_takes_the_weights_of_the_same_seed_and_trains_nothing(tmp_path, capsys):
+    """The calibrated row is the first of the file, and runs after the one that it takes its weights from."""
+    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path))])
+    said = capsys.readouterr().out
+    assert said.index("done plain seed 0") < said.index("start fair seed 0")
+    plain, fair = (tmp_path / "out" / label / "seed0" for label in ("plain", "fair"))
+    base, calibrated = read_report(plain), read_report(fair)
+    assert base.calibration is None
+    assert calibrated.calibration.fairness == 1
+    assert calibrated.config["method"] == "pgd_at"
+    assert (calibrated.training.steps, calibrated.training.seconds) == (base.training.steps, base.training.seconds)
+    assert calibrated.training.passes > base.training.passes
+    weights = next((plain / "checkpoint-best").glob("*.safetensors"))
+    assert (fair / "checkpoint-best" / weights.name).read_bytes() == weights.read_bytes()
+    assert "| fair " in (tmp_path / "out" / "comparison.md").read_text()
+    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path))])
+    assert "2 runs: 2 done already, 0 to go" in capsys.readouterr().out
+
+
+def test_settings_are_those_of_the_other_row(tmp_path):
+    fair, plain = read_plan(write_plan(tmp_path)).runs
+    assert (fair.config.method, fair.config.calibration.fairness) == (plain.config.method, 1)
+    assert fair.weights_from == plain.folder
+    assert plain.weights_from is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            "{calibrated_from: nobody, fairness: 1}",
+            "calibrated_from nobody: expected the label of a row that trains, plain",
+        ),
+        ("{calibrated_from: fair, fairness: 1}", "calibrated_from fair: expected the label of a row that trains"),
+        ("{calibrated_from: plain}", "has fairness or max_average_drop"),
+        ("{calibrated_from: plain, fairness: 1, learning_rate: 1}", "not learning_rate"),
+        ("{calibrated_from: plain, fairness: 2}", "--fairness 2: expected"),
+    ],
+)
+def test_what_is_refused(tmp_path, row, message):
+    plan = PLAN.replace("{calibrated_from: plain, fairness: 1, calibration_num_steps: 1}", row)
+    with pytest.raises(ConfigError, match=message):
+        read_plan(write_plan(tmp_path, plan))
+
+
+def test_without_the_other_run(tmp_path):
+    (fair, _) = read_plan(write_plan(tmp_path)).runs
+    with pytest.raises(ValueError, match="which is not finished: run that first"):
+        bring_weights(fair, fair.weights_from)
+    said = []
+    failed = execute([fair], None, jobs=1, announce=said.append)
+    assert [run.label for run in failed] == ["fair"]
+    assert "not finished" in said[0]
+
+
+def test_a_row_may_have_fewer_seeds(tmp_path):
+    plan = PLAN.replace("seeds: [0]", "seeds: [0, 1]").replace("{method: pgd_at}", "{method: pgd_at, seeds: [1]}")
+    plan += "  other: {method: trades}\n"
+    found = [(run.label, run.seed) for run in read_plan(write_plan(tmp_path, plan)).runs]
+    assert found == [("other", 0), ("fair", 1), ("plain", 1), ("other", 1)]
+    with pytest.raises(ConfigError, match="run plain: seeds one: expected a list of whole numbers"):
+        read_plan(write_plan(tmp_path, plan.replace("seeds: [1]", "seeds: [one]")))

@@ -1,0 +1,228 @@
+"""From a dataset on the Hub to a model on the Hub and back, as a user does it, over HTTP with faults on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from ham_hf.evaluation.verdicts import read_verdicts
+from ham_hf.reporting.report import read_report
+from tests.conftest import ROOT
+from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import SMALL, launch_command
+
+TOKEN = "hf_secretWriterToken"
+
+MAKE_DATASET = """
+import sys
+import numpy as np
+from huggingface_hub import HfApi
+from PIL import Image as PILImage
+from datasets import ClassLabel, Dataset, Features, Image
+random = np.random.default_rng(0)
+features = Features({"img": Image(), "kind": ClassLabel(names=["dark | *sky*", "dusk", "noon"])})
+def split(count):
+    labels = [i % 3 for i in range(count)]
+    pixels = [np.clip(40 + 80 * y + random.normal(0, 25, (16, 16, 3)), 0, 255).astype("uint8") for y in labels]
+    return Dataset.from_dict({"img": [PILImage.fromarray(p) for p in pixels], "kind": labels}, features=features)
+for name, count in (("train", 150), ("test", 30)):
+    split(count).to_parquet(f"{sys.argv[1]}/data/{name}-00000-of-00001.parquet")
+HfApi().create_repo("me/skies", repo_type="dataset")
+HfApi().upload_folder(repo_id="me/skies", folder_path=sys.argv[1], repo_type="dataset")
+"""
+
+LOAD_WITHOUT_HAM = """
+import sys
+sys.modules["ham_hf"] = None
+import json, timm, torch
+model = timm.create_model("hf-hub:me/sky", pretrained=True).eval()
+x = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+cfg = timm.data.resolve_model_data_config(model)
+mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+scale = cfg["input_size"][1] // 16
+with torch.no_grad():
+    logits = model((torch.nn.functional.interpolate(x, scale_factor=scale, mode="nearest") - mean) / std)
+print(json.dumps({"logits": logits.tolist(), "names": list(model.pretrained_cfg["label_names"])}))
+"""
+
+LOAD_WITH_HAM = """
+import json, sys, torch
+from ham_hf.models import load_pixel_model
+loaded = load_pixel_model(sys.argv[1])
+x = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+with torch.no_grad():
+    print(json.dumps({"logits": loaded.model(x).tolist(), "names": list(loaded.class_names)}))
+"""
+
+
+def python(code, environment, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub({TOKEN: "me", "hf_anotherUsersToken": "you"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    found = hub_environment(hub, tmp_path_factory.mktemp("home"), token=TOKEN)
+    return found | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, environment, tmp_path_factory):
+    """A training run on a Hub dataset that pushes on every save, while the Hub has bad moments."""
+    source = tmp_path_factory.mktemp("skies")
+    (source / "data").mkdir()
+    made = python(MAKE_DATASET, environment, source)
+    assert made.returncode == 0, made.stderr[-2000:]
+    hub.fail(r"POST /api/models/me/sky/commit/", status=503, times=1)
+    hub.drop(r"POST /api/models/me/sky/commit/", times=1)
+    folder = tmp_path_factory.mktemp("train") / "run"
+    command = launch_command(
+        "train_ham.py",
+        *SMALL,
+        "--dataset_name=me/skies",
+        "--model_args",
+        "layers=[1,1,1,1]",
+        "channels=[8,8,8,8]",
+        "--limit_train_examples=none",
+        "--limit_test_examples=none",
+        "--per_device_train_batch_size=32",
+        "--push_to_hub",
+        "--hub_model_id=sky",
+        "--hub_strategy=every_save",
+        "--save_steps=3",
+        f"--output_dir={folder}",
+    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, done
+
+
+def test_hub_dataset_feeds_the_run(pushed):
+    folder, _ = pushed
+    report = read_report(folder / "report.json")
+    assert report.dataset.hub_id == "me/skies"
+    assert report.dataset.num_train + report.dataset.num_validation == 150
+    assert report.dataset.num_test == 30
+    assert report.dataset.class_names == ("dark | *sky*", "dusk", "noon")
+    assert re.fullmatch(r"[0-9a-f]{40}", report.dataset.revision)
+
+
+def test_everything_published_is_what_lies_on_disk(pushed, hub):
+    folder, done = pushed
+    tree = hub.model("me/sky").tree()
+    published = {path for path in tree if path != ".gitattributes"}
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "checkpoint" not in str(p)}
+    assert published == on_disk - {"examples.parquet"}  # test images are published inside of the page alone
+    assert all(tree[path].data == (folder / path).read_bytes() for path in published)
+    assert len(hub.model("me/sky").history()) >= 3  # the first commit, pushes in mid-run, the last one
+    assert "pushed to" in done.stdout
+    card = (folder / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "timm"
+    assert metadata["datasets"] == ["me/skies"]
+    assert "hf-hub:me/sky" in card
+
+
+def test_plain_timm_gives_the_evaluated_models_logits(pushed, environment):
+    folder, _ = pushed
+    plain = python(LOAD_WITHOUT_HAM, environment)
+    assert plain.returncode == 0, plain.stderr[-2000:]
+    found = json.loads(plain.stdout.splitlines()[-1])
+    for source in ("me/sky", folder):
+        ours = python(LOAD_WITH_HAM, environment, source)
+        assert ours.returncode == 0, ours.stderr[-2000:]
+        expected = json.loads(ours.stdout.splitlines()[-1])
+        assert found["names"] == expected["names"]
+        assert found["logits"][0] == pytest.approx(expected["logits"][0], abs=1e-5)
+
+
+def test_evaluation_of_the_hub_model_agrees_with_the_report(pushed, environment, tmp_path):
+    folder, _ = pushed
+    target = tmp_path / "evaluation"
+    options = ["me/sky", "--dataset_name=me/skies", "--eval_num_steps=2", "--use_cpu", f"--output_dir={target}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes/evaluate.py"), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = read_report(target / "report.json"), read_report(folder / "report.json")
+    # Without --epsilon the model is attacked as it was trained.
+    assert ours.threat_model == theirs.threat_model
+    for name in ("clean", "pgd-2", "cw-2"):
+        assert ours.results[name].summary == theirs.results[name].summary
+    assert ours.verdict.summary == theirs.verdict.summary
+    assert torch.equal(read_verdicts(target).withstood, read_verdicts(folder).withstood)
+    assert ours.training is None
+    assert "PGD-2" in (target / "EVALUATION.md").read_text()
+
+
+def test_finished_folder_is_pushed_elsewhere(pushed, hub, environment):
+    folder, _ = pushed
+    command = [sys.executable, str(ROOT / "recipes/push.py"), str(folder), "--hub_model_id", "me/second"]
+    done = subprocess.run(
+        [*command, "--hub_private_repo"], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    repo = hub.model("me/second")
+    assert repo.private
+    assert b"hf-hub:me/second" in repo.tree()["README.md"].data
+
+
+@pytest.mark.parametrize(
+    ("token", "target", "fragments"),
+    [
+        ("hf_wrongTokenWrongToken", "me/other", ["--push_to_hub", "token"]),
+        (None, "me/other", ["--push_to_hub", "hf auth login"]),
+        ("hf_anotherUsersToken", "me/other", ["--hub_model_id me/other"]),
+    ],
+)
+def test_missing_rights_stop_the_run_before_it_starts(hub, environment, tmp_path, token, target, fragments):
+    own = {key: value for key, value in environment.items() if key != "HF_TOKEN"} | (
+        {"HF_TOKEN": token} if token else {}
+    )
+    folder = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "recipes/train_ham.py"), *SMALL, "--push_to_hub", f"--hub_model_id={target}"]
+    done = subprocess.run([*command, f"--output_dir={folder}"], env=own, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    for fragment in fragments:
+        assert fragment in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not token or token not in done.stderr + done.stdout
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_push_that_fails_at_the_end_says_how_to_repeat_it(pushed, hub, environment):
+    folder, _ = pushed
+    hub.fail(r"POST /api/models/me/third/commit/", status=403, times=200)  # rights that were lost on the way
+    command = [sys.executable, str(ROOT / "recipes/push.py"), str(folder), "--hub_model_id", "me/third"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2
+    assert f"recipes/push.py {folder}" in done.stderr
+    assert "--hub_model_id me/third" in done.stderr
+    hub.faults.clear()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "model.safetensors" in hub.model("me/third").tree()
+
+
+def test_the_token_is_in_no_file_and_no_output(pushed):
+    folder, done = pushed
+    assert TOKEN not in done.stdout + done.stderr
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert TOKEN.encode() not in path.read_bytes(), path

@@ -1,0 +1,353 @@
+"""`accelerate launch recipes/train_ham.py` as a user runs it: artefacts, kill and resume, two processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ham_hf.evaluation.verdicts import read_verdicts
+from ham_hf.hub import PushError
+from ham_hf.metrics import summarize
+from ham_hf.reporting.report import read_report
+from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME
+from tests.support.recipe_runs import SMALL, launch, launch_command, recipe_module
+
+EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]
+BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one_process", "two_processes"])
+def finished(request, tmp_path_factory, subprocess_env):
+    """An uninterrupted run, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    printed = launch(
+        "train_ham.py",
+        *SMALL,
+        *EVERY_THIRD,
+        BATCH[request.param],
+        f"--output_dir={folder}",
+        env=subprocess_env,
+        processes=request.param,
+    )
+    return request.param, folder, printed
+
+
+def test_run_leaves_every_artefact(finished):
+    processes, folder, printed = finished
+    expected = {"model.safetensors", "config.json", "README.md", "report.json", "train_config.yaml", "metrics.jsonl"}
+    expected |= {"predictions.parquet", "report.html", "examples.parquet"}
+    assert expected <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "per_class_accuracy.png",
+        "training_curves.png",
+        "class_treatment.png",
+        "confusion_pgd-2.png",
+        "confusion_cw-2.png",
+        "adversarial_examples.png",
+    }
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-21", "checkpoint-22"]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pkl", ".part")]
+    report = read_report(folder / "report.json")
+    assert list(report.results) == ["clean", "pgd-2", "cw-2"]
+    verdicts = read_verdicts(folder)
+    assert list(verdicts.attacks) == ["pgd-2", "cw-2"]
+    assert verdicts.class_names == report.dataset.class_names
+    for name in ("pgd-2", "cw-2"):
+        right = (verdicts.clean == verdicts.labels) & (verdicts.attacked[name] == verdicts.labels)
+        assert int(right.sum()) == sum(entry.correct for entry in report.results[name].summary.per_class)
+    assert report.verdict.summary == summarize(verdicts.withstood, verdicts.labels, 10)
+    assert "\nVerdict " in printed
+    assert report.results["clean"].summary.num_examples == report.dataset.num_test == 40
+    assert report.dataset.num_train == 180
+    assert report.dataset.class_names == tuple("0123456789")
+    assert report.environment.num_processes == processes
+    assert report.training.steps == 22
+    assert [line["epoch"] for line in report.training.history] == [0, 1]
+    assert report.training.history[0]["hard_per_class"] is None
+    assert len(report.training.history[1]["hard_per_class"]) == 10
+    assert "PGD-2" in printed
+    assert str(folder) in printed
+
+
+def test_published_model_is_the_evaluated_one_and_needs_only_timm(finished, subprocess_env):
+    _, folder, _ = finished
+    module = recipe_module("train_ham.py")
+    config = module.parse_train_config(["--config", str(folder / "train_config.yaml")])
+    inputs = module.input_defaults(config.model.model_name, model_args=config.model.model_args)
+    data = module.load_data(config.data, image_size=None, inputs=inputs, seed=config.training.seed)
+    model, _ = module.new_model(config.model, data, seed=0)
+    model.load_state_dict(load_best(folder)[0])
+    x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    code = """
+import sys, json
+sys.modules["ham_hf"] = None
+import timm, torch
+model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+cfg = timm.data.resolve_model_data_config(model)
+x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+x = torch.nn.functional.interpolate(x, size=cfg["input_size"][1:], mode="nearest")
+logits = model((x - cfg["mean"][0]) / cfg["std"][0])
+print(json.dumps({"logits": logits.tolist(), "names": model.pretrained_cfg["label_names"]}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=subprocess_env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["names"] == list("0123456789")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(found["logits"]), model.eval()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("finished", [1, 2], indirect=True, ids=["one_process", "two_processes"])
+def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, subprocess_env):
+    processes, full, _ = finished
+    folder = tmp_path / "killed"
+    arguments = [*SMALL, *EVERY_THIRD, BATCH[processes], f"--output_dir={folder}"]
+    run = subprocess.Popen(
+        launch_command("train_ham.py", *arguments, processes=processes),
+        env=subprocess_env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    # In the second epoch, between two checkpoints, with mining on.
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoint-15").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (folder / "checkpoint-21").exists()
+    launch("train_ham.py", *arguments, "--resume_from_checkpoint=latest", env=subprocess_env, processes=processes)
+    for name in ("checkpoint-22/model.safetensors", "checkpoint-best/model.safetensors", "model.safetensors"):
+        ours, theirs = load_file(folder / name), load_file(full / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    ours, theirs = (read_report(where / "report.json") for where in (folder, full))
+    assert ours.training.history == theirs.training.history
+    assert ours.results["pgd-2"].summary == theirs.results["pgd-2"].summary
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_written_configuration_reproduces_the_run(finished, tmp_path, subprocess_env):
+    processes, full, _ = finished
+    if processes == 2:
+        pytest.skip("one process says it all")
+    again = tmp_path / "again"
+    arguments = ["--config", str(full / "train_config.yaml"), f"--output_dir={again}"]
+    launch("train_ham.py", *arguments, env=subprocess_env)
+    ours, theirs = (load_file(where / "model.safetensors") for where in (again, full))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def refused(capsys, *arguments, script="train_ham.py"):
+    """Exit status and message of a recipe that must not start."""
+    with pytest.raises(SystemExit) as stop:
+        recipe_module(script).main([*SMALL, *arguments] if script == "train_ham.py" else list(arguments))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--model_name=resnet18_cifra"], ["resnet18_cifra", "resnet18_cifar"]),
+        (["--dataset_name=./no_such_folder"], ["no_such_folder"]),
+        (["--per_device_train_batch_size=4096"], ["--per_device_train_batch_size", "180 examples"]),
+        (["--report_to=trackio"], ["--report_to trackio", "pip install trackio"]),
+        (["--optimizer=momentun"], ["--optimizer momentun"]),
+        (["--model_args", "in_chans=1", "chanels=[8]"], ["--model_args", "chanels"]),
+        (["--train_split=training"], ["--train_split", "training", "train"]),
+        (["--resume_from_checkpoint=elsewhere"], ["--resume_from_checkpoint elsewhere"]),
+        (["--epsilon=8"], ["epsilon 8", "8/255"]),
+        (["--mining_step=3"], ["mining_step", "below --num_steps 3"]),
+        (["--method=pgd_at"], ["mining_step", "ham"]),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, capsys, arguments, fragments):
+    message = refused(capsys, f"--output_dir={tmp_path / 'run'}", *arguments)
+    for fragment in fragments:
+        assert fragment in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_refused_run_leaves_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    refused(capsys, f"--output_dir={folder}", "--per_device_train_batch_size=500")
+    assert not folder.exists()
+
+
+def test_refused_resume_leaves_the_run_as_it_was(finished, capsys):
+    _, folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    changes = ["--epsilon=0.02", "--weight_decay=0.1", "--per_device_train_batch_size=16"]
+    message = refused(capsys, f"--output_dir={folder}", "--resume_from_checkpoint=latest", *changes)
+    assert "epsilon 0.1 -> 0.02" in message
+    assert "weight_decay 0.0005 -> 0.1" in message
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_folder_that_cannot_be_made_is_an_error_without_traceback(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = refused(capsys, f"--output_dir={tmp_path / 'file' / 'run'}", "--per_device_train_batch_size=16")
+    assert str(tmp_path / "file") in message
+
+
+def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    recipe = recipe_module("train_ham.py")
+
+    def interrupted(self, stop):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.Trainer, "fit", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
+    assert stop.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_interrupt_outside_of_training_says_so_too(tmp_path, capsys, monkeypatch):
+    recipe = recipe_module("train_ham.py")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "load_data", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}"])
+    assert stop.value.code == 130
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+
+
+def test_new_network_is_normalized_by_the_data(finished):
+    _, folder, _ = finished
+    recipe = recipe_module("train_ham.py")
+    config = recipe.parse_train_config(["--config", str(folder / "train_config.yaml")])
+    inputs = recipe.input_defaults(config.model.model_name, model_args=config.model.model_args)
+    data = recipe.load_data(config.data, image_size=None, inputs=inputs, seed=0)
+    model, preprocessing = recipe.new_model(config.model, data, seed=0)
+    assert preprocessing.mean == data.channel_mean == read_report(folder / "report.json").model.mean
+    assert model.mean.flatten().tolist() == pytest.approx(list(data.channel_mean))
+    assert data.channel_mean[0] < 0.4 < inputs.mean[0]  # digits are mostly black
+
+
+def test_evaluation_needs_a_folder_of_its_own_and_images_of_its_own(finished, tmp_path, capsys):
+    _, folder, _ = finished
+    options = [str(folder), "--dataset_name=digits", "--use_cpu"]
+    before = sorted(folder.rglob("*"))
+    message = refused(capsys, *options, f"--output_dir={folder}", "--overwrite_output_dir", script="evaluate.py")
+    assert "holds a model" in message
+    options += [f"--output_dir={tmp_path / 'e'}", "--test_fraction=0.5"]
+    message = refused(capsys, *options, script="evaluate.py")
+    assert "--test_fraction 0.5 would test on images that the model was trained on" in message
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_existing_output_folder_is_not_overwritten(finished, capsys):
+    _, folder, _ = finished
+    before = (folder / "report.json").stat().st_mtime_ns
+    message = refused(capsys, f"--output_dir={folder}")
+    assert "--overwrite_output_dir" in message
+    assert (folder / "report.json").stat().st_mtime_ns == before
+
+
+def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    recipe = recipe_module("train_ham.py")
+    pushed = []
+
+    def push_folder(path, repo_id, **_):
+        pushed.append({str(found.relative_to(path)) for found in path.rglob("*") if found.is_file()})
+        raise PushError("the line is down; python recipes/push.py pushes it again")
+
+    monkeypatch.setattr(recipe, "check_write_access", lambda repo_id, **_: f"me/{repo_id}")
+    monkeypatch.setattr(recipe, "push_folder", push_folder)
+    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--push_to_hub", "--hub_model_id=sky"]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([*SMALL, *options, f"--output_dir={folder}"])
+    assert stop.value.code == 2
+    assert "recipes/push.py" in capsys.readouterr().err
+    (before,) = pushed
+    assert {"model.safetensors", "config.json", "README.md", "report.json", "figures/per_class_accuracy.png"} <= before
+    # The lock is held until the end, and push_folder takes artefacts only.
+    after = {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
+    assert before == after | {LOCK_NAME, OWNER_NAME}
+    assert "hf-hub:me/sky" in (folder / "README.md").read_text()
+
+
+def test_tracker_gets_the_numbers(tmp_path, capsys):
+    folder = tmp_path / "run"
+    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--report_to=tensorboard"]
+    recipe_module("train_ham.py").main([*SMALL, *options, f"--output_dir={folder}"])
+    capsys.readouterr()
+    events = b"".join(path.read_bytes() for path in (folder / "logs").rglob("events.out.tfevents.*"))
+    assert b"train/loss" in events
+    assert b"validation/robust_accuracy" in events
+
+
+def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
+    processes, full, _ = finished
+    if processes == 2:
+        pytest.skip("one process says it all")
+    folder = tmp_path / "run"
+    shutil.copytree(full, folder)
+    recipe_module("train_ham.py").main(
+        [
+            *SMALL,
+            f"--output_dir={folder}",
+            "--overwrite_output_dir",
+            "--max_steps=2",
+            "--per_device_train_batch_size=16",
+        ]
+    )
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
+    assert read_report(folder / "report.json").training.steps == 2
+    capsys.readouterr()
+
+
+@pytest.mark.cifar10
+@pytest.mark.skipif("HAM_HF_CIFAR10" not in os.environ, reason="HAM_HF_CIFAR10 does not name a copy of CIFAR-10")
+def test_robust_accuracy_rises_on_cifar10(tmp_path, subprocess_env):
+    folder = tmp_path / "cifar10"
+    launch(
+        "train_ham.py",
+        f"--dataset_name={os.environ['HAM_HF_CIFAR10']}",
+        "--model_name=resnet18_cifar",
+        "--model_args",
+        "layers=[1,1,1,1]",
+        "channels=[32,64,128,256]",
+        "--epsilon=2/255",
+        "--step_size=1/255",
+        "--num_steps=5",
+        "--mining_step=2",
+        "--mining_start_epoch=2",
+        "--limit_train_examples=12800",
+        "--limit_test_examples=500",
+        "--num_train_epochs=4",
+        "--per_device_train_batch_size=64",
+        "--lr_scheduler_type=cosine",
+        "--lr_step_unit=step",
+        "--validation_fraction=0.1",
+        f"--output_dir={folder}",
+        "--disable_tqdm",
+        env=subprocess_env | {"OMP_NUM_THREADS": "2"},
+        timeout=1800,
+    )
+    report = read_report(folder / "report.json")
+    assert report.training.steps == 4 * 180
+    robust = [line["robust_accuracy"] for line in report.training.history]
+    assert robust[3] > robust[1] > 0.2  # mining adds to what two epochs of warm-up have reached
+    assert 0.3 < report.training.history[3]["hard_fraction"] < 0.9

@@ -1,0 +1,109 @@
+"""Rows that kept their predictions are set against the baseline image by image; older ones are shown and say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.report import comparison_json, comparison_markdown
+from ham_hf.comparison.table import compare
+from ham_hf.evaluation.verdicts import write_verdicts
+from ham_hf.pairing import mcnemar
+from ham_hf.reporting.report import write_report
+from tests.support.comparison_reports import judged_run
+
+
+def bold(comparison, label, attack="verdict"):
+    return [
+        metric
+        for metric in ("average", "worst_class", "worst_30_percent")
+        if comparison.is_bold(label, attack, metric)
+    ]
+
+
+def test_one_seed_is_enough_where_the_same_images_tell():
+    """Every image that the baseline is right on is right for the other row too, and eight more."""
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [24, 52, 61, 71])
+    comparison = compare([base, own], baseline="base")
+    assert list(comparison.attacks) == ["verdict", "clean", "pgd-20"]
+    paired = comparison.pairs.found["own"]["verdict"]
+    assert paired.seeds == (0,)
+    assert (paired.differences.only_reference, paired.differences.only_other) == ((0,), (8,))
+    assert paired.differences.p_values == (mcnemar(0, 8),)
+    assert paired.differences.average.mean == pytest.approx(8 / 400)
+    assert paired.differences.worst_class.mean == pytest.approx(0.04)
+    assert bold(comparison, "own") == bold(comparison, "own", "pgd-20") == [
+        "average", "worst_class", "worst_30_percent",
+    ]  # fmt: skip
+    assert bold(comparison, "base") == bold(comparison, "own", "clean") == []
+
+
+def test_the_same_numbers_on_other_images_say_less():
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [24, 52, 61, 71], swap=20)
+    assert bold(compare([base, own], baseline="base"), "own") == []
+
+
+def test_a_worst_class_that_moved_is_no_gain():
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [60, 15, 60, 70])
+    comparison = compare([base, own], baseline="base")
+    assert comparison.pairs.found["own"]["verdict"].differences.worst_class.is_sure()
+    assert "worst_class" not in bold(comparison, "own")
+
+
+def test_several_seeds_have_to_agree():
+    base = [judged_run("base", [20, 50, 60, 70], seed=seed) for seed in range(3)]
+    own = [judged_run("own", [40, 55, 65, 75], seed=seed) for seed in range(2)]
+    agreed = compare([*base, *own, judged_run("own", [30, 55, 65, 75], seed=2)], baseline="base")
+    assert bold(agreed, "own") == ["average", "worst_class", "worst_30_percent"]
+    worse = judged_run("own", [19, 55, 65, 75], seed=2)
+    disagreed = compare([*base, *own, worse], baseline="base")
+    assert "worst_class" not in bold(disagreed, "own")
+    assert "average" in bold(disagreed, "own")
+    differences = disagreed.pairs.found["own"]["verdict"].differences.worst_class
+    assert differences.per_seed == pytest.approx((0.2, 0.2, -0.01))
+    assert differences.low > 0
+
+
+def test_rows_without_predictions_are_shown_and_say_so():
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [40, 60, 70, 80])
+    older = judged_run("older", [50, 60, 70, 80], kept=False)
+    comparison = compare([base, own, older], baseline="base")
+    assert list(comparison.pairs.found) == ["own"]
+    assert bold(comparison, "older", "pgd-20") == []
+    text = comparison_markdown(comparison, command="x")
+    assert "- older: no predictions.parquet of it or of the baseline with seed 0" in text
+    assert "better than that of base on the same images" in text
+    assert "## Verdict, difference from base" in text
+    values = json.loads(comparison_json(comparison, command="x"))
+    assert values["paired"]["own"]["verdict"]["differences"]["only_other"] == [50]
+    assert list(values["unpaired"]) == ["older"]
+    all_old = compare([judged_run(label, [9, 9, 9, 9], kept=False) for label in ("base", "own")], baseline="base")
+    assert "Nothing is tested image by image" in comparison_markdown(all_old, command="x")
+
+
+def test_rows_on_other_images_are_not_paired():
+    base, other = judged_run("base", [20, 50, 60, 70]), judged_run("own", [40, 50, 60, 70])
+    moved = dataclasses.replace(other.verdicts, positions=other.verdicts.positions + 1)
+    comparison = compare([base, dataclasses.replace(other, verdicts=moved)], baseline="base")
+    assert comparison.pairs.found["own"] == {}
+    assert "different images" in comparison.pairs.unpaired["own, Verdict"]
+
+
+def test_predictions_are_read_from_the_folders_of_runs(tmp_path):
+    for run in (judged_run("base", [20, 50, 60, 70]), judged_run("own", [40, 60, 70, 80])):
+        folder = tmp_path / run.label / "seed0"
+        write_report(run.report, folder)
+        write_verdicts(run.verdicts, folder)
+    sources = [str(tmp_path / label / "seed0") for label in ("base", "own")]
+
+    def read():
+        return label_runs(read_runs(sources, download=lambda *_: pytest.fail("nothing is on the Hub")).found)
+
+    comparison = compare(read(), baseline="base")
+    assert bold(comparison, "own") == ["average", "worst_class", "worst_30_percent"]
+    (tmp_path / "own" / "seed0" / "predictions.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"own/seed0/predictions\.parquet is no table of predictions"):
+        read()

@@ -1,0 +1,863 @@
+"""The configuration through its public surface: flags, recipes, messages, and the way back to YAML."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import re
+import string
+from typing import ClassVar
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ham_hf.config import (
+    AttackConfig,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    EvaluationConfig,
+    HubConfig,
+    LearningRateDrop,
+    ModelConfig,
+    TrainConfig,
+    TrainingConfig,
+    config_to_dict,
+    config_to_yaml,
+    load_train_config,
+    parse_evaluate_config,
+    parse_train_config,
+)
+from ham_hf.methods import HAM, PGDAT, Method, available
+
+GROUPS = ("data", "model", "attack", "training", "evaluation", "hub")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Write YAML text to a file and return its path."""
+
+    def write(text: str, name: str = "recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def message_of_exit(argv, capsys, parse=parse_train_config) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse([str(word) for word in argv])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.endswith("\n")
+    return captured.err
+
+
+# ----------------------------------------------------------------------------------------------- defaults and flags
+
+
+def test_defaults_are_the_documented_ones():
+    config = parse_train_config([])
+    assert config == TrainConfig()
+    assert config.data.dataset_name == "digits"
+    assert (config.attack.norm, config.attack.epsilon, config.attack.step_size) == ("linf", 8 / 255, 2 / 255)
+    assert config.method == HAM()
+    assert config.training.lr_drops == ((60, 0.1), (90, 0.01), (110, 0.005))
+
+
+@pytest.mark.parametrize(
+    ("argv", "group", "name", "value"),
+    [
+        ("--epsilon 8/255", "attack", "epsilon", 8 / 255),
+        ("--epsilon=8/255", "attack", "epsilon", 8 / 255),
+        ("--epsilon 0.031", "attack", "epsilon", 0.031),
+        ("--step-size=1.5/255", "attack", "step_size", 1.5 / 255),
+        ("--learning_rate 1e-3", "training", "learning_rate", 1e-3),
+        ("--learning-rate 1", "training", "learning_rate", 1.0),
+        ("--num_train_epochs 3", "training", "num_train_epochs", 3),
+        ("--seed=07", "training", "seed", 7),
+        ("--mixed-precision bf16", "training", "mixed_precision", "bf16"),
+        ("--report_to none", "training", "report_to", "none"),
+        ("--save_total_limit none", "training", "save_total_limit", None),
+        ("--save_total_limit=null", "training", "save_total_limit", None),
+        ("--skip_corrupt", "data", "skip_corrupt", True),
+        ("--skip-corrupt", "data", "skip_corrupt", True),
+        ("--skip_corrupt=true", "data", "skip_corrupt", True),
+        ("--skip_corrupt true", "data", "skip_corrupt", True),
+        ("--skip_corrupt=False", "data", "skip_corrupt", False),
+        ("--skip_corrupt --no_skip_corrupt", "data", "skip_corrupt", False),
+        ("--no_decay_norm_and_bias", "training", "decay_norm_and_bias", False),
+        ("--no-decay-norm-and-bias", "training", "decay_norm_and_bias", False),
+        ("--no_decay_norm_and_bias=false", "training", "decay_norm_and_bias", None),
+        ("--lr_drops 60:0.1 90:1e-2", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
+        ("--lr_drops=60:0.1", "training", "lr_drops", ((60, 0.1),)),
+        ("--lr_drops", "training", "lr_drops", ()),
+        ("--epsilon 4/255 --epsilon 2/255", "attack", "epsilon", 2 / 255),
+        ("--dataset_name ../my-images", "data", "dataset_name", "../my-images"),
+    ],
+)
+def test_flags(argv, group, name, value, capsys):
+    if value is None and "--no_" in argv:
+        assert "--no_decay_norm_and_bias" in message_of_exit(argv.split(), capsys)
+        return
+    found = getattr(getattr(parse_train_config(argv.split()), group), name)
+    assert found == value
+    assert type(found) is type(value) or isinstance(found, tuple)
+
+
+def test_values_of_model_args_are_yaml():
+    words = "in_chans=1 layers=[1,1,1,1] drop_rate=1e-1 act_layer=gelu norm=null aa='no' pos=no flag=true code=010"
+    args = parse_train_config(["--model_args", *words.split()]).model.model_args
+    assert args == {
+        "in_chans": 1,
+        "layers": [1, 1, 1, 1],
+        "drop_rate": 0.1,
+        "act_layer": "gelu",
+        "norm": None,
+        "aa": "no",
+        "pos": "no",
+        "flag": True,
+        "code": 10,
+    }
+    assert type(args["in_chans"]) is int
+    assert args["flag"] is True
+
+
+def test_drops_are_pairs():
+    (drop,) = parse_train_config(["--lr_drops", "59:0.1"]).training.lr_drops
+    epoch, factor = drop
+    assert (epoch, factor, str(drop)) == (59, 0.1, "59:0.1")
+
+
+def test_method_chooses_the_objective_and_its_options():
+    assert parse_train_config(["--method", "pgd_at"]).method == PGDAT()
+    chosen = parse_train_config(["--method", "ham", "--mining_step", "4", "--hard-weighting", "margin"]).method
+    assert chosen == HAM(mining_step=4, hard_weighting="margin")
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_flags_win_over_the_recipe_and_the_rest_stays(recipe):
+    path = recipe("epsilon: 4/255\nnum_steps: 7\nlearning_rate: 1e-3\nskip_corrupt: yes\n")
+    config = parse_train_config(["--config", str(path), "--num_steps", "5", "--no_skip_corrupt"])
+    assert (config.attack.epsilon, config.attack.num_steps) == (4 / 255, 5)
+    assert config.training.learning_rate == 1e-3
+    assert config.data.skip_corrupt is False
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "name", "value"),
+    [
+        ("learning_rate: 1e-3", "training", "learning_rate", 1e-3),
+        ("learning_rate: 1", "training", "learning_rate", 1.0),
+        ("learning_rate: '0.5'", "training", "learning_rate", 0.5),
+        ("epsilon: 8/255", "attack", "epsilon", 8 / 255),
+        ("mixed_precision: no", "training", "mixed_precision", "no"),
+        ("report_to: none", "training", "report_to", "none"),
+        ("torch_compile: on", "training", "torch_compile", True),
+        ("torch_compile: no", "training", "torch_compile", False),
+        ("seed: 010", "training", "seed", 10),
+        ("lr_drops: [60:0.1, 90:0.01]", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
+        ("lr_drops:\n  - 60:0.1\n  - 90:0.01", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
+        ("lr_drops: []", "training", "lr_drops", ()),
+        ("dataset_revision: 1234567", "data", "dataset_revision", "1234567"),
+        ("dataset_revision: 12e4567", "data", "dataset_revision", "12e4567"),
+        ("dataset_revision: 2024-01-01", "data", "dataset_revision", "2024-01-01"),
+        ("dataset_config_name: none", "data", "dataset_config_name", None),
+        ("dataset_config_name: 'none'", "data", "dataset_config_name", "none"),
+        ("dataset_config_name:", "data", "dataset_config_name", None),
+        ("label_column: y", "data", "label_column", "y"),
+        ("label_column: no", "data", "label_column", "no"),
+        ("model_args: {chans: 1, pos: 'no'}", "model", "model_args", {"chans": 1, "pos": "no"}),
+        ("model_args: {rate: 1e-1, pos: no}", "model", "model_args", {"rate": 0.1, "pos": "no"}),
+        ("model_args:\n  a: [16, 32]\n  b: {c: null}", "model", "model_args", {"a": [16, 32], "b": {"c": None}}),
+    ],
+)
+def test_yaml_is_read_by_the_type_of_the_setting(recipe, text, group, name, value):
+    found = getattr(getattr(load_train_config(recipe(text)), group), name)
+    assert found == value
+    assert type(found) is type(value) or isinstance(found, tuple)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("\ufeffseed: 3\r\nnum_steps: 4\r\n".encode())
+    config = load_train_config(path)
+    assert (config.training.seed, config.attack.num_steps) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "used"),
+    [([], True), (["--seed", "1"], True), (["--dataset_name", "digits"], False), (["--dataset-name=x/y"], False)],
+)
+def test_default_recipe_is_used_when_neither_recipe_nor_dataset_is_named(recipe, argv, used, caplog):
+    path = recipe("num_steps: 6\n")
+    with caplog.at_level(logging.INFO, logger="ham_hf"):
+        config = parse_train_config(argv, default_recipe=path)
+    assert (config.attack.num_steps == 6) is used
+    assert any(str(path) in record.getMessage() for record in caplog.records) is used
+
+
+def test_a_named_recipe_replaces_the_default_recipe(recipe):
+    other = recipe("seed: 5\n", "other.yaml")
+    config = parse_train_config(["--config", str(other)], default_recipe=recipe("num_steps: 6\n"))
+    assert (config.training.seed, config.attack.num_steps) == (5, 10)
+
+
+def test_another_method_on_the_command_line_drops_the_options_of_the_recipes_method(recipe, caplog):
+    path = recipe("method: ham\nmining_step: 4\nmining_start_epoch: 0\nnum_steps: 7\n")
+    with caplog.at_level(logging.INFO, logger="ham_hf"):
+        config = parse_train_config(["--config", str(path), "--method", "pgd_at"])
+    assert config.method == PGDAT()
+    assert config.attack.num_steps == 7
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "mining_step, mining_start_epoch" in said
+
+
+def test_an_option_of_the_recipes_method_still_wins_when_the_method_is_repeated(recipe):
+    path = recipe("method: ham\nmining_step: 4\n")
+    assert parse_train_config(["--config", str(path), "--method", "ham"]).method == HAM(mining_step=4)
+
+
+def test_a_class_weight_draws_no_classes_and_so_can_stream():
+    words = ["--dataset_name", "me/x", "--dataset_streaming"]
+    parse_train_config([*words, "--method", "cfol", "--cfol_as", "weight"])
+    parse_train_config([*words, "--method", "pgd_at", "--class_weighting", "cfol"])
+
+
+def test_an_attack_that_cannot_cross_the_ball_is_told(caplog):
+    with caplog.at_level(logging.WARNING, logger="ham_hf"):
+        parse_train_config(["--num_steps", "4", "--mining_start_epoch", "1"])
+        assert caplog.text == ""
+        parse_train_config(["--num_steps", "3", "--mining_step", "1", "--mining_start_epoch", "1"])
+    assert "--num_steps 3 of --step_size 0.007843 reach 0.02353, less than --epsilon 0.03137" in caplog.text
+
+
+def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
+    with caplog.at_level(logging.WARNING, logger="ham_hf"):
+        parse_train_config(["--num_train_epochs", "50"])
+        assert (
+            "ham starts at epoch 51 (--mining_start_epoch 50), and the run has 50 epochs: it will never be active"
+            in caplog.text
+        )
+        caplog.clear()
+        borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
+        parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])
+        assert [record.args[:2] for record in caplog.records] == [
+            ("dafa", "epoch 71 (--class_rule_args dafa_start_epoch=70)"),
+            ("awp", "epoch 31 (--awp_start_epoch 30)"),
+        ]
+        caplog.clear()
+        parse_train_config(["--num_train_epochs", "51"])
+        assert caplog.text == ""
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+BAD_FLAGS = [
+    # wrong names
+    ("--learning_rat 0.1", ["learning_rat", "did you mean --learning_rate?"]),
+    ("--learning-rat=0.1", ["learning_rat", "did you mean --learning_rate?"]),
+    ("--lr 0.1", ["lr", "did you mean --learning_rate?"]),
+    ("--batch-size 3", ["batch_size", "did you mean --per_device_train_batch_size?"]),
+    ("--eps 8/255", ["eps", "did you mean --epsilon?"]),
+    ("-epsilon 8/255", ["epsilon"]),
+    ("--no_push_to_hubb", ["no_push_to_hubb"]),
+    ("--xyzzy 1", ["xyzzy"]),
+    ("--learn 0.1", ["learn", "did you mean --learning_rate?"]),
+    ("--epoch 3", ["'epoch'", "did you mean --num_train_epochs?"]),
+    ("--epochs 3", ["did you mean --num_train_epochs?"]),
+    ("--batch_size 3", ["did you mean --per_device_train_batch_size?"]),
+    ("--steps 7", ["did you mean --num_steps?"]),
+    ("--lr_decay 0.1", ["did you mean --lr_drops?"]),
+    ("--wd 0", ["did you mean --weight_decay?"]),
+    ("--opt sgd", ["did you mean --optimizer?"]),
+    ("--arch resnet18", ["did you mean --model_name?"]),
+    ("--model resnet18", ["did you mean --model_name?"]),
+    ("--dataset cifar10", ["did you mean --dataset_name?"]),
+    ("--dataset_id cifar10", ["did you mean --dataset_name?"]),
+    ("--bf16", ["did you mean --mixed_precision bf16?"]),
+    ("--fp16", ["did you mean --mixed_precision fp16?"]),
+    ("--gradient_accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--grad_accum 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
+    ("--workers 2", ["did you mean --dataloader_num_workers?"]),
+    ("--warmup 5", ["did you mean --warmup_epochs?"]),
+    ("--private", ["did you mean --hub_private_repo?"]),
+    ("--easy 0.1", ["did you mean --easy_"]),
+    ("stray", ["unexpected word 'stray'"]),
+    ("--seed 1 2", ["unexpected word '2'"]),
+    # methods
+    ("--method hamm", ["--method hamm", "expected one of ", "did you mean ham?"]),
+    (
+        "--method pgd_at --mining_step 3",
+        ["--mining_step", "option of --method ham", "and the method is pgd_at"],
+    ),
+    (
+        "--class_margin cfa --class_rule_args cfa_lambda1=x cfa_start_epoch=0",
+        ["--class_rule_args: cfa_lambda1 'x'", "expected a number > 0", "cfa_start_epoch 0", ">= 1"],
+    ),
+    (
+        "--class_margin cfa --class_rule_args cfa_margin=false",
+        ["--class_margin cfa has no effect", "cfa_margin=False"],
+    ),
+    ("--class_weighting cfaa", ["--class_weighting cfaa", "one of cfa, cfol", "no method 'cfaa'"]),
+    ("--class_weighting cfa", ["weighs the terms of trades", "loss of this run is pgd_at"]),
+    ("--method dafa --class_margin cfa", ["--class_margin is an option of --method", "and the method is dafa"]),
+    ("--num_train_examples 9", ["--num_train_examples 9 has no effect without --dataset_streaming"]),
+    ("--shuffle_buffer_size 9", ["--shuffle_buffer_size 9 has no effect without --dataset_streaming"]),
+    ("--dataset_streaming --limit_train_examples 9", ["--limit_train_examples 9", "--max_steps"]),
+    ("--dataset_streaming --method cfol", ["--method cfol draws a class", "leave --dataset_streaming out"]),
+    ("--layer_decay 1.5", ["--layer_decay 1.5: expected a number in (0, 1]"]),
+    ("--awp_start_epoch 5", ["--awp_start_epoch 5 has no effect without --awp_gamma"]),
+    (
+        "--mixed_precision fp16 --attack_precision bf16",
+        ["--attack_precision bf16: the passes of --mixed_precision fp16 have its precision", "leave it at training"],
+    ),
+    ("--fawa on --ema_decay 0.9", ["--ema_decay 0.9", "--fawa on", "take --fawa off"]),
+    ("--method wat --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--method wat"]),
+    ("--fawa on --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--fawa"]),
+    ("--method pgd_at --mining-step=3", ["--mining_step", "option of --method ham"]),
+    ("--mining_step 10", ["mining_step", "10", "--num_steps"]),
+    ("--mining_step 3 --num_steps 3", ["mining_step", "below --num_steps 3"]),
+    ("--mining_step -1", ["mining_step", "-1"]),
+    ("--mining_start_epoch -5", ["mining_start_epoch", "-5", ">= 0"]),
+    ("--easy_weight 1.5", ["--easy_weight 1.5", "[0, 1]"]),
+    ("--easy_weight 1 --easy_fraction 0", ["--easy_fraction 0", "(0, 1]"]),
+    ("--easy_fraction 0.3", ["--easy_fraction 0.3 has no effect with --easy_weight 0"]),
+    ("--stop_misclassified --mining_step 0", ["--stop_misclassified with --mining_step 0", "at least 1"]),
+    (
+        "--stop_misclassified --hard_weighting probability_move",
+        ["--stop_misclassified does not know --hard_weighting probability_move"],
+    ),
+    ("--keep_easy_fraction 0.3", ["--keep_easy_fraction is now --easy_weight", "--easy_fraction"]),
+    ("--method pgd_at --easy_weight 1", ["--easy_weight is an option of --method ham"]),
+    (
+        "--class_weighting hard_fraction --class_rule_args hard_fraction_low=1 hard_fraction_high=1",
+        ["hard_fraction_low 1", "[0, 1)", "hard_fraction_high 1", "> 1"],
+    ),
+    ("--method hard_fraction --hard_fraction_strength 0", ["--hard_fraction_strength 0", "> 0"]),
+    ("--class_margin hard_fraction", ["--class_margin hard_fraction", "hard_fraction has none to lend"]),
+    # types
+    ("--num_steps 2.5", ["--num_steps 2.5", "a whole number >= 1"]),
+    ("--num_steps ten", ["--num_steps ten", "a whole number"]),
+    ("--num_steps true", ["--num_steps true", "a whole number"]),
+    ("--num_steps=", ["--num_steps", "a whole number"]),
+    ("--num_steps 1e1", ["--num_steps 1e1", "a whole number"]),
+    ("--learning_rate fast", ["--learning_rate fast", "a number > 0"]),
+    ("--learning_rate nan", ["--learning_rate nan", "a number"]),
+    ("--learning_rate inf", ["--learning_rate inf", "a number"]),
+    ("--learning_rate 1e999", ["--learning_rate 1e999", "a number"]),
+    ("--epsilon 8/0", ["--epsilon 8/0", "the denominator is 0"]),
+    ("--epsilon 8/255/2", ["--epsilon 8/255/2", "a number"]),
+    ("--epsilon 0,1", ["--epsilon '0,1'", "a number"]),
+    ("--push_to_hub=perhaps", ["--push_to_hub perhaps", "true or false"]),
+    ("--skip_corrupt 1", ["unexpected word '1'"]),
+    ("--norm l2", ["--norm l2", "--epsilon"]),
+    ("--norm l2 --epsilon 0.5", ["--norm l2 needs its own --epsilon and --step_size"]),
+    ("--min_learning_rate 1e-4", ["--min_learning_rate 0.0001 has no effect with --lr_scheduler_type piecewise"]),
+    ("--beta 3", ["--beta 3.0 has no effect with --base_loss pgd_at"]),
+    ("--fawa_threshold 0.3", ["--fawa_threshold 0.3 has no effect without --fawa on"]),
+    ("--method cfa --fawa off --fawa_decay 0.3", ["--fawa_decay 0.3 has no effect without --fawa on"]),
+    ("--norm l3", ["--norm l3", "one of linf, l2"]),
+    ("--lr_drops 60", ["--lr_drops 60", "a list of EPOCH:FACTOR"]),
+    ("--lr_drops 60:0.1,90:0.01", ["--lr_drops", "a list of EPOCH:FACTOR"]),
+    ("--model_args in_chans", ["'in_chans'", "key=value"]),
+    ("--model_args in_chans=[1", ["in_chans=[1", "YAML"]),
+    ("--model_args a=1 a=2", ["--model_args", "a is set a second time"]),
+    ("--model_args 1x=2", ["--model_args", "1x"]),
+    ("--model_args x=!!python/name:os.system", ["x=!!python"]),
+    # missing values
+    ("--epsilon", ["--epsilon", "expected one argument"]),
+    ("--epsilon -8/255", ["--epsilon", "--name=VALUE"]),
+    ("--epsilon=-8/255", ["--epsilon -8/255", "> 0"]),
+    ("--output_dir=", ["--output_dir ''", "a text"]),
+    ("--config", ["--config", "expected one argument"]),
+    # ranges
+    ("--epsilon 8", ["--epsilon 8", "pixel units of [0, 1]", "did you mean 8/255?"]),
+    ("--step_size 2", ["--step_size 2", "did you mean 2/255?"]),
+    ("--eval_step_size 2", ["--eval_step_size 2", "did you mean 2/255?"]),
+    ("--epsilon 0", ["--epsilon 0", "> 0"]),
+    ("--num_steps 0", ["--num_steps 0", ">= 1"]),
+    ("--num_train_epochs -1", ["--num_train_epochs -1", ">= 1"]),
+    ("--num_train_epochs 0", ["--num_train_epochs 0", ">= 1"]),
+    ("--max_steps 0", ["--max_steps 0", ">= 1 or none"]),
+    ("--seed -1", ["--seed -1", "[0, 4294967295]"]),
+    ("--seed 4294967296", ["--seed 4294967296", "[0, 4294967295]"]),
+    ("--learning_rate -0.1", ["--learning_rate -0.1", "> 0"]),
+    ("--momentum 1", ["--momentum 1", "[0, 1)"]),
+    ("--ema_decay 1", ["--ema_decay 1", "(0, 1)"]),
+    ("--validation_fraction 1", ["--validation_fraction 1", "[0, 1)"]),
+    ("--test_fraction 0", ["--test_fraction 0", "(0, 1)"]),
+    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", ">= 1"]),
+    ("--dataloader_num_workers -1", ["--dataloader_num_workers -1", ">= 0"]),
+    ("--warmup_epochs -1", ["--warmup_epochs -1", ">= 0"]),
+    # combinations
+    ("--push_to_hub", ["--push_to_hub", "--hub_model_id"]),
+    ("--hub_model_id me/x/y", ["--hub_model_id 'me/x/y'", "owner/name"]),
+    ("--hub_model_id me/" + 94 * "x", ["--hub_model_id", "at most 96"]),
+    ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
+    ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
+    ("--hub_model_id me/x", ["--hub_model_id me/x has no effect without --push_to_hub"]),
+    ("--hub_private_repo", ["--hub_private_repo has no effect without --push_to_hub"]),
+    ("--hub_revision v2", ["--hub_revision v2 has no effect without --push_to_hub"]),
+    ("--hub_strategy every_save", ["--hub_strategy every_save has no effect without --push_to_hub"]),
+    ("--validation_fraction 0", ["--validation_fraction 0", "--selection_metric last"]),
+    ("--lr_drops 90:0.1 60:0.01", ["--lr_drops 90:0.1 60:0.01", "increasing epochs"]),
+    ("--lr_drops 60:0.1 90:0.1", ["--lr_drops 60:0.1 90:0.1", "of --learning_rate itself"]),
+    ("--lr_drops 60:0", ["--lr_drops 60:0.0", "(0, 1]"]),
+    ("--lr_drops 60:nan", ["--lr_drops 60:nan", "(0, 1]"]),
+    ("--lr_drops -1:0.1", ["-1:0.1"]),
+    ("--min_learning_rate 0.2", ["--min_learning_rate 0.2", "--learning_rate, 0.1"]),
+    ("--autoattack_examples 100", ["--autoattack_examples 100", "--autoattack"]),
+    ("--resume_from_checkpoint latest --overwrite_output_dir", ["--resume_from_checkpoint", "--overwrite_output_dir"]),
+]
+
+
+@pytest.mark.parametrize(("argv", "fragments"), BAD_FLAGS, ids=[argv for argv, _ in BAD_FLAGS])
+def test_bad_command_lines_end_with_status_2_and_say_why(argv, fragments, capsys):
+    message = message_of_exit(argv.split(), capsys)
+    assert ": error: " in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+BAD_YAML = [
+    ("learning_rat: 0.1", ["line 1", "learning_rat", "did you mean --learning_rate?"]),
+    ("seed: 1\nnum_steps: 0", ["line 2", "--num_steps 0", "a whole number >= 1"]),
+    ("seed: 1\nseed: 2", ["line 2", "seed is set a second time"]),
+    ("model_args: {a: 1, a: 2}", ["a is set a second time"]),
+    ("method: pgd_at\nmining_step: 3", ["line 2", "--mining_step", "option of --method ham", "method is pgd_at"]),
+    ("method: [ham]", ["line 1", "--method ham", "expected one of "]),
+    ("method: hamm", ["line 1", "--method hamm", "did you mean ham?"]),
+    ("num_steps: true", ["--num_steps true", "a whole number"]),
+    ("num_steps: 3.0", ["--num_steps 3.0", "a whole number"]),
+    ("num_steps: [3]", ["--num_steps 3", "a whole number"]),
+    ("num_steps:", ["--num_steps ''", "a whole number"]),
+    ("learning_rate: {a: 1}", ["--learning_rate {a: 1}", "a number"]),
+    ("skip_corrupt: 1", ["--skip_corrupt 1", "true or false"]),
+    ("model_name: null", ["--model_name null", "a text"]),
+    ("model_name:", ["--model_name", "a text"]),
+    ("lr_drops: 60:0.1", ["--lr_drops 60:0.1", "a list of EPOCH:FACTOR"]),
+    ("lr_drops: [[60, 0.1]]", ["--lr_drops", "a list of EPOCH:FACTOR"]),
+    ("model_args: [in_chans]", ["--model_args in_chans", "names with values"]),
+    ("model_args: {rate: 1e999}", ["--model_args", "names with values"]),
+    ("model_args: {[a]: 1}", ["--model_args", "a name must be a word"]),
+    ("epsilon: 8", ["--epsilon 8", "did you mean 8/255?"]),
+    ("config: other.yaml", ["there is no setting 'config'"]),
+    ("methd: ham", ["there is no setting 'methd'; did you mean --method?"]),
+    ("recipe: ham.yaml\nruns: {}", ["recipe.yaml plans a comparison: ham-hf compare --config"]),
+    ("- seed: 1", ["recipe.yaml", "'setting: value'"]),
+    ("just words", ["recipe.yaml", "'setting: value'"]),
+    ("", ["recipe.yaml", "'setting: value'"]),
+    ("# only a comment\n", ["recipe.yaml", "'setting: value'"]),
+    ("seed: [1\nnum_steps: 2", ["recipe.yaml, line 2", "not valid YAML"]),
+    ("seed: 1\n\tnum_steps: 2", ["recipe.yaml, line 2", "not valid YAML"]),
+    ("seed: 1\n---\nseed: 2", ["recipe.yaml", "not valid YAML"]),
+    ('seed: "\\UFFFFFFFF"', ["recipe.yaml", "not valid YAML"]),
+    ("seed: \x00", ["recipe.yaml", "not valid YAML"]),
+    ("? [a]\n: 1", ["recipe.yaml, line 1", "'setting: value'"]),
+    ("model_args: &a {x: 1}", ["'&'", "quote"]),
+    ("model_args: &a {x: *a}", ["'&'", "quote"]),
+    ("seed: !!python/object/apply:os.getpid []", ["'!'", "quote"]),
+    ("model_args: " + 600 * "[", ["recipe.yaml", "nested too deeply"]),
+]
+
+
+@pytest.mark.parametrize(("text", "fragments"), BAD_YAML, ids=[text[:40] for text, _ in BAD_YAML])
+def test_bad_recipes_name_file_line_and_reason(recipe, text, fragments, capsys):
+    path = recipe(text)
+    message = message_of_exit(["--config", path], capsys)
+    for fragment in fragments:
+        assert fragment in message
+    with pytest.raises(ConfigError):
+        load_train_config(path)
+
+
+def test_unreadable_recipes(tmp_path, capsys):
+    (tmp_path / "latin1.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    assert "there is no such file" in message_of_exit(["--config", tmp_path / "absent.yaml"], capsys)
+    assert "this is a folder" in message_of_exit(["--config", tmp_path], capsys)
+    assert "UTF-8" in message_of_exit(["--config", tmp_path / "latin1.yaml"], capsys)
+    assert "cannot be read" in message_of_exit(["--config", "a\0b"], capsys)
+    assert "--config" in message_of_exit(["--config", tmp_path / "latin1.yaml" / "x"], capsys)
+
+
+def test_everything_that_is_wrong_is_listed_at_once(recipe, capsys):
+    path = recipe("epsilon: big\nunheard_of: 1\n")
+    message = message_of_exit(["--config", path, "--num_steps", "0", "--lr", "1", "--method", "pgd_at"], capsys)
+    assert "4 problems" in message
+    assert message.count("\n  - ") == 4
+    for fragment in ("--epsilon big", "unheard_of", "--num_steps 0", "'lr'"):
+        assert fragment in message
+
+
+def test_a_name_like_no_setting_gets_no_suggestion(capsys):
+    for word in ("--xyzzy", "--q", "--hub_token", "--label_smoothing"):
+        assert "did you mean" not in message_of_exit([word, "1"], capsys), word
+
+
+def test_contradictions_of_several_groups_are_listed_at_once(capsys):
+    message = message_of_exit(["--epsilon", "8", "--push_to_hub", "--autoattack_examples", "5"], capsys)
+    assert "3 problems" in message
+
+
+def test_linf_limits_do_not_hold_under_l2():
+    attack = parse_train_config(["--norm", "l2", "--epsilon", "2", "--step_size", "1.5"]).attack
+    assert (attack.epsilon, attack.step_size) == (2.0, 1.5)
+
+
+def test_shortening_a_run_keeps_the_drops_that_are_no_longer_reached():
+    config = parse_train_config(["--num_train_epochs", "5", "--mining_start_epoch", "2"])
+    assert config.training.lr_drops[0].epoch == 60
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AttackConfig(epsilon=8),
+        lambda: AttackConfig(num_steps=True),
+        lambda: AttackConfig(epsilon="8/255"),
+        lambda: AttackConfig(epsilon=float("nan")),
+        lambda: DataConfig(validation_fraction=1),
+        lambda: DataConfig(dataset_name=""),
+        lambda: DataConfig(skip_corrupt=1),
+        lambda: ModelConfig(model_args={"layers": (1, 1)}),
+        lambda: TrainingConfig(lr_drops=((60, 0.1),)),
+        lambda: TrainingConfig(optimizer=None),
+        lambda: HubConfig(push_to_hub=True),
+        lambda: TrainConfig(method=HAM(mining_step=12)),
+        lambda: TrainConfig(method=HAM(easy_fraction="all")),
+        lambda: TrainConfig(evaluation=EvaluationConfig(eval_step_size=2)),
+        lambda: EvaluateConfig(model=""),
+    ],
+)
+def test_configurations_made_in_python_are_checked_too(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_config_error_is_a_value_error_that_carries_its_problems():
+    with pytest.raises(ValueError, match="--epsilon") as caught:
+        AttackConfig(epsilon=-1.0, num_steps=0)
+    assert len(caught.value.problems) == 2
+
+
+# ---------------------------------------------------------------------------------------------- help, print_config
+
+
+def test_help_lists_every_setting_once_with_default_unit_and_range(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_train_config(["--help", "all"])
+    shown = capsys.readouterr().out
+    assert caught.value.code == 0
+    for name in set(config_to_dict(TrainConfig(method=PGDAT()))):
+        assert len(re.findall(rf"^  --{name}[ ,\n]", shown, re.MULTILINE)) == 1, name
+    flat = re.sub(r"\s+", " ", shown)
+    assert "in pixel units (> 0; default: 8/255)" in flat
+    assert "default: 60:0.1 90:0.01 110:0.005" in flat
+    assert "--push_to_hub, --no_push_to_hub" in flat
+    for title in ("Data:", "Model:", "Attack (threat model):", "Training:", "Evaluation:", "Hub:", "Method:"):
+        assert title in shown
+    sections = shown.partition("\nMethod:\n")[2].split("\n--method ")[1:]
+    for name, kind in available().items():
+        assert sum(part.startswith(f"{name}: {kind.summary}") for part in sections) == 1
+        ours = "".join(part for part in sections if name in re.split(", |:", part.splitlines()[0]))
+        for field in dataclasses.fields(kind):
+            assert len(re.findall(rf"^  --{field.name}[ ,\n]", ours, re.MULTILINE)) == 1, field.name
+
+
+@pytest.fixture
+def other_method():
+    """A method with an option that another one has too, under another default."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Other(Method):
+        name: ClassVar[str] = "other_for_config"
+        summary: ClassVar[str] = "made for a test"
+        mining_step: int = dataclasses.field(default=7, metadata={"help": "another meaning"})
+        loud: bool = dataclasses.field(default=False, metadata={"help": "aloud"})
+        gains: tuple[float, ...] = dataclasses.field(default=(1.0,), metadata={"help": "factors"})
+
+    yield Other
+    Other.name = "gone"
+    del Other
+    gc.collect()
+
+
+def test_methods_may_share_the_name_of_an_option(other_method, capsys, recipe):
+    with pytest.raises(SystemExit):
+        parse_train_config(["--help", "all"])
+    sections = re.sub(r"\s+", " ", capsys.readouterr().out).split("--method ")
+    assert any(
+        part.startswith("ham: ") and "what is still right" in part and "default: 3" in part for part in sections
+    )
+    assert any("another meaning (default: 7)" in part and "--loud, --no_loud" in part for part in sections)
+    argv = ["--method", "other_for_config", "--mining_step", "12", "--loud", "--gains", "1/4", "2"]
+    config = parse_train_config(argv)
+    assert config.method == other_method(mining_step=12, loud=True, gains=(0.25, 2.0))
+    assert load_train_config(recipe(config_to_yaml(config))) == config
+    refusal = message_of_exit(["--method", "pgd_at", "--mining_step", "3"], capsys)
+    assert "ham, other_for_config, and the method is pgd_at" in refusal
+    path = recipe("method: ham\nmining_step: 4\n")
+    assert parse_train_config(["--config", str(path), "--method", "other_for_config"]).method == other_method()
+
+
+def test_print_config_writes_a_recipe_that_reads_back(capsys, recipe):
+    argv = ["--epsilon", "4/255", "--model_args", "layers=[1, 2]", "--mixed_precision", "bf16", "--seed", "9"]
+    with pytest.raises(SystemExit) as caught:
+        parse_train_config([*argv, "--print_config"])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.err) == (0, "")
+    assert "epsilon: 0.01568627450980392  # 4/255\n" in captured.out
+    assert load_train_config(recipe(captured.out)) == parse_train_config(argv)
+
+
+def test_print_config_of_a_bad_command_line_prints_nothing(capsys):
+    message_of_exit(["--print_config", "--epsilon", "8"], capsys)
+
+
+# ------------------------------------------------------------------------------------------------------ both ways
+
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
+traps = ["none", "null", "~", "no", "true", "1e-3", "010", "8/255", "60:30", "a: b", "# x", "- a", "!x", "&a", "*a"]
+traps += ["'", '"', "{", "é", " a ", "a\n b", "\u2028"]
+texts = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=30) | st.sampled_from(traps)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts | st.just(""), inner, max_size=3),
+    max_leaves=8,
+)
+sides = st.integers(1, 4096)
+positive = st.floats(min_value=0, max_value=1, exclude_min=True)
+counts = st.integers(min_value=1, max_value=10**9)
+drops = st.lists(st.tuples(st.integers(0, 500), positive), max_size=4, unique_by=(lambda d: d[0], lambda d: d[1])).map(
+    lambda pairs: tuple(
+        map(
+            LearningRateDrop,
+            sorted(epoch for epoch, _ in pairs),
+            sorted((factor for _, factor in pairs), reverse=True),
+        )
+    )
+)
+configs = st.builds(
+    TrainConfig,
+    data=st.builds(
+        DataConfig,
+        dataset_name=texts,
+        dataset_config_name=st.none() | texts,
+        label_column=st.none() | texts,
+        validation_fraction=st.floats(min_value=0, max_value=1, exclude_min=True, exclude_max=True),
+        skip_corrupt=st.booleans(),
+        cache_images=st.sampled_from(["auto", "ram", "none"]),
+        limit_train_examples=st.none() | counts,
+    ),
+    model=st.builds(ModelConfig, model_args=st.dictionaries(names, plain, max_size=4), image_size=st.none() | sides),
+    attack=st.builds(AttackConfig, epsilon=positive, step_size=positive, num_steps=st.integers(6, 100)),
+    method=st.builds(PGDAT)
+    | st.builds(
+        HAM,
+        mining_step=st.integers(0, 5),
+        easy_weight=st.floats(0, 1, exclude_min=True),
+        easy_fraction=st.floats(0, 1, exclude_min=True),
+        hard_weighting=st.sampled_from(["none", "probability_move", "margin"]),
+    ),
+    training=st.builds(
+        TrainingConfig,
+        output_dir=texts,
+        learning_rate=st.floats(min_value=0, exclude_min=True, max_value=3e38),
+        lr_drops=drops,
+        mixed_precision=st.sampled_from(["no", "bf16"]),
+        ema_decay=st.none() | st.floats(0.1, 0.999),
+        seed=st.integers(0, 2**32 - 1),
+    ),
+)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(config=configs)
+@example(config=TrainConfig(model=ModelConfig(model_args={"a": "nan", "b": ".5", "c": "1e-3", "d": -0.0, "e": ""})))
+@example(
+    config=TrainConfig(
+        data=DataConfig(dataset_name="\x85", label_column="\ud800"), model=ModelConfig(model_args={"a": "\x85"})
+    )
+)
+def test_yaml_and_back_is_the_same_configuration(config, recipe):
+    text = config_to_yaml(config)
+    again = load_train_config(recipe(text))
+    assert again == config
+    assert config_to_yaml(again) == text
+
+
+@settings(max_examples=50, deadline=None)
+@given(config=configs)
+def test_json_holds_every_setting(config):
+    flat = config_to_dict(config)
+    assert json.loads(json.dumps(flat)) == flat
+    assert flat["method"] == config.method.name
+    for group in GROUPS:
+        owner = getattr(config, group)
+        for field in dataclasses.fields(owner):
+            if field.name not in ("lr_drops", "model_args"):
+                assert flat[field.name] == getattr(owner, field.name)
+
+
+def test_other_yaml_readers_see_the_same_values():
+    config = TrainConfig(training=TrainingConfig(learning_rate=1e-5, lr_drops=(LearningRateDrop(60, 0.1),)))
+    seen = yaml.safe_load(config_to_yaml(config))
+    assert seen == config_to_dict(config)
+    assert seen["learning_rate"] == 1e-5
+    assert seen["mixed_precision"] == "no"
+    assert seen["lr_drops"] == ["60:0.1"]
+
+
+def test_names_are_unique_over_groups_and_methods():
+    listed = [field.name for group in GROUPS for field in dataclasses.fields(getattr(TrainConfig(), group))]
+    assert len(listed) == len(set(listed))
+    for kind in available().values():
+        assert not {field.name for field in dataclasses.fields(kind)} & {*listed, "config", "print_config", "method"}
+
+
+known_words = "--epsilon --lr-drops --model_args --push-to-hub --no_push_to_hub --method --mining_step --config"
+known_values = "-- - --- = --= -1 3 8/255 60:0.1 a=1 a=*b true none pgd_at"
+junk_words = st.one_of(
+    st.sampled_from([*known_words.split(), *known_values.split()]),
+    st.text(max_size=12),
+    st.text(alphabet=string.printable, max_size=12).map(lambda text: f"--{text}"),
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(argv=st.lists(junk_words, max_size=6))
+def test_no_command_line_ends_in_a_traceback(argv, capsys):
+    with contextlib.suppress(SystemExit):
+        parse_train_config(argv)
+    with contextlib.suppress(SystemExit):
+        parse_evaluate_config(argv)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+junk_values = texts | st.text(alphabet="[]{}:,-&*!|>'\"#%@` \n\t?ab1e.", max_size=20)
+junk_names = (
+    st.sampled_from(["epsilon", "lr_drops", "model_args", "method", "mining_step", "seed", "skip_corrupt"]) | texts
+)
+junk_lines = st.tuples(junk_names, junk_values).map(": ".join)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(text=st.text(max_size=60) | st.lists(junk_lines, max_size=4).map("\n".join))
+def test_no_recipe_ends_in_anything_but_a_config_error(text, tmp_path):
+    path = tmp_path / "junk.yaml"
+    path.write_bytes(text.encode("utf-8", errors="surrogatepass"))
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_train_config(path), TrainConfig)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "me/model --dataset_name digits",
+        "--dataset_name digits me/model",
+        "--dataset-name digits --model me/model",
+        "--autoattack me/model --dataset_name digits",
+        "--dataset_name digits --use_cpu me/model",
+    ],
+)
+def test_the_model_to_evaluate_is_the_first_word_or_a_flag(argv):
+    config = parse_evaluate_config(argv.split())
+    assert config.model == "me/model"
+    assert config.data.dataset_name == "digits"
+    assert config.evaluation.autoattack is ("--autoattack" in argv)
+
+
+def test_evaluation_settings():
+    argv = "m --dataset_name d --norm l2 --epsilon 0.5 --eval_num_steps 50 --seed 3 --model-revision v1 --use_cpu"
+    config = parse_evaluate_config(argv.split())
+    assert (config.attack.norm, config.attack.epsilon) == ("l2", 0.5)
+    assert (config.evaluation.eval_num_steps, config.seed, config.model_revision) == (50, 3, "v1")
+    assert config.use_cpu is True
+
+
+def test_threat_model_of_an_evaluation_is_left_to_the_model_unless_given():
+    attack = parse_evaluate_config(["m", "--dataset_name", "d"]).attack
+    assert (attack.norm, attack.epsilon) == (None, None)
+    attack = parse_evaluate_config(["m", "--dataset_name", "d", "--norm", "l2", "--epsilon", "2"]).attack
+    assert (attack.norm, attack.epsilon) == ("l2", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("me/robust-cifar10", "robust-cifar10"),
+        ("hf-hub:me/robust-cifar10", "robust-cifar10"),
+        ("outputs/digits-ham/", "digits-ham"),
+        ("resnet18.a1_in1k", "resnet18.a1_in1k"),
+    ],
+)
+def test_output_of_an_evaluation_is_named_after_the_model(model, folder):
+    config = parse_evaluate_config([model, "--dataset_name", "digits"])
+    assert config.output_dir is None
+    assert config.output_path.as_posix() == f"evaluation/{folder}"
+    assert parse_evaluate_config([model, "--dataset_name=d", "--output_dir", "x/y"]).output_path.as_posix() == "x/y"
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        ("", ["--model is required", "--dataset_name is required"]),
+        ("me/model", ["--dataset_name is required"]),
+        ("a b --dataset_name d", ["unexpected word 'b'"]),
+        ("a --model b --dataset_name d", ["unexpected word 'a'"]),
+        ("a --dataset_name d --norm linf --epsilon 8", ["did you mean 8/255?"]),
+        ("a --dataset_name d --norm linf --eval_step_size 2", ["did you mean 2/255?"]),
+        ("a --dataset_name d --mining_step 3", ["there is no setting 'mining_step'"]),
+        ("a --dataset_name d --eval_num_step 3", ["did you mean --eval_num_steps?"]),
+        ("a --dataset_name d --batch_size 3", ["did you mean --per_device_eval_batch_size?"]),
+        ("a --dataset_name d --num_steps 3", ["did you mean --eval_num_steps?"]),
+        ("--dataset_name d --model_name a", ["did you mean --model?"]),
+    ],
+)
+def test_bad_evaluations(argv, fragments, capsys):
+    message = message_of_exit(argv.split(), capsys, parse_evaluate_config)
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
+    argv = ["me/model", "--dataset_name", "digits", "--epsilon", "2/255"]
+    with pytest.raises(SystemExit):
+        parse_evaluate_config([*argv, "--print_config"])
+    path = recipe(capsys.readouterr().out)
+    assert parse_evaluate_config(["--config", str(path)]) == parse_evaluate_config(argv)
+
+
+@pytest.mark.parametrize(
+    "written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"]
+)
+@pytest.mark.parametrize("flag", ["lr_drops", "epsilon", "num_steps", "fat_tau_epochs"])
+def test_what_is_no_number_is_refused_in_our_words(flag, written, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_train_config(["--method=fat", f"--{flag}", written])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert f"--{flag} " in said
+    assert "expected" in said
+    assert not any(python in said for python in ("literal", "convert", "float", "str", "base 10"))

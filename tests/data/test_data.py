@@ -1,0 +1,483 @@
+"""Pixels: decoding, geometry, caching, streaming, augmentation, held-out parts, statistics."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from sklearn.datasets import load_digits
+from timm.data import create_transform
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+import ham_hf.data.loading
+from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, stratified_subset
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def everything(images: Images) -> Tensor:
+    """All pixels of a split, in order, without augmentation."""
+    (batch,) = images.batches([BatchRequest(torch.arange(len(images)), None)], device=CPU)
+    return batch.x
+
+
+def gray_values(images: Images) -> list[int]:
+    return (everything(images)[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+def some_requests(images: Images) -> list[BatchRequest]:
+    """Overlapping batches of different sizes, with and without augmentation."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    parts = [order[:5], order[5:7], order[3:9], order[:1], order[2:8]]
+    return [BatchRequest(part, None if number == 2 else 2**62 + number) for number, part in enumerate(parts)]
+
+
+def assert_same(left: Sequence[PixelBatch], right: Sequence[PixelBatch]) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.y, other.y)
+        assert torch.equal(one.indices, other.indices)
+
+
+# The digits, and the parts that are held out
+
+
+def test_digits_are_complete_and_exact() -> None:
+    data = load("digits", in_chans=1)
+    assert data.class_names == tuple("0123456789")
+    assert (data.image_size, data.augmentation, data.crop_pct, data.num_skipped) == (8, "none", 1.0, 0)
+    assert data.test_split_origin == "held out of train (20 %, stratified, seed 0)"
+    assert data.validation is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (1380, 58, 359)
+    parts = (data.train, data.validation, data.test)
+    x, y = torch.cat([everything(part) for part in parts]), torch.cat([part.labels for part in parts])
+    scans = load_digits()
+    expected = torch.from_numpy(np.round(scans.images * 255 / 16)).float() / 255
+
+    def as_sorted_rows(pixels: Tensor, labels: Tensor) -> list[list[float]]:
+        return sorted(torch.cat([labels[:, None].float(), pixels.flatten(1)], dim=1).tolist())
+
+    assert as_sorted_rows(x, y) == as_sorted_rows(expected, torch.from_numpy(scans.target))
+    assert torch.equal(torch.bincount(data.test.labels), torch.tensor([36, 36, 35, 37, 36, 36, 36, 36, 35, 36]))
+
+
+def test_digits_in_three_channels_and_larger() -> None:
+    data = load("digits", image_size=16, limit_train_examples=50, limit_test_examples=20)
+    x = everything(data.test)
+    assert x.shape == (20, 3, 16, 16)
+    assert torch.equal(x[:, 0], x[:, 2])
+
+
+def test_the_test_part_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", train=grays(100, 4))
+    runs = [load(folder, seed=seed, validation_fraction=0.1, limit_test_examples=12) for seed in (0, 1)]
+    tests = [gray_values(run.test) for run in runs]
+    assert tests[0] == tests[1]
+    held_out = [gray_values(run.validation) for run in runs if run.validation]
+    assert held_out[0] != held_out[1]
+    for run in runs:
+        assert run.validation is not None
+        used = gray_values(run.train) + gray_values(run.validation)
+        assert len(set(used)) == 80
+        assert not set(used) & set(gray_values(run.test))
+        assert torch.bincount(run.validation.labels).tolist() == [2, 2, 2, 2]
+        # The gray value names the example: labels stay with their images.
+        assert run.train.labels.tolist() == [value % 4 for value in gray_values(run.train)]
+
+
+def test_limits_are_stratified_and_at_most_everything(tmp_path: Path) -> None:
+    labels = [0] * 60 + [1] * 30 + [2] * 10
+    examples = dataset([gray(index) for index in range(100)], labels)
+    folder = write_parquet(tmp_path / "set", train=examples, test=examples)
+    data = load(folder, limit_train_examples=20, limit_test_examples=10, validation_fraction=0)
+    assert torch.bincount(data.train.labels).tolist() == [12, 6, 2]
+    assert torch.bincount(data.test.labels).tolist() == [6, 3, 1]
+    data = load(folder, limit_train_examples=1000, limit_test_examples=1000, validation_fraction=0.1)
+    assert (len(data.train), len(data.test)) == (90, 100)
+    assert len(stratified_subset(data.test.labels, 10, 0)) == 10
+
+
+def test_a_class_with_one_example_stays_in_train(tmp_path: Path) -> None:
+    examples = dataset([gray(index) for index in range(21)], [0] * 20 + [1])
+    data = load(write_parquet(tmp_path / "set", train=examples), validation_fraction=0.5)
+    assert data.validation is not None
+    assert 1 in data.train.labels
+    assert 1 not in data.validation.labels
+    assert 1 not in data.test.labels
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test_fraction": 1.5}, r"--test_fraction 1.5: .*\(0, 1\)"),
+        ({"validation_fraction": -0.1}, r"--validation_fraction -0.1: .*\(0, 1\)"),
+        ({"validation_fraction": 0.1, "limit_train_examples": 2}, "--validation_fraction 0.1: .*none to hold out"),
+        ({"limit_train_examples": 0}, "--limit_train_examples 0: .*at least 1"),
+        ({"limit_test_examples": -3}, "--limit_test_examples -3: .*at least 1"),
+        ({"in_chans": 4}, "4 input channels"),
+        ({"augmentation": "flip"}, "--augmentation flip: expected auto or one of none, crop"),
+        ({"cache_images": "gpu"}, "--cache_images gpu: expected auto, ram or none"),
+        ({"cache_images": "ram", "augmentation": "timm"}, "--cache_images ram .* --augmentation crop_flip"),
+        ({"cache_images": "ram", "image_size": 128}, "--cache_images ram .* --augmentation crop_flip"),
+    ],
+)
+def test_settings_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", train=grays(10), test=grays(4))
+    if "test_fraction" in options:
+        folder = write_parquet(tmp_path / "one", train=grays(10))
+    with pytest.raises(ValueError, match=message):
+        load(folder, **options)
+
+
+# Decoding
+
+
+def palette_with_transparency() -> bytes:
+    image = noise(1).convert("P", palette=Image.Palette.ADAPTIVE)
+    return encode(image, transparency=3)
+
+
+DECODED_AS_PIL_DOES = {
+    "RGB": encode(noise(0)),
+    "jpeg": encode(noise(0), "JPEG"),
+    "L": encode(noise(0, mode="L")),
+    "LA": encode(noise(0).convert("LA")),
+    "RGBA": encode(noise(0, mode="RGBA")),
+    "P": palette_with_transparency(),
+    "CMYK": encode(noise(0, mode="CMYK"), "TIFF"),
+    "1": encode(noise(0).convert("1")),
+}
+
+
+@pytest.mark.parametrize(("in_chans", "mode"), [(3, "RGB"), (1, "L")])
+@pytest.mark.parametrize("kind", DECODED_AS_PIL_DOES)
+def test_every_mode_becomes_what_pil_makes_of_it(kind: str, in_chans: int, mode: str, tmp_path: Path) -> None:
+    encoded = DECODED_AS_PIL_DOES[kind]
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=dataset([encoded] * 2, [0, 1]))
+    data = load(folder, in_chans=in_chans)
+    (tmp_path / "image").write_bytes(encoded)
+    expected = pil_to_tensor(Image.open(tmp_path / "image").convert(mode)).float() / 255
+    assert torch.equal(everything(data.test)[1], expected)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bit_gray_is_scaled_not_clipped(file_format: str, tmp_path: Path) -> None:
+    deep = np.array([[0, 128, 129, 257], [32768, 40000, 65406, 65407], [65535] * 4, [300] * 4], np.uint16)
+    image = dataset([encode(Image.fromarray(deep), file_format)] * 2, [0, 1])
+    data = load(write_parquet(tmp_path / "set", train=image, test=image), validation_fraction=0)
+    expected = np.round(deep / 257).astype(np.float32) / 255
+    assert np.array_equal(everything(data.test)[0, 2].numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_range_are_an_error(dtype: type, tmp_path: Path) -> None:
+    image = encode(Image.fromarray(np.ones((8, 8), dtype)), "TIFF")
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=dataset([image] * 2, [0, 1]))
+    with pytest.raises(ValueError, match=r"'test', row 0: .*no defined range; store 8- or 16-bit"):
+        load(folder)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_exif_orientation_is_applied(deep: bool, tmp_path: Path) -> None:
+    upright = np.arange(64, dtype=np.uint16 if deep else np.uint8).reshape(8, 8)
+    upright = upright * 257 if deep else upright
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = encode(Image.fromarray(np.rot90(upright).copy()), exif=exif)
+    data = load(write_parquet(tmp_path / "set", train=grays(4), test=dataset([turned] * 2, [0, 1])), in_chans=1)
+    assert everything(data.test)[0].mul(255).int().flatten().tolist() == list(range(64))
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("cache_images", ["ram", "none"])
+@pytest.mark.parametrize(("image_size", "crop_pct"), [(100, 0.875), (97, 1.0), (24, 0.875)])
+def test_geometry_is_that_of_timm(image_size: int, crop_pct: float, cache_images: str, tmp_path: Path) -> None:
+    images = [noise(0, (40, 60)), noise(1, (131, 77)), noise(2, (image_size, image_size)), noise(3, (120, 9), "L")]
+    examples = dataset(images, [0, 1, 0, 1])
+    data = load(
+        write_parquet(tmp_path / "set", train=examples, test=examples),
+        image_size=image_size,
+        crop_pct=crop_pct,
+        augmentation="crop_flip",
+        validation_fraction=0,
+        cache_images=cache_images,
+    )
+    used_crop_pct = 1.0 if image_size <= 96 else crop_pct
+    assert data.crop_pct == used_crop_pct
+    transform = create_transform(
+        input_size=(3, image_size, image_size),
+        interpolation="bicubic",
+        crop_pct=used_crop_pct,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+    expected = torch.stack([transform(image.convert("RGB")) for image in images])
+    assert torch.equal(everything(data.test), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(32, 32)] * 4, 32),
+        ([(96, 96)] * 4, 96),
+        ([(97, 97)] * 4, 112),
+        ([(32, 24)] * 4, 112),
+        ([(32, 32)] * 3 + [(28, 28)], 112),
+    ],
+)
+def test_the_images_own_size(sizes: list[tuple[int, int]], expected: int, tmp_path: Path) -> None:
+    # The odd one out is in the other split, so that every split has to be looked at.
+    train = dataset([gray(0, size) for size in sizes[:2]], [0, 1])
+    test = dataset([gray(0, size) for size in sizes[2:]], [0, 1])
+    folder = write_parquet(tmp_path / "set", train=train, test=test)
+    data = load(folder, validation_fraction=0)
+    assert data.image_size == expected
+    assert data.augmentation == ("crop_flip" if expected <= 96 else "timm")
+    assert everything(data.test).shape == (2, 3, expected, expected)
+
+
+# Batches
+
+
+def test_batches_are_float_in_0_1_and_exact(tmp_path: Path) -> None:
+    data = load(write_parquet(tmp_path / "set", train=grays(256), test=grays(4)), validation_fraction=0)
+    indices = torch.randperm(256)
+    (batch,) = data.train.batches([BatchRequest(indices, None)], device=CPU)
+    assert (batch.x.dtype, batch.y.dtype, batch.indices.dtype) == (torch.float32, torch.int64, torch.int64)
+    assert batch.x.is_contiguous()
+    assert batch.x[:, 1, 3, 5].tolist() == [np.float32(value) / np.float32(255) for value in indices.tolist()]
+    assert batch.y.tolist() == [value % 2 for value in indices.tolist()]
+    assert torch.equal(batch.indices, indices)
+
+
+def load_noise(tmp_path: Path, **options: Any) -> ImageData:
+    if not (tmp_path / "set").exists():
+        examples = dataset([noise(index, (24, 20)) for index in range(12)], [0, 1] * 6)
+        write_parquet(tmp_path / "set", train=examples, test=examples)
+    return load(str(tmp_path / "set"), image_size=16, validation_fraction=0, **options)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip", "timm"])
+def test_a_batch_depends_on_its_request_alone(augmentation: str, tmp_path: Path) -> None:
+    loads: dict[str, dict[str, Any]] = {
+        "in process": {"cache_images": "none", "dataloader_num_workers": 0},
+        "one worker": {"cache_images": "none", "dataloader_num_workers": 1},
+        "two workers": {"cache_images": "none", "dataloader_num_workers": 2},
+    }
+    if augmentation != "timm":
+        loads["cached"] = {"cache_images": "ram"}
+    reference: list[PixelBatch] | None = None
+    for options in loads.values():
+        images = load_noise(tmp_path, augmentation=augmentation, **options).train
+        requests = some_requests(images)
+        batches = list(images.batches(requests, device=CPU))
+        reference = reference or batches
+        assert_same(batches, reference)
+        # A resumed run asks for the tail only.
+        assert_same(list(images.batches(requests[3:], device=CPU)), reference[3:])
+        assert list(images.batches([], device=CPU)) == []
+    assert reference is not None
+    for request, batch in zip(requests, reference, strict=True):
+        unchanged = everything(images)[request.indices]
+        assert torch.equal(batch.x, unchanged) == (request.seed is None or augmentation == "none")
+    # The same images with another seed look different.
+    if augmentation != "none":
+        (other,) = images.batches([BatchRequest(requests[0].indices, 1)], device=CPU)
+        assert not torch.equal(other.x, reference[0].x)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("augmentation", ["crop_flip", "timm"])
+def test_global_random_state_is_left_alone(augmentation: str, workers: int, tmp_path: Path) -> None:
+    images = load_noise(tmp_path, augmentation=augmentation, cache_images="none", dataloader_num_workers=workers).train
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    list(images.batches(some_requests(images), device=CPU))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(np.array_equal(new, old) for new, old in zip(np.random.get_state(), before[2], strict=True))
+
+
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_timm_augmentation_applies_to_train_only(in_chans: int, tmp_path: Path) -> None:
+    data = load_noise(tmp_path, augmentation="timm", in_chans=in_chans)
+    request = BatchRequest(torch.arange(6), 7)
+    (train,) = data.train.batches([request], device=CPU)
+    (test,) = data.test.batches([request], device=CPU)
+    assert train.x.shape == test.x.shape == (6, in_chans, 16, 16)
+    assert not torch.equal(train.x, everything(data.train)[:6])
+    assert torch.equal(test.x, everything(data.test)[:6])
+
+
+def test_timm_augmentation_differs_between_examples_of_a_batch(tmp_path: Path) -> None:
+    twins = dataset([noise(0, (24, 20))] * 8, [0, 1] * 4)
+    folder = write_parquet(tmp_path / "set", train=twins, test=grays(4))
+    images = load(folder, image_size=16, validation_fraction=0, augmentation="timm").train
+    requests = [BatchRequest(torch.arange(8), 7), BatchRequest(torch.tensor([5, 2]), 7)]
+    batch, part = images.batches(requests, device=CPU)
+    assert len(batch.x.flatten(1).unique(dim=0)) == 8
+    assert torch.equal(part.x, batch.x[[5, 2]])
+
+
+@pytest.mark.parametrize("augmentation", ["crop_flip", "timm"])
+def test_streamed_images_can_be_sent_to_workers_that_do_not_fork(augmentation: str, tmp_path: Path) -> None:
+    images = load_noise(tmp_path, augmentation=augmentation, cache_images="none", dataloader_num_workers=0).train
+    copy = pickle.loads(pickle.dumps(images))
+    requests = some_requests(images)
+    assert_same(list(copy.batches(requests, device=CPU)), list(images.batches(requests, device=CPU)))
+
+
+def test_stopping_in_the_middle_and_starting_again(tmp_path: Path) -> None:
+    images = load_noise(tmp_path, cache_images="none").train
+    requests = some_requests(images)
+    batches = images.batches(requests, device=CPU)
+    first = next(batches)
+    del batches
+    assert_same([first], list(images.batches(requests[:1], device=CPU)))
+
+
+# Unreadable images
+
+READABLE = encode(noise(0, (64, 64)))
+BROKEN: dict[str, bytes | None] = {
+    "garbage": b"this is not an image",
+    "truncated": READABLE[: len(READABLE) // 2],
+    "truncated jpeg": encode(noise(0, (64, 64)), "JPEG")[:900],
+    "empty": b"",
+    "missing": None,
+}
+
+
+@pytest.mark.faults(quick=True)
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> None:
+    images = [BROKEN[kind] if index in (5, 9) else gray(index, (64, 64)) for index in range(12)]
+    folder = write_parquet(tmp_path / "set", train=dataset(images, [0, 1, 2] * 4), test=grays(4))
+    options: dict[str, Any] = {"validation_fraction": 0, "image_size": 64, "augmentation": "none"}
+    with pytest.raises(ValueError, match=r"split 'train', row 5: the image cannot be read \(.*--skip_corrupt"):
+        load(folder, **options, cache_images="ram")
+    for cache_images in ("ram", "none"):
+        data = load(folder, **options, cache_images=cache_images, skip_corrupt=True)
+        assert data.num_skipped == 2
+        assert gray_values(data.train) == [0, 1, 2, 3, 4, 6, 7, 8, 10, 11]
+        assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 1, 2]
+
+
+@pytest.mark.faults(quick=True)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_in_the_stream(workers: int, tmp_path: Path) -> None:
+    test = dataset([gray(1), gray(2), b"bad", gray(4)], [0, 1, 0, 1])
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=test)
+    data = load(folder, image_size=8, cache_images="none", dataloader_num_workers=workers, validation_fraction=0)
+    batches = data.test.batches(
+        [BatchRequest(torch.tensor([0, 3]), None), BatchRequest(torch.tensor([1, 2]), 0)], device=CPU
+    )
+    next(batches)
+    with pytest.raises(ValueError, match=r"^split 'test', row 2: the image cannot be read") as caught:
+        next(batches)
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.faults(quick=True)
+def test_an_unreadable_file_of_a_class_folder(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(4):
+            gray(index).save(tmp_path / "set" / name / f"{index}.png")
+    (tmp_path / "set" / "dog" / "2.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"split 'train', row 6, .*dog/2.png: .*cannot be read"):
+        load(str(tmp_path / "set"))
+    assert load(str(tmp_path / "set"), skip_corrupt=True).num_skipped == 1
+
+
+def test_small_splits_are_cached_and_large_ones_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = dataset([gray(1), b"bad"], [0, 1])
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=test)
+    # Cached images are decoded at the start, streamed ones when they are asked for.
+    with pytest.raises(ValueError, match=r"split 'test', row 1"):
+        load(folder, image_size=8)
+    monkeypatch.setattr(ham_hf.data.loading, "CACHE_LIMIT_BYTES", 2 * 3 * 8 * 8 - 1)
+    images = load(folder, image_size=8).test
+    with pytest.raises(ValueError, match=r"split 'test', row 1"):
+        everything(images)
+
+
+def test_nothing_readable_at_all(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", train=dataset([b"bad"] * 4, [0, 1] * 2), test=grays(4))
+    with pytest.raises(ValueError, match=r"split 'train' has no readable image"):
+        load(folder, validation_fraction=0, skip_corrupt=True)
+
+
+# Statistics
+
+
+def test_channel_statistics(tmp_path: Path) -> None:
+    images = [noise(index) for index in range(20)]
+    folder = write_parquet(tmp_path / "set", train=dataset(images, [0, 1] * 10), test=grays(4))
+    data = load(folder, validation_fraction=0)
+    pixels = np.stack([np.asarray(image) for image in images]) / 255
+    assert data.channel_mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-7)
+    assert data.channel_std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
+
+
+def test_a_constant_channel_has_a_standard_deviation_to_divide_by(tmp_path: Path) -> None:
+    examples = dataset([gray(7)] * 4, [0, 1] * 2)
+    data = load(write_parquet(tmp_path / "set", train=examples, test=examples), validation_fraction=0)
+    assert data.channel_mean == pytest.approx([7 / 255] * 3)
+    assert data.channel_std == pytest.approx([1 / 255] * 3)
+
+
+# Where there is more
+
+
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+
+
+@pytest.mark.cifar10
+@pytest.mark.skipif("HAM_HF_CIFAR10" not in os.environ, reason="HAM_HF_CIFAR10 does not name a folder")
+def test_cifar10() -> None:
+    data = load(os.environ["HAM_HF_CIFAR10"], limit_test_examples=1000)
+    assert data.class_names == CIFAR10_CLASSES
+    assert (data.image_size, data.augmentation, data.test_split_origin) == (32, "crop_flip", "test")
+    assert data.validation is not None
+    assert torch.bincount(data.train.labels).tolist() == [4800] * 10
+    assert torch.bincount(data.validation.labels).tolist() == [200] * 10
+    assert torch.bincount(data.test.labels).tolist() == [100] * 10
+    # The statistics that every CIFAR-10 script carries, from 2,000 of 50,000 images.
+    assert data.channel_mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.01)
+    assert data.channel_std == pytest.approx((0.2470, 0.2435, 0.2616), abs=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("cache_images", ["auto", "ram", "none"])
+def test_batches_on_the_accelerator_are_the_same_bit_for_bit(cache_images: str, tmp_path: Path) -> None:
+    images = load_noise(tmp_path, augmentation="crop_flip", cache_images=cache_images).train
+    requests = some_requests(images)
+    expected = list(images.batches(requests, device=CPU))
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    batches = list(images.batches(requests, device=device))
+    assert all(batch.x.device.type == batch.y.device.type == device.type for batch in batches)
+    assert_same([PixelBatch(batch.x.cpu(), batch.y.cpu(), batch.indices) for batch in batches], expected)

@@ -1,0 +1,176 @@
+"""What a model was trained on: recorded in config.json, recognized in a copy, its validation images found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from ham_hf.config import DataConfig
+from ham_hf.data import ImageData
+from ham_hf.data.provenance import label_fingerprint, read_provenance
+from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
+from ham_hf.models.export import export_for_timm
+from ham_hf.runs import find_validation_part, provenance_of
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_folders(root: Path, *, count: int = 12) -> str:
+    for label in range(3):
+        (root / "train" / f"c{label}").mkdir(parents=True)
+        for index in range(count + label):
+            (root / "train" / f"c{label}" / f"{index}.png").write_bytes(encode(noise(100 * label + index)))
+    return str(root)
+
+
+def export(data: ImageData, folder: Path) -> Any:
+    """Export a network as a run on this data does, and load it again."""
+    preprocessing = Preprocessing(
+        image_size=data.image_size, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    args = {"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]}
+    backbone = create_backbone(
+        "resnet18_cifar",
+        pretrained=False,
+        num_classes=len(data.class_names),
+        preprocessing=preprocessing,
+        model_args=args,
+    )
+    assert data.provenance is not None
+    export_for_timm(
+        backbone,
+        folder,
+        preprocessing=preprocessing,
+        class_names=data.class_names,
+        metadata={"trained_on": data.provenance.record()},
+        model_license="mit",
+        tag="x",
+    )
+    return load_pixel_model(str(folder))
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"validation_fraction": 0.3, "test_fraction": 0.4, "seed": 7},
+    {"limit_train_examples": 20, "validation_fraction": 0.25, "seed": 3},
+]
+
+
+def values(data: ImageData) -> list[tuple[bytes, int]]:
+    from ham_hf.data import BatchRequest
+
+    assert data.validation is not None
+    request = BatchRequest(torch.arange(len(data.validation)), None)
+    (batch,) = data.validation.batches([request], device=torch.device("cpu"))
+    return [(x.numpy().tobytes(), int(y)) for x, y in zip(batch.x, batch.y, strict=True)]
+
+
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("layout", ["folders", "parquet", "test split"])
+def test_validation_images_are_found_again_from_config_json(
+    options: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    if layout == "folders":
+        folder = write_folders(tmp_path / "set")
+    else:
+        splits = {"train": grays(40, 3)} | ({"test": grays(9, 3, first=100)} if layout == "test split" else {})
+        folder = write_parquet(tmp_path / "set", **splits)
+    data = load(folder, **options)
+    loaded = export(data, tmp_path / "model")
+    moved = shutil.move(folder, tmp_path / "renamed")
+    again = find_validation_part(loaded, DataConfig(dataset_name=str(moved)))
+    assert values(again) == values(data)
+    assert values(again)
+    text = (tmp_path / "model" / "config.json").read_text()
+    assert str(tmp_path) not in text
+    record = json.loads(text)["ham_hf"]["trained_on"]
+    assert record["dataset"] == "set"
+    assert record["num_images"] == (39 if layout == "folders" else 40)
+    assert (record["train_split"], record["label_column"]) == ("train", "label")
+    assert record["seed"] == options.get("seed", 0)
+
+
+def test_a_stream_is_recorded_with_the_reason_and_found_again(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", train=grays(40), test=grays(6))
+    data = load(folder, dataset_streaming=True, validation_fraction=0.2, augmentation="none")
+    loaded = export(data, tmp_path / "model")
+    record = provenance_of(loaded)
+    assert record is not None
+    assert record.fingerprint is None
+    assert "streamed" in str(record.fingerprint_missing)
+    assert values(find_validation_part(loaded, DataConfig(dataset_name=folder))) == values(data)
+
+
+def test_other_data_or_no_record_is_refused(tmp_path: Path) -> None:
+    data = load(write_parquet(tmp_path / "set", train=grays(40)))
+    loaded = export(data, tmp_path / "model")
+    other = write_parquet(tmp_path / "other", train=dataset([gray(9)] * 40, [0, 0, 1, 1] * 10))
+    with pytest.raises(ValueError, match=r"--dataset_name .*other: .* not what .* trained on, 40 images of"):
+        find_validation_part(loaded, DataConfig(dataset_name=other))
+    with pytest.raises(ValueError, match="does not record what it was trained on"):
+        find_validation_part(replace(loaded, metadata={"dataset": "set"}), DataConfig(dataset_name=other))
+    unseen = export(load(str(tmp_path / "set"), validation_fraction=0), tmp_path / "all")
+    with pytest.raises(ValueError, match="--validation_fraction 0, so it has seen every training image"):
+        find_validation_part(unseen, DataConfig(dataset_name=str(tmp_path / "set")))
+    broken = {"trained_on": {**loaded.metadata["trained_on"], "seed": "7"}}
+    with pytest.raises(ValueError, match=r"ham_hf.trained_on.seed is not what this package writes: '7'"):
+        provenance_of(replace(loaded, metadata=broken))
+    assert provenance_of(replace(loaded, metadata={})) is None
+
+
+def test_a_copy_is_recognized_by_its_fingerprint_whatever_its_name_and_form(tmp_path: Path) -> None:
+    """Class folders as parquet, losslessly encoded anew, classes declared in another order."""
+    data = load(write_folders(tmp_path / "set"))
+    assert data.provenance is not None
+    rows = [(noise(100 * label + index), label) for label in range(3) for index in range(12 + label)]
+    # In the order of files that class folders have: by name.
+    rows = sorted(rows, key=lambda row: row[1])
+    names = datasets.ClassLabel(names=["c2", "unused", "c0", "c1"])
+    order = [names.str2int(f"c{label}") for _, label in rows]
+    copy = load(write_parquet(tmp_path / "copy", train=dataset([i for i, _ in rows], order, label_feature=names)))
+    assert copy.provenance is not None
+    assert copy.provenance.fingerprint == data.provenance.fingerprint
+    fewer = dataset([i for i, _ in rows][1:], order[1:], label_feature=names)
+    less = load(write_parquet(tmp_path / "less", train=fewer))
+    assert less.provenance is not None
+    assert less.provenance.fingerprint != data.provenance.fingerprint
+
+
+def test_label_fingerprint_tells_orders_names_and_numbers_apart() -> None:
+    labels = torch.tensor([0, 1, 0, 2])
+    base = label_fingerprint(labels, ("a", "b", "c"))
+    assert base == label_fingerprint(torch.tensor([1, 0, 1, 2]), ("b", "a", "c"))
+    assert base == label_fingerprint(labels, ("a", "b", "c", "never seen"))
+    others = [
+        label_fingerprint(torch.tensor([0, 0, 1, 2]), ("a", "b", "c")),
+        label_fingerprint(labels, ("a", "b", "d")),
+        label_fingerprint(labels[:3], ("a", "b", "c")),
+    ]
+    assert len({base, *others}) == 4
+
+
+def test_a_record_of_a_newer_version_is_read_and_a_damaged_one_named() -> None:
+    data = load("digits", validation_fraction=0.1, in_chans=1)
+    assert data.provenance is not None
+    record = data.provenance.record()
+    assert read_provenance({**record, "new": 1}) == data.provenance
+    assert read_provenance(json.loads(json.dumps(record))) == data.provenance
+    for key, value in {"validation_fraction": 1.5, "num_images": True, "seed": -1, "dataset": None}.items():
+        with pytest.raises(ValueError, match=f"trained_on.{key}"):
+            read_provenance({**record, key: value})
+    del record["train_split"]
+    with pytest.raises(ValueError, match="train_split"):
+        read_provenance(record)
+    with pytest.raises(ValueError, match="object"):
+        read_provenance([])

@@ -1,0 +1,421 @@
+"""Opening datasets; which splits, columns and classes are found; what is said when they are not."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from ham_hf.data.columns import read_labels
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
+from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write_folders(root: Path, *folders: str, count: int = 5) -> str:
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        for index in range(count):
+            noise(index).save(root / folder / f"{index}.png")
+    return str(root)
+
+
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "origin"),
+    [
+        (["train", "test", "validation"], 20, "test"),
+        (["train", "validation"], 20, "validation"),
+        (["train", "extra"], 16, "held out of train (20 %, stratified, seed 0)"),
+        (["train"], 16, "held out of train (20 %, stratified, seed 0)"),
+        (["extra"], 16, "held out of extra (20 %, stratified, seed 0)"),
+    ],
+)
+def test_splits_by_rule(tmp_path: Path, names: list[str], train: int, origin: str) -> None:
+    splits = {"train": 20, "extra": 20, "test": 6, "validation": 8}
+    folder = write_parquet(tmp_path / "set", **{name: grays(splits[name]) for name in names})
+    data = load(folder, validation_fraction=0)
+    assert data.test_split_origin == origin
+    assert len(data.train) == train
+    assert len(data.test) == splits.get(origin, 20 - train)
+    assert data.validation is None
+
+
+def test_splits_by_name(tmp_path: Path) -> None:
+    folder = write_parquet(tmp_path / "set", train=grays(20), test=grays(6), validation=grays(8))
+    data = load(folder, train_split="validation", test_split="train", validation_fraction=0.25)
+    assert (len(data.train), len(data.validation or []), len(data.test)) == (6, 2, 20)
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "message"),
+    [
+        (["one", "two"], {}, "no split is called 'train': choose one of 'one', 'two' with --train_split"),
+        (["train", "test"], {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
+        (["train", "test"], {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
+        (["train", "test"], {"test_split": "train"}, "--test_split train is the training split"),
+    ],
+)
+def test_splits_that_do_not_fit(tmp_path: Path, splits: list[str], options: dict[str, Any], message: str) -> None:
+    saved = datasets.DatasetDict({name: grays(6) for name in splits})
+    saved.save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=message):
+        load(str(tmp_path / "set"), **options)
+
+
+# Columns
+
+
+def test_odd_column_names(tmp_path: Path) -> None:
+    examples = grays(10, image="picture of it", label="what it is")
+    examples = examples.add_column("note", ["x"] * 10)
+    data = load(write_parquet(tmp_path / "set", train=examples))
+    assert data.class_names == ("c0", "c1")
+
+
+def test_fine_label_goes_before_coarse_label(tmp_path: Path) -> None:
+    coarse = datasets.ClassLabel(names=["all", "none"])
+    examples = grays(12, 3, label="fine_label").add_column("coarse_label", [0] * 12, feature=coarse)
+    folder = write_parquet(tmp_path / "set", train=examples)
+    assert load(folder).class_names == ("c0", "c1", "c2")
+    with pytest.raises(ValueError, match=r"--label_column coarse_label: .*has 1 class"):
+        load(write_parquet(tmp_path / "one", train=grays(4, 1, label="coarse_label")), label_column="coarse_label")
+
+
+def test_several_images_or_labels_have_to_be_named(tmp_path: Path) -> None:
+    examples = grays(10, image="left", label="kind")
+    right = grays(10, image="right").remove_columns("label")
+    examples = datasets.concatenate_datasets([examples, right], axis=1)
+    examples = examples.add_column("mood", [0, 1] * 5, feature=datasets.ClassLabel(names=["sad", "glad"]))
+    folder = write_parquet(tmp_path / "set", train=examples)
+    with pytest.raises(ValueError, match=r"several image columns, 'left', 'right'; .* with --image_column"):
+        load(folder)
+    with pytest.raises(ValueError, match=r"several label columns, 'kind', 'mood'; .* with --label_column"):
+        load(folder, image_column="left")
+    assert load(folder, image_column="left", label_column="mood").class_names == ("sad", "glad")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_column": "imag"}, "--image_column imag: .* did you mean 'image'"),
+        ({"image_column": "label"}, "--image_column label: expected images or encoded bytes"),
+        ({"label_column": "labels"}, "--label_column labels: .* did you mean 'label'"),
+        ({"label_column": "image"}, "--label_column image: expected one class label"),
+    ],
+)
+def test_named_columns_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(write_parquet(tmp_path / "set", train=grays(10)), **options)
+
+
+def test_no_image_and_no_label_column(tmp_path: Path) -> None:
+    text = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    with pytest.raises(ValueError, match=r"no image column; .*'text', 'label' with --image_column"):
+        load(write_parquet(tmp_path / "text", train=text))
+    with pytest.raises(ValueError, match=r"no label column; .*'image' with --label_column"):
+        load(write_parquet(tmp_path / "bare", train=grays(4).remove_columns("label")))
+
+
+def test_column_missing_in_the_test_split(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict(train=grays(6), test=grays(6).rename_column("label", "other"))
+    splits.save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"split 'test' has no column 'label', only 'image', 'other'"):
+        load(str(tmp_path / "set"))
+
+
+@pytest.mark.faults(quick=True)
+def test_a_label_that_is_none_of_the_declared_classes_is_named(tmp_path: Path) -> None:
+    """The file itself declares the classes, so nothing casts its labels to them."""
+    classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": encode(gray(value)), "path": None} for value in range(6)]
+    rows = pa.table({"image": images, "label": [0, 1, 0, 1, 7, 1]}, schema=classes.arrow_schema)
+    (tmp_path / "set").mkdir()
+    pq.write_table(rows, tmp_path / "set" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"split 'train', row 4: label 7, and column 'label' declares 2 classes"):
+        load(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct"])
+def test_encoded_bytes_without_an_image_feature(tmp_path: Path, kind: str) -> None:
+    binary = datasets.Value("binary")
+    feature = binary if kind == "binary" else {"bytes": binary, "path": datasets.Value("string")}
+    plain = grays(10).cast_column("image", datasets.Image(decode=False))
+    stored = [example["image"]["bytes"] if kind == "binary" else example["image"] for example in plain]
+    folder = write_parquet(tmp_path / "set", train=dataset(stored, plain["label"][:], image_feature=feature))
+    data = load(folder, validation_fraction=0)
+    assert data.image_size == 8
+    assert len(data.train) + len(data.test) == 10
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "names"),
+    [
+        ("int64", [7, 3, 100, 3], ("3", "7", "100")),
+        ("uint8", [7, 3, 100, 3], ("3", "7", "100")),
+        ("string", ["dog", "cat", "ape", "cat"], ("ape", "cat", "dog")),
+        ("bool", [True, False, True, False], ("False", "True")),
+    ],
+)
+def test_labels_become_0_to_c(tmp_path: Path, dtype: str, values: list[Any], names: tuple[str, ...]) -> None:
+    examples = dataset([gray(index) for index in range(8)], values * 2, label_feature=datasets.Value(dtype))
+    data = load(write_parquet(tmp_path / "set", train=examples, test=examples), validation_fraction=0)
+    assert data.class_names == names
+    assert [names[label] for label in data.train.labels.tolist()] == [str(value) for value in values * 2]
+    assert data.test.labels.tolist() == data.train.labels.tolist()
+
+
+def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = datasets.ClassLabel(names=["cat", "ghost", "dog"])
+    train = dataset([gray(index) for index in range(8)], [0, 2] * 4, label_feature=names)
+    test = dataset([gray(9), gray(10)], [1, 2], label_feature=names)
+    data = load(write_parquet(tmp_path / "set", train=train, test=test), validation_fraction=0)
+    assert data.class_names == ("cat", "ghost", "dog")
+    assert data.test.labels.tolist() == [1, 2]
+    assert "1 of 3 classes have no example in train: 'ghost'" in caplog.text
+    assert "1 of 3 classes have no example in test: 'cat'" in caplog.text
+    caplog.clear()
+    load(str(tmp_path / "set"), validation_fraction=0, limit_train_examples=3)  # as an evaluation does
+    assert "in train" not in caplog.text
+
+
+@pytest.mark.faults(quick=True)
+@pytest.mark.parametrize(
+    ("dtype", "train", "test", "message"),
+    [
+        ("string", ["a", "b"], ["b", "z"], "'test', row 1: label 'z' does not occur in split 'train'"),
+        ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*--test_split"),
+        ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
+        ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
+        (
+            "float64",
+            [0.5, 1.5],
+            [0.5, 1.5],
+            "no label column .'label' is float64, and labels are integers.*name one of",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], test: list[Any], message: str) -> None:
+    feature, images = datasets.Value(dtype), [gray(1), gray(2)]
+    folder = write_parquet(
+        tmp_path / "set",
+        train=dataset(images, train, label_feature=feature),
+        test=dataset(images, test, label_feature=feature),
+    )
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_unlabeled_test_split_of_a_class_label(tmp_path: Path) -> None:
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    test = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
+    folder = write_parquet(tmp_path / "set", train=grays(4), test=test, extra=grays(4))
+    with pytest.raises(ValueError, match=r"2 of 2 examples have no label .*there are 'train', 'test', 'extra'"):
+        load(folder)
+    assert load(folder, test_split="extra", validation_fraction=0).test_split_origin == "extra"
+
+
+def test_empty_split(tmp_path: Path) -> None:
+    splits = datasets.DatasetDict(train=grays(4), test=grays(4).select([]))
+    with pytest.raises(ValueError, match=r"split 'test' is empty"):
+        read_labels(splits, "label", "train", "test")
+    # From files, datasets is the first to object.
+    with pytest.raises(ValueError, match=r'--dataset_name .*"test" corresponds to no data'):
+        load(write_parquet(tmp_path / "set", **splits))
+
+
+# Folders
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    data = load(write_folders(tmp_path / "plain", "cat", "dog"))
+    assert data.class_names == ("cat", "dog")
+    assert data.test_split_origin.startswith("held out of train")
+    data = load(write_folders(tmp_path / "split", "train/cat", "train/dog", "test/cat", "test/dog"))
+    assert data.class_names == ("cat", "dog")
+    assert (data.test_split_origin, len(data.test)) == ("test", 10)
+
+
+def test_saved_dataset(tmp_path: Path) -> None:
+    grays(10).save_to_disk(tmp_path / "set")
+    assert load(str(tmp_path / "set")).class_names == ("c0", "c1")
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.parquet").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"--dataset_name .*empty: this folder cannot be read as parquet"):
+        load(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"file.parquet: is a file; give the folder"):
+        load(str(tmp_path / "file.parquet"))
+    with pytest.raises(ValueError, match=r"--dataset_name .*none: there is no such folder, and it is not a Hub id"):
+        load(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"broken: this folder cannot be read .*[Pp]arquet") as caught:
+        load(str(tmp_path / "broken"))
+    assert caught.value.__cause__ is not None
+    with pytest.raises(ValueError, match=r"--dataset_revision v1: only datasets of the Hub have revisions"):
+        load(str(tmp_path / "empty"), dataset_revision="v1")
+    with pytest.raises(ValueError, match=r"--dataset_config_name x: 'digits' has no configurations"):
+        load("digits", dataset_config_name="x")
+
+
+# The Hub
+
+LOAD = """
+import json, sys
+from ham_hf.data.columns import read_labels
+from tests.support.example_images import load
+
+for options in json.load(sys.stdin):
+    try:
+        data = load(**options)
+        result = [data.config_name, data.revision, len(data.train), len(data.test), data.class_names]
+    except ValueError as error:
+        result = [str(error), type(error.__cause__).__name__]
+    print("RESULT", json.dumps(result))
+"""
+
+
+TABLE = "file_name,label\n" + "".join(
+    f"{split}/train_{number}.png,{('NA', 'dog')[number % 2]}\n" for split in ("train", "test") for number in range(4)
+)
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for name in ("bus", "train"):
+            for number in range(2):
+                opened.writestr(f"{name}/test {number}.PNG", encode(noise(number)))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    folder = tmp_path_factory.mktemp("parquet")
+    grays(10).to_parquet(folder / "a.parquet")
+    blob = Blob((folder / "a.parquet").read_bytes(), lfs=False)
+
+    def add(hub: Hub, name: str, *configs: str, private: bool = False) -> None:
+        tree = {f"{config}/{split}-0.parquet": blob for config in configs for split in ("train", "test")}
+        if len(configs) > 1:
+            lines = [f"- config_name: {config}\n  data_dir: {config}" for config in configs]
+            tree["README.md"] = Blob("\n".join(["---", "configs:", *lines, "---"]).encode(), lfs=False)
+        if name == "me/one":
+            tree["data/photos-0.parquet"] = blob  # in no split
+        repo = hub.repos["dataset", name] = Repo("dataset", name, private=private)
+        repo.refs["main"] = repo.add_commit(tree, None)
+
+    with Hub(tokens={"hf_me": "me", "hf_you": "you"}) as hub:
+        add(hub, "me/one", "data")
+        add(hub, "me/many", "small", "large")
+        add(hub, "me/secret", "data", private=True)
+        add(hub, "me/empty")
+        picture = Blob(encode(noise(0)), lfs=False)
+        folders = {
+            f"{split}/{name}/{word} [{number}] a:b 50%.PNG": picture
+            for split in ("train", "test")
+            for name in ("bus", "train", "stress test")
+            for word in ("shot", "val")
+            for number in range(3 if split == "train" else 1)
+        }
+        for name, tree in {
+            "folders": {**folders, "logo.png": picture, ".hidden.png": picture},
+            "flat": {path.removeprefix("train/"): picture for path in folders if path.startswith("train/")},
+            "tables": {
+                **{f"{split}/train_{number}.png": picture for split in ("train", "test") for number in range(4)},
+                "metadata.csv": Blob(TABLE.encode(), lfs=False),
+            },
+            "archives": {f"{split}.zip": Blob(archive(), lfs=False) for split in ("train", "test")},
+            "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
+        }.items():
+            repo = hub.repos["dataset", f"me/{name}"] = Repo("dataset", f"me/{name}", private=False)
+            repo.refs["main"] = repo.add_commit(tree, None)
+        yield hub
+
+
+def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], list[Any] | tuple[str, str]]] = [
+        ({"dataset_name": "me/one"}, ["default", hub.repos["dataset", "me/one"].refs["main"], 8, 10, ["c0", "c1"]]),
+        (
+            {"dataset_name": "me/many", "dataset_config_name": "large"},
+            ["large", hub.repos["dataset", "me/many"].refs["main"], 8, 10, ["c0", "c1"]],
+        ),
+        (
+            {"dataset_name": "me/many"},
+            ("--dataset_config_name (not given), of --dataset_name me/many", "'small', 'la"),
+        ),
+        ({"dataset_name": "me/many", "dataset_config_name": "huge"}, ("--dataset_config_name huge", "'small', 'la")),
+        ({"dataset_name": "me/none"}, ("--dataset_name me/none", "hf auth login")),
+        ({"dataset_name": "me/secret"}, ("--dataset_name me/secret", "hf auth login")),
+        ({"dataset_name": "me/one", "dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
+        ({"dataset_name": "me/empty"}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
+        ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
+        (
+            {"dataset_name": "me/folders"},
+            ["default", hub.repos["dataset", "me/folders"].refs["main"], 14, 6, ["bus", "stress test", "train"]],
+        ),
+        (
+            {"dataset_name": "me/flat"},
+            ["default", hub.repos["dataset", "me/flat"].refs["main"], 11, 4, ["bus", "stress test", "train"]],
+        ),
+        (
+            {"dataset_name": "me/tables", "validation_fraction": 0},
+            ["default", hub.repos["dataset", "me/tables"].refs["main"], 4, 4, ["NA", "dog"]],
+        ),
+        (
+            {"dataset_name": "me/archives", "validation_fraction": 0},
+            ["default", hub.repos["dataset", "me/archives"].refs["main"], 4, 4, ["bus", "train"]],
+        ),
+        ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        input=json.dumps([{"validation_fraction": 0.2} | options for options, _ in cases]),
+        env=hub_environment(hub, tmp_path, token="hf_you"),
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    results = [json.loads(line[7:]) for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(cases), process.stderr
+    for (options, expected), result in zip(cases, results, strict=True):
+        if isinstance(expected, list):
+            assert result == expected, options
+        else:
+            assert all(part in result[0] for part in expected), (options, result)
+    assert results[4][1] == "DatasetNotFoundError"
+    unread = "1 files belong to no split by their names and are not read, such as 'data/photos-0.parquet'"
+    assert unread in process.stderr
+
+
+@pytest.mark.faults(quick=True)
+def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"--dataset_name me/far: .* the Hub cannot be reached .*HF_HUB_OFFLINE"):
+        load("me/far")

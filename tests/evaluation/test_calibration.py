@@ -1,0 +1,312 @@
+"""The search for class shifts: finds a known one, leaves a model as it is at F 0, repeats itself, and is honest."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import subprocess
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.evaluation import calibration
+from ham_hf.evaluation.calibration import (
+    FRONTIER,
+    Dial,
+    SearchAttack,
+    calibrate,
+    check_held_out,
+    frontier_point,
+    shrinkage,
+)
+from ham_hf.evaluation.partial_results import partial_results
+from tests.conftest import ROOT
+from tests.support.nets import TensorImages
+from tests.support.recipe_runs import LAUNCH, PROCESSES
+
+BIAS = torch.tensor([0.9, -0.2, -0.7])
+NUM_CLASSES = 3
+
+
+class ChannelMeans(nn.Module):
+    """Logits are the means of the channels, ten times, plus a bias: fair without it, as the classes are alike."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(10.0))
+        self.bias = nn.Parameter(bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x.mean((2, 3)) + self.bias
+
+
+def channel_images(per_class: int, num_classes: int = NUM_CLASSES, seed: int = 0) -> TensorImages:
+    """In images of class c, channel c is a little brighter than the others; the same margins for every class."""
+    generator = torch.Generator().manual_seed(seed)
+    level = 0.5 + 0.05 * torch.randn(per_class, 3, 1, 1, generator=generator)
+    parts = []
+    for label in range(num_classes):
+        # The same values, turned from class to class, so that the classes differ in nothing but their number.
+        turned = level.clone().roll(label, 1)
+        turned[:, label] += 0.15
+        parts.append(turned.expand(-1, -1, 2, 2).clamp(0, 1))
+    labels = torch.arange(num_classes).repeat_interleave(per_class)
+    return TensorImages(torch.cat(parts), labels)
+
+
+def attack_of(**changes) -> SearchAttack:
+    values = {"threat_model": ThreatModel("linf", 0.05), "step_size": 0.0125, "batch_size": 512}
+    return SearchAttack(**{**values, **changes})
+
+
+def run(images, fairness=None, *, model=None, max_average_drop=None, partial=None, num_classes=3, **changes):
+    return calibrate(
+        model or ChannelMeans(BIAS),
+        images,
+        Dial(fairness=fairness, max_average_drop=max_average_drop),
+        attack_of(**changes),
+        num_classes=num_classes,
+        accelerator=Accelerator(cpu=True),
+        partial=partial,
+    )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The asked F and F 0 only, where the frontier is not what is tested."""
+    monkeypatch.setattr(calibration, "FRONTIER", (0.0,))
+
+
+class TestSearch:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("precision", ["float32", "bf16"])
+    def test_finds_the_shift_that_undoes_a_known_bias(self, quick, norm, precision):
+        radius = {"linf": 0.05, "l2": 0.1}[norm]
+        found = run(
+            channel_images(400), 1.0, precision=precision, threat_model=ThreatModel(norm, radius), step_size=radius / 4
+        )
+        torch.testing.assert_close(torch.tensor(found.shifts), -BIAS, atol=0.05, rtol=0)
+        assert found.factors == (1.0,) * 3
+        before, after = found.point(0.0), found.point()
+        assert before.worst_class < 0.2 < 0.5 < after.worst_class
+        assert max(after.correct) - min(after.correct) < 20
+
+    def test_follows_the_formula(self, quick):
+        """An oracle that counts the images of a linear model by hand: the adversary moves every margin by as much."""
+        images, fairness = channel_images(300), 0.5
+        found = run(images, fairness, step_size=0.05)
+        means, counts = 10 * images.x.double().mean((2, 3)) + BIAS.double(), 300
+
+        def shares(shift: Tensor) -> Tensor:
+            logits = means + shift
+            rows = torch.arange(len(logits))
+            own = logits[rows, images.labels]
+            rest = logits.clone()
+            rest[rows, images.labels] = -math.inf
+            # Own channel down by epsilon, the other one up by epsilon.
+            right = own - rest.amax(1) > 2 * 10 * 0.05
+            return torch.stack([right[images.labels == c].double().mean() for c in range(3)])
+
+        shift, first = torch.zeros(3, dtype=torch.float64), shares(torch.zeros(3))
+        for number in range(10):
+            accuracy = shares(shift.float().double())
+            goal = accuracy.mean() + (1 - fairness) * (first - first.mean())
+            shift += 2 * (goal - accuracy) * 0.9**number
+            shift -= shift.mean()
+        torch.testing.assert_close(torch.tensor(found.shifts).double(), shift, atol=0.02, rtol=0)
+        assert counts == found.counts[0]
+
+    def test_nothing_is_shifted_at_zero(self):
+        found = run(channel_images(40), 0.0)
+        assert found.shifts == (0.0,) * 3
+        assert [point.fairness for point in found.frontier] == list(FRONTIER)
+
+    def test_a_class_without_images_keeps_zero(self, quick):
+        images = channel_images(100, num_classes=2)
+        found = run(images, 1.0)
+        assert found.shifts[2] == 0
+        assert found.counts == (100, 100, 0)
+        assert found.shifts[1] > 0 > found.shifts[0]
+        assert found.point().correct[2] == 0
+        assert found.point().worst_class > 0
+
+    def test_model_and_mode_are_left_alone(self, quick):
+        model = nn.Sequential(ChannelMeans(BIAS), nn.BatchNorm1d(3)).train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        run(channel_images(40), 0.5, model=model)
+        assert model.training
+        assert model[1].training
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_shifts_are_shrunk_where_images_are_few(self, quick):
+        few = run(channel_images(20), 1.0)
+        assert few.factors == pytest.approx([20 / 30 * 310 / 300] * 3)
+        counts = torch.tensor([0, 20, 100, 300, 5000])
+        assert shrinkage(counts).tolist() == pytest.approx([0, 0.68889, 0.93939, 1, 1], abs=1e-5)
+
+
+class TestFrontier:
+    def test_is_cross_fitted_with_intervals_at_six_values(self):
+        found = run(channel_images(100), 0.5)
+        assert [point.fairness for point in found.frontier] == sorted({*FRONTIER, 0.5})
+        worst = [point.worst_class for point in found.frontier]
+        assert worst == sorted(worst)
+        assert worst[-1] > worst[0]
+        for point in found.frontier:
+            assert point.average == sum(point.correct) / 300
+            assert point.average_low < point.average < point.average_high
+            assert point.worst_class_low < point.worst_class < point.worst_class_high
+            assert point.worst_30_percent_low <= point.worst_30_percent <= point.worst_30_percent_high
+
+    def test_counts_come_from_images_that_the_shifts_were_not_found_on(self, quick, monkeypatch):
+        """What a half's shifts are found on and what they are counted on never overlap."""
+        searched, counted = [], []
+        correct = calibration._Meter.correct
+        found_shifts = calibration._found_shifts
+
+        def find(meter, fairness, halves):
+            searched.append(list(halves))
+            return found_shifts(meter, fairness, halves)
+
+        def count(meter, shifts, halves):
+            counted.append(list(halves))
+            return correct(meter, shifts, halves)
+
+        monkeypatch.setattr(calibration, "_found_shifts", find)
+        monkeypatch.setattr(calibration._Meter, "correct", count)
+        images = channel_images(21)
+        meter = calibration._Meter(ChannelMeans(BIAS), images, attack_of(), 3, Accelerator(cpu=True), None)
+        calibration._cross_fitted(meter, 0.5)
+        assert searched == [[1], [0]]
+        # Before any shift and in ten rounds on one half, then once on the other; and back.
+        assert counted == [[1]] * 11 + [[0]] * 12 + [[1]]
+        first, second = (set(half.tolist()) for half in meter.halves)
+        assert not first & second
+        assert first | second == set(range(63))
+
+    def test_interval_of_the_worst_class_is_simultaneous(self):
+        point = frontier_point(0.0, [30, 50, 0], [100, 100, 0])
+        z = 2.241403  # of 1 - 0.05 / 2 / 2, two classes
+        center, width = (0.3 + z**2 / 200) / (1 + z**2 / 100), math.sqrt(0.3 * 0.7 / 100 + z**2 / 40000)
+        low = center - z * width / (1 + z**2 / 100)
+        assert point.worst_class_low == pytest.approx(low, abs=1e-6)
+        assert point.worst_class == 0.3
+
+    def test_largest_fairness_within_a_drop(self):
+        """Class 0 is harder than the others, so serving it costs the average."""
+        images, model = channel_images(150), ChannelMeans(torch.zeros(3))
+        images.x[:150, 0] -= 0.09
+        free = run(images, 1.0, model=model)
+        full = free.point(0.0).average - free.point(1.0).average
+        assert full > 0.02
+        within = run(images, max_average_drop=full / 3, model=model)
+        assert 0 < within.fairness < 1
+        assert within.point(0.0).average - within.point().average <= full / 3
+        assert len(within.frontier) == len(FRONTIER) + 3
+        assert run(images, max_average_drop=1.0, model=model).fairness == 1.0
+
+
+class TestRepetition:
+    def test_killed_and_repeated(self, tmp_path, monkeypatch):
+        """The second call finds the same shifts, and attacks only what the first had not."""
+        images, model = channel_images(20), ChannelMeans(BIAS)
+        expected = run(images, 0.5, model=model, batch_size=20)
+        strikes, strike = [], calibration._Meter._predictions
+
+        def counted(meter, batch, start):
+            if len(strikes) == 20:
+                raise KeyboardInterrupt
+            strikes.append(1)
+            return strike(meter, batch, start)
+
+        monkeypatch.setattr(calibration._Meter, "_predictions", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run(images, 0.5, model=model, batch_size=20, partial=partial_results(tmp_path, model, images))
+        before = len(list(tmp_path.rglob("*.json")))
+        assert before == 19  # one batch was timed for the forecast
+        strikes.clear()
+        monkeypatch.setattr(calibration._Meter, "_predictions", lambda *given: strikes.append(1) or strike(*given))
+        again = run(images, 0.5, model=model, batch_size=20, partial=partial_results(tmp_path, model, images))
+        assert again == expected
+        assert len(strikes) - 1 == len(list(tmp_path.rglob("*.json"))) - before
+
+    def test_batch_size_and_memory_do_not_matter_much(self, quick):
+        images = channel_images(100)
+        one, other = run(images, 1.0), run(images, 1.0, batch_size=17)
+        torch.testing.assert_close(torch.tensor(one.shifts), torch.tensor(other.shifts), atol=0.1, rtol=0)
+
+    def test_the_work_is_forecast(self, caplog):
+        with caplog.at_level(logging.INFO, logger="ham_hf"):
+            found = run(channel_images(20), 0.5)
+        (line,) = [record.getMessage() for record in caplog.records if "calibrating" in record.getMessage()]
+        # 2 before any shift; 20 for the first F above 0, 10 for each of the other five; 8 for the search on all.
+        assert "at most 80 measurements of half of them" in line
+        assert 70 < found.rounds <= 80
+        assert f"{80 * 30 * 22:.3g} passes" in line
+
+    def test_the_forecast_holds_for_a_drop(self, caplog):
+        with caplog.at_level(logging.INFO, logger="ham_hf"):
+            found = run(channel_images(20), max_average_drop=0.0)
+        (line,) = [record.getMessage() for record in caplog.records if "calibrating" in record.getMessage()]
+        assert "at most 100 measurements" in line
+        assert found.rounds <= 100
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from tests import test_calibration as tests
+from ham_hf.evaluation import calibration
+
+calibration.FRONTIER = (0.0,)
+accelerator = Accelerator(cpu=True)
+found = calibration.calibrate(
+    tests.ChannelMeans(tests.BIAS), tests.channel_images(30), calibration.Dial(fairness=1.0),
+    tests.attack_of(batch_size=13), num_classes=3, accelerator=accelerator,
+)
+with open(f"{sys.argv[1]}-{accelerator.process_index}", "w") as file:
+    json.dump([found.shifts, [point.correct for point in found.frontier]], file)
+"""
+
+
+def test_two_processes_find_the_same_shifts(quick, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    done = subprocess.run(
+        [*LAUNCH, *PROCESSES[2], str(script), str(tmp_path / "found")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = run(channel_images(30), 1.0, batch_size=13)
+    for process in (0, 1):
+        shifts, correct = json.loads((tmp_path / f"found-{process}").read_text())
+        assert shifts == list(alone.shifts)
+        assert correct == [list(point.correct) for point in alone.frontier]
+
+
+class TestRefusals:
+    def test_too_few_images_of_a_class(self):
+        labels = torch.tensor([0] * 20 + [1] * 7)
+        with pytest.raises(ValueError, match=r"20 held-out images .*'b' has 7 and lacks 13; raise --validation"):
+            check_held_out(labels, ["a", "b", "c"], how="raise --validation_fraction")
+        check_held_out(labels[:20], ["a", "b", "c"], how="")
+
+    def test_no_image(self):
+        with pytest.raises(ValueError, match="no held-out image"):
+            check_held_out(torch.tensor([], dtype=torch.long), ["a"], how="hold some out")
+
+    @pytest.mark.parametrize(
+        "values", [{}, {"fairness": 1.2}, {"fairness": 0.5, "max_average_drop": 0.1}, {"max_average_drop": -0.1}]
+    )
+    def test_dial(self, values):
+        with pytest.raises(ValueError, match="either fairness or max_average_drop"):
+            Dial(**values)

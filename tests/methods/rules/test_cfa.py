@@ -1,0 +1,177 @@
+"""CFA: class radii, class regularization and losses against the authors' numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ham_hf.attacks import ThreatModel, input_gradient
+from ham_hf.methods import CFA, HAM, TRADES
+from tests.support.golden_data import golden_net
+from tests.support.method_checks import (
+    assert_loss_and_gradients,
+    attack_of,
+    golden_batch,
+    golden_tensors,
+    initial_states,
+    normal_noise,
+    starting_at,
+    update_loss,
+)
+
+TENSORS, HYPER = golden_tensors("cfa")
+OPTIONS = {
+    "cfa_lambda1": HYPER["lambda_1"],
+    "cfa_lambda2": HYPER["lambda_2"],
+    "cfa_start_epoch": HYPER["begin"],
+    "beta": HYPER["beta"],
+}
+
+
+def states_of(objective, accuracies):
+    states = initial_states(objective)
+    states["cfa"]["robust_accuracy"] = accuracies.clone()
+    return states
+
+
+@pytest.mark.parametrize("rule", [0, 1, 2])
+@pytest.mark.parametrize("when", ["before_begin", "from_begin"])
+def test_class_radius_and_beta_follow_the_authors_rules(rule, when):
+    cfa = CFA(**OPTIONS)
+    epoch = HYPER["begin"] - (when == "before_begin")
+    state = states_of(cfa, TENSORS["in/class_robust_acc"][rule])["cfa"]
+    expected = TENSORS[f"out/rule/{rule}/{when}/class_eps"]
+    of_class = cfa.rule.class_attack(state, attack_of(HYPER), epoch=epoch)
+    if when == "before_begin":
+        assert of_class is None
+        assert expected.tolist() == pytest.approx([HYPER["epsilon"]] * 10)
+    else:
+        torch.testing.assert_close(of_class[0], expected, rtol=0, atol=1e-9)
+        assert of_class[1].tolist() == [HYPER["step_size"]] * 10
+    weight = cfa.rule.class_weight(state, cfa.loss, epoch=epoch)
+    fraction = TENSORS[f"out/rule/{rule}/{when}/class_beta_fraction"]
+    # Ours are relative to the scales (1, beta) of the two terms.
+    torch.testing.assert_close(weight[1] * HYPER["beta"], fraction, rtol=0, atol=1e-9)
+    torch.testing.assert_close(weight[0], 1 - fraction, rtol=0, atol=1e-9)
+
+
+def test_trades_attack_loss_and_gradients_are_the_authors():
+    cfa, net = CFA(**OPTIONS), golden_net()
+    states = states_of(cfa, TENSORS["in/class_robust_acc"][0])
+    x, y = golden_batch(HYPER["rows"])
+    with starting_at(normal=normal_noise(HYPER["rows"])):
+        batch = cfa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
+    torch.testing.assert_close(batch.x[: len(y)], TENSORS["out/ccm_ccr_trades/x_adv"], rtol=0, atol=1e-9)
+    prefix = "out/ccm_ccr_trades/"
+    logits = assert_loss_and_gradients(cfa, net, batch, epoch=10, states=states, tensors=TENSORS, prefix=prefix)
+    torch.testing.assert_close(logits[: len(y)], TENSORS[f"{prefix}robust_logits"], rtol=0, atol=1e-9)
+    counts = cfa.rule.observe(logits[: len(y)], y, epoch=10)
+    logged = TENSORS[f"{prefix}log/class_robust_acc"]
+    # Their accuracy of a class is C correct / N, right for balanced batches only; ours is correct / count.
+    torch.testing.assert_close(counts[:, 0] * 10 / len(y), logged, rtol=0, atol=1e-9)
+    assert not torch.allclose(counts[:, 0] / counts[:, 1].clamp(min=1), logged)
+
+
+def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
+    cfa, net = CFA(base_loss="pgd_at", **OPTIONS), golden_net()
+    states = states_of(cfa, TENSORS["in/class_robust_acc"][0])
+    x, y = golden_batch(HYPER["rows"])
+    noise = TENSORS["in/unit_noise"].double()
+    radius = cfa.rule.class_attack(states["cfa"], attack_of(HYPER), epoch=10)[0][y].view(-1, 1, 1, 1)
+    # Theirs attacks in training mode, so with the statistics of the batch.
+    theirs = (x + (2 * noise - 1) * radius).clamp(0, 1)
+    stepped = theirs
+    net.train()
+    for _ in range(HYPER["num_steps"]):
+        adversarial = stepped.detach().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(net(adversarial), y)
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        stepped = (stepped + HYPER["step_size"] * gradient.sign()).clamp(x - radius, x + radius).clamp(0, 1)
+    torch.testing.assert_close(stepped, TENSORS["out/ccm_at/x_adv"], rtol=0, atol=1e-9)
+    ours = theirs
+    net.eval()
+    for _ in range(HYPER["num_steps"]):
+        ours = (ours + HYPER["step_size"] * input_gradient(net, ours, y).sign()).clamp(x - radius, x + radius)
+        ours = ours.clamp(0, 1)
+    start = lambda self, images, generator=None: theirs  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThreatModel, "random_start", start)
+        batch = cfa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
+    torch.testing.assert_close(batch.x, ours, rtol=0, atol=1e-12)
+    # On the authors' images the loss and its gradient are the authors'.
+    same = type(batch)(x=TENSORS["out/ccm_at/x_adv"], y=y, weight=batch.weight)
+    assert_loss_and_gradients(cfa, golden_net(), same, epoch=10, states=states, tensors=TENSORS, prefix="out/ccm_at/")
+
+
+def test_accuracy_of_the_epoch_before_decides_and_missing_classes_keep_theirs():
+    cfa = CFA(cfa_start_epoch=1)
+    state = cfa.rule.initial_state(torch.ones(4, dtype=torch.float64))
+    logits = torch.eye(4)[[0, 0, 1, 2]]
+    cfa.rule.after_update(state, cfa.rule.observe(logits, torch.tensor([0, 1, 1, 2]), epoch=0))
+    cfa.rule.after_update(state, cfa.rule.observe(logits[:0], torch.zeros(0, dtype=torch.long), epoch=0))
+    cfa.rule.before_epoch(state, epoch=1)
+    attack = attack_of({"epsilon": 0.1, "step_size": 0.02, "num_steps": 3})
+    assert cfa.rule.class_attack(state, attack, epoch=1)[0].tolist() == pytest.approx([0.15, 0.1, 0.15, 0.1])
+    cfa.rule.after_update(state, cfa.rule.observe(logits, torch.tensor([1, 1, 1, 1]), epoch=1))
+    cfa.rule.before_epoch(state, epoch=2)
+    assert cfa.rule.class_attack(state, attack, epoch=2)[0].tolist() == pytest.approx([0.15, 0.075, 0.15, 0.1])
+
+
+def test_parts_can_be_switched():
+    attack = attack_of(HYPER)
+    for margin in (True, False):
+        for regularization in (True, False):
+            cfa = CFA(cfa_margin=margin, cfa_regularization=regularization, cfa_start_epoch=1)
+            state = states_of(cfa, torch.full((10,), 0.3, dtype=torch.float64))["cfa"]
+            assert (cfa.rule.class_attack(state, attack, epoch=1) is not None) is margin
+            assert (cfa.rule.class_weight(state, cfa.loss, epoch=1) is not None) is regularization
+
+
+def test_without_its_parts_it_is_the_base_loss():
+    x, y = golden_batch(16)
+    net, losses = golden_net(), []
+    for objective in (CFA(cfa_margin=False, cfa_regularization=False), TRADES()):
+        states = initial_states(objective)
+        generator = torch.Generator().manual_seed(1)
+        batch = objective.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=20, states=states, generator=generator)
+        losses.append(update_loss(objective, golden_net(), batch, epoch=20, states=states)[0])
+    assert torch.equal(*losses)
+
+
+def test_ham_lends_it_the_mining_step_of_the_whole_batch():
+    ham = HAM(mining_start_epoch=0, mining_step=2, class_margin="cfa", class_rule_args={"cfa_start_epoch": 1})
+    ham.check(num_steps=10)
+    states = initial_states(ham)
+    x, y = golden_batch(64)
+    net = golden_net()
+    generator = torch.Generator().manual_seed(2)
+    batch = ham.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=0, states=states, generator=generator)
+    assert len(batch.early_logits) == 64 > len(batch.y) > 0
+    assert torch.equal(batch.early_logits.argmax(1) != y, batch.hard)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (HAM(class_weighting="cfa"), "weighs the terms of trades, but the loss of this run is pgd_at"),
+        (HAM(class_weighting="nothing"), r"expected none or one of .*dafa.*there is no method 'nothing'"),
+        (HAM(class_margin="ham"), "--class_margin ham: expected none or one of .*cfa.*has none to lend"),
+        (TRADES(class_margin="cfa", class_rule_args={"dafa_lambda": 2}), "--class_rule_args dafa_lambda: expected "),
+        (
+            HAM(class_margin="cfa", class_rule_args={"cfa_margin": False}),
+            "--class_margin cfa has no effect with .*cfa_margin",
+        ),
+        (
+            TRADES(class_margin="frl", class_rule_args={"class_margin": "cfa"}),
+            "--class_rule_args class_margin: expected",
+        ),
+        (TRADES(class_rule_args={"dafa_lambda": 2}), "expected nothing without --class_margin or --class_weighting"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(objective, message):
+    def check():
+        objective.check(num_steps=10)
+        objective.check_rules()
+
+    with pytest.raises(ValueError, match=message):
+        check()

@@ -1,0 +1,174 @@
+"""DAFA: class weights, radii and losses against the authors' numbers; the published double step is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ham_hf.attacks import input_gradient
+from ham_hf.methods import DAFA, HAM, PGDAT
+from ham_hf.methods.rules.dafa import dafa_weights
+from tests.support.golden_data import golden_net
+from tests.support.method_checks import (
+    assert_loss_and_gradients,
+    attack_of,
+    golden_batch,
+    golden_tensors,
+    initial_states,
+    normal_noise,
+    starting_at,
+    update_loss,
+)
+
+TENSORS, HYPER = golden_tensors("dafa")
+
+
+def weights_from(probabilities, labels, scale, num_classes):
+    """The method's own way: logits in, observed in two batches, weights out."""
+    dafa = DAFA(dafa_lambda=scale, dafa_start_epoch=3)
+    state = dafa.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
+    for rows in torch.arange(len(labels)).chunk(2):
+        sums = dafa.rule.observe(probabilities[rows].log(), labels[rows], epoch=2)
+        dafa.rule.after_update(state, sums)
+    dafa.rule.before_epoch(state, epoch=3)
+    return state["weight"]
+
+
+@pytest.mark.parametrize("table", ["a", "b", "c", "net"])
+@pytest.mark.parametrize("scale", HYPER["lambdas"])
+def test_class_weights_are_the_authors_but_for_negative_ones(table, scale):
+    probabilities, labels = TENSORS[f"in/probs_{table}"], TENSORS[f"in/labels_{table}"].long()
+    expected = TENSORS[f"out/class_weights/{table}/lambda{scale}"]
+    found = weights_from(probabilities, labels, scale, probabilities.shape[1])
+    torch.testing.assert_close(found, expected.clamp(min=0), rtol=0, atol=1e-9)
+    assert float(expected.sum()) == pytest.approx(len(expected))
+
+
+def state_with(weight):
+    states = initial_states(DAFA())
+    states["dafa"]["weight"] = weight
+    return states
+
+
+def test_trades_attack_loss_and_gradients_are_the_authors():
+    weight = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
+    dafa, states, net = DAFA(dafa_start_epoch=1), state_with(weight), golden_net()
+    x, y = golden_batch(HYPER["rows"])
+    inner = dafa.attack_on(y, attack_of(HYPER), epoch=1, states=states)
+    torch.testing.assert_close(inner.threat_model.epsilon, TENSORS["out/eps_per_example"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(inner.step_size, TENSORS["out/step_per_example"], rtol=0, atol=1e-12)
+    with starting_at(normal=normal_noise(HYPER["rows"])):
+        batch = dafa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=1, states=states)
+    torch.testing.assert_close(batch.x[: len(y)], TENSORS["out/trades/x_adv"], rtol=0, atol=1e-9)
+    logits = assert_loss_and_gradients(dafa, net, batch, epoch=1, states=states, tensors=TENSORS, prefix="out/trades/")
+    memory = dafa.rule.observe(logits[: len(y)], y, epoch=0)[:, :-1]
+    expected = torch.zeros(10, 10, dtype=torch.float64).index_add_(0, y, TENSORS["out/trades/memory_probs"])
+    torch.testing.assert_close(memory, expected, rtol=0, atol=1e-9)
+
+
+def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_alone():
+    weight = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
+    dafa, states, net = DAFA(base_loss="pgd_at", dafa_start_epoch=1), state_with(weight), golden_net()
+    x, y = golden_batch(HYPER["rows"])
+    epsilon, step = HYPER["epsilon"], HYPER["step_size"]
+    eps_c, step_c = (weight[y] * value for value in (epsilon, step))
+    theirs = x + 0.001 * normal_noise(HYPER["rows"])
+    for _ in range(HYPER["num_steps"]):
+        sign = input_gradient(net, theirs, y).sign()
+        for size, radius in ((step_c.view(-1, 1, 1, 1), eps_c.view(-1, 1, 1, 1)), (step, epsilon)):
+            theirs = (theirs + size * sign).clamp(x - radius, x + radius).clamp(0, 1)
+    assert len(theirs) == len(y)
+    batch = dafa.outer_batch(
+        net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
+    )
+    ours_of_theirs = type(batch)(x=theirs, y=y, weight=batch.weight)
+    loss, _ = update_loss(dafa, net, ours_of_theirs, epoch=1, states=states)
+    torch.testing.assert_close(loss, TENSORS["out/pgd/loss"], rtol=0, atol=1e-9)
+    # Ours stays in the class's own ball, theirs in the common one.
+    largest = (batch.x - x).abs().flatten(1).amax(1)
+    assert (largest <= eps_c + 1e-12).all()
+    assert (largest > epsilon + 1e-6).any()
+    assert ((theirs - x).abs() <= epsilon + 1e-12).all()
+
+
+def test_plain_until_it_starts():
+    for base_loss in ("pgd_at", "trades"):
+        dafa = DAFA(base_loss=base_loss, dafa_start_epoch=5)
+        states = initial_states(dafa)
+        assert dafa.warmup_epochs == 5
+        assert dafa.rule.class_attack(states["dafa"], attack_of(HYPER), epoch=4) is None
+        assert dafa.rule.class_weight(states["dafa"], dafa.loss, epoch=4) is None
+        shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
+        assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 100])
+def test_weights_sum_to_the_number_of_classes_and_a_missing_class_keeps_one(num_classes):
+    torch.manual_seed(0)
+    logits, labels = 3 * torch.randn(400, num_classes), torch.randint(1, num_classes, (400,))
+    weights = weights_from(logits.softmax(1), labels, 1.0, num_classes)
+    assert torch.isfinite(weights).all()
+    assert float(weights[0]) == 1
+    assert float(weights.sum()) == pytest.approx(num_classes)
+
+
+def test_nothing_observed_changes_nothing():
+    dafa = DAFA(dafa_start_epoch=1)
+    state = dafa.rule.initial_state(torch.ones(10, dtype=torch.float64))
+    dafa.rule.before_epoch(state, epoch=1)
+    assert state["weight"].tolist() == [1.0] * 10
+
+
+def test_weights_by_pairs():
+    similarity = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.05, 0.05, 0.9]], dtype=torch.float64)
+    expected = [1.0, 1.0, 1.0]
+    for weak, strong in ((0, 1), (0, 2), (1, 2)):
+        passed = float(similarity[weak, strong] * similarity[strong, strong])
+        expected[weak] += 1.5 * passed
+        expected[strong] -= 1.5 * passed
+    assert dafa_weights(similarity, 1.5).tolist() == pytest.approx(expected)
+
+
+def test_ham_borrows_weights_and_radii():
+    weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
+    ham = HAM(
+        mining_start_epoch=0,
+        mining_step=2,
+        class_weighting="dafa",
+        class_margin="dafa",
+        class_rule_args={"dafa_start_epoch": 1},
+    )
+    ham.check(num_steps=10)
+    assert [part.name for part in ham.parts] == ["ham", "dafa"]
+    states = initial_states(ham)
+    states["dafa"]["weight"] = weight
+    x, y = golden_batch(64)
+    net = golden_net()
+    batch = ham.outer_batch(
+        net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
+    )
+    assert 0 < len(batch.y) < 64
+    rows = batch.hard.nonzero().squeeze(1)
+    assert ((batch.x - x[rows]).abs().flatten(1).amax(1) <= weight[y[rows]] * HYPER["epsilon"] + 1e-12).all()
+    logits = net(batch.x)
+    weights, divisor = ham.weigh(batch, epoch=1, states=states)
+    loss = (weights * ham.losses(logits, batch)).sum() / divisor
+    expected = (F.cross_entropy(logits, batch.y, reduction="none") * weight[batch.y]).mean()
+    torch.testing.assert_close(loss.squeeze(), expected, rtol=0, atol=1e-12)
+
+
+def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
+    weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
+    combined = PGDAT(class_weighting="dafa", class_margin="dafa", class_rule_args={"dafa_start_epoch": 1})
+    own = DAFA(base_loss="pgd_at", dafa_start_epoch=1)
+    x, y = golden_batch(16)
+    net, found = golden_net(), []
+    for objective in (combined, own):
+        states = initial_states(objective)
+        states["dafa"]["weight"] = weight
+        batch = objective.outer_batch(
+            net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
+        )
+        found.append((batch.x, *objective.weigh(batch, epoch=1, states=states)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

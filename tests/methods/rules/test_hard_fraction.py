@@ -1,0 +1,175 @@
+"""Class weights from the hard fraction: the formula, what is counted, when it begins, lending, the report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.config import parse_train_config
+from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES
+from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
+from ham_hf.reporting.method_text import combined_with, method_rows
+from ham_hf.settings import setting_problems
+from tests.support.golden_data import golden_net
+from tests.support.method_checks import golden_batch, initial_states
+from tests.support.training import trainer
+from tests.support.updates import updated
+
+DEFAULTS = {"strength": 1.0, "low": 0.7, "high": 1.4}
+
+
+def by_hand(wrong, seen, strength, low, high):
+    fractions = [a / b for a, b in zip(wrong, seen, strict=True) if b]
+    mean = sum(fractions) / len(fractions) if fractions else 0.0
+    raw = [
+        min(max(1 + 2 * strength * (a / b - mean), low), high) if b else None for a, b in zip(wrong, seen, strict=True)
+    ]
+    present = [value for value in raw if value is not None]
+    return [1.0 if value is None else value * len(present) / sum(present) for value in raw]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=1),
+    strength=st.floats(0.1, 5),
+    low=st.floats(0, 0.99),
+    high=st.floats(1.01, 5),
+)
+def test_weights_by_hand(counts, strength, low, high):
+    wrong, seen = (torch.tensor(part, dtype=torch.float64) for part in zip(*counts, strict=True))
+    found = hard_fraction_weights(wrong, seen, strength=strength, low=low, high=high)
+    assert found.tolist() == pytest.approx(by_hand(wrong.tolist(), seen.tolist(), strength, low, high), abs=1e-12)
+    if (seen > 0).any():
+        assert float(found[seen > 0].mean()) == pytest.approx(1)
+    assert (found[seen == 0] == 1).all()
+
+
+def test_defaults_are_those_that_were_measured():
+    method = HardFraction()
+    state = method.rule.initial_state(torch.ones(4, dtype=torch.float64))
+    assert method.rule.class_weight(state, method.loss, epoch=0) is None
+    wrong, seen = torch.tensor([9.0, 5.0, 1.0, 5.0]).double(), torch.full((4,), 10.0, dtype=torch.float64)
+    method.rule.after_update(state, torch.stack([wrong, seen], 1))
+    method.rule.before_epoch(state, epoch=1)
+    expected = torch.tensor([1.4, 1.0, 0.7, 1.0], dtype=torch.float64) * 4 / 4.1
+    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=1)[0], expected)
+    # The counts are those of one epoch: without any, all classes weigh the same again.
+    method.rule.before_epoch(state, epoch=2)
+    assert method.rule.class_weight(state, method.loss, epoch=2).tolist() == [[1.0] * 4]
+
+
+def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
+    method = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
+    state = method.rule.initial_state(torch.ones(2, dtype=torch.float64))
+    logits, y = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1])
+    for epoch in range(4):
+        method.rule.before_epoch(state, epoch=epoch)
+        weight = method.rule.class_weight(state, method.loss, epoch=epoch)
+        assert (weight is not None) == (epoch == 3)
+        method.rule.after_update(state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch))
+    torch.testing.assert_close(weight, torch.tensor([[1.4 / 2.1 / 2 * 2, 1.4 / 2.1 * 2], [1.0, 1.0]]).double())
+    assert (method.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PGDAT(class_weighting="hard_fraction"),
+        TRADES(class_weighting="hard_fraction"),
+        MART(class_weighting="hard_fraction"),
+        FAT(class_weighting="hard_fraction"),
+        HAM(class_weighting="hard_fraction"),
+        HAM(class_weighting="hard_fraction", base_loss="trades", easy_weight=0.5),
+        HardFraction(),
+    ],
+    ids=lambda objective: f"{objective.name}-{objective.loss.name}",
+)
+def test_every_method_can_use_it(objective, tmp_path):
+    objective.check(num_steps=10)
+    objective.check_rules()
+    if isinstance(objective, HAM):
+        objective = replace(objective, mining_step=1, mining_start_epoch=1)
+    run = trainer(tmp_path / "run", objective, ema_decay=None, save_steps=None, num_train_epochs=2)
+    history = run.fit().history
+    if not isinstance(objective, HAM):
+        assert history[0]["class_weight"] is None
+    weight = run.method_state.states["hard_fraction"]["weight"]
+    assert float(weight.mean()) == pytest.approx(1)
+    assert float(weight.amax() - weight.amin()) > 0.01
+    if objective.loss.name != "mart" and not isinstance(objective, HAM):
+        # The log compares shares of the loss: it is the weight, relative to that of the average example.
+        logged = torch.tensor(history[1]["class_weight"], dtype=torch.float64)
+        torch.testing.assert_close(logged / logged.mean(), weight, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("mines", [False, True])
+def test_what_is_counted(mines, monkeypatch):
+    """Where the method mines, the whole batch at the mining step; else the rows of the training forward."""
+    seen, observe = [], HardFractionRule.observe
+
+    def recorded(self, logits, y, *, epoch):
+        seen.append((logits, y))
+        return observe(self, logits, y, epoch=epoch)
+
+    monkeypatch.setattr(HardFractionRule, "observe", recorded)
+    rule = {"class_weighting": "hard_fraction"}
+    objective = HAM(mining_start_epoch=0, mining_step=2, **rule) if mines else PGDAT(**rule)
+    x, y = golden_batch(20)
+    updated(objective, golden_net(), [(x, y)])
+    logits, labels = seen[0]
+    assert torch.equal(labels, y)
+    assert logits.shape == (20, 10)
+    sums = observe(HardFractionRule(), logits, labels, epoch=0)
+    for c in range(10):
+        rows = [i for i in range(20) if int(y[i]) == c]
+        assert sums[c].tolist() == [sum(int(logits[i].argmax()) != c for i in rows), len(rows)]
+
+
+def test_only_the_first_term_is_weighed_and_the_divisor_is_not():
+    trades = TRADES(class_weighting="hard_fraction", beta=2.0)
+    states = initial_states(trades)
+    states["hard_fraction"]["weight"] = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
+    x, y = golden_batch(8)
+    attack = Attack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01)
+    batch = trades.outer_batch(
+        golden_net(), x, y, attack=attack, epoch=1, states=states, generator=torch.Generator().manual_seed(0)
+    )
+    weight, divisor = trades.weigh(batch, epoch=1, states=states)
+    torch.testing.assert_close(weight[0], states["hard_fraction"]["weight"][y])
+    assert weight[1].tolist() == [2.0] * 8
+    assert divisor.tolist() == [8.0, 8.0]
+
+
+def test_options_are_lent_and_shown(capsys):
+    words = [
+        "--method",
+        "pgd_at",
+        "--class_weighting",
+        "hard_fraction",
+        "--class_rule_args",
+        "hard_fraction_strength=2",
+    ]
+    method = parse_train_config(words).method
+    assert method.weights == HardFractionRule(hard_fraction_strength=2)
+    config = {"method": "pgd_at", "class_weighting": "hard_fraction"}
+    assert combined_with(config) == "the class weights of hard_fraction"
+    assert ("Class weights", f"hard_fraction: {HardFraction.summary}") in method_rows(config, averaged=False)
+    (problem,) = setting_problems(HardFraction(hard_fraction_high=1.0))
+    assert "--hard_fraction_high 1.0: expected a number > 1" in problem
+    with pytest.raises(SystemExit):
+        parse_train_config([*words[:-1], "hard_fraction_power=2"])
+    assert "--class_rule_args hard_fraction_power: expected " in capsys.readouterr().err
+
+
+def test_a_stream_that_does_not_know_its_classes_changes_nothing():
+    """A stream gives NaN for how many images a class has; the rule counts what it sees."""
+    method = HardFraction()
+    state = method.rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
+    method.rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double())
+    method.rule.before_epoch(state, epoch=1)
+    assert method.rule.class_weight(state, method.loss, epoch=1).tolist() == [pytest.approx([1.4 / 1.05, 0.7 / 1.05])]

@@ -1,0 +1,163 @@
+"""FAT: stopping points, loss and gradients against the authors' numbers, and one row at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
+from ham_hf.methods.fat import FAT
+from ham_hf.settings import setting_problems
+from tests.support.golden_data import GOLDEN, golden_net
+from tests.support.method_checks import (
+    assert_loss_and_gradients,
+    attack_of,
+    golden_batch,
+    golden_tensors,
+    initial_states,
+    starting_at,
+)
+
+TENSORS, HYPER = golden_tensors("fat")
+# Long steps, so that some rows become right again after they were wrong.
+LONG = Attack(threat_model=ThreatModel("linf", 0.04), num_steps=8, step_size=0.1)
+
+
+def golden_batch_32():
+    batch = load_file(GOLDEN / "batch.safetensors")
+    return batch["x32_u8"].double() / 255, batch["y32"].long(), batch["noise_uniform32"].double()
+
+
+class StepCounter:
+    """Counts the rows that attack steps move."""
+
+    def __init__(self):
+        self.rows = []
+        step = ThreatModel.step
+
+        def counted(threat_model, x_adv, gradient, step_size):
+            self.rows.append(len(x_adv))
+            return step(threat_model, x_adv, gradient, step_size)
+
+        self.patch = mock.patch.object(ThreatModel, "step", counted)
+
+
+@pytest.mark.parametrize("tau", HYPER["taus"])
+def test_stopping_points_loss_and_gradients_are_the_authors(tau):
+    x, y, noise = golden_batch_32()
+    fat = FAT(fat_tau_epochs=tuple(range(tau)), fat_omega=0.0)
+    net, states, steps = golden_net(), initial_states(fat), StepCounter()
+    with starting_at(uniform=noise), steps.patch:
+        batch = fat.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=2, states=states)
+    order = TENSORS[f"out/tau{tau}/order"]
+    torch.testing.assert_close(batch.x[order], TENSORS[f"out/tau{tau}/x_adv"], rtol=0, atol=1e-9)
+    assert torch.equal(batch.y[order], TENSORS[f"out/tau{tau}/y"])
+    assert torch.equal(batch.y, y)
+    assert sum(steps.rows) == int(TENSORS[f"out/tau{tau}/count"])
+    prefix = f"out/tau{tau}/"
+    assert_loss_and_gradients(fat, net, batch, epoch=2, states=states, tensors=TENSORS, prefix=prefix)
+
+
+def alone(net, x, y, *, start, attack, tau, noises):
+    """The attack on one row, in words: classify; stop if wrong and nothing is left of tau; else go on."""
+    x_adv, budget, seen = start, tau, []
+    epsilon, size = attack.threat_model.epsilon, attack.step_size
+    for noise in noises:
+        with evaluation_mode(net):
+            wrong = bool(net(x_adv[None]).argmax(1) != y)
+        seen.append(wrong)
+        if wrong and budget == 0:
+            break
+        budget -= wrong
+        gradient = input_gradient(net, x_adv[None], y[None])[0]
+        x_adv = (x_adv + size * gradient.sign() + noise).clamp(x - epsilon, x + epsilon).clamp(0, 1)
+    recrossed = any(before and not after for before, after in pairwise(seen))
+    return x_adv, recrossed
+
+
+@pytest.mark.parametrize("margin", ["none", "cfa"])
+@pytest.mark.parametrize("tau", [0, 1, 2])
+def test_every_row_is_attacked_as_if_it_were_alone(tau, margin):
+    x, y = golden_batch(64)
+    fat = FAT(fat_tau_epochs=(0,) * tau, fat_omega=0.01, class_margin=margin)
+    net, states = golden_net(), initial_states(fat)
+    radius = torch.full((10,), 0.04, dtype=torch.float64)
+    if margin == "cfa":
+        states["cfa"]["robust_accuracy"] = torch.linspace(0, 1, 10, dtype=torch.float64)
+        radius = radius * (0.5 + states["cfa"]["robust_accuracy"])
+    batch = fat.outer_batch(
+        net, x, y, attack=LONG, epoch=10, states=states, generator=torch.Generator().manual_seed(5)
+    )
+    generator = torch.Generator().manual_seed(5)
+    start = ThreatModel("linf", radius[y]).random_start(x, generator)
+    noises = [0.01 * torch.empty_like(x).normal_(generator=generator) for _ in range(LONG.num_steps)]
+    recrossed = 0
+    for i in range(len(y)):
+        attack = Attack(threat_model=ThreatModel("linf", float(radius[y[i]])), num_steps=8, step_size=0.1)
+        expected, again = alone(
+            net, x[i], y[i], start=start[i], attack=attack, tau=tau, noises=[noise[i] for noise in noises]
+        )
+        torch.testing.assert_close(batch.x[i], expected, rtol=0, atol=1e-12)
+        recrossed += again
+    assert (recrossed > 0) == (tau > 0)
+
+
+def test_tau_grows_at_the_given_epochs():
+    assert [FAT().tau(epoch) for epoch in (0, 49, 50, 89, 90, 119)] == [0, 0, 1, 1, 2, 2]
+    assert FAT(fat_tau_epochs=()).tau(1000) == 0
+    assert FAT(fat_tau_epochs=(0, 0, 7)).tau(0) == 2
+
+
+def test_the_model_is_left_as_it_was_and_rows_that_are_wrong_at_once_cost_one_look():
+    x, _ = golden_batch(16)
+    net = golden_net()
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with evaluation_mode(net), torch.no_grad():
+        wrong = (net(x).argmax(1) + 1) % 10
+    fat, steps = FAT(), StepCounter()
+    with starting_at(uniform=0.0), steps.patch:
+        batch = fat.outer_batch(net, x, wrong, attack=LONG, epoch=0, states=initial_states(fat))
+    assert torch.equal(batch.x, x)
+    assert sum(steps.rows) == 0
+    assert len(steps.rows) == 1
+    assert net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_borrowed_class_rules_with_100_classes_most_of_them_absent(rows):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
+    x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
+    fat = FAT(class_margin="cfa", class_weighting="dafa")
+    fat.check(num_steps=10)
+    states = initial_states(fat, 100)
+    for part in fat.parts:
+        part.before_epoch(states[part.name], epoch=70)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    batch = fat.outer_batch(net, x, y, attack=attack, epoch=70, states=states)
+    weight, divisor = fat.weigh(batch, epoch=70, states=states)
+    assert batch.x.shape == x.shape
+    assert torch.isfinite(batch.x).all()
+    assert weight.tolist() == [[1.0] * rows]
+    assert divisor.tolist() == [rows]
+
+
+def test_options_out_of_range_are_refused():
+    for epochs in ((-1,), (90, 50)):
+        with pytest.raises(ValueError, match=f"--fat_tau_epochs {epochs[0]}.*: expected epochs of at least 0"):
+            FAT(fat_tau_epochs=epochs).check(num_steps=10)
+    with pytest.raises(ValueError, match="class_margin trades"):
+        FAT(class_margin="trades").check(num_steps=10)
+    (problem,) = setting_problems(FAT(fat_omega=-0.1))
+    assert problem == "--fat_omega -0.1: expected a number >= 0"
+    (problem,) = setting_problems(FAT(fat_tau_epochs=(0.5,)))
+    assert "expected a list of EPOCH" in problem
+    assert setting_problems(FAT()) == []

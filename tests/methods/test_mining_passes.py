@@ -1,0 +1,107 @@
+"""How the passes of mining are arranged: packed or not, and whichever pass classifies, the update is the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.config import ConfigError, parse_train_config
+from ham_hf.methods import HAM
+from tests.support.golden_data import golden_case, golden_net
+from tests.support.method_checks import golden_batch
+from tests.support.nets import group_norm_net
+from tests.support.updates import updated
+
+
+def three_batches():
+    x, y = golden_batch(30)
+    return [(x[part], y[part]) for part in torch.arange(30).split(10)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hard_weighting": "margin"},
+        {"base_loss": "trades"},
+        {"base_loss": "mart"},
+        {"class_margin": "cfa"},
+        {"class_weighting": "dafa"},
+    ],
+    ids=str,
+)
+def test_a_packed_update_is_the_update(options, monkeypatch):
+    """The net has no batch statistics; a fixed start, as packing attacks the rows in other company."""
+    net = golden_net()
+    net.eval()
+    monkeypatch.setattr(type(net), "train", lambda self, mode=True: self)
+    batches = three_batches()
+    plain, packed = (
+        updated(HAM(mining_start_epoch=0, mining_step=2, pack_hard_examples=pack, **options), net, batches)
+        for pack in (False, True)
+    )
+    assert plain[1].hard == packed[1].hard
+    assert packed[1].loss == pytest.approx(plain[1].loss, abs=1e-10)
+    for name, value in plain[0].items():
+        torch.testing.assert_close(packed[0][name], value, rtol=0, atol=1e-9)
+
+
+def test_packing_fills_the_passes():
+    net, batches = golden_net(), three_batches()
+    _, totals, rows = updated(HAM(mining_start_epoch=0, mining_step=2, pack_hard_examples=True), net, batches)
+    hard = int(totals.hard)
+    full, rest = divmod(hard, 10)
+    assert rest > 0
+    assert 1 <= full < 3
+    packed = [10] * full + [rest]
+    # Per batch two steps and a classification; per packed batch three steps; then the training passes.
+    assert rows == [10] * 9 + [size for size in packed for _ in range(3)] + packed
+
+
+def test_packing_with_nothing_hard_skips_the_update():
+    case = golden_case("ham_alleasy")
+    net = golden_net()
+    hyper = case.parameters
+    attack = Attack(threat_model=ThreatModel("linf", 1e-6), num_steps=3, step_size=hyper["step_size"])
+    objective = HAM(mining_start_epoch=0, mining_step=1, pack_hard_examples=True)
+    batches = [(case.x[:5], case.y[:5]), (case.x[5:], case.y[5:])]
+    after, totals, _ = updated(objective, net, batches, attack=attack)
+    assert totals.updates == totals.hard == 0
+    assert all(torch.equal(after[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("hard_fraction", [0.4, 0.6])
+def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_hard(hard_fraction):
+    net, rows = group_norm_net(), []
+    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    x = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = net(x).argmax(1).detach()
+    y = torch.where(torch.arange(10) < 10 * hard_fraction, (right + 1) % 4, right)
+    attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=4, step_size=0.1)
+    objective = HAM(mining_start_epoch=0, mining_step=1)
+    counts = torch.full((4,), 10.0, dtype=torch.float64)
+    states = {"ham": objective.initial_state(counts)}
+    hard = round(10 * hard_fraction)
+    separate, in_step = [10, 10, *[hard] * 3], [10, 10, *[hard] * 2]
+    for epoch, expected in enumerate([separate, in_step if hard_fraction > 0.5 else separate]):
+        objective.before_epoch(states["ham"], epoch=epoch)
+        rows.clear()
+        batch = objective.outer_batch(net, x, y, attack=attack, epoch=epoch, states=states)
+        assert rows == expected
+        objective.after_update(states["ham"], objective.observe(batch.early_logits, y, epoch=epoch))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--pack_hard_examples packs the batches of an update, and there is one"),
+        (["--easy_weight", "1", "--easy_fraction", "0.3"], "--pack_hard_examples does not know --easy_fraction 0.3"),
+        (["--hard_weighting", "probability_move"], "--pack_hard_examples does not know --hard_weighting"),
+    ],
+)
+def test_packing_without_meaning_is_refused(flags, message, capsys):
+    accumulation = ["--gradient_accumulation_steps", "2"] if flags else []
+    with pytest.raises((SystemExit, ConfigError)):
+        parse_train_config(["--method", "ham", "--pack_hard_examples", *accumulation, *flags])
+    assert message in capsys.readouterr().err

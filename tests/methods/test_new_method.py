@@ -1,0 +1,100 @@
+"""A new class rule takes one class and no change elsewhere: CLI, training, state, resuming, report, lending."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
+from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
+from ham_hf.settings import setting
+from tests.support.training import ATTACK, trainer
+
+
+@pytest.fixture
+def made_up():
+    """Weighs a class, and widens its radius, by how often it has been seen misclassified."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class UnderdogRule(RadiusRule, WeightRule):
+        name: ClassVar[str] = "underdog"
+        summary: ClassVar[str] = "made up for a test (Nobody, 2026)"
+
+        underdog_gain: float = setting(1.0, "how much failures count", above=0)
+
+        def initial_state(self, class_counts):
+            return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
+
+        def observed_shape(self, num_classes, *, epoch):
+            return (num_classes,)
+
+        def observe(self, logits, y, *, epoch):
+            return class_sums(logits.argmax(1) != y, y, logits.shape[1])
+
+        def after_update(self, state, sums):
+            state["wrong"] += sums
+
+        def before_epoch(self, state, *, epoch):
+            state["share"] = state["wrong"] / state["wrong"].sum().clamp(min=1)
+
+        def class_attack(self, state, attack, *, epoch):
+            factor = 1 + self.underdog_gain * state["share"]
+            return factor * attack.threat_model.epsilon, torch.ones_like(factor) * attack.step_size
+
+        def class_weight(self, state, loss, *, epoch):
+            return (1 + self.underdog_gain * state["share"]).expand(loss.num_terms, -1)
+
+    underdog = method_of(UnderdogRule)
+    yield underdog
+    UnderdogRule.name = underdog.name = ""
+    del UnderdogRule, underdog
+    gc.collect()
+
+
+def test_its_options_are_flags_and_yaml(made_up, tmp_path, capsys):
+    assert available()["underdog"] is made_up
+    config = parse_train_config(["--method", "underdog", "--underdog_gain", "1/2"])
+    assert config.method == made_up(underdog_gain=0.5)
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    assert load_train_config(tmp_path / "run.yaml") == config
+    with pytest.raises(SystemExit):
+        parse_train_config(["--method", "underdog", "--underdog_gain", "0"])
+    assert "--underdog_gain 0: expected a number > 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_train_config(["--help", "all"])
+    assert "--method underdog: made up for a test" in capsys.readouterr().out
+
+
+def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
+    def make(folder, **changes):
+        return trainer(folder, made_up(underdog_gain=2.0), ema_decay=None, save_steps=4, **changes)
+
+    whole = make(tmp_path / "whole").fit()
+    first, last = whole.history[0], whole.history[-1]
+    assert first["class_epsilon"] == pytest.approx([ATTACK.threat_model.epsilon] * 4)
+    wrong = load_file(tmp_path / "whole/checkpoint-12/method.safetensors")["underdog.wrong"]
+    expected = (1 + 2 * wrong / wrong.sum()) * ATTACK.threat_model.epsilon
+    assert last["class_epsilon"] == pytest.approx(expected.tolist())
+    assert last["class_weight"] is not None
+    make(tmp_path / "cut", max_steps=8).fit()
+    run = make(tmp_path / "cut", resume_from_checkpoint="latest")
+    run.resume()
+    run.fit()
+    for name in ("model", "method"):
+        ours, theirs = (
+            load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole")
+        )
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_other_methods_can_borrow_from_it(made_up, tmp_path):
+    options = ["--method", "ham", "--mining_start_epoch", "1", "--mining_step", "1", "--class_weighting", "underdog"]
+    ham = parse_train_config([*options, "--class_margin", "underdog", "--class_rule_args", "underdog_gain=3"]).method
+    assert ham.parts[1] == made_up(underdog_gain=3).rule
+    progress = trainer(tmp_path / "run", ham, ema_decay=None, save_steps=None).fit()
+    assert progress.history[1]["class_epsilon"] is not None

@@ -1,0 +1,184 @@
+"""Training methods: options, the rows and weights they choose, and agreement with the authors' training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import HAM, PGDAT, Method, available
+from ham_hf.mining import mine_hard_examples
+from tests.support.golden_data import golden_case, golden_net
+from tests.support.method_checks import every_method
+
+METHODS = every_method()
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
+
+
+@pytest.fixture
+def case():
+    return golden_case("ham_m3")
+
+
+def outer(objective, case, epoch=5):
+    net = golden_net()
+    generator = torch.Generator().manual_seed(3)
+    states = initial_states(objective)
+    return net, objective.outer_batch(
+        net, case.x, case.y, attack=ATTACK, epoch=epoch, states=states, generator=generator
+    )
+
+
+def initial_states(objective, num_classes=10):
+    counts = torch.full((num_classes,), 10.0, dtype=torch.float64)
+    return {part.name: part.initial_state(counts) for part in objective.parts}
+
+
+def mined_alike(net, case, **options):
+    return mine_hard_examples(
+        net,
+        case.x,
+        case.y,
+        threat_model=ATTACK.threat_model,
+        num_steps=6,
+        step_size=0.005,
+        mining_step=2,
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+
+
+def test_methods_are_found_by_name_and_a_new_one_needs_only_a_class():
+    assert available()["ham"] is HAM
+    assert available()["pgd_at"] is PGDAT
+
+    @dataclass(frozen=True, kw_only=True)
+    class MadeUp(HAM):
+        name: ClassVar[str] = "made_up"
+
+    try:
+        assert available()["made_up"] is MadeUp
+    finally:
+        MadeUp.name = "gone"
+
+
+def test_pgd_at_trains_on_every_row_alike(case):
+    _, batch = outer(PGDAT(), case)
+    assert len(batch.x) == len(case.y)
+    assert batch.weight.tolist() == [1.0] * len(case.y)
+    assert batch.hard is None
+
+
+def test_ham_is_pgd_at_before_mining_starts(case):
+    ham = HAM(mining_start_epoch=4, mining_step=2)
+    _, warm = outer(ham, case, epoch=3)
+    _, plain = outer(PGDAT(), case)
+    assert torch.equal(warm.x, plain.x)
+    assert warm.hard is None
+    assert ham.warmup_epochs == 4
+    net, mining = outer(ham, case, epoch=4)
+    assert torch.equal(mining.x, mined_alike(net, case).x_adv)
+    assert mining.weight.tolist() == [1.0] * len(mining.y)
+
+
+def test_losses_are_the_cross_entropy_of_each_row(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2), case)
+    logits = net(batch.x)
+    torch.testing.assert_close(
+        HAM().losses(logits, batch).mean(), F.cross_entropy(logits, case.y[batch.hard]), rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("easy_weight", [0.4, 1.0])
+def test_kept_easy_examples_are_the_most_confident(case, easy_weight):
+    ham = HAM(mining_start_epoch=0, mining_step=2, easy_weight=easy_weight, easy_fraction=0.3)
+    net, batch = outer(ham, case)
+    mined = mined_alike(net, case)
+    easy = [i for i in range(len(case.y)) if not mined.hard[i]]
+    confidence = mined.early.logits.softmax(1).amax(1)
+    kept = sorted(easy, key=lambda i: -confidence[i])[: round(0.3 * len(easy))]
+    assert len(kept) >= 5
+    num_hard = len(mined.y)
+    assert torch.equal(batch.x[:num_hard], mined.x_adv)
+    assert torch.equal(batch.x[num_hard:], mined.early.x_adv[kept])
+    assert batch.y[num_hard:].tolist() == case.y[kept].tolist()
+    assert batch.weight.tolist() == [1.0] * num_hard + [easy_weight] * len(kept)
+    assert torch.equal(batch.hard, mined.hard)
+
+
+def test_weight_by_margin(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="margin"), case)
+    probabilities = mined_alike(net, case).early.logits.softmax(1)[batch.hard]
+    for weight, row, label in zip(batch.weight, probabilities, batch.y, strict=True):
+        others = [float(p) for j, p in enumerate(row) if j != label]
+        assert float(weight) == pytest.approx(1 + max(others) - float(row[label]))
+        assert 1 <= weight <= 2
+
+
+def test_weight_by_probability_move(case):
+    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="probability_move"), case)
+    move = mined_alike(net, case, track_moves=True).largest_move
+    torch.testing.assert_close(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), rtol=0, atol=1e-12)
+    assert (batch.weight.argsort() == move.argsort()).all()
+
+
+def test_rows_without_weight_do_not_break_when_nothing_is_hard():
+    easy = golden_case("ham_alleasy")
+    some = {"easy_weight": 1, "easy_fraction": 0.3}
+    for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, some):
+        net = golden_net()
+        ham = HAM(mining_start_epoch=0, mining_step=0, **options)
+        batch = ham.outer_batch(
+            net,
+            easy.x,
+            easy.y,
+            attack=Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
+            epoch=0,
+            states=initial_states(ham),
+        )
+        assert not batch.hard.any()
+        assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mining_step": 10}, "--mining_step 10: expected at least 0 and below --num_steps 10"),
+        ({"mining_step": -1}, "--mining_step -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HAM(**options).check(num_steps=10)
+    HAM(mining_step=9).check(num_steps=10)
+    assert issubclass(HAM, Method)
+
+
+@pytest.mark.parametrize("label", METHODS)
+def test_what_is_observed_has_the_declared_shape_and_adds_up(label):
+    method, _ = METHODS[label]
+    logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
+    for epoch in range(3):
+        for part in method.parts:
+            shape = part.observed_shape(5, epoch=epoch)
+            if shape is not None:
+                sums = [part.observe(logits[rows], y[rows], epoch=epoch) for rows in (slice(7), slice(4), slice(4, 7))]
+                assert {tuple(one.shape) for one in sums} == {shape}
+                torch.testing.assert_close(sums[1] + sums[2], sums[0])
+                assert not part.observe(logits[:0], y[:0], epoch=epoch).any()
+
+
+def test_a_method_has_each_class_rule_once():
+    ham = HAM(class_margin="dafa", class_weighting="dafa")
+    assert ham.radii is ham.weights
+    assert [part.name for part in ham.parts] == ["ham", "dafa"]
+    assert [rule.name for rule in ham.rules] == ["dafa"]
+    assert PGDAT().rules == ()
+    cfa = available()["cfa"](cfa_lambda1=0.3)
+    assert [part.name for part in cfa.parts] == ["cfa"]
+    assert cfa.radii is cfa.weights is cfa.rule
+    assert cfa.rule.cfa_lambda1 == 0.3

@@ -1,0 +1,217 @@
+"""One command brings what earlier versions exported into today's form, in a folder and on the Hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+
+from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
+from ham_hf.models.repair import repair_folder
+from tests.conftest import ROOT
+from tests.support.exports import FAMILIES, export, preprocessing, trained
+from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import recipe_module
+
+
+def older(folder: Path, name: str = "resnet18_cifar", in_chans: int = 3) -> Path:
+    """An export as 0.1.0 wrote it: num_classes in both records of arguments, no crop mode, no ``rgb/``."""
+    export(trained(name, 32, in_chans, **FAMILIES[name]), folder, preprocessing(32, in_chans))
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["num_classes"] = 10
+    config["ham_hf"]["trained_form"]["model_args"]["num_classes"] = 10
+    del config["ham_hf"]["trained_form"]["crop_mode"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for file in folder.glob("rgb/*"):
+        file.unlink()
+    if (folder / "rgb").is_dir():
+        (folder / "rgb").rmdir()
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def logits(folder: Path, in_chans: int = 3) -> torch.Tensor:
+    x = torch.rand(2, in_chans, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return load_pixel_model(str(folder)).model(x)
+
+
+@pytest.mark.parametrize(("name", "in_chans"), [("resnet18_cifar", 3), ("preactresnet18_cifar", 3), ("test_vit", 1)])
+def test_folder_is_repaired_once(name, in_chans, tmp_path, capsys):
+    folder = older(tmp_path / "run", name, in_chans)
+    before, expected = content(folder), logits(folder, in_chans)
+    main = recipe_module("push.py").main
+    main([str(folder), "--repair"])
+    said = capsys.readouterr().out
+    assert "num_classes taken out of model_args" in said
+    assert ("rgb/: the same network" in said) == (in_chans == 1)
+    after = content(folder)
+    assert after["model.safetensors"] == before["model.safetensors"]
+    old, new = json.loads(before["config.json"]), json.loads(after["config.json"])
+    for config in (old, new):
+        for arguments in (config["model_args"], config["ham_hf"]["trained_form"]["model_args"]):
+            assert arguments.pop("num_classes", None) == (10 if config is old else None)
+    assert old == new
+    torch.testing.assert_close(logits(folder, in_chans), expected, rtol=0, atol=0)
+    main([str(folder), "--repair"])
+    assert capsys.readouterr().out == f"{folder} is in order: nothing was changed\n"
+    assert content(folder) == after
+
+
+def test_older_exports_are_read_without_repair(tmp_path):
+    """Training goes on from one, with its classes and with others."""
+    name = f"local-dir:{older(tmp_path)}"
+    settings = input_defaults(name, model_args={})
+    assert settings == preprocessing()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for num_classes in (10, 4):
+        again = create_backbone(name, pretrained=True, num_classes=num_classes, preprocessing=settings, model_args={})
+        with torch.no_grad():
+            found = PixelModel(again.eval(), settings.mean, settings.std)(x)
+        assert found.shape == (2, num_classes)
+    torch.testing.assert_close(logits(tmp_path), logits(tmp_path))
+
+
+def test_repaired_folder_loads_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
+    folder = older(tmp_path)
+    with pytest.raises(TypeError, match="num_classes"):
+        transformers.AutoModelForImageClassification.from_pretrained(folder)
+    repair_folder(folder)
+    assert transformers.AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 10
+
+
+def change(config: dict, **values: object) -> None:
+    config["model_args"] |= values
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda config: change(config, num_classes=7), "."),
+        (lambda config: config.pop("ham_hf"), "was not written by ham_hf"),
+        (lambda config: config["ham_hf"]["trained_form"]["model_args"].update(num_classes=3), "10, and 3 inside of"),
+        (lambda config: config.update(architecture="no_such_net"), "no architecture"),
+    ],
+)
+def test_what_is_not_right_is_left_alone(damage, message, tmp_path):
+    folder = older(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    damage(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    before = content(folder)
+    with pytest.raises(ValueError, match=message):
+        repair_folder(folder)
+    assert content(folder) == before
+
+
+WRITER, READER = "hf_writer0123456789", "hf_reader0123456789"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that this process talks to as "me"."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    with Hub({WRITER: "me", READER: "me"}, read_only={READER}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
+
+
+def publish(folder: Path, name: str) -> None:
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=folder)
+
+
+def push(*arguments: str) -> None:
+    recipe_module("push.py").main(arguments)
+
+
+def test_repository_is_repaired_with_one_commit(hub, tmp_path, capsys):
+    publish(older(tmp_path / "run", "test_vit", 1), "me/gray")
+    repo = hub.model("me/gray")
+    before, commits = repo.tree(), len(repo.commits)
+    push("me/gray", "--repair")
+    assert "num_classes taken out of model_args" in capsys.readouterr().out
+    assert len(repo.commits) == commits + 1
+    after = repo.tree()
+    changed = {name for name in after if name not in before or after[name].data != before[name].data}
+    assert changed == {"config.json", "rgb/config.json", "rgb/model.safetensors"}
+    assert "num_classes" not in json.loads(after["config.json"].data)["model_args"]
+    push("me/gray", "--repair")
+    assert capsys.readouterr().out == "me/gray is in order: nothing was changed\n"
+    assert len(repo.commits) == commits + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["me/nothing", "--repair"], "could not get config.json of me/nothing"),
+        (["nothing", "--repair"], "neither a folder, nor owner/name"),
+        (["me/a", "--repair", "--hub_model_id", "me/b"], "there is no folder me/a"),
+        (["nothing"], "--hub_model_id is missing"),
+    ],
+)
+def test_slips(hub, arguments, fragment, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        push(*arguments)
+    assert fragment in capsys.readouterr().err
+
+
+def test_repository_that_this_user_may_not_change(hub, tmp_path, monkeypatch, capsys):
+    publish(older(tmp_path), "me/mine")
+    before = hub.model("me/mine").tree()
+    monkeypatch.setenv("HF_TOKEN", READER)
+    with pytest.raises(SystemExit, match="2"):
+        push("me/mine", "--repair")
+    assert "may not write there" in capsys.readouterr().err
+    assert hub.model("me/mine").tree() == before
+
+
+def test_push_that_fails_leaves_the_repository(hub, tmp_path, capsys):
+    publish(older(tmp_path), "me/mine")
+    before = hub.model("me/mine").tree()
+    hub.fail("POST .*/commit/", status=500, times=99)
+    with pytest.raises(SystemExit, match="2"):
+        push("me/mine", "--repair")
+    said = capsys.readouterr()
+    assert "me/mine is as it was" in said.err
+    assert "num_classes taken out" not in said.out
+    assert hub.model("me/mine").tree() == before
+
+
+LOAD_FROM_HUB = """
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+print(AutoModelForImageClassification.from_pretrained("me/both").config.num_labels)
+network = AutoModelForImageClassification.from_pretrained("me/both", subfolder="rgb")
+processor = AutoImageProcessor.from_pretrained("me/both", subfolder="rgb")
+classify = pipeline("image-classification", model=network, image_processor=processor)
+print(classify(Image.new("RGB", (40, 50)))[0]["label"])
+"""
+
+
+def test_transformers_loads_both_forms_from_the_hub(hub, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
+    export(trained("test_vit", 32, 1, patch_size=8), tmp_path / "run", preprocessing(32, 1))
+    publish(tmp_path / "run", "me/both")
+    environment = hub_environment(hub, tmp_path / "home", token=WRITER) | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOAD_FROM_HUB]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    number, name = done.stdout.splitlines()
+    assert number == "10"
+    assert name.startswith("class ")

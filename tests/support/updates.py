@@ -1,0 +1,26 @@
+"""One update of a method, with the rows of every forward pass."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from accelerate import Accelerator
+
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.training.train_step import TrainStep
+from tests.support.nets import pixel_batch
+
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.03), num_steps=5, step_size=0.01)
+
+
+def updated(objective, net, batches, *, epoch=0, attack=ATTACK, **options):
+    """Weights after one update, its totals, and the rows of every forward."""
+    net, rows = copy.deepcopy(net), []
+    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    step = TrainStep(
+        net, optimizer, objective, attack, Accelerator(cpu=True), class_counts=torch.full((10,), 5), seed=3, **options
+    )
+    totals = step([pixel_batch(x, y) for x, y in batches], epoch=epoch, step=0)
+    return net.state_dict(), totals, rows
