@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
 from ham_hf.hub_ids import is_hub_id, split_revision
+from ham_hf.reporting.breakdown_tables import corrupted_class_rows, corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, LOGIT_ADJUSTMENT_PAPER, exchange_sentence, frontier_rows
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.method_text import (
@@ -279,6 +280,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
         "repo_id": repo_id,
+        "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
         "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),
@@ -296,6 +298,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "example_image": _is_there(folder, IMAGES[1]),
         "images_begin": Markdown(_IMAGES_BEGIN),
         "images_end": Markdown(_IMAGES_END),
+        "group_rows": group_rows(report.groups) if report.groups else [],
+        "each_group_rows": each_group_rows(report.groups) if report.groups else [],
+        "corruption_rows": corruption_rows(report),
+        "corrupted_class_rows": corrupted_class_rows(report),
         "seeds": _seeds(report),
         "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),
         "missing_classes": ", ".join(plain_text(report.dataset.class_names[index], 30) for index in missing),
