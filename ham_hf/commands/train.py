@@ -37,7 +37,7 @@ from ham_hf.faults import (
     explain_out_of_memory,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder
+from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder, space_url
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.recipe_files import find_recipe
@@ -205,7 +205,9 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     accelerator = start_accelerator(config, lock)
     repo_id = None
     if hub.push_to_hub and accelerator.is_main_process:
-        repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
+        repo_id = check_write_access(
+            hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision, space=hub.hub_space
+        )
     with accelerator.main_process_first():
         data = load_data(config.data, image_size=config.model.image_size, inputs=inputs, seed=seed)
     model, preprocessing = new_model(config.model, data, seed=seed)
@@ -417,5 +419,6 @@ def push(run: Run) -> None:
             revision=hub.hub_revision,
             commit_message="Robust model",
             publish_images=hub.publish_images,
+            space=hub.hub_space,
         )
-    show(f"pushed to {url}\n")
+    show(f"pushed to {url}\n" + (f"its page is at {space_url(str(run.repo_id))}\n" if hub.hub_space else ""))
