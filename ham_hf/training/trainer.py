@@ -21,6 +21,7 @@ from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStr
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
+from ham_hf.precision import attack_passes
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -435,7 +436,7 @@ class Trainer:
         with gathered(self.accelerator, self.module):
             return held_out_sums(
                 rule,
-                self.module,
+                self._as_attacked(self.module),
                 self._held_out_images(f"--method {rule.name}"),
                 objective=self.objective,
                 attack=self.attack,
@@ -450,7 +451,7 @@ class Trainer:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
             return held_out_accuracy(
-                module,
+                self._as_attacked(module),
                 self._held_out_images("validation"),
                 attack=self.attack,
                 num_steps=self.config.validation_num_steps,
@@ -460,6 +461,11 @@ class Trainer:
                 seed=self.config.seed,
                 with_verdict=self.config.selection_metric == "verdict",
             )
+
+    def _as_attacked(self, module: nn.Module) -> nn.Module:
+        """The module as validation attacks it; an average of weights computes in float32."""
+        scaled = module is self.module and self.accelerator.mixed_precision == "fp16"
+        return attack_passes(module, "fp16") if scaled else module
 
     def _held_out_images(self, what_for: str) -> Images:
         if self.data.validation is None:
