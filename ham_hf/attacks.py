@@ -17,11 +17,13 @@ import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ham_hf.settings import SettingsGroup, setting
 
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits (N, num_classes) and labels (N,) to one loss per example (N,), which the attack increases."""
@@ -67,11 +69,9 @@ class ThreatModel:
                 f"{self.epsilon:g}/255?"
             )
 
-    def rows(self, keep: Tensor) -> ThreatModel:
+    def rows(self, keep: Tensor | slice) -> ThreatModel:
         """The threat model of the rows selected by a mask or index, for a per-example epsilon."""
-        if isinstance(self.epsilon, Tensor) and self.epsilon.ndim:
-            return replace(self, epsilon=self.epsilon[keep])
-        return self
+        return replace(self, epsilon=rows_of(self.epsilon, keep))
 
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images drawn uniformly from the ball around ``x`` (N, C, H, W), clipped to [0, 1].
@@ -112,6 +112,96 @@ class ThreatModel:
         delta = x_adv - x
         shrink = (epsilon / l2_norm(delta)).clamp(max=1)
         return delta.mul_(shrink).add_(x).clamp_(0, 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attack:
+    """Projected gradient descent in a ball: what `pgd` is told of an attack.
+
+    Attributes:
+        threat_model: norm and radius.
+        num_steps: K.
+        step_size: length of a step in pixel units; a number or one per example (N,).
+    """
+
+    threat_model: ThreatModel
+    num_steps: int
+    step_size: float | Tensor
+
+    def of_classes(self, radius: Tensor, step_size: Tensor, y: Tensor) -> Attack:
+        """The attack with the radius and the step (num_classes,) of the class of each example, labels ``y`` (N,)."""
+        return replace(self, threat_model=replace(self.threat_model, epsilon=radius[y]), step_size=step_size[y])
+
+    def rows(self, rows: Tensor | slice) -> Attack:
+        """The attack on the examples at the given positions, where radius or step are per example."""
+        return replace(self, threat_model=self.threat_model.rows(rows), step_size=rows_of(self.step_size, rows))
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        start: Tensor | None = None,
+        loss_fn: LossFn | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`pgd` on the pixels ``x`` (N, C, H, W) with labels ``y`` (N,); without a loss, on cross-entropy."""
+        return pgd(
+            model,
+            x,
+            y,
+            threat_model=self.threat_model,
+            num_steps=self.num_steps,
+            step_size=self.step_size,
+            start=start,
+            loss_fn=loss_fn or cross_entropy,
+            generator=generator,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(SettingsGroup):
+    """The threat model, which evaluation shares, and the PGD attack of training."""
+
+    norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
+    epsilon: float = setting(8 / 255, "radius of the perturbation in pixel units", above=0)
+    step_size: float = setting(2 / 255, "length of a PGD step in training, in pixel units", above=0)
+    num_steps: int = setting(10, "PGD steps in training", at_least=1)
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """Norm and radius of training and evaluation."""
+        return ThreatModel(self.norm, self.epsilon)
+
+    @property
+    def attack(self) -> Attack:
+        """The attack of training."""
+        return Attack(threat_model=self.threat_model, num_steps=self.num_steps, step_size=self.step_size)
+
+    def contradictions(self) -> Iterator[str]:
+        """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
+        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
+        if self.norm == "l2" and (self.epsilon == AttackConfig.epsilon or self.step_size == AttackConfig.step_size):
+            yield (
+                "--norm l2 needs its own --epsilon and --step_size (8/255 and 2/255 are for linf), say 0.5 and 0.1 "
+                "for 32 px"
+            )
+
+
+def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
+    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
+    for name, length in lengths.items():
+        if norm != "l2" and length is not None and length > 1:
+            yield (
+                f"--{name} {length:g}: {name} is in pixel units of [0, 1], at most 1 unless --norm is l2; "
+                f"did you mean {length:g}/255?"
+            )
+
+
+def rows_of(value: float | Tensor, rows: Tensor | slice) -> float | Tensor:
+    """The entries of some rows of a value per example (N,); a number as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
 def per_example(value: float | Tensor, x: Tensor) -> float | Tensor:

@@ -9,14 +9,14 @@ has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import (
+    Attack,
     LossFn,
     ThreatModel,
     attack_mode,
@@ -25,7 +25,6 @@ from ham_hf.attacks import (
     margin_loss,
     ordinary,
     outside_inference_mode,
-    pgd,
     predicted,
 )
 
@@ -118,36 +117,23 @@ def mine_hard_examples(
         raise ValueError(f"mining_step must lie in 0..num_steps={num_steps}, got {mining_step}")
     moves = LargestMove(loss_fn) if track_moves else None
     loss_fn = moves or loss_fn
-    attack, left = partial(pgd, model, threat_model=threat_model, step_size=step_size), num_steps - mining_step
+    early = Attack(threat_model=threat_model, num_steps=mining_step, step_size=step_size)
+    left = num_steps - mining_step
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
-        x_early = attack(x, y, num_steps=mining_step, start=start, loss_fn=loss_fn, generator=generator)
+        x_early = x_next = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
         if classify_in_step and left:
             seen = LastLogits(loss_fn)
-            x_next = attack(x, y, num_steps=1, start=x_early, loss_fn=seen)
+            x_next = replace(early, num_steps=1)(model, x, y, start=x_early, loss_fn=seen)
             logits, left = seen.logits, left - 1
         else:
             with torch.no_grad():
                 logits = model(x_early)
-            x_next = x_early
         hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        if isinstance(loss_fn, RowLoss):
-            loss_fn.keep(rows)
-        x_adv = x_next[rows]
-        if len(rows):
-            x_adv = pgd(
-                model,
-                x[rows],
-                y[rows],
-                threat_model=threat_model.rows(rows),
-                num_steps=left,
-                step_size=rows_of(step_size, rows),
-                start=x_adv,
-                loss_fn=loss_fn,
-            )
+        x_adv = _attacked_on(replace(early, num_steps=left), model, x, y, rows, x_next, loss_fn)
         return HardExamples(
             x_adv=x_adv,
             y=y[rows],
@@ -212,21 +198,9 @@ def mine_three_kinds(
         )
         wrong_at_start = predicted(seen.logits) != y
         attacked = (mined.hard & ~wrong_at_start).nonzero().squeeze(1)
-        if isinstance(loss_fn, RowLoss):
-            loss_fn.keep(attacked)
-        x_adv = mined.early.x_adv
-        if len(attacked) and num_steps > mining_step:
-            ends = pgd(
-                model,
-                x[attacked],
-                y[attacked],
-                threat_model=threat_model.rows(attacked),
-                num_steps=num_steps - mining_step,
-                step_size=rows_of(step_size, attacked),
-                start=x_adv[attacked],
-                loss_fn=loss_fn,
-            )
-            x_adv = x_adv.index_copy(0, attacked, ends)
+        rest = Attack(threat_model=threat_model, num_steps=num_steps - mining_step, step_size=step_size)
+        ends = _attacked_on(rest, model, x, y, attacked, mined.early.x_adv, loss_fn)
+        x_adv = mined.early.x_adv.index_copy(0, attacked, ends)
     hard = mined.hard | wrong_at_start
     rows = hard.nonzero().squeeze(1)
     return HardExamples(
@@ -240,9 +214,15 @@ def mine_three_kinds(
     )
 
 
-def rows_of(value: float | Tensor, rows: Tensor | slice) -> float | Tensor:
-    """The entries of some rows of a value per example (N,); a number as it is."""
-    return value[rows] if isinstance(value, Tensor) and value.ndim else value
+def _attacked_on(
+    attack: Attack, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor, start: Tensor, loss_fn: LossFn
+) -> Tensor:
+    """Where the attack leads from ``start`` (N, C, H, W), for the rows of the batch at these positions."""
+    if isinstance(loss_fn, RowLoss):
+        loss_fn.keep(rows)
+    if not len(rows):
+        return start[rows]
+    return attack.rows(rows)(model, x[rows], y[rows], start=start[rows], loss_fn=loss_fn)
 
 
 def hard_weights(mined: HardExamples, kind: str) -> Tensor:

@@ -18,6 +18,7 @@ from ham_hf.config import (
     EvaluationConfig,
     EvaluationThreatConfig,
     ModelConfig,
+    MoreEvaluationConfig,
     TrainConfig,
     pixel_unit_problems,
 )
@@ -28,10 +29,14 @@ from ham_hf.data.parts import DatasetChoice
 from ham_hf.data.provenance import Provenance, plain_name, read_provenance
 from ham_hf.evaluation import AttackResult, evaluate, predict, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
+from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.foreign import ForeignAttack
 from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
 from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.class_examples import AttackedImages, ClassExamples, choose_images, encode_examples
 from ham_hf.reporting.plots import ExampleStrip
 from ham_hf.reporting.report import plain_text
@@ -64,10 +69,10 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
     )
 
 
-def load_evaluation_data(config: DataConfig, loaded: LoadedModel) -> TestData:
+def load_evaluation_data(config: DataConfig, loaded: LoadedModel, *, group_column: str | None = None) -> TestData:
     """What a finished model is evaluated on: the named or only split, whole, unless the model was trained on it.
 
-    See `ham_hf.data.evaluation_data.evaluation_part`.
+    See `ham_hf.data.evaluation_data.evaluation_part`. ``group_column`` names a column of groups.
 
     Raises:
         ValueError: for anything that does not fit, or where every image of the split was for training.
@@ -83,6 +88,7 @@ def load_evaluation_data(config: DataConfig, loaded: LoadedModel) -> TestData:
             image_column=config.image_column,
             label_column=config.label_column,
             in_chans=inputs.in_chans,
+            group_column=group_column,
         ),
         TrainedOn(
             record=provenance_of(loaded),
@@ -144,6 +150,7 @@ def evaluate_on_test(
     accelerator: Accelerator,
     seed: int,
     output_dir: Path,
+    foreign: Sequence[ForeignAttack] = (),
     memory_format: torch.memory_format = torch.channels_last,
     show_progress: bool = True,
 ) -> dict[str, AttackResult]:
@@ -160,6 +167,7 @@ def evaluate_on_test(
         accelerator: shares the batches out.
         seed: seed of the attacks.
         output_dir: output folder of the run.
+        foreign: attacks of other libraries to run too.
         memory_format: layout of weights and images; the same numbers up to rounding.
         show_progress: show bars on the local main process.
     """
@@ -168,7 +176,7 @@ def evaluate_on_test(
     results = evaluate(
         model,
         images,
-        standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)),
+        [*standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)), *foreign],
         threat_model=threat_model,
         accelerator=accelerator,
         batch_size=config.per_device_eval_batch_size,
@@ -190,6 +198,38 @@ def evaluate_on_test(
             show_progress=show_progress,
         )
     return results
+
+
+def evaluate_corrupted(
+    model: nn.Module,
+    data: TestData,
+    config: MoreEvaluationConfig,
+    *,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    output_dir: Path,
+    show_progress: bool = True,
+) -> list[CorruptionResult]:
+    """What a model, on its device already, makes of corrupted test images; nothing where none are asked for.
+
+    Finished batches are kept in the output folder as by `evaluate_on_test`.
+    """
+    names = chosen_corruptions(config.corruptions, num_channels=data.in_chans)
+    if not names:
+        return []
+    return evaluate_corruptions(
+        model,
+        data.test,
+        names,
+        config.severities,
+        num_channels=data.in_chans,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        seed=seed,
+        partial=partial_results(output_dir, model, data.test),
+        show_progress=show_progress,
+    )
 
 
 def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float:
@@ -433,10 +473,12 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
             places, or if they share none and their numbers differ.
     """
     names, number = loaded.class_names, num_logits(loaded)
-    numbers = tuple(map(str, range(number)))
+    numbers, synsets = tuple(map(str, range(number))), imagenet_synsets(number)
     if names is None and set(class_names) == set(numbers):
         # Folders 0, 1, 10, 100, ... come sorted as text, where a model that names no classes counts (ImageNetV2).
         names = numbers
+    if names is None and all(name in (synsets or ()) for name in class_names):
+        names = synsets  # timm's models name no classes; ImageNet-A and ImageNet-R have 200 of the 1,000
     if names is not None and tuple(names) == tuple(class_names):
         return AlignedModel(loaded.model, "by name")
     shared = set(names or ()) & set(class_names)
@@ -466,7 +508,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
     if names is None:
         logger.warning("the model does not name its classes: taking them to be in the order of the dataset's")
         return AlignedModel(loaded.model, "assumed")
-    moved = [name for name in class_names if name in shared and names.index(name) != class_names.index(name)]
+    moved = [name for name, own in zip(class_names, names, strict=True) if name in shared and name != own]
     unknown = [name for name in class_names if name not in shared]
     if moved:
         raise ValueError(

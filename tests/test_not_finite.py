@@ -14,17 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
 from ham_hf.evaluation import NonFiniteLogitsError, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import partial_results
-from ham_hf.methods import InnerAttack
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.models.export import export_for_timm
-from ham_hf.precision import BFloat16Passes
+from ham_hf.precision import attack_passes
 from ham_hf.reporting.results import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
@@ -77,7 +76,7 @@ def test_whatever_the_gradient_the_result_is_in_ball_and_box_and_spoilt_rows_sta
     start = threat.random_start(x, generator)
     y = torch.zeros(len(x), dtype=torch.long)
     net = GivenGradient(gradients)
-    attack = InnerAttack(threat_model=threat, num_steps=3, step_size=radii / 2)
+    attack = Attack(threat_model=threat, num_steps=3, step_size=radii / 2)
     stopped = early_stopped_pgd(net, x, y, attack=attack, start=start, loss_fn=cross_entropy, tau=9)
     result = pgd(net, x, y, threat_model=threat, num_steps=3, step_size=radii / 2, start=start)
     for found in (result, stopped.stopped, stopped.last_correct):
@@ -201,15 +200,15 @@ def trained_net():
     return net.eval()
 
 
-@pytest.mark.parametrize("in_precision", [lambda net: net, BFloat16Passes])
+@pytest.mark.parametrize("precision", ["training", "bf16", "fp16"])
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.4)])
-def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monkeypatch, norm, epsilon, in_precision):
+def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monkeypatch, norm, epsilon, precision):
     """Plain cross-entropy gives 25.0, 41.5 and 90.5 % (linf) for the same decisions; 14.0, 37.5 and 91.0 % (l2)."""
     split = TensorImages(*patterned(200, 1))
 
     def robust(factor):
         results = evaluate(
-            in_precision(Scaled(trained_net, factor)),
+            attack_passes(Scaled(trained_net, factor), precision),
             split,
             standard_attacks(20, epsilon / 4)[:1],
             threat_model=ThreatModel(norm, epsilon),

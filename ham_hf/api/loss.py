@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ham_hf.attacks import ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
-from ham_hf.config.settings import setting_problems
+from ham_hf.attacks import Attack, ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.evaluation import check_pixel_range
 from ham_hf.invocation import command
-from ham_hf.methods import InnerAttack, Method, OuterBatch, RuleMethod, States, available
+from ham_hf.methods import Method, OuterBatch, RuleMethod, States, available
+from ham_hf.settings import setting_problems
 
 PAST_WARM_UP = sys.maxsize
 """The epoch that methods with a schedule are told: past every warm-up."""
@@ -102,7 +102,7 @@ def adversarial_loss(
     objective = _objective(method, options, num_steps)
     _check(model, x, y)
     threat_model = threat_model or ThreatModel()
-    attack = InnerAttack(
+    attack = Attack(
         threat_model=threat_model,
         num_steps=num_steps,
         step_size=threat_model.epsilon / 4 if step_size is None else step_size,

@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
-from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.build import build_config, load_train_config
 from ham_hf.config.yaml_text import Entry
@@ -31,7 +30,6 @@ from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
-from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.reporting.results import training_report, write_config, write_training
@@ -136,16 +134,11 @@ def _run(
     folder = Path(settings.training.output_dir)
     # Made now, as the trainer changes the forward and the place of its own.
     selected = copy.deepcopy(network)
-    attack = InnerAttack(
-        threat_model=_threat_model(settings),
-        num_steps=settings.attack.num_steps,
-        step_size=settings.attack.step_size,
-    )
     trainer = Trainer(
         network,
         data,
         settings.method,
-        attack,
+        settings.attack.attack,
         settings.training,
         accelerator,
         eval_batch_size=settings.evaluation.per_device_eval_batch_size,
@@ -223,10 +216,6 @@ def _accelerate_of_its_own() -> Iterator[None]:
         for kind, state in zip(kinds, kept, strict=True):
             kind._shared_state.clear()
             kind._shared_state.update(state)
-
-
-def _threat_model(settings: TrainConfig) -> ThreatModel:
-    return ThreatModel(settings.attack.norm, settings.attack.epsilon)
 
 
 def _data(
@@ -314,7 +303,7 @@ def _finished(
     """The selected weights, evaluated on the test set and written."""
     folder, threat_model, accelerator = (
         Path(settings.training.output_dir),
-        _threat_model(settings),
+        settings.attack.threat_model,
         trainer.accelerator,
     )
     weights, best = load_best(folder)
@@ -371,10 +360,10 @@ def _write_for_timm(
         accelerator,
         peak_memory_bytes=peak_memory_bytes(accelerator.device),
     )
-    seed = settings.training.seed
-    examples = example_strip(selected, data.test, settings.evaluation, threat_model=_threat_model(settings), seed=seed)
+    seed, threat_model = settings.training.seed, settings.attack.threat_model
+    examples = example_strip(selected, data.test, settings.evaluation, threat_model=threat_model, seed=seed)
     of_classes = class_examples(
-        selected, data.test, settings.evaluation, results, threat_model=_threat_model(settings), seed=seed
+        selected, data.test, settings.evaluation, results, threat_model=threat_model, seed=seed
     )
     write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
 

@@ -38,7 +38,6 @@ from ham_hf.faults import (
     explain_unfinished,
 )
 from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder, space_url
-from ham_hf.methods import InnerAttack
 from ham_hf.models import PixelModel, Preprocessing, input_defaults
 from ham_hf.models.source import resolve_source
 from ham_hf.recipe_files import find_recipe
@@ -156,7 +155,7 @@ class Run:
     @property
     def threat_model(self) -> ThreatModel:
         """Norm and radius of every attack."""
-        return threat_model_of_training(self.config)
+        return self.config.attack.threat_model
 
 
 class Trained(NamedTuple):
@@ -173,11 +172,6 @@ class Evaluated(NamedTuple):
     results: Mapping[str, AttackResult]
     calibration: CalibrationReport | None
     record: Mapping[str, object] | None
-
-
-def threat_model_of_training(config: TrainConfig) -> ThreatModel:
-    """Norm and radius that a configuration trains and evaluates with."""
-    return ThreatModel(config.attack.norm, config.attack.epsilon)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -282,14 +276,11 @@ def new_trainer(
     after_save: Callable[[Trainer], None] | None,
 ) -> Trainer:
     """The trainer that a configuration describes."""
-    attack = config.attack
     return Trainer(
         model,
         data,
         config.method,
-        InnerAttack(
-            threat_model=threat_model_of_training(config), num_steps=attack.num_steps, step_size=attack.step_size
-        ),
+        config.attack.attack,
         config.training,
         accelerator,
         eval_batch_size=config.evaluation.per_device_eval_batch_size,

@@ -11,11 +11,11 @@ from typing import TypeAlias
 from ham_hf.comparison.row_names import public_value, public_word
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.build import group_settings
-from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import exact_fraction
 from ham_hf.methods import available
 from ham_hf.reporting.method_text import gates_averaging
 from ham_hf.reporting.report import AttackReport, RunReport, plain_text
+from ham_hf.settings import settings_of
 
 NOT_THE_RUN = frozenset(
     {

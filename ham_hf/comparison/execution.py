@@ -27,8 +27,8 @@ from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.comparison.table import MissingRun, Run
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
-from ham_hf.config.settings import settings_of
 from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.settings import settings_of
 from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints
 from ham_hf.training.run_folder import LOCK_NAME, is_locked
 

@@ -29,9 +29,9 @@ import yaml
 
 from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to_dict
 from ham_hf.config.build import build_config
-from ham_hf.config.settings import settings_of
 from ham_hf.config.yaml_text import Entry, exact_fraction, read_yaml, show_node, text_node
 from ham_hf.invocation import command
+from ham_hf.settings import settings_of
 
 T = TypeVar("T")
 KEYS = ("recipe", "output_dir", "seeds", "baseline", "settings", "runs")

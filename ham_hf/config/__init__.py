@@ -1,31 +1,21 @@
-"""Configuration: every setting, its checks, the command line and recipe files.
+"""Configuration: what is put together of the components' settings, the command line and recipe files.
 
-`settings` says what a setting is, `groups` lists them all, `yaml_text` turns text into values and back, `build` makes
-a configuration of what was written, `cli` reads command lines.
+`groups` puts the settings together, `yaml_text` turns text into values and back, `build` makes a configuration of what
+was written, `cli` reads command lines.
 """
 
 from __future__ import annotations
 
+from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.config.build import load_train_config
 from ham_hf.config.cli import parse_calibrate_config, parse_evaluate_config, parse_train_config
-from ham_hf.config.groups import (
-    AttackConfig,
-    CalibrateConfig,
-    CalibrationConfig,
-    DataConfig,
-    EvaluateConfig,
-    EvaluationConfig,
-    EvaluationThreatConfig,
-    HubConfig,
-    LearningRateDrop,
-    ModelConfig,
-    TrainConfig,
-    TrainingConfig,
-    config_to_dict,
-    pixel_unit_problems,
-)
-from ham_hf.config.settings import ConfigError
+from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict
 from ham_hf.config.yaml_text import config_to_yaml
+from ham_hf.data import DataConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
+from ham_hf.models import ModelConfig
+from ham_hf.settings import ConfigError
+from ham_hf.training.config import LearningRateDrop, TrainingConfig
 
 __all__ = [
     "AttackConfig",
@@ -39,6 +29,7 @@ __all__ = [
     "HubConfig",
     "LearningRateDrop",
     "ModelConfig",
+    "MoreEvaluationConfig",
     "TrainConfig",
     "TrainingConfig",
     "config_to_dict",

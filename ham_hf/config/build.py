@@ -13,9 +13,9 @@ import yaml
 
 from ham_hf.config.groups import AnyConfig, TrainConfig
 from ham_hf.config.old_names import with_current_names
-from ham_hf.config.settings import ConfigError, Setting, settings_of
 from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node
 from ham_hf.methods import Method, available
+from ham_hf.settings import ConfigError, Setting, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ _KNOWN_ELSEWHERE = {
     "eval_num_steps": "num_steps steps attack_steps pgd_steps attack_iters",
     "step_size": "alpha attack_step_size",
     "eval_step_size": "step_size alpha attack_step_size",
-    "mixed_precision bf16": "bf16 fp16 amp amp_dtype half",
+    "mixed_precision fp16": "fp16",
+    "mixed_precision bf16": "bf16 amp amp_dtype half",
     "memory_format channels_last": "channels_last",
     "use_cpu": "cpu no_cuda device",
     "dataset_name": "data dataset data_dir data_path dataset_path",

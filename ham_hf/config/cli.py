@@ -18,7 +18,6 @@ import yaml
 
 from ham_hf.config.build import ConfigT, build_config, group_settings, method_settings
 from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, TrainConfig
-from ham_hf.config.settings import ConfigError, Setting
 from ham_hf.config.yaml_text import (
     Entry,
     config_to_yaml,
@@ -31,6 +30,7 @@ from ham_hf.config.yaml_text import (
 from ham_hf.invocation import command, program
 from ham_hf.methods import HAM, available
 from ham_hf.recipe_files import find_recipe
+from ham_hf.settings import ConfigError, Setting
 from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
@@ -392,7 +392,7 @@ def _metavar(known: Setting) -> str:
 
 def _help(known: Setting) -> str:
     default = "required" if known.default is MISSING else f"default: {_default(known)}"
-    limits = f"{known.range}; " if known.range else ""
+    limits = f"{known.limits}; " if known.limits else ""
     return f"{known.help} ({limits}{default})".replace("%", "%%")
 
 

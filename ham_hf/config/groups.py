@@ -1,4 +1,4 @@
-"""Every setting of training and evaluation, grouped by what it configures.
+"""Configurations: what a training, an evaluation and a calibration put together of the settings of their components.
 
 A field's name is its flag (``--name``) and its YAML key; names are unique over all groups. Epsilon and step sizes
 are in pixel units, pixels being in [0, 1].
@@ -9,310 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
-from ham_hf.config.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
+from ham_hf.attacks import AttackConfig, pixel_unit_problems
+from ham_hf.data import CalibrationDataConfig, DataConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.methods import HAM, Method
-
-_LINF_EPSILON, _LINF_STEP_SIZE = 8 / 255, 2 / 255
-_SHUFFLE_BUFFER_SIZE = 10_000
-
-
-class LearningRateDrop(NamedTuple):
-    """A step of the piecewise schedule, written ``EPOCH:FACTOR``.
-
-    Attributes:
-        epoch: first 0-based epoch it holds for.
-        factor: learning rate from then on, as a fraction of the ``learning_rate`` setting; in (0, 1].
-    """
-
-    epoch: int
-    factor: float
-
-    @classmethod
-    def parse(cls, text: str) -> LearningRateDrop:
-        """Read ``EPOCH:FACTOR``.
-
-        Raises:
-            ValueError: when the text has another form.
-        """
-        epoch, _, factor = text.partition(":")
-        try:
-            return cls(int(epoch), float(factor))
-        except ValueError:
-            # Python's words are about int and float, which nobody wrote.
-            raise ValueError from None
-
-    def __str__(self) -> str:
-        return f"{self.epoch}:{self.factor!r}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(SettingsGroup):
-    """Which images and labels, and how they are read."""
-
-    dataset_name: str = setting("digits", "Hub dataset id, local folder (parquet or class folders), or digits")
-    dataset_config_name: str | None = setting(None, "configuration (subset) of the Hub dataset")
-    dataset_revision: str | None = setting(None, "branch, tag or commit of the Hub dataset")
-    train_split: str | None = setting(None, "name of the training split; none = found by rule")
-    test_split: str | None = setting(None, "name of the test split; none = found by rule")
-    image_column: str | None = setting(None, "column with the images; none = found by rule")
-    label_column: str | None = setting(None, "column with the labels; none = found by rule")
-    validation_fraction: float = setting(
-        0.04, "fraction of train held out, stratified, to select the checkpoint by", "[0, 1)"
-    )
-    test_fraction: float = setting(
-        0.2, "fraction of train made the test split, stratified, if the dataset has none", "(0, 1)"
-    )
-    augmentation: Literal["auto", "none", "crop", "crop_flip", "timm"] = setting(
-        "auto", "training augmentation; auto = none for digits, crop_flip up to 96 px, timm's own above"
-    )
-    cache_images: Literal["auto", "ram", "none"] = setting(
-        "auto", "ram = decode once into memory, none = decode each epoch, auto = ram where it fits"
-    )
-    skip_corrupt: bool = setting(False, "skip and count images that cannot be decoded, instead of stopping")
-    dataloader_num_workers: int = setting(2, "decoding processes per device for images that are not cached", ">= 0")
-    limit_train_examples: int | None = setting(None, "use this many training images, stratified", ">= 1")
-    limit_test_examples: int | None = setting(None, "use this many test images, stratified", ">= 1")
-    dataset_streaming: bool = setting(False, "read the training split from its files as it goes, without a local copy")
-    shuffle_buffer_size: int = setting(
-        _SHUFFLE_BUFFER_SIZE,
-        "examples that a stream is shuffled within, kept encoded, over all processes",
-        ">= 1",
-    )
-    num_train_examples: int | None = setting(
-        None, "examples of a streamed training split; needed for .tar archives that do not say it", ">= 1"
-    )
-
-    def contradictions(self) -> Iterator[str]:
-        """Settings of a stream without one, and what cannot be done with a stream."""
-        if self.dataset_streaming:
-            if self.limit_train_examples is not None:
-                yield (
-                    f"--limit_train_examples {self.limit_train_examples}: a stratified part of a stream would have to "
-                    "be looked for in all of it; shorten the run with --max_steps, or leave --dataset_streaming out"
-                )
-            return
-        if self.num_train_examples is not None:
-            yield f"--num_train_examples {self.num_train_examples} has no effect without --dataset_streaming"
-        if self.shuffle_buffer_size != _SHUFFLE_BUFFER_SIZE:
-            yield f"--shuffle_buffer_size {self.shuffle_buffer_size} has no effect without --dataset_streaming"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(SettingsGroup):
-    """Which network."""
-
-    model_name: str = setting("resnet18_cifar", "any timm model name")
-    pretrained: bool = setting(False, "start from timm's pretrained weights")
-    model_args: Mapping[str, object] = field(
-        default_factory=dict,
-        metadata={"help": "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"},
-    )
-    image_size: int | None = setting(
-        None,
-        "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
-        "[1, 4096]",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackConfig(SettingsGroup):
-    """The threat model, which evaluation shares, and the PGD attack of training."""
-
-    norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
-    epsilon: float = setting(_LINF_EPSILON, "radius of the perturbation in pixel units", "> 0")
-    step_size: float = setting(_LINF_STEP_SIZE, "length of a PGD step in training, in pixel units", "> 0")
-    num_steps: int = setting(10, "PGD steps in training", ">= 1")
-
-    def contradictions(self) -> Iterator[str]:
-        """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
-        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
-        if self.norm == "l2" and (self.epsilon == _LINF_EPSILON or self.step_size == _LINF_STEP_SIZE):
-            yield (
-                "--norm l2 needs its own --epsilon and --step_size (8/255 and 2/255 are for linf), say 0.5 and 0.1 "
-                "for 32 px"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig(SettingsGroup):
-    """Optimization, checkpoints, logging and hardware."""
-
-    output_dir: str = setting("outputs/ham", "folder for everything the run leaves behind")
-    overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a run")
-    resume_from_checkpoint: str | None = setting(None, "latest, or the path of a checkpoint folder")
-    num_train_epochs: int = setting(120, "epochs", ">= 1")
-    max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", ">= 1")
-    max_train_hours: float | None = setting(
-        None, "save and stop after this many hours, to go on in another job (exit status 75)", "> 0"
-    )
-    per_device_train_batch_size: int = setting(128, "training images per process and step", ">= 1")
-    gradient_accumulation_steps: int = setting(1, "batches per update", ">= 1")
-    optimizer: str = setting("momentum", "any timm optimizer name (momentum = SGD without Nesterov)")
-    learning_rate: float = setting(0.1, "highest learning rate", "> 0")
-    layer_decay: float | None = setting(
-        None, "factor on the learning rate from each layer of a timm backbone to the one before; none = 1", "(0, 1]"
-    )
-    momentum: float = setting(0.9, "momentum, for optimizers that have it", "[0, 1)")
-    weight_decay: float = setting(5e-4, "weight decay", ">= 0")
-    decay_norm_and_bias: bool = setting(True, "decay norm layers and biases too, as adversarial training does")
-    lr_scheduler_type: Literal["constant", "cosine", "piecewise"] = setting(
-        "piecewise", "learning-rate schedule; piecewise follows --lr_drops"
-    )
-    lr_drops: tuple[LearningRateDrop, ...] = setting(
-        (LearningRateDrop(60, 0.1), LearningRateDrop(90, 0.01), LearningRateDrop(110, 0.005)),
-        "from the 0-based EPOCH on, the rate is FACTOR times --learning_rate (piecewise only)",
-        items="EPOCH:FACTOR",
-    )
-    warmup_epochs: float = setting(0.0, "epochs of linear warm-up of the learning rate", ">= 0")
-    min_learning_rate: float = setting(0.0, "learning rate at the end (cosine only)", ">= 0")
-    lr_step_unit: Literal["epoch", "step"] = setting("epoch", "how often the learning rate changes")
-    max_grad_norm: float | None = setting(None, "clip the gradient to this l2 norm", "> 0")
-    ema_decay: float | None = setting(None, "decay per update of averaged weights; none = no average", "(0, 1)")
-    fawa: Literal["auto", "on", "off"] = setting(
-        "auto", "fairness-gated averaging of weights once per epoch; auto = with --method cfa, as published"
-    )
-    fawa_decay: float = setting(0.85, "share of the old average in the new one (fawa)", "(0, 1)")
-    fawa_threshold: float = setting(
-        0.2, "robust accuracy that the worst held-out class needs for its epoch to be averaged (fawa)", "[0, 1]"
-    )
-    awp_gamma: float | None = setting(
-        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", "> 0"
-    )
-    awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", ">= 0")
-    mixed_precision: Literal["no", "bf16"] = setting("no", "precision of the network; pixels stay float32")
-    attack_precision: Literal["training", "bf16"] = setting(
-        "training", "precision of the attack's passes in training: that of the training forward, or bf16"
-    )
-    memory_format: Literal["channels_last", "contiguous"] = setting("channels_last", "memory layout of images")
-    torch_compile: bool = setting(False, "compile the network with torch.compile")
-    use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
-    seed: int = setting(0, "seed of data split, initialization, order, augmentation and attacks", "[0, 4294967295]")
-    logging_steps: int = setting(10, "updates between two lines of the training log", ">= 1")
-    save_steps: int | None = setting(None, "updates between two checkpoints; none = one per epoch", ">= 1")
-    save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", ">= 1")
-    selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"] = setting(
-        "robust_accuracy",
-        "what the weights that are kept are best at, on held-out images; verdict = images right under PGD and CW, "
-        "which attacks twice; last = final weights",
-    )
-    validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", ">= 1")
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
-        "none", "tracker to log to, besides metrics.jsonl"
-    )
-    disable_tqdm: bool = setting(False, "show no progress bar")
-
-    def uses_fawa(self, method: Method) -> bool:
-        """Whether weights are averaged once per epoch, if the classes are fair enough."""
-        return self.fawa == "on" or (self.fawa == "auto" and method.gates_averaging)
-
-    @property
-    def first_perturbed_epoch(self) -> int | None:
-        """0-based first epoch with adversarial weight perturbation; None if there is none."""
-        return self.awp_start_epoch if self.awp_gamma is not None else None
-
-    def contradictions(self) -> Iterator[str]:
-        """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
-        yield from self._schedule_problems()
-        if self.awp_gamma is None and self.awp_start_epoch:
-            yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
-        if self.min_learning_rate and self.lr_scheduler_type != "cosine":
-            yield (
-                f"--min_learning_rate {self.min_learning_rate} has no effect with --lr_scheduler_type "
-                f"{self.lr_scheduler_type}"
-            )
-        if self.min_learning_rate > self.learning_rate:
-            yield (
-                f"--min_learning_rate {self.min_learning_rate}: expected at most --learning_rate, {self.learning_rate}"
-            )
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            yield "--resume_from_checkpoint and --overwrite_output_dir exclude each other; give one of them"
-
-    def _schedule_problems(self) -> Iterator[str]:
-        shown = " ".join(map(str, self.lr_drops))
-        if any(drop.epoch < 0 or not 0 < drop.factor <= 1 for drop in self.lr_drops):
-            yield f"--lr_drops {shown}: expected epochs of at least 0 and factors in (0, 1]"
-        for before, after in zip(self.lr_drops, self.lr_drops[1:], strict=False):
-            if after.epoch <= before.epoch or after.factor >= before.factor:
-                yield (
-                    f"--lr_drops {shown}: expected increasing epochs and decreasing factors "
-                    f"(a factor is of --learning_rate itself), but {after} follows {before}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationThreatConfig(SettingsGroup):
-    """The threat model of an evaluation; by default the one that the model was trained for."""
-
-    norm: Literal["linf", "l2"] | None = setting(
-        None, "norm that bounds the perturbation; none = as the model was trained, else linf"
-    )
-    epsilon: float | None = setting(
-        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", "> 0"
-    )
-
-    def contradictions(self) -> Iterator[str]:
-        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.runs.threat_model_of` looks again."""
-        if self.norm is not None:
-            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(SettingsGroup):
-    """The attacks on the test split, with the norm and epsilon of the threat model."""
-
-    per_device_eval_batch_size: int = setting(
-        256, "images per process in evaluation; where memory does not suffice, fewer at once", ">= 1"
-    )
-    eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", ">= 1")
-    eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", "> 0")
-    autoattack: bool = setting(False, "also run standard AutoAttack (needs the extra ham-hf[autoattack])")
-    autoattack_examples: int | None = setting(
-        None, "run AutoAttack on this many test images, stratified; none = all", ">= 1"
-    )
-
-    def contradictions(self) -> Iterator[str]:
-        """A setting of AutoAttack without AutoAttack."""
-        if self.autoattack_examples is not None and not self.autoattack:
-            yield f"--autoattack_examples {self.autoattack_examples} has no effect without --autoattack"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationConfig(SettingsGroup):
-    """Class shifts found on held-out images after training, which spread robust accuracy more evenly over classes."""
-
-    fairness: float | None = setting(
-        None, "how evenly: 0 = as trained, 1 = all classes alike; none = no calibration", "[0, 1]"
-    )
-    max_average_drop: float | None = setting(
-        None, "instead of --fairness: the largest one whose held-out average drops by at most this share", "[0, 1]"
-    )
-    calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", ">= 1")
-    calibration_precision: Literal["float32", "bf16"] = setting(
-        "float32", "precision of that attack's passes; predictions are counted in float32"
-    )
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether there is anything to calibrate."""
-        return self.fairness is not None or self.max_average_drop is not None
-
-    def contradictions(self) -> Iterator[str]:
-        """Two goals at once, and settings of a search without one."""
-        if self.fairness is not None and self.max_average_drop is not None:
-            yield (
-                f"--fairness {self.fairness:g} and --max_average_drop {self.max_average_drop:g} exclude each other; "
-                "give one of them"
-            )
-        if not self.is_asked_for:
-            yield from (
-                f"--{name} {getattr(self, name)} has no effect without --fairness or --max_average_drop"
-                for name in ("calibration_num_steps", "calibration_precision")
-                if getattr(self, name) != getattr(type(self), name)
-            )
+from ham_hf.models import ModelConfig
+from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
+from ham_hf.training.config import LearningRateDrop, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,16 +146,22 @@ class EvaluateConfig(SettingsGroup):
     output_dir: str | None = setting(None, "folder for report and figures; none = evaluation/<name of the model>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds an evaluation")
     seed: int = setting(
-        0, "seed of the attacks' noise; test images and subsets are the same for every seed", "[0, 4294967295]"
+        0,
+        "seed of the attacks' noise; test images and subsets are the same for every seed",
+        at_least=0,
+        at_most=4294967295,
     )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     attack: EvaluationThreatConfig = field(
         default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
+    more: MoreEvaluationConfig = field(
+        default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
+    )
 
     @property
     def output_path(self) -> Path:
@@ -460,20 +172,6 @@ class EvaluateConfig(SettingsGroup):
         """A step size on the 0..255 scale."""
         if self.attack.norm is not None:
             yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationDataConfig(DataConfig):
-    """Which data set, by default the one that the model records; what is held out is taken from that record too."""
-
-    dataset_name: str | None = setting(  # type: ignore[assignment]  # `named` gives one with a name
-        None, "Hub dataset id, local folder, or digits; none = what the model was trained on"
-    )
-
-    def named(self, dataset_name: str) -> DataConfig:
-        """The same settings for a dataset of this name."""
-        values = {declared.name: getattr(self, declared.name) for declared in fields(DataConfig)}
-        return DataConfig(**{**values, "dataset_name": dataset_name})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,14 +187,16 @@ class CalibrateConfig(SettingsGroup):
         False, "calibrate on the training split too, which overestimates what the shifts give; the card says so"
     )
     limit_calibration_examples: int | None = setting(
-        None, "calibrate on this many images of --calibration_split, stratified", ">= 1"
+        None, "calibrate on this many images of --calibration_split, stratified", at_least=1
     )
     output_dir: str | None = setting(None, "folder of the calibrated model; none = outputs/<model>-fair-<fairness>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a calibrated model")
     model_license: str | None = setting(None, "license of the weights, for the card; none = that of the model")
-    seed: int = setting(0, "seed of the attacks' noise and of the two halves of the images", "[0, 4294967295]")
+    seed: int = setting(
+        0, "seed of the attacks' noise and of the two halves of the images", at_least=0, at_most=4294967295
+    )
     use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", ">= 1")
+    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
@@ -537,16 +237,6 @@ class CalibrateConfig(SettingsGroup):
 
 
 AnyConfig: TypeAlias = TrainConfig | EvaluateConfig | CalibrateConfig
-
-
-def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
-    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
-    for name, length in lengths.items():
-        if norm != "l2" and length is not None and length > 1:
-            yield (
-                f"--{name} {length:g}: {name} is in pixel units of [0, 1], at most 1 unless --norm is l2; "
-                f"did you mean {length:g}/255?"
-            )
 
 
 def sections(config: AnyConfig) -> Iterator[tuple[str, dict[str, object]]]:

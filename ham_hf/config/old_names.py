@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import yaml
 
-from ham_hf.config.settings import ConfigError
 from ham_hf.config.yaml_text import Entry, show_node, text_node
+from ham_hf.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import yaml
 
 from ham_hf.config.groups import AnyConfig, config_to_dict, sections
-from ham_hf.config.settings import MAX_FLOAT, ConfigError, Setting
+from ham_hf.settings import MAX_FLOAT, ConfigError, Setting
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _NONES = {"none", "None", "NONE"}

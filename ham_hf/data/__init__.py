@@ -8,6 +8,7 @@ protects decoding processes. `in_memory` takes datasets that somebody has in Pyt
 
 from __future__ import annotations
 
+from ham_hf.data.config import CalibrationDataConfig, DataConfig
 from ham_hf.data.in_memory import image_data_from
 from ham_hf.data.loading import ImageData, TestData, load_image_data, load_test_data
 from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
@@ -16,6 +17,8 @@ from ham_hf.data.streaming import TrainingStream
 
 __all__ = [
     "BatchRequest",
+    "CalibrationDataConfig",
+    "DataConfig",
     "ImageData",
     "Images",
     "PixelBatch",

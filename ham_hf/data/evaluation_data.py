@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ham_hf.data.columns import (
     TEST_SPLITS,
+    choose_group_column,
     choose_image_column,
     choose_label_column,
     choose_splits,
@@ -21,8 +22,9 @@ from ham_hf.data.columns import (
     label_column_of,
     read_labels,
 )
-from ham_hf.data.declarations import Declarations
+from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
+from ham_hf.data.image_groups import ImageGroups, read_groups
 from ham_hf.data.parts import DatasetChoice, limit_rows, named_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import SplitFiles, read_whole
@@ -63,6 +65,7 @@ class _Opened(NamedTuple):
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    group_files: list[tuple[FileClasses, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,7 @@ class EvaluationPart:
         config_name: configuration that was opened.
         revision: commit of a Hub dataset if known, else as given.
         notes: what of the dataset is not read.
+        groups: of the images, where a column of groups was named.
     """
 
     encoded: EncodedImages
@@ -84,6 +88,7 @@ class EvaluationPart:
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    groups: ImageGroups | None = None
 
 
 def evaluation_part(
@@ -128,8 +133,10 @@ def evaluation_part(
         _, rows = stratified_split(labels, fraction, TEST_SEED)
         origin = f"held out of {opened.split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
     rows = limit_rows(opened.labels, rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
+    column = choice.group_column
     return EvaluationPart(
         encoded=encoded(rows),
+        groups=None if column is None else read_groups(opened.splits[opened.split], column, rows, opened.group_files),
         class_names=opened.class_names,
         origin=origin,
         config_name=opened.config_name,
@@ -194,6 +201,7 @@ def _open(choice: DatasetChoice) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=source.notes,
+        group_files=_group_files(choice, source.declared, split),
     )
 
 
@@ -216,6 +224,8 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
     column = choose_label_column(features, choice.label_column)
     logger.info("reading all of split %r", split)
     kept = datasets.Features({images: datasets.Image(), column: features[column]})
+    if choice.group_column is not None:
+        kept[choice.group_column] = features[choose_group_column(features, choice.group_column)]
     # As they are in the files: every file's declaration is applied when labels are read.
     if train == split:
         raise ValueError(
@@ -239,7 +249,16 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=(),
+        group_files=_group_files(choice, source.declared, split),
     )
+
+
+def _group_files(
+    choice: DatasetChoice, declared: Declarations, split: str
+) -> list[tuple[FileClasses, tuple[str, ...]]]:
+    """Files of a split with the names that their groups count; empty without groups or where no file declares any."""
+    column = choice.group_column
+    return [] if column is None else _alone(declared, split).row_names(column, split, split)
 
 
 def _alone(declared: Declarations, split: str) -> Declarations:

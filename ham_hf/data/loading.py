@@ -22,6 +22,7 @@ from ham_hf.data.decoding import (
     for_each_image,
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
+from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.parts import DatasetChoice, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
@@ -55,6 +56,7 @@ class TestData:
         notes: what of the dataset is not read, each with its number and an example.
         num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
             checked, because images are decoded as they are needed or training images are not read.
+        groups: of the test images, where a column of groups was named.
     """
 
     __test__ = False  # no test of pytest
@@ -72,6 +74,7 @@ class TestData:
     provenance: Provenance | None = None
     notes: tuple[str, ...] = ()
     num_test_in_train: int | None = None
+    groups: ImageGroups | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ def load_test_data(
         limit_test_examples=limit_test_examples,
         streaming=streaming,
     )
-    images, _ = _make_ready(
+    images, _, rows = _make_ready(
         part.encoded,
         geometry,
         augmentation="none",
@@ -159,6 +162,7 @@ def load_test_data(
         num_skipped=len(part.encoded) - len(images),
         test_split_origin=part.origin,
         notes=part.notes,
+        groups=None if part.groups is None else part.groups.only(torch.isin(part.encoded.rows, rows)),
     )
 
 
@@ -282,8 +286,8 @@ def load_image_data(
         )
         for part, encoded_images in parts.encoded.items()
     }
-    images = {part: found for part, (found, _) in ready.items()}
-    repeated = _test_images_in_train({part: digests for part, (_, digests) in ready.items()})
+    images = {part: found for part, (found, _, _) in ready.items()}
+    repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
     for part in images:
         if part != "sample":
             _warn_of_absent_classes(part, images[part].labels, parts.class_names)
@@ -407,8 +411,8 @@ def _make_ready(
     cache_images: str,
     skip_corrupt: bool,
     num_workers: int,
-) -> tuple[Images, list[bytes] | None]:
-    """The images of a part, and a digest of each where all are read here."""
+) -> tuple[Images, list[bytes] | None, Tensor]:
+    """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
     image_size = geometry.image_size
     num_bytes = len(encoded) * encoded.in_chans * image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
@@ -434,7 +438,7 @@ def _make_ready(
         raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
-    return Images(encoded.labels, pixels, augmentation), digests
+    return Images(encoded.labels, pixels, augmentation), digests, encoded.rows
 
 
 def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | None:

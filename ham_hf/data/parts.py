@@ -43,6 +43,7 @@ class DatasetChoice:
         image_column: column of images.
         label_column: column of labels.
         in_chans: channels to decode to, 1 or 3.
+        group_column: column of groups to evaluate beside the classes; None for none.
     """
 
     name: str
@@ -53,6 +54,7 @@ class DatasetChoice:
     image_column: str | None
     label_column: str | None
     in_chans: int
+    group_column: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.fat import FAT
 from ham_hf.methods.gairat import GAIRAT
 from ham_hf.methods.ham import HAM
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss, MartLoss, TradesLoss
 from ham_hf.methods.plain import MART, PGDAT, TRADES
 from ham_hf.methods.rule_method import RuleMethod, method_of
@@ -47,7 +46,6 @@ __all__ = [
     "BuiltOnLoss",
     "ClassRule",
     "HardFraction",
-    "InnerAttack",
     "MartLoss",
     "Method",
     "OuterBatch",

@@ -22,9 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd
+from ham_hf.attacks import Attack
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.state import Stateful, States, named_kinds
 
@@ -155,7 +154,7 @@ class Method(Stateful):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,
@@ -172,13 +171,10 @@ class Method(Stateful):
             generator: source of all randomness, on the device of ``x``.
         """
         attack = self.attack_on(y, attack, epoch=epoch, states=states)
-        x_adv = pgd(
+        x_adv = attack(
             model,
             x,
             y,
-            threat_model=attack.threat_model,
-            num_steps=attack.num_steps,
-            step_size=attack.step_size,
             start=self.loss.start(x, attack.threat_model, generator),
             loss_fn=self.loss.attack_loss(model, x),
         )
@@ -189,7 +185,7 @@ class Method(Stateful):
         model: nn.Module,
         batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
     ) -> list[OuterBatch]:
@@ -203,7 +199,7 @@ class Method(Stateful):
             for x, y, generator in batches
         ]
 
-    def attack_on(self, y: Tensor, attack: InnerAttack, *, epoch: int, states: States) -> InnerAttack:
+    def attack_on(self, y: Tensor, attack: Attack, *, epoch: int, states: States) -> Attack:
         """The attack with the radius and step of each example's class, where the method has its own."""
         rule = self.radii
         of_class = None if rule is None else rule.class_attack(states[rule.name], attack, epoch=epoch)

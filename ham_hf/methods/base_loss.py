@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ham_hf.methods.base import Method
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltOnLoss(Method):
     """A method that works with more than one loss."""
 
-    base_loss: Literal["pgd_at", "trades", "mart"] = field(
-        default="pgd_at", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    base_loss: Literal["pgd_at", "trades", "mart"] = setting(
+        "pgd_at", "loss that the method is built on, with the attack that belongs to it"
     )
-    beta: float | None = field(
-        default=None,
-        metadata={
-            "help": "weight of the KL term of the loss; none = its own: 6 for TRADES, 5 for MART",
-            "range": ">= 0",
-        },
+    beta: float | None = setting(
+        None, "weight of the KL term of the loss; none = its own: 6 for TRADES, 5 for MART", at_least=0
     )
 
     @property
@@ -43,6 +40,6 @@ class BuiltOnLoss(Method):
 class TradesOrPGDAT(BuiltOnLoss):
     """A method that works with TRADES and PGD-AT."""
 
-    base_loss: Literal["pgd_at", "trades"] = field(
-        default="trades", metadata={"help": "loss that the method is built on, with the attack that belongs to it"}
+    base_loss: Literal["pgd_at", "trades"] = setting(
+        "trades", "loss that the method is built on, with the attack that belongs to it"
     )

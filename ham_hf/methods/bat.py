@@ -15,19 +15,19 @@ images, where the published code makes three.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, full_precision
+from ham_hf.attacks import Attack, ThreatModel, full_precision
 from ham_hf.methods.base import Method, OuterBatch
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
 from ham_hf.methods.state import States
 from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.settings import setting
 
 FURTHER_STEPS = 1
 """Steps beyond the first wrong iterate (tau in the published code)."""
@@ -78,7 +78,7 @@ class BAT(Method):
     name: ClassVar[str] = "bat"
     summary: ClassVar[str] = "balance adversarial training on both sides of the boundary (Sun et al., 2023)"
 
-    beta: float = field(default=6.0, metadata={"help": "weight of the KL term", "range": ">= 0"})
+    beta: float = setting(6.0, "weight of the KL term", at_least=0)
 
     @property
     def loss(self) -> BaseLoss:
@@ -91,7 +91,7 @@ class BAT(Method):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 from ham_hf.methods.base import Method, available
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.state import named_kinds
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Borrowing(Method):
     """A method that can borrow class radii and class weights from the class rules."""
 
-    class_margin: str = field(
-        default="none",
-        metadata={"help": "class-wise method whose radius of the attack for each class to use, such as cfa"},
+    class_margin: str = setting(
+        "none", "class-wise method whose radius of the attack for each class to use, such as cfa"
     )
-    class_weighting: str = field(
-        default="none",
-        metadata={"help": "class-wise method whose weight of the loss for each class to use, such as dafa"},
+    class_weighting: str = setting(
+        "none", "class-wise method whose weight of the loss for each class to use, such as dafa"
     )
-    class_rule_args: Mapping[str, object] = field(
-        default_factory=dict,
-        metadata={"help": "options of --class_margin and --class_weighting, such as dafa_lambda=1.5"},
+    class_rule_args: Mapping[str, object] = setting(
+        {}, "options of --class_margin and --class_weighting, such as dafa_lambda=1.5"
     )
 
     def check(self, *, num_steps: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.attacks import Attack
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 from ham_hf.methods.state import State, Stateful
 
@@ -60,7 +60,7 @@ class ClassRule(Stateful):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         loss: BaseLoss,
         num_classes: int,
         generator: torch.Generator,
@@ -85,7 +85,7 @@ class RadiusRule(ClassRule):
         """Whether the options leave the radii on."""
         return True
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """Radius and step size of each class, (num_classes,) each, in pixel units; None leaves the attack alone."""
         raise NotImplementedError(f"{self.name} does not say what the radius of a class is")
 

@@ -11,17 +11,18 @@ Class radii of other methods (CFA's FAT variant) and class weights can be borrow
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ham_hf.attacks import Attack
 from ham_hf.methods.base import OuterBatch
 from ham_hf.methods.borrowing import Borrowing
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.state import States
 from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +32,15 @@ class FAT(Borrowing):
     name: ClassVar[str] = "fat"
     summary: ClassVar[str] = "friendly adversarial training: early-stopped PGD (Zhang et al., 2020)"
 
-    fat_tau_epochs: tuple[int, ...] = field(
-        default=(50, 90),
-        metadata={
-            "help": "0-based epochs from which an example that is wrong is attacked for one step more; before the "
-            "first of them the attack stops there",
-            "items": "EPOCH",
-            "range": ">= 0, not decreasing",
-        },
+    fat_tau_epochs: tuple[int, ...] = setting(
+        (50, 90),
+        "0-based epochs from which an example that is wrong is attacked for one step more; before the "
+        "first of them the attack stops there",
+        limits=">= 0, not decreasing",
+        items="EPOCH",
     )
-    fat_omega: float = field(
-        default=0.001,
-        metadata={"help": "standard deviation of the noise added at every step, in pixel units", "range": ">= 0"},
+    fat_omega: float = setting(
+        0.001, "standard deviation of the noise added at every step, in pixel units", at_least=0
     )
 
     def check(self, *, num_steps: int) -> None:
@@ -64,7 +62,7 @@ class FAT(Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,

@@ -14,17 +14,17 @@ The authors report AutoAttack only for training with extra data: compare by Auto
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import cross_entropy, pgd, predicted
+from ham_hf.attacks import Attack, cross_entropy, predicted
 from ham_hf.methods.base import Method, OuterBatch
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.state import States, statistics_dtype
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,14 @@ class GAIRAT(Method):
     name: ClassVar[str] = "gairat"
     summary: ClassVar[str] = "geometry-aware instance-reweighted adversarial training (Zhang et al., 2021)"
 
-    gairat_function: Literal["tanh", "sigmoid", "discrete"] = field(
-        default="tanh", metadata={"help": "weight of an example as a function of its distance in attack steps"}
+    gairat_function: Literal["tanh", "sigmoid", "discrete"] = setting(
+        "tanh", "weight of an example as a function of its distance in attack steps"
     )
-    gairat_lambda: float = field(
-        default=-1.0,
-        metadata={"help": "offset in the argument of tanh or sigmoid; the larger, the more alike the weights"},
+    gairat_lambda: float = setting(
+        -1.0, "offset in the argument of tanh or sigmoid; the larger, the more alike the weights"
     )
-    gairat_start_epoch: int = field(
-        default=59,
-        metadata={"help": "first 0-based epoch with weights; the epochs before it are PGD-AT", "range": ">= 0"},
+    gairat_start_epoch: int = setting(
+        59, "first 0-based epoch with weights; the epochs before it are PGD-AT", at_least=0
     )
 
     @property
@@ -57,7 +55,7 @@ class GAIRAT(Method):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,
@@ -66,13 +64,10 @@ class GAIRAT(Method):
         if epoch < self.gairat_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         correct = CorrectIterates(y)
-        x_adv = pgd(
+        x_adv = attack(
             model,
             x,
             y,
-            threat_model=attack.threat_model,
-            num_steps=attack.num_steps,
-            step_size=attack.step_size,
             start=self.loss.start(x, attack.threat_model, generator),
             loss_fn=correct,
         )

@@ -32,17 +32,16 @@ notices the fuller batches, of which it takes its statistics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pgd, predicted
+from ham_hf.attacks import Attack, ThreatModel, predicted, rows_of
 from ham_hf.methods.base import OuterBatch
 from ham_hf.methods.base_loss import BuiltOnLoss
 from ham_hf.methods.borrowing import Borrowing
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.state import State, States
 from ham_hf.mining import (
@@ -51,8 +50,8 @@ from ham_hf.mining import (
     mine_hard_examples,
     mine_three_kinds,
     most_confident_easy,
-    rows_of,
 )
+from ham_hf.settings import setting
 
 CLASSIFY_IN_STEP_FROM = 0.5
 """Hard fraction from which the gradient of the next step is the cheaper classification: it costs two forwards, one
@@ -70,51 +69,39 @@ class HAM(BuiltOnLoss, Borrowing):
     name: ClassVar[str] = "ham"
     summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
 
-    mining_step: int = field(
-        default=3,
-        metadata={"help": "attack steps after which what is still right is dropped", "range": ">= 0, below num_steps"},
+    mining_step: int = setting(
+        3, "attack steps after which what is still right is dropped", limits=">= 0, below num_steps"
     )
-    mining_start_epoch: int = field(
-        default=50,
-        metadata={"help": "first 0-based epoch that mines; before it, the base loss alone", "range": ">= 0"},
-    )
-    pack_hard_examples: bool = field(
-        default=False,
-        metadata={
-            "help": "attack the hard examples of all accumulation steps of an update together, in full batches, and "
-            "train on them so unless all examples are trained on; needs --gradient_accumulation_steps"
-        },
+    mining_start_epoch: int = setting(50, "first 0-based epoch that mines; before it, the base loss alone", at_least=0)
+    pack_hard_examples: bool = setting(
+        False,
+        "attack the hard examples of all accumulation steps of an update together, in full batches, and "
+        "train on them so unless all examples are trained on; needs --gradient_accumulation_steps",
     )
 
-    easy_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight in the loss of an easy example, at its image of mining_step; 0 = dropped (the paper), 1 = "
-            "that of a hard one",
-            "range": "[0, 1]",
-        },
+    easy_weight: float = setting(
+        0.0,
+        "weight in the loss of an easy example, at its image of mining_step; 0 = dropped (the paper), 1 = "
+        "that of a hard one",
+        at_least=0,
+        at_most=1,
     )
-    easy_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "fraction of a batch's easy examples to keep in the loss, the most confident first (0.3 with "
-            "easy_weight 1: our reading of the authors' CIFAR-100 setting)",
-            "range": "(0, 1]",
-        },
+    easy_fraction: float = setting(
+        1.0,
+        "fraction of a batch's easy examples to keep in the loss, the most confident first (0.3 with "
+        "easy_weight 1: our reading of the authors' CIFAR-100 setting)",
+        above=0,
+        at_most=1,
     )
-    stop_misclassified: bool = field(
-        default=False,
-        metadata={
-            "help": "end the attack at mining_step also for examples that are misclassified where it starts (ours); "
-            "they are trained on like other hard ones"
-        },
+    stop_misclassified: bool = setting(
+        False,
+        "end the attack at mining_step also for examples that are misclassified where it starts (ours); "
+        "they are trained on like other hard ones",
     )
-    hard_weighting: Literal["none", "probability_move", "margin"] = field(
-        default="none",
-        metadata={
-            "help": "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
-            "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1"
-        },
+    hard_weighting: Literal["none", "probability_move", "margin"] = setting(
+        "none",
+        "weight of a hard example (our forms): probability_move = by the largest one-step change of its "
+        "class probabilities; margin = 1 to 2 by its margin at mining_step; none = 1",
     )
 
     def check(self, *, num_steps: int) -> None:
@@ -174,7 +161,7 @@ class HAM(BuiltOnLoss, Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
         generator: torch.Generator | None = None,
@@ -191,7 +178,7 @@ class HAM(BuiltOnLoss, Borrowing):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         states: States,
         generator: torch.Generator | None,
     ) -> HardExamples:
@@ -304,7 +291,7 @@ class HAM(BuiltOnLoss, Borrowing):
         model: nn.Module,
         batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
         *,
-        attack: InnerAttack,
+        attack: Attack,
         epoch: int,
         states: States,
     ) -> list[OuterBatch]:
@@ -319,7 +306,7 @@ def packed_outer_batches(
     method: HAM,
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[InnerAttack],
+    attacks: Sequence[Attack],
     states: States,
 ) -> list[OuterBatch]:
     """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
@@ -366,7 +353,7 @@ def _attacked_to_the_end(
     method: HAM,
     model: nn.Module,
     batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[InnerAttack],
+    attacks: Sequence[Attack],
     mined: Sequence[HardExamples],
     full: int,
 ) -> list[HardExamples]:
@@ -374,23 +361,19 @@ def _attacked_to_the_end(
     x = torch.cat([images[found.attacked] for (images, _, _), found in zip(batches, mined, strict=True)])
     y = torch.cat([labels[found.attacked] for (_, labels, _), found in zip(batches, mined, strict=True)])
     start = torch.cat([found.early.x_adv[found.attacked] for found in mined])
-    epsilon = _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
-    step_size = _of_attacked_rows([attack.step_size for attack in attacks], mined)
+    rest = Attack(
+        threat_model=ThreatModel(
+            attacks[0].threat_model.norm,
+            _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined),
+        ),
+        num_steps=attacks[0].num_steps - method.mining_step,
+        step_size=_of_attacked_rows([attack.step_size for attack in attacks], mined),
+    )
     ends = [start[:0]]
     for first in range(0, len(y), full):
         rows = slice(first, first + full)
-        ends.append(
-            pgd(
-                model,
-                x[rows],
-                y[rows],
-                threat_model=ThreatModel(attacks[0].threat_model.norm, rows_of(epsilon, rows)),
-                num_steps=attacks[0].num_steps - method.mining_step,
-                step_size=rows_of(step_size, rows),
-                start=start[rows],
-                loss_fn=method.loss.attack_loss(model, x[rows]),
-            )
-        )
+        loss_fn = method.loss.attack_loss(model, x[rows])
+        ends.append(rest.rows(rows)(model, x[rows], y[rows], start=start[rows], loss_fn=loss_fn))
     of_batch = torch.split(torch.cat(ends), [len(found.attacked) for found in mined])
     return [
         replace(found, x_adv=found.early.x_adv.index_copy(0, found.attacked, end)[found.rows])

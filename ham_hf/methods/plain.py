@@ -5,11 +5,12 @@ PGD adversarial training (Madry et al., ICLR 2018), TRADES (Zhang et al., ICML 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ham_hf.methods.borrowing import Borrowing
 from ham_hf.methods.losses import BaseLoss, MartLoss, TradesLoss
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class TRADES(Borrowing):
     name: ClassVar[str] = "trades"
     summary: ClassVar[str] = "TRADES: clean cross-entropy and KL regularization (Zhang et al., 2019)"
 
-    beta: float = field(default=6.0, metadata={"help": "weight of the KL term", "range": ">= 0"})
+    beta: float = setting(6.0, "weight of the KL term", at_least=0)
 
     @property
     def loss(self) -> BaseLoss:
@@ -42,7 +43,7 @@ class MART(Borrowing):
     name: ClassVar[str] = "mart"
     summary: ClassVar[str] = "MART: misclassification-aware regularization (Wang et al., 2020)"
 
-    beta: float = field(default=5.0, metadata={"help": "weight of the KL term", "range": ">= 0"})
+    beta: float = setting(5.0, "weight of the KL term", at_least=0)
 
     @property
     def loss(self) -> BaseLoss:

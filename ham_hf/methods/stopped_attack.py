@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import LossFn, attack_mode, check_batch, input_gradient, predicted
-from ham_hf.methods.inner_attack import InnerAttack
+from ham_hf.attacks import Attack, LossFn, attack_mode, check_batch, input_gradient, predicted
 from ham_hf.mining import RowLoss
 
 
@@ -32,7 +31,7 @@ def early_stopped_pgd(
     x: Tensor,
     y: Tensor,
     *,
-    attack: InnerAttack,
+    attack: Attack,
     start: Tensor,
     loss_fn: LossFn,
     tau: int,

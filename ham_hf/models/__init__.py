@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ham_hf.models.pixel_model import (
     LoadedModel,
+    ModelConfig,
     PixelModel,
     Preprocessing,
     create_backbone,
@@ -17,6 +18,7 @@ from ham_hf.models.pixel_model import (
 
 __all__ = [
     "LoadedModel",
+    "ModelConfig",
     "PixelModel",
     "Preprocessing",
     "create_backbone",

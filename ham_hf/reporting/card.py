@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.hub_ids import is_hub_id
+from ham_hf.reporting.breakdown_tables import corrupted_class_rows, corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
@@ -266,6 +267,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "num_tested_classes": len(class_rows),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(class_rows) - len(shown),
+        "group_rows": group_rows(report.groups) if report.groups else [],
+        "each_group_rows": each_group_rows(report.groups) if report.groups else [],
+        "corruption_rows": corruption_rows(report),
+        "corrupted_class_rows": corrupted_class_rows(report),
         "figures": [(title, Markdown(path)) for title, path in FIGURES if folder and (folder / path).is_file()],
         "seeds": _seeds(report),
         "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),

@@ -298,6 +298,6 @@ def _is_set(value: object) -> bool:
 
 
 def gates_averaging(config: Mapping[str, object]) -> bool:
-    """Whether weights were averaged as `ham_hf.config.TrainingConfig.uses_fawa` says; never in older reports."""
+    """Whether weights were averaged, see `ham_hf.training.config.TrainingConfig`; never in older reports."""
     kind = available().get(str(config.get("method")))
     return config.get("fawa") == "on" or (config.get("fawa") == "auto" and kind is not None and kind.gates_averaging)

@@ -26,8 +26,9 @@ from torch import Tensor
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.files import atomic_write
 from ham_hf.pairing import Difference
+from ham_hf.reporting.breakdown_tables import corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.class_examples import ClassExamples
-from ham_hf.reporting.report import AttackReport, RunReport, percent, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport, evaluation_title, percent, plain_text
 
 PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
@@ -211,6 +212,7 @@ def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) 
         several=len(runs) > 1,
         facts=_facts(report),
         rows=_headline(report),
+        tables=_breakdowns(report),
         notes=[plain_text(note, 1000) for note in report.notes],
         numbers=numbers,
         images=script_json(list(images) if any(images) else []),
@@ -262,6 +264,21 @@ def _headline(report: RunReport) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _breakdowns(report: RunReport) -> list[tuple[str, list[dict[str, str]]]]:
+    """Caption and rows of the tables of groups and of corruptions that there are."""
+    tables: list[tuple[str, list[dict[str, str]]]] = []
+    if report.groups is not None:
+        column = plain_text(report.groups.column, 40)
+        tables += [
+            (f"Groups by {column}, in percent with 95 % intervals", group_rows(report.groups)),
+            (f"Each group by {column}, in percent with 95 % intervals", each_group_rows(report.groups)),
+        ]
+    if report.corruptions is not None:
+        constants = plain_text(report.corruptions.constants)
+        tables.append((f"Accuracy in percent on corrupted images, constants of {constants}", corruption_rows(report)))
+    return tables
 
 
 def _ends(ends: tuple[float, float] | None) -> str:
@@ -451,7 +468,7 @@ def _settings_text(entry: AttackReport) -> str:
     settings = entry.settings
     if entry.name == "verdict":
         attacks = settings.get("attacks")
-        listed = ", ".join(str(name).upper() for name in attacks) if isinstance(attacks, list) else ""
+        listed = ", ".join(evaluation_title(str(name)) for name in attacks) if isinstance(attacks, list) else ""
         return plain_text(f"right on the clean image and never broken by {listed}", 300)
     parts = []
     if "norm" in settings:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ham_hf.methods import ClassRule, InnerAttack, Method, OuterBatch, Stateful, class_sums
+from ham_hf.attacks import Attack
+from ham_hf.methods import ClassRule, Method, OuterBatch, Stateful, class_sums
 
 
 class MethodState:
@@ -115,7 +116,7 @@ class MethodState:
             for key, value in state.items():
                 state[key] = tensors[f"{name}.{key}"].to(value)
 
-    def epoch_record(self, log: Tensor, attack: InnerAttack, *, epoch: int) -> dict[str, Any]:
+    def epoch_record(self, log: Tensor, attack: Attack, *, epoch: int) -> dict[str, Any]:
         """What the epoch did to each class, JSON types; None for what it left alone.
 
         Args:

@@ -21,10 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from ham_hf.config import TrainingConfig
+from ham_hf.attacks import Attack
 from ham_hf.data import ImageData, TrainingStream
-from ham_hf.methods import InnerAttack, Method
+from ham_hf.methods import Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, tidy
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.optimization import depends_on_end
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def agreed_checkpoint(output_dir: Path, name: str, accelerator: Accelerator) -> 
 def run_plan(
     config: TrainingConfig,
     objective: Method,
-    attack: InnerAttack,
+    attack: Attack,
     data: ImageData,
     module: nn.Module,
     *,

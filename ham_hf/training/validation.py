@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import evaluation_mode
+from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import EvaluationAttack, evaluate
-from ham_hf.methods import ClassRule, InnerAttack, Method
+from ham_hf.methods import ClassRule, Method
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
 
@@ -32,7 +32,7 @@ def held_out_accuracy(
     module: nn.Module,
     images: Images,
     *,
-    attack: InnerAttack,
+    attack: Attack,
     num_steps: int,
     num_classes: int,
     accelerator: Accelerator,
@@ -120,7 +120,7 @@ def held_out_sums(
     images: Images,
     *,
     objective: Method,
-    attack: InnerAttack,
+    attack: Attack,
     num_classes: int,
     accelerator: Accelerator,
     batch_size: int,

@@ -28,11 +28,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import load_train_config
 from ham_hf.data import ImageData, TrainingStream, load_image_data
 from ham_hf.data.pixels import PixelBatch
-from ham_hf.methods import PGDAT, InnerAttack
+from ham_hf.methods import PGDAT
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.training.trainer import Trainer
 from tests.benchmarks import common
@@ -116,9 +116,7 @@ def update_speeds(data: ImageData, args: object, accelerator: object) -> dict[st
     """
     recipe = load_train_config(RECIPE)
     threat_model = ThreatModel(recipe.attack.norm, recipe.attack.epsilon)
-    attack = InnerAttack(
-        threat_model=threat_model, num_steps=recipe.attack.num_steps, step_size=recipe.attack.step_size
-    )
+    attack = Attack(threat_model=threat_model, num_steps=recipe.attack.num_steps, step_size=recipe.attack.step_size)
     size = Preprocessing(
         image_size=SIZE, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
     )

@@ -17,11 +17,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData, Images, PixelBatch
 from ham_hf.data.pixels import CachedPixels
-from ham_hf.methods import HAM, PGDAT, InnerAttack, Method
+from ham_hf.methods import HAM, PGDAT, Method
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.training.train_step import Totals
 from ham_hf.training.trainer import Trainer
@@ -29,7 +29,7 @@ from ham_hf.training.trainer import Trainer
 NUM_CLASSES = 10
 IMAGE_SIZE = 32
 EPSILON, STEP_SIZE, NUM_STEPS, MINING_STEP = 8 / 255, 2 / 255, 10, 3
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", EPSILON), num_steps=NUM_STEPS, step_size=STEP_SIZE)
+ATTACK = Attack(threat_model=ThreatModel("linf", EPSILON), num_steps=NUM_STEPS, step_size=STEP_SIZE)
 METHODS: dict[str, Method] = {
     "ham": HAM(mining_step=MINING_STEP, mining_start_epoch=0),
     "ham_packed": HAM(mining_step=MINING_STEP, mining_start_epoch=0, pack_hard_examples=True),

@@ -404,7 +404,7 @@ def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_fai
 
 WITHOUT_POSIX = """
 import sys, os, signal, runpy
-import accelerate, datasets, filelock, huggingface_hub, matplotlib, sklearn, timm, torch
+import accelerate, datasets, filelock, huggingface_hub, matplotlib, timm, torch
 sys.modules["fcntl"] = None
 for module, names in ((os, ("killpg", "setsid", "fork")), (signal, ("SIGHUP", "SIGKILL"))):
     for name in names:

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.data import PixelBatch
-from ham_hf.methods import HAM, InnerAttack, Method, TradesLoss
+from ham_hf.methods import HAM, Method, TradesLoss
 from ham_hf.training.checkpoint import load_best
 from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer
@@ -24,7 +24,7 @@ from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages, group_norm_net
 from tests.support.training import config, image_data
 
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
 METHODS: dict[str, Method] = {
     "ham": HAM(mining_start_epoch=0, mining_step=1),
     # Looks at training logits before it weighs.

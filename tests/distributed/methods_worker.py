@@ -12,16 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import InnerAttack, TradesLoss
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import TradesLoss
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
 from tests.support.nets import group_norm_net
 from tests.support.training import config, image_data
 
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=4, step_size=0.025)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=4, step_size=0.025)
 
 
 def run(accelerator, objective, folder, changes):

@@ -9,10 +9,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.methods import HAM, InnerAttack
+from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
+from ham_hf.evaluation.foreign import foreign_attack
+from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
 from ham_hf.training.train_step import TrainStep
@@ -30,7 +32,7 @@ PATTERNS = {
     "none_anywhere": "0000 0000 0000 0000",
 }
 SCENARIOS = {name: [mark == "1" for mark in pattern.replace(" ", "")] for name, pattern in PATTERNS.items()}
-NO_ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
+NO_ATTACK = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
 
 
 def scenario_data(net: torch.nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +83,11 @@ class LittleMemory(torch.nn.Module):
         return self.net(x)
 
 
+def random_signs(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """An attack that draws from torch's global random state."""
+    return (x + 0.05 * torch.randn_like(x).sign()).clamp(0, 1)
+
+
 def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     net = group_norm_net()
     x = torch.rand(23, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
@@ -91,7 +98,7 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     results = evaluate(
         attacked,
         TensorImages(x, y),
-        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02)],
+        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02), foreign_attack("noise", random_signs)],
         threat_model=threat,
         accelerator=accelerator,
         batch_size=4,
@@ -108,7 +115,20 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         seed=1,
         num_examples=7,
     )
+    corrupted = evaluate_corruptions(
+        attacked,
+        TensorImages(x.float(), y),
+        ["gaussian_noise", "fog"],
+        [1, 5],
+        num_channels=3,
+        accelerator=accelerator,
+        batch_size=4,
+        seed=1,
+    )
     return {
+        "corrupted": torch.stack([found.flags for found in corrupted]),
+        "noise": results["noise"].predictions,
+        "noise_margins": results["noise"].margins,
         "clean": results["clean"].flags,
         "pgd": results["pgd"].flags,
         "predictions": results["pgd"].predictions,

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, input_gradient
-from ham_hf.config.settings import setting_problems
-from ham_hf.methods import InnerAttack, OuterBatch
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
+from ham_hf.methods import OuterBatch
 from ham_hf.methods.bat import BAT, BalanceLoss
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import GOLDEN, golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
@@ -89,7 +89,7 @@ def alone(net, x, y, start, *, epsilon, size, num_steps):
 def test_both_points_lie_on_one_path():
     x, y = golden_batch(64)
     net = golden_net()
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.02), num_steps=8, step_size=0.05)
+    attack = Attack(threat_model=ThreatModel("linf", 0.02), num_steps=8, step_size=0.05)
     wrong, correct = points(net, x, y, normal_noise(64), attack)
     start = (x + 0.001 * normal_noise(64)).clamp(0, 1)
     kinds = set()
@@ -152,7 +152,7 @@ def test_100_classes_and_no_rows(rows):
     x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
     bat = BAT()
     states = initial_states(bat, 100)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     batch = bat.outer_batch(net, x, y, attack=attack, epoch=0, states=states)
     weight, divisor = bat.weigh(batch, epoch=0, states=states)
     assert len(batch.x) == 3 * rows

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, pgd
-from ham_hf.methods import HAM, InnerAttack, MartLoss, TradesLoss
+from ham_hf.attacks import Attack, ThreatModel, pgd
+from ham_hf.methods import HAM, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
 from ham_hf.training.train_step import CLEAN_EVERY, TrainStep
 from tests.support.golden_data import golden_case, golden_net
@@ -22,7 +22,7 @@ from tests.support.training import trainer
 
 K, M, BETA = 5, 2, 3.0
 SPLITS = {"one batch": [24], "three batches": [8, 8, 8], "uneven": [4, 13, 7], "packed": [8, 8, 8]}
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=K, step_size=0.01)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=K, step_size=0.01)
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_trades_with_nothing_hard_still_trains_on_the_clean_images(case):
     y = net(x).argmax(1)
     ham = HAM(mining_start_epoch=0, mining_step=1, base_loss="trades")
     case = (net, x, y, start)
-    still = InnerAttack(threat_model=ThreatModel("linf", 1e-9), num_steps=2, step_size=1e-9)
+    still = Attack(threat_model=ThreatModel("linf", 1e-9), num_steps=2, step_size=1e-9)
     torch.manual_seed(0)
     step = TrainStep(
         copy.deepcopy(net),

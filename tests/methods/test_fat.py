@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, input_gradient
-from ham_hf.config.settings import setting_problems
-from ham_hf.methods import InnerAttack
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
 from ham_hf.methods.fat import FAT
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import GOLDEN, golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
@@ -26,7 +25,7 @@ from tests.support.method_checks import (
 
 TENSORS, HYPER = golden_tensors("fat")
 # Long steps, so that some rows become right again after they were wrong.
-LONG = InnerAttack(threat_model=ThreatModel("linf", 0.04), num_steps=8, step_size=0.1)
+LONG = Attack(threat_model=ThreatModel("linf", 0.04), num_steps=8, step_size=0.1)
 
 
 def golden_batch_32():
@@ -99,7 +98,7 @@ def test_every_row_is_attacked_as_if_it_were_alone(tau, margin):
     noises = [0.01 * torch.empty_like(x).normal_(generator=generator) for _ in range(LONG.num_steps)]
     recrossed = 0
     for i in range(len(y)):
-        attack = InnerAttack(threat_model=ThreatModel("linf", float(radius[y[i]])), num_steps=8, step_size=0.1)
+        attack = Attack(threat_model=ThreatModel("linf", float(radius[y[i]])), num_steps=8, step_size=0.1)
         expected, again = alone(
             net, x[i], y[i], start=start[i], attack=attack, tau=tau, noises=[noise[i] for noise in noises]
         )
@@ -142,7 +141,7 @@ def test_borrowed_class_rules_with_100_classes_most_of_them_absent(rows):
     states = initial_states(fat, 100)
     for part in fat.parts:
         part.before_epoch(states[part.name], epoch=70)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     batch = fat.outer_batch(net, x, y, attack=attack, epoch=70, states=states)
     weight, divisor = fat.weigh(batch, epoch=70, states=states)
     assert batch.x.shape == x.shape

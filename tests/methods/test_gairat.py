@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.config.settings import setting_problems
-from ham_hf.methods import PGDAT, InnerAttack
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, pgd
+from ham_hf.methods import PGDAT
 from ham_hf.methods.gairat import GAIRAT, CorrectIterates, gairat_weights
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
@@ -118,7 +118,7 @@ def test_100_classes_and_no_rows(rows):
     x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
     gairat = GAIRAT(gairat_start_epoch=0)
     states = initial_states(gairat, 100)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     batch = gairat.outer_batch(net, x, y, attack=attack, epoch=0, states=states)
     weight, divisor = gairat.weigh(batch, epoch=0, states=states)
     assert weight.shape == (1, rows)

@@ -12,8 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import InnerAttack
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
@@ -21,7 +20,7 @@ from tests.support.nets import TensorImages
 from tests.support.training import config, image_data, make_net
 
 METHODS = every_method()
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
 
 
 def trainer(folder, label, data=None, net=None, **changes):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import ConfigError, parse_train_config
-from ham_hf.methods import HAM, InnerAttack
+from ham_hf.methods import HAM
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.method_checks import golden_batch
 from tests.support.nets import group_norm_net
@@ -63,7 +63,7 @@ def test_packing_with_nothing_hard_skips_the_update():
     case = golden_case("ham_alleasy")
     net = golden_net()
     hyper = case.parameters
-    attack = InnerAttack(threat_model=ThreatModel("linf", 1e-6), num_steps=3, step_size=hyper["step_size"])
+    attack = Attack(threat_model=ThreatModel("linf", 1e-6), num_steps=3, step_size=hyper["step_size"])
     objective = HAM(mining_start_epoch=0, mining_step=1, pack_hard_examples=True)
     batches = [(case.x[:5], case.y[:5]), (case.x[5:], case.y[5:])]
     after, totals, _ = updated(objective, net, batches, attack=attack)
@@ -78,7 +78,7 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
     x = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     right = net(x).argmax(1).detach()
     y = torch.where(torch.arange(10) < 10 * hard_fraction, (right + 1) % 4, right)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=4, step_size=0.1)
+    attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=4, step_size=0.1)
     objective = HAM(mining_start_epoch=0, mining_step=1)
     counts = torch.full((4,), 10.0, dtype=torch.float64)
     states = {"ham": objective.initial_state(counts)}

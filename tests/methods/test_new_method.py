@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
+from ham_hf.settings import setting
 from tests.support.training import ATTACK, trainer
 
 
@@ -24,7 +25,7 @@ def made_up():
         name: ClassVar[str] = "underdog"
         summary: ClassVar[str] = "made up for a test (Nobody, 2026)"
 
-        underdog_gain: float = field(default=1.0, metadata={"help": "how much failures count", "range": "> 0"})
+        underdog_gain: float = setting(1.0, "how much failures count", above=0)
 
         def initial_state(self, class_counts):
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import HAM, PGDAT, InnerAttack, Method, available
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import HAM, PGDAT, Method, available
 from ham_hf.mining import mine_hard_examples
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.method_checks import every_method
 
 METHODS = every_method()
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
             net,
             easy.x,
             easy.y,
-            attack=InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
+            attack=Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
             epoch=0,
             states=initial_states(ham),
         )

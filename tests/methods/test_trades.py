@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd
-from ham_hf.methods import HAM, MART, TRADES, InnerAttack, MartLoss, TradesLoss
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, pgd
+from ham_hf.methods import HAM, MART, TRADES, MartLoss, TradesLoss
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
@@ -66,7 +66,7 @@ def test_ham_mines_with_the_attack_of_the_loss_and_trains_on_pairs(base_loss, be
     net = golden_net()
     ham = HAM(mining_start_epoch=0, mining_step=3, base_loss=base_loss, beta=beta)
     states = initial_states(ham)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0028)
+    attack = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0028)
     with starting_at(normal=normal_noise()):
         batch = ham.outer_batch(net, x, y, attack=attack, epoch=0, states=states)
     with evaluation_mode(net):
@@ -104,7 +104,7 @@ def test_one_forward_takes_both_images():
         net,
         x,
         y,
-        attack=InnerAttack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01),
+        attack=Attack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01),
         epoch=0,
         states=states,
         generator=torch.Generator().manual_seed(0),

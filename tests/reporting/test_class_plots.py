@@ -13,8 +13,8 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import CFA, InnerAttack
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import CFA
 from ham_hf.reporting.class_plots import class_treatment_figure
 from ham_hf.reporting.plots import per_class_figure, save_figures
 from ham_hf.reporting.report import RunReport, read_report
@@ -189,7 +189,7 @@ def test_a_report_of_the_first_release_shows_its_hard_shares() -> None:
 def test_records_of_a_run_are_understood() -> None:
     """From a method's own state to the figure: CFA after an epoch in which class c was right in c of 4 examples."""
     state = MethodState(CFA(cfa_start_epoch=1), torch.full((4,), 4.0, dtype=torch.float64))
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     state.states["cfa"]["counts"] = torch.tensor([[c, 4] for c in range(4)], dtype=torch.float64)
     state.begin_epoch(1, lambda part: pytest.fail(f"{part.name} takes nothing from held-out images"))
     log = torch.zeros(5, 4, dtype=torch.float64)

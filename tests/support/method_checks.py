@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, InnerAttack, TradesLoss, available
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, TradesLoss, available
 from tests.support.golden_data import GOLDEN
 
 
@@ -51,7 +51,7 @@ def starting_at(*, uniform=None, normal=None):
 
 def attack_of(hyper, **changes):
     values = {"epsilon": hyper["epsilon"], "step_size": hyper["step_size"], "num_steps": hyper["num_steps"]} | changes
-    return InnerAttack(
+    return Attack(
         threat_model=ThreatModel("linf", values["epsilon"]),
         num_steps=values["num_steps"],
         step_size=values["step_size"],

@@ -9,14 +9,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
-from ham_hf.methods import HAM, InnerAttack
+from ham_hf.methods import HAM
 from ham_hf.training.trainer import Trainer
 from tests.support.nets import TensorImages
 
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.05), num_steps=3, step_size=0.02)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.05), num_steps=3, step_size=0.02)
 HAM_FROM_1 = HAM(mining_start_epoch=1, mining_step=1)
 
 

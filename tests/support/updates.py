@@ -7,12 +7,11 @@ import copy
 import torch
 from accelerate import Accelerator
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import InnerAttack
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
 
-ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.03), num_steps=5, step_size=0.01)
+ATTACK = Attack(threat_model=ThreatModel("linf", 0.03), num_steps=5, step_size=0.01)
 
 
 def updated(objective, net, batches, *, epoch=0, attack=ATTACK, **options):

@@ -13,14 +13,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.methods import HAM, PGDAT, InnerAttack, Method
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import HAM, PGDAT, Method
 from ham_hf.methods.base import OuterBatch
 from ham_hf.training.train_step import NonFiniteLossError, TrainStep
 from tests.support.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 from tests.support.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch
 
-NO_ATTACK = InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
+NO_ATTACK = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
 MINE_NOW = HAM(mining_start_epoch=0, mining_step=1)
 
 
@@ -58,7 +58,7 @@ def test_update_gives_the_authors_loss_gradients_buffers_and_weights(name, accel
     )
     model = Normalized(net, hyper["mean"], hyper["std"]) if hyper.get("normalize") else net
     objective = PGDAT() if name == "pgd_at" else HAM(mining_start_epoch=0, mining_step=hyper["classify_step"])
-    attack = InnerAttack(
+    attack = Attack(
         threat_model=ThreatModel("linf", hyper["epsilon"]), num_steps=hyper["num_steps"], step_size=hyper["step_size"]
     )
     step = make_step(model, accelerator, objective, attack, num_classes=10, optimizer=optimizer)
@@ -88,7 +88,7 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
         optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
     before = copy.deepcopy(net.state_dict())
     ema = ModelEmaV3(net, decay=0.5)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0022)
+    attack = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0022)
     step = make_step(
         net,
         accelerator,

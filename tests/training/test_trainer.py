@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
-from ham_hf.methods import HAM, PGDAT, InnerAttack
+from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.log import RunLog, end_training, start_tracker
 from ham_hf.training.resume import check_same_run
@@ -224,7 +224,7 @@ def test_updates_that_nobody_needs_are_skipped_and_counted(tmp_path):
         make_net(),
         image_data(),
         HAM(mining_start_epoch=10, mining_step=0),
-        InnerAttack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01),
+        Attack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01),
         config(tmp_path / "run", num_train_epochs=14, learning_rate=0.2, ema_decay=None, save_steps=None),
         Accelerator(cpu=True),
     )
@@ -268,7 +268,7 @@ def test_another_method_attack_or_network_is_another_run(finished):
     folder = finished[0]
     settings = config(folder, resume_from_checkpoint="latest")
     wider = nn.Sequential(*make_net()[:-1], nn.Linear(8, 4, bias=False))
-    stronger = InnerAttack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.02)
+    stronger = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.02)
     for net, objective, attack, message in (
         (make_net(), HAM(mining_start_epoch=1, mining_step=2), ATTACK, r"ham.mining_step 1 -> 2"),
         (make_net(), PGDAT(), ATTACK, "method ham -> pgd_at"),

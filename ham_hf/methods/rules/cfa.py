@@ -9,19 +9,19 @@ Defaults are those of the authors' code; the paper has lambda1 = 0.3 for TRADES,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ham_hf.attacks import predicted
+from ham_hf.attacks import Attack, predicted
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +33,11 @@ class CFARule(RadiusRule, WeightRule):
     weighs_losses: ClassVar[tuple[str, ...]] = ("trades",)
     gates_averaging: ClassVar[bool] = True
 
-    cfa_margin: bool = field(default=True, metadata={"help": "scale the radius of each class"})
-    cfa_regularization: bool = field(default=True, metadata={"help": "scale the KL weight of each class (TRADES)"})
-    cfa_start_epoch: int = field(default=10, metadata={"help": "first 0-based epoch that does so", "range": ">= 1"})
-    cfa_lambda1: float = field(
-        default=0.5,
-        metadata={"help": "what is added to a class's robust accuracy to scale its radius", "range": "> 0"},
-    )
-    cfa_lambda2: float = field(default=0.5, metadata={"help": "the same for its KL weight", "range": "> 0"})
+    cfa_margin: bool = setting(True, "scale the radius of each class")
+    cfa_regularization: bool = setting(True, "scale the KL weight of each class (TRADES)")
+    cfa_start_epoch: int = setting(10, "first 0-based epoch that does so", at_least=1)
+    cfa_lambda1: float = setting(0.5, "what is added to a class's robust accuracy to scale its radius", above=0)
+    cfa_lambda2: float = setting(0.5, "the same for its KL weight", above=0)
 
     @property
     def warmup_epochs(self) -> int:
@@ -82,7 +79,7 @@ class CFARule(RadiusRule, WeightRule):
         state["robust_accuracy"] = torch.where(count > 0, correct / count.clamp(min=1), state["robust_accuracy"])
         state["counts"].zero_()
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
         if epoch < self.cfa_start_epoch or not self.scales_radii:
             return None

@@ -13,7 +13,7 @@ a class without training images has probability 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,6 +24,7 @@ from ham_hf.methods.class_rule import ClassRule, WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,13 @@ class CFOLRule(WeightRule):
     summary: ClassVar[str] = "class-focused online learning, a class sampler (Pethick et al., 2023)"
     uses_class_counts: ClassVar[bool] = True
 
-    cfol_as: Literal["sampler", "weight"] = field(
-        default="sampler", metadata={"help": "draw classes by the probabilities, or weigh the loss by them"}
+    cfol_as: Literal["sampler", "weight"] = setting(
+        "sampler", "draw classes by the probabilities, or weigh the loss by them"
     )
-    cfol_gamma: float = field(
-        default=0.5, metadata={"help": "share of the base distribution in the probabilities", "range": "(0, 1]"}
-    )
-    cfol_eta: float = field(
-        default=1e-5, metadata={"help": "what a misclassified example adds to its class", "range": "> 0"}
-    )
-    cfol_base: Literal["uniform", "empirical"] = field(
-        default="uniform", metadata={"help": "base distribution: all classes alike, or by their training images"}
+    cfol_gamma: float = setting(0.5, "share of the base distribution in the probabilities", above=0, at_most=1)
+    cfol_eta: float = setting(1e-5, "what a misclassified example adds to its class", above=0)
+    cfol_base: Literal["uniform", "empirical"] = setting(
+        "uniform", "base distribution: all classes alike, or by their training images"
     )
 
     @classmethod

@@ -9,18 +9,19 @@ here; the formula and the published code let its weight be negative (a radius be
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ham_hf.attacks import Attack
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +31,9 @@ class DAFARule(RadiusRule, WeightRule):
     name: ClassVar[str] = "dafa"
     summary: ClassVar[str] = "distance-aware fair adversarial training (Lee et al., 2024)"
 
-    dafa_lambda: float = field(
-        default=1.0, metadata={"help": "how much weight passes between classes; 1.5 for 100 classes", "range": ">= 0"}
-    )
-    dafa_start_epoch: int = field(
-        default=70,
-        metadata={"help": "first 0-based epoch with class weights; the epoch before it is observed", "range": ">= 1"},
+    dafa_lambda: float = setting(1.0, "how much weight passes between classes; 1.5 for 100 classes", at_least=0)
+    dafa_start_epoch: int = setting(
+        70, "first 0-based epoch with class weights; the epoch before it is observed", at_least=1
     )
 
     @property
@@ -70,7 +68,7 @@ class DAFARule(RadiusRule, WeightRule):
             counts = state["sums"][:, -1:]
             state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`."""
         if epoch < self.dafa_start_epoch:
             return None

@@ -16,7 +16,7 @@ With MART it attacks the KL term, as with TRADES; ours is MART's own attack.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.settings import setting
 
 BISECTIONS = 64
 """Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""
@@ -43,9 +44,7 @@ class FAALRule(WeightRule):
     uses_class_counts: ClassVar[bool] = True
     wants_preview: ClassVar[bool] = True
 
-    faal_radius: float = field(
-        default=0.5, metadata={"help": "largest KL divergence of the class weights from equal ones", "range": ">= 0"}
-    )
+    faal_radius: float = setting(0.5, "largest KL divergence of the class weights from equal ones", at_least=0)
 
     def initial_state(self, class_counts: Tensor) -> State:
         """See `Stateful.initial_state`: the class weights, 1 on average over classes with training images."""
@@ -73,9 +72,7 @@ class FAALRule(WeightRule):
 class _OnAnyLoss(BuiltOnLoss):
     """Any loss, with one weight of the KL term for all."""
 
-    beta: float | None = field(
-        default=6.0, metadata={"help": "weight of the KL term of TRADES or MART as --base_loss", "range": ">= 0"}
-    )
+    beta: float | None = setting(6.0, "weight of the KL term of TRADES or MART as --base_loss", at_least=0)
 
 
 FAAL = method_of(FAALRule, _OnAnyLoss)

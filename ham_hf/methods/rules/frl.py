@@ -11,19 +11,19 @@ weights and radii to float32, and knows no class without a held-out image; ours 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd, predicted
+from ham_hf.attacks import Attack, pgd, predicted
 from ham_hf.methods.base import Method
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss, TradesLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +36,13 @@ class FRLRule(RadiusRule, WeightRule):
     uses_held_out: ClassVar[bool] = True
     divides_by_class_weight: ClassVar[bool] = True
 
-    frl_margin: bool = field(default=True, metadata={"help": "scale the radius of each class (ReMargin)"})
-    frl_bound: float = field(
-        default=0.07,
-        metadata={"help": "tolerated excess of a class's error; the authors' 0.1 without ReMargin", "range": ">= 0"},
+    frl_margin: bool = setting(True, "scale the radius of each class (ReMargin)")
+    frl_bound: float = setting(
+        0.07, "tolerated excess of a class's error; the authors' 0.1 without ReMargin", at_least=0
     )
-    frl_rate1: float = field(
-        default=0.05, metadata={"help": "rate of weights, halved every 40 epochs", "range": "> 0"}
-    )
-    frl_rate2: float = field(default=0.2, metadata={"help": "rate of the radii (ReMargin)", "range": "> 0"})
-    frl_limit: float = field(default=0.5, metadata={"help": "largest sum of multipliers per error", "range": "(0, 1)"})
+    frl_rate1: float = setting(0.05, "rate of weights, halved every 40 epochs", above=0)
+    frl_rate2: float = setting(0.2, "rate of the radii (ReMargin)", above=0)
+    frl_limit: float = setting(0.5, "largest sum of multipliers per error", above=0, below=1)
 
     @property
     def scales_radii(self) -> bool:
@@ -66,7 +63,7 @@ class FRLRule(RadiusRule, WeightRule):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         loss: BaseLoss,
         num_classes: int,
         generator: torch.Generator,
@@ -90,7 +87,7 @@ class FRLRule(RadiusRule, WeightRule):
         if self.frl_margin:
             state["radius"] = state["radius"] + self.frl_rate2 * excess[1]
 
-    def class_attack(self, state: State, attack: InnerAttack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
+    def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """See `RadiusRule.class_attack`: 0.98 to 3 times epsilon; the step is a quarter of the largest radius."""
         if not self.scales_radii:
             return None
@@ -107,7 +104,7 @@ class FRLRule(RadiusRule, WeightRule):
 class _OnTrades(Method):
     """TRADES with the weight of the KL term that the authors take."""
 
-    beta: float = field(default=1.5, metadata={"help": "weight of the KL term", "range": ">= 0"})
+    beta: float = setting(1.5, "weight of the KL term", at_least=0)
 
     @property
     def loss(self) -> BaseLoss:

@@ -12,7 +12,7 @@ That weak classes should weigh more is what DAFA, WAT, FRL and CFOL do as well; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +34,15 @@ class HardFractionRule(WeightRule):
     name: ClassVar[str] = "hard_fraction"
     summary: ClassVar[str] = "class weights from each class's share of hard examples in the epoch before (ours)"
 
-    hard_fraction_strength: float = field(
-        default=1.0,
-        metadata={"help": "s of the class weights 1 + 2 s (hard fraction - mean over classes)", "range": "> 0"},
+    hard_fraction_strength: float = setting(
+        1.0, "s of the class weights 1 + 2 s (hard fraction - mean over classes)", above=0
     )
-    hard_fraction_low: float = field(
-        default=0.7, metadata={"help": "smallest weight of a class, before weights are rescaled", "range": "[0, 1)"}
+    hard_fraction_low: float = setting(
+        0.7, "smallest weight of a class, before weights are rescaled", at_least=0, below=1
     )
-    hard_fraction_high: float = field(
-        default=1.4, metadata={"help": "largest weight of a class, before weights are rescaled", "range": "> 1"}
-    )
-    hard_fraction_start_epoch: int = field(
-        default=0,
-        metadata={
-            "help": "first 0-based epoch with class weights; in epoch 0 nothing is counted yet",
-            "range": ">= 0",
-        },
+    hard_fraction_high: float = setting(1.4, "largest weight of a class, before weights are rescaled", above=1)
+    hard_fraction_start_epoch: int = setting(
+        0, "first 0-based epoch with class weights; in epoch 0 nothing is counted yet", at_least=0
     )
 
     @property

@@ -11,19 +11,19 @@ costs the average. When resumed it forgets the cumulative costs; ours are part o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import pgd
+from ham_hf.attacks import Attack
 from ham_hf.methods.base_loss import TradesOrPGDAT
 from ham_hf.methods.class_rule import WeightRule
-from ham_hf.methods.inner_attack import InnerAttack
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class WATRule(WeightRule):
     summary: ClassVar[str] = "worst-class adversarial training (Li and Liu, 2023)"
     uses_held_out: ClassVar[bool] = True
 
-    wat_eta: float = field(default=0.1, metadata={"help": "how fast weight moves to costly classes", "range": ">= 0"})
+    wat_eta: float = setting(0.1, "how fast weight moves to costly classes", at_least=0)
 
     def initial_state(self, class_counts: Tensor) -> State:
         """See `Stateful.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
@@ -51,19 +51,16 @@ class WATRule(WeightRule):
         x: Tensor,
         y: Tensor,
         *,
-        attack: InnerAttack,
+        attack: Attack,
         loss: BaseLoss,
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
         """See `ClassRule.held_out_sums`: number of images, and sum of the loss under its own attack."""
-        x_adv = pgd(
+        x_adv = attack(
             model,
             x,
             y,
-            threat_model=attack.threat_model,
-            num_steps=attack.num_steps,
-            step_size=attack.step_size,
             start=loss.start(x, attack.threat_model, generator),
             loss_fn=loss.attack_loss(model, x),
         )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import HAM, PGDAT, BaseLoss, OuterBatch, TradesLoss
 from ham_hf.methods.rules.cfol import CFOL, CFOLRule
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import attack_of, golden_batch, golden_tensors, initial_states, update_loss
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ham_hf.attacks import pgd
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import HAM, TRADES, OuterBatch
 from ham_hf.methods.rules.faal import FAAL, FAALRule, worst_case_weights
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,

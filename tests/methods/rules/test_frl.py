@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import HAM, PGDAT, TRADES
 from ham_hf.methods.rules.frl import FRL
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import parse_train_config
-from ham_hf.config.settings import setting_problems
-from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES, InnerAttack
+from ham_hf.methods import FAT, HAM, MART, PGDAT, TRADES
 from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
 from ham_hf.reporting.method_text import combined_with, method_rows
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import golden_batch, initial_states
 from tests.support.training import trainer
@@ -135,7 +135,7 @@ def test_only_the_first_term_is_weighed_and_the_divisor_is_not():
     states = initial_states(trades)
     states["hard_fraction"]["weight"] = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
     x, y = golden_batch(8)
-    attack = InnerAttack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01)
+    attack = Attack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01)
     batch = trades.outer_batch(
         golden_net(), x, y, attack=attack, epoch=1, states=states, generator=torch.Generator().manual_seed(0)
     )

@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import evaluation_mode, pgd
-from ham_hf.config.settings import setting_problems
 from ham_hf.methods import BASE_LOSSES, HAM, PGDAT, OuterBatch
 from ham_hf.methods.rules.wat import WAT, hedge_weights, mean_costs
+from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,

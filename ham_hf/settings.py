@@ -1,25 +1,22 @@
 """What a setting is: a dataclass field with a type, a help line and a range, and the checks that follow from them.
 
-Every settings class (the groups of `ham_hf.config.groups` and the training methods of `ham_hf.methods`) is a
-frozen dataclass whose fields carry ``metadata={"help": ..., "range": ...}``. `settings_of` reads that into
-`Setting` objects, from which checks, ``--help``, flags and YAML are made, so that each fact is written once.
+Every settings class (the group of each component, and the training methods of `ham_hf.methods`) is a frozen dataclass
+whose fields are declared with `setting`. `settings_of` reads them into `Setting` objects, from which checks,
+``--help``, flags and YAML are made, so that each fact is written once.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
 MAX_FLOAT = (2 - 2**-23) * 2.0**127
 """Largest number of 32 bits, which networks compute with."""
-_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
-_BOUND = re.compile(r"(>=?) (\S+)")
 
 
 class ConfigError(ValueError):
@@ -35,16 +32,54 @@ class ConfigError(ValueError):
         super().__init__(self.problems[0] if len(self.problems) == 1 else "\n  - ".join([heading, *self.problems]))
 
 
-def setting(default: T, help: str, range: str = "", items: str = "") -> T:
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Where a number has to lie: an interval, each end of which is open, closed or missing."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Whether the number ``value`` lies in between."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    @property
+    def has_two_ends(self) -> bool:
+        """Whether there is a lower and an upper end."""
+        return self.below is not None or self.at_most is not None
+
+    def __str__(self) -> str:
+        """``[0, 1)``, ``>= 1`` or ``> 0``; empty without an end."""
+        low = f"{self.above}" if self.at_least is None else f"{self.at_least}"
+        if self.has_two_ends:
+            low = f"({low}" if self.at_least is None else f"[{low}"
+            return f"{low}, {self.below})" if self.at_most is None else f"{low}, {self.at_most}]"
+        if self.above is None and self.at_least is None:
+            return ""
+        return f"> {low}" if self.at_least is None else f">= {low}"
+
+
+def setting(default: T, help: str, *, limits: str = "", items: str = "", **ends: float) -> T:
     """Declare a field of a settings class.
 
     Args:
-        default: value when nothing is given.
+        default: value when nothing is given; a mapping is copied.
         help: one line with the unit, as shown by ``--help``.
-        range: ``"(0, 1]"``, ``">= 1"`` or ``"> 0"``, checked; any other wording is shown only.
+        limits: in words, for what numbers do not say; shown and not checked.
         items: notation of one item, for a tuple whose items are written in their own notation.
+        ends: of the interval that a number has to lie in, see `Bounds`: ``at_least=0, below=1``; checked.
     """
-    return field(default=default, metadata={"help": help, "range": range, "items": items})
+    metadata = {"help": help, "bounds": Bounds(**ends), "limits": limits, "items": items}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: cast(T, dict(default)), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -57,7 +92,8 @@ class Setting:
         optional: whether None is allowed.
         default: the default; ``dataclasses.MISSING`` if a value is required.
         help: one line with the unit.
-        range: limits of a number, as for `setting`; may be empty.
+        bounds: of a number.
+        limits: the bounds, or what takes their place, as shown; may be empty.
         items: notation of one item of a tuple; may be empty.
     """
 
@@ -66,7 +102,8 @@ class Setting:
     optional: bool
     default: object
     help: str
-    range: str
+    bounds: Bounds
+    limits: str
     items: str
 
     @property
@@ -101,8 +138,8 @@ class Setting:
             what = f"a list of {self.items or _kind_words(self.item_kind)}"
         else:
             what = _kind_words(self.kind)
-        if self.range:
-            what += f" in {self.range}" if _INTERVAL.fullmatch(self.range) else f" {self.range}"
+        if self.limits:
+            what += f" in {self.limits}" if self.bounds.has_two_ends else f" {self.limits}"
         return what + (" or none" if self.optional else "")
 
     def accepts(self, value: object) -> bool:
@@ -117,20 +154,7 @@ class Setting:
             return isinstance(value, tuple) and all(_is_kind(item, self.item_kind) for item in value)
         if self.choices:
             return value in self.choices
-        return _is_kind(value, self.kind) and self._in_range(value)
-
-    def _in_range(self, value: object) -> bool:
-        if not isinstance(value, int | float):
-            return True
-        if bound := _BOUND.fullmatch(self.range):
-            return value >= float(bound[2]) if bound[1] == ">=" else value > float(bound[2])
-        interval = _INTERVAL.fullmatch(self.range)
-        if interval is None:
-            return True
-        opening, low, high, closing = interval.groups()
-        above = value >= float(low) if opening == "[" else value > float(low)
-        below = value <= float(high) if closing == "]" else value < float(high)
-        return above and below
+        return _is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
 
 
 def _kind_words(kind: object) -> str:
@@ -174,14 +198,15 @@ def _read_field(declared: Field[Any], hint: object) -> Setting:
     kinds = [kind for kind in alternatives if kind is not NoneType]
     if len(kinds) != 1:
         raise TypeError(f"{declared.name}: a setting has one type, with or without None, not {hint}")
-    factory = declared.default_factory
+    factory, bounds = declared.default_factory, declared.metadata.get("bounds", Bounds())
     return Setting(
         name=declared.name,
         kind=kinds[0],
         optional=len(kinds) < len(alternatives),
         default=declared.default if factory is MISSING else factory(),
         help=declared.metadata["help"],
-        range=declared.metadata.get("range", ""),
+        bounds=bounds,
+        limits=declared.metadata.get("limits") or str(bounds),
         items=declared.metadata.get("items", ""),
     )
 

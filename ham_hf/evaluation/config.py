@@ -1,0 +1,113 @@
+"""The settings of an evaluation and of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ham_hf.attacks import pixel_unit_problems
+from ham_hf.settings import SettingsGroup, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationThreatConfig(SettingsGroup):
+    """The threat model of an evaluation; by default the one that the model was trained for."""
+
+    norm: Literal["linf", "l2"] | None = setting(
+        None, "norm that bounds the perturbation; none = as the model was trained, else linf"
+    )
+    epsilon: float | None = setting(
+        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", above=0
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.runs.threat_model_of` looks again."""
+        if self.norm is not None:
+            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(SettingsGroup):
+    """The attacks on the test split, with the norm and epsilon of the threat model."""
+
+    per_device_eval_batch_size: int = setting(
+        256, "images per process in evaluation; where memory does not suffice, fewer at once", at_least=1
+    )
+    eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", at_least=1)
+    eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", above=0)
+    autoattack: bool = setting(False, "also run standard AutoAttack (needs the extra ham-hf[autoattack])")
+    autoattack_examples: int | None = setting(
+        None, "run AutoAttack on this many test images, stratified; none = all", at_least=1
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """A setting of AutoAttack without AutoAttack."""
+        if self.autoattack_examples is not None and not self.autoattack:
+            yield f"--autoattack_examples {self.autoattack_examples} has no effect without --autoattack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreEvaluationConfig(SettingsGroup):
+    """What an evaluation of a finished model can measure beside its own attacks and classes."""
+
+    foreign_attack: tuple[str, ...] = setting(
+        (),
+        "also run functions attack(model, x, y) of this machine",
+        items="package.module:function or file.py:function",
+    )
+    corruptions: tuple[str, ...] = setting(
+        (), "also measure accuracy on corrupted images; all = the benchmark's", items="names, separated by spaces or ,"
+    )
+    severities: tuple[int, ...] = setting((1, 2, 3, 4, 5), "severities of the corruptions, 1 to 5")
+    group_column: str | None = setting(
+        None, "also report accuracy by the groups of this column of the test split, and their worst"
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Severities that there are not, twice, or of nothing."""
+        given = f"--severities {' '.join(map(str, self.severities))}"
+        if not self.severities or not set(self.severities) <= {1, 2, 3, 4, 5}:
+            yield f"{given}: expected some of 1 2 3 4 5"
+        elif len(set(self.severities)) < len(self.severities):
+            yield f"{given}: expected each severity once"
+        elif not self.corruptions and self.severities != type(self).severities:
+            yield f"{given} has no effect without --corruptions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig(SettingsGroup):
+    """Class shifts found on held-out images after training, which spread robust accuracy more evenly over classes."""
+
+    fairness: float | None = setting(
+        None, "how evenly: 0 = as trained, 1 = all classes alike; none = no calibration", at_least=0, at_most=1
+    )
+    max_average_drop: float | None = setting(
+        None,
+        "instead of --fairness: the largest one whose held-out average drops by at most this share",
+        at_least=0,
+        at_most=1,
+    )
+    calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", at_least=1)
+    calibration_precision: Literal["float32", "bf16", "fp16"] = setting(
+        "float32", "precision of that attack's passes; predictions are counted in float32"
+    )
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether there is anything to calibrate."""
+        return self.fairness is not None or self.max_average_drop is not None
+
+    def contradictions(self) -> Iterator[str]:
+        """Two goals at once, and settings of a search without one."""
+        if self.fairness is not None and self.max_average_drop is not None:
+            yield (
+                f"--fairness {self.fairness:g} and --max_average_drop {self.max_average_drop:g} exclude each other; "
+                "give one of them"
+            )
+        if not self.is_asked_for:
+            yield from (
+                f"--{name} {getattr(self, name)} has no effect without --fairness or --max_average_drop"
+                for name in ("calibration_num_steps", "calibration_precision")
+                if getattr(self, name) != getattr(type(self), name)
+            )
