@@ -413,6 +413,7 @@ BAD_FLAGS = [
     ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
     ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
     ("--hub_model_id me/x", ["--hub_model_id me/x has no effect without --push_to_hub"]),
+    ("--hub_space", ["--hub_space has no effect without --push_to_hub"]),
     ("--hub_private_repo", ["--hub_private_repo has no effect without --push_to_hub"]),
     ("--hub_revision v2", ["--hub_revision v2 has no effect without --push_to_hub"]),
     ("--hub_strategy every_save", ["--hub_strategy every_save has no effect without --push_to_hub"]),
