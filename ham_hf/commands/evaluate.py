@@ -2,6 +2,8 @@
 
     python recipes/evaluate.py outputs/digits-ham --dataset_name digits
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
+    python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --corruptions all --group_column site
+    python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --foreign_attack my_attack.py:attack
     python recipes/evaluate.py --help
 
 Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the
@@ -15,12 +17,18 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from accelerate import Accelerator
+from torch import nn
+
+from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
+from ham_hf.data import TestData
 from ham_hf.data.decoding import CorruptImageError
-from ham_hf.evaluation import NonFiniteLogitsError
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import chosen_corruptions
-from ham_hf.evaluation.foreign import ForeignAttackError, load_foreign_attack
+from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.hub import limit_waiting
@@ -68,7 +76,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             require_autoattack()
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
         accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
-        foreign = [load_foreign_attack(place) for place in config.more.foreign_attack]
+        foreign = load_foreign_attacks(config.more.foreign_attack)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
         threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
@@ -85,41 +93,13 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    faults = (
-        NonFiniteLogitsError,
-        MemoryExhaustedError,
-        CorruptImageError,
-        FaultError,
-        ForeignAttackError,
-        OSError,
-    )
+    faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, ForeignAttackError, OSError)
     with (
         clean_exit(*faults),
         explain_faults(num_processes=world, way_on="the same command"),
         explain_out_of_memory(way_out),
     ):
-        results = evaluate_on_test(
-            model,
-            data.test,
-            config.evaluation,
-            num_classes=len(data.class_names),
-            threat_model=threat_model,
-            accelerator=accelerator,
-            seed=config.seed,
-            output_dir=config.output_path,
-            foreign=foreign,
-            show_progress=not config.disable_tqdm,
-        )
-        corrupted = evaluate_corrupted(
-            model,
-            data,
-            config.more,
-            accelerator=accelerator,
-            batch_size=config.evaluation.per_device_eval_batch_size,
-            seed=config.seed,
-            output_dir=config.output_path,
-            show_progress=not config.disable_tqdm,
-        )
+        results, corrupted = _measure(config, model, data, foreign, threat_model=threat_model, accelerator=accelerator)
 
     if accelerator.is_main_process:
         report = evaluation_report(
@@ -151,3 +131,38 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         tables = [results_table(report), *breakdown_tables(report)]
         show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()
+
+
+def _measure(
+    config: EvaluateConfig,
+    model: nn.Module,
+    data: TestData,
+    foreign: Sequence[ForeignAttack],
+    *,
+    threat_model: ThreatModel,
+    accelerator: Accelerator,
+) -> tuple[dict[str, AttackResult], list[CorruptionResult]]:
+    """What all attacks, and the corruptions asked for, leave of the test images."""
+    results = evaluate_on_test(
+        model,
+        data.test,
+        config.evaluation,
+        num_classes=len(data.class_names),
+        threat_model=threat_model,
+        accelerator=accelerator,
+        seed=config.seed,
+        output_dir=config.output_path,
+        foreign=foreign,
+        show_progress=not config.disable_tqdm,
+    )
+    corrupted = evaluate_corrupted(
+        model,
+        data,
+        config.more,
+        accelerator=accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+        seed=config.seed,
+        output_dir=config.output_path,
+        show_progress=not config.disable_tqdm,
+    )
+    return results, corrupted

@@ -22,7 +22,7 @@ from ham_hf.data.columns import (
     label_column_of,
     read_labels,
 )
-from ham_hf.data.declarations import Declarations
+from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.image_groups import ImageGroups, read_groups
 from ham_hf.data.parts import DatasetChoice, limit_rows, named_labels
@@ -65,6 +65,7 @@ class _Opened(NamedTuple):
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    group_files: list[tuple[FileClasses, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def evaluation_part(
     column = choice.group_column
     return EvaluationPart(
         encoded=encoded(rows),
-        groups=None if column is None else read_groups(opened.splits[opened.split], column, rows),
+        groups=None if column is None else read_groups(opened.splits[opened.split], column, rows, opened.group_files),
         class_names=opened.class_names,
         origin=origin,
         config_name=opened.config_name,
@@ -200,6 +201,7 @@ def _open(choice: DatasetChoice) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=source.notes,
+        group_files=_group_files(choice, source.declared, split),
     )
 
 
@@ -247,7 +249,16 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=(),
+        group_files=_group_files(choice, source.declared, split),
     )
+
+
+def _group_files(
+    choice: DatasetChoice, declared: Declarations, split: str
+) -> list[tuple[FileClasses, tuple[str, ...]]]:
+    """Files of a split with the names that their groups count; empty without groups or where no file declares any."""
+    column = choice.group_column
+    return [] if column is None else _alone(declared, split).row_names(column, split, split)
 
 
 def _alone(declared: Declarations, split: str) -> Declarations:
