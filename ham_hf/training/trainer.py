@@ -556,11 +556,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         now = changeable(self.config, self.accelerator)
         changed = changes_on_the_way(progress.changeable, now)
+        complete = progress.step >= self.total_steps
         if changed:
             epoch = progress.step // self.updates_per_epoch + 1
-            progress.changes.append(f"After update {progress.step}, from epoch {epoch} on, the run had {changed}.")
+            later = f"the last, the run was started again with {changed}, and trained no more."
+            if not complete:
+                later = f"from epoch {epoch} on, the run had {changed}."
+            progress.changes.append(f"After update {progress.step}, {later}")
             logger.warning("the run goes on with %s: the card will say so", changed)
-        progress.changeable = now
+        if not complete:
+            progress.changeable = now
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)

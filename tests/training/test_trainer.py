@@ -548,6 +548,20 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
     assert again.progress.changes == progress.changes, "said once, and kept"
 
 
+def test_settings_that_change_when_training_is_complete_train_nothing(finished, tmp_path, caplog):
+    folder, _, run = finished
+    shutil.copytree(folder, tmp_path / "run")
+    again = trainer(tmp_path / "run", max_steps=run.total_steps, resume_from_checkpoint="latest")
+    again.resume()
+    (sentence,) = again.progress.changes
+    assert sentence.startswith(
+        f"After update {run.total_steps}, the last, the run was started again with --max_steps "
+    )
+    assert sentence.endswith(", and trained no more.")
+    assert again.progress.changeable == run.progress.changeable, "what it was trained with"
+    assert "the card will say so" in caplog.text
+
+
 def test_checkpoints_from_before_schedules_were_noted_go_on_with_a_warning(finished, caplog):
     _, progress, run = finished
     saved = {name: value for name, value in progress.plan.items() if name != "num_train_epochs"}
