@@ -323,7 +323,6 @@ class LargestMove:
         return torch.zeros_like(x_adv[:, 0, 0, 0]) if self.largest is None else self.largest
 
     def keep(self, rows: Tensor) -> None:
-        """See `RowLoss.keep`."""
         if isinstance(self.loss_fn, RowLoss):
             self.loss_fn.keep(rows)
         if self.previous is not None and self.largest is not None:

@@ -105,7 +105,6 @@ class HAM(BuiltOnLoss, Borrowing):
     )
 
     def check(self, *, num_steps: int) -> None:
-        """See `Method.check`."""
         super().check(num_steps=num_steps)
         if not 0 <= self.mining_step < num_steps:
             expected = f"at least 0 and below --num_steps {num_steps}"
@@ -144,7 +143,6 @@ class HAM(BuiltOnLoss, Borrowing):
 
     @property
     def tells_wrong_at_start(self) -> bool:
-        """See `Method.tells_wrong_at_start`."""
         return self.stop_misclassified
 
     @property
@@ -166,7 +164,6 @@ class HAM(BuiltOnLoss, Borrowing):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Method.outer_batch`."""
         if epoch < self.mining_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         attack = self.attack_on(y, attack, epoch=epoch, states=states)
@@ -264,11 +261,9 @@ class HAM(BuiltOnLoss, Borrowing):
         return bool(states[self.name]["classify_in_step"])
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`."""
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         hard, mined = state["mined"].tolist()
         state["classify_in_step"].fill_(hard > CLASSIFY_IN_STEP_FROM * mined)
         state["mined"].zero_()
@@ -283,7 +278,6 @@ class HAM(BuiltOnLoss, Borrowing):
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["mined"] += sums
 
     def outer_batches(
@@ -295,7 +289,6 @@ class HAM(BuiltOnLoss, Borrowing):
         epoch: int,
         states: States,
     ) -> list[OuterBatch]:
-        """See `Method.outer_batches`."""
         if not self.pack_hard_examples or epoch < self.warmup_epochs:
             return super().outer_batches(model, batches, attack=attack, epoch=epoch, states=states)
         attacks = [self.attack_on(y, attack, epoch=epoch, states=states) for _, y, _ in batches]

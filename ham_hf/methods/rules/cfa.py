@@ -46,11 +46,9 @@ class CFARule(RadiusRule, WeightRule):
 
     @property
     def scales_radii(self) -> bool:
-        """See `RadiusRule.scales_radii`."""
         return self.cfa_margin
 
     def weighs(self, loss: BaseLoss) -> bool:
-        """See `WeightRule.weighs`."""
         return super().weighs(loss) and self.cfa_regularization
 
     def initial_state(self, class_counts: Tensor) -> State:
@@ -61,7 +59,6 @@ class CFARule(RadiusRule, WeightRule):
         }
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return num_classes, 2
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
@@ -70,7 +67,6 @@ class CFARule(RadiusRule, WeightRule):
         return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:

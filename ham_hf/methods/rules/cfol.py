@@ -70,7 +70,6 @@ class CFOLRule(WeightRule):
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return (num_classes,)
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
@@ -83,7 +82,6 @@ class CFOLRule(WeightRule):
         state["log_weight"] += torch.where(drawn_with > 0, self.cfol_eta * sums / drawn_with, 0.0)
 
     def class_probabilities(self, state: State) -> Tensor | None:
-        """See `ClassRule.class_probabilities`."""
         return state["probabilities"] if self.cfol_as == "sampler" else None
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:

@@ -50,7 +50,6 @@ class DAFARule(RadiusRule, WeightRule):
         }
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return (num_classes, num_classes + 1) if epoch == self.dafa_start_epoch - 1 else None
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
@@ -59,17 +58,14 @@ class DAFARule(RadiusRule, WeightRule):
         return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["sums"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         if epoch == self.dafa_start_epoch:
             counts = state["sums"][:, -1:]
             state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
 
     def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `RadiusRule.class_attack`."""
         if epoch < self.dafa_start_epoch:
             return None
         return state["weight"] * attack.threat_model.epsilon, state["weight"] * attack.step_size

@@ -59,7 +59,6 @@ class FAALRule(WeightRule):
         return class_sums((runner_up - true).squeeze(1), y, num_classes)
 
     def before_update(self, state: State, sums: Tensor) -> None:
-        """See `WeightRule.before_update`."""
         present = state["present"] > 0
         state["weight"] = state["present"].sum() * worst_case_weights(sums, self.faal_radius, present)
 

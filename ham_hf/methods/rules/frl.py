@@ -46,7 +46,6 @@ class FRLRule(RadiusRule, WeightRule):
 
     @property
     def scales_radii(self) -> bool:
-        """See `RadiusRule.scales_radii`."""
         return self.frl_margin
 
     def initial_state(self, class_counts: Tensor) -> State:
@@ -54,7 +53,6 @@ class FRLRule(RadiusRule, WeightRule):
         return {"multipliers": class_counts.new_zeros(2, len(class_counts)), "radius": torch.zeros_like(class_counts)}
 
     def wants_held_out(self, epoch: int) -> bool:
-        """See `ClassRule.wants_held_out`."""
         return True
 
     def held_out_sums(
@@ -79,7 +77,6 @@ class FRLRule(RadiusRule, WeightRule):
         return class_sums(torch.stack([torch.ones_like(right[0]), *right], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `ClassRule.after_held_out`."""
         excess = excess_errors(sums) - self.frl_bound
         rate = self.frl_rate1 * 0.5 ** ((epoch + 1) // 40)
         moved = state["multipliers"] + torch.stack([rate * excess[0], 2 * rate * excess[1]])
@@ -108,7 +105,6 @@ class _OnTrades(Method):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         return TradesLoss(beta=self.beta)
 
 

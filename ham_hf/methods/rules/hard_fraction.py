@@ -55,7 +55,6 @@ class HardFractionRule(WeightRule):
         return {"weight": torch.ones_like(class_counts), "counts": class_counts.new_zeros(len(class_counts), 2)}
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return num_classes, 2
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
@@ -64,11 +63,9 @@ class HardFractionRule(WeightRule):
         return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         state["weight"] = hard_fraction_weights(
             *state["counts"].unbind(1),
             strength=self.hard_fraction_strength,

@@ -70,7 +70,6 @@ class WATRule(WeightRule):
         return class_sums(torch.stack([torch.ones_like(terms[0]), cost], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `ClassRule.after_held_out`."""
         state["cost"] = state["cost"] + mean_costs(sums)
         state["weight"] = hedge_weights(state["cost"], self.wat_eta)
 
