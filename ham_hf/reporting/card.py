@@ -314,7 +314,7 @@ def _title(report: RunReport, repo_id: str | None) -> str:
 
 
 def _dataset_name(report: RunReport) -> str:
-    """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+    """Return the Hub id, or the last part of a local path: local paths are not published."""
     return report.dataset.hub_id or plain_text(Path(report.dataset.name).name)
 
 
