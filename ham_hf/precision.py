@@ -1,12 +1,11 @@
 """Attacks whose passes run in 16 bits while pixels, the perturbation and the loss stay float32 (invariant 1).
 
-An attack is nine tenths of what adversarial training costs, and a sign or a direction is all that a step takes from a
-gradient. So convolutions and matrix products of the attack may be coarser than those of the update.
+The attack is nine tenths of the cost of adversarial training, and a step needs only the sign or direction of the
+gradient. So the attack can compute convolutions and matrix products more coarsely than the update.
 
-float16 cannot hold the small gradients that an attack lives on: the input gradient of an image that the network is
-sure of is 0 in it. A direction stays the same when the loss of an image is multiplied by a positive number, so the
-gradient of each image is brought to one size where it enters the network's backward, and divided by the same power of
-two where it leaves it.
+float16 cannot hold small gradients: the input gradient of an image that the network is sure of becomes 0. Scaling the
+loss of an image by a positive number keeps the direction. So each image's gradient is scaled to one size, by a power
+of two, where it enters the network's backward, and divided by the same power where it leaves.
 """
 
 from __future__ import annotations
@@ -53,12 +52,11 @@ def attack_passes(model: nn.Module, precision: str) -> nn.Module:
 
 
 def pass_with_scaled_gradient(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A forward whose input gradient float16 can hold; gradients of weights are left alone.
+    """Run a forward whose input gradient float16 can hold; gradients of weights are not scaled.
 
-    Inside of the network the gradient of each image is multiplied by a power of two of its own, so that neither the
-    other images nor how sure the network is matter. What comes out is the gradient of the loss itself, exactly but
-    where float16 rounds. An image whose gradient overflows all the same has one that is not finite, and an attack
-    leaves it in place.
+    The backward multiplies the gradient of each image by a separate power of two, so neither the other images nor the
+    network's confidence matter. The result is the gradient of the loss itself, exact up to float16 rounding. An image
+    whose gradient still overflows gets one that is not finite, and an attack does not move it.
 
     Args:
         forward: maps pixels (N, C, H, W) to logits (N, num_classes) of any precision.
@@ -76,7 +74,7 @@ def pass_with_scaled_gradient(forward: Callable[[Tensor], Tensor], x: Tensor) ->
 
 @dataclass
 class _Scale:
-    """What the gradient of each image is multiplied by, (N,) powers of two, known once the backward begins."""
+    """Factors (N,) of the images' gradients, powers of two, known once the backward begins."""
 
     factors: Tensor | None = None
 
@@ -99,7 +97,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Enter(torch.autograd.Function):
-    """The beginning of the network's forward, where its backward ends: takes the factors away again."""
+    """The beginning of the network's forward, where its backward ends: divides by the factors again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: _Scale) -> Tensor:  # noqa: ANN401
