@@ -1,4 +1,4 @@
-"""The stages that the recipes put together: data and model from settings, evaluation, export."""
+"""Stages that the recipes combine: data and model from settings, evaluation, export."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ NUM_EXAMPLES_SHOWN = 8
 
 
 def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessing, seed: int) -> ImageData:
-    """The dataset of a run, in the geometry and channels that the model takes.
+    """Load the dataset of a run, in the geometry and channels that the model takes.
 
     Args:
         config: settings of the data.
         image_size: side in pixels; None lets the dataset decide, or the model's own for large images.
-        inputs: what goes with the model.
+        inputs: channels and preprocessing that go with the model.
         seed: seed of the held-out parts and limits.
     """
     return load_image_data(
@@ -76,12 +76,12 @@ def load_data(config: DataConfig, *, image_size: int | None, inputs: Preprocessi
 
 
 def load_evaluation_data(config: DataConfig, loaded: LoadedModel, *, group_column: str | None = None) -> TestData:
-    """What a finished model is evaluated on: the named or only split, whole, unless the model was trained on it.
+    """Load the images to evaluate a model on: the named or only split, whole unless the model was trained on it.
 
     See `ham_hf.data.evaluation_data.evaluation_part`. ``group_column`` names a column of groups.
 
     Raises:
-        ValueError: for anything that does not fit, or where every image of the split was for training.
+        ValueError: for settings that do not fit, or where every image of the split was for training.
     """
     inputs, trained = loaded.preprocessing, loaded.metadata
     return load_test_data(
@@ -217,7 +217,7 @@ def evaluate_corrupted(
     output_dir: Path,
     show_progress: bool = True,
 ) -> list[CorruptionResult]:
-    """What a model, on its device already, makes of corrupted test images; nothing where none are asked for.
+    """Evaluate a model, already on its device, on corrupted test images; return an empty list if none are asked for.
 
     Finished batches are kept in the output folder as by `evaluate_on_test`.
     """
@@ -284,7 +284,7 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
 
 def provenance_of(loaded: LoadedModel) -> Provenance | None:
-    """What a model was trained on; None if its ``config.json`` does not say so.
+    """Return what a model was trained on; None if its ``config.json`` does not say so.
 
     Raises:
         ValueError: if the record is damaged.
@@ -418,7 +418,7 @@ def export_model(
 def threat_model_of(
     config: EvaluationThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None
 ) -> ThreatModel:
-    """The threat model asked for; where nothing is, the one the model was trained for, else linf 8/255.
+    """Return the threat model asked for; by default the one the model was trained for, else linf 8/255.
 
     Raises:
         ValueError: if l2 is asked for, no epsilon, and the model was trained for something else; or if a length is on
@@ -439,7 +439,7 @@ def threat_model_of(
 
 
 def num_logits(loaded: LoadedModel) -> int:
-    """Number of classes that a model tells apart.
+    """Return the number of classes that a model tells apart.
 
     Raises:
         ValueError: if it has no classifier.
@@ -472,7 +472,7 @@ class AlignedModel(NamedTuple):
     Attributes:
         model: the model.
         class_order: ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
-            their logits are attacked and decided over; ``assumed``: names say nothing, the orders are taken to be one.
+            their logits are attacked and decided over; ``assumed``: names do not match, the orders are assumed equal.
     """
 
     model: nn.Module
@@ -480,7 +480,7 @@ class AlignedModel(NamedTuple):
 
 
 def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedModel:
-    """The model with its logits in the order of the dataset's classes; names that both have decide.
+    """Put the model's logits in the order of the dataset's classes; names that both have decide.
 
     Raises:
         ValueError: if the dataset has a class that the model does not name while they share others at different
