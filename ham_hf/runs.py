@@ -37,7 +37,13 @@ from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing, create_backbone, input_defaults
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.pixel_model import imagenet_synsets
-from ham_hf.reporting.class_examples import AttackedImages, ClassExamples, choose_images, encode_examples
+from ham_hf.reporting.class_examples import (
+    AttackedImages,
+    ClassExamples,
+    choose_images,
+    encode_examples,
+    worst_classes,
+)
 from ham_hf.reporting.plots import ExampleStrip
 from ham_hf.reporting.report import plain_text
 from ham_hf.seeding import Stream, make_generator
@@ -293,15 +299,23 @@ def provenance_of(loaded: LoadedModel) -> Provenance | None:
 
 
 def example_strip(
-    model: nn.Module, images: Images, config: EvaluationConfig, *, threat_model: ThreatModel, seed: int
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    results: Mapping[str, AttackResult],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
 ) -> ExampleStrip:
-    """A few images of different classes before and after the PGD attack of the evaluation, for the figure."""
+    """Images of the classes that withstood the attacks of ``results`` least, the worst first, for the figure.
+
+    Of each class the first image, before and after the evaluation's PGD.
+    """
     device = next(model.parameters()).device
     attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
-    # The first image of each class; of more images than shown, classes spread over all of them.
-    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in torch.unique(images.labels)])
-    spread = torch.linspace(0, len(firsts) - 1, min(NUM_EXAMPLES_SHOWN, len(firsts))).round().long()
-    (batch,) = images.batches([BatchRequest(firsts[spread], None)], device=device)
+    worst = worst_classes(verdicts_of(results, ()))[:NUM_EXAMPLES_SHOWN]
+    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])
+    (batch,) = images.batches([BatchRequest(firsts, None)], device=device)
     with evaluation_mode(model):
         x_adv = pgd(
             model,

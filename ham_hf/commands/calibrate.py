@@ -192,7 +192,9 @@ def _publish(job: _Job, found: _Found) -> None:
         seed=config.seed,
         class_order=job.class_order,
     )
-    strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
+    strip = example_strip(
+        found.shifted, data.test, config.evaluation, found.results, threat_model=job.threat_model, seed=config.seed
+    )
     of_classes = class_examples(
         found.shifted,
         data.test,

@@ -2,18 +2,21 @@
 
     python recipes/evaluate.py outputs/digits-ham --dataset_name digits
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
+    python recipes/evaluate.py you/their-model --dataset_name uoft-cs/cifar10 --push_to_hub --create_pr
     python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --corruptions all --group_column site
     python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --foreign_attack my_attack.py:attack
     python recipes/evaluate.py --help
 
 Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the
-verdict), figures/ and EVALUATION.md (the evaluation part of a model card). Killed in the middle, the same command goes
-on where it stopped.
+verdict), figures/, EVALUATION.md (the evaluation part of a model card) and, of a dataset on the Hub, .eval_results/.
+--push_to_hub brings them into the model's repository, --create_pr as a pull request. Killed in the middle, the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +25,10 @@ from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
+from ham_hf.config.yaml_text import setting_words
 from ham_hf.data import TestData
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
@@ -31,7 +36,8 @@ from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
-from ham_hf.hub import limit_waiting
+from ham_hf.hub import PushError, check_pull_request, check_write_access, limit_waiting, push_evaluation
+from ham_hf.invocation import command
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables
 from ham_hf.reporting.report import results_table, text_table
@@ -48,6 +54,12 @@ from ham_hf.runs import (
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
+
+NOT_THE_NUMBERS = frozenset(
+    {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
+     "hub_model_id", "publish_images", "dataloader_num_workers"}
+)  # fmt: skip
+"""Settings that change nothing of what is measured."""
 
 logger = logging.getLogger("ham_hf.evaluate")
 
@@ -76,6 +88,8 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             require_autoattack()
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
         accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+        if config.hub.push_to_hub and accelerator.is_main_process:
+            check_push(config)
         foreign = load_foreign_attacks(config.more.foreign_attack)
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
@@ -115,7 +129,9 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             corrupted=corrupted,
         )
         with clean_exit(CorruptImageError, OSError):
-            examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
+            examples = example_strip(
+                model, data.test, config.evaluation, results, threat_model=threat_model, seed=config.seed
+            )
             of_classes = class_examples(
                 model, data.test, config.evaluation, results, threat_model=threat_model, seed=config.seed
             )
@@ -124,13 +140,47 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
                 config.output_path,
                 results=results,
                 examples=examples,
+                command=shell_command(config),
                 of_classes=of_classes,
                 groups=data.groups,
             )
         remove_partial_results(config.output_path)
         tables = [results_table(report), *breakdown_tables(report)]
         show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")
+    is_main_process = accelerator.is_main_process
     accelerator.end_training()
+    if is_main_process and config.hub.push_to_hub:
+        with clean_exit(PushError):
+            url = push_evaluation(
+                config.output_path,
+                str(config.repo_id),
+                create_pr=config.hub.create_pr,
+                publish_images=config.hub.publish_images,
+            )
+        show(f"pushed to {url}\n")
+
+
+def check_push(config: EvaluateConfig) -> None:
+    """Refuse a push that could not work, before anything is computed.
+
+    Raises:
+        ValueError: saying what to fix.
+    """
+    if config.hub.create_pr:
+        check_pull_request(str(config.repo_id))
+    else:
+        check_write_access(config.repo_id, private=False)
+
+
+def shell_command(config: EvaluateConfig) -> str:
+    """The words that measure the same again, without where things lie on this machine."""
+    settings = config_to_dict(config)
+    defaults = config_to_dict(EvaluateConfig(model=config.model))
+    given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
+    for name, value in settings.items():
+        if name not in NOT_THE_NUMBERS and value != defaults[name]:
+            given.setdefault(name, value)
+    return shlex.join([*command("evaluate").split(), plain_name(config.model), *setting_words(given)])
 
 
 def _measure(

@@ -113,18 +113,29 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
     each. An image is not shown twice. Empty without an attack.
     """
     usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
-    shares = []
-    for label in torch.unique(verdicts.labels[verdicts.judged]).tolist():
-        judged = verdicts.judged & (verdicts.labels == label)
-        shares.append((float(verdicts.withstood[judged].double().mean()), int(label)))
     chosen = list[tuple[int, str]]()
-    for _, label in sorted(shares)[:MAX_CLASSES]:
+    for label in worst_classes(verdicts)[:MAX_CLASSES]:
         rows = (usable & (verdicts.labels == label)).nonzero()[:, 0]
         rows = rows[verdicts.margins_attacked[rows].argsort(stable=True)]
         weak = rows[: min(NUM_PER_KIND, -(-len(rows) // 2))]
         strong = rows[len(weak) :].flip(0)[:NUM_PER_KIND]
         chosen += [(row, WEAK) for row in weak.tolist()] + [(row, STRONG) for row in strong.tolist()]
     return chosen
+
+
+def worst_classes(verdicts: Verdicts) -> list[int]:
+    """The classes with an image that was attacked, the one with the smallest share that withstood first.
+
+    Without an attack, those with the smallest share that is right.
+    """
+    attacked = bool(verdicts.judged.any())
+    counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)
+    right = verdicts.withstood if attacked else verdicts.clean == verdicts.labels
+    shares = [
+        (float(right[counted & (verdicts.labels == label)].double().mean()), int(label))
+        for label in torch.unique(verdicts.labels[counted]).tolist()
+    ]
+    return [label for _, label in sorted(shares)]
 
 
 def encode_examples(images: AttackedImages, verdicts: Verdicts, *, attack: str) -> ClassExamples:
@@ -186,13 +197,13 @@ def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int, f
         clean_prediction=int(verdicts.clean[row]),
         attacked_prediction=int(images.attacked_predictions[index]),
         enlargement=enlargement,
-        clean=_picture(clean, side, form),
-        attacked=_picture(attacked, side, form),
-        difference=_picture(0.5 + enlargement * difference, side, form),
+        clean=picture(clean, side, form),
+        attacked=picture(attacked, side, form),
+        difference=picture(0.5 + enlargement * difference, side, form),
     )
 
 
-def _picture(pixels: Tensor, side: int, form: str) -> bytes:
+def picture(pixels: Tensor, side: int, form: str) -> bytes:
     """(C, H, W) pixels in [0, 1] as a file, its longer side at most ``side``; of four channels the first three."""
     values = (pixels.clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(values[0].numpy() if len(values) < 3 else values[:3].permute(1, 2, 0).numpy())

@@ -140,7 +140,8 @@ class TrainStep:
         self.memory_format, self.ema, self.max_grad_norm = memory_format, ema, max_grad_norm
         self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
         self.module: nn.Module = accelerator.unwrap_model(model)
-        self.attacked = attack_passes(self.module, attack_precision)
+        scaled = "fp16" in (attack_precision, accelerator.mixed_precision)
+        self.attacked = attack_passes(self.module, "fp16" if scaled else attack_precision)
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
