@@ -79,7 +79,7 @@ def create_accelerator(
         dynamo_backend="no",
         # A plugin, as the number alone loses to the launcher's variable: accelerate would divide every gradient by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(trackers),
+        log_with=list(trackers) or None,
         project_dir=None if logging_dir is None else str(logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
     )
