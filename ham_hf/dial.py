@@ -16,22 +16,16 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
-from ham_hf.data import ImageData, Images
+from ham_hf.data import ImageData, Images, load_image_data
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
 from ham_hf.evaluation.partial_results import partial_results
+from ham_hf.fitting import ReorderedLogits, find_validation_part, num_logits, provenance_of
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
 from ham_hf.reporting.calibration import CalibrationReport, calibration_report
-from ham_hf.runs import (
-    ReorderedLogits,
-    find_validation_part,
-    load_data,
-    num_logits,
-    provenance_of,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -112,11 +106,11 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     inputs = loaded.preprocessing
 
     def loaded_with(**changes: Any) -> ImageData:  # noqa: ANN401 (settings of data)
-        return load_data(
+        return load_image_data(
             replace(settings, validation_fraction=0.0, **changes),
-            image_size=inputs.image_size,
-            inputs=inputs,
+            inputs,
             seed=config.seed,
+            image_size=inputs.image_size,
         )
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
@@ -280,7 +274,7 @@ def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: i
     """Shifts (num_classes,) float32 in the order of the model's own logits; 0 for classes that the dataset lacks.
 
     Args:
-        aligned: what `ham_hf.runs.align_classes` made of the model.
+        aligned: what `ham_hf.fitting.align_classes` made of the model.
         shifts: in the order of the dataset's classes.
         num_classes: number of the model's logits.
     """

@@ -89,10 +89,9 @@ def mine_hard_examples(
     """Attack for ``mining_step`` steps, drop what is still classified correctly, attack the rest to the end.
 
     Passes over the model, with H of N rows hard: ``mining_step`` gradients on N rows, one forward on N rows to
-    classify, ``num_steps - mining_step`` gradients on H rows; with H = 0 the last part is left out. A gradient pass
-    gives logits as well, so the next step may classify instead: one gradient on N rows in place of the forward on N
-    rows and one gradient on H rows. A gradient costs about two forwards: that is cheaper where more than half of the
-    rows are hard, and finds the same rows.
+    classify, ``num_steps - mining_step`` gradients on H rows. A gradient pass gives logits as well, so the next step
+    may classify instead: cheaper where more than half of the rows are hard, with the same rows found, as a gradient
+    costs about two forwards.
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
@@ -122,18 +121,13 @@ def mine_hard_examples(
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
-        x_early = x_next = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
-        if classify_in_step and left:
-            seen = LastLogits(loss_fn)
-            x_next = replace(early, num_steps=1)(model, x, y, start=x_early, loss_fn=seen)
-            logits, left = seen.logits, left - 1
-        else:
-            with torch.no_grad():
-                logits = model(x_early)
+        x_early = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
+        in_step = min(left, int(classify_in_step))
+        x_next, logits = _classified(replace(early, num_steps=in_step), model, x, y, x_early, loss_fn)
         hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        x_adv = _attacked_on(replace(early, num_steps=left), model, x, y, rows, x_next, loss_fn)
+        x_adv = _attacked_on(replace(early, num_steps=left - in_step), model, x, y, rows, x_next, loss_fn)
         return HardExamples(
             x_adv=x_adv,
             y=y[rows],
@@ -212,6 +206,17 @@ def mine_three_kinds(
         early=mined.early,
         wrong_at_start=wrong_at_start,
     )
+
+
+def _classified(
+    step: Attack, model: nn.Module, x: Tensor, y: Tensor, x_early: Tensor, loss_fn: LossFn
+) -> tuple[Tensor, Tensor]:
+    """Images after one step from ``x_early``, or none, and the logits (N, num_classes) of ``x_early``."""
+    if step.num_steps:
+        seen = LastLogits(loss_fn)
+        return step(model, x, y, start=x_early, loss_fn=seen), seen.logits
+    with torch.no_grad():
+        return x_early, model(x_early)
 
 
 def _attacked_on(

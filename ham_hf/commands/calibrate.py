@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import CalibrateConfig, config_to_dict, parse_calibrate_config
+from ham_hf.config import CalibrateConfig, parse_calibrate_config
 from ham_hf.data.decoding import CorruptImageError
-from ham_hf.data.provenance import plain_name
 from ham_hf.dial import (
     HeldOut,
     check_enough_images,
@@ -29,14 +29,16 @@ from ham_hf.dial import (
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.fitting import align_classes, num_logits, threat_model_of
 from ham_hf.hub import limit_waiting
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
+from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.results import calibrated_report, write_calibration
-from ham_hf.runs import align_classes, class_examples, evaluate_on_test, example_strip, num_logits, threat_model_of
+from ham_hf.reporting.results import calibrated_report, evaluation_report, write_calibration
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir, clear_output_dir
@@ -152,10 +154,9 @@ def _search(job: _Job) -> _Found:
     shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
     shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
     results = evaluate_on_test(
-        shifted,
-        data.test,
+        shifted.to(job.accelerator.device).to(memory_format=torch.channels_last),
+        data,
         config.evaluation,
-        num_classes=len(data.class_names),
         threat_model=job.threat_model,
         accelerator=job.accelerator,
         seed=config.seed,
@@ -177,21 +178,16 @@ def _publish(job: _Job, found: _Found) -> None:
         class_names=own_class_names(job.model, data.class_names),
         model_license=model_license,
     )
-    settings = {**config_to_dict(config), "model": plain_name(config.model), "model_license": model_license}
-    report = calibrated_report(
-        config.model,
+    evaluated = evaluation_report(
+        config,
         job.loaded,
         data,
         found.results,
-        found.calibration,
-        exported,
-        config=settings,
-        base_model=job.origin.base_model,
+        job.accelerator,
         threat_model=job.threat_model,
-        accelerator=job.accelerator,
-        seed=config.seed,
         class_order=job.class_order,
     )
+    report = calibrated_report(evaluated, found.calibration, exported, job.origin, model_license=model_license)
     strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
     of_classes = class_examples(
         found.shifted,

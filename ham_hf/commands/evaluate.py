@@ -15,24 +15,22 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ham_hf.config import EvaluateConfig, config_to_dict, parse_evaluate_config
+import torch
+
+from ham_hf.config import EvaluateConfig, parse_evaluate_config
+from ham_hf.data import load_test_data
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import limit_waiting
 from ham_hf.models import load_pixel_model
+from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import evaluation_report, write_evaluation
-from ham_hf.runs import (
-    align_classes,
-    class_examples,
-    evaluate_on_test,
-    example_strip,
-    load_evaluation_data,
-    threat_model_of,
-)
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes, set_up_logging
 from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
@@ -67,7 +65,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
         with accelerator.main_process_first():
-            data = load_evaluation_data(config.data, loaded)
+            data = load_test_data(config.data, loaded.preprocessing, what_trained(loaded))
         model, class_order = align_classes(loaded, data.class_names)
         if accelerator.is_main_process:
             lock.acquire()
@@ -86,10 +84,9 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         explain_out_of_memory(way_out),
     ):
         results = evaluate_on_test(
-            model,
-            data.test,
+            model.to(accelerator.device).to(memory_format=torch.channels_last),
+            data,
             config.evaluation,
-            num_classes=len(data.class_names),
             threat_model=threat_model,
             accelerator=accelerator,
             seed=config.seed,
@@ -99,15 +96,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
 
     if accelerator.is_main_process:
         report = evaluation_report(
-            config.model,
-            loaded,
-            data,
-            results,
-            config=config_to_dict(config),
-            threat_model=threat_model,
-            accelerator=accelerator,
-            seed=config.seed,
-            class_order=class_order,
+            config, loaded, data, results, accelerator, threat_model=threat_model, class_order=class_order
         )
         with clean_exit(CorruptImageError, OSError):
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -57,9 +58,8 @@ from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
 from ham_hf.training.validation import (
     HeldOutAccuracy,
-    held_out_accuracy,
+    HeldOutPart,
     held_out_record,
-    held_out_sums,
     selection_score,
 )
 
@@ -146,17 +146,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
-        self.per_update = (
-            config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-        )
-        self.updates_per_epoch = len(data.train) // self.per_update
-        if not self.updates_per_epoch:
-            raise ValueError(
-                f"the training split has {len(data.train)} examples, fewer than the {self.per_update} of one update "
-                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
-            )
-        planned = config.num_train_epochs * self.updates_per_epoch
-        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+        self._count_updates()
         self._warn_of_late_starts()
         memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[
             config.memory_format
@@ -173,25 +163,7 @@ class Trainer:
         if config.torch_compile:
             # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
             model.compile(dynamic=True)
-        optimizer = create_optimizer(
-            model,
-            config.optimizer,
-            learning_rate=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            decay_norm_and_bias=config.decay_norm_and_bias,
-            layer_decay=config.layer_decay,
-        )
-        self.scheduler = create_scheduler(
-            optimizer,
-            config.lr_scheduler_type,
-            num_epochs=config.num_train_epochs,
-            updates_per_epoch=self.updates_per_epoch,
-            drops=config.lr_drops,
-            warmup_epochs=config.warmup_epochs,
-            min_learning_rate=config.min_learning_rate,
-            step_unit=config.lr_step_unit,
-        )
+        optimizer, self.scheduler = self._optimization_of(model)
         wrapped, self.optimizer = prepare(accelerator, model, optimizer)
         self.train_step = TrainStep(
             wrapped,
@@ -213,6 +185,45 @@ class Trainer:
         if self.averaged_module is not None:
             self.passes.watch(self.averaged_module)
         self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
+
+    def _count_updates(self) -> None:
+        """How many examples an update takes, and how many updates there are in an epoch and in all."""
+        config, num_examples = self.config, len(self.data.train)
+        self.per_update = (
+            config.per_device_train_batch_size * self.accelerator.num_processes * config.gradient_accumulation_steps
+        )
+        self.updates_per_epoch = num_examples // self.per_update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"the training split has {num_examples} examples, fewer than the {self.per_update} of one update "
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
+            )
+        planned = config.num_train_epochs * self.updates_per_epoch
+        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+
+    def _optimization_of(self, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        """The optimizer of the settings and its schedule."""
+        config = self.config
+        optimizer = create_optimizer(
+            model,
+            config.optimizer,
+            learning_rate=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay_norm_and_bias=config.decay_norm_and_bias,
+            layer_decay=config.layer_decay,
+        )
+        scheduler = create_scheduler(
+            optimizer,
+            config.lr_scheduler_type,
+            num_epochs=config.num_train_epochs,
+            updates_per_epoch=self.updates_per_epoch,
+            drops=config.lr_drops,
+            warmup_epochs=config.warmup_epochs,
+            min_learning_rate=config.min_learning_rate,
+            step_unit=config.lr_step_unit,
+        )
+        return optimizer, scheduler
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
@@ -424,38 +435,28 @@ class Trainer:
     def _held_out_sums(self, rule: ClassRule, *, epoch: int) -> Tensor:
         """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
-            return held_out_sums(
-                rule,
-                self.module,
-                self._held_out_images(f"--method {rule.name}"),
-                objective=self.objective,
-                attack=self.attack,
-                num_classes=self.num_classes,
-                accelerator=self.accelerator,
-                batch_size=self.eval_batch_size,
-                seed=self.config.seed,
-                epoch=epoch,
-            )
+            held_out = self._held_out_part(f"--method {rule.name}")
+            return held_out.sums(rule, self.module, loss=self.objective.loss, attack=self.attack, epoch=epoch)
 
     def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
-            return held_out_accuracy(
+            return self._held_out_part("validation").accuracy(
                 module,
-                self._held_out_images("validation"),
-                attack=self.attack,
-                num_steps=self.config.validation_num_steps,
-                num_classes=self.num_classes,
-                accelerator=self.accelerator,
-                batch_size=self.eval_batch_size,
-                seed=self.config.seed,
+                replace(self.attack, num_steps=self.config.validation_num_steps),
                 with_verdict=self.config.selection_metric == "verdict",
             )
 
-    def _held_out_images(self, what_for: str) -> Images:
+    def _held_out_part(self, what_for: str) -> HeldOutPart:
         if self.data.validation is None:
             raise RuntimeError(f"{what_for} needs held-out images, and there are none")
-        return self.data.validation
+        return HeldOutPart(
+            images=self.data.validation,
+            num_classes=self.num_classes,
+            accelerator=self.accelerator,
+            batch_size=self.eval_batch_size,
+            seed=self.config.seed,
+        )
 
     def _save(self, *, ends_training: bool = False) -> None:
         """Write a checkpoint on the main process; all processes wait for it.
@@ -555,8 +556,7 @@ class Trainer:
             self.attack,
             self.data,
             self.module,
-            per_update=self.per_update,
-            num_processes=self.accelerator.num_processes,
+            accelerator=self.accelerator,
             eval_batch_size=self.eval_batch_size,
             besides=self.plan_besides,
         )

@@ -19,11 +19,11 @@ from ham_hf.commands import calibrate as command
 from ham_hf.config import parse_calibrate_config
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import calibration
+from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
-from ham_hf.runs import ReorderedLogits
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, load, noise, write_parquet
 from tests.support.exports import FAMILIES
