@@ -3,7 +3,7 @@ PYTHON ?= python
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help check lint types imports test faults same smoke bench bench-quick browser release-check format
+.PHONY: help check lint types imports test test-quick faults same smoke bench bench-quick browser release-check house format
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,8 +21,11 @@ types:  ## mypy --strict on the package
 imports:  ## import-linter: who may import whom
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
-test:  ## pytest in TEST_PROCESSES processes
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test:  ## all tests but the long fault tests, in TEST_PROCESSES processes
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "slow or not slow"
+
+test-quick:  ## tests that are not slow and start no program: a minute and a half
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not program and not browser"
 
 faults:  ## the fault table of docs/unattended.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
@@ -55,6 +58,9 @@ browser:  ## report.html in a headless Chromium: clicks, keys, sizes, hostile na
 
 release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
 	$(PYTHON) -m tests.release_check
+
+house:  ## size and shape of the package: lines, modules, long functions, repeats; tests/test_house.py holds the limits
+	$(PYTHON) -m tests.house
 
 format:  ## let ruff rewrite what it can
 	$(PYTHON) -m ruff check --fix .

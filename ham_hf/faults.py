@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ham_hf.terminal import printable
+
 # What gloo, NCCL and the store between processes report when a process is gone or silent.
 _LOST = re.compile(
     r"gloo|nccl|tcpstore|connection (was )?(closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE
@@ -44,11 +46,7 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        # The message may hold untrusted names: drop terminal commands and characters that reverse text.
-        message = "".join(
-            character if character in "\n\t" or character.isprintable() else "?" for character in str(error)
-        )
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         raise SystemExit(2) from error
 
 

@@ -16,6 +16,7 @@ from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.provenance import Provenance, read_provenance
 from ham_hf.evaluation.config import EvaluationThreatConfig
 from ham_hf.models import LoadedModel
+from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.report import plain_text
 
 logger = logging.getLogger(__name__)
@@ -158,10 +159,12 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
             places, or if they share none and their numbers differ.
     """
     names, number = loaded.class_names, num_logits(loaded)
-    numbers = tuple(map(str, range(number)))
+    numbers, synsets = tuple(map(str, range(number))), imagenet_synsets(number)
     if names is None and set(class_names) == set(numbers):
         # Folders 0, 1, 10, 100, ... come sorted as text, where a model that names no classes counts (ImageNetV2).
         names = numbers
+    if names is None and all(name in (synsets or ()) for name in class_names):
+        names = synsets  # timm's models name no classes; ImageNet-A and ImageNet-R have 200 of the 1,000
     if names is not None and tuple(names) == tuple(class_names):
         return AlignedModel(loaded.model, "by name")
     shared = set(names or ()) & set(class_names)
@@ -191,7 +194,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
     if names is None:
         logger.warning("the model does not name its classes: taking them to be in the order of the dataset's")
         return AlignedModel(loaded.model, "assumed")
-    moved = [name for name in class_names if name in shared and names.index(name) != class_names.index(name)]
+    moved = [name for name, own in zip(class_names, names, strict=True) if name in shared and name != own]
     unknown = [name for name in class_names if name not in shared]
     if moved:
         raise ValueError(

@@ -22,12 +22,29 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, set_client_factory
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    get_session,
+    get_token,
+    hf_hub_download,
+    set_client_factory,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
 
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.invocation import command
-from ham_hf.reporting.page import PAGE_NAME, has_images, without_images
+from ham_hf.reporting.card import IMAGES
+from ham_hf.reporting.card import without_images as card_without_images
+from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files, without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
@@ -35,9 +52,10 @@ T = TypeVar("T")
 
 DEFAULT_REVISION = "main"
 REQUIRED = ("model.safetensors", "config.json")
+CARD_NAME = "README.md"
 ARTEFACTS = (
     *REQUIRED,
-    "README.md",
+    CARD_NAME,
     "report.json",
     "predictions.parquet",
     "report.html",
@@ -57,6 +75,8 @@ SILENCE_LIMIT = 60.0
 """Seconds within which a server must send or take at least one byte; a request with its own limit keeps that."""
 WAIT_LIMIT = 60
 """Longest wait in seconds that a server may ask for."""
+MAX_RESULT_BYTES = 200_000_000
+"""Largest report or table of predictions that is fetched to be compared (our choice): a stranger may name any."""
 
 # huggingface_hub uses httpx or httpx2, depending on the version; its error derives from the base class of either.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
@@ -75,10 +95,13 @@ class AskedToWaitError(OSError):
     """The Hub asks for a longer wait than ``WAIT_LIMIT``."""
 
 
-def check_write_access(repo_id: str | None, *, private: bool, revision: str = DEFAULT_REVISION) -> str:
+def check_write_access(
+    repo_id: str | None, *, private: bool, revision: str = DEFAULT_REVISION, space: bool = False
+) -> str:
     """Check before training that the finished model can be pushed; create the repository and branch if missing.
 
-    ``repo_id`` is "user/name", or "name" for one of the user's own. Returns the full "user/name".
+    ``repo_id`` is "user/name", or "name" for one of the user's own. With ``space``, a Space of that name has to be
+    free, or one that this package wrote. Returns the full "user/name".
 
     Raises:
         ValueError: saying what to fix, if a push could not work.
@@ -106,9 +129,35 @@ def check_write_access(repo_id: str | None, *, private: bool, revision: str = DE
                 "choose another --hub_model_id, or drop --hub_private_repo"
             )
         _retry(lambda: _create_branch(api, full_id, revision))
+        if space:
+            _check_space(api, full_id)
     except ACCESS_ERRORS as error:
         raise ValueError(_access_problem(repo_id, revision, error)) from None
     return full_id
+
+
+def _check_space(api: HfApi, repo_id: str) -> None:
+    """Refuse a Space of the model's name that somebody made for another purpose, or that is public and the model not.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    try:
+        found = _retry(lambda: api.space_info(repo_id))
+    except RepositoryNotFoundError:
+        return
+    tags = found.card_data.get("tags") if found.card_data else None
+    # One that a push made and did not get to fill has its first commit alone.
+    if SPACE_TAG not in (tags or ()) and len(_retry(lambda: api.list_repo_commits(repo_id, repo_type="space"))) > 1:
+        raise ValueError(
+            f"--hub_space: there is a Space {repo_id} that this package did not write. Rename it on the Hub, choose "
+            "another --hub_model_id, or drop --hub_space"
+        )
+    if not found.private and _retry(lambda: api.model_info(repo_id)).private:
+        raise ValueError(
+            f"--hub_space: the Space {repo_id} is public and the model is private. Make the Space private in its "
+            "settings on the Hub, or drop --hub_space"
+        )
 
 
 def push_folder(
@@ -120,34 +169,35 @@ def push_folder(
     commit_message: str = "Upload model",
     attempts: int = 3,
     publish_images: bool = False,
+    space: bool = False,
 ) -> str:
     """Push the ``ARTEFACTS`` of an output folder to branch ``revision`` of an existing repository "user/name".
 
     Makes up to ``attempts`` tries when the server or the connection fails, or another commit gets in between.
-    Of a dataset that is not public, images are taken out of the pushed ``report.html``, unless ``publish_images``; the
-    one in the folder keeps them. ``private`` only goes into the command that a failed push names. Returns the URL of
-    the commit, or of the last one if nothing has changed since.
+    Of a dataset that is not public, no images are pushed, unless ``publish_images``: none in ``report.html`` and the
+    card, and no figure of them; those in the folder keep them. With ``space``, the page goes into a static Space of
+    the same name after that, as private as the model is. ``private`` only goes into the command that a failed push
+    names. Returns the URL of the commit, or of the last one if nothing has changed since.
 
     Raises:
-        FileNotFoundError: if the folder lacks the model or its configuration.
+        FileNotFoundError: if the folder lacks the model or its configuration; with ``space``, the page.
         PushError: if the push failed.
     """
-    for name in REQUIRED:
-        if not (Path(folder) / name).is_file():
+    folder = Path(folder)
+    for name in (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())):
+        if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
     limit_waiting()
-
-    page = None if publish_images else _page_to_replace(Path(folder))
-    patterns = [name for name in ARTEFACTS if page is None or name != PAGE_NAME]
+    withheld = not publish_images and _withholds_images(folder)
+    replaced = _without_images(folder) if withheld else {}
 
     def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
-        if page is not None:
-            HfApi().upload_file(
-                path_or_fileobj=page.encode(),
-                path_in_repo=PAGE_NAME,
-                repo_id=repo_id,
+        if replaced:
+            HfApi().create_commit(
+                repo_id,
+                [CommitOperationAdd(name, data) for name, data in replaced.items()],
                 revision=revision,
-                commit_message=f"{commit_message}: {PAGE_NAME}",
+                commit_message=f"{commit_message}: {', '.join(replaced)}",
             )
         with warnings.catch_warnings():
             # predictions.parquet belongs to the model.
@@ -157,38 +207,80 @@ def push_folder(
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
-                allow_patterns=patterns,
+                allow_patterns=[name for name in ARTEFACTS if name not in replaced],
+                ignore_patterns=list(IMAGES) if withheld else None,
             )
 
+    place = repo_id
     try:
         commit = _retry(upload, attempts, also=CONFLICTS)
+        logger.info("Pushed %s to %s", folder, commit.commit_url)
+        if space:
+            place = f"the Space {repo_id}"
+            _push_space(folder, repo_id, page=replaced.get(PAGE_NAME), attempts=attempts)
     except PUSH_ERRORS as error:
-        words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
-        if private:
-            words.append("--hub_private_repo")
-        if publish_images:
-            words.append("--publish_images")
-        if revision != DEFAULT_REVISION:
-            words += ["--hub_revision", revision]
+        again = _push_command(
+            folder, repo_id, revision, hub_private_repo=private, publish_images=publish_images, hub_space=space
+        )
         raise PushError(
-            f"pushing {folder} to {repo_id} failed: {_without_token(error)}\nThe folder {Path(folder).resolve()} is "
+            f"pushing {folder} to {place} failed: {_without_token(error)}\nThe folder {folder.resolve()} is "
             f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
-            f"with:\n    {shlex.join(words)}"
+            f"with:\n    {again}"
         ) from None
-    logger.info("Pushed %s to %s", folder, commit.commit_url)
     return str(commit.commit_url)
 
 
-def _page_to_replace(folder: Path) -> str | None:
-    """The page to push in place of the one in the folder, as that shows images that are not public; None if not so."""
-    path = folder / PAGE_NAME
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if not has_images(text) or _has_public_images(folder):
-        return None
+def _push_command(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
+    words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
+    words += [f"--{flag}" for flag, given in flags.items() if given]
+    return shlex.join([*words, *(["--hub_revision", revision] if revision != DEFAULT_REVISION else [])])
+
+
+def space_url(repo_id: str) -> str:
+    """Where the page of a pushed model is."""
+    return f"{constants.ENDPOINT}/spaces/{repo_id}"
+
+
+def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int) -> None:
+    """The page of a folder, or ``page`` in its place, into the Space of the model's name, made if it is missing."""
+    api = HfApi()
+    html = (page or (folder / PAGE_NAME).read_bytes()).decode()
+    operations = [
+        CommitOperationAdd(name, data) for name, data in space_files(html, read_report(folder), repo_id).items()
+    ]
+
+    def upload() -> None:
+        private = api.model_info(repo_id).private
+        api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
+        _check_space(api, repo_id)
+        api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
+
+    _retry(upload, attempts, also=CONFLICTS)
+    logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+
+
+def _without_images(folder: Path) -> dict[str, bytes]:
+    """Page and card of a folder without images of the dataset, as far as they show any, by name."""
+    replaced = {}
+    for name, strip in ((PAGE_NAME, without_images), (CARD_NAME, card_without_images)):
+        text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
+        if strip(text) != text:
+            replaced[name] = strip(text).encode()
+    return replaced
+
+
+def _withholds_images(folder: Path) -> bool:
+    """Whether images of a folder have to stay in it: it shows some, and the dataset is not known to be public."""
+    page = folder / PAGE_NAME
+    shown = [name for name in IMAGES if (folder / name).is_file()]
+    shown += [PAGE_NAME] if page.is_file() and has_images(page.read_text(encoding="utf-8")) else []
+    if not shown or _has_public_images(folder):
+        return False
     logger.warning(
-        "%s is pushed without images, as its dataset is not known to be public; --publish_images keeps them", PAGE_NAME
+        "images of the dataset (%s) are not pushed, as it is not known to be public; --publish_images pushes them",
+        ", ".join(shown),
     )
-    return without_images(text)
+    return True
 
 
 def _has_public_images(folder: Path) -> bool:
@@ -323,16 +415,34 @@ class SavePushes:
         has_ended(self._last, patience=None)
 
 
-def download_report(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch ``report.json`` of a model on the Hub, or take it from the Hub's cache; ValueError if that fails."""
+def download_results(repo_id: str, revision: str | None = None) -> Path:
+    """Fetch ``report.json`` and, where there is one, ``predictions.parquet`` of a model on the Hub, as they are now.
+
+    Both are of one commit. In offline mode they come from the Hub's cache.
+
+    Returns:
+        The folder that they are in, in the Hub's cache.
+
+    Raises:
+        ValueError: if that fails, or a file has more than ``MAX_RESULT_BYTES``.
+    """
     limit_waiting()
+    names, commit = [REPORT_NAME], revision
     try:
-        return Path(_retry(lambda: hf_hub_download(repo_id, REPORT_NAME, revision=revision)))
+        if not constants.HF_HUB_OFFLINE:
+            found = _retry(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+            sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+            names, commit = [REPORT_NAME, *({PREDICTIONS_NAME} & {*sizes})], found.sha
+            for name in names:
+                if sizes.get(name, 0) > MAX_RESULT_BYTES:
+                    raise ValueError(f"{name} has {sizes[name]:,} bytes, more than {MAX_RESULT_BYTES:,}")
+        paths = [_retry(partial(hf_hub_download, repo_id, name, revision=commit)) for name in names]
     except PUSH_ERRORS as error:
         raise ValueError(
             f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
             f"pushed ({_without_token(error)})"
         ) from None
+    return Path(paths[0]).parent
 
 
 def limit_waiting() -> None:

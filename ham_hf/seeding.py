@@ -23,6 +23,7 @@ class Stream(IntEnum):
     AUTOATTACK = 5
     HELD_OUT = 6
     CALIBRATION = 7
+    CORRUPTION = 8
 
 
 def derive_seed(seed: int, stream: Stream, *position: int) -> int:

@@ -54,3 +54,8 @@ def _discard_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, output)
     os.close(nowhere)
+
+
+def printable(text: str) -> str:
+    """Text that may hold untrusted names, without terminal commands and characters that reverse text."""
+    return "".join(character if character in "\n\t" or character.isprintable() else "?" for character in text)

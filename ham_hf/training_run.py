@@ -30,14 +30,21 @@ from ham_hf.faults import (
     explain_out_of_memory,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.results import model_section, training_report, training_section, write_config, write_training
+from ham_hf.reporting.results import (
+    model_section,
+    overflow_notes,
+    training_report,
+    training_section,
+    write_config,
+    write_training,
+)
 from ham_hf.terminal import show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launch import (
@@ -157,7 +164,9 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     accelerator = start_accelerator(config, lock)
     repo_id = None
     if hub.push_to_hub and accelerator.is_main_process:
-        repo_id = check_write_access(hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision)
+        repo_id = check_write_access(
+            hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision, space=hub.hub_space
+        )
     with accelerator.main_process_first():
         data = load_image_data(config.data, inputs, seed=seed, image_size=config.model.image_size)
     model, preprocessing = new_model(config.model, data, seed=seed)
@@ -327,7 +336,14 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
             trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
         )
         report = training_report(
-            config, model, training, data, found.results, run.accelerator, calibration=found.calibration
+            config,
+            model,
+            training,
+            data,
+            found.results,
+            run.accelerator,
+            calibration=found.calibration,
+            notes=overflow_notes(trained.progress),
         )
         examples = example_strip(
             run.selected, data.test, config.evaluation, threat_model=run.threat_model, seed=config.training.seed
@@ -391,5 +407,6 @@ def push(run: Run) -> None:
             revision=hub.hub_revision,
             commit_message="Robust model",
             publish_images=hub.publish_images,
+            space=hub.hub_space,
         )
-    show(f"pushed to {url}\n")
+    show(f"pushed to {url}\n" + (f"its page is at {space_url(str(run.repo_id))}\n" if hub.hub_space else ""))

@@ -18,14 +18,18 @@ hypothesis.settings.load_profile("ham_hf")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leave long fault tests to ``make faults``, which asks for them with ``-m faults``."""
-    if "faults" in config.option.markexpr:
-        return
+    """Leave long tests to the commands that ask for them with ``-m``: ``make test`` and ``make faults``."""
+    asked = config.option.markexpr
     for item in items:
-        mark = item.get_closest_marker("faults")
-        if mark is not None and not mark.kwargs.get("quick", False):
+        if "subprocess_env" in item.fixturenames:
+            item.add_marker(pytest.mark.program)
+        fault = item.get_closest_marker("faults")
+        if fault is not None and not fault.kwargs.get("quick", False) and "faults" not in asked:
             item.add_marker(pytest.mark.skip(reason="a long fault test: make faults runs it"))
+        elif item.get_closest_marker("slow") is not None and not {"slow", "faults"} & set(asked.split()):
+            item.add_marker(pytest.mark.skip(reason="a slow test: make test runs it"))
 
 
 @pytest.fixture(scope="session")

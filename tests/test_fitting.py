@@ -93,6 +93,28 @@ def test_a_name_that_the_model_has_twice_matches_nothing():
     with pytest.raises(ValueError, match="the model has 2 classes called 'crane'"):
         align_classes(twice, ("dog", "crane"))
     assert align_classes(twice, ("crane", "dog", "crane")) == (twice.model, "by name")
+    # At its place it contradicts nothing, and elsewhere it does.
+    assert align_classes(twice, ("crane bird", "dog", "crane")) == (twice.model, "assumed")
+    with pytest.raises(ValueError, match="they share others at different places"):
+        align_classes(twice, ("dog", "crane", "crane bird"))
+
+
+def test_a_model_without_names_knows_imagenet_by_its_synsets():
+    """ImageNet-A and ImageNet-R: 200 class folders named by synsets, and timm's models name no classes."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 1000))
+    backbone.num_classes = 1000
+    model = PixelModel(backbone, (0.5,), (0.5,)).eval()
+    found = LoadedModel(model=model, preprocessing=PREPROCESSING, class_names=None, metadata={})
+    x = torch.rand(2, 1, 4, 4)
+    aligned, order = align_classes(found, ("n01498041", "n01440764"))  # stingray 6, tench 0
+    assert order == "subset"
+    assert torch.equal(aligned(x), model(x)[:, [6, 0]])
+    for names in (("n01498041", "n99999999"), ("stingray", "tench")):
+        with pytest.raises(ValueError, match="tells 1000 classes apart and the dataset has 2"):
+            align_classes(found, names)
+    with pytest.raises(ValueError, match="tells 3 classes apart and the dataset has 2"):
+        align_classes(loaded(class_names=None), ("n01498041", "n01440764"))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.models.export import export_for_timm
-from ham_hf.precision import BFloat16Passes
+from ham_hf.precision import attack_passes
 from ham_hf.reporting.results import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
@@ -200,15 +200,15 @@ def trained_net():
     return net.eval()
 
 
-@pytest.mark.parametrize("in_precision", [lambda net: net, BFloat16Passes])
+@pytest.mark.parametrize("precision", ["training", "bf16", "fp16"])
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.4)])
-def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monkeypatch, norm, epsilon, in_precision):
+def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monkeypatch, norm, epsilon, precision):
     """Plain cross-entropy gives 25.0, 41.5 and 90.5 % (linf) for the same decisions; 14.0, 37.5 and 91.0 % (l2)."""
     split = TensorImages(*patterned(200, 1))
 
     def robust(factor):
         results = evaluate(
-            in_precision(Scaled(trained_net, factor)),
+            attack_passes(Scaled(trained_net, factor), precision),
             split,
             standard_attacks(20, epsilon / 4)[:1],
             threat_model=ThreatModel(norm, epsilon),

@@ -1,4 +1,4 @@
-"""Attacks in bfloat16: the network alone is coarser, the update is not."""
+"""Attacks in 16 bits: the network alone is coarser, the update is not, and no direction is lost in float16."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 import ham_hf  # noqa: F401 (registers the CIFAR networks with timm)
-from ham_hf.attacks import Attack, ThreatModel, input_gradient, pgd
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
 from ham_hf.methods import HAM, PGDAT
-from ham_hf.precision import BFloat16Passes
+from ham_hf.precision import attack_passes
 from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
 
@@ -37,7 +37,7 @@ def batch(net):
 
 
 def test_few_signs_of_the_gradient_differ(net, batch):
-    exact, coarse = input_gradient(net, *batch), input_gradient(BFloat16Passes(net), *batch)
+    exact, coarse = input_gradient(net, *batch), input_gradient(attack_passes(net, "bf16"), *batch)
     assert coarse.dtype == torch.float32
     differs = exact.sign() != coarse.sign()
     assert 0 < differs.float().mean() < 0.01
@@ -47,7 +47,7 @@ def test_few_signs_of_the_gradient_differ(net, batch):
 def test_the_attack_is_as_strong_and_stays_in_the_ball(net, batch):
     settings = {"threat_model": ATTACK.threat_model, "num_steps": 10, "step_size": 2 / 255, "start": batch[0]}
     losses = []
-    for model in (net, BFloat16Passes(net)):
+    for model in (net, attack_passes(net, "bf16")):
         x_adv = pgd(model, *batch, **settings)
         assert x_adv.dtype == torch.float32
         assert (x_adv - batch[0]).abs().max() <= 8 / 255 + 1e-6
@@ -85,3 +85,78 @@ def test_only_the_attack_of_an_update_is_coarser(net, batch):
         if value.is_floating_point()
     ]
     assert any(moved)
+
+
+def small_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 64), torch.nn.Tanh(), torch.nn.Linear(64, 5))
+
+
+def wrong_share(exact, coarse):
+    """Share of each image's gradient whose sign is another one."""
+    differs = (exact.sign() != coarse.sign()).float()
+    return ((differs * exact.abs()).flatten(1).sum(1) / exact.abs().flatten(1).sum(1)).max()
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("loss_fn", [cross_entropy, margin_loss])
+def test_float16_keeps_the_direction_of_every_image(size, loss_fn):
+    """A gradient of 1e-9 is that of an image the network is sure of; float16 has nothing below 6e-8, or above 7e4."""
+    net = small_net()
+    x = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = net(x).topk(2).indices[torch.arange(32), torch.arange(32) % 2]
+
+    def sized(logits, y):
+        return size * loss_fn(logits, y)
+
+    def plain(pixels):
+        with torch.autocast("cpu", torch.float16):
+            return net(pixels).float()
+
+    exact = input_gradient(net, x, y, sized)
+    coarse = input_gradient(attack_passes(net, "fp16"), x, y, sized)
+    assert coarse.dtype == torch.float32
+    assert wrong_share(exact, coarse) < 0.01
+    assert (coarse - exact).flatten(1).norm(dim=1).div(exact.flatten(1).norm(dim=1)).max() < 0.02
+    lost = ~(input_gradient(plain, x, y, sized).abs().amax((1, 2, 3)) > 0)
+    assert lost.all() == (size != 1)
+
+
+def test_a_row_in_float16_does_not_depend_on_the_others():
+    net = attack_passes(small_net(), "fp16")
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 5
+    together = input_gradient(net, x, y)
+    assert torch.equal(together[3:4], input_gradient(net, x[3:4], y[3:4]))
+
+
+def test_what_overflows_in_float16_stays_in_place_alone():
+    class Steep(torch.nn.Module):
+        def forward(self, x):
+            # A slope of 10^6 for bright images only.
+            steep = torch.where(x.mean((1, 2, 3), keepdim=True) > 0.5, x * 1e6, x).half().float()
+            return steep.flatten(1)[:, :4]
+
+    x = torch.cat([torch.full((2, 1, 2, 2), 0.9), torch.full((2, 1, 2, 2), 0.1)])
+    moved = pgd(
+        attack_passes(Steep(), "fp16"),
+        x,
+        torch.zeros(4, dtype=torch.long),
+        threat_model=ThreatModel("linf", 0.1),
+        num_steps=1,
+        step_size=0.1,
+        start=x,
+    )
+    assert torch.equal(moved[:2], x[:2])
+    assert (moved[2:] != x[2:]).any()
+
+
+def test_gradients_of_weights_are_not_scaled_in_float16():
+    net = small_net()
+    x, y = torch.rand(8, 3, 4, 4), torch.arange(8) % 5
+    found = []
+    for model in (net, attack_passes(net, "fp16")):
+        cross_entropy(model(x), y).sum().backward()
+        found.append(net[1].weight.grad.clone())
+        net.zero_grad()
+    assert torch.allclose(found[0], found[1], rtol=0.05, atol=1e-3)

@@ -9,11 +9,11 @@ import argparse
 
 import lightning
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_hf
+from ham_hf.data.digits import read_digits
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)
@@ -49,9 +49,9 @@ class Robust(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
-digits = load_digits()
-x = torch.tensor(digits.images[: arguments.images, None] / 16, dtype=torch.float32)
-y = torch.tensor(digits.target[: arguments.images])
+images, labels = read_digits()
+x = torch.tensor(images[: arguments.images, None] / 16, dtype=torch.float32)
+y = torch.tensor(labels[: arguments.images])
 fifth = len(y) // 5
 train = DataLoader(TensorDataset(x[fifth:], y[fifth:]), batch_size=64, shuffle=True)
 test = DataLoader(TensorDataset(x[:fifth], y[:fifth]), batch_size=256)

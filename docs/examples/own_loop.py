@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_hf
+from ham_hf.data.digits import read_digits
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)
@@ -20,9 +20,9 @@ parser.add_argument("--images", type=int, default=1797)
 arguments = parser.parse_args()
 
 # Pixels in [0, 1]; a network that needs normalized ones normalizes by itself.
-digits = load_digits()
-x = torch.tensor(digits.images[: arguments.images, None] / 16, dtype=torch.float32)
-y = torch.tensor(digits.target[: arguments.images])
+images, labels = read_digits()
+x = torch.tensor(images[: arguments.images, None] / 16, dtype=torch.float32)
+y = torch.tensor(labels[: arguments.images])
 fifth = len(y) // 5
 test, held_out = TensorDataset(x[:fifth], y[:fifth]), TensorDataset(x[fifth : 2 * fifth], y[fifth : 2 * fifth])
 loader = DataLoader(TensorDataset(x[2 * fifth :], y[2 * fifth :]), batch_size=64, shuffle=True)

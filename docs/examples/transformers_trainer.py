@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import ham_hf
+from ham_hf.data.digits import read_digits
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)
@@ -40,11 +40,11 @@ class AdversarialTrainer(Trainer):
 
 
 attack = {"threat_model": ham_hf.ThreatModel("linf", 0.1), "num_steps": 10}
-digits = load_digits()
+images, labels = read_digits()
 examples = [
     # Pixels in [0, 1], not what an image processor normalizes.
     {"pixel_values": torch.tensor(image[None] / 16, dtype=torch.float32), "labels": int(label)}
-    for image, label in zip(digits.images[: arguments.images], digits.target, strict=False)
+    for image, label in zip(images[: arguments.images], labels, strict=False)
 ]
 fifth = len(examples) // 5
 model = nn.Sequential(

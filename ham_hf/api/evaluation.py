@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ham_hf.api.loader import Loader, batches_of, class_names_of, held_images
+from ham_hf.api.loader import GroupReader, Loader, batches_of, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
 from ham_hf.api.one_process import one_process
 from ham_hf.attacks import ThreatModel, evaluation_mode, outside_inference_mode
 from ham_hf.data import PixelBatch
+from ham_hf.data.image_groups import ImageGroups, make_groups
 from ham_hf.evaluation import AttackResult, EvaluationAttack, evaluate_batches, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
+from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_attacks
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
+from ham_hf.reporting.breakdown_tables import each_group_rows, group_rows
+from ham_hf.reporting.breakdowns import GroupReport, group_report
 from ham_hf.reporting.report import AttackReport, interval_text, percent, plain_text, text_table
 from ham_hf.reporting.results import attack_reports, verdict_of
 
@@ -37,6 +41,7 @@ class EvaluationReport:
             Its ``summary`` has average, worst class, gap and ``per_class`` with Wilson intervals, its ``intervals``
             those of the fairness numbers.
         verdicts: predictions and margins of every image.
+        groups: accuracy by the groups of another column; None if none was named.
     """
 
     class_names: tuple[str, ...]
@@ -45,6 +50,7 @@ class EvaluationReport:
     attacks: Mapping[str, AttackReport] = field(default_factory=dict)
     verdict: AttackReport | None
     verdicts: Verdicts
+    groups: GroupReport | None = None
 
     @property
     def entries(self) -> tuple[AttackReport, ...]:
@@ -61,6 +67,8 @@ class EvaluationReport:
             text_table([self._row(entry) for entry in self.entries]),
             text_table(self._class_rows()),
         ]
+        if self.groups is not None:
+            parts += [text_table(group_rows(self.groups)), text_table(each_group_rows(self.groups))]
         return "\n\n".join(parts)
 
     __repr__ = __str__
@@ -103,9 +111,10 @@ def evaluate(
     threat_model: ThreatModel | None = None,
     num_steps: int = 20,
     step_size: float | None = None,
-    attacks: Sequence[EvaluationAttack] | None = None,
+    attacks: Mapping[str, AttackFunction] | Sequence[EvaluationAttack | ForeignAttack] | None = None,
     autoattack: bool = False,
     class_names: Sequence[str] | None = None,
+    group_column: str | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -122,16 +131,20 @@ def evaluate(
         threat_model: norm and radius; None = linf 8/255.
         num_steps: steps of PGD and CW.
         step_size: length of their steps in pixel units; None = a quarter of epsilon.
-        attacks: instead of PGD and CW; empty = clean accuracy alone.
+        attacks: functions ``attack(model, x, y) -> x_adv`` by name, to run beside PGD and CW
+            (`ham_hf.evaluation.foreign` checks what they return); or a list of what to run instead of PGD and CW,
+            empty for clean accuracy alone.
         autoattack: also run AutoAttack (needs the extra ``ham-hf[autoattack]``); keeps all images in memory.
         class_names: in label order; None takes those of the loader's dataset, or numbers.
+        group_column: key of the batches, which have to be mappings, whose values (strings, whole numbers or booleans)
+            are groups to report accuracy by.
         device: where to compute; None = where the model is. The model is moved there.
         batch_size: images at once, for `Images` and AutoAttack; a loader has its own.
         seed: seed of the attacks.
 
     Raises:
-        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, or if
-            AutoAttack is not installed.
+        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, what a
+            function returns that is no attack of the threat model, or if AutoAttack is not installed.
         NonFiniteLogitsError: if the logits of an image as it is are not finite.
     """
     if autoattack:
@@ -139,9 +152,9 @@ def evaluate(
     threat_model = threat_model or ThreatModel()
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     place = device_of(model)
-    if attacks is None:
-        length = float(threat_model.epsilon) / 4 if step_size is None else step_size
-        attacks = standard_attacks(num_steps, length)
+    chosen = chosen_attacks(attacks, num_steps, float(threat_model.epsilon) / 4 if step_size is None else step_size)
+    reader = None if group_column is None else GroupReader(loader, group_column)
+    loader = loader if reader is None else reader
     with outside_inference_mode():
         if autoattack:
             loader = held_images(loader)
@@ -149,7 +162,7 @@ def evaluate(
         results = evaluate_batches(
             model,
             head.checked(batches_of(loader, place, batch_size)),
-            attacks,
+            chosen,
             threat_model=threat_model,
             seed=seed,
         )
@@ -163,7 +176,30 @@ def evaluate(
                 batch_size=batch_size,
                 seed=seed,
             )
-    return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model)
+    groups = None if reader is None else make_groups(reader.column, reader.values)
+    return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model, groups)
+
+
+def chosen_attacks(
+    attacks: Mapping[str, AttackFunction] | Sequence[EvaluationAttack | ForeignAttack] | None,
+    num_steps: int,
+    step_size: float,
+) -> list[EvaluationAttack | ForeignAttack]:
+    """What to run: PGD and CW with functions beside them, or a list instead of them.
+
+    Raises:
+        ValueError: if two have one name.
+    """
+    chosen: list[EvaluationAttack | ForeignAttack]
+    if attacks is None or isinstance(attacks, Mapping):
+        chosen = [*standard_attacks(num_steps, step_size), *foreign_attacks(attacks or {})]
+    else:
+        chosen = list(attacks)
+    names = [attack.name for attack in chosen]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two attacks are called {twice}: give each a name of its own")
+    return chosen
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -216,16 +252,21 @@ def count_logits(model: nn.Module, x: Tensor) -> int:
 
 
 def report_of(
-    results: Mapping[str, AttackResult], class_names: tuple[str, ...], threat_model: ThreatModel
+    results: Mapping[str, AttackResult],
+    class_names: tuple[str, ...],
+    threat_model: ThreatModel,
+    groups: ImageGroups | None = None,
 ) -> EvaluationReport:
     """Results by name, "clean" first, as a report."""
     reports = attack_reports(results, len(class_names))
     clean = reports.pop("clean")
+    verdicts = verdicts_of(results, class_names, groups)
     return EvaluationReport(
         class_names=class_names,
         threat_model=threat_model,
         clean=clean,
         attacks=reports,
         verdict=verdict_of(results, class_names),
-        verdicts=verdicts_of(results, class_names),
+        verdicts=verdicts,
+        groups=group_report(verdicts),
     )

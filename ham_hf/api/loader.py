@@ -38,6 +38,53 @@ class HeldImages(Images):
             yield PixelBatch(x=self.x[rows].to(device), y=self.labels[rows].to(device), indices=rows)
 
 
+class GroupReader:
+    """A loader whose batches are mappings; remembers the groups of the images as they come by.
+
+    Args:
+        loader: of mappings with "pixel_values", "labels" and ``column``.
+        column: key of the groups: strings, whole numbers, booleans or None, or a tensor of them.
+
+    Attributes:
+        dataset: the loader's, for names of classes.
+        values: of the images so far.
+    """
+
+    def __init__(self, loader: Loader, column: str) -> None:
+        self.column, self.values = column, list[str | int | bool | None]()
+        self._loader = loader
+        self.dataset = getattr(loader, "dataset", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches.
+
+        Raises:
+            ValueError: if a batch is no mapping, has no such key, or other values, or not one for each image.
+        """
+        if isinstance(self._loader, Images):
+            raise ValueError(f"group_column {self.column}: Images have no columns; give batches that are mappings")
+        for batch in self._loader:
+            if not isinstance(batch, Mapping) or self.column not in batch:
+                listed = (
+                    ", ".join(map(repr, batch))
+                    if isinstance(batch, Mapping)
+                    else f"none, it is no mapping: {type(batch).__name__}"
+                )
+                raise ValueError(f"group_column {self.column}: a batch has no such key; its keys are {listed}")
+            found = batch[self.column]
+            values = found.tolist() if isinstance(found, Tensor) else list(found)
+            if not all(value is None or isinstance(value, (str, int)) for value in values):
+                raise ValueError(
+                    f"group_column {self.column}: expected strings, whole numbers or booleans, got {found!r:.80}"
+                )
+            if len(values) != len(batch.get("labels", ())):
+                raise ValueError(
+                    f"group_column {self.column}: {len(values)} values for {len(batch.get('labels', ()))} labels"
+                )
+            self.values += values
+            yield batch
+
+
 def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterator[PixelBatch]:
     """The batches of a loader, checked, on a device; ``batch_size`` is for `Images` alone.
 

@@ -34,7 +34,14 @@ from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.results import model_section, training_report, training_section, write_config, write_training
+from ham_hf.reporting.results import (
+    model_section,
+    overflow_notes,
+    training_report,
+    training_section,
+    write_config,
+    write_training,
+)
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
 from ham_hf.training.log import check_tracker, end_training, start_tracker
@@ -350,7 +357,9 @@ def _write_for_timm(
     exported = export_model(selected, settings, data, preprocessing)
     model = model_section(settings.model.model_name, exported, preprocessing)
     training = training_section(trainer.progress, best, peak_memory_bytes=peak_memory_bytes(accelerator.device))
-    report = training_report(settings, model, training, data, results, accelerator)
+    report = training_report(
+        settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
+    )
     seed, threat_model = settings.training.seed, settings.attack.threat_model
     examples = example_strip(selected, data.test, settings.evaluation, threat_model=threat_model, seed=seed)
     of_classes = class_examples(

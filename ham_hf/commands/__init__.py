@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
+
+from ham_hf.terminal import printable
+from ham_hf.training.environment import AT_IMPORT, check_flags
 
 
 class Command(NamedTuple):
@@ -22,3 +26,9 @@ COMMANDS = {
     "recipes": Command("ham_hf.commands.recipes", "list the recipes that come with the package, for --config NAME"),
 }
 """Every command of ``ham-hf``, by its name, in the order of the overview."""
+
+try:
+    check_flags(AT_IMPORT)  # before a command imports accelerate
+except ValueError as error:
+    sys.stderr.write(f"error: {printable(str(error))}\n")
+    raise SystemExit(2) from None

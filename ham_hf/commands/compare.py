@@ -1,15 +1,17 @@
 """Compare training methods: run methods x seeds, or take runs that exist, and write one table.
 
     ham-hf compare --config digits/compare
-    ham-hf compare outputs/a outputs/b me/robust-cifar10 --output_dir outputs/compared
+    ham-hf compare ham=outputs/a pgd=outputs/b me/robust-cifar10 --output_dir outputs/compared
+    ham-hf compare --models models.txt --page --output_dir outputs/leaderboard
     ham-hf compare --help
 
-Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png. Called
-again after an interruption, it goes on where it was: finished runs stay, unfinished ones resume from their checkpoint.
+Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png, and with
+--page leaderboard.html. Called again after an interruption, it continues where it was: finished runs stay, unfinished
+ones resume from their checkpoint.
 
-Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if its runs lie in
-LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it, with its order of rows
-and its baseline.
+Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if it is given as
+LABEL=FOLDER or LABEL=OWNER/NAME, or if its runs lie in LABEL/seedN, else by its method. The folder of an earlier
+comparison stands for all runs in it, with its order of rows and its baseline.
 
 Where runs kept their predictions (predictions.parquet), rows are set against the baseline image by image, and a number
 is bold if it is better for sure; runs of earlier versions are shown, and it is said that they could not be tested.
@@ -26,14 +28,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.comparison.execution import Launcher, collect, execute, survey
-from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.existing import label_runs, read_list, read_runs
 from ham_hf.comparison.figures import save_comparison_figures
+from ham_hf.comparison.leaderboard import write_leaderboard
 from ham_hf.comparison.plan import read_plan
-from ham_hf.comparison.report import write_comparison
+from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun, Run, compare
 from ham_hf.faults import clean_exit
-from ham_hf.hub import download_report
+from ham_hf.hub import download_results
 from ham_hf.invocation import command, program
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import replace_what_cannot_be_shown, show
@@ -66,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = f"{command('compare')} {shlex.join(map(public_word, argv))}"
         jobs = None if options.config is None else options.jobs or 1
         written = write_comparison(comparison, folder, command=words, figures=figures, jobs=jobs)
+        if options.page:
+            written.append(write_leaderboard(comparison, folder, command=words))
+    show("".join(f"{sentence}\n" for sentence in without_figures(comparison)))
     show("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.failed]
     if failed:
@@ -82,7 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").replace("ham-hf compare", command("compare")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", help="runs that exist: folders with report.json, or Hub ids")
+    parser.add_argument(
+        "runs", nargs="*", help="runs that exist: folders with report.json, or Hub ids; LABEL=RUN names the row"
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        metavar="FILE",
+        help="a list of Hub ids or folders, one a line, as text or YAML; what cannot be had is listed as missing",
+    )
+    parser.add_argument("--page", action="store_true", help="write leaderboard.html, a page to rank and to look")
     parser.add_argument(
         "--config",
         type=find_recipe,
@@ -117,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
     """Run what ``compare.yaml`` asks for and is not done yet."""
-    if options.runs:
+    if options.runs or options.models:
         raise ValueError("--config and runs that exist exclude each other: compare the folders in a second call")
     jobs = 1 if options.jobs is None else options.jobs
     if jobs < 1:
@@ -152,13 +167,16 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
 
 def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
     """Take the runs that the command line names."""
-    if not options.runs or options.output_dir is None:
-        raise ValueError("expected --config COMPARE.yaml, or runs that exist and --output_dir")
+    if not (options.runs or options.models) or options.output_dir is None:
+        raise ValueError("expected --config COMPARE.yaml, or runs that exist (or --models FILE) and --output_dir")
     for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
         if getattr(options, flag) not in (None, False):
             raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
-    existing = read_runs(options.runs, download_report)
+    listed = [] if options.models is None else read_list(options.models)
+    existing = read_runs([*options.runs, *listed], download_results, listed=listed)
     runs, missing = label_runs(existing.found), list(existing.missing)
+    if not runs:
+        raise ValueError("\n".join(["there is no finished run to compare", *(run.reason for run in missing)]))
     labels = {run.label for run in runs} | {run.label for run in missing}
     baseline = existing.baseline if existing.baseline in labels else None
     return runs, missing, baseline, Path(options.output_dir)

@@ -22,12 +22,15 @@ from ham_hf.data import load_test_data
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.evaluation import NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.foreign import ForeignAttackError, load_foreign_attack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_corrupted, evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import limit_waiting
 from ham_hf.models import load_pixel_model
+from ham_hf.reporting.breakdown_tables import breakdown_tables
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
 from ham_hf.reporting.results import evaluation_report, write_evaluation
@@ -62,10 +65,14 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             require_autoattack()
         check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
         accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+        foreign = [load_foreign_attack(place) for place in config.more.foreign_attack]
         loaded = load_pixel_model(config.model, revision=config.model_revision)
+        chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
         threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
         with accelerator.main_process_first():
-            data = load_test_data(config.data, loaded.preprocessing, what_trained(loaded))
+            data = load_test_data(
+                config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
+            )
         model, class_order = align_classes(loaded, data.class_names)
         if accelerator.is_main_process:
             lock.acquire()
@@ -77,7 +84,14 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    faults = (NonFiniteLogitsError, MemoryExhaustedError, CorruptImageError, FaultError, OSError)
+    faults = (
+        NonFiniteLogitsError,
+        MemoryExhaustedError,
+        CorruptImageError,
+        FaultError,
+        ForeignAttackError,
+        OSError,
+    )
     with (
         clean_exit(*faults),
         explain_faults(num_processes=world, way_on="the same command"),
@@ -91,19 +105,45 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
             accelerator=accelerator,
             seed=config.seed,
             output_dir=config.output_path,
+            foreign=foreign,
+            show_progress=not config.disable_tqdm,
+        )
+        corrupted = evaluate_corrupted(
+            model,
+            data,
+            config.more,
+            accelerator=accelerator,
+            batch_size=config.evaluation.per_device_eval_batch_size,
+            seed=config.seed,
+            output_dir=config.output_path,
             show_progress=not config.disable_tqdm,
         )
 
     if accelerator.is_main_process:
         report = evaluation_report(
-            config, loaded, data, results, accelerator, threat_model=threat_model, class_order=class_order
+            config,
+            loaded,
+            data,
+            results,
+            accelerator,
+            threat_model=threat_model,
+            class_order=class_order,
+            corrupted=corrupted,
         )
         with clean_exit(CorruptImageError, OSError):
             examples = example_strip(model, data.test, config.evaluation, threat_model=threat_model, seed=config.seed)
             of_classes = class_examples(
                 model, data.test, config.evaluation, results, threat_model=threat_model, seed=config.seed
             )
-            write_evaluation(report, config.output_path, results=results, examples=examples, of_classes=of_classes)
+            write_evaluation(
+                report,
+                config.output_path,
+                results=results,
+                examples=examples,
+                of_classes=of_classes,
+                groups=data.groups,
+            )
         remove_partial_results(config.output_path)
-        show(text_table(results_table(report)) + f"\n\neverything is in {config.output_path}\n")
+        tables = [results_table(report), *breakdown_tables(report)]
+        show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")
     accelerator.end_training()

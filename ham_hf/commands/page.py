@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.existing import label_runs, read_runs, split_label
 from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
 from ham_hf.comparison.table import Comparison, compare
 from ham_hf.faults import clean_exit
@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder with report.json")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="folder with report.json; LABEL=FOLDER says what to call it"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"where the page goes; default: {PAGE_NAME} in the only FOLDER"
     )
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(f"wrote {path}\n")
 
 
-def _write(folders: Sequence[Path], output: Path | None, *, baseline: str | None, images: bool) -> Path:
+def _write(sources: Sequence[str], output: Path | None, *, baseline: str | None, images: bool) -> Path:
+    folders = [Path(split_label(source)[1]) for source in sources]
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
@@ -57,9 +60,9 @@ def _write(folders: Sequence[Path], output: Path | None, *, baseline: str | None
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
     if len(folders) == 1 and (folders[0] / "report.json").is_file():
-        atomic_write(path, page_html([_single(folders[0], images=images)]))
+        atomic_write(path, page_html([_single(folders[0], split_label(sources[0])[0], images=images)]))
         return path
-    existing = read_runs([str(folder) for folder in folders], _no_download)
+    existing = read_runs(sources, _no_download)
     runs = label_runs(existing.found)
     if not runs:
         raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}")
@@ -78,10 +81,10 @@ def _write(folders: Sequence[Path], output: Path | None, *, baseline: str | None
     return path
 
 
-def _single(folder: Path, *, images: bool) -> PageRun:
+def _single(folder: Path, label: str | None, *, images: bool) -> PageRun:
     report = read_report(folder)
     return PageRun(
-        label=plain_text(Path(report.model.name).name),
+        label=plain_text(label or Path(report.model.name).name),
         report=report,
         verdicts=verdicts_beside(folder),
         examples=read_examples(folder) if images else None,

@@ -1,6 +1,7 @@
 """Push the output folder of a finished run to the Hub, again if a push has failed; or repair an older export.
 
     ham-hf push outputs/cifar10-ham --hub_model_id me/robust-cifar10
+    ham-hf push outputs/cifar10-ham --hub_model_id me/robust-cifar10 --hub_space
     ham-hf push outputs/cifar10-ham --repair
     ham-hf push me/robust-cifar10 --repair
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ham_hf.faults import clean_exit
-from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder
+from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder, space_url
 from ham_hf.invocation import command, program
 from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
+from ham_hf.reporting.page import PAGE_NAME
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
 from ham_hf.training.launch import set_up_logging
@@ -61,7 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         "--publish_images",
         "--publish-images",
         action="store_true",
-        help="keep the images of a dataset that is not public on the page that is pushed",
+        help="push the images of a dataset that is not public too",
+    )
+    parser.add_argument(
+        "--hub_space",
+        "--hub-space",
+        action="store_true",
+        help="publish report.html as a static Space of the same owner/name too",
     )
     parser.add_argument("--hub_revision", "--hub-revision", default="main", help="branch to push to")
     parser.add_argument(
@@ -84,7 +93,14 @@ def _push(folder: Path, arguments: argparse.Namespace) -> None:
             + ("the license; name it with --model_license" if made_here else "a training section")
         )
     revision = arguments.hub_revision
-    repo_id = check_write_access(arguments.hub_model_id, private=arguments.hub_private_repo, revision=revision)
+    space = arguments.hub_space
+    if space:
+        if not (folder / PAGE_NAME).is_file():
+            raise ValueError(f"--hub_space: {folder} has no {PAGE_NAME}; write it with {command('page')} {folder}")
+        report = replace(report, config={**report.config, "hub_space": True})
+    repo_id = check_write_access(
+        arguments.hub_model_id, private=arguments.hub_private_repo, revision=revision, space=space
+    )
     # The card's loading lines name the repository, which may be another one than the run knew of.
     write_card(report, folder, repo_id=repo_id, model_license=model_license)
     url = push_folder(
@@ -94,8 +110,9 @@ def _push(folder: Path, arguments: argparse.Namespace) -> None:
         revision=revision,
         commit_message="Robust model",
         publish_images=arguments.publish_images,
+        space=space,
     )
-    show(f"pushed to {url}\n")
+    show(f"pushed to {url}\n" + (f"its page is at {space_url(repo_id)}\n" if space else ""))
 
 
 def _repair_on_hub(repo_id: str, arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ NOT_THE_RUN = frozenset(
     {
         "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "publish_images", "model_license",
+        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "model_license",
         "ddp_timeout", "max_train_hours",
     }
 )  # fmt: skip
@@ -122,14 +122,17 @@ def budget(report: RunReport) -> dict[str, str]:
     return facts
 
 
-def conditions(report: RunReport, attack: str) -> tuple[object, ...]:
-    """What has to be equal for one evaluation's numbers to be set against each other: images, threat model, attack."""
+def conditions(report: RunReport, attack: str) -> dict[str, str]:
+    """What has to be equal for one evaluation's numbers to be set against each other, by title.
+
+    Images, threat model, and the settings of the attack; of the verdict, those of all attacks.
+    """
     facts, result = budget(report), evaluations(report)[attack]
-    counts = tuple(entry.count for entry in result.summary.per_class)
-    shared = tuple(facts[title] for title in ("Dataset", "Test images", "Threat model"))
-    # The verdict is of all attacks.
+    counts = ", ".join(str(entry.count) for entry in result.summary.per_class)
+    shared = {title: facts[title] for title in ("Dataset", "Test images", "Threat model")}
     of = [one for one in report.results.values() if attack == "verdict"] or [result]
-    return (*shared, counts, *(f"{one.name}: {line}" for one in of for line in sorted(_attack_settings(one))))
+    attacks = {one.title: ", ".join(sorted(_attack_settings(one))) for one in of if one.name != "clean"}
+    return {**shared, "Images of each class": counts, **attacks}
 
 
 def evaluations(report: RunReport) -> dict[str, AttackReport]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import verdicts_beside
 from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun, Run
+from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.hub_ids import split_revision
 from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
 from ham_hf.training.run_folder import is_locked
@@ -21,80 +23,121 @@ NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 
+class FoundRun(NamedTuple):
+    """A finished run where it was found.
+
+    Attributes:
+        source: folder or Hub id.
+        label: what the user calls it, or the name of the folder above where the folder is called ``seed<seed of the
+            report>``, as in a comparison; None if neither.
+        report: what came out.
+        verdicts: its predictions, as far as they were kept.
+    """
+
+    source: str
+    label: str | None
+    report: RunReport
+    verdicts: Verdicts | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExistingRuns:
     """What was found where runs exist.
 
     Attributes:
-        found: (folder or Hub id, label or None, report) of every finished run; the label is the name of the folder
-            above where the folder is called ``seed<seed of the report>``, as in a comparison.
-        missing: what a comparison's folder holds of runs without a report.
+        found: every finished run.
+        missing: what a comparison's folder holds of runs without a report, and what could not be had of a list.
         baseline: that of the comparisons among the sources; None if there is none, or not one.
     """
 
-    found: tuple[tuple[str, str | None, RunReport], ...]
+    found: tuple[FoundRun, ...]
     missing: tuple[MissingRun, ...]
     baseline: str | None
 
 
-def read_runs(sources: Sequence[str], download: Callable[[str, str | None], Path]) -> ExistingRuns:
+def read_runs(
+    sources: Sequence[str], download: Callable[[str, str | None], Path], *, listed: Collection[str] = ()
+) -> ExistingRuns:
     """Read the reports of runs that exist; a source given twice counts once.
 
     Args:
-        sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``.
-        download: fetches the report of a Hub id and revision, and returns its path.
+        sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``; each
+            may have ``LABEL=`` before it, which is then what its row is called.
+        download: fetches the results of a Hub id and revision, and returns the folder that they are in.
+        listed: sources that are listed as missing, with the reason, where they cannot be had.
 
     Raises:
-        ValueError: naming every source that is none of these, or has no report that can be read. A run in the folder
-            of a comparison that has none is listed as missing instead.
+        ValueError: naming every other source that is none of these, or has no report that can be read. A run in the
+            folder of a comparison that has none is listed as missing instead.
     """
-    found, missing, problems = list[tuple[str, str | None, RunReport]](), list[MissingRun](), list[str]()
+    found, missing, problems = list[FoundRun](), list[MissingRun](), list[str]()
     baselines, seen = set[str](), set[Path | str]()
-    for source in sources:
-        path, hub_id = Path(source), split_revision(source)
+    for given in sources:
+        label, source = split_label(given)
         try:
-            if path.is_dir():
-                places = [path]
-                if not (path / REPORT_NAME).is_file():
-                    places, baseline = _comparison_places(path)
-                    baselines |= {baseline} if baseline is not None else set()
-                for place in places:
-                    if place.resolve() not in seen:
-                        seen.add(place.resolve())
-                        _read_place(place, found, missing)
-            elif hub_id is not None and not path.exists():
+            if Path(source).is_dir():
+                baseline = _read_folder(Path(source), label, found, missing, seen)
+                baselines |= {baseline} if baseline is not None else set()
+            elif split_revision(source) is not None and not Path(source).exists():
                 if source not in seen:
                     seen.add(source)
-                    found.append((source, None, _read_hub(source, hub_id, download)))
+                    found.append(_read_hub(source, label, download))
             else:
-                raise ValueError(f"{source}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
+                raise ValueError(f"{given}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
         except ValueError as error:
-            problems.append(str(error))
+            if given in listed:
+                missing.append(MissingRun(label=label or source, seed=None, reason=str(error), state="failed"))
+            else:
+                problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     baseline = baselines.pop() if len(baselines) == 1 else None
     return ExistingRuns(found=tuple(found), missing=tuple(missing), baseline=baseline)
 
 
-def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
-    """Find out which of the given runs are repetitions of one another, and what to call them.
-
-    Runs with equal settings but for seed and folder are one row. It is called what the folder says or, where that
-    says nothing, by its method (a model that was only evaluated: by its name). Rows that would have the same name
-    also get the settings in which they differ.
-
-    Args:
-        found: (folder or Hub id, label that the folder says or None, report) of every run. Predictions are read where
-            the folder has them; of a run on the Hub they are not fetched.
+def split_label(source: str) -> tuple[str | None, str]:
+    """Label and rest of ``LABEL=SOURCE``; a path that exists is a source as it is, whatever its name.
 
     Raises:
-        ValueError: naming the file, if the predictions of a run cannot be read.
+        ValueError: if there is nothing on one side of the sign.
     """
-    groups: dict[tuple[str, str], list[tuple[str, RunReport]]] = {}
-    for source, folder_label, report in found:
-        name = plain_text(folder_label or report.config.get("method") or public_word(report.model.name), 200)
-        settings = json.dumps(run_settings(report.config, without={"seed"}), sort_keys=True)
-        groups.setdefault((name, settings), []).append((source, report))
+    label, sign, rest = source.partition("=")
+    if not sign or Path(source).exists():
+        return None, source
+    if not (label.strip() and rest):
+        raise ValueError(f"{source}: expected LABEL=FOLDER or LABEL=OWNER/NAME, with something on both sides")
+    return label.strip(), rest
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Sources in a text file, one a line; "- " before it is fine (a list in YAML), # begins a comment.
+
+    Raises:
+        ValueError: naming the file, if it is no text, or lists nothing.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: expected one Hub id or folder a line") from error
+    words = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("- ").strip().strip("'\"") for line in lines]
+    sources = [word for word in words if word not in ("", "---")]
+    if not sources:
+        raise ValueError(f"{path} lists nothing: expected one Hub id or folder a line")
+    return list(dict.fromkeys(sources))
+
+
+def label_runs(found: Sequence[FoundRun]) -> list[Run]:
+    """Find out which of the given runs are repetitions of one another, and what to call them.
+
+    Runs with equal settings but for seed and folder are one row. It is called by its label or, without one, by its
+    method (a model that was only evaluated: by its name). Rows that would have the same name also get the settings in
+    which they differ.
+    """
+    groups: dict[tuple[str, str], list[FoundRun]] = {}
+    for run in found:
+        name = plain_text(run.label or run.report.config.get("method") or public_word(run.report.model.name), 200)
+        settings = json.dumps(run_settings(run.report.config, without={"seed"}), sort_keys=True)
+        groups.setdefault((name, settings), []).append(run)
     same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
     for name, settings in groups:
         same_name[name].append(json.loads(settings))
@@ -113,12 +156,12 @@ def label_runs(found: Sequence[tuple[str, str | None, RunReport]]) -> list[Run]:
         runs += [
             Run(
                 label=label,
-                seed=_seed(source, report),
-                report=report,
-                source=source,
-                verdicts=verdicts_beside(source),
+                seed=_seed(member.source, member.report),
+                report=member.report,
+                source=member.source,
+                verdicts=member.verdicts,
             )
-            for source, report in members
+            for member in members
         ]
     return runs
 
@@ -134,21 +177,45 @@ def running_elsewhere(label: str, seed: int) -> MissingRun:
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
-def _read_hub(source: str, hub_id: tuple[str, str | None], download: Callable[[str, str | None], Path]) -> RunReport:
+def _read_hub(source: str, label: str | None, download: Callable[[str, str | None], Path]) -> FoundRun:
+    hub_id = split_revision(source)
+    assert hub_id is not None, source  # noqa: S101 (asked before)
     try:
-        return read_report(download(*hub_id))
+        folder = download(*hub_id)
+        return FoundRun(source, label, read_report(folder), verdicts_beside(folder))
     except ValueError as error:
         raise ValueError(f"there is no folder {source}, and {error}") from error
 
 
-def _read_place(folder: Path, found: list[tuple[str, str | None, RunReport]], missing: list[MissingRun]) -> None:
+def _read_folder(
+    path: Path, label: str | None, found: list[FoundRun], missing: list[MissingRun], seen: set[Path | str]
+) -> str | None:
+    """Read a run, or all runs of a comparison, under ``label`` if there is one; its baseline, if it has one.
+
+    Raises:
+        ValueError: if there is no report, or one that cannot be read; or if rows of several names are given one.
+    """
+    places, baseline = [path], None
+    if not (path / REPORT_NAME).is_file():
+        places, baseline = _comparison_places(path)
+    rows = {place.resolve().parent.name for place in places}
+    if label is not None and len(rows) > 1:
+        raise ValueError(f"{label}={path}: {path} has several rows ({', '.join(sorted(rows))}); label folders in it")
+    for place in places:
+        if place.resolve() not in seen:
+            seen.add(place.resolve())
+            _read_place(place, label, found, missing)
+    return baseline if label is None else None
+
+
+def _read_place(folder: Path, given: str | None, found: list[FoundRun], missing: list[MissingRun]) -> None:
     """Read the run of one folder into ``found`` or, if it is LABEL/seedN without a report, into ``missing``.
 
     Raises:
-        ValueError: if the report of a folder with another name cannot be read.
+        ValueError: if the report of a folder with another name cannot be read, or the predictions of any.
     """
     place = folder.resolve()
-    label, numbered = place.parent.name, SEED_FOLDER.fullmatch(place.name)
+    label, numbered = given or place.parent.name, SEED_FOLDER.fullmatch(place.name)
     if (folder / REPORT_NAME).is_file():
         try:
             report = read_report(folder)
@@ -157,12 +224,12 @@ def _read_place(folder: Path, found: list[tuple[str, str | None, RunReport]], mi
                 raise
             missing.append(MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed"))
         else:
-            own_label = label if place.name == f"seed{report.seeds.get('seed')}" else None
-            found.append((str(folder), own_label, report))
+            own = given or (label if place.name == f"seed{report.seeds.get('seed')}" else None)
+            found.append(FoundRun(str(folder), own, report, verdicts_beside(folder)))
     elif numbered is not None:
         seed = int(numbered[1])
         log = place.with_name(f"{place.name}.log")
-        reason = f"no {REPORT_NAME}: it failed or was stopped, see {label}/{log.name}"
+        reason = f"no {REPORT_NAME}: it failed or was stopped, see {place.parent.name}/{log.name}"
         unfinished = MissingRun(label=label, seed=seed, reason=reason, state="not finished")
         missing.append(running_elsewhere(label, seed) if is_locked(place) else unfinished)
 

@@ -44,9 +44,7 @@ BOLD_BY_PAIRS = (
     "bootstrap of the images of each class, in the classes that are the worst of {baseline}. NSD is bold if it is "
     "lower than the next best by more than sqrt(std² + std²), with at least two seeds each. "
 )
-NOT_PAIRED = (
-    "Nothing is tested image by image, as the runs (older ones, or from the Hub) have no predictions.parquet here. "
-)
+NOT_PAIRED = "Nothing is tested image by image, as the runs (older ones) have no predictions.parquet. "
 VERDICT = (
     "The verdict is right on the clean image and never broken by any attack, on the images that every attack saw. "
 )
@@ -159,23 +157,8 @@ def comparison_csv(comparison: Comparison) -> str:
 
 
 def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
-    """Tables to read: one per evaluation, one of the cost, and what one has to know of the runs."""
+    """Tables to read: one per evaluation, one of the cost, and then what one has to know of the runs."""
     parts = ["# Comparison", *_notes(comparison)]
-    equal = {title: values for title, values in comparison.budget.items() if title not in comparison.unequal}
-    known = equal | {
-        title: values for title, values in comparison.environment.items() if title != "Commit" or len(values) == 1
-    }
-    seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
-    lines = [_fact_line(comparison, title, values, 400) for title, values in known.items()]
-    parts.append("\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"]))
-    parts.append(_how_to_read(comparison))
-    shown = comparison.strongest_shared_attack()
-    if figures and shown is not None:
-        parts.append(
-            f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
-            "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
-        )
-    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     for name in comparison.attacks:
         note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
         parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
@@ -185,29 +168,69 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     if comparison.missing:
         missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
         parts.append("## Runs that are missing\n\n" + "\n".join(missing))
+    parts += ["## How to read this", _how_to_read(comparison)]
+    shown = comparison.strongest_shared_attack()
+    if figures and shown is not None:
+        parts.append(
+            f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
+            "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
+        )
+    parts += [text(sentence, 1000) for sentence in without_figures(comparison)]
+    parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
+    parts.append(f"## What the rows share, and what not\n\n{_shared(comparison, command)}")
     parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
     return "\n\n".join(parts) + "\n"
 
 
+def without_figures(comparison: Comparison) -> list[str]:
+    """A sentence for each figure that cannot be drawn, saying why."""
+    if comparison.strongest_shared_attack() is None:
+        attacks = {
+            title: [comparison.names[row.label] for row in comparison.rows if name in row.attacks]
+            for name, title in comparison.attacks.items()
+            if name not in ("clean", "verdict")
+        }
+        ran = "; ".join(f"{title} on {', '.join(names)}" for title, names in attacks.items())
+        return [f"There are no figures, as no attack was run on every row ({ran or 'none was run on any'})."]
+    if comparison.class_names is None:
+        return ["There is no figure of the classes, as the rows do not have the same classes."]
+    return []
+
+
 def _notes(comparison: Comparison) -> list[str]:
-    """What has to be said before any number: that budgets or code differ."""
+    """What has to be said before any number, each in a line: that budgets or code differ."""
     notes = []
     if comparison.unequal:
-        lines = [_fact_line(comparison, title, values, 200) for title, values in comparison.unequal.items()]
-        notes.append("**Not the same budget:** the rows differ in more than the method.\n\n" + "\n".join(lines))
+        titles = ", ".join(text(title) for title in comparison.unequal)
+        notes.append(
+            f"**Not the same budget:** the rows differ in more than the method ({titles}); see the end of this page."
+        )
+    if len(comparison.environment["Commit"]) > 1:
+        notes.append("**Not the same code:** the runs come from several commits; see the end of this page.")
+    return notes
+
+
+def _shared(comparison: Comparison, command: str) -> str:
+    """Budget, environment, seeds and command: first what differs, each value with its rows."""
     by_commit: dict[str, dict[str, list[int]]] = {}
     for row in comparison.rows:
         for run in row.runs:
             commit = run.report.environment.commit or "unknown"
             by_commit.setdefault(commit, {}).setdefault(comparison.names[row.label], []).append(run.seed)
+    known = {**comparison.unequal, **comparison.budget, **comparison.environment}
+    lines = [
+        _fact_line(comparison, title, values, 400)
+        for title, values in known.items()
+        if title != "Commit" or len(values) == 1
+    ]
     if len(by_commit) > 1:
-        lines = [
+        lines += [
             f"- commit {text(commit)}: "
             + "; ".join(f"{text(name)}, seed {', '.join(map(str, seeds))}" for name, seeds in rows.items())
             for commit, rows in by_commit.items()
         ]
-        notes.append("**Not the same code:** the runs come from several commits.\n\n" + "\n".join(lines))
-    return notes
+    seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
+    return "\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"])
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -367,7 +390,8 @@ def _cost_note(comparison: Comparison) -> str:
 
 
 def _missing_line(run: MissingRun, name: str) -> str:
-    return f"- {text(name)}, seed {run.seed}: {run.state}. {text(public_text(run.reason), 600)}"
+    seed = "" if run.seed is None else f", seed {run.seed}"
+    return f"- {text(name)}{seed}: {run.state}. {text(public_text(run.reason), 600)}"
 
 
 def _settings_list(comparison: Comparison) -> str:

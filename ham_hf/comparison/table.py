@@ -46,11 +46,11 @@ class MissingRun:
     """A run without a report: what became of it, and why, in words.
 
     ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is at it),
-    "not finished" (begun some time) or "not run".
+    "not finished" (begun some time) or "not run". ``seed`` is None where it is not known.
     """
 
     label: str
-    seed: int
+    seed: int | None
     reason: str
     state: Literal["failed", "running", "not finished", "not run"]
 
@@ -259,7 +259,7 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     comparable = frozenset(
         name
         for name in titles
-        if len({conditions(r.report, name) for r in runs if name in evaluations(r.report)}) == 1
+        if len({tuple(conditions(r.report, name).items()) for r in runs if name in evaluations(r.report)}) == 1
     )
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
     base = {name: row for name, row in base.items() if name in comparable}
@@ -376,7 +376,7 @@ def _class_mean(accuracies: Sequence[float | None]) -> float | None:
 def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
     """An entry for every seed that one row has and another lacks without a word."""
     seeds = sorted({run.seed for runs in by_label.values() for run in runs})
-    known = {(run.label, run.seed) for runs in by_label.values() for run in runs}
+    known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
     known |= {(run.label, run.seed) for run in missing}
     return [
         MissingRun(label=label, seed=seed, reason="not among the given runs", state="not run")

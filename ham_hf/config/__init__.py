@@ -12,7 +12,7 @@ from ham_hf.config.cli import parse_calibrate_config, parse_evaluate_config, par
 from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict
 from ham_hf.config.yaml_text import config_to_yaml
 from ham_hf.data import DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
 from ham_hf.models import ModelConfig
 from ham_hf.settings import ConfigError
 from ham_hf.training.config import LearningRateDrop, TrainingConfig
@@ -29,6 +29,7 @@ __all__ = [
     "HubConfig",
     "LearningRateDrop",
     "ModelConfig",
+    "MoreEvaluationConfig",
     "TrainConfig",
     "TrainingConfig",
     "config_to_dict",

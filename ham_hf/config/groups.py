@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.data import CalibrationDataConfig, DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.methods import HAM, Method
 from ham_hf.models import ModelConfig
@@ -30,7 +30,8 @@ class HubConfig(SettingsGroup):
     hub_private_repo: bool = setting(False, "make the repository private when it is created")
     hub_revision: str = setting("main", "branch to push to")
     hub_strategy: Literal["end", "every_save"] = setting("end", "push at the end, or after every checkpoint too")
-    publish_images: bool = setting(False, "keep the images of a dataset that is not public on the pushed report.html")
+    hub_space: bool = setting(False, "publish report.html as a static Space of the same owner/name too, at the end")
+    publish_images: bool = setting(False, "push the images of a dataset that is not public too")
     model_license: str = setting("apache-2.0", "license of the trained weights, for the model card")
 
     def contradictions(self) -> Iterator[str]:
@@ -43,6 +44,7 @@ class HubConfig(SettingsGroup):
                 "--hub_private_repo": self.hub_private_repo,
                 f"--hub_revision {self.hub_revision}": self.hub_revision != "main",
                 f"--hub_strategy {self.hub_strategy}": self.hub_strategy != "end",
+                "--hub_space": self.hub_space,
                 "--publish_images": self.publish_images,
             }
             yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
@@ -157,6 +159,9 @@ class EvaluateConfig(SettingsGroup):
         default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
+    more: MoreEvaluationConfig = field(
+        default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
+    )
 
     @property
     def output_path(self) -> Path:

@@ -93,7 +93,7 @@ def list_files(root: Path) -> tuple[list[str], list[str]]:
                 found.append(os.path.relpath(entry.path, root).replace(os.sep, "/"))
 
     visit(str(root), frozenset())
-    return found, _note(loops, "links lead back to a folder above them and are not followed")
+    return found, note(loops, "links lead back to a folder above them and are not followed")
 
 
 def is_image_name(path: str) -> bool:
@@ -106,15 +106,7 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 
-def has_class_folders(paths: Sequence[str]) -> bool:
-    """Whether the files are images in folders, not parquet files or archives, and no table beside them has labels."""
-    visible = [path for path in paths if not is_hidden(path)]
-    images = sum(map(is_image_name, visible))
-    data = sum(path.lower().endswith(DATA_EXTENSIONS) for path in visible)
-    return images > data and not any(PurePosixPath(path).name in METADATA_NAMES for path in visible)
-
-
-def sort_into_classes(paths: Iterable[str]) -> ClassFolders:
+def sort_into_classes(paths: Iterable[str], split_of: Mapping[str, str] | None = None) -> ClassFolders:
     """Put every image file into its split and class.
 
     An image's class is the folder that it is in. Class folders may lie in further folders, all equally deep, if that
@@ -122,22 +114,26 @@ def sort_into_classes(paths: Iterable[str]) -> ClassFolders:
 
     Args:
         paths: relative paths of all files, with ``/``.
+        split_of: splits of files as the dataset's README.md has them; files that are not among them are left to the
+            caller. None: folders decide.
 
     Raises:
         ValueError: for an image without a class folder, class folders at different depths, two class folders or two
             split folders with one name, a file that is listed twice, and a name that is no Unicode.
     """
     listed = sorted(paths)
-    _refuse_repeated(listed)
+    refuse_repeated(listed)
     images = [path for path in listed if is_image_name(path)]
     hidden = [path for path in images if is_hidden(path)]
-    notes = _note(hidden, "image files are hidden (their name or their folder's begins with a dot) and are not read")
-    shown = [path for path in images if not is_hidden(path)]
-    start = _common_folder(shown)
-    splits, apart = _split_folders(shown, start)
-    notes += _note(apart, "image files lie outside of the split folders and are not read")
+    notes = note(hidden, "image files are hidden (their name or their folder's begins with a dot) and are not read")
+    visible = [path for path in images if not is_hidden(path)]
+    if split_of is None:
+        splits, apart = _split_folders(visible, common_folder(visible))
+    else:
+        splits, apart = _declared_splits(visible, split_of), []
+    notes += note(apart, "image files lie outside of the split folders and are not read")
     archives = [path for path in listed if not is_hidden(path) and path.lower().endswith(DATA_EXTENSIONS)]
-    notes += _note(archives, "archives and data files lie beside class folders and are not read")
+    notes += note(archives, "archives and data files lie beside class folders and are not read")
     sorted_splits = {}
     for split, (folder, found) in splits.items():
         names, depth_notes = _classes_of(found, folder)
@@ -146,41 +142,52 @@ def sort_into_classes(paths: Iterable[str]) -> ClassFolders:
     return ClassFolders(splits=sorted_splits, notes=tuple(notes))
 
 
-def note_unnamed_images(root: Path, paths: Iterable[str]) -> list[str]:
-    """A note on files of a local folder that begin as images do and are not named so."""
+def note_unnamed_images(files: Mapping[str, str]) -> list[str]:
+    """A note on local files, by their paths, that begin as images do and are not named so."""
     unnamed = []
-    for path in paths:
+    for path, where in files.items():
         if is_hidden(path) or is_image_name(path):
             continue
-        with open(root / path, "rb") if (root / path).is_file() else open(os.devnull, "rb") as file:
+        with open(where if os.path.isfile(where) else os.devnull, "rb") as file:
             if file.read(6).startswith(SIGNATURES):
                 unnamed.append(path)
-    return _note(unnamed, "files hold images by their first bytes and have no image's extension; they are not read")
+    return note(unnamed, "files hold images by their first bytes and have no image's extension; they are not read")
 
 
-def _refuse_repeated(listed: Sequence[str]) -> None:
+def refuse_repeated(listed: Sequence[str]) -> None:
+    """Refuse a file that is listed twice, and a name that is no Unicode.
+
+    Raises:
+        ValueError: naming one.
+    """
     twice = [path for path, count in Counter(listed).items() if count > 1]
     if twice:
-        raise ValueError(f"{len(twice)} files are listed twice, such as {_shown(twice[0])}: list each once")
+        raise ValueError(f"{len(twice)} files are listed twice, such as {shown(twice[0])}: list each once")
     # As Python names files whose names are no UTF-8.
     odd = [path for path in listed if any("\ud800" <= letter <= "\udfff" for letter in path)]
     if odd:
-        raise ValueError(f"{len(odd)} file names are not Unicode, such as {_shown(odd[0])}: rename the files")
+        raise ValueError(f"{len(odd)} file names are not Unicode, such as {shown(odd[0])}: rename the files")
 
 
-def _common_folder(images: Sequence[str]) -> tuple[str, ...]:
-    """Folders that lead to the one that holds splits or classes: the only one, that is no split, over and over."""
+def common_folder(paths: Sequence[str], depth: int = 3) -> tuple[str, ...]:
+    """Folders that lead to the one that holds splits or classes: the only one, that is no split, over and over.
+
+    Args:
+        paths: of the files that are read.
+        depth: parts that are left of every path, at least: split or class, and file, with the folder itself.
+    """
     start: tuple[str, ...] = ()
-    while images:
-        below = [PurePosixPath(path).parts[len(start) :] for path in images]
+    while paths:
+        below = [PurePosixPath(path).parts[len(start) :] for path in paths]
         tops = {parts[0] for parts in below}
-        if len(tops) > 1 or min(map(len, below)) < 3 or _split_name(next(iter(tops))) is not None:
+        if len(tops) > 1 or min(map(len, below)) < depth or split_name(next(iter(tops))) is not None:
             break
         start = (*start, tops.pop())
     return start
 
 
-def _split_name(folder: str) -> str | None:
+def split_name(folder: str) -> str | None:
+    """The split that a folder's name stands for; None if it stands for none."""
     return SPLIT_OF_FOLDER.get(folder.lower())
 
 
@@ -192,27 +199,55 @@ def _split_folders(
     for path in images:
         parts = PurePosixPath(path).parts[len(start) :]
         of_top.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
-    named = [top for top in of_top if _split_name(top) is not None]
+    named = [top for top in of_top if split_name(top) is not None]
     # A split holds class folders; a folder of images alone is a class, whatever its name.
     holding = [top for top in named if any(_depth(path, start) > 2 for path in of_top[top])]
     if named and not holding and not [top for top in of_top if top and top not in named]:
         raise ValueError(
-            f"{len(of_top[named[0]])} images lie in the split folder {_shown(named[0])} itself, such as "
-            f"{_shown(of_top[named[0]][0])}: put each into the folder of its class, {named[0]}/CLASS/IMAGE"
+            f"{len(of_top[named[0]])} images lie in the split folder {shown(named[0])} itself, such as "
+            f"{shown(of_top[named[0]][0])}: put each into the folder of its class, {named[0]}/CLASS/IMAGE"
         )
     if not holding:
         return ({"train": (start, list(images))} if images else {}), []
-    splits: dict[str, tuple[tuple[str, ...], list[str]]] = {}
-    folder_of: dict[str, str] = {}
-    for top in named:
-        split = str(_split_name(top))
-        if split in splits:
-            raise ValueError(
-                f"the folders {_shown(folder_of[split])} and {_shown(top)} are both the split {split!r}: rename one"
-            )
-        folder_of[split] = top
-        splits[split] = ((*start, top), of_top[top])
+    splits = {split: ((*start, top), of_top[top]) for split, top in folder_of_split(named).items()}
     return splits, [path for top in of_top if top not in named for path in of_top[top]]
+
+
+def folder_of_split(named: Iterable[str]) -> dict[str, str]:
+    """The folder of each split, of folders that are named like splits.
+
+    Raises:
+        ValueError: if two are the same split.
+    """
+    folders: dict[str, str] = {}
+    for top in named:
+        split = str(split_name(top))
+        if split in folders:
+            raise ValueError(
+                f"the folders {shown(folders[split])} and {shown(top)} are both the split {split!r}: rename one"
+            )
+        folders[split] = top
+    return folders
+
+
+def _declared_splits(
+    images: Sequence[str], split_of: Mapping[str, str]
+) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Folder and images of each split that README.md declares: the folder is the one that holds the class folders."""
+    found: dict[str, list[str]] = {}
+    for path in images:
+        if path in split_of:
+            found.setdefault(split_of[path], []).append(path)
+    parents = {split: {PurePosixPath(path).parent for path in of_split} for split, of_split in found.items()}
+    classes = {folder.name for folders in parents.values() if len(folders) > 1 for folder in folders}
+    splits = {}
+    for split, of_split in found.items():
+        folder = PurePosixPath(os.path.commonpath(parents[split]))
+        # The only folder of a split is a class if another split says so.
+        if len(parents[split]) == 1 and folder.name in classes:
+            folder = folder.parent
+        splits[split] = (folder.parts, of_split)
+    return splits
 
 
 def _depth(path: str, start: tuple[str, ...]) -> int:
@@ -226,7 +261,7 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
     if loose:
         raise ValueError(
             f"{len(loose)} of {len(images)} images lie beside the class folders, in {where}, such as "
-            f"{_shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away"
+            f"{shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away"
         )
     parents = [PurePosixPath(path).parent for path in images]
     of_depth: dict[int, str] = {}
@@ -235,27 +270,28 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
     if len(of_depth) > 1:
         first, second = (of_depth[depth] for depth in sorted(of_depth)[:2])
         raise ValueError(
-            f"class folders are not equally deep: {_shown(first)} and {_shown(second)}; an image's class is the "
+            f"class folders are not equally deep: {shown(first)} and {shown(second)}; an image's class is the "
             "folder that it is in, so put all class folders beside each other"
         )
     place: dict[str, PurePosixPath] = {}
     for parent in parents:
         if place.setdefault(parent.name, parent) != parent:
             raise ValueError(
-                f"the folders {_shown(str(place[parent.name]))} and {_shown(str(parent))} have one name, and an "
+                f"the folders {shown(str(place[parent.name]))} and {shown(str(parent))} have one name, and an "
                 "image's class is the folder that it is in: put all images of a class into one folder"
             )
     if of_depth and next(iter(of_depth)) > 2:
-        example = _shown(str(parents[0]))
+        example = shown(str(parents[0]))
         return [parent.name for parent in parents], [f"classes are named by the innermost folders, such as {example}"]
     return [parent.name for parent in parents], []
 
 
-def _note(paths: Sequence[str], what: str) -> list[str]:
-    return [f"{len(paths)} {what}, such as {_shown(paths[0])}"] if paths else []
+def note(paths: Sequence[str], what: str) -> list[str]:
+    """How many files something is the matter with, and an example; empty without any."""
+    return [f"{len(paths)} {what}, such as {shown(paths[0])}"] if paths else []
 
 
-def _shown(path: str) -> str:
+def shown(path: str) -> str:
     """A path for a message, on one line and short."""
     text = repr(path) if path.isprintable() else ascii(path)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-77:]}"

@@ -131,6 +131,22 @@ def choose_label_column(features: datasets.Features, label_column: str | None) -
     return label_column
 
 
+def choose_group_column(features: datasets.Features, group_column: str) -> str:
+    """The named column of groups, if there is one of class labels, integers, strings or booleans.
+
+    Raises:
+        ValueError: listing the columns, or saying of what kind it is.
+    """
+    if group_column not in features:
+        raise ValueError(_unknown("--group_column", group_column, features))
+    if not _is_label(features[group_column]):
+        raise ValueError(
+            f"--group_column {group_column}: expected one class label, integer, string or boolean per image, got "
+            f"{features[group_column]}"
+        )
+    return group_column
+
+
 def label_column_of(features: datasets.Features, label_column: str | None) -> str | None:
     """What `choose_label_column` chooses; None where it would raise."""
     try:

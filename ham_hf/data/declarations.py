@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ from typing import Any
 
 import datasets
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
 
 OPEN_AT_ONCE = 16
 README = "README.md"
+
+
+class RepeatedNameError(ValueError):
+    """Two classes have one name; the message gives it."""
 
 
 class StreamError(ValueError):
@@ -101,7 +107,7 @@ class Declarations:
             if second is not None:
                 raise ValueError(
                     f"column {column!r}: {silent[0]} declares no class names, and {known[0].file} and {second.file} "
-                    f"declare different ones, {_listed(known[0].names[column])} and {_listed(second.names[column])}, "
+                    f"declare different ones, {listed(known[0].names[column])} and {listed(second.names[column])}, "
                     "so it is not known what its labels count; declare the names in every file, or in README.md"
                 )
             logger.warning(
@@ -132,8 +138,8 @@ def disagreement(column: str, first: str, names: Sequence[str], second: str, oth
     """Message about two declarations that cannot be matched by name."""
     new = [name for name in others if name not in set(names)]
     return (
-        f"column {column!r}: {first} declares the {len(names)} classes {_listed(names)}, and {second} the "
-        f"{len(others)} classes {_listed(others)}: {_listed(new)} of the second are none of the first; declare the "
+        f"column {column!r}: {first} declares the {len(names)} classes {listed(names)}, and {second} the "
+        f"{len(others)} classes {listed(others)}: {listed(new)} of the second are none of the first; declare the "
         "same names in both, or choose another --label_column"
     )
 
@@ -177,8 +183,11 @@ def _file_classes(file: str, row: Mapping[str, Any]) -> FileClasses:
 def _declared(file: str) -> dict[str, Any]:
     try:
         with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
+            _refuse_repeated_names(file, parquet.schema_arrow)
             names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
             return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+    except RepeatedNameError:
+        raise
     except Exception as error:
         # Network, Hub, file format: dozens of exception types.
         raise StreamError(
@@ -186,6 +195,20 @@ def _declared(file: str) -> dict[str, Any]:
         ) from error
 
 
-def _listed(names: Sequence[str]) -> str:
+def _refuse_repeated_names(file: str, schema: pa.Schema) -> None:
+    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for column, feature in stored.get("info", {}).get("features", {}).items():
+        names = feature.get("names") if isinstance(feature, dict) else None
+        counts = Counter(names) if isinstance(names, list) else Counter()
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise RepeatedNameError(
+                f"column {column!r}: {file} declares {counts[twice[0]]} classes called {twice[0]!r}, which nothing "
+                "could tell apart: give each a name of its own"
+            )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
     shown = ", ".join(map(repr, names[:12]))
     return f"[{shown}{', ...' if len(names) > 12 else ''}]"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ham_hf.data.columns import (
     TEST_SPLITS,
+    choose_group_column,
     choose_image_column,
     choose_label_column,
     choose_splits,
@@ -22,6 +23,7 @@ from ham_hf.data.columns import (
 from ham_hf.data.config import DataConfig
 from ham_hf.data.declarations import Declarations
 from ham_hf.data.decoding import EncodedImages
+from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.parts import encoded_images, limit_rows, named_labels, split_files, stored_labels, streamed_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import read_whole
@@ -75,6 +77,7 @@ class EvaluationPart:
         config_name: configuration that was opened.
         revision: commit of a Hub dataset if known, else as given.
         notes: what of the dataset is not read.
+        groups: of the images, where a column of groups was named.
     """
 
     encoded: EncodedImages
@@ -83,9 +86,12 @@ class EvaluationPart:
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    groups: ImageGroups | None = None
 
 
-def evaluation_part(config: DataConfig, in_chans: int, trained: TrainedOn) -> EvaluationPart:
+def evaluation_part(
+    config: DataConfig, in_chans: int, trained: TrainedOn, group_column: str | None = None
+) -> EvaluationPart:
     """The named split, else the only one, else the test split by the rule of `ham_hf.data.columns.choose_splits`.
 
     It is taken whole, unless the model was trained on it: then the images are those that were held out to test on, as
@@ -96,11 +102,12 @@ def evaluation_part(config: DataConfig, in_chans: int, trained: TrainedOn) -> Ev
             stream, the split is read into the cache.
         in_chans: channels to decode to, 1 or 3.
         trained: what is known of the model.
+        group_column: column of groups to evaluate beside the classes; None for none.
 
     Raises:
         ValueError: for anything that does not fit, or where every image of the split was for training.
     """
-    opened = _open_streamed(config) if config.dataset_streaming else _open(config)
+    opened = _open_streamed(config, group_column) if config.dataset_streaming else _open(config)
     images_at = partial(encoded_images, opened.splits, opened.image_column, in_chans, opened.split)
     rows, origin = torch.arange(len(opened.labels)), opened.split
     fraction = None
@@ -181,7 +188,7 @@ def _open(config: DataConfig) -> _Opened:
     )
 
 
-def _open_streamed(config: DataConfig) -> _Opened:
+def _open_streamed(config: DataConfig, group_column: str | None) -> _Opened:
     source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
 
     files = split_files(source)
@@ -192,6 +199,8 @@ def _open_streamed(config: DataConfig) -> _Opened:
     column = choose_label_column(features, config.label_column)
     logger.info("reading all of split %r", split)
     kept = datasets.Features({images: datasets.Image(), column: features[column]})
+    if group_column is not None:
+        kept[group_column] = features[choose_group_column(features, group_column)]
     # As they are in the files: every file's declaration is applied when labels are read.
     if train == split:
         raise ValueError(

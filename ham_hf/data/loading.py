@@ -23,6 +23,7 @@ from ham_hf.data.decoding import (
     for_each_image,
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
+from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.parts import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
@@ -58,6 +59,7 @@ class TestData:
         notes: what of the dataset is not read, each with its number and an example.
         num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
             checked, because images are decoded as they are needed or training images are not read.
+        groups: of the test images, where a column of groups was named.
     """
 
     __test__ = False  # no test of pytest
@@ -75,6 +77,7 @@ class TestData:
     provenance: Provenance | None = None
     notes: tuple[str, ...] = ()
     num_test_in_train: int | None = None
+    groups: ImageGroups | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,22 +103,25 @@ class ImageData(TestData):
     crop_mode: str = "center"
 
 
-def load_test_data(config: DataConfig, inputs: Preprocessing, trained: TrainedOn) -> TestData:
+def load_test_data(
+    config: DataConfig, inputs: Preprocessing, trained: TrainedOn, *, group_column: str | None = None
+) -> TestData:
     """Open what a finished model is evaluated on; see `ham_hf.data.evaluation_data.evaluation_part` for which images.
 
     Args:
         config: says which data.
         inputs: what the model takes.
         trained: what is known of the model's training data.
+        group_column: column of groups to evaluate beside the classes; None for none.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
         CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
     """
     _check_channels(inputs.in_chans)
-    part = evaluation_part(config, inputs.in_chans, trained)
+    part = evaluation_part(config, inputs.in_chans, trained, group_column)
     geometry = _geometry(inputs, inputs.image_size)
-    images, _ = _make_ready(part.encoded, geometry, config, augmentation="none")
+    images, _, rows = _make_ready(part.encoded, geometry, config, augmentation="none")
     _warn_of_absent_classes("test", images.labels, part.class_names)
     logger.info("%d images to test on (%s)", len(images), part.origin)
     return TestData(
@@ -130,6 +136,7 @@ def load_test_data(config: DataConfig, inputs: Preprocessing, trained: TrainedOn
         num_skipped=len(part.encoded) - len(images),
         test_split_origin=part.origin,
         notes=part.notes,
+        groups=None if part.groups is None else part.groups.only(torch.isin(part.encoded.rows, rows)),
     )
 
 
@@ -171,8 +178,8 @@ def load_image_data(
         part: _make_ready(encoded, geometry, config, augmentation=augmentation if part == "train" else "none")
         for part, encoded in parts.encoded.items()
     }
-    images = {part: found for part, (found, _) in ready.items()}
-    repeated = _test_images_in_train({part: digests for part, (_, digests) in ready.items()})
+    images = {part: found for part, (found, _, _) in ready.items()}
+    repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
     _say_what_is_there(images, parts)
     # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
@@ -310,8 +317,8 @@ def train_transform(geometry: EvalTransform, augmentation: str) -> PixelTransfor
 
 def _make_ready(
     encoded: EncodedImages, geometry: EvalTransform, config: DataConfig, *, augmentation: str
-) -> tuple[Images, list[bytes] | None]:
-    """The images of a part, and a digest of each where all are read here."""
+) -> tuple[Images, list[bytes] | None, Tensor]:
+    """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
     image_size, cache_images, skip_corrupt = geometry.image_size, config.cache_images, config.skip_corrupt
     num_bytes = len(encoded) * encoded.in_chans * image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
@@ -336,7 +343,7 @@ def _make_ready(
         pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=workers)
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
-    return Images(encoded.labels, pixels, augmentation), digests
+    return Images(encoded.labels, pixels, augmentation), digests, encoded.rows
 
 
 def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | None:

@@ -7,8 +7,8 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -19,18 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from ham_hf.data.class_folders import (
-    DATA_EXTENSIONS,
-    METADATA_NAMES,
-    ClassFolders,
-    has_class_folders,
-    is_hidden,
-    is_image_name,
-    list_files,
-    note_unnamed_images,
-    sort_into_classes,
-)
+from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, list_files, note
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
+from ham_hf.data.digits import LARGEST, read_digits
+from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
 from ham_hf.hub_ids import is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -102,20 +94,25 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return Source(splits=splits, config_name=config_name, revision=None)
         if local and config_name is None and not _declares_configs(str(folder)):
-            paths, notes = list_files(folder)
-            if has_class_folders(paths):
-                found = sort_into_classes(paths)
-                notes += note_unnamed_images(folder, paths)
-                return _read_class_folders(found, {path: str(folder.absolute() / path) for path in paths}, notes)
+            files = files_of_folder(folder)
+            if holds_images(files):
+                splits, notes = read_image_files(files)
+                return Source(splits=splits, config_name=None, revision=None, notes=notes)
         check_cache()
         # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
         builder = _builder(name, config_name, revision, local=local)
         opened, commit = _opened(builder, config_name, revision, local=local)
-        folders = _class_folders_of(builder)
-        if folders is not None:
-            source = _read_class_folders(*folders)
-            return replace(source, config_name=opened, revision=commit)
-        unread = _check_files(builder)
+        _check_names_in_readme(str(builder.base_path))
+        configs = _declared_configs(str(builder.base_path))
+        declares = any("data_files" in own for own in configs if own.get("config_name") == builder.config.name)
+        images = _reads_image_files(builder)
+        if declares or not images:
+            _refuse_repeated_files(builder)
+        if images:
+            files = files_of_builder(builder, splits_declared=declares, only_configuration=len(configs) == 1)
+            splits, notes = read_image_files(files)
+            return Source(splits=splits, config_name=opened, revision=commit, notes=notes)
+        unread = _note_unread_files(builder)
         declared = _declarations(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
@@ -127,73 +124,71 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
     return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread), declared=declared)
 
 
-def _read_class_folders(found: ClassFolders, file_of: Mapping[str, str], notes: Sequence[str]) -> Source:
-    if not found.splits:
-        raise ValueError("it has no image that is not hidden")
-    noted = (*notes, *found.notes)
-    for note in noted:
-        logger.warning("%s", note)
-    return Source(splits=found.as_dataset(file_of), config_name=None, revision=None, notes=noted)
-
-
-def _class_folders_of(builder: datasets.DatasetBuilder) -> tuple[ClassFolders, dict[str, str], list[str]] | None:
-    """Class folders that a builder of ``datasets`` would read, listed anew; None if it reads something else.
-
-    Which files belong to which split is left to the dataset's README.md where that says so.
-    """
+def _reads_image_files(builder: datasets.DatasetBuilder) -> bool:
+    """Whether a builder reads image files and README.md asks for nothing but splits."""
     kinds = {kind.__name__ for kind in type(builder).__mro__}
-    listed = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-    if "ImageFolder" not in kinds or not all(map(is_image_name, listed)):
-        return None
-    base = str(builder.base_path).rstrip("/")
-    declared = _declared_configs(base)
-    if any("data_files" in config for config in declared if config.get("config_name") == builder.config.name):
-        return None
-    root = "/".join(part for part in (base, builder.config.data_dir) if part)
-    if "://" not in root:
-        paths, notes = list_files(Path(root))
-        found = sort_into_classes(paths)
-        return found, {path: f"{root}/{path}" for path in paths}, notes + note_unnamed_images(Path(root), paths)
-    filesystem, start = fsspec.url_to_fs(root)
-    paths = [path[len(start) :].lstrip("/") for path in filesystem.find(start, expand_info=False)]
-    found = sort_into_classes(paths)
-    images = [path for split in found.splits.values() for path, _ in split]
-    manager = datasets.DownloadManager(
-        dataset_name=builder.dataset_name, download_config=datasets.DownloadConfig(token=builder.token)
-    )
-    stored = manager.download([f"{root}/{path}" for path in images])
-    return found, dict(zip(images, map(str, stored), strict=True)), []
+    asked = ("drop_labels", "drop_metadata", "metadata_filenames", "filters")
+    return "ImageFolder" in kinds and all(getattr(builder.config, option, None) is None for option in asked)
+
+
+def _front_matter(base: str) -> str:
+    """The YAML at the top of a dataset's README.md; empty without."""
+    try:
+        with fsspec.open(f"{base}/README.md", "rb") as file:
+            text = file.read(MAX_README_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    return front[1] if front else ""
 
 
 def _declared_configs(base: str) -> list[dict[str, object]]:
     """What the front matter of a dataset's README.md declares as its configurations."""
     try:
-        with fsspec.open(f"{base}/README.md", "rb") as file:
-            text = file.read(MAX_README_BYTES).decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    try:
-        values = yaml.safe_load(front[1]) if front else None
+        values = yaml.safe_load(_front_matter(base))
     except yaml.YAMLError:
         return []  # datasets, which reads it next, says what is wrong with it
     configs = values.get("configs") if isinstance(values, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
 
+def _check_names_in_readme(base: str) -> None:
+    """Refuse class names of README.md that YAML reads as something else: no is False, 1.10 is 1.1, 007 is 7.
+
+    Raises:
+        ValueError: naming one.
+    """
+    front = _front_matter(base)
+    written, read = (list(_leaves(yaml.load(front, loader))) for loader in (yaml.BaseLoader, yaml.SafeLoader))  # noqa: S506
+    for name, value in zip(written, read, strict=True):
+        if str(value) != name:
+            raise ValueError(f"README.md declares the class {name}, which YAML reads as {value!r}: put it in quotes")
+
+
+def _leaves(node: object, of_names: bool = False) -> Iterator[object]:
+    """Names of all ``class_label`` below a node of YAML, in order."""
+    if isinstance(node, dict):
+        for key, below in node.items():
+            yield from _leaves(below, of_names or (key == "class_label"))
+    elif isinstance(node, list):
+        for below in node:
+            yield from _leaves(below, of_names)
+    elif of_names:
+        yield node
+
+
 def _declares_configs(base: str) -> bool:
     return bool(_declared_configs(base))
 
 
-def _check_files(builder: datasets.DatasetBuilder) -> list[str]:
-    """Refuse a file that is listed twice; say which files of a local folder no split has.
+def _refuse_repeated_files(builder: datasets.DatasetBuilder) -> None:
+    """Refuse a file that is listed twice.
 
     Raises:
         ValueError: naming the file and its splits.
     """
-    data_files = builder.config.data_files or {}
     splits_of: dict[str, list[str]] = {}
-    for split, files in data_files.items():
+    for split, files in (builder.config.data_files or {}).items():
         for file in files:
             # A table of file names and labels may serve several splits.
             if os.path.basename(file) not in METADATA_NAMES:
@@ -202,26 +197,31 @@ def _check_files(builder: datasets.DatasetBuilder) -> list[str]:
         if len(splits) > 1:
             where = " and ".join(map(repr, Counter(splits))) + (" twice" if len(set(splits)) == 1 else "")
             raise ValueError(f"the file {file} is listed in {where}: list each file once, in one split (README.md)")
-    base = str(builder.base_path)
-    if "://" in base or not splits_of or _declares_configs(base):
+
+
+def _note_unread_files(builder: datasets.DatasetBuilder) -> list[str]:
+    """Say which files of the kinds that are read no split has, unless another configuration may have them."""
+    base, listed = str(builder.base_path).rstrip("/"), builder.config.data_files or {}
+    if not listed:
         return []
-    kinds = {os.path.splitext(file)[1].lower() for file in splits_of}
-    paths, notes = list_files(Path(base))
-    read = {os.path.realpath(file) for file in splits_of}
-    images = any(map(is_image_name, splits_of))
+    configs = _declared_configs(base)
+    if len(configs) > 1:
+        return []
+    remote = "://" in base
+    read = {str(file) if remote else os.path.realpath(file) for files in listed.values() for file in files}
+    kinds = tuple({os.path.splitext(file)[1].lower() for file in read} & set(DATA_EXTENSIONS))
+    paths, notes = (list_repository(base), []) if remote else list_files(Path(base))
     missing = [
         path
         for path in paths
         if not is_hidden(path)
-        and (path.lower().endswith(tuple(kinds & set(DATA_EXTENSIONS))) or (images and is_image_name(path)))
-        and os.path.realpath(os.path.join(base, path)) not in read
+        and path.lower().endswith(kinds)
+        and (f"{base}/{path}" if remote else os.path.realpath(os.path.join(base, path))) not in read
     ]
-    if missing:
-        notes.append(
-            f"{len(missing)} files belong to no split by their names and are not read, such as {missing[0]!r}"
-        )
-    for note in notes:
-        logger.warning("%s", note)
+    why = "are in no data_files of README.md" if configs else "belong to no split by their names"
+    notes += note(missing, f"files {why} and are not read")
+    for sentence in notes:
+        logger.warning("%s", sentence)
     return notes
 
 
@@ -277,14 +277,16 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
         ValueError: if it cannot be opened or has another layout; the message names the way out.
     """
     local = is_local(name, config_name, revision)
-    layout = "scikit-learn's digits" if name == DIGITS else ""
+    layout = "the digits of the package" if name == DIGITS else ""
     if local and _is_saved(Path(name).expanduser()):
         layout = "a folder written by save_to_disk"
     if not layout:
         try:
             check_cache()
             builder = _builder(name, config_name, revision, local=local)
-            _check_files(builder)
+            _check_names_in_readme(str(builder.base_path))
+            _refuse_repeated_files(builder)
+            _note_unread_files(builder)
             declared = _declarations(builder)
             splits = builder.as_streaming_dataset()
         except StreamError:
@@ -383,6 +385,8 @@ def _explain(error: Exception, name: str, config_name: str | None, revision: str
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]
+    if text.startswith("Some label names are duplicated"):
+        text += " They are declared in README.md, where YAML reads 1.10 as 1.1 and 007 as 7 unless they are in quotes."
     # datasets raises a plain ValueError if the configuration is missing or unknown, and lists those there are.
     if type(error) is ValueError and "config" in text.lower():
         return f"--dataset_config_name {config_name or '(not given)'}, of --dataset_name {name}: {text}"
@@ -402,13 +406,11 @@ def _explain(error: Exception, name: str, config_name: str | None, revision: str
 
 
 def _digits() -> datasets.DatasetDict:
-    """scikit-learn's handwritten digits: 1,797 gray 8x8 images with values 0..16, one split."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
+    """The handwritten digits of the package: 1,797 gray 8x8 images, stretched to 0..255, one split."""
+    images, labels = read_digits()
+    pixels = np.round(images * (255 / LARGEST)).astype(np.uint8)
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    columns = {"image": list(pixels), "label": scans.target}
+    columns = {"image": list(pixels), "label": labels}
     return datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features))

@@ -48,6 +48,34 @@ class EvaluationConfig(SettingsGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoreEvaluationConfig(SettingsGroup):
+    """What an evaluation of a finished model can measure beside its own attacks and classes."""
+
+    foreign_attack: tuple[str, ...] = setting(
+        (),
+        "also run functions attack(model, x, y) of this machine",
+        items="package.module:function or file.py:function",
+    )
+    corruptions: tuple[str, ...] = setting(
+        (), "also measure accuracy on corrupted images; all = the benchmark's", items="names, separated by spaces or ,"
+    )
+    severities: tuple[int, ...] = setting((1, 2, 3, 4, 5), "severities of the corruptions, 1 to 5")
+    group_column: str | None = setting(
+        None, "also report accuracy by the groups of this column of the test split, and their worst"
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Severities that there are not, twice, or of nothing."""
+        given = f"--severities {' '.join(map(str, self.severities))}"
+        if not self.severities or not set(self.severities) <= {1, 2, 3, 4, 5}:
+            yield f"{given}: expected some of 1 2 3 4 5"
+        elif len(set(self.severities)) < len(self.severities):
+            yield f"{given}: expected each severity once"
+        elif not self.corruptions and self.severities != type(self).severities:
+            yield f"{given} has no effect without --corruptions"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationConfig(SettingsGroup):
     """Class shifts found on held-out images after training, which spread robust accuracy more evenly over classes."""
 
@@ -61,7 +89,7 @@ class CalibrationConfig(SettingsGroup):
         at_most=1,
     )
     calibration_num_steps: int = setting(10, "steps of the CW attack of the search, of epsilon / 4 each", at_least=1)
-    calibration_precision: Literal["float32", "bf16"] = setting(
+    calibration_precision: Literal["float32", "bf16", "fp16"] = setting(
         "float32", "precision of that attack's passes; predictions are counted in float32"
     )
 

@@ -38,8 +38,9 @@ from ham_hf.attacks import (
 )
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
+from ham_hf.evaluation.foreign import ForeignAttack
 from ham_hf.evaluation.partial_results import PartialResults
-from ham_hf.evaluation.working_size import WorkingSize
+from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def standard_attacks(num_steps: int, step_size: float) -> tuple[EvaluationAttack
 def evaluate(
     model: nn.Module,
     images: Images,
-    attacks: Sequence[EvaluationAttack],
+    attacks: Sequence[EvaluationAttack | ForeignAttack],
     *,
     threat_model: ThreatModel,
     accelerator: Accelerator,
@@ -201,7 +202,7 @@ def evaluate(
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[PixelBatch],
-    attacks: Sequence[EvaluationAttack],
+    attacks: Sequence[EvaluationAttack | ForeignAttack],
     *,
     threat_model: ThreatModel,
     seed: int,
@@ -262,7 +263,7 @@ class _BatchAttacker:
     """
 
     model: nn.Module
-    attacks: Sequence[EvaluationAttack]
+    attacks: Sequence[EvaluationAttack | ForeignAttack]
     threat_model: ThreatModel
     size: WorkingSize
     seed: int
@@ -291,8 +292,15 @@ class _BatchAttacker:
             seconds.append(watch.lap())
         return Outcome(torch.stack(predictions), torch.stack(margins), torch.tensor(seconds))
 
-    def _attack(self, attack: EvaluationAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits (N, num_classes) at the last iterate."""
+    def _attack(
+        self, attack: EvaluationAttack | ForeignAttack, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Logits (N, num_classes) at the last iterate, or of what a foreign attack returns."""
+        if isinstance(attack, ForeignAttack):
+            shown = PiecewiseModel(self.model, self.size).eval()
+            threat, seed = self.threat_model, generator.initial_seed()
+            found = self.size.whole(lambda: attack.perturb(shown, x, y, threat_model=threat, seed=seed), len(y))
+            return self.size.split(lambda rows: logits_of(self.model, found[rows]), len(y))
         # Of all rows at once and in one layout: the same noise however many rows go through the model at a time.
         start = self.threat_model.random_start(x, generator)
         layout = memory_layout(self.model)
@@ -320,8 +328,12 @@ def memory_layout(model: nn.Module) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def attack_settings(attack: EvaluationAttack, threat_model: ThreatModel, seed: int) -> dict[str, object]:
-    """What a report says of a PGD attack; JSON types only."""
+def attack_settings(
+    attack: EvaluationAttack | ForeignAttack, threat_model: ThreatModel, seed: int
+) -> dict[str, object]:
+    """What a report says of an attack; JSON types only."""
+    if isinstance(attack, ForeignAttack):
+        return attack.settings(threat_model, seed)
     return {
         "norm": threat_model.norm,
         "epsilon": float(threat_model.epsilon),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -10,7 +11,10 @@ from torch import nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.data import TestData
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.config import EvaluationConfig
+from ham_hf.evaluation.config import EvaluationConfig, MoreEvaluationConfig
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
+from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.foreign import ForeignAttack
 from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.evaluation.robustness import AttackResult, evaluate, standard_attacks
 
@@ -24,6 +28,7 @@ def evaluate_on_test(
     accelerator: Accelerator,
     seed: int,
     output_dir: Path,
+    foreign: Sequence[ForeignAttack] = (),
     show_progress: bool = True,
 ) -> dict[str, AttackResult]:
     """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example.
@@ -38,13 +43,14 @@ def evaluate_on_test(
         accelerator: shares the batches out.
         seed: seed of the attacks.
         output_dir: output folder of the run.
+        foreign: attacks of other libraries to run too.
         show_progress: show bars on the local main process.
     """
     partial = partial_results(output_dir, model, data.test)
     results = evaluate(
         model,
         data.test,
-        standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)),
+        [*standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)), *foreign],
         threat_model=threat_model,
         accelerator=accelerator,
         batch_size=config.per_device_eval_batch_size,
@@ -66,6 +72,38 @@ def evaluate_on_test(
             show_progress=show_progress,
         )
     return results
+
+
+def evaluate_corrupted(
+    model: nn.Module,
+    data: TestData,
+    config: MoreEvaluationConfig,
+    *,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+    output_dir: Path,
+    show_progress: bool = True,
+) -> list[CorruptionResult]:
+    """What a model, on its device already, makes of corrupted test images; nothing where none are asked for.
+
+    Finished batches are kept in the output folder as by `evaluate_on_test`.
+    """
+    names = chosen_corruptions(config.corruptions, num_channels=data.in_chans)
+    if not names:
+        return []
+    return evaluate_corruptions(
+        model,
+        data.test,
+        names,
+        config.severities,
+        num_channels=data.in_chans,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        seed=seed,
+        partial=partial_results(output_dir, model, data.test),
+        show_progress=show_progress,
+    )
 
 
 def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float:

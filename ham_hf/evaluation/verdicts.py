@@ -4,8 +4,9 @@ One row per image: ``position`` in the test split as it was loaded, ``label``, `
 ``prediction_NAME`` of each attack (null where it did not see the image; -1 where the logits are not finite),
 ``margin_clean`` and ``margin_attacked`` (the logit of the true class minus the largest other one, the latter the
 smallest over the attacks; null where it is not a number) and ``verdict``: right on the clean image and never broken by
-any attack that saw it; null where some attack did not see this image. Class names and attacks with their settings
-stand in the metadata of the file, with a schema version.
+any attack that saw it; null where some attack did not see this image. With groups (``--group_column``) there is one
+more column, ``group``: the name of the image's group, null where it has none. Class names, attacks with their settings
+and the column of the groups stand in the metadata of the file, with a schema version.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ham_hf.data.image_groups import ImageGroups, make_groups
 from ham_hf.evaluation.robustness import AttackResult
 from ham_hf.files import replacing
 
@@ -45,6 +47,7 @@ class Verdicts:
         attacked: by name of the attack, (N,) int64 likewise of the attacked image, ``UNSEEN`` where there is none.
         margins_clean: (N,) float32, logit of the true class minus the largest other one; may be NaN.
         margins_attacked: (N,) float32, the smallest such margin over the attacks; NaN where there is none.
+        groups: of the N images by another column than the label; None if there is none.
     """
 
     class_names: tuple[str, ...]
@@ -55,6 +58,7 @@ class Verdicts:
     attacked: Mapping[str, Tensor]
     margins_clean: Tensor
     margins_attacked: Tensor
+    groups: ImageGroups | None = None
 
     @property
     def judged(self) -> Tensor:
@@ -84,12 +88,15 @@ class Verdicts:
         return clean if name == "clean" else clean & (self.attacked[name] == self.labels)
 
 
-def verdicts_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) -> Verdicts:
+def verdicts_of(
+    results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
+) -> Verdicts:
     """What the results of one evaluation say of each image.
 
     Args:
         results: by name, "clean" among them, which has to cover every image that an attack saw.
         class_names: names of the classes in label order.
+        groups: of the images of the split, if there are any.
     """
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
@@ -109,6 +116,7 @@ def verdicts_of(results: Mapping[str, AttackResult], class_names: Sequence[str])
         attacked=attacked,
         margins_clean=clean.margins,
         margins_attacked=smallest.where(seen, torch.nan),
+        groups=groups,
     )
 
 
@@ -126,11 +134,15 @@ def write_verdicts(verdicts: Verdicts, folder: str | Path) -> Path:
     for title, margins in (("clean", verdicts.margins_clean), ("attacked", verdicts.margins_attacked)):
         columns[f"margin_{title}"] = pa.array(margins.numpy(), pa.float32(), mask=margins.isnan().numpy())
     columns["verdict"] = pa.array(verdicts.withstood.numpy(), pa.bool_(), mask=(~verdicts.judged).numpy())
-    about = {
+    about: dict[str, object] = {
         "schema_version": SCHEMA_VERSION,
         "class_names": list(verdicts.class_names),
         "attacks": {name: dict(settings) for name, settings in verdicts.attacks.items()},
     }
+    groups = verdicts.groups
+    if groups is not None:
+        columns["group"] = pa.array(groups.values(), pa.string())
+        about["groups"] = {"column": groups.column, "names": list(groups.given_names)}
     table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(about)})
     with replacing(path) as part:
         pq.write_table(table, part)
@@ -240,6 +252,7 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
         attacked={name: _column(table, f"prediction_{name}", missing=UNSEEN) for name in attacks},
         margins_clean=_column(table, "margin_clean", missing=float("nan")),
         margins_attacked=_column(table, "margin_attacked", missing=float("nan")),
+        groups=_groups(table, about.get("groups")),
     )
     if not len(verdicts.labels):
         raise ValueError("it has no row")
@@ -256,6 +269,16 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
     if not torch.equal(written, verdicts.withstood.long().where(verdicts.judged, -1)):
         raise ValueError("the column verdict is not what the predictions say")
     return verdicts
+
+
+def _groups(table: pa.Table, about: Mapping[str, Any] | None) -> ImageGroups | None:
+    """The groups of the images; files from before there were any have none."""
+    if about is None:
+        return None
+    names = about["names"]
+    if not (isinstance(about["column"], str) and all(isinstance(name, str) for name in names)):
+        raise ValueError("its metadata does not name the groups")
+    return make_groups(about["column"], table.column("group").cast(pa.string()).to_pylist(), names)
 
 
 def _column(table: pa.Table, name: str, *, missing: float | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
@@ -154,12 +155,14 @@ class LoadedModel:
         preprocessing: how an image becomes pixels for it.
         class_names: one per logit, in order; None if the source does not name them.
         metadata: what was passed to ``export_for_timm`` as metadata; empty for models of other origin.
+        notes: sentences that a reader of results has to know.
     """
 
     model: PixelModel
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
     metadata: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def input_defaults(model_name: str, *, model_args: Mapping[str, object]) -> Preprocessing:
@@ -285,12 +288,25 @@ def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bo
     preprocessing = _preprocessing_of(resolved.as_trained())
     form = resolved.trained_form()
     upsample = 1 if form is None else form.upsample
+    notes = _other_test_input(resolved.pretrained_cfg, preprocessing)
+    for sentence in notes:
+        logger.warning("%s", sentence)
     return LoadedModel(
         model=PixelModel(backbone, preprocessing.mean, preprocessing.std, upsample).eval(),
         preprocessing=preprocessing,
         class_names=_class_names(resolved),
         metadata={key: value for key, value in resolved.extra.items() if key != TRAINED_FORM_KEY},
+        notes=notes,
     )
+
+
+def imagenet_synsets(num_classes: int) -> tuple[str, ...] | None:
+    """WordNet names of ImageNet's classes in the order of timm's logits; None for a number no ImageNet has."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    if subset is None:
+        return None
+    info: Any = ImageNetInfo(subset)
+    return tuple(info.label_names())
 
 
 def _check_arguments(model_args: Mapping[str, object], preprocessing: Preprocessing) -> None:
@@ -344,6 +360,19 @@ def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preproces
         crop_mode=cfg["crop_mode"],
         mean=_per_channel(source.name, "mean", cfg, channels),
         std=_per_channel(source.name, "std", cfg, channels),
+    )
+
+
+def _other_test_input(cfg: Mapping[str, Any], used: Preprocessing) -> tuple[str, ...]:
+    """Says so where timm measures its own results on larger images than those of training, or on more of them."""
+    size = (cfg.get("test_input_size") or (used.image_size,))[-1]
+    crop = cfg.get("test_crop_pct") or used.crop_pct
+    if (size, crop) == (used.image_size, used.crop_pct):
+        return ()
+    return (
+        f"Images are those of the model's training, {used.image_size} px with crop_pct {used.crop_pct:g}; timm's own "
+        f"results are for {size} px with crop_pct {crop:g} (test_input_size, test_crop_pct), so its clean accuracy "
+        "is another.",
     )
 
 

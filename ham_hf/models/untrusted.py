@@ -27,7 +27,8 @@ MAX_SIDE = 4096
 """Longest side of an input in pixels."""
 MAX_UPSAMPLE = 64
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""What timm can evaluate with; its "random" draws one of two per image, and only for training."""
+"""What timm can evaluate with; its "random" draws one of two per image of training, and fails in its evaluation."""
+_INTERPOLATION = f"one of {', '.join(INTERPOLATIONS)} (timm's random is for training alone)"
 CROP_MODES = ("center", "squash", "border")
 MIN_CROP_PCT, MAX_CROP_PCT = 0.01, 2
 """Side of the input by the side that images are resized to; timm's own are from 0.8 to 1.15."""
@@ -80,7 +81,7 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
         ValueError: naming the key and what was expected.
     """
     _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
-    _expect(cfg, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
+    _expect(cfg, "interpolation", _INTERPOLATION, _is_interpolation)
     _expect(cfg, "crop_pct", _CROP_RANGE, _is_crop)
     _expect(cfg, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES)
     _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
@@ -106,7 +107,7 @@ def check_trained_form(form: Mapping[str, object]) -> None:
     check_model_args(form["model_args"], "model_args")  # type: ignore[arg-type]  # as just checked
     side = f"a whole number from 1 to {MAX_SIDE}"
     _expect(form, "image_size", side, lambda value: _is_whole(value) and 1 <= value <= MAX_SIDE)
-    _expect(form, "interpolation", f"one of {', '.join(INTERPOLATIONS)}", _is_interpolation)
+    _expect(form, "interpolation", _INTERPOLATION, _is_interpolation)
     _expect(form, "crop_pct", _CROP_RANGE, _is_crop)
     _expect(form, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES, optional=True)
     factor = f"a whole number from 1 to {MAX_UPSAMPLE}"

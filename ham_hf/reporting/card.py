@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.hub_ids import is_hub_id
+from ham_hf.reporting.breakdown_tables import corrupted_class_rows, corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
 from ham_hf.reporting.method_text import (
     citations,
@@ -41,6 +42,8 @@ FIGURES = (
     ("What fairness costs, on held-out images", "figures/fairness_frontier.png"),
     ("Clean and adversarial images", "figures/adversarial_examples.png"),
 )
+IMAGES = ("figures/adversarial_examples.png",)
+"""Files that show images of the dataset, which not everybody may see; see `without_images`."""
 SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
@@ -109,6 +112,11 @@ def evaluation_section(report: RunReport) -> str:
     template = _template()
     context = _context(report, None, repo_id=None, model_license="")
     return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
+
+
+def without_images(markdown: str) -> str:
+    """A card without what shows images of the dataset, the files of ``IMAGES``."""
+    return re.sub(rf"!\[[^\]\n]*\]\((?:{'|'.join(map(re.escape, IMAGES))})\)\n\n?", "", markdown)
 
 
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
@@ -246,6 +254,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
         "repo_id": repo_id,
+        "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
         "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),
@@ -258,6 +267,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "num_tested_classes": len(class_rows),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(class_rows) - len(shown),
+        "group_rows": group_rows(report.groups) if report.groups else [],
+        "each_group_rows": each_group_rows(report.groups) if report.groups else [],
+        "corruption_rows": corruption_rows(report),
+        "corrupted_class_rows": corrupted_class_rows(report),
         "figures": [(title, Markdown(path)) for title, path in FIGURES if folder and (folder / path).is_file()],
         "seeds": _seeds(report),
         "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),

@@ -18,17 +18,21 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, StrictUndefined
+import yaml
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.files import atomic_write
 from ham_hf.pairing import Difference
+from ham_hf.reporting.breakdown_tables import corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.class_examples import ClassExamples
 from ham_hf.reporting.report import AttackReport, RunReport, percent, plain_text
 
 PAGE_NAME = "report.html"
+SPACE_TAG = "ham_hf"
+"""Says in a Space that it is one of ours, and may be written again."""
 MAX_PAGE_BYTES = 2_000_000
 MAX_NAME_LENGTH = 200
 MAX_CURVE_POINTS = 60
@@ -131,6 +135,37 @@ def without_images(html: str) -> str:
     return _IMAGES.sub(rf"\g<1>{_NO_IMAGES}\g<2>", html)
 
 
+def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
+    """A static Space that shows a page: its files by name. The page and the Space's description link the model.
+
+    Args:
+        html: the page.
+        report: what it is of.
+        repo_id: "owner/name" of the model on the Hub.
+    """
+    link = f'<a href="https://huggingface.co/{repo_id}" target="_blank" rel="noopener">{repo_id}</a>'
+    about = {
+        "title": f"{plain_text(repo_id.split('/')[-1])}: weak classes",
+        "emoji": "🎯",
+        "colorFrom": "blue",
+        "colorTo": "yellow",
+        "sdk": "static",
+        "app_file": "index.html",
+        "pinned": False,
+        "short_description": "Which classes fail under attack, and why",
+        "models": [repo_id],
+        **({"datasets": [report.dataset.hub_id]} if report.dataset.hub_id else {}),
+        "tags": [SPACE_TAG, "adversarial-robustness", "robust-fairness"],
+    }
+    readme = (
+        f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n\n"
+        f"Accuracy of [{repo_id}](https://huggingface.co/{repo_id}) class by class, clean and under attack.\n"
+        "Made by ham_hf; the page asks for nothing from any network.\n"
+    )
+    page = html.replace('<footer class="quiet">', f'<footer class="quiet"><p>The model: {link}.</p> ', 1)
+    return {"README.md": readme.encode(), "index.html": page.encode()}
+
+
 def script_json(value: object) -> Markup:
     """JSON to stand in a script element: no character in it can end the element or begin a comment."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
@@ -139,19 +174,45 @@ def script_json(value: object) -> Markup:
     return Markup(text)  # noqa: S704 (nothing in it can end the element)
 
 
+def render_page(template: str, *, styles: Sequence[str], script: str, title: str, **context: object) -> str:
+    """A self-contained page: ``page_base.html.jinja`` around a template of this folder.
+
+    Args:
+        template: file in this folder that fills the base's ``body``; it escapes every value.
+        styles: style sheets in this folder, in their order.
+        script: the only script in this folder that the page may run.
+        title: of the page.
+        context: what the template shows.
+    """
+    environment = Environment(
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, code = "".join(map(_source, styles)), _source(script)
+    return environment.get_template(template).render(
+        style=Markup(style),  # noqa: S704 (our own files)
+        script=Markup(code),  # noqa: S704 (our own file)
+        style_hash=_source_hash(style),
+        script_hash=_source_hash(code),
+        title=title,
+        **context,
+    )
+
+
 def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) -> str:
     report = runs[0].report
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    style, script = (_source(name) for name in ("page.css", "page.js"))
-    return environment.from_string(_source("page.html.jinja")).render(
-        style=Markup(style),  # noqa: S704 (our own file)
-        script=Markup(script),  # noqa: S704 (our own file)
-        style_hash=_source_hash(style),
-        script_hash=_source_hash(script),
+    return render_page(
+        "page.html.jinja",
+        styles=["page.css"],
+        script="page.js",
         title=f"{runs[0].label}: weak classes" if len(runs) == 1 else f"{len(runs)} runs: weak classes",
         several=len(runs) > 1,
         facts=_facts(report),
         rows=_headline(report),
+        tables=_breakdowns(report),
         notes=[plain_text(note, 1000) for note in report.notes],
         numbers=numbers,
         images=script_json(list(images) if any(images) else []),
@@ -203,6 +264,21 @@ def _headline(report: RunReport) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _breakdowns(report: RunReport) -> list[tuple[str, list[dict[str, str]]]]:
+    """Caption and rows of the tables of groups and of corruptions that there are."""
+    tables: list[tuple[str, list[dict[str, str]]]] = []
+    if report.groups is not None:
+        column = plain_text(report.groups.column, 40)
+        tables += [
+            (f"Groups by {column}, in percent with 95 % intervals", group_rows(report.groups)),
+            (f"Each group by {column}, in percent with 95 % intervals", each_group_rows(report.groups)),
+        ]
+    if report.corruptions is not None:
+        constants = plain_text(report.corruptions.constants)
+        tables.append((f"Accuracy in percent on corrupted images, constants of {constants}", corruption_rows(report)))
+    return tables
 
 
 def _ends(ends: tuple[float, float] | None) -> str:

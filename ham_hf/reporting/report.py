@@ -32,6 +32,7 @@ from ham_hf.files import atomic_write, parse_json
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.intervals import FairnessIntervals, fairness_intervals
 from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.training.environment import recorded
 
@@ -159,9 +160,8 @@ class AttackReport:
 
     @property
     def title(self) -> str:
-        """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"."""
-        fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
-        return fixed.get(self.name, self.name.upper())
+        """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"; a foreign attack's own."""
+        return evaluation_title(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +246,8 @@ class RunReport:
         verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
             saw; None without an attack, and in reports from before there was one.
         calibration: class shifts that are folded into the evaluated model; None if there are none.
+        groups: accuracy by groups of another column than the label; None if none was named.
+        corruptions: accuracy on corrupted images; None if it was not asked for.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -263,12 +265,16 @@ class RunReport:
     notes: tuple[str, ...] = ()
     verdict: AttackReport | None = None
     calibration: CalibrationReport | None = None
+    groups: GroupReport | None = None
+    corruptions: CorruptionReport | None = None
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a report needs at least one evaluation, got none")
         for attack in self.entries():
             _check_classes(attack, len(self.dataset.class_names))
+        if self.corruptions is not None and len(self.corruptions.counts) != len(self.dataset.class_names):
+            raise ValueError("the numbers on corrupted images are not of the classes of the dataset")
         object.__setattr__(self, "config", _json_values(self.config, "config"))
 
     def entries(self) -> tuple[AttackReport, ...]:
@@ -299,6 +305,12 @@ class RunReport:
     def is_subset(self, attack: AttackReport) -> bool:
         """True if ``attack`` saw only a part of the test images."""
         return attack.summary.num_examples < self.dataset.num_test
+
+
+def evaluation_title(name: str) -> str:
+    """Name of an evaluation for tables and figures; that of a foreign attack stays as it is."""
+    fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
+    return fixed.get(name, name.upper() if re.fullmatch(r"(pgd|cw)-\d+", name) else name)
 
 
 def utc_now() -> str:

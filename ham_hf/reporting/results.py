@@ -13,12 +13,16 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
+from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult
+from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.models.origin import Origin
+from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, write_examples
@@ -144,8 +148,9 @@ def training_report(
     accelerator: Accelerator,
     *,
     calibration: CalibrationReport | None = None,
+    notes: Sequence[str] = (),
 ) -> RunReport:
-    """Report of a training run; see `model_section` and `training_section`."""
+    """Report of a training run; see `model_section`, `training_section` and `overflow_notes`."""
     settings = config_to_dict(config)
     early = selected_too_early(settings, training)
     for sentence in early:
@@ -160,10 +165,18 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
-        notes=(*early, *training.changes, *rounding()),
+        notes=(*early, *notes, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
+
+
+def overflow_notes(progress: Progress) -> tuple[str, ...]:
+    """What the card says of updates that were skipped because a gradient overflowed in float16."""
+    count = progress.overflowed_updates
+    if not count:
+        return ()
+    return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
 
 
 def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
@@ -223,8 +236,12 @@ def evaluation_report(
     *,
     threat_model: ThreatModel,
     class_order: str,
+    corrupted: Sequence[CorruptionResult] = (),
 ) -> RunReport:
-    """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`."""
+    """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`.
+
+    ``corrupted`` is what came out on corrupted images.
+    """
     backbone: Any = loaded.model.backbone
     architecture = str(backbone.pretrained_cfg["architecture"])
     return RunReport(
@@ -251,7 +268,11 @@ def evaluation_report(
         seeds={"seed": config.seed},
         created=utc_now(),
         verdict=verdict_of(results, data.class_names),
-        notes=rounding(),
+        notes=(*loaded.notes, *rounding()),
+        groups=group_report(verdicts_of(results, data.class_names, data.groups)),
+        corruptions=corruption_report(
+            corrupted, data.test.labels, len(data.class_names), constants=constants_of(data.image_size)
+        ),
     )
 
 
@@ -262,9 +283,10 @@ def write_evaluation(
     results: Mapping[str, AttackResult],
     examples: ExampleStrip,
     of_classes: ClassExamples | None = None,
+    groups: ImageGroups | None = None,
 ) -> None:
     """Predictions, report, figures, page and the evaluation part of a card, ``EVALUATION.md``."""
-    verdicts = verdicts_of(results, report.dataset.class_names)
+    verdicts = verdicts_of(results, report.dataset.class_names, groups)
     write_verdicts(verdicts, folder)
     write_report(report, folder)
     save_figures(report, folder, examples=examples, train_log=[])

@@ -93,9 +93,11 @@ class TrainingConfig(SettingsGroup):
         None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", above=0
     )
     awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", at_least=0)
-    mixed_precision: Literal["no", "bf16"] = setting("no", "precision of the network; pixels stay float32")
-    attack_precision: Literal["training", "bf16"] = setting(
-        "training", "precision of the attack's passes in training: that of the training forward, or bf16"
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting(
+        "no", "precision of the network; pixels stay float32; fp16 is for GPUs without bf16, and scales the loss"
+    )
+    attack_precision: Literal["training", "bf16", "fp16"] = setting(
+        "training", "precision of the attack's passes in training: that of the training forward, or its own"
     )
     memory_format: Literal["channels_last", "contiguous"] = setting("channels_last", "memory layout of images")
     torch_compile: bool = setting(False, "compile the network with torch.compile")
@@ -132,6 +134,11 @@ class TrainingConfig(SettingsGroup):
         yield from self._schedule_problems()
         if self.awp_gamma is None and self.awp_start_epoch:
             yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
+        if self.mixed_precision != "no" and self.attack_precision not in ("training", self.mixed_precision):
+            yield (
+                f"--attack_precision {self.attack_precision}: the passes of --mixed_precision {self.mixed_precision} "
+                "have its precision, those of attacks too; leave it at training"
+            )
         if self.min_learning_rate and self.lr_scheduler_type != "cosine":
             yield (
                 f"--min_learning_rate {self.min_learning_rate} has no effect with --lr_scheduler_type "

@@ -149,9 +149,14 @@ HARMLESS = {
 }
 """Variables that change no number, and why."""
 
-_FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DYNAMO_USE_FULLGRAPH",
-          "ACCELERATE_DYNAMO_USE_DYNAMIC", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_USE_MEGATRON_LM",
-          "FORK_LAUNCHED")  # fmt: skip
+AT_IMPORT = ("USE_TORCH_XLA", "ACCELERATE_ENABLE_RICH")
+"""Flags that accelerate reads when it is imported, where a value that is none is an error without their names."""
+_FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY",
+          "ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_DYNAMIC",
+          "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_USE_MEGATRON_LM", "FORK_LAUNCHED")  # fmt: skip
+_SHARDING_FLAGS = ("FSDP_OFFLOAD_PARAMS", "FSDP_USE_ORIG_PARAMS", "FSDP_SYNC_MODULE_STATES", "FSDP_FORWARD_PREFETCH",
+                   "FSDP_ACTIVATION_CHECKPOINTING", "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD",
+                   "FSDP_CPU_RAM_EFFICIENT_LOADING")  # fmt: skip
 _ON, _OFF = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")
 _MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -194,10 +199,9 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
                 f"{_shown(name, value)} in the environment: expected a whole number of at least {least}; unset it, or "
                 "start the run with accelerate launch, which sets it"
             )
-    for name in _FLAGS:
-        value = environment.get(name, "no")
-        if value.lower() not in _ON + _OFF:
-            raise ValueError(f"{_shown(name, value)} in the environment: expected true or false; unset it, or set one")
+    check_flags(_FLAGS, environment)
+    if is_on(environment, "ACCELERATE_USE_FSDP"):
+        check_flags(_SHARDING_FLAGS, environment)
     world, rank = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
     if rank >= world:
         raise ValueError(
@@ -212,6 +216,18 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: unset {by} for a run of one "
             "process, or start the run with accelerate launch"
         )
+
+
+def check_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse variables that are set to neither yes nor no.
+
+    Raises:
+        ValueError: naming the variable, its value, what was expected and what to do.
+    """
+    for name in names:
+        value = environment.get(name, "no")
+        if value.lower() not in _ON + _OFF:
+            raise ValueError(f"{_shown(name, value)} in the environment: expected true or false; unset it, or set one")
 
 
 def mpi_processes(environment: Mapping[str, str] = os.environ) -> tuple[str, int] | None:

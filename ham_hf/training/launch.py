@@ -44,14 +44,14 @@ def create_accelerator(
 
     Args:
         use_cpu: use the CPU even if there is an accelerator.
-        mixed_precision: "no" or "bf16"; wins over what the launcher says.
+        mixed_precision: "no", "bf16" or "fp16"; wins over what the launcher says.
         report_to: tracker, or "none".
         logging_dir: folder of trackers that write files.
         ddp_timeout: seconds that a process waits for the others before it gives up.
 
     Raises:
         ValueError: if the launcher asks for an engine that cannot run attacks (see `sharding_plugin`), or a variable
-            of the environment has a value that cannot be meant.
+            of the environment has a value that cannot be meant, or fp16 is asked of a CPU.
         FaultError: if the launcher started several processes and they do not know of each other.
     """
     check_variables()
@@ -86,6 +86,12 @@ def create_accelerator(
         raise FaultError(
             f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}; "
             "on CPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
+        )
+    if mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate would train in float32 and not say so.
+        raise ValueError(
+            f"--mixed_precision fp16 is for accelerators, and this run is on the {accelerator.device.type}; use "
+            "--mixed_precision bf16 or no (--attack_precision fp16 works everywhere, and is slow on CPUs)"
         )
     shard_on_cpu(accelerator, plugin)
     return accelerator

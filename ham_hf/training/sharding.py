@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
+from ham_hf.precision import pass_with_scaled_gradient
 from ham_hf.recipe_files import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
 
@@ -97,6 +99,10 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
     Raises:
         ValueError: naming the setting.
     """
+    if config.mixed_precision == "fp16":
+        raise ValueError(
+            f"--mixed_precision fp16 scales the loss, which was not tried with sharded weights; use bf16, or {_DDP}"
+        )
     refused = {
         f"--ema_decay {config.ema_decay}": (config.ema_decay is not None, "leave it out"),
         "fairness-gated averaging (--fawa)": (uses_fawa, "take --fawa off"),
@@ -113,7 +119,12 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """``accelerator.prepare``, with autocast around a sharded model too, as around any other."""
+    """``accelerator.prepare``, with autocast around a sharded model too, as around any other.
+
+    In float16 the model's input gradients are scaled; see `pass_with_scaled_gradient`.
+    """
+    if accelerator.mixed_precision == "fp16":
+        model.forward = partial(pass_with_scaled_gradient, model.forward)
     if is_sharded(accelerator) and accelerator.native_amp:
         forward = cast(Callable[..., Tensor], model.forward)
 

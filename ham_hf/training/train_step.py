@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, evaluation_mode, predicted
 from ham_hf.data import PixelBatch
 from ham_hf.methods import Method, OuterBatch, statistics_dtype
-from ham_hf.precision import BFloat16Passes
+from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.method_state import MethodState
 from ham_hf.training.passes import PassCounter
@@ -56,6 +56,7 @@ class Totals:
     Attributes:
         loss: losses of the updates.
         updates: updates that were made, skipped ones excluded; ``loss / updates`` is the mean loss.
+        overflows: updates that were skipped as a gradient overflowed in float16.
         hard: hard examples.
         mined: examples that mining looked at.
         seen: all examples.
@@ -66,6 +67,7 @@ class Totals:
 
     loss: float = 0.0
     updates: float = 0.0
+    overflows: float = 0.0
     hard: float = 0.0
     mined: float = 0.0
     seen: float = 0.0
@@ -113,7 +115,7 @@ class TrainStep:
         max_grad_norm: clip the norm of the normalized gradient; None does not.
         awp_gamma: size of the adversarial weight perturbation, relative to the norm of each weight; None does without.
         awp_start_epoch: first 0-based epoch that perturbs weights.
-        attack_precision: "training" attacks in the precision of the training forward, "bf16" in bfloat16.
+        attack_precision: "training" attacks in the precision of the training forward, "bf16" and "fp16" in their own.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class TrainStep:
         self.memory_format, self.ema, self.max_grad_norm = memory_format, ema, max_grad_norm
         self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
         self.module: nn.Module = accelerator.unwrap_model(model)
-        self.attacked = BFloat16Passes(self.module) if attack_precision == "bf16" else self.module
+        self.attacked = attack_passes(self.module, attack_precision)
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
@@ -163,7 +165,8 @@ class TrainStep:
             stop: gives a reason to stop after this update, if there is one; ``stops`` tells the other processes.
 
         Returns:
-            Sums over all processes; ``updates`` is 0 if the update was skipped.
+            Sums over all processes; ``updates`` is 0 if the update was skipped, for want of a row to train on or as
+            its gradient overflowed in float16: the scale of the loss is lower then.
 
         Raises:
             NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
@@ -174,18 +177,14 @@ class TrainStep:
             self._preview(batches, outer, place)
             self._note_clean(batches, outer, place)
         works, divisor = self._weigh(batches, outer, epoch)
-        with self._perturbed_weights(works, place):
+        scaled = self.accelerator.scaler is not None
+        before = [buffer.clone() for buffer in self.module.buffers()] if scaled else []
+        with self._perturbed_weights(works, place) as ascent_size:
             loss, observed = self._backward(works, place)
-            gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
             sums = torch.zeros(7, device=divisor.device, dtype=divisor.dtype)
             sums[0] = loss
-            if gradients:
-                sums[1] = torch.stack([norm.to(sums) for norm in torch._foreach_norm(gradients)]).sum()
-            for work in works:
-                sums[2] += len(work.y)
-                if work.batch.hard is not None:
-                    sums[3] += work.batch.hard.sum()
-                    sums[4] += len(work.y)
+            sums[1] = ascent_size + self._gradient_size()
+            sums[2:5] = self._counts(works)
             sums[5] = float(stop() is not None)
             sums[6] = self.passes.take()
             sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
@@ -193,17 +192,30 @@ class TrainStep:
             total, gradient_size, seen, hard, mined, stops, passes, weight = torch.cat(
                 [sums[:7], divisor.amax()[None]]
             ).tolist()
-            self._refuse_if_not_finite(total, gradient_size, step)
+            overflow = weight > 0 and self._overflowed(total, gradient_size)
+            if not overflow:
+                self._refuse_if_not_finite(total, gradient_size, step)
             if weight > 0:
-                self._update()
+                self._update(overflow=overflow)
         self.optimizer.zero_grad()
         self.method_state.after_update(sums[7:], epoch=epoch)
-        if weight > 0:
+        made = weight > 0 and not overflow
+        if overflow:
+            for buffer, old in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(old)
+        if made:
             self._average_buffers()
             if self.ema is not None:
                 self.ema.update(self.module, step=step + 1)
         return Totals(
-            loss=total, updates=float(weight > 0), hard=hard, mined=mined, seen=seen, stops=stops, passes=passes
+            loss=0.0 if overflow else total,
+            updates=float(made),
+            overflows=float(overflow),
+            hard=hard,
+            mined=mined,
+            seen=seen,
+            stops=stops,
+            passes=passes,
         )
 
     def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
@@ -266,18 +278,39 @@ class TrainStep:
         return works, divisor
 
     @contextmanager
-    def _perturbed_weights(self, works: Sequence[_Work], place: tuple[int, int]) -> Iterator[None]:
-        """AWP: make the update at weights that are themselves moved against the loss."""
+    def _perturbed_weights(self, works: Sequence[_Work], place: tuple[int, int]) -> Iterator[float | Tensor]:
+        """AWP: make the update at weights that are themselves moved against the loss; gives the size of its gradient.
+
+        The length of a gradient does not matter to the move, so neither does the scale of a loss in float16.
+        """
         if self.awp_gamma is None or place[0] < self.awp_start_epoch:
-            yield
+            yield 0.0
             return
         with preserved_buffers(self.module):
             self._backward(works, place)
         parameters = perturbable(self.module)
-        directions = awp_direction(parameters)
+        directions, size = awp_direction(parameters), self._gradient_size()
         self.optimizer.zero_grad()
         with perturbed(parameters, directions, self.awp_gamma):
-            yield
+            yield size
+
+    def _counts(self, works: Sequence[_Work]) -> Tensor:
+        """Examples of this process: all, hard ones, and those that mining looked at."""
+        counts = self.method_state.log.new_zeros(3)
+        for work in works:
+            counts[0] += len(work.y)
+            if work.batch.hard is not None:
+                counts[1] += work.batch.hard.sum()
+                counts[2] += len(work.y)
+        return counts
+
+    def _gradient_size(self) -> Tensor:
+        """Sum of the norms of this process's gradients: not finite if one of them is not."""
+        gradients = [local_part(one.grad) for one in self.module.parameters() if one.grad is not None]
+        log = self.method_state.log
+        if not gradients:
+            return log.new_zeros(())
+        return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
     def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
@@ -325,8 +358,21 @@ class TrainStep:
         what = "gradient" if math.isfinite(loss) else "loss"
         raise NonFiniteLossError(f"the {what} of update {step} is not finite: the update was not made. {STAY_FINITE}")
 
-    def _update(self) -> None:
-        if self.max_grad_norm is not None:
+    def _overflowed(self, loss: float, gradient_size: float) -> bool:
+        """Whether the gradient is not finite because the loss is multiplied by too much before its backward."""
+        if not math.isfinite(loss) or math.isfinite(gradient_size):
+            return False
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
+    def _update(self, *, overflow: bool) -> None:
+        """Step, or tell the scaler of an overflow: it makes no step and lowers the scale."""
+        if overflow:
+            # All of them, as it may have been the gradient of the perturbation alone, which the scaler has not seen.
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.inf)
+        elif self.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
 

@@ -73,6 +73,8 @@ class Progress:
     Attributes:
         step: updates done, skipped ones included.
         skipped_updates: updates skipped because no process had a row to train on.
+        overflowed_updates: updates skipped because a gradient overflowed in float16.
+        loss_scale: state of the scaler of the loss (``mixed_precision`` fp16); None without one.
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
         passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
             the run began before they were counted. See `ham_hf.training.passes`.
@@ -89,6 +91,8 @@ class Progress:
 
     step: int = 0
     skipped_updates: int = 0
+    overflowed_updates: int = 0
+    loss_scale: dict[str, Any] | None = None
     seconds: float = 0.0
     passes: float | None = 0.0
     class_log: list[list[float]] = field(default_factory=list)
@@ -347,7 +351,8 @@ class Trainer:
         self._add_passes(totals.passes)
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
-        self.progress.skipped_updates += totals.updates == 0
+        self.progress.skipped_updates += totals.updates + totals.overflows == 0
+        self.progress.overflowed_updates += int(totals.overflows)
         self.progress.step = step + 1
         self.log.advance()
         if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
@@ -363,6 +368,9 @@ class Trainer:
         }
         self.log.show({"loss": values["loss"], "hard": values["hard_fraction"], "img/s": values["images_per_second"]})
         extra = {"learning_rate": learning_rate, "skipped_updates": self.progress.skipped_updates}
+        if self.accelerator.scaler is not None:
+            extra["loss_scale"] = self.accelerator.scaler.get_scale()
+            extra["overflowed_updates"] = self.progress.overflowed_updates
         self.log.write("train", self.progress.step, {"epoch": epoch, **values, **extra})
         self.progress.since_log = {}
 
@@ -466,6 +474,8 @@ class Trainer:
         """
         self.log.flush()
         self.progress.class_log = self._class_log().tolist()
+        scaler = self.accelerator.scaler
+        self.progress.loss_scale = None if scaler is None else scaler.state_dict()
         model, optimizer = whole_state(self.module.state_dict()), whole_state(self.optimizer.state_dict())
         problem = None
         if self.accelerator.is_main_process:
@@ -535,6 +545,9 @@ class Trainer:
             self.gated.updates = progress.averaged_epochs
         self.method_state.load(checkpoint.method)
         load_optimizer(self.optimizer, checkpoint.optimizer)
+        if progress.loss_scale is not None:
+            # As run_plan holds the precision, this run scales its loss too.
+            self.accelerator.scaler.load_state_dict(progress.loss_scale)
         now = changeable(self.config, self.accelerator)
         changed = changes_on_the_way(progress.changeable, now)
         if changed:

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from ham_hf.comparison.plan import read_plan, setting_words
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
+from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
-from tests.support.comparison_reports import even, run_report
+from tests.support.comparison_reports import even, judged_run, run_report
 from tests.support.hub_server import Blob, Hub, Repo
 from tests.support.recipe_runs import SMALL, recipe_module
 
@@ -403,7 +404,7 @@ def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_fai
 
 WITHOUT_POSIX = """
 import sys, os, signal, runpy
-import accelerate, datasets, filelock, huggingface_hub, matplotlib, sklearn, timm, torch
+import accelerate, datasets, filelock, huggingface_hub, matplotlib, timm, torch
 sys.modules["fcntl"] = None
 for module, names in ((os, ("killpg", "setsid", "fork")), (signal, ("SIGHUP", "SIGKILL"))):
     for name in names:
@@ -568,6 +569,77 @@ def test_models_on_the_hub_are_compared_with_folders(hub, tmp_path, capsys):
     assert "there is no folder me/nothing" in complaint
     assert "report.json of me/nothing" in complaint
     assert not (tmp_path / "none").exists()
+
+
+def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys):
+    def report(correct, **settings):
+        results = {"clean": even([20, 18, 19]), "pgd-20": even(correct)}
+        return run_report(results, class_names=("a", "b", "c"), seed=0, **settings)
+
+    publish(hub, "me/robust", report([6, 9, 14], method="other"), tmp_path)
+    publish(hub, "you/net", report([7, 8, 9], method="third"), tmp_path)
+    publish(hub, "you/broken", report([7, 8, 9]), tmp_path)
+    broken = hub.model("you/broken")
+    broken.refs["main"] = broken.add_commit({"report.json": Blob(b"{}", lfs=False)}, broken.refs["main"])
+    models, out = tmp_path / "models.txt", tmp_path / "out"
+    models.write_text("# ours\nme/robust\nnet of you=you/net\nyou/gone\nyou/broken\n")
+    words = ["--models", models, "--output_dir", out, "--page"]
+    assert compare_recipe(*words) == 1
+    printed = capsys.readouterr()
+    assert f"wrote {out / 'leaderboard.html'}" in printed.out
+    assert "2 of 4 runs failed" in printed.err
+    page, text = (out / "leaderboard.html").read_text(), (out / "comparison.md").read_text()
+    for name in ("you/gone", "you/broken"):
+        assert f"{name}: failed. there is no folder {name}, and" in text.replace("\\_", "_")
+        assert f"<b>{name}</b>: failed." in page
+    assert 'data-label="net of you"' in page
+    assert "30.0" in page
+    # What is on the Hub now counts, not what was fetched before.
+    repo = hub.model("me/robust")
+    blob = Blob(write_report(report([1, 9, 14], method="other"), tmp_path / "new").read_bytes(), lfs=False)
+    repo.refs["main"] = repo.add_commit({"report.json": blob}, repo.refs["main"])
+    assert compare_recipe(*words) == 1
+    worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows_of(out)}
+    assert worst == {"other": 0.05, "net of you": 0.35}
+    models.write_text("you/gone\n")
+    capsys.readouterr()
+    assert compare_recipe("--models", models, "--output_dir", tmp_path / "none") == 2
+    assert "report.json of you/gone" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def rows_of(folder):
+    return json.loads((folder / "comparison.json").read_text())["rows"]
+
+
+def test_predictions_of_models_on_the_hub_are_paired_and_nothing_huge_is_fetched(hub, tmp_path, capsys, monkeypatch):
+    for label, right in (("base", [20, 50, 60, 70]), ("own", [40, 60, 70, 80])):
+        judged = judged_run(label, right)
+        repo = publish(hub, f"me/{label}", judged.report, tmp_path)
+        table = Blob(write_verdicts(judged.verdicts, tmp_path / "published").read_bytes(), lfs=False)
+        commit = repo.refs["main"]
+        repo.refs["main"] = repo.add_commit({**repo.tree("main"), "predictions.parquet": table}, commit)
+    words = ["base=me/base", "own=me/own", "--baseline", "base", "--output_dir", tmp_path / "out"]
+    assert compare_recipe(*words) == 0
+    values = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert values["paired"]["own"]["verdict"]["differences"]["average"]["mean"] > 0
+    monkeypatch.setattr("ham_hf.hub.MAX_RESULT_BYTES", 1000)
+    capsys.readouterr()
+    assert compare_recipe(*words) == 2
+    assert "bytes, more than 1,000" in capsys.readouterr().err
+
+
+def test_what_no_figure_can_show_is_said(tmp_path, capsys):
+    for name, attack in (("a", "pgd-20"), ("b", "cw-20")):
+        report = run_report({"clean": even([20, 18]), attack: even([9, 9])}, class_names=("x", "y"), method=name)
+        write_report(report, tmp_path / name)
+    words = [f"{name}={tmp_path / name}" for name in "ab"]
+    assert compare_recipe(*words, "--output_dir", tmp_path / "out") == 0
+    sentence = "There are no figures, as no attack was run on every row (PGD-20 on a; CW-20 on b)."
+    assert sentence in capsys.readouterr().out
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert sentence in text.replace("\\", "")
+    assert text.index("| a | 1 |") < text.index("- Dataset:")
 
 
 PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)

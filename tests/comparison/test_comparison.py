@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ham_hf.comparison.differences import run_settings
-from ham_hf.comparison.existing import label_runs
+from ham_hf.comparison.existing import FoundRun, label_runs
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown, write_comparison
 from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun, Run, compare
@@ -280,7 +280,7 @@ def test_existing_runs_are_grouped_by_their_settings():
     results = {"clean": CLEAN}
 
     def found(source, folder_label=None, **config):
-        return source, folder_label, run_report(results, **config)
+        return FoundRun(source, folder_label, run_report(results, **config))
 
     runs = label_runs(
         [
@@ -313,7 +313,8 @@ def test_hostile_texts_stay_text(tmp_path):
     assert "<b>" not in text
     assert all(len(row) == 7 for row in markdown_tables(text)["PGD-20"])
     assert re.findall(r"^#+ .*", text, re.MULTILINE) == [
-        "# Comparison", "## Clean", "## PGD-20", "## Cost", "## Settings in which the rows differ",
+        "# Comparison", "## Clean", "## PGD-20", "## Cost", "## How to read this",
+        "## What the rows share, and what not", "## Settings in which the rows differ",
     ]  # fmt: skip
     assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["label"] == label
 
@@ -474,14 +475,16 @@ def test_setting_younger_than_a_report_has_its_default():
     old = run_report({"clean": CLEAN}, seed=0, method="ham")
     new = run_report({"clean": CLEAN}, seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
     perturbed = run_report({"clean": CLEAN}, seed=0, method="ham", awp_gamma=0.01)
-    runs = label_runs([("old", None, old), ("new", None, new)])
+    runs = label_runs([FoundRun("old", None, old), FoundRun("new", None, new)])
     assert [(one.label, one.seed) for one in runs] == [("ham", 0), ("ham", 1)]
-    runs = label_runs([("old", None, old), ("perturbed", None, perturbed)])
+    runs = label_runs([FoundRun("old", None, old), FoundRun("perturbed", None, perturbed)])
     assert [one.label for one in runs] == ["ham (awp_gamma null)", "ham (awp_gamma 0.01)"]
 
 
 def test_setting_that_one_of_two_lacks_has_a_label():
-    found = [(f"s{n}", "mine", run_report({"clean": CLEAN}, **own)) for n, own in enumerate([{}, {"younger": 1}])]
+    found = [
+        FoundRun(f"s{n}", "mine", run_report({"clean": CLEAN}, **own)) for n, own in enumerate([{}, {"younger": 1}])
+    ]
     assert [one.label for one in label_runs(found)] == ["mine (younger (none))", "mine (younger 1)"]
 
 

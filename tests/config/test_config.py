@@ -286,6 +286,7 @@ BAD_FLAGS = [
     ("--dataset cifar10", ["did you mean --dataset_name?"]),
     ("--dataset_id cifar10", ["did you mean --dataset_name?"]),
     ("--bf16", ["did you mean --mixed_precision bf16?"]),
+    ("--fp16", ["did you mean --mixed_precision fp16?"]),
     ("--gradient_accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
     ("--grad_accum 2", ["did you mean --gradient_accumulation_steps?"]),
     ("--accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
@@ -318,6 +319,10 @@ BAD_FLAGS = [
     ("--dataset_streaming --method cfol", ["--method cfol draws a class", "leave --dataset_streaming out"]),
     ("--layer_decay 1.5", ["--layer_decay 1.5: expected a number in (0, 1]"]),
     ("--awp_start_epoch 5", ["--awp_start_epoch 5 has no effect without --awp_gamma"]),
+    (
+        "--mixed_precision fp16 --attack_precision bf16",
+        ["--attack_precision bf16: the passes of --mixed_precision fp16 have its precision", "leave it at training"],
+    ),
     ("--fawa on --ema_decay 0.9", ["--ema_decay 0.9", "--fawa on", "take --fawa off"]),
     ("--method wat --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--method wat"]),
     ("--fawa on --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--fawa"]),

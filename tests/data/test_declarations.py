@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -210,3 +212,38 @@ def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path: Path) -> None:
     test = split(["owl", "cat"], [(20, "owl"), (21, "cat")])
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
     assert pairs(load(str(tmp_path / "set"), validation_fraction=0))["test"] == {20: "owl", 21: "cat"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["no", "maybe"], "README.md declares the class no, which YAML reads as False: put it in quotes"),
+        (["a", "1.10"], "class 1.10, which YAML reads as 1.1"),
+        (["007", "8"], "class 007, which YAML reads as 7"),
+        (["null", "x"], "class null, which YAML reads as None"),
+        (["1.10", "1.1"], "duplicated.* YAML reads 1.10 as 1.1"),
+        (["crane", "crane"], "duplicated"),
+    ],
+)
+def test_names_that_yaml_reads_as_something_else_are_refused(
+    names: list[str], said: str, streaming: bool, tmp_path: Path
+) -> None:
+    rows = [(i, "ab"[i % 2]) for i in range(6)]
+    files: Any = {f"{split}-00000-of-00001.parquet": (None, rows) for split in ("train", "test")}
+    folder = write(tmp_path / "set", files, ["a", "b"], names)
+    with pytest.raises(ValueError, match=said):
+        load(folder, dataset_streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_classes_of_one_name_are_refused(streaming: bool, tmp_path: Path) -> None:
+    folder = Path(
+        write(tmp_path / "set", {"train-0.parquet": (None, [(i, "ab"[i % 2]) for i in range(6)])}, ["a", "b"])
+    )
+    file = folder / "data" / "train-0.parquet"
+    features = {"image": {"_type": "Image"}, "label": {"names": ["crane", "dog", "crane"], "_type": "ClassLabel"}}
+    declared = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pq.read_table(file).replace_schema_metadata(declared), file)
+    with pytest.raises(ValueError, match=r"column 'label': .*train-0.parquet declares 2 classes called 'crane'"):
+        load(str(folder), dataset_streaming=streaming)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,20 @@ for options in json.load(sys.stdin):
 """
 
 
+TABLE = "file_name,label\n" + "".join(
+    f"{split}/train_{number}.png,{('NA', 'dog')[number % 2]}\n" for split in ("train", "test") for number in range(4)
+)
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for name in ("bus", "train"):
+            for number in range(2):
+                opened.writestr(f"{name}/test {number}.PNG", encode(noise(number)))
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("parquet")
@@ -307,6 +323,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         if len(configs) > 1:
             lines = [f"- config_name: {config}\n  data_dir: {config}" for config in configs]
             tree["README.md"] = Blob("\n".join(["---", "configs:", *lines, "---"]).encode(), lfs=False)
+        if name == "me/one":
+            tree["data/photos-0.parquet"] = blob  # in no split
         repo = hub.repos["dataset", name] = Repo("dataset", name, private=private)
         repo.refs["main"] = repo.add_commit(tree, None)
 
@@ -326,6 +344,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         for name, tree in {
             "folders": {**folders, "logo.png": picture, ".hidden.png": picture},
             "flat": {path.removeprefix("train/"): picture for path in folders if path.startswith("train/")},
+            "tables": {
+                **{f"{split}/train_{number}.png": picture for split in ("train", "test") for number in range(4)},
+                "metadata.csv": Blob(TABLE.encode(), lfs=False),
+            },
+            "archives": {f"{split}.zip": Blob(archive(), lfs=False) for split in ("train", "test")},
             "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
         }.items():
             repo = hub.repos["dataset", f"me/{name}"] = Repo("dataset", f"me/{name}", private=False)
@@ -358,11 +381,19 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
             {"dataset_name": "me/flat"},
             ["default", hub.repos["dataset", "me/flat"].refs["main"], 11, 4, ["bus", "stress test", "train"]],
         ),
+        (
+            {"dataset_name": "me/tables", "validation_fraction": 0},
+            ["default", hub.repos["dataset", "me/tables"].refs["main"], 4, 4, ["NA", "dog"]],
+        ),
+        (
+            {"dataset_name": "me/archives", "validation_fraction": 0},
+            ["default", hub.repos["dataset", "me/archives"].refs["main"], 4, 4, ["bus", "train"]],
+        ),
         ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
     ]
     process = subprocess.run(
         [sys.executable, "-c", LOAD],
-        input=json.dumps([options | {"validation_fraction": 0.2} for options, _ in cases]),
+        input=json.dumps([{"validation_fraction": 0.2} | options for options, _ in cases]),
         env=hub_environment(hub, tmp_path, token="hf_you"),
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -378,6 +409,8 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         else:
             assert all(part in result[0] for part in expected), (options, result)
     assert results[4][1] == "DatasetNotFoundError"
+    unread = "1 files belong to no split by their names and are not read, such as 'data/photos-0.parquet'"
+    assert unread in process.stderr
 
 
 @pytest.mark.faults(quick=True)

@@ -463,7 +463,7 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path: P
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda folder: "digits", {}, r"--dataset_name digits is scikit-learn's digits, and only parquet"),
+        (lambda folder: "digits", {}, r"--dataset_name digits is the digits of the package, and only parquet"),
         (lambda folder: write_files(folder, [grays(4)]), {}, r"'train' is the only one, .*leave --dataset_streaming"),
         (
             lambda folder: write_files(folder, [grays(8)], test=grays(4)),

@@ -95,9 +95,10 @@ def test_batch_norm_learns_and_stays_finite_when_a_process_idles(results, name):
 @pytest.mark.faults(quick=True)
 def test_evaluation_does_not_depend_on_the_number_of_processes(results):
     for found in (results["one"], results["two"]):
-        for key in ("clean", "pgd", "predictions", "autoattack_indices", "autoattack_flags", "autoattack_predictions"):
+        autoattack = ("autoattack_indices", "autoattack_flags", "autoattack_predictions")
+        for key in ("clean", "pgd", "predictions", "corrupted", "noise", *autoattack):
             assert torch.equal(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"]), key
-        for key in ("margins", "autoattack_margins"):
+        for key in ("margins", "noise_margins", "autoattack_margins"):
             # A process that halves its batches rounds in another way.
             torch.testing.assert_close(found[f"evaluation/{key}"], results["one"][f"evaluation/{key}"])
         clean, pgd = found["evaluation/clean"], found["evaluation/pgd"]

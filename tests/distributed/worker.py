@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import EvaluationAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
+from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
+from ham_hf.evaluation.foreign import foreign_attack
 from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
@@ -81,6 +83,11 @@ class LittleMemory(torch.nn.Module):
         return self.net(x)
 
 
+def random_signs(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """An attack that draws from torch's global random state."""
+    return (x + 0.05 * torch.randn_like(x).sign()).clamp(0, 1)
+
+
 def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     net = group_norm_net()
     x = torch.rand(23, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
@@ -91,7 +98,7 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     results = evaluate(
         attacked,
         TensorImages(x, y),
-        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02)],
+        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02), foreign_attack("noise", random_signs)],
         threat_model=threat,
         accelerator=accelerator,
         batch_size=4,
@@ -108,7 +115,20 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         seed=1,
         num_examples=7,
     )
+    corrupted = evaluate_corruptions(
+        attacked,
+        TensorImages(x.float(), y),
+        ["gaussian_noise", "fog"],
+        [1, 5],
+        num_channels=3,
+        accelerator=accelerator,
+        batch_size=4,
+        seed=1,
+    )
     return {
+        "corrupted": torch.stack([found.flags for found in corrupted]),
+        "noise": results["noise"].predictions,
+        "noise_margins": results["noise"].margins,
         "clean": results["clean"].flags,
         "pgd": results["pgd"].flags,
         "predictions": results["pgd"].predictions,

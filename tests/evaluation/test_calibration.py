@@ -183,8 +183,8 @@ class TestFrontier:
         meter = calibration._Meter(ChannelMeans(BIAS), images, attack_of(), 3, Accelerator(cpu=True), None)
         calibration._cross_fitted(meter, 0.5)
         assert searched == [[1], [0]]
-        assert counted[10] == [0]
-        assert counted[-1] == [1]
+        # Before any shift and in ten rounds on one half, then once on the other; and back.
+        assert counted == [[1]] * 11 + [[0]] * 12 + [[1]]
         first, second = (set(half.tolist()) for half in meter.halves)
         assert not first & second
         assert first | second == set(range(63))
@@ -244,10 +244,17 @@ class TestRepetition:
         with caplog.at_level(logging.INFO, logger="ham_hf"):
             found = run(channel_images(20), 0.5)
         (line,) = [record.getMessage() for record in caplog.records if "calibrating" in record.getMessage()]
-        # 6 values of F above 0, 20 halves each; 2 before; 18 for the search on all.
-        assert "at most 140 measurements of half of them" in line
-        assert found.rounds <= 140
-        assert f"{140 * 30 * 22:.3g} passes" in line
+        # 2 before any shift; 20 for the first F above 0, 10 for each of the other five; 8 for the search on all.
+        assert "at most 80 measurements of half of them" in line
+        assert 70 < found.rounds <= 80
+        assert f"{80 * 30 * 22:.3g} passes" in line
+
+    def test_the_forecast_holds_for_a_drop(self, caplog):
+        with caplog.at_level(logging.INFO, logger="ham_hf"):
+            found = run(channel_images(20), max_average_drop=0.0)
+        (line,) = [record.getMessage() for record in caplog.records if "calibrating" in record.getMessage()]
+        assert "at most 100 measurements" in line
+        assert found.rounds <= 100
 
 
 TWO_PROCESSES = """

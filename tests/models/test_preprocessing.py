@@ -143,7 +143,7 @@ def test_models_of_other_origin(changes, images, folder, tmp_path):
     [
         ({"crop_mode": "stretch"}, "crop_mode should be one of center, squash, border, got 'stretch'"),
         ({"crop_mode": ["squash"]}, "crop_mode should be one of"),
-        ({"interpolation": "random"}, "interpolation should be one of nearest, .*, got 'random'"),
+        ({"interpolation": "random"}, "interpolation should be one of nearest, .* training alone.*, got 'random'"),
         ({"interpolation": "area"}, "interpolation should be one of"),
         ({"crop_pct": 0}, r"crop_pct should be a share in \[0.01, 2\], got 0"),
         ({"crop_pct": 1e-6}, "crop_pct should be"),
@@ -162,6 +162,22 @@ def test_anything_else_is_refused_by_name(changes, message, tmp_path):
         load_pixel_model(source)
     with pytest.raises(ValueError, match=message):
         input_defaults(f"local-dir:{source}", model_args={})
+
+
+def test_another_size_for_testing_is_said(tmp_path, caplog):
+    source = foreign(tmp_path, test_input_size=[3, 64, 64], test_crop_pct=1.0)
+    (note,) = load_pixel_model(source).notes
+    assert note in caplog.text
+    for part in ("64 px", "crop_pct 1", "32 px", "crop_pct 0.9", "test_input_size"):
+        assert part in note
+    same = foreign(tmp_path / "same", test_input_size=[3, 32, 32], test_crop_pct=0.9)
+    assert load_pixel_model(same).notes == ()
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_timm_cannot_evaluate_with_random_interpolation_either(crop_mode):
+    with pytest.raises(KeyError, match="random"):
+        create_transform((3, 32, 32), interpolation="random", crop_mode=crop_mode, is_training=False)
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ham_hf.evaluation.calibration import FrontierPoint
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
-from tests.support.browser import Browser, browser, missing_browser
+from tests.support.browser import Browser, assert_quiet, browser, first_paint, missing_browser
 from tests.support.example_report import make_report
 
 pytestmark = [
@@ -93,13 +92,6 @@ def written(path: Path, names: Sequence[str], *, images: bool = False) -> Path:
     examples = ClassExamples(attack="PGD-20", examples=(example,)) if images else None
     path.write_text(page_html([PageRun(label="run", report=report, examples=examples)]), encoding="utf-8")
     return path
-
-
-def assert_quiet(window: Browser) -> None:
-    """No word on the console, no request, nothing wider than the window."""
-    assert window.log() == []
-    assert window.run("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
-    assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_a_click_opens_a_class(window: Browser, tmp_path: Path) -> None:
@@ -183,16 +175,6 @@ def test_names_of_any_kind_at_any_width(window: Browser, tmp_path: Path, count: 
     shown = window.run("return document.querySelector(\"#classes [data-label='0'] .name\").textContent")
     assert shown == HOSTILE[0]
     assert_quiet(window)
-
-
-def first_paint(window: Browser) -> float:
-    """Milliseconds; the browser says it a little later."""
-    for _ in range(200):
-        found = window.run("return performance.getEntriesByName('first-contentful-paint').map(e => e.startTime)")
-        if found:
-            return float(found[0])
-        time.sleep(0.05)
-    raise AssertionError("nothing was painted")
 
 
 def test_paints_soon(window: Browser, tmp_path: Path) -> None:

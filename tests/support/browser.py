@@ -144,3 +144,20 @@ def shoot(page: Path, folder: Path, widths: Sequence[int] = (1280, 800, 375)) ->
             window.screenshot(folder / f"{page.stem}-{width}.png", full=True)
             taken.append(folder / f"{page.stem}-{width}.png")
     return taken
+
+
+def assert_quiet(window: Browser) -> None:
+    """No word on the console, no request, nothing wider than the window."""
+    assert window.log() == []
+    assert window.run("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
+    assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def first_paint(window: Browser) -> float:
+    """Milliseconds; the browser says it a little later."""
+    for _ in range(200):
+        found = window.run("return performance.getEntriesByName('first-contentful-paint').map(e => e.startTime)")
+        if found:
+            return float(found[0])
+        time.sleep(0.05)
+    raise AssertionError("nothing was painted")

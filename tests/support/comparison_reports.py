@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from ham_hf.comparison.table import Run
+from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.metrics import summarize_counts
-from ham_hf.reporting.report import RunReport
+from ham_hf.reporting.report import RunReport, attack_report, verdict_report
 from tests.support.example_report import DIGITS, make_report
 
+NAMES = ("a", "b", "c", "d")
+COUNT = 100
 Counts = tuple[Sequence[int], Sequence[int]]
 """Correct and all examples of each class."""
 
@@ -46,3 +51,43 @@ def run(label: str, results: Mapping[str, Counts], *, seed: int = 0, **changes: 
 
 def even(correct: Sequence[int], count: int = 20) -> Counts:
     return correct, [count] * len(correct)
+
+
+def judged_run(label, correct, *, seed=0, count=COUNT, swap=0, kept=True):
+    """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others."""
+    labels = torch.arange(len(NAMES)).repeat_interleave(count)
+    place = torch.arange(count).repeat(len(NAMES))
+    limit = torch.tensor(correct)[labels]
+    right = (place >= swap) & (place < limit + swap)
+    wrong = (labels + 1) % len(NAMES)
+    settings = {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    verdicts = Verdicts(
+        class_names=NAMES,
+        attacks={"pgd-20": settings},
+        positions=torch.arange(len(labels)),
+        labels=labels,
+        clean=labels,
+        attacked={"pgd-20": torch.where(right, labels, wrong)},
+        margins_clean=torch.ones(len(labels)),
+        margins_attacked=torch.where(right, 0.5, -0.5),
+    )
+    counts = [count] * len(NAMES)
+    report = run_report({"clean": (counts, counts), "pgd-20": (correct, counts)}, seed=seed, class_names=NAMES)
+    attack = attack_report(
+        name="pgd-20",
+        settings=settings,
+        flags=right,
+        predictions=verdicts.attacked["pgd-20"],
+        labels=labels,
+        seconds=1.0,
+        num_classes=len(NAMES),
+    )
+    report = dataclasses.replace(
+        report,
+        results=dict(report.results) | {"pgd-20": attack},
+        verdict=verdict_report(verdicts, seconds=1.0),
+        config={**report.config, "method": label},
+    )
+    if not kept:
+        report = dataclasses.replace(report, verdict=None)
+    return Run(label=label, seed=seed, report=report, source=label, verdicts=verdicts if kept else None)

@@ -555,7 +555,7 @@ def repo_info(repo: Repo, revision: str) -> dict[str, Any]:
         "likes": 0,
         "tags": list(card.get("tags") or []),
         "cardData": card,
-        "siblings": [{"rfilename": path} for path in sorted(commit.tree)],
+        "siblings": [{"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.tree.items())],
     }
     if repo.kind == "model":
         info |= {

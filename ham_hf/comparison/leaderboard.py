@@ -1,0 +1,284 @@
+"""``leaderboard.html``: models by robust average, worst class and worst 30 %, in one self-contained page.
+
+A ranking holds models that were attacked alike: the same images, threat model, and settings of the attack
+(`ham_hf.comparison.differences.conditions`). The largest such group of an evaluation comes first; every other one
+stands apart and says in what it differs. Of several seeds a number is the mean, and its interval the mean of theirs
+(our choice): all seeds see the same images, so that more of them do not make it narrower.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ham_hf.comparison.differences import budget, conditions, environment, evaluations
+from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.row_names import public_source, public_text
+from ham_hf.comparison.table import Comparison, Row, Run
+from ham_hf.files import atomic_write
+from ham_hf.hub_ids import split_revision
+from ham_hf.reporting.page import render_page
+from ham_hf.reporting.report import percent, plain_text
+
+LEADERBOARD_NAME = "leaderboard.html"
+HUB = "https://huggingface.co"
+TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %"}
+MAX_CLASSES = 10
+"""Worst classes listed of each model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """The runs of one row that were attacked alike, under one evaluation."""
+
+    row: Row
+    runs: tuple[Run, ...]
+
+
+def write_leaderboard(comparison: Comparison, folder: str | Path, *, command: str = "") -> Path:
+    """Write ``leaderboard.html`` into ``folder`` in one step, and return its path.
+
+    Args:
+        comparison: its rows are ranked, its missing runs listed.
+        folder: where to; sources of rows are shown as seen from there.
+        command: command line that makes the page again.
+    """
+    path = Path(folder) / LEADERBOARD_NAME
+    atomic_write(path, leaderboard_html(comparison, folder=folder, command=command))
+    return path
+
+
+def leaderboard_html(comparison: Comparison, *, folder: str | Path | None = None, command: str = "") -> str:
+    """The page; see `write_leaderboard`."""
+    names = comparison.names
+    models, attacks = len(comparison.rows), sum(name != "clean" for name in comparison.attacks)
+    return render_page(
+        "leaderboard.html.jinja",
+        styles=["page.css", "leaderboard.css"],
+        script="leaderboard.js",
+        title="Robust accuracy, class by class",
+        summary=f"{models} {'models' if models > 1 else 'model'}, {attacks} robust evaluations. Accuracies in percent "
+        "with 95 % intervals. A ranking holds only what was attacked alike; where intervals overlap, order may be "
+        "chance. Select a model to see its worst classes.",
+        columns=[("name", "Model"), *TITLES.items(), ("price", _price_title(comparison)), ("seconds", "Seconds")],
+        parts=[_part(comparison, name) for name in _ordered(comparison.attacks)],
+        missing=[
+            (
+                plain_text(names[run.label]) + ("" if run.seed is None else f", seed {run.seed}"),
+                f"{run.state}. {plain_text(public_text(run.reason), 600)}",
+            )
+            for run in comparison.missing
+            if run.state != "not run"
+        ],
+        models=[_model(comparison, row, folder) for row in comparison.rows],
+        baseline=plain_text(names.get(comparison.baseline or "", "")),
+        footnotes=_footnotes(comparison),
+        command=plain_text(command, 1000) if command else "",
+    )
+
+
+def _ordered(attacks: Mapping[str, str]) -> list[str]:
+    """The verdict, AutoAttack, other attacks, and what is no attack."""
+    places = {"verdict": 0, "autoattack": 1, "clean": 3}
+    return sorted(attacks, key=lambda name: places.get(name, 2))
+
+
+def _price_title(comparison: Comparison) -> str:
+    return "Passes, millions" if comparison.baseline is None else "Price"
+
+
+def _part(comparison: Comparison, name: str) -> dict[str, object]:
+    """Everything about one evaluation: its groups, the largest first, and who does not have it."""
+    groups: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+    for row in comparison.rows:
+        alike: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        for run in row.runs:
+            if name in evaluations(run.report):
+                alike.setdefault(tuple(conditions(run.report, name).items()), []).append(run)
+        for key, runs in alike.items():
+            groups.setdefault(key, []).append(Entry(row=row, runs=tuple(runs)))
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    first = dict(ordered[0][0])
+    absent = [comparison.names[row.label] for row in comparison.rows if name not in row.attacks]
+    return {
+        "name": name,
+        "title": comparison.attacks[name],
+        "groups": [
+            {
+                "title": _conditions_text(dict(key)),
+                "differs": _differences(dict(key), first),
+                "caption": f"{len(entries)} {'models' if len(entries) > 1 else 'model'}{_hardware(entries)}",
+                "rows": [
+                    _row(comparison, entry, name)
+                    for entry in sorted(entries, key=lambda one: -_mean(one, name, "worst_class"))
+                ],
+            }
+            for key, entries in ordered
+        ],
+        "absent": ", ".join(absent),
+    }
+
+
+def _hardware(entries: Sequence[Entry]) -> str:
+    devices = {environment(run.report)["Device"] for entry in entries for run in entry.runs}
+    return "" if len(devices) == 1 else "; seconds are of different hardware"
+
+
+def _conditions_text(facts: Mapping[str, str]) -> str:
+    shown = {title: value for title, value in facts.items() if title != "Images of each class"}
+    return "; ".join(f"{title}: {plain_text(value, 300)}" for title, value in shown.items() if value)
+
+
+def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str]:
+    """In what a group was attacked otherwise than the first one, in words; nothing for the first."""
+    words = []
+    for title in dict.fromkeys([*first, *facts]):
+        ours, theirs = facts.get(title), first.get(title)
+        if ours == theirs:
+            continue
+        if title == "Images of each class":
+            words.append("other numbers of images per class")
+        elif ours is None:
+            words.append(f"{title}: not run")
+        elif theirs is None:
+            words.append(f"{title}: not run in the ranking above ({plain_text(ours, 300)})")
+        else:
+            # Of a long list of settings, those that differ.
+            parts, others = ([part for part in text.split(", ") if part] for text in (ours, theirs))
+            own = [part for part in parts if part not in others]
+            other = [part for part in others if part not in parts]
+            listed = (", ".join(map(plain_text, found)) or "nothing more" for found in (own, other))
+            words.append("{}: {}; above: {}".format(title, *listed))
+    return words
+
+
+def _mean(entry: Entry, name: str, metric: str) -> float:
+    return statistics.fmean(getattr(evaluations(run.report)[name].summary, metric) for run in entry.runs)
+
+
+def _row(comparison: Comparison, entry: Entry, name: str) -> dict[str, object]:
+    row = entry.row
+    numbers = [_number(entry, name, metric) for metric in TITLES]
+    price = _price(comparison, row)
+    seconds = None if row.seconds is None else row.seconds.mean
+    order = [(metric, f"{_mean(entry, name, metric):.6f}") for metric in TITLES]
+    return {
+        "label": plain_text(row.label, 1000),
+        "name": comparison.names[row.label],
+        "seeds": len(entry.runs),
+        "budget": _budget_text(entry.runs[0]),
+        "numbers": numbers,
+        "order": [*order, ("price", _sortable(price)), ("seconds", _sortable(seconds))],
+        "cost": [
+            {"title": _price_title(comparison), "text": "–" if price is None else f"{price:.2f}"},
+            {"title": "Seconds", "text": "–" if seconds is None else f"{seconds:,.0f}"},
+        ],
+    }
+
+
+def _budget_text(run: Run) -> str:
+    facts = budget(run.report)
+    if run.report.training is None:
+        return "evaluated, not trained here"
+    return plain_text(f"{facts['Training']}; attack: {facts['Training attack']}", 120)
+
+
+def _sortable(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _price(comparison: Comparison, row: Row) -> float | None:
+    """Relative to the baseline where there is one, else millions of passes."""
+    if comparison.baseline is not None:
+        return row.price
+    return None if row.passes is None else row.passes.mean / 1e6
+
+
+def _number(entry: Entry, name: str, metric: str) -> dict[str, object]:
+    """Mean, ends of the interval and each seed of one number, in percent of the axis and as text."""
+    mean = _mean(entry, name, metric)
+    found = [evaluations(run.report)[name] for run in entry.runs]
+    ends: list[tuple[float, float]] = []
+    for one in found:
+        if metric == "average":
+            ends.append((one.summary.average_low, one.summary.average_high))
+        elif one.intervals is not None:
+            ends.append(getattr(one.intervals, metric))
+    low, high = (
+        (statistics.fmean(side) for side in zip(*ends, strict=True)) if len(ends) == len(found) else (None,) * 2
+    )
+    values = [getattr(one.summary, metric) for one in found]
+    return {
+        "title": TITLES[metric],
+        "text": percent(mean),
+        "ends": "" if low is None or high is None else f"{percent(low)}–{percent(high)}",
+        "mean": _place(mean),
+        "low": None if low is None else _place(low),
+        "high": None if high is None else _place(high),
+        "seeds": [_place(value) for value in values] if len(values) > 1 else [],
+    }
+
+
+def _place(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[str, object]:
+    """What is known of a model beside its ranks."""
+    run = row.runs[0]
+    name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
+    is_hub = split_revision(run.source) is not None and not Path(run.source).exists()
+    hub_id, revision = (split_revision(run.source) or ("", None)) if is_hub else ("", None)
+    facts = budget(run.report) | environment(run.report)
+    if row.passes is not None:
+        facts["Passes in training"] = f"{row.passes.mean:,.0f}"
+    facts["Seeds"] = ", ".join(map(str, row.seeds))
+    facts["Made"] = run.report.created
+    return {
+        "label": plain_text(row.label, 1000),
+        "link": f"{HUB}/{hub_id}" + (f"/tree/{revision}" if revision else "") if is_hub else "",
+        "source": ", ".join(plain_text(public_source(one.source, folder), 200) for one in row.runs),
+        "facts": [(title, plain_text(value, 400)) for title, value in facts.items() if value],
+        "classes_of": comparison.attacks[name],
+        "classes": _classes(row, name),
+        "differences": _paired(comparison, row),
+    }
+
+
+def _classes(row: Row, name: str) -> list[tuple[str, str, str]]:
+    """The worst classes, as a mean over seeds: name, percent, and place on the axis."""
+    known = [(accuracy, label) for label, accuracy in enumerate(row.attacks[name].per_class) if accuracy is not None]
+    names = row.runs[0].report.dataset.class_names
+    return [
+        (plain_text(names[label], 200), percent(accuracy), _place(accuracy))
+        for accuracy, label in sorted(known)[:MAX_CLASSES]
+    ]
+
+
+def _paired(comparison: Comparison, row: Row) -> list[str]:
+    """Differences from the baseline with their intervals, of every evaluation that could be paired."""
+    lines = []
+    for name, found in comparison.pairs.found.get(row.label, {}).items():
+        shown = []
+        for metric in PAIRED_METRICS:
+            one = getattr(found.differences, metric)
+            ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
+            shown.append(f"{TITLES[metric].lower()} {100 * one.mean:+.1f} ({ends})")
+        lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
+    return lines
+
+
+def _footnotes(comparison: Comparison) -> list[str]:
+    relative = "" if comparison.baseline is None else ", relative to that of the baseline"
+    notes = [
+        "Intervals are of the images: Wilson's for the average, simultaneous over the classes for the worst class, by "
+        "bootstrap of the images of each class for the worst 30 %. Of several seeds (rings) a number is their mean, "
+        "and so is its interval.",
+        f"Price: passes over the network in training and validation{relative}; a forward of one image counts 1, a "
+        "gradient of the input 2, a training pass 3. Seconds are of training, on the hardware that each model names.",
+    ]
+    if "verdict" in comparison.attacks:
+        notes.insert(0, "The verdict: right on the clean image and never broken by any attack that was run.")
+    return notes

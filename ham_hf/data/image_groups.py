@@ -1,0 +1,122 @@
+"""Groups of images by another column than the label, to ask whether robustness is fair over them too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import torch
+from torch import Tensor
+
+from ham_hf.data.columns import choose_group_column, is_unlabeled
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUPS = 1000
+MISSING = "(missing)"
+"""Name of the group of images without a value."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageGroups:
+    """Which group each of N images belongs to.
+
+    Attributes:
+        column: name of the column.
+        names: of the G groups; the last one is of images without a value, where there are any.
+        of_image: (N,) int64 in [0, G).
+        num_missing: images without a value.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    of_image: Tensor
+    num_missing: int
+
+    @property
+    def given_names(self) -> tuple[str, ...]:
+        """Names of the groups with a value."""
+        return self.names[:-1] if self.num_missing else self.names
+
+    def values(self) -> list[str | None]:
+        """Name of the group of each image; None where it has none."""
+        named = [*self.given_names, None]
+        return [named[group] for group in self.of_image.tolist()]
+
+    def only(self, keep: Tensor) -> ImageGroups:
+        """The groups of the images where the (N,) bool ``keep`` is True."""
+        kept = [value for value, wanted in zip(self.values(), keep.tolist(), strict=True) if wanted]
+        return make_groups(self.column, kept, self.given_names)
+
+
+def read_groups(split: datasets.Dataset, column: str, rows: Tensor) -> ImageGroups:
+    """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
+
+    Groups are the names that a ``ClassLabel`` declares, else the sorted values that occur.
+
+    Raises:
+        ValueError: if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
+    """
+    feature = split.features[choose_group_column(split.features, column)]
+    stored = split[column][:]
+    values = [stored[row] for row in rows.tolist()]
+    if isinstance(feature, datasets.ClassLabel):
+        named = [
+            None if is_unlabeled(value) or value >= len(feature.names) else feature.names[value] for value in values
+        ]
+        groups = make_groups(column, named, feature.names)
+    else:
+        groups = make_groups(column, values)
+    if groups.num_missing:
+        logger.warning(
+            "--group_column %s: %d of %d images have no value; they are a group of their own, %s",
+            column,
+            groups.num_missing,
+            len(values),
+            groups.names[-1],
+        )
+    return groups
+
+
+def make_groups(
+    column: str, values: Sequence[str | int | bool | None], names: Sequence[str] | None = None
+) -> ImageGroups:
+    """Groups of images by their values; None is a missing one.
+
+    Args:
+        column: where the values are from, for messages.
+        values: one per image.
+        names: of the groups in order; None takes the sorted values that occur.
+
+    Raises:
+        ValueError: if there are more than `MAX_GROUPS` groups.
+    """
+    order: Sequence[str | int | bool] = (
+        list(names)
+        if names is not None
+        else sorted(
+            {value for value in values if value is not None}, key=lambda value: (isinstance(value, str), value)
+        )
+    )
+    if len(order) > MAX_GROUPS:
+        raise ValueError(
+            f"--group_column {column}: {len(order)} different values, at most {MAX_GROUPS} can be groups; "
+            "name a column of categories"
+        )
+    index_of = {value: index for index, value in enumerate(order)}
+    shown = [str(value) for value in order]
+    num_missing = sum(value is None for value in values)
+    if num_missing:
+        missing = MISSING
+        while missing in shown:
+            missing = f"({missing})"
+        shown.append(missing)
+    of_image = [len(order) if value is None else index_of[value] for value in values]
+    return ImageGroups(
+        column=column,
+        names=tuple(shown),
+        of_image=torch.tensor(of_image, dtype=torch.int64),
+        num_missing=num_missing,
+    )

@@ -1,0 +1,107 @@
+"""evaluate.py with a foreign attack, corruptions and groups, as a user runs it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ham_hf.evaluation.verdicts import read_verdicts
+from ham_hf.reporting.report import read_report
+from tests.support.example_images import dataset, noise, write_parquet
+from tests.support.exports import SMALL_RESNET, export, preprocessing, trained
+from tests.support.recipe_runs import recipe_module
+
+ATTACK = """
+import torch
+
+def attack(model, x, y):
+    x = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), x)
+    return (x + gradient.sign() / 255).clamp(0, 1).detach()
+
+def far(model, x, y):
+    return (x + 0.5).clamp(0, 1)
+"""
+CLASSES = 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, a dataset with a column of sites, and a file with attacks."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    settings = preprocessing(16)
+    export(trained("resnet18_cifar", 16, **SMALL_RESNET), folder / "model", settings)
+    split = dataset([noise(number, (16, 16)) for number in range(30)], [number % CLASSES for number in range(30)])
+    split = split.add_column("site", [["north", "south", None][number % 3] for number in range(30)])
+    write_parquet(folder / "set", test=split)
+    (folder / "my_attack.py").write_text(ATTACK)
+    return folder
+
+
+def run(place, out, *options):
+    command = [
+        str(place / "model"),
+        f"--dataset_name={place / 'set'}",
+        f"--output_dir={out}",
+        "--epsilon=1/255",
+        "--eval_num_steps=1",
+        "--per_device_eval_batch_size=16",
+        "--use_cpu",
+        "--disable_tqdm",
+        *options,
+    ]
+    recipe_module("evaluate.py").main(command)
+
+
+def test_all_three_are_in_report_predictions_evaluation_and_page(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    attack = f"{place / 'my_attack.py'}:attack"
+    run(
+        place, out, f"--foreign_attack={attack}", "--corruptions=contrast,saturate", "--severities", "2", "4",
+        "--group_column=site",
+    )  # fmt: skip
+    report = read_report(out)
+    assert list(report.results) == ["clean", "pgd-1", "cw-1", "my_attack.attack"]
+    assert report.results["my_attack.attack"].settings["function"] == attack
+    assert report.verdict.settings["attacks"] == ["pgd-1", "cw-1", "my_attack.attack"]
+    assert report.groups.names == ("north", "south", "(missing)")
+    assert [entry.count for entry in report.groups.results["verdict"].summary.per_class] == [10, 10, 10]
+    assert [(found.name, found.severity) for found in report.corruptions.results] == [
+        ("contrast", 2), ("contrast", 4), ("saturate", 2), ("saturate", 4),
+    ]  # fmt: skip
+    assert report.corruptions.constants == "CIFAR-10-C (meant for 32 px)"
+    verdicts = read_verdicts(out)
+    assert list(verdicts.attacked) == ["pgd-1", "cw-1", "my_attack.attack"]
+    assert verdicts.groups.column == "site"
+    evaluation = (out / "EVALUATION.md").read_text()
+    for words in ("my\\_attack.attack", "### By site", "### Common corruptions", "(missing)"):
+        assert words in evaluation
+    page = (out / "report.html").read_text()
+    assert "my_attack.attack" in page
+    assert "Each group by site" in page
+    shown = capsys.readouterr().out
+    assert "my_attack.attack" in shown
+    assert "mean of 2" in shown
+    assert not (out / "evaluation-progress").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corruptions=frost"], "--corruptions frost: not available, it pastes the authors' photographs"),
+        (["--corruptions=all,frog"], "--corruptions frog: there is none of this name; there are gaussian_noise"),
+        (["--severities", "1"], "--severities 1 has no effect without --corruptions"),
+        (["--corruptions=all", "--severities", "0"], "--severities 0: expected some of 1 2 3 4 5"),
+        (["--foreign_attack=nowhere.py:attack"], "--foreign_attack nowhere.py:attack: there is no file nowhere.py"),
+        (["--group_column=sight"], "--group_column sight: the dataset has no such column; did you mean 'site'"),
+        (["--foreign_attack={place}/my_attack.py:far"], "outside the linf ball of radius 0.00392157 (1/255)"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(place, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as stop:
+        run(place, tmp_path / "out", *(option.format(place=place) for option in options))
+    assert stop.value.code not in (0, None)
+    told = capsys.readouterr().err + str(stop.value.code)
+    assert message in told
+    assert not (tmp_path / "out" / "report.json").exists()

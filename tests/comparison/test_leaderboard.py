@@ -1,0 +1,180 @@
+"""leaderboard.html: who is ranked with whom, its numbers, and that a name in it is text."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from ham_hf.comparison.existing import FoundRun, label_runs, read_list, read_runs, split_label
+from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
+from ham_hf.comparison.table import Run, compare
+from ham_hf.reporting.report import RunReport, write_report
+from tests.support.leaderboard_runs import leaderboard_comparison, ranked_run
+
+HOSTILE = "</script><script>window.hacked = 1</script>"
+
+
+def rankings(text: str, attack: str) -> list[list[str]]:
+    """Labels of each ranking of one evaluation, in the order in which they stand."""
+    (part,) = re.findall(rf'<section class="attack" data-attack="{attack}".*?</section>', text, flags=re.DOTALL)
+    tables = re.findall(r"<table.*?</table>", part, flags=re.DOTALL)
+    return [list(map(html.unescape, re.findall(r'class="entry" data-label="([^"]*)"', table))) for table in tables]
+
+
+def plain(text: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+
+
+def other_epsilon(report: RunReport) -> RunReport:
+    return ranked_run("x", [5] * 10, epsilon=4 / 255).report
+
+
+def other_norm(report: RunReport) -> RunReport:
+    return dataclasses.replace(report, threat_model=dataclasses.replace(report.threat_model, norm="l2"))
+
+
+def other_attack(report: RunReport) -> RunReport:
+    results = {
+        name: dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
+        for name, found in report.results.items()
+    }
+    return dataclasses.replace(report, results=results)
+
+
+def other_images(report: RunReport) -> RunReport:
+    return dataclasses.replace(report, dataset=dataclasses.replace(report.dataset, num_test=199))
+
+
+def other_dataset(report: RunReport) -> RunReport:
+    return dataclasses.replace(report, dataset=dataclasses.replace(report.dataset, name="svhn"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (other_epsilon, "Threat model: epsilon 4/255; above: epsilon 8/255"),
+        (other_norm, "Threat model: l2; above: linf"),
+        (other_attack, "PGD-20: num_steps 100; above: num_steps 20"),
+        (other_images, "Test images: 199; above: 200"),
+        (other_dataset, "Dataset: svhn; above: digits"),
+    ],
+)
+def test_what_was_not_attacked_alike_is_never_in_one_ranking(change, words: str) -> None:
+    runs = [ranked_run("a", [5] * 10), ranked_run("b", [6] * 10), ranked_run("c", [19] * 10)]
+    runs[2] = dataclasses.replace(runs[2], report=change(runs[2].report))
+    text = leaderboard_html(compare(runs))
+    assert rankings(text, "pgd-20") == [["b", "a"], ["c"]]
+    assert text.count("Not attacked alike") >= 1
+    assert words in plain(text)
+    assert rankings(leaderboard_html(compare(runs[:2])), "pgd-20") == [["b", "a"]]
+    assert "Not attacked alike" not in leaderboard_html(compare(runs[:2]))
+
+
+def test_seeds_of_a_row_that_were_attacked_otherwise_stand_apart() -> None:
+    runs = [ranked_run("a", [5] * 10, seed=seed) for seed in range(2)]
+    runs.append(ranked_run("a", [15] * 10, seed=2, epsilon=4 / 255))
+    text = leaderboard_html(compare(runs))
+    assert rankings(text, "pgd-20") == [["a"], ["a"]]
+    assert "20.0" in plain(text)  # (5 - 1) / 20, without the third seed
+
+
+def test_numbers_are_means_over_seeds_with_the_means_of_their_intervals() -> None:
+    runs = [ranked_run("a", [5 + seed, *[10 + seed] * 9], seed=seed) for seed in range(3)]
+    text = plain(leaderboard_html(compare(runs)))
+    found = [run.report.results["pgd-20"] for run in runs]
+    for numbers, intervals in (
+        (
+            [one.summary.average for one in found],
+            [(s.average_low, s.average_high) for s in (f.summary for f in found)],
+        ),
+        ([one.summary.worst_class for one in found], [one.intervals.worst_class for one in found]),
+        ([one.summary.worst_30_percent for one in found], [one.intervals.worst_30_percent for one in found]),
+    ):
+        low, high = (100 * statistics.fmean(side) for side in zip(*intervals, strict=True))
+        assert f"{100 * statistics.fmean(numbers):.1f} {low:.1f}–{high:.1f}" in text
+
+
+def test_models_without_an_evaluation_are_named_and_cost_is_shown() -> None:
+    text = leaderboard_html(leaderboard_comparison(HOSTILE))
+    assert [len(group) for group in rankings(text, "pgd-20")] == [4, 1]
+    assert "Not evaluated so, hence not ranked here: resnet of a stranger." in plain(text)
+    assert 'href="https://huggingface.co/you/robust-resnet/tree/v1"' in text
+    row = re.search(r'data-label="ham".*?</tr>', text, flags=re.DOTALL)[0]
+    assert f"{2.1 / 3.9:.2f}" in plain(row)
+    assert 'data-seconds="90"' in row
+    assert "you/gone : failed. could not get report.json" in plain(text)
+    assert "12 epochs, 120 updates of 128 images; attack: 10 steps of 2/255" in plain(row)
+
+
+def test_names_are_data(tmp_path: Path) -> None:
+    path = write_leaderboard(leaderboard_comparison(HOSTILE), tmp_path, command='x "</script>"')
+    text = path.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 1
+    assert HOSTILE in html.unescape(text)
+    assert not re.search(r"(src|href)=.?(https?:|//)(?!//huggingface\.co/)", text)
+    assert len(text.encode()) < 200_000
+
+
+def test_a_label_in_front_names_the_row(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_report(ranked_run("ham", [5] * 10, learning_rate=len(name) + ord(name[0])).report, tmp_path / name)
+    sources = [f"{name} it is={tmp_path / name}" for name in ("one", "two")]
+    found = read_runs(sources, lambda *_: pytest.fail("nothing is on the Hub")).found
+    assert [run.label for run in label_runs(found)] == ["one it is", "two it is"]
+    odd = tmp_path / "a=b"
+    write_report(ranked_run("ham", [5] * 10).report, odd)
+    assert split_label(str(odd)) == (None, str(odd))
+    for wrong in ("=x", "x="):
+        with pytest.raises(ValueError, match="expected LABEL=FOLDER or LABEL=OWNER/NAME"):
+            split_label(wrong)
+
+
+def test_one_label_for_several_rows_is_refused(tmp_path: Path) -> None:
+    for row in ("a", "b"):
+        write_report(ranked_run(row, [5] * 10).report, tmp_path / row / "seed0")
+    with pytest.raises(ValueError, match=r"has several rows \(a, b\); label folders in it"):
+        read_runs([f"x={tmp_path}"], lambda *_: tmp_path)
+    (run,) = label_runs(read_runs([f"x={tmp_path / 'a'}"], lambda *_: tmp_path).found)
+    assert (run.label, run.seed) == ("x", 0)
+
+
+def test_a_list_is_text_or_yaml(tmp_path: Path) -> None:
+    wanted = ["me/a", "mine=me/b@v1", "outputs/x"]
+    for text in (
+        "# models\nme/a\n\nmine=me/b@v1 # the second\noutputs/x\nme/a\n",
+        "---\n- me/a\n- 'mine=me/b@v1'\n- \"outputs/x\"\n",
+    ):
+        (tmp_path / "list").write_text(text)
+        assert read_list(tmp_path / "list") == wanted
+    (tmp_path / "list").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="lists nothing"):
+        read_list(tmp_path / "list")
+
+
+def test_what_a_list_lacks_is_missing_and_not_fatal(tmp_path: Path) -> None:
+    def download(hub_id: str, revision: str | None) -> Path:
+        if hub_id != "me/a":
+            raise ValueError(f"could not get report.json of {hub_id}")
+        write_report(ranked_run("ham", [5] * 10).report, tmp_path)
+        return tmp_path
+
+    found = read_runs(["me/a", "me/gone", "name=me/lost"], download, listed=["me/gone", "name=me/lost"])
+    assert [run.source for run in found.found] == ["me/a"]
+    assert [(one.label, one.seed, one.state) for one in found.missing] == [
+        ("me/gone", None, "failed"),
+        ("name", None, "failed"),
+    ]
+    with pytest.raises(ValueError, match="could not get"):
+        read_runs(["me/gone"], download)
+
+
+def test_runs_that_are_evaluations_alone_are_rows() -> None:
+    report = dataclasses.replace(ranked_run("x", [5] * 10).report, training=None, config={"seed": 0})
+    (run,) = label_runs([FoundRun("you/net", None, report)])
+    assert isinstance(run, Run)
+    assert "evaluated, not trained here" in leaderboard_html(compare([run]))

@@ -1,0 +1,44 @@
+"""The digits of the package are those of scikit-learn, which the package itself does without."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+import ham_hf
+from ham_hf.data.digits import FILE, read_digits
+from ham_hf.data.sources import open_source
+
+
+def test_every_value_is_scikit_learns():
+    scans = load_digits()
+    images, labels = read_digits()
+    assert (images.dtype, labels.dtype) == (np.uint8, scans.target.dtype)
+    assert np.array_equal(images, scans.images)
+    assert np.array_equal(labels, scans.target)
+
+
+def test_the_data_set_holds_them_as_gray_images_in_that_order():
+    scans = load_digits()
+    rows = open_source("digits", None, None).splits["train"]
+    assert rows["label"][:] == scans.target.tolist()
+    stretched = np.round(scans.images * (255 / 16))
+    assert all(np.array_equal(image, expected) for image, expected in zip(rows["image"], stretched, strict=True))
+    assert rows[0]["image"].mode == "L"
+
+
+def test_the_file_is_small_and_has_its_licence_beside_it():
+    assert FILE.stat().st_size < 60_000
+    text = FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
+    for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):
+        assert part in text
+
+
+def test_the_package_imports_neither_scikit_learn_nor_scipy():
+    sources = list(Path(ham_hf.__file__).parent.rglob("*.py"))
+    assert len(sources) > 100
+    imported = re.compile(r"^ *(?:from|import) (?:sklearn|scipy)", re.MULTILINE)
+    assert not [path for path in sources if imported.search(path.read_text(encoding="utf-8"))]

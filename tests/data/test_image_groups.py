@@ -1,0 +1,109 @@
+"""Groups of images by another column than the label: which column, which groups, and which image is in which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from ham_hf.data import DataConfig, load_test_data
+from ham_hf.data.evaluation_data import TrainedOn
+from ham_hf.data.image_groups import MAX_GROUPS, ImageGroups, make_groups
+from ham_hf.data.loading import TestData
+from ham_hf.models import Preprocessing
+from tests.support.example_images import dataset, gray, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def evaluated(folder: str, column: str | None, **options: Any) -> TestData:
+    config = DataConfig(dataset_name=folder, label_column="label", dataloader_num_workers=0, **options)
+    inputs = Preprocessing(image_size=8, in_chans=1, interpolation="bicubic", crop_pct=1.0, mean=(0.5,), std=(0.25,))
+    return load_test_data(config, inputs, TrainedOn(), group_column=column)
+
+
+LIGHT = datasets.ClassLabel(names=["dark", "dusk", "noon"])
+COLUMNS = {
+    "site": (["b", "a", "b", None, "a", "b"], None, ("a", "b", "(missing)"), [1, 0, 1, 2, 0, 1]),
+    "light": ([2, 0, 0, 2, -1, 2], LIGHT, ("dark", "dusk", "noon", "(missing)"), [2, 0, 0, 2, 3, 2]),
+    "year": ([2010, 9, -1, 9, 2010, 9], datasets.Value("int32"), ("-1", "9", "2010"), [2, 1, 0, 1, 2, 1]),
+    "flash": ([True, False, True, True, None, True], None, ("False", "True", "(missing)"), [1, 0, 1, 1, 2, 1]),
+    "full": (["x", "y", "x", "y", "x", "y"], None, ("x", "y"), [0, 1, 0, 1, 0, 1]),
+}
+COMPLETE = ("year", "full")
+
+
+def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
+    images = [b"no image" if number == damaged else gray(number) for number in range(6)]
+    split = dataset(images, [0, 1, 0, 1, 0, 1])
+    for name, (values, feature, _, _) in COLUMNS.items():
+        split = split.add_column(name, values) if feature is None else split.add_column(name, values, feature=feature)
+    return write_parquet(path, test=split)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", COLUMNS)
+def test_groups_of_each_kind_of_column(
+    column: str, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = evaluated(folder_with_columns(tmp_path / "set"), column, dataset_streaming=streaming)
+    _, _, names, groups = COLUMNS[column]
+    assert data.groups is not None
+    assert (data.groups.column, data.groups.names, data.groups.of_image.tolist()) == (column, names, groups)
+    assert data.groups.num_missing == (column not in COMPLETE)
+    told = "1 of 6 images have no value; they are a group of their own, (missing)" in caplog.text
+    assert told == (column not in COMPLETE)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path) -> None:
+    folder = folder_with_columns(tmp_path / "set", damaged=1)
+    whole = evaluated(folder, "site", dataset_streaming=streaming, skip_corrupt=True)
+    assert whole.num_skipped == 1
+    assert whole.groups is not None
+    assert whole.groups.of_image.tolist() == [1, 1, 2, 0, 1]
+    assert len(whole.test) == 5
+    limited = evaluated(
+        folder_with_columns(tmp_path / "more"), "light", dataset_streaming=streaming, limit_test_examples=2
+    )
+    assert limited.groups is not None
+    assert len(limited.groups.of_image) == len(limited.test) == 2
+    assert evaluated(folder, None, skip_corrupt=True).groups is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (
+            "sight",
+            "--group_column sight: the dataset has no such column; did you mean 'light'\\? There are 'image', 'la",
+        ),
+        ("image", "--group_column image: expected one class label, integer, string or boolean per image"),
+    ],
+)
+def test_columns_that_are_no_groups(column: str, message: str, streaming: bool, tmp_path: Path) -> None:
+    folder = folder_with_columns(tmp_path / "set")
+    with pytest.raises(ValueError, match=message):
+        evaluated(folder, column, dataset_streaming=streaming)
+
+
+def test_too_many_values_are_no_groups() -> None:
+    assert len(make_groups("c", list(range(MAX_GROUPS))).names) == MAX_GROUPS
+    with pytest.raises(ValueError, match=f"{MAX_GROUPS + 1} different values, at most {MAX_GROUPS} can be groups"):
+        make_groups("c", list(range(MAX_GROUPS + 1)))
+
+
+def test_missing_values_have_a_name_that_no_group_has() -> None:
+    groups = make_groups("c", ["(missing)", None, "((missing))"])
+    assert groups.names == ("((missing))", "(missing)", "(((missing)))")
+    assert groups.values() == ["(missing)", None, "((missing))"]
+    kept = groups.only(torch.tensor([True, False, True]))
+    assert isinstance(kept, ImageGroups)
+    assert (kept.names, kept.num_missing) == (("((missing))", "(missing)"), 0)

@@ -1,0 +1,216 @@
+"""Groups and corruptions in report.json, EVALUATION.md, report.html and predictions.parquet."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import ham_hf
+from ham_hf.attacks import ThreatModel
+from ham_hf.data.image_groups import make_groups
+from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult
+from ham_hf.evaluation.verdicts import read_verdicts, verdicts_of, write_verdicts
+from ham_hf.metrics import wilson_interval
+from ham_hf.reporting.breakdown_tables import breakdown_tables, each_group_rows, group_rows
+from ham_hf.reporting.breakdowns import corruption_report, group_report
+from ham_hf.reporting.card import evaluation_section
+from ham_hf.reporting.page import PageRun, page_html
+from ham_hf.reporting.report import read_report, write_report
+from tests.support.example_report import make_report
+from tests.support.nets import group_norm_net
+
+HOSTILE = "<b>*x*|</b>"
+GROUPS = ["a", "b", None, HOSTILE]
+
+
+def made_up(num=80, classes=10):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num) % classes
+    results = {}
+    for name in ("clean", "pgd-20", "my.attack"):
+        flags = torch.rand(num, generator=generator) < 0.7
+        indices = torch.arange(0, num, 2) if name == "my.attack" else torch.arange(num)
+        results[name] = AttackResult(
+            name=name,
+            settings={} if name == "clean" else {"function": "m.py:attack"},
+            flags=flags[indices],
+            predictions=torch.where(flags, labels, (labels + 1) % classes)[indices],
+            margins=torch.zeros(len(indices)),
+            labels=labels[indices],
+            indices=indices,
+            seconds=1.0,
+        )
+    groups = make_groups("site", [GROUPS[number % 7 % 4] for number in range(num)])
+    names = tuple(map(str, range(classes)))
+    return results, verdicts_of(results, names, groups)
+
+
+def test_groups_against_a_loop_over_the_images():
+    results, verdicts = made_up()
+    found = group_report(verdicts)
+    assert found.names == (HOSTILE, "a", "b", "(missing)")
+    assert found.num_missing == sum(number % 7 % 4 == 2 for number in range(80))
+    assert list(found.results) == ["verdict", "clean", "pgd-20", "my.attack"]
+    right = {}
+    for number in range(80):
+        clean = results["clean"].predictions[number] == results["clean"].labels[number]
+        pgd = clean and results["pgd-20"].predictions[number] == results["pgd-20"].labels[number]
+        right[number] = {"clean": bool(clean), "pgd-20": bool(pgd)}
+        if number % 2 == 0:
+            mine = clean and results["my.attack"].predictions[number // 2] == results["my.attack"].labels[number // 2]
+            right[number] |= {"my.attack": bool(mine), "verdict": bool(pgd and mine)}
+    for name, result in found.results.items():
+        for group, entry in enumerate(result.summary.per_class):
+            value = None if found.names[group] == "(missing)" else found.names[group]
+            rows = [number for number in right if GROUPS[number % 7 % 4] == value and name in right[number]]
+            hits = sum(right[number][name] for number in rows)
+            assert (entry.count, entry.correct) == (len(rows), hits)
+            assert (entry.low, entry.high) == wilson_interval(hits, len(rows))
+        shares = sorted(entry.accuracy for entry in result.summary.per_class)
+        assert result.summary.worst_class == shares[0]
+        assert result.summary.worst_30_percent == pytest.approx(sum(shares[:2]) / 2)
+        low, high = result.intervals.worst_class
+        assert low <= shares[0] <= high
+
+
+def test_worst_30_percent_is_left_out_of_few_groups():
+    results, _ = made_up()
+    few = group_report(verdicts_of(results, tuple(map(str, range(10))), make_groups("half", [True, False] * 40)))
+    assert "Worst 30 % of groups" not in group_rows(few)[0]
+    assert "Worst 30 % of groups" in group_rows(group_report(made_up()[1]))[0]
+    assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
+
+
+def corrupted_results(labels):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        CorruptionResult(
+            name=name,
+            severity=severity,
+            flags=torch.rand(len(labels), generator=generator) < 0.9 - severity / 10,
+            seconds=2.0,
+        )
+        for name in ("fog", "snow")
+        for severity in (1, 5)
+    ]
+
+
+def test_corruption_numbers_are_means_of_counts():
+    labels = torch.arange(80) % 8  # classes 8 and 9 have no image
+    results = corrupted_results(labels)
+    found = corruption_report(results, labels, 10, constants="CIFAR-10-C")
+    assert (found.names, found.severities) == (("fog", "snow"), (1, 5))
+    assert found.counts == (10,) * 8 + (0, 0)
+    for entry, result in zip(found.results, results, strict=True):
+        per_class = [int(result.flags[labels == label].sum()) for label in range(10)]
+        assert entry.correct == tuple(per_class)
+        assert entry.average == pytest.approx(sum(per_class) / 80)
+        assert entry.worst_class == min(per_class[:8]) / 10
+        assert entry.worst_30_percent == pytest.approx(sum(sorted(per_class[:8])[:3]) / 30)
+    assert found.mean == pytest.approx(sum(float(result.flags.double().mean()) for result in results) / 4)
+    means = [sum(entry.correct[label] for entry in found.results) / 40 for label in range(8)]
+    assert found.class_means == (*map(pytest.approx, means), None, None)
+    assert found.worst_class == pytest.approx(min(means))
+    assert found.worst_class_index == means.index(min(means))
+    assert found.worst_30_percent == pytest.approx(sum(sorted(means)[:3]) / 3)
+    assert corruption_report([], labels, 10, constants="") is None
+
+
+@pytest.fixture
+def report():
+    _, verdicts = made_up()
+    labels = torch.arange(80) % 10
+    corruptions = corruption_report(corrupted_results(labels), labels, 10, constants="CIFAR-10-C (meant for 32 px)")
+    return dataclasses.replace(make_report(verdict=True), groups=group_report(verdicts), corruptions=corruptions)
+
+
+def test_report_reads_back_equal_and_old_ones_have_neither(report, tmp_path):
+    path = write_report(report, tmp_path)
+    assert read_report(path) == report
+    values = json.loads(path.read_text())
+    del values["groups"], values["corruptions"]
+    path.write_text(json.dumps(values))
+    assert read_report(path) == dataclasses.replace(report, groups=None, corruptions=None)
+
+
+@pytest.mark.parametrize("part", ["groups", "corruptions"])
+def test_report_whose_numbers_do_not_fit_is_refused(part, report, tmp_path):
+    path = write_report(report, tmp_path)
+    values = json.loads(path.read_text())
+    if part == "groups":
+        values["groups"]["names"].append("one more")
+    else:
+        values["corruptions"]["results"][0]["correct"].pop()
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"the numbers (are not of the 5 groups|on corrupted images are not of)"):
+        read_report(path)
+
+
+def test_evaluation_section_and_page_show_both(report):
+    section = evaluation_section(report)
+    assert "### By site" in section
+    assert "images have no value there and are a group of their own" in section
+    assert "### Common corruptions" in section
+    assert f"Mean corruption accuracy {100 * report.corruptions.mean:.1f}" in section
+    assert "| fog |" in section
+    assert "| mean of 2 |" in section
+    assert HOSTILE not in section
+    page = page_html([PageRun(label="run", report=report)])
+    assert "Each group by site" in page
+    assert "<td>–</td>" in page
+    assert HOSTILE not in page
+    plain = evaluation_section(make_report(verdict=True))
+    assert "### By" not in plain
+    assert "corruptions" not in plain.lower()
+    assert [len(table) for table in breakdown_tables(report)] == [4, 4, 4]
+
+
+def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path):
+    results, verdicts = made_up()
+    path = write_verdicts(verdicts, tmp_path)
+    table = pq.read_table(path)
+    assert table.column("group").to_pylist() == [GROUPS[number % 7 % 4] for number in range(80)]
+    assert json.loads(table.schema.metadata[b"ham_hf.predictions"])["schema_version"] == 1
+    assert "prediction_my.attack" in table.column_names
+    found = read_verdicts(path).groups
+    assert (found.column, found.names, found.num_missing) == (
+        "site",
+        verdicts.groups.names,
+        verdicts.groups.num_missing,
+    )
+    assert torch.equal(found.of_image, verdicts.groups.of_image)
+    write_verdicts(verdicts_of(results, verdicts.class_names), tmp_path)
+    assert read_verdicts(path).groups is None
+    assert "group" not in pq.read_table(path).column_names
+    broken = table.set_column(table.column_names.index("group"), "group", [["nowhere"] * 80])
+    pq.write_table(broken.replace_schema_metadata(table.schema.metadata), path)
+    with pytest.raises(ValueError, match="no table of predictions"):
+        read_verdicts(path)
+
+
+def test_python_interface_reads_groups_from_the_batches():
+    net = group_norm_net().float()
+    x = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    rows = [
+        {"pixel_values": x[number], "labels": number % 4, "site": ["north", "south", "east"][number % 3]}
+        for number in range(12)
+    ]
+    options = {"threat_model": ThreatModel("linf", 0.02), "num_steps": 1}
+    found = ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="site", **options)
+    assert found.groups.names == ("east", "north", "south")
+    assert [entry.count for entry in found.groups.results["clean"].summary.per_class] == [4, 4, 4]
+    right = found.verdicts.withstood
+    assert [entry.correct for entry in found.groups.results["verdict"].summary.per_class] == [
+        int(right[torch.arange(12) % 3 == group].sum()) for group in (2, 0, 1)
+    ]
+    assert "site" in str(found)
+    with pytest.raises(ValueError, match="group_column size: a batch has no such key; its keys are 'pixel_values'"):
+        ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="size", **options)
+    with pytest.raises(ValueError, match="it is no mapping: tuple"):
+        ham_hf.evaluate(net, [(x, torch.arange(12) % 4)], group_column="site", **options)
