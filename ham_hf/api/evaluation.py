@@ -154,18 +154,11 @@ def evaluate(
     place = device_of(model)
     chosen = chosen_attacks(attacks, num_steps, float(threat_model.epsilon) / 4 if step_size is None else step_size)
     reader = None if group_column is None else GroupReader(loader, group_column)
-    loader = loader if reader is None else reader
+    loader, head = loader if reader is None else reader, _LogitCheck(model)
     with outside_inference_mode():
-        if autoattack:
-            loader = held_images(loader)
-        head = _LogitCheck(model)
-        results = evaluate_batches(
-            model,
-            head.checked(batches_of(loader, place, batch_size)),
-            chosen,
-            threat_model=threat_model,
-            seed=seed,
-        )
+        loader = held_images(loader) if autoattack else loader
+        batches = head.checked(batches_of(loader, place, batch_size))
+        results = evaluate_batches(model, batches, chosen, threat_model=threat_model, seed=seed)
         if autoattack:
             results["autoattack"] = evaluate_autoattack(
                 model,

@@ -51,6 +51,7 @@ from ham_hf.training.sharding import (
     is_sharded,
     load_model,
     load_optimizer,
+    memory_format_of,
     prepare,
     whole_state,
 )
@@ -152,14 +153,9 @@ class Trainer:
         self.num_classes = len(data.class_names)
         self._count_updates()
         self._warn_of_late_starts()
-        memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[
-            config.memory_format
-        ]
         if is_sharded(accelerator):
             check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
-            # Only contiguous weights can be sharded.
-            memory_format = torch.contiguous_format
-        model = model.to(accelerator.device).to(memory_format=memory_format)
+        model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
         gated = config.uses_fawa(objective)
@@ -175,14 +171,9 @@ class Trainer:
             objective,
             attack,
             accelerator,
+            config,
             class_counts=training_class_counts(data.train, objective, self.num_classes),
-            seed=config.seed,
-            memory_format=memory_format,
             ema=self.ema,
-            max_grad_norm=config.max_grad_norm,
-            awp_gamma=config.awp_gamma,
-            awp_start_epoch=config.awp_start_epoch,
-            attack_precision=config.attack_precision,
         )
         self.method_state = self.train_step.method_state
         self.module, self.passes = self.train_step.module, self.train_step.passes

@@ -1,0 +1,210 @@
+"""One evaluation of a model that exists: check, measure, write; what a calibration of such a model shares with it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import CalibrateConfig, EvaluateConfig
+from ham_hf.data import TestData, load_test_data
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult
+from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attack
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import evaluate_corrupted, evaluate_on_test
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.fitting import align_classes, threat_model_of, what_trained
+from ham_hf.models import LoadedModel, load_pixel_model
+from ham_hf.reporting.breakdown_tables import breakdown_tables
+from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import evaluation_report, write_evaluation
+from ham_hf.terminal import hide_progress_bars, show
+from ham_hf.training.launch import create_accelerator, launched_processes
+from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
+
+logger = logging.getLogger("ham_hf.evaluate")
+
+
+ConfigT = TypeVar("ConfigT", EvaluateConfig, CalibrateConfig)
+
+WAY_ON = "the same command"
+FAULTS = (
+    NonFiniteLogitsError,
+    MemoryExhaustedError,
+    CorruptImageError,
+    FaultError,
+    ForeignAttackError,
+    OSError,
+)
+"""What may go wrong on the way and says itself what to do."""
+
+
+def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> None:
+    """Run an evaluation or a calibration with the lock of its output folder, and say how to resume after Ctrl-C."""
+    if config.disable_tqdm:
+        hide_progress_bars()
+    try:
+        with RunLock(config.output_path) as lock:
+            run(config, lock)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """End the process with a message for what is refused before the work begins."""
+    with clean_exit(ValueError):
+        world = launched_processes()
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
+        yield
+
+
+@contextmanager
+def faults_of_work(memory_way_out: str) -> Iterator[None]:
+    """End the process with a message for what may go wrong on the way and says itself what to do."""
+    with (
+        clean_exit(*FAULTS),
+        explain_faults(num_processes=launched_processes(), way_on=WAY_ON),
+        explain_out_of_memory(memory_way_out),
+    ):
+        yield
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """What was checked and loaded: ``model`` has its logits in the order of the dataset's classes."""
+
+    config: EvaluateConfig
+    accelerator: Accelerator
+    loaded: LoadedModel
+    model: nn.Module
+    class_order: str
+    data: TestData
+    threat_model: ThreatModel
+    foreign: Sequence[ForeignAttack]
+
+
+class _Found(NamedTuple):
+    """What each attack did, and what came out on corrupted images."""
+
+    results: dict[str, AttackResult]
+    corrupted: Sequence[CorruptionResult]
+
+
+def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
+    """Run one evaluation; ``lock`` is acquired here, on the main process."""
+    with refusals():
+        job = _prepare(config, lock)
+    logger.info("evaluating %s on %d images of %s", config.model, len(job.data.test), job.data.name)
+    way_out = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory (--use_cpu takes the CPU's)"
+    )
+    with faults_of_work(way_out):
+        found = _measure(job)
+    if job.accelerator.is_main_process:
+        _write(job, found)
+    job.accelerator.end_training()
+
+
+def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
+    """Everything that can be refused, before anything is written."""
+    if config.evaluation.autoattack:
+        require_autoattack()
+    check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
+    accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    foreign = [load_foreign_attack(place) for place in config.more.foreign_attack]
+    loaded = load_pixel_model(config.model, revision=config.model_revision)
+    chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
+    threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+    with accelerator.main_process_first():
+        data = load_test_data(
+            config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
+        )
+    model, class_order = align_classes(loaded, data.class_names)
+    if accelerator.is_main_process:
+        lock.acquire()
+        clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
+    accelerator.wait_for_everyone()
+    return _Job(
+        config=config,
+        accelerator=accelerator,
+        loaded=loaded,
+        model=model,
+        class_order=class_order,
+        data=data,
+        threat_model=threat_model,
+        foreign=foreign,
+    )
+
+
+def _measure(job: _Job) -> _Found:
+    """Every attack on every test image, and the corruptions that are asked for."""
+    config, accelerator = job.config, job.accelerator
+    model = job.model.to(accelerator.device).to(memory_format=torch.channels_last)
+    results = evaluate_on_test(
+        model,
+        job.data,
+        config.evaluation,
+        threat_model=job.threat_model,
+        accelerator=accelerator,
+        seed=config.seed,
+        output_dir=config.output_path,
+        foreign=job.foreign,
+        show_progress=not config.disable_tqdm,
+    )
+    corrupted = evaluate_corrupted(
+        model,
+        job.data,
+        config.more,
+        accelerator=accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+        seed=config.seed,
+        output_dir=config.output_path,
+        show_progress=not config.disable_tqdm,
+    )
+    return _Found(results, corrupted)
+
+
+def _write(job: _Job, found: _Found) -> None:
+    """Predictions, report, figures, page and card section into the output folder, and the table onto the terminal."""
+    config, data, threat_model = job.config, job.data, job.threat_model
+    report = evaluation_report(
+        config,
+        job.loaded,
+        data,
+        found.results,
+        job.accelerator,
+        threat_model=threat_model,
+        class_order=job.class_order,
+        corrupted=found.corrupted,
+    )
+    with clean_exit(CorruptImageError, OSError):
+        images, settings, seed = data.test, config.evaluation, config.seed
+        examples = example_strip(job.model, images, settings, threat_model=threat_model, seed=seed)
+        of_classes = class_examples(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
+        write_evaluation(
+            report,
+            config.output_path,
+            results=found.results,
+            examples=examples,
+            of_classes=of_classes,
+            groups=data.groups,
+        )
+    remove_partial_results(config.output_path)
+    tables = [results_table(report), *breakdown_tables(report)]
+    show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")
