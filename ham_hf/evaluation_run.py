@@ -21,7 +21,7 @@ from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import chosen_corruptions
-from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attack
+from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.suite import evaluate_corrupted, evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
@@ -127,7 +127,7 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
         require_autoattack()
     check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
     accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
-    foreign = [load_foreign_attack(place) for place in config.more.foreign_attack]
+    foreign = load_foreign_attacks(config.more.foreign_attack)
     loaded = load_pixel_model(config.model, revision=config.model_revision)
     chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
     threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)

@@ -2,6 +2,8 @@
 
     python recipes/evaluate.py outputs/digits-ham --dataset_name digits
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
+    python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --corruptions all --group_column site
+    python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --foreign_attack my_attack.py:attack
     python recipes/evaluate.py --help
 
 Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the

@@ -21,7 +21,7 @@ from ham_hf.data.columns import (
     read_labels,
 )
 from ham_hf.data.config import DataConfig
-from ham_hf.data.declarations import Declarations
+from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.parts import encoded_images, limit_rows, named_labels, split_files, stored_labels, streamed_labels
@@ -64,6 +64,7 @@ class _Opened(NamedTuple):
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    group_files: list[tuple[FileClasses, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def evaluation_part(
     Raises:
         ValueError: for anything that does not fit, or where every image of the split was for training.
     """
-    opened = _open_streamed(config, group_column) if config.dataset_streaming else _open(config)
+    opened = (_open_streamed if config.dataset_streaming else _open)(config, group_column)
     images_at = partial(encoded_images, opened.splits, opened.image_column, in_chans, opened.split)
     rows, origin = torch.arange(len(opened.labels)), opened.split
     fraction = None
@@ -162,7 +163,7 @@ def choose_evaluation_split(
     return (train, train) if test is None else (test, train)
 
 
-def _open(config: DataConfig) -> _Opened:
+def _open(config: DataConfig, group_column: str | None) -> _Opened:
     source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
 
     has_labels = stored_labels(source, config.label_column)
@@ -185,6 +186,7 @@ def _open(config: DataConfig) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=source.notes,
+        group_files=_group_files(group_column, source.declared, split),
     )
 
 
@@ -224,7 +226,13 @@ def _open_streamed(config: DataConfig, group_column: str | None) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=(),
+        group_files=_group_files(group_column, source.declared, split),
     )
+
+
+def _group_files(column: str | None, declared: Declarations, split: str) -> list[tuple[FileClasses, tuple[str, ...]]]:
+    """Files of a split with the names that their groups count; empty without groups or where no file declares any."""
+    return [] if column is None else _alone(declared, split).row_names(column, split, split)
 
 
 def _alone(declared: Declarations, split: str) -> Declarations:

@@ -94,6 +94,18 @@ def test_columns_that_are_no_groups(column: str, message: str, streaming: bool, 
         evaluated(folder, column, dataset_streaming=streaming)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number, names in enumerate((["dark", "noon"], ["noon", "dark"])):
+        light = datasets.ClassLabel(names=names)
+        split = dataset([gray(number), gray(10 + number)], [0, 1]).add_column("light", [0, 1], feature=light)
+        split.to_parquet(tmp_path / "data" / f"test-{number}.parquet")
+    groups = evaluated(str(tmp_path), "light", streaming=streaming).groups
+    assert groups is not None
+    assert groups.values() == ["dark", "noon", "noon", "dark"]
+
+
 def test_too_many_values_are_no_groups() -> None:
     assert len(make_groups("c", list(range(MAX_GROUPS))).names) == MAX_GROUPS
     with pytest.raises(ValueError, match=f"{MAX_GROUPS + 1} different values, at most {MAX_GROUPS} can be groups"):
