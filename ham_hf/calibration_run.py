@@ -28,7 +28,7 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.suite import evaluate_on_test
-from ham_hf.evaluation_run import faults_of_work, refusals
+from ham_hf.evaluation_run import faults_of_work, refusals, workplace
 from ham_hf.faults import clean_exit
 from ham_hf.fitting import align_classes, num_logits, threat_model_of
 from ham_hf.models import LoadedModel, load_pixel_model
@@ -112,19 +112,16 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> _Job:
 
 def _search(job: _Job) -> _Found:
     """Find the shifts, and evaluate the model with them in full."""
-    config, data = job.config, job.held_out.data
+    config, data, place = job.config, job.held_out.data, workplace(job.config, job.accelerator)
     logger.info("calibrating %s on %s of %s", config.model, job.held_out.origin, data.name)
     calibration = set_dial(
         job.model,
         job.held_out,
         config.calibration,
         threat_model=job.threat_model,
-        accelerator=job.accelerator,
+        place=place,
         batch_size=config.evaluation.per_device_eval_batch_size,
-        seed=config.seed,
-        output_dir=config.output_path,
         tags=job.origin.tags,
-        show_progress=not config.disable_tqdm,
     )
     shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
     shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
@@ -133,10 +130,7 @@ def _search(job: _Job) -> _Found:
         data,
         config.evaluation,
         threat_model=job.threat_model,
-        accelerator=job.accelerator,
-        seed=config.seed,
-        output_dir=config.output_path,
-        show_progress=not config.disable_tqdm,
+        place=place,
     )
     return _Found(calibration=calibration, shifts=shifts, shifted=shifted, results=results)
 

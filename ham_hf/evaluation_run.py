@@ -23,7 +23,7 @@ from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_corrupted, evaluate_on_test
+from ham_hf.evaluation.suite import Workplace, evaluate_corrupted, evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.models import LoadedModel, load_pixel_model
@@ -62,6 +62,16 @@ def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> N
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         raise SystemExit(130) from None
+
+
+def workplace(config: EvaluateConfig | CalibrateConfig, accelerator: Accelerator) -> Workplace:
+    """Where the evaluation of a configuration runs."""
+    return Workplace(
+        accelerator=accelerator,
+        seed=config.seed,
+        output_dir=config.output_path,
+        show_progress=not config.disable_tqdm,
+    )
 
 
 @contextmanager
@@ -154,28 +164,22 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
 
 def _measure(job: _Job) -> _Found:
     """Every attack on every test image, and the corruptions that are asked for."""
-    config, accelerator = job.config, job.accelerator
-    model = job.model.to(accelerator.device).to(memory_format=torch.channels_last)
+    config, place = job.config, workplace(job.config, job.accelerator)
+    model = job.model.to(job.accelerator.device).to(memory_format=torch.channels_last)
     results = evaluate_on_test(
         model,
         job.data,
         config.evaluation,
         threat_model=job.threat_model,
-        accelerator=accelerator,
-        seed=config.seed,
-        output_dir=config.output_path,
+        place=place,
         foreign=job.foreign,
-        show_progress=not config.disable_tqdm,
     )
     corrupted = evaluate_corrupted(
         model,
         job.data,
         config.more,
-        accelerator=accelerator,
+        place=place,
         batch_size=config.evaluation.per_device_eval_batch_size,
-        seed=config.seed,
-        output_dir=config.output_path,
-        show_progress=not config.disable_tqdm,
     )
     return _Found(results, corrupted)
 

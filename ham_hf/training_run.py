@@ -21,7 +21,7 @@ from ham_hf.dial import HeldOut, check_head, fold_into, set_dial, validation_par
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.suite import Workplace, evaluate_on_test
 from ham_hf.faults import (
     FaultError,
     MemoryExhaustedError,
@@ -295,7 +295,12 @@ def fit(run: Run, stop: StopRequests) -> Trained:
 def evaluate(run: Run) -> Evaluated:
     """Class shifts for the selected weights, from held-out images, if asked for; then the test split, once."""
     config, calibration, record = run.config, None, None
-    show_progress, seed = not config.training.disable_tqdm, config.training.seed
+    place = Workplace(
+        accelerator=run.accelerator,
+        seed=config.training.seed,
+        output_dir=run.folder,
+        show_progress=not config.training.disable_tqdm,
+    )
     with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
         weights, best = load_best(run.folder)
         run.selected.load_state_dict(weights)
@@ -305,11 +310,8 @@ def evaluate(run: Run) -> Evaluated:
                 run.held_out,
                 config.calibration,
                 threat_model=run.threat_model,
-                accelerator=run.accelerator,
+                place=place,
                 batch_size=config.evaluation.per_device_eval_batch_size,
-                seed=seed,
-                output_dir=run.folder,
-                show_progress=show_progress,
             )
             record = fold_into(run.selected, calibration)
         results = evaluate_on_test(
@@ -317,10 +319,7 @@ def evaluate(run: Run) -> Evaluated:
             run.data,
             config.evaluation,
             threat_model=run.threat_model,
-            accelerator=run.accelerator,
-            seed=seed,
-            output_dir=run.folder,
-            show_progress=show_progress,
+            place=place,
         )
     return Evaluated(best, results, calibration, record)
 

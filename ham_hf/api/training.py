@@ -27,7 +27,7 @@ from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.suite import Workplace, evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
@@ -322,10 +322,12 @@ def _finished(
         data,
         settings.evaluation,
         threat_model=threat_model,
-        accelerator=accelerator,
-        seed=settings.training.seed,
-        output_dir=folder,
-        show_progress=not settings.training.disable_tqdm,
+        place=Workplace(
+            accelerator=accelerator,
+            seed=settings.training.seed,
+            output_dir=folder,
+            show_progress=not settings.training.disable_tqdm,
+        ),
     )
     report = report_of(results, data.class_names, threat_model)
     if accelerator.is_main_process:

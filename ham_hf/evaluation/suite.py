@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,17 +20,31 @@ from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.evaluation.robustness import AttackResult, evaluate, standard_attacks
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Workplace:
+    """Where an evaluation runs and keeps what is done.
+
+    Attributes:
+        accelerator: shares the batches out.
+        seed: of the attacks and of noise.
+        output_dir: output folder of the run, where finished batches are kept until `remove_partial_results`.
+        show_progress: show bars on the local main process.
+    """
+
+    accelerator: Accelerator
+    seed: int
+    output_dir: Path
+    show_progress: bool = True
+
+
 def evaluate_on_test(
     model: nn.Module,
     data: TestData,
     config: EvaluationConfig,
     *,
     threat_model: ThreatModel,
-    accelerator: Accelerator,
-    seed: int,
-    output_dir: Path,
+    place: Workplace,
     foreign: Sequence[ForeignAttack] = (),
-    show_progress: bool = True,
 ) -> dict[str, AttackResult]:
     """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example.
 
@@ -40,23 +55,20 @@ def evaluate_on_test(
         data: its test split.
         config: which attacks.
         threat_model: norm and radius.
-        accelerator: shares the batches out.
-        seed: seed of the attacks.
-        output_dir: output folder of the run.
+        place: where it runs.
         foreign: attacks of other libraries to run too.
-        show_progress: show bars on the local main process.
     """
-    partial = partial_results(output_dir, model, data.test)
+    partial = partial_results(place.output_dir, model, data.test)
     results = evaluate(
         model,
         data.test,
         [*standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)), *foreign],
         threat_model=threat_model,
-        accelerator=accelerator,
+        accelerator=place.accelerator,
         batch_size=config.per_device_eval_batch_size,
-        seed=seed,
+        seed=place.seed,
         partial=partial,
-        show_progress=show_progress,
+        show_progress=place.show_progress,
     )
     if config.autoattack:
         results["autoattack"] = evaluate_autoattack(
@@ -64,12 +76,12 @@ def evaluate_on_test(
             data.test,
             num_classes=len(data.class_names),
             threat_model=threat_model,
-            accelerator=accelerator,
+            accelerator=place.accelerator,
             batch_size=config.per_device_eval_batch_size,
-            seed=seed,
+            seed=place.seed,
             num_examples=config.autoattack_examples,
             partial=partial,
-            show_progress=show_progress,
+            show_progress=place.show_progress,
         )
     return results
 
@@ -79,11 +91,8 @@ def evaluate_corrupted(
     data: TestData,
     config: MoreEvaluationConfig,
     *,
-    accelerator: Accelerator,
+    place: Workplace,
     batch_size: int,
-    seed: int,
-    output_dir: Path,
-    show_progress: bool = True,
 ) -> list[CorruptionResult]:
     """What a model, on its device already, makes of corrupted test images; nothing where none are asked for.
 
@@ -98,11 +107,11 @@ def evaluate_corrupted(
         names,
         config.severities,
         num_channels=data.in_chans,
-        accelerator=accelerator,
+        accelerator=place.accelerator,
         batch_size=batch_size,
-        seed=seed,
-        partial=partial_results(output_dir, model, data.test),
-        show_progress=show_progress,
+        seed=place.seed,
+        partial=partial_results(place.output_dir, model, data.test),
+        show_progress=place.show_progress,
     )
 
 
