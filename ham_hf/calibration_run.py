@@ -157,7 +157,9 @@ def _publish(job: _Job, found: _Found) -> None:
         class_order=job.class_order,
     )
     report = calibrated_report(evaluated, found.calibration, exported, job.origin, model_license=model_license)
-    strip = example_strip(found.shifted, data.test, config.evaluation, threat_model=job.threat_model, seed=config.seed)
+    strip = example_strip(
+        found.shifted, data.test, config.evaluation, found.results, threat_model=job.threat_model, seed=config.seed
+    )
     of_classes = class_examples(
         found.shifted,
         data.test,

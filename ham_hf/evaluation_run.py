@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import CalibrateConfig, EvaluateConfig
+from ham_hf.config import CalibrateConfig, EvaluateConfig, config_to_dict
+from ham_hf.config.yaml_text import setting_words
 from ham_hf.data import TestData, load_test_data
 from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
@@ -26,6 +29,8 @@ from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.suite import Workplace, evaluate_corrupted, evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
+from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables
 from ham_hf.reporting.class_examples import class_examples, example_strip
@@ -41,6 +46,12 @@ logger = logging.getLogger("ham_hf.evaluate")
 ConfigT = TypeVar("ConfigT", EvaluateConfig, CalibrateConfig)
 
 WAY_ON = "the same command"
+NOT_THE_NUMBERS = frozenset(
+    {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
+     "hub_model_id", "publish_images", "dataloader_num_workers"}
+)  # fmt: skip
+"""Settings that change nothing of what is measured."""
+
 FAULTS = (
     NonFiniteLogitsError,
     MemoryExhaustedError,
@@ -128,7 +139,40 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         found = _measure(job)
     if job.accelerator.is_main_process:
         _write(job, found)
+    is_main_process = job.accelerator.is_main_process
     job.accelerator.end_training()
+    if is_main_process and config.hub.push_to_hub:
+        with clean_exit(PushError):
+            url = push_evaluation(
+                config.output_path,
+                str(config.repo_id),
+                create_pr=config.hub.create_pr,
+                publish_images=config.hub.publish_images,
+            )
+        show(f"pushed to {url}\n")
+
+
+def check_push(config: EvaluateConfig) -> None:
+    """Refuse a push that could not work, before anything is computed.
+
+    Raises:
+        ValueError: saying what to fix.
+    """
+    if config.hub.create_pr:
+        check_pull_request(str(config.repo_id))
+    else:
+        check_write_access(config.repo_id, private=False)
+
+
+def shell_command(config: EvaluateConfig) -> str:
+    """The words that measure the same again, without where things lie on this machine."""
+    settings = config_to_dict(config)
+    defaults = config_to_dict(EvaluateConfig(model=config.model))
+    given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
+    for name, value in settings.items():
+        if name not in NOT_THE_NUMBERS and value != defaults[name]:
+            given.setdefault(name, value)
+    return shlex.join([*command("evaluate").split(), plain_name(config.model), *setting_words(given)])
 
 
 def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
@@ -137,6 +181,8 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
         require_autoattack()
     check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
     accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        check_push(config)
     foreign = load_foreign_attacks(config.more.foreign_attack)
     loaded = load_pixel_model(config.model, revision=config.model_revision)
     chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
@@ -199,13 +245,14 @@ def _write(job: _Job, found: _Found) -> None:
     )
     with clean_exit(CorruptImageError, OSError):
         images, settings, seed = data.test, config.evaluation, config.seed
-        examples = example_strip(job.model, images, settings, threat_model=threat_model, seed=seed)
+        examples = example_strip(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
         of_classes = class_examples(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
         write_evaluation(
             report,
             config.output_path,
             results=found.results,
             examples=examples,
+            command=shell_command(config),
             of_classes=of_classes,
             groups=data.groups,
         )

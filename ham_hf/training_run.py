@@ -53,10 +53,10 @@ from ham_hf.training.launch import (
     launched_processes,
     peak_memory_bytes,
 )
-from ham_hf.training.log import check_tracker, end_training, start_tracker
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped
+from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Progress, Trainer
 
@@ -140,7 +140,7 @@ def check_settings(config: TrainConfig) -> None:
         ValueError: naming the setting.
     """
     training = config.training
-    check_tracker(training.report_to)
+    chosen_trackers(training.report_to)
     check_optimizer(training.optimizer)
     if config.evaluation.autoattack:
         require_autoattack()
@@ -216,8 +216,8 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
     accelerator = create_accelerator(
         use_cpu=training.use_cpu,
         mixed_precision=training.mixed_precision,
-        report_to=training.report_to,
-        logging_dir=Path(training.output_dir) / "logs",
+        trackers=chosen_trackers(training.report_to),
+        logging_dir=Path(training.output_dir) / LOGS_NAME,
         ddp_timeout=training.ddp_timeout,
     )
     if accelerator.is_main_process:
@@ -262,7 +262,7 @@ def begin(run: Run) -> None:
         write_config(run.config, run.folder)
     patience = min(40.0, training.ddp_timeout / 2)
     check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
-    start_tracker(run.accelerator, training.report_to, config_to_dict(run.config))
+    start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)
 
 
 def fit(run: Run, stop: StopRequests) -> Trained:
@@ -345,7 +345,12 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
             notes=overflow_notes(trained.progress),
         )
         examples = example_strip(
-            run.selected, data.test, config.evaluation, threat_model=run.threat_model, seed=config.training.seed
+            run.selected,
+            data.test,
+            config.evaluation,
+            found.results,
+            threat_model=run.threat_model,
+            seed=config.training.seed,
         )
         of_classes = class_examples(
             run.selected,
@@ -359,6 +364,8 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
             report, folder, results=found.results, examples=examples, repo_id=run.repo_id, of_classes=of_classes
         )
         remove_partial_results(folder)
+    summaries = {attack.name: attack.summary for attack in report.entries()}
+    track_test_results(run.accelerator, summaries, data.class_names, step=trained.progress.step)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
     show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")

@@ -44,10 +44,10 @@ from ham_hf.reporting.results import (
 )
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
-from ham_hf.training.log import check_tracker, end_training, start_tracker
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, stop_requests
+from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.trainer import Trainer
 from ham_hf.training_run import export_model
 
@@ -117,8 +117,8 @@ def train(
         accelerator = create_accelerator(
             use_cpu=settings.training.use_cpu,
             mixed_precision=settings.training.mixed_precision,
-            report_to=settings.training.report_to,
-            logging_dir=folder / "logs",
+            trackers=chosen_trackers(settings.training.report_to),
+            logging_dir=folder / LOGS_NAME,
             ddp_timeout=settings.training.ddp_timeout,
         )
         if accelerator.is_main_process:
@@ -161,7 +161,7 @@ def _run(
         if data.name != NAME and preprocessing is not None:
             write_config(settings, folder)
     accelerator.wait_for_everyone()
-    start_tracker(accelerator, settings.training.report_to, config_to_dict(settings))
+    start_trackers(accelerator, folder, config_to_dict(settings), step=trainer.progress.step)
     with stop.deferred():
         trainer.fit(stop)
     accelerator.wait_for_everyone()
@@ -196,7 +196,7 @@ def _check(settings: TrainConfig, train: Examples | None, test: Examples | None)
         raise ValueError(
             "fairness: this call trains; make the result fairer with ham_hf.calibrate, on held-out images"
         )
-    check_tracker(settings.training.report_to)
+    chosen_trackers(settings.training.report_to)
     check_optimizer(settings.training.optimizer)
     if settings.evaluation.autoattack:
         require_autoattack()
@@ -330,6 +330,8 @@ def _finished(
         ),
     )
     report = report_of(results, data.class_names, threat_model)
+    summaries = {attack.name: attack.summary for attack in report.entries}
+    track_test_results(accelerator, summaries, data.class_names, step=trainer.progress.step)
     if accelerator.is_main_process:
         if preprocessing is None:
             _write_plain(selected, report, data, folder)
@@ -362,11 +364,10 @@ def _write_for_timm(
     report = training_report(
         settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
     )
-    seed, threat_model = settings.training.seed, settings.attack.threat_model
-    examples = example_strip(selected, data.test, settings.evaluation, threat_model=threat_model, seed=seed)
-    of_classes = class_examples(
-        selected, data.test, settings.evaluation, results, threat_model=threat_model, seed=seed
-    )
+    seed = settings.training.seed
+    shown = (selected, data.test, settings.evaluation, results)
+    examples = example_strip(*shown, threat_model=settings.attack.threat_model, seed=seed)
+    of_classes = class_examples(*shown, threat_model=settings.attack.threat_model, seed=seed)
     write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
 
 

@@ -2,13 +2,15 @@
 
     python recipes/evaluate.py outputs/digits-ham --dataset_name digits
     accelerate launch recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --autoattack
+    python recipes/evaluate.py you/their-model --dataset_name uoft-cs/cifar10 --push_to_hub --create_pr
     python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --corruptions all --group_column site
     python recipes/evaluate.py me/robust-cifar10 --dataset_name uoft-cs/cifar10 --foreign_attack my_attack.py:attack
     python recipes/evaluate.py --help
 
 Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the
-verdict), figures/ and EVALUATION.md (the evaluation part of a model card). Killed in the middle, the same command goes
-on where it stopped.
+verdict), figures/, EVALUATION.md (the evaluation part of a model card) and, of a dataset on the Hub, .eval_results/.
+--push_to_hub brings them into the model's repository, --create_pr as a pull request. Killed in the middle, the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations

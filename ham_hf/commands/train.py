@@ -19,9 +19,9 @@ from ham_hf.hub import limit_waiting
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import hide_progress_bars
 from ham_hf.training.launch import launched_processes, set_up_logging
-from ham_hf.training.log import end_training
 from ham_hf.training.run_folder import RunLock
 from ham_hf.training.stopping import StopRequests, stop_requests
+from ham_hf.training.trackers import end_training
 from ham_hf.training_run import begin, check_settings, evaluate, fit, prepare, push, write_results
 
 

@@ -19,9 +19,11 @@ from ham_hf.settings import settings_of
 
 NOT_THE_RUN = frozenset(
     {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name",
+        "project", "trackio_space_id", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "model_license",
+        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "create_pr",
+        "model_license",
         "ddp_timeout", "max_train_hours",
     }
 )  # fmt: skip

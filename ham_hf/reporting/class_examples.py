@@ -142,12 +142,8 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
     each. An image is not shown twice. Empty without an attack.
     """
     usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
-    shares = []
-    for label in torch.unique(verdicts.labels[verdicts.judged]).tolist():
-        judged = verdicts.judged & (verdicts.labels == label)
-        shares.append((float(verdicts.withstood[judged].double().mean()), int(label)))
     chosen = list[tuple[int, str]]()
-    for _, label in sorted(shares)[:MAX_CLASSES]:
+    for label in worst_classes(verdicts)[:MAX_CLASSES]:
         rows = (usable & (verdicts.labels == label)).nonzero()[:, 0]
         rows = rows[verdicts.margins_attacked[rows].argsort(stable=True)]
         weak = rows[: min(NUM_PER_KIND, -(-len(rows) // 2))]
@@ -156,15 +152,38 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
     return chosen
 
 
+def worst_classes(verdicts: Verdicts) -> list[int]:
+    """The classes with an image that was attacked, the one with the smallest share that withstood first.
+
+    Without an attack, those with the smallest share that is right.
+    """
+    attacked = bool(verdicts.judged.any())
+    counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)
+    right = verdicts.withstood if attacked else verdicts.clean == verdicts.labels
+    shares = [
+        (float(right[counted & (verdicts.labels == label)].double().mean()), int(label))
+        for label in torch.unique(verdicts.labels[counted]).tolist()
+    ]
+    return [label for _, label in sorted(shares)]
+
+
 def example_strip(
-    model: nn.Module, images: Images, config: EvaluationConfig, *, threat_model: ThreatModel, seed: int
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    results: Mapping[str, AttackResult],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
 ) -> ExampleStrip:
-    """A few images of different classes before and after the PGD attack of the evaluation, for the figure."""
-    # The first image of each class; of more images than shown, classes spread over all of them.
-    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in torch.unique(images.labels)])
-    spread = torch.linspace(0, len(firsts) - 1, min(NUM_EXAMPLES_SHOWN, len(firsts))).round().long()
+    """Images of the classes that withstood the attacks of ``results`` least, the worst first, for the figure.
+
+    Of each class the first image, before and after the evaluation's PGD.
+    """
+    worst = worst_classes(verdicts_of(results, ()))[:NUM_EXAMPLES_SHOWN]
+    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])
     attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
-    return _attacked_by(model, images, [firsts[spread]], attack, threat_model, seed)
+    return _attacked_by(model, images, [firsts], attack, threat_model, seed)
 
 
 def class_examples(
@@ -294,13 +313,13 @@ def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int, f
         clean_prediction=int(verdicts.clean[row]),
         attacked_prediction=int(images.attacked_predictions[index]),
         enlargement=enlargement,
-        clean=_picture(clean, side, form),
-        attacked=_picture(attacked, side, form),
-        difference=_picture(0.5 + enlargement * difference, side, form),
+        clean=picture(clean, side, form),
+        attacked=picture(attacked, side, form),
+        difference=picture(0.5 + enlargement * difference, side, form),
     )
 
 
-def _picture(pixels: Tensor, side: int, form: str) -> bytes:
+def picture(pixels: Tensor, side: int, form: str) -> bytes:
     """(C, H, W) pixels in [0, 1] as a file, its longer side at most ``side``; of four channels the first three."""
     values = (pixels.clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(values[0].numpy() if len(values) < 3 else values[:3].permute(1, 2, 0).numpy())

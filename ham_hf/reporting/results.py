@@ -24,8 +24,9 @@ from ham_hf.models.export import ExportInfo
 from ham_hf.models.origin import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
-from ham_hf.reporting.card import evaluation_section, write_card
-from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, write_examples
+from ham_hf.reporting.card import evaluation_document, write_card
+from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, picture, write_examples
+from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.page import write_page
 from ham_hf.reporting.plots import save_figures
@@ -212,13 +213,35 @@ def write_training(
     ``of_classes`` are the images of the page.
     """
     # Before the report, which says that a run is finished.
-    verdicts = verdicts_of(results, report.dataset.class_names)
+    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
+    verdicts = _write_numbers(report, folder, results, examples, train_log=train_log)
+    _write_card(report, folder, examples, repo_id=repo_id)
+    _write_page(report, folder, verdicts, of_classes)
+
+
+def _write_numbers(
+    report: RunReport,
+    folder: Path,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    *,
+    train_log: Sequence[Mapping[str, Any]] = (),
+    groups: ImageGroups | None = None,
+) -> Verdicts:
+    """Predictions, report and figures; returns the predictions."""
+    verdicts = verdicts_of(results, report.dataset.class_names, groups)
     write_verdicts(verdicts, folder)
     write_report(report, folder)
-    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
     save_figures(report, folder, examples=examples, train_log=train_log)
+    return verdicts
+
+
+def _write_card(report: RunReport, folder: Path, examples: ExampleStrip, *, repo_id: str | None) -> None:
+    """The card, the image that its code opens, and the results as the Hub reads them."""
+    image = examples.clean[0].float().cpu()
+    (folder / "image.png").write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
     write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
-    _write_page(report, folder, verdicts, of_classes)
+    write_eval_results(report, folder)
 
 
 def _write_page(report: RunReport, folder: Path, verdicts: Verdicts, of_classes: ClassExamples | None) -> None:
@@ -282,15 +305,17 @@ def write_evaluation(
     *,
     results: Mapping[str, AttackResult],
     examples: ExampleStrip,
+    command: str,
     of_classes: ClassExamples | None = None,
     groups: ImageGroups | None = None,
 ) -> None:
-    """Predictions, report, figures, page and the evaluation part of a card, ``EVALUATION.md``."""
-    verdicts = verdicts_of(results, report.dataset.class_names, groups)
-    write_verdicts(verdicts, folder)
-    write_report(report, folder)
-    save_figures(report, folder, examples=examples, train_log=[])
-    (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
+    """Predictions, report, figures, page, ``EVALUATION.md`` and the results as the Hub reads them.
+
+    ``command`` are the words that measure it again.
+    """
+    verdicts = _write_numbers(report, folder, results, examples, groups=groups)
+    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command=command), encoding="utf-8")
+    write_eval_results(report, folder, suffix="-evaluation")
     _write_page(report, folder, verdicts, of_classes)
 
 
@@ -331,9 +356,6 @@ def write_calibration(
     of_classes: ClassExamples | None = None,
 ) -> None:
     """Predictions, report, figures, page and card of a calibrated model that is in ``folder`` already."""
-    verdicts = verdicts_of(results, report.dataset.class_names)
-    write_verdicts(verdicts, folder)
-    write_report(report, folder)
-    save_figures(report, folder, examples=examples, train_log=[])
-    write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))
+    verdicts = _write_numbers(report, folder, results, examples)
+    _write_card(report, folder, examples, repo_id=None)
     _write_page(report, folder, verdicts, of_classes)

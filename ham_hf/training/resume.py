@@ -49,6 +49,9 @@ MAY_CHANGE = frozenset(
         "save_steps",
         "save_total_limit",
         "report_to",
+        "run_name",
+        "project",
+        "trackio_space_id",
         "disable_tqdm",
     }
 )

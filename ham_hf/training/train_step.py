@@ -130,7 +130,8 @@ class TrainStep:
         self.accelerator, self.config, self.ema = accelerator, config, ema
         self.memory_format = memory_format_of(config, accelerator)
         self.module: nn.Module = accelerator.unwrap_model(model)
-        self.attacked = attack_passes(self.module, config.attack_precision)
+        scaled = "fp16" in (config.attack_precision, accelerator.mixed_precision)
+        self.attacked = attack_passes(self.module, "fp16" if scaled else config.attack_precision)
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""

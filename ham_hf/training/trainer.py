@@ -22,6 +22,7 @@ from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStr
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
+from ham_hf.precision import attack_passes
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -255,6 +256,7 @@ class Trainer:
         self.log = RunLog(
             self.accelerator,
             self.output_dir,
+            self.data.class_names,
             start_step=self.progress.step,
             validation_due=self.progress.validation_due is not None,
             total_steps=self.total_steps,
@@ -435,16 +437,23 @@ class Trainer:
         """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
             held_out = self._held_out_part(f"--method {rule.name}")
-            return held_out.sums(rule, self.module, loss=self.objective.loss, attack=self.attack, epoch=epoch)
+            return held_out.sums(
+                rule, self._as_attacked(self.module), loss=self.objective.loss, attack=self.attack, epoch=epoch
+            )
 
     def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
             return self._held_out_part("validation").accuracy(
-                module,
+                self._as_attacked(module),
                 replace(self.attack, num_steps=self.config.validation_num_steps),
                 with_verdict=self.config.selection_metric == "verdict",
             )
+
+    def _as_attacked(self, module: nn.Module) -> nn.Module:
+        """The module as validation attacks it; an average of weights computes in float32."""
+        scaled = module is self.module and self.accelerator.mixed_precision == "fp16"
+        return attack_passes(module, "fp16") if scaled else module
 
     def _held_out_part(self, what_for: str) -> HeldOutPart:
         if self.data.validation is None:
@@ -541,11 +550,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         now = changeable(self.config, self.accelerator)
         changed = changes_on_the_way(progress.changeable, now)
+        complete = progress.step >= self.total_steps
         if changed:
             epoch = progress.step // self.updates_per_epoch + 1
-            progress.changes.append(f"After update {progress.step}, from epoch {epoch} on, the run had {changed}.")
+            later = f"the last, the run was started again with {changed}, and trained no more."
+            if not complete:
+                later = f"from epoch {epoch} on, the run had {changed}."
+            progress.changes.append(f"After update {progress.step}, {later}")
             logger.warning("the run goes on with %s: the card will say so", changed)
-        progress.changeable = now
+        if not complete:
+            progress.changeable = now
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)
