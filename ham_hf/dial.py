@@ -39,7 +39,7 @@ class HeldOut:
     """Images to calibrate on, with the data that they are of.
 
     Attributes:
-        images: what the shifts are found on.
+        images: images to find the shifts on.
         data: the dataset; its test images are evaluated, its classes are those of ``images``.
         origin: which images these are, to follow "found on".
         seen_in_training: whether the model was trained on them.
@@ -54,7 +54,7 @@ class HeldOut:
 
 
 def restore_original(loaded: LoadedModel) -> None:
-    """Give a calibrated model its original bias back, in place, so that calibrating again does not add up.
+    """Restore a calibrated model's original bias, in place, so that calibrating again does not add up.
 
     Raises:
         HeadError: if the recorded bias does not fit the model.
@@ -68,7 +68,7 @@ def restore_original(loaded: LoadedModel) -> None:
 
 
 def images_to_calibrate_on(loaded: LoadedModel, config: CalibrateConfig) -> HeldOut:
-    """The images that a model's training run held out, or a named split; never those of the test.
+    """Find the images that a model's training run held out, or a named split; never those of the test.
 
     Raises:
         ValueError: if the model does not record what it was trained on and no split is named, or the named split is
@@ -233,7 +233,7 @@ def check_enough_images(held_out: HeldOut) -> None:
 
 
 def validation_part(data: ImageData, *, seed: int) -> HeldOut:
-    """The images that a training run holds out of its own, to calibrate on at its end.
+    """Return the images that a training run holds out, to calibrate on at its end.
 
     Raises:
         ValueError: if there are too few of a class.

@@ -73,7 +73,7 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
 
 def provenance_of(loaded: LoadedModel) -> Provenance | None:
-    """What a model was trained on; None if its ``config.json`` does not say so.
+    """Return what a model was trained on; None if its ``config.json`` does not say so.
 
     Raises:
         ValueError: if the record is damaged.
@@ -90,7 +90,7 @@ def provenance_of(loaded: LoadedModel) -> Provenance | None:
 def threat_model_of(
     config: EvaluationThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None
 ) -> ThreatModel:
-    """The threat model asked for; where nothing is, the one the model was trained for, else linf 8/255.
+    """Return the threat model asked for; by default the one the model was trained for, else linf 8/255.
 
     Raises:
         ValueError: if l2 is asked for, no epsilon, and the model was trained for something else; or if a length is on
@@ -111,7 +111,7 @@ def threat_model_of(
 
 
 def num_logits(loaded: LoadedModel) -> int:
-    """Number of classes that a model tells apart.
+    """Return the number of classes that a model tells apart.
 
     Raises:
         ValueError: if it has no classifier.
@@ -144,7 +144,7 @@ class AlignedModel(NamedTuple):
     Attributes:
         model: the model.
         class_order: ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
-            their logits are attacked and decided over; ``assumed``: names say nothing, the orders are taken to be one.
+            their logits are attacked and decided over; ``assumed``: names do not match, the orders are assumed equal.
     """
 
     model: nn.Module
@@ -152,7 +152,7 @@ class AlignedModel(NamedTuple):
 
 
 def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedModel:
-    """The model with its logits in the order of the dataset's classes; names that both have decide.
+    """Put the model's logits in the order of the dataset's classes; names that both have decide.
 
     Raises:
         ValueError: if the dataset has a class that the model does not name while they share others at different

@@ -143,7 +143,7 @@ def check_write_access(
 
 
 def _check_space(api: HfApi, repo_id: str) -> None:
-    """Refuse a Space of the model's name that somebody made for another purpose, or that is public and the model not.
+    """Reject a Space of the model's name that serves another purpose, or that is public while the model is private.
 
     Raises:
         ValueError: saying what to do.
@@ -280,7 +280,7 @@ def _without_images(folder: Path) -> dict[str, bytes]:
 
 
 def _withholds_images(folder: Path) -> bool:
-    """Whether images of a folder have to stay in it: it shows some, and the dataset is not known to be public."""
+    """Return whether a folder's images must stay local: it shows some, and the dataset is not known to be public."""
     page = folder / PAGE_NAME
     shown = [name for name in IMAGES if (folder / name).is_file()]
     shown += [PAGE_NAME] if page.is_file() and has_images(page.read_text(encoding="utf-8")) else []
@@ -294,7 +294,7 @@ def _withholds_images(folder: Path) -> bool:
 
 
 def _has_public_images(folder: Path) -> bool:
-    """Whether everybody may have the dataset of a run: the digits that come along, or an open dataset on the Hub."""
+    """Return whether the dataset of a run is public: the bundled digits, or an open dataset on the Hub."""
     try:
         dataset = read_report(folder).dataset
     except (OSError, ValueError):
@@ -313,7 +313,7 @@ def _has_public_images(folder: Path) -> bool:
 def try_push(
     folder: str | Path, repo_id: str, *, revision: str = DEFAULT_REVISION, commit_message: str = "Upload model"
 ) -> bool:
-    """Push once in the middle of a run, and only warn if it fails: the next save pushes again. True if it worked."""
+    """Push once in the middle of a run; on failure only warn, as the next save pushes again. True if it worked."""
     try:
         push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
     except PushError as error:

@@ -94,7 +94,7 @@ def evaluate_corrupted(
     place: Workplace,
     batch_size: int,
 ) -> list[CorruptionResult]:
-    """What a model, on its device already, makes of corrupted test images; nothing where none are asked for.
+    """Evaluate a model, already on its device, on corrupted test images; return an empty list if none are asked for.
 
     Finished batches are kept in the output folder as by `evaluate_on_test`.
     """

@@ -114,9 +114,11 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
     return path
 
 
-def evaluation_section(report: RunReport) -> str:
-    """The card's evaluation part alone (threat model, results, per-class table), as Markdown to paste elsewhere."""
-    return _section(report, None)
+def evaluation_section(report: RunReport, folder: Path | None = None) -> str:
+    """The card's evaluation part alone (threat model, results, per-class table, figures that exist in ``folder``)."""
+    template = _template()
+    context = _context(report, folder, repo_id=None, model_license="")
+    return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
 
 
 def evaluation_document(report: RunReport, folder: str | Path, *, command: str) -> str:
@@ -135,18 +137,12 @@ def evaluation_document(report: RunReport, folder: str | Path, *, command: str) 
         f"{_dataset_link(report)} by ham_hf {code(version)} on {code(report.created)}:\n\n"
         f"```bash\n{verbatim(command, 1000)}\n```\n\n"
     )
-    return opening + _section(report, Path(folder))
+    return opening + evaluation_section(report, Path(folder))
 
 
 def without_images(markdown: str) -> str:
     """A card or ``EVALUATION.md`` without what shows images of the dataset, the files of ``IMAGES``."""
     return re.sub(rf"{_IMAGES_BEGIN}\n.*?{_IMAGES_END}\n\n?", "", markdown, flags=re.DOTALL)
-
-
-def _section(report: RunReport, folder: Path | None) -> str:
-    template = _template()
-    context = _context(report, folder, repo_id=None, model_license="")
-    return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
 
 
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:

@@ -75,7 +75,7 @@ def save_figures(
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write ``figure`` as PNG; the same figure gives the same bytes, so that pushing it again changes nothing."""
     with warnings.catch_warnings():
-        # A class name in a script that the font lacks shows as boxes; one warning per character helps nobody.
+        # Class names in a script that the font lacks show as boxes; a warning per character does not help.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
     return path
