@@ -101,15 +101,13 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    chosen = _chosen_examples(images.labels, num_examples)
+    size, chosen = WorkingSize(batch_size), _chosen_examples(images.labels, num_examples)
     labels = images.labels[chosen]
     settings: dict[str, object] = {
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
         **{"seed": seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    if partial is not None:
-        partial = partial.keyed({"autoattack": settings, "batch_size": batch_size})
-    size = WorkingSize(batch_size)
+    partial = None if partial is None else partial.keyed({"autoattack": settings, "batch_size": batch_size})
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, accelerator.device)
     stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
