@@ -119,18 +119,13 @@ def mine_hard_examples(
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
-        x_early = x_next = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
-        if classify_in_step and left:
-            seen = LastLogits(loss_fn)
-            x_next = replace(early, num_steps=1)(model, x, y, start=x_early, loss_fn=seen)
-            logits, left = seen.logits, left - 1
-        else:
-            with torch.no_grad():
-                logits = model(x_early)
+        x_early = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
+        in_step = min(left, int(classify_in_step))
+        x_next, logits = _classified(replace(early, num_steps=in_step), model, x, y, x_early, loss_fn)
         hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        x_adv = _attacked_on(replace(early, num_steps=left), model, x, y, rows, x_next, loss_fn)
+        x_adv = _attacked_on(replace(early, num_steps=left - in_step), model, x, y, rows, x_next, loss_fn)
         return HardExamples(
             x_adv=x_adv,
             y=y[rows],
@@ -209,6 +204,17 @@ def mine_three_kinds(
         early=mined.early,
         wrong_at_start=wrong_at_start,
     )
+
+
+def _classified(
+    step: Attack, model: nn.Module, x: Tensor, y: Tensor, x_early: Tensor, loss_fn: LossFn
+) -> tuple[Tensor, Tensor]:
+    """Images after one step from ``x_early``, or none, and the logits (N, num_classes) of ``x_early``."""
+    if step.num_steps:
+        seen = LastLogits(loss_fn)
+        return step(model, x, y, start=x_early, loss_fn=seen), seen.logits
+    with torch.no_grad():
+        return x_early, model(x_early)
 
 
 def _attacked_on(

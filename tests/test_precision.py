@@ -13,8 +13,8 @@ import ham_hf  # noqa: F401 (registers the CIFAR networks with timm)
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.precision import attack_passes
-from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
+from tests.support.updates import train_step
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 8 / 255), num_steps=4, step_size=2 / 255)
 
@@ -63,7 +63,7 @@ def test_only_the_attack_of_an_update_is_coarser(net, batch):
         for precision in ("training", "bf16"):
             model = copy.deepcopy(net)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            step = TrainStep(
+            step = train_step(
                 model,
                 optimizer,
                 objective,

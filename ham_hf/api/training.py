@@ -22,18 +22,26 @@ from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.build import build_config, load_train_config
 from ham_hf.config.yaml_text import Entry
-from ham_hf.data import BatchRequest, ImageData
+from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import Workplace, evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
-from ham_hf.models import PixelModel, Preprocessing, input_defaults
+from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.results import training_report, write_config, write_training
-from ham_hf.runs import class_examples, evaluate_on_test, example_strip, export_model, load_data, new_model
+from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.results import (
+    model_section,
+    overflow_notes,
+    training_report,
+    training_section,
+    write_config,
+    write_training,
+)
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
 from ham_hf.training.optimization import check_optimizer
@@ -41,6 +49,7 @@ from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_
 from ham_hf.training.stopping import StopRequests, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.trainer import Trainer
+from ham_hf.training_run import export_model
 
 logger = logging.getLogger(__name__)
 
@@ -227,8 +236,8 @@ def _data(
 ) -> ImageData:
     inputs = input_defaults(settings.model.model_name, model_args=settings.model.model_args)
     if train is None or test is None:
-        return load_data(
-            settings.data, image_size=settings.model.image_size, inputs=inputs, seed=settings.training.seed
+        return load_image_data(
+            settings.data, inputs, seed=settings.training.seed, image_size=settings.model.image_size
         )
     return image_data_from(
         train,
@@ -309,16 +318,16 @@ def _finished(
     weights, best = load_best(folder)
     selected.load_state_dict(weights)
     results = evaluate_on_test(
-        selected,
-        data.test,
+        selected.to(accelerator.device).to(memory_format=trainer.train_step.memory_format),
+        data,
         settings.evaluation,
-        num_classes=len(data.class_names),
         threat_model=threat_model,
-        accelerator=accelerator,
-        seed=settings.training.seed,
-        output_dir=folder,
-        memory_format=trainer.train_step.memory_format,
-        show_progress=not settings.training.disable_tqdm,
+        place=Workplace(
+            accelerator=accelerator,
+            seed=settings.training.seed,
+            output_dir=folder,
+            show_progress=not settings.training.disable_tqdm,
+        ),
     )
     report = report_of(results, data.class_names, threat_model)
     summaries = {attack.name: attack.summary for attack in report.entries}
@@ -350,17 +359,10 @@ def _write_for_timm(
     """Everything that a run of the command line leaves."""
     folder, accelerator = Path(settings.training.output_dir), trainer.accelerator
     exported = export_model(selected, settings, data, preprocessing)
+    model = model_section(settings.model.model_name, exported, preprocessing)
+    training = training_section(trainer.progress, best, peak_memory_bytes=peak_memory_bytes(accelerator.device))
     report = training_report(
-        settings,
-        selected,
-        exported,
-        preprocessing,
-        data,
-        trainer.progress,
-        best,
-        results,
-        accelerator,
-        peak_memory_bytes=peak_memory_bytes(accelerator.device),
+        settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
     )
     seed = settings.training.seed
     shown = (selected, data.test, settings.evaluation, results)

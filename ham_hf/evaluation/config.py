@@ -22,7 +22,7 @@ class EvaluationThreatConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.runs.threat_model_of` looks again."""
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
         if self.norm is not None:
             yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 

@@ -14,6 +14,7 @@ from ham_hf.models.pixel_model import (
     create_backbone,
     input_defaults,
     load_pixel_model,
+    new_model,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "create_backbone",
     "input_defaults",
     "load_pixel_model",
+    "new_model",
 ]

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor
 
+from ham_hf.reporting.class_examples import ExampleStrip
 from ham_hf.reporting.class_plots import class_treatment_figure
 from ham_hf.reporting.frontier_plot import frontier_figure
 from ham_hf.reporting.method_text import trained_method
@@ -30,27 +29,6 @@ DPI = 110
 BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
 MAX_NAMED_CLASSES = 120
 MAX_CELL_TEXT_CLASSES = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleStrip:
-    """A few test images before and after the attack, and what the model says of them.
-
-    Attributes:
-        clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
-        adversarial: (N, C, H, W) pixels in [0, 1].
-        labels: (N,) true classes.
-        clean_predictions: (N,) predicted classes of ``clean``.
-        adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
-        attack: title of the attack, for the figure.
-    """
-
-    clean: Tensor
-    adversarial: Tensor
-    labels: Tensor
-    clean_predictions: Tensor
-    adversarial_predictions: Tensor
-    attack: str
 
 
 def save_figures(

@@ -114,6 +114,12 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
             )
 
 
+def memory_format_of(config: TrainingConfig, accelerator: Accelerator) -> torch.memory_format:
+    """The layout of weights and images: only contiguous weights can be sharded."""
+    channels_last = config.memory_format == "channels_last" and not is_sharded(accelerator)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:

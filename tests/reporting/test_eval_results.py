@@ -9,8 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from ham_hf.commands.evaluate import shell_command
 from ham_hf.config import parse_evaluate_config
+from ham_hf.evaluation_run import shell_command
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.method_text import CITATIONS, PAPERS

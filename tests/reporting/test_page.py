@@ -26,13 +26,13 @@ from ham_hf.reporting.class_examples import (
     AttackedImages,
     ClassExamples,
     choose_images,
+    class_examples,
     encode_examples,
     read_examples,
     write_examples,
 )
 from ham_hf.reporting.page import MAX_PAGE_BYTES, PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import write_report
-from ham_hf.runs import class_examples
 from tests.support.example_report import make_report
 from tests.support.nets import TensorImages
 

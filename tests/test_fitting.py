@@ -11,8 +11,9 @@ from torch import nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
 from ham_hf.evaluation import AttackResult
+from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
-from ham_hf.runs import align_classes, example_strip, threat_model_of
+from ham_hf.reporting.class_examples import example_strip
 from ham_hf.training.log import read_log
 from tests.support.nets import TensorImages
 
