@@ -53,7 +53,7 @@ bench-quick:  ## the same with a tiny network, to see that the benchmarks run; t
 	$(PYTHON) -m tests.benchmarks.epoch --quick
 	$(PYTHON) -m tests.benchmarks.scaling --quick
 
-browser:  ## report.html in a headless Chromium: clicks, keys, sizes, hostile names; says so where there is none
+browser:  ## report.html and leaderboard.html in a headless Chromium; skips aloud where there is none
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m browser tests
 
 release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once

@@ -1,14 +1,14 @@
 """Threat models and projected gradient descent (Madry et al., ICLR 2018) in pixel space.
 
 Invariant 1: a tensor called ``x`` is (N, C, H, W) in [0, 1]; epsilon and step size are in the same pixel units.
-Arithmetic on ``x`` happens in the dtype of ``x`` (float32 in training) whatever precision the model computes in.
+Arithmetic on ``x`` uses the dtype of ``x`` (float32 in training), whatever precision the model computes in.
 
-Invariant 2: the attack puts the module it is given in evaluation mode, restores the previous mode of every
-submodule afterwards, and asks autograd for the gradient of the input alone. No parameter gradient is computed
-and no BatchNorm buffer moves. Pass the unwrapped module: a DDP wrapper would synchronize at every step.
+Invariant 2: the attack puts the module in evaluation mode, restores the mode of every submodule afterwards, and asks
+autograd for the gradient of the input alone. It computes no parameter gradient and moves no BatchNorm buffer. Pass
+the unwrapped module: a DDP wrapper would synchronize at every step.
 
-What is not finite is never right and moves nothing: logits that are not finite predict no class (`predicted`), and an
-image whose gradient is not finite stays where it is, so that an attack never leaves ball and box.
+Logits that are not finite predict no class (`predicted`). An image whose gradient is not finite does not move, so an
+attack never leaves ball and box.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class ThreatModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attack:
-    """Projected gradient descent in a ball: what `pgd` is told of an attack.
+    """The projected gradient descent that `pgd` runs, in a ball.
 
     Attributes:
         threat_model: norm and radius.
@@ -258,10 +258,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def unsaturated_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy with the direction that it has in exact arithmetic, for attacks that evaluate (our form).
 
-    Cross-entropy is log(1 + e^u), where u is the logsumexp of the other classes' logits minus the label's. For a sure
-    model e^u is lost beside 1: the gradient keeps the other classes' part alone, or is exactly 0, and the model passes
-    for robust. Its direction is that of u. So an example whose probability rounds to 1, in the precision of the
-    logits, gets u, which goes on where the logarithm has become 0; every other one gets `cross_entropy`, bit for bit.
+    Cross-entropy is log(1 + e^u), where u is the logsumexp of the other classes' logits minus the label's. If the
+    model is confident, e^u vanishes beside 1: the gradient keeps only the other classes' part, or is exactly 0, and
+    the model looks robust. Its direction is that of u. So an example whose probability rounds to 1, in the precision
+    of the logits, gets u, which does not saturate; every other one gets `cross_entropy`, bit for bit.
 
     Args:
         logits: (N, num_classes).
@@ -307,10 +307,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Ask for no gradient of any parameter, and restore on leaving what was asked for.
+    """Disable the gradients of all parameters, and restore each one's setting on leaving.
 
-    ``torch.autograd.grad`` with respect to the input leaves them out anyway, but what calls ``backward()`` does not,
-    and a compiled network computes the gradients of everything that requires one.
+    ``torch.autograd.grad`` with respect to the input skips them anyway, but ``backward()`` does not, and a compiled
+    network computes the gradients of everything that requires one.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -331,9 +331,9 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Leave ``torch.inference_mode``, in which autograd records nothing whatever it is told; no gradient inside.
+    """Leave ``torch.inference_mode``, in which autograd records nothing; no gradient is recorded inside.
 
-    What is made inside are ordinary tensors. Without inference mode nothing changes.
+    Tensors made inside are ordinary. Without inference mode nothing changes.
     """
     if not torch.is_inference_mode_enabled():
         yield

@@ -7,31 +7,24 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
-from ham_hf.data import ImageData, Images
+from ham_hf.data import ImageData, Images, load_image_data
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
 from ham_hf.evaluation.partial_results import partial_results
+from ham_hf.evaluation.suite import Workplace
+from ham_hf.fitting import ReorderedLogits, find_validation_part, num_logits, provenance_of
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
 from ham_hf.reporting.calibration import CalibrationReport, calibration_report
-from ham_hf.runs import (
-    ReorderedLogits,
-    find_validation_part,
-    load_data,
-    num_logits,
-    provenance_of,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +39,7 @@ class HeldOut:
     """Images to calibrate on, with the data that they are of.
 
     Attributes:
-        images: what the shifts are found on.
+        images: images to find the shifts on.
         data: the dataset; its test images are evaluated, its classes are those of ``images``.
         origin: which images these are, to follow "found on".
         seen_in_training: whether the model was trained on them.
@@ -61,7 +54,7 @@ class HeldOut:
 
 
 def restore_original(loaded: LoadedModel) -> None:
-    """Give a calibrated model its original bias back, in place, so that calibrating again does not add up.
+    """Restore a calibrated model's original bias, in place, so that calibrating again does not add up.
 
     Raises:
         HeadError: if the recorded bias does not fit the model.
@@ -75,7 +68,7 @@ def restore_original(loaded: LoadedModel) -> None:
 
 
 def images_to_calibrate_on(loaded: LoadedModel, config: CalibrateConfig) -> HeldOut:
-    """The images that a model's training run held out, or a named split; never those of the test.
+    """Find the images that a model's training run held out, or a named split; never those of the test.
 
     Raises:
         ValueError: if the model does not record what it was trained on and no split is named, or the named split is
@@ -112,11 +105,11 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     inputs = loaded.preprocessing
 
     def loaded_with(**changes: Any) -> ImageData:  # noqa: ANN401 (settings of data)
-        return load_data(
+        return load_image_data(
             replace(settings, validation_fraction=0.0, **changes),
-            image_size=inputs.image_size,
-            inputs=inputs,
+            inputs,
             seed=config.seed,
+            image_size=inputs.image_size,
         )
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
@@ -188,12 +181,9 @@ def set_dial(
     config: CalibrationConfig,
     *,
     threat_model: ThreatModel,
-    accelerator: Accelerator,
+    place: Workplace,
     batch_size: int,
-    seed: int,
-    output_dir: Path,
     tags: Sequence[str] = (),
-    show_progress: bool = True,
 ) -> CalibrationReport:
     """Find the shifts for held-out images; finished batches are kept in the output folder, as those of an evaluation.
 
@@ -202,21 +192,18 @@ def set_dial(
         held_out: images, checked with `check_enough_images`.
         config: what is asked for.
         threat_model: norm and radius.
-        accelerator: shares the batches out.
+        place: where it runs; its seed is also that of the two halves.
         batch_size: images per batch and process.
-        seed: of the random starts and of the two halves.
-        output_dir: output folder of the run.
         tags: of the card of the model.
-        show_progress: show a bar on the local main process.
     """
-    model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+    model = model.to(place.accelerator.device).to(memory_format=torch.channels_last)
     attack = SearchAttack(
         threat_model=threat_model,
         step_size=float(threat_model.epsilon) / 4,
         num_steps=config.calibration_num_steps,
         precision=config.calibration_precision,
         batch_size=batch_size,
-        seed=seed,
+        seed=place.seed,
     )
     since = time.perf_counter()
     found = calibrate(
@@ -225,9 +212,9 @@ def set_dial(
         Dial(fairness=config.fairness, max_average_drop=config.max_average_drop),
         attack,
         num_classes=len(held_out.data.class_names),
-        accelerator=accelerator,
-        partial=partial_results(output_dir, model, held_out.images),
-        show_progress=show_progress,
+        accelerator=place.accelerator,
+        partial=partial_results(place.output_dir, model, held_out.images),
+        show_progress=place.show_progress,
     )
     return calibration_report(
         found,
@@ -246,7 +233,7 @@ def check_enough_images(held_out: HeldOut) -> None:
 
 
 def validation_part(data: ImageData, *, seed: int) -> HeldOut:
-    """The images that a training run holds out of its own, to calibrate on at its end.
+    """Return the images that a training run holds out, to calibrate on at its end.
 
     Raises:
         ValueError: if there are too few of a class.
@@ -280,7 +267,7 @@ def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: i
     """Shifts (num_classes,) float32 in the order of the model's own logits; 0 for classes that the dataset lacks.
 
     Args:
-        aligned: what `ham_hf.runs.align_classes` made of the model.
+        aligned: what `ham_hf.fitting.align_classes` made of the model.
         shifts: in the order of the dataset's classes.
         num_classes: number of the model's logits.
     """

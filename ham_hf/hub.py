@@ -44,6 +44,7 @@ from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.invocation import command
 from ham_hf.reporting.card import IMAGES
 from ham_hf.reporting.card import without_images as card_without_images
+from ham_hf.reporting.eval_results import EVAL_RESULTS
 from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files, without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
 
@@ -62,10 +63,15 @@ ARTEFACTS = (
     "train_config.yaml",
     "metrics.jsonl",
     "figures/*.png",
+    "image.png",
+    ".eval_results/*.yaml",
     "rgb/config.json",
     "rgb/model.safetensors",
 )
 """The files of an output folder that are published. Checkpoints, which hold optimizer state as pickles, are not."""
+EVALUATION_NAME = "EVALUATION.md"
+EVALUATED = (REPORT_NAME, EVALUATION_NAME, "figures/*.png", ".eval_results/*.yaml")
+"""Likewise of the folder of an evaluation."""
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 CONFLICTS = (409, 412)
@@ -137,7 +143,7 @@ def check_write_access(
 
 
 def _check_space(api: HfApi, repo_id: str) -> None:
-    """Refuse a Space of the model's name that somebody made for another purpose, or that is public and the model not.
+    """Reject a Space of the model's name that serves another purpose, or that is public while the model is private.
 
     Raises:
         ValueError: saying what to do.
@@ -262,7 +268,11 @@ def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int
 def _without_images(folder: Path) -> dict[str, bytes]:
     """Page and card of a folder without images of the dataset, as far as they show any, by name."""
     replaced = {}
-    for name, strip in ((PAGE_NAME, without_images), (CARD_NAME, card_without_images)):
+    for name, strip in (
+        (PAGE_NAME, without_images),
+        (CARD_NAME, card_without_images),
+        (EVALUATION_NAME, card_without_images),
+    ):
         text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
         if strip(text) != text:
             replaced[name] = strip(text).encode()
@@ -270,7 +280,7 @@ def _without_images(folder: Path) -> dict[str, bytes]:
 
 
 def _withholds_images(folder: Path) -> bool:
-    """Whether images of a folder have to stay in it: it shows some, and the dataset is not known to be public."""
+    """Return whether a folder's images must stay local: it shows some, and the dataset is not known to be public."""
     page = folder / PAGE_NAME
     shown = [name for name in IMAGES if (folder / name).is_file()]
     shown += [PAGE_NAME] if page.is_file() and has_images(page.read_text(encoding="utf-8")) else []
@@ -284,7 +294,7 @@ def _withholds_images(folder: Path) -> bool:
 
 
 def _has_public_images(folder: Path) -> bool:
-    """Whether everybody may have the dataset of a run: the digits that come along, or an open dataset on the Hub."""
+    """Return whether the dataset of a run is public: the bundled digits, or an open dataset on the Hub."""
     try:
         dataset = read_report(folder).dataset
     except (OSError, ValueError):
@@ -303,7 +313,7 @@ def _has_public_images(folder: Path) -> bool:
 def try_push(
     folder: str | Path, repo_id: str, *, revision: str = DEFAULT_REVISION, commit_message: str = "Upload model"
 ) -> bool:
-    """Push once in the middle of a run, and only warn if it fails: the next save pushes again. True if it worked."""
+    """Push once in the middle of a run; on failure only warn, as the next save pushes again. True if it worked."""
     try:
         push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
     except PushError as error:
@@ -365,6 +375,99 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
             f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
             "same command again"
         ) from None
+
+
+def check_pull_request(repo_id: str) -> None:
+    """Check before an evaluation that its pull request can be opened; nothing is changed on the Hub.
+
+    Raises:
+        ValueError: saying what to fix, if there is no token that the Hub accepts, or no such repository.
+    """
+    if get_token() is None:
+        raise ValueError(
+            "--create_pr needs a token, and there is none: run `hf auth login`, set HF_TOKEN, or evaluate without "
+            "--push_to_hub"
+        )
+    limit_waiting()
+    try:
+        _retry(lambda: HfApi().whoami())
+        _retry(lambda: HfApi().model_info(repo_id))
+    except ACCESS_ERRORS as error:
+        if _status(error) == 404:
+            raise ValueError(
+                f"--create_pr: there is no model {repo_id} on the Hub, or it is not for this token"
+            ) from None
+        raise ValueError(_access_problem(repo_id, DEFAULT_REVISION, error)) from None
+
+
+def push_evaluation(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    create_pr: bool,
+    publish_images: bool = False,
+    revision: str = DEFAULT_REVISION,
+) -> str:
+    """Push the ``EVALUATED`` files of a folder to a model's repository, as one commit or one pull request.
+
+    A repository whose ``report.json`` is of more than an evaluation, such as of a training run, keeps it and its
+    figures: the files then go into its folder ``evaluation``. For images the rule is that of `push_folder`. A pull
+    request is tried once: one whose answer is lost may have been opened, and a second one would be somebody's work.
+
+    Returns:
+        The URL of the pull request or commit.
+
+    Raises:
+        FileNotFoundError: if the folder holds no evaluation.
+        PushError: if the push failed.
+    """
+    folder = Path(folder)
+    for name in (REPORT_NAME, EVALUATION_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of an evaluation")
+    limit_waiting()
+    withheld = not publish_images and _withholds_images(folder)
+    replaced = _without_images(folder) if withheld else {}
+    found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
+
+    def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
+        place = "evaluation/" if _keeps_its_report(repo_id, revision) else ""
+        operations = [
+            CommitOperationAdd(
+                path_in_repo=name if name.startswith(EVAL_RESULTS) else place + name,
+                path_or_fileobj=replaced.get(name) or str(folder / name),
+            )
+            for name in found
+            if not (withheld and name in IMAGES)
+        ]
+        return HfApi().create_commit(
+            repo_id,
+            operations,
+            commit_message="Robustness per class, measured by ham_hf",
+            create_pr=create_pr,
+            revision=revision,
+        )
+
+    try:
+        commit = _retry(upload, 1 if create_pr else 3, also=CONFLICTS)
+    except PUSH_ERRORS as error:
+        again = _push_command(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
+        raise PushError(
+            f"pushing the evaluation to {repo_id} failed: {_without_token(error)}\nIt is complete in "
+            f"{folder.resolve()}. {_advice(error)}Push it again with:\n    {again}"
+        ) from None
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _keeps_its_report(repo_id: str, revision: str) -> bool:
+    """Whether a repository has a ``report.json`` that is not of an evaluation alone."""
+    try:
+        report = read_report(hf_hub_download(repo_id, REPORT_NAME, revision=revision))
+    except EntryNotFoundError:
+        return False
+    except ValueError:  # somebody else's file
+        return True
+    return report.training is not None or report.calibration is not None
 
 
 def start_push(folder: str | Path, repo_id: str, *, patience: float, **options: str) -> threading.Thread:

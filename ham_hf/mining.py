@@ -1,8 +1,7 @@
-"""Hard adversarial example mining (HAM; Lin et al., IEEE TIFS 2025): attack, drop the easy, go on with the hard.
+"""Hard adversarial example mining (HAM; Lin et al., IEEE TIFS 2025): attack, drop the easy, attack the hard further.
 
-An example is *hard* if the model misclassifies it after ``mining_step`` attack steps, and *easy* otherwise; one whose
-logits are not finite is hard. PGD
-has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on the rows that are left.
+An example is *hard* if the model misclassifies it after ``mining_step`` attack steps or its logits are not finite, and
+*easy* otherwise. PGD has no memory between steps, so HAM is ``pgd(M)``, a mask, and ``pgd(K - M)`` on the hard rows.
 
 `mine_three_kinds` (ours) also ends the attack early for examples that are misclassified before it begins.
 """
@@ -86,13 +85,12 @@ def mine_hard_examples(
     track_moves: bool = False,
     classify_in_step: bool = False,
 ) -> HardExamples:
-    """Attack for ``mining_step`` steps, drop what is still classified correctly, attack the rest to the end.
+    """Attack for ``mining_step`` steps, drop the rows still classified correctly, attack the rest to the end.
 
-    Passes over the model, with H of N rows hard: ``mining_step`` gradients on N rows, one forward on N rows to
-    classify, ``num_steps - mining_step`` gradients on H rows; with H = 0 the last part is left out. A gradient pass
-    gives logits as well, so the next step may classify instead: one gradient on N rows in place of the forward on N
-    rows and one gradient on H rows. A gradient costs about two forwards: that is cheaper where more than half of the
-    rows are hard, and finds the same rows.
+    Passes, with H of N rows hard: ``mining_step`` gradients on N rows, one forward on N rows to classify, and
+    ``num_steps - mining_step`` gradients on H rows (none if H = 0). With ``classify_in_step``, one gradient on N rows
+    replaces the forward on N rows and one gradient on H rows. A gradient costs about two forwards, so this is cheaper
+    if more than half of the rows are hard. It finds the same rows.
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
@@ -103,8 +101,7 @@ def mine_hard_examples(
         step_size: length of a step in pixel units, a number or (N,).
         mining_step: M, the iterate that decides; 0 <= M <= K.
         start: images to start from; None draws them uniformly from the ball.
-        loss_fn: what the attack increases, per example; one that remembers rows of the batch (`RowLoss`) is told
-            which of them are left.
+        loss_fn: what the attack increases, per example; a `RowLoss` is told which rows are left.
         generator: source of the random start, on the device of ``x``.
         track_moves: also return ``largest_move``; costs no pass over the model.
         classify_in_step: let the step after the mining step classify, if there is one.
@@ -122,18 +119,13 @@ def mine_hard_examples(
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
-        x_early = x_next = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
-        if classify_in_step and left:
-            seen = LastLogits(loss_fn)
-            x_next = replace(early, num_steps=1)(model, x, y, start=x_early, loss_fn=seen)
-            logits, left = seen.logits, left - 1
-        else:
-            with torch.no_grad():
-                logits = model(x_early)
+        x_early = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
+        in_step = min(left, int(classify_in_step))
+        x_next, logits = _classified(replace(early, num_steps=in_step), model, x, y, x_early, loss_fn)
         hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        x_adv = _attacked_on(replace(early, num_steps=left), model, x, y, rows, x_next, loss_fn)
+        x_adv = _attacked_on(replace(early, num_steps=left - in_step), model, x, y, rows, x_next, loss_fn)
         return HardExamples(
             x_adv=x_adv,
             y=y[rows],
@@ -158,14 +150,14 @@ def mine_three_kinds(
     loss_fn: LossFn = cross_entropy,
     generator: torch.Generator | None = None,
 ) -> HardExamples:
-    """Mine, and attack to the end only what is right at the start of the attack and wrong at the mining step.
+    """Mine, and attack to the end only rows that are right at the start and wrong at the mining step.
 
-    What is misclassified at the start is hard as well, but its attack ends at the mining step; what is right both
-    times is easy. The logits of the first gradient tell what is wrong at the start, at no cost. Our choice, after
+    Rows misclassified at the start are hard too, but their attack ends at the mining step. Rows right both times are
+    easy. The logits of the first gradient tell which rows are wrong at the start, at no cost. Our choice, after
     BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image.
 
     Args:
-        model: as for `mine_hard_examples`, and so for all that follows.
+        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
         x: clean images (N, C, H, W) in [0, 1].
         y: labels (N,).
         threat_model: the ball; epsilon may be (N,).
@@ -212,6 +204,17 @@ def mine_three_kinds(
         early=mined.early,
         wrong_at_start=wrong_at_start,
     )
+
+
+def _classified(
+    step: Attack, model: nn.Module, x: Tensor, y: Tensor, x_early: Tensor, loss_fn: LossFn
+) -> tuple[Tensor, Tensor]:
+    """Images after one step from ``x_early``, or none, and the logits (N, num_classes) of ``x_early``."""
+    if step.num_steps:
+        seen = LastLogits(loss_fn)
+        return step(model, x, y, start=x_early, loss_fn=seen), seen.logits
+    with torch.no_grad():
+        return x_early, model(x_early)
 
 
 def _attacked_on(
@@ -262,11 +265,7 @@ class RowLoss(Protocol):
 
 
 class FirstLogits:
-    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits of its first call: those where the attack starts.
-
-    Args:
-        loss_fn: the loss itself.
-    """
+    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits of its first call, at the attack's start."""
 
     def __init__(self, loss_fn: LossFn) -> None:
         self.loss_fn = loss_fn
@@ -280,11 +279,7 @@ class FirstLogits:
 
 
 class LastLogits:
-    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits it was last called with.
-
-    Args:
-        loss_fn: the loss itself.
-    """
+    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits of its last call."""
 
     def __init__(self, loss_fn: LossFn) -> None:
         self.loss_fn = loss_fn
@@ -297,11 +292,7 @@ class LastLogits:
 
 
 class LargestMove:
-    """A loss for :func:`ham_hf.attacks.pgd` that also watches how far the probabilities move per step.
-
-    Args:
-        loss_fn: the loss itself.
-    """
+    """A loss for :func:`ham_hf.attacks.pgd` that also tracks how far the probabilities move per step."""
 
     def __init__(self, loss_fn: LossFn = cross_entropy) -> None:
         self.loss_fn = loss_fn
@@ -323,7 +314,6 @@ class LargestMove:
         return torch.zeros_like(x_adv[:, 0, 0, 0]) if self.largest is None else self.largest
 
     def keep(self, rows: Tensor) -> None:
-        """See `RowLoss.keep`."""
         if isinstance(self.loss_fn, RowLoss):
             self.loss_fn.keep(rows)
         if self.previous is not None and self.largest is not None:

@@ -124,14 +124,14 @@ class Setting:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The allowed words of a ``Literal``, else nothing."""
-        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        """The allowed words of a ``Literal``, or of a list of such, else nothing."""
+        return get_args(self.item_kind) if get_origin(self.item_kind) is Literal else ()
 
     @property
     def expected(self) -> str:
         """What a value must be, to follow the word "expected"."""
         if self.choices:
-            what = "one of " + ", ".join(self.choices)
+            what = f"{'none, or some' if self.is_list else 'one'} of " + ", ".join(self.choices)
         elif self.is_mapping:
             what = "names with values (numbers, words, true/false, lists)"
         elif self.is_list:
@@ -151,7 +151,9 @@ class Setting:
                 isinstance(key, str) and key.isidentifier() and _is_plain(item) for key, item in value.items()
             )
         if self.is_list:
-            return isinstance(value, tuple) and all(_is_kind(item, self.item_kind) for item in value)
+            return isinstance(value, tuple) and all(
+                item in self.choices if self.choices else _is_kind(item, self.item_kind) for item in value
+            )
         if self.choices:
             return value in self.choices
         return _is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)

@@ -1,4 +1,4 @@
-"""What a command shows: text on a terminal that may not know every character, and progress bars."""
+"""Terminal output: text with characters that the terminal may lack, and progress bars."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 
 def replace_what_cannot_be_shown() -> None:
-    """Let both standard streams replace characters that their encoding lacks, such as those of class names.
+    """Make both standard streams replace characters that their encoding lacks, such as those of class names.
 
-    Left to itself, standard output raises an error at the first of them.
+    By default standard output raises an error at the first of them.
     """
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
@@ -21,9 +21,9 @@ def replace_what_cannot_be_shown() -> None:
 
 
 def show(text: str) -> None:
-    """Print text on standard output; where that takes nothing (a closed pipe, a full disk), say so and go on.
+    """Print text on standard output; if it cannot be written (a closed pipe, a full disk), say so and continue.
 
-    What is shown is in files as well, and what comes after it, such as a push, is worth more.
+    The text is in files as well, and the next steps, such as a push, matter more.
     """
     if sys.stdout is None:  # a process without a console
         return
@@ -45,7 +45,7 @@ def hide_progress_bars() -> None:
 
 
 def _discard_output() -> None:
-    """Send what is still written to standard output nowhere; else Python complains of it once more when it ends."""
+    """Discard further standard output; else Python reports the same error again at exit."""
     try:
         output = sys.stdout.fileno()
     except (OSError, ValueError):

@@ -1,10 +1,9 @@
-"""Our networks join timm's when timm is imported, so that ``import ham_hf`` need not import timm and torch.
+"""Registration of our networks when timm is imported, so that ``import ham_hf`` need not import timm and torch.
 
-`register_networks` registers at once where timm is imported already. Else a finder at the front of ``sys.meta_path``
-waits for ``import timm``, lets Python's own machinery import it, and then imports `ham_hf.models.cifar_nets`, whose
-import is what registers. Either way ``timm.create_model("preactresnet18_cifar")`` works after ``import ham_hf`` and
-``import timm``, in any order. The finder answers for no other name, leaves no trace on the module, and starts no
-import by itself.
+`register_networks` registers immediately if timm is already imported. Otherwise a finder at the front of
+``sys.meta_path`` waits for ``import timm``, lets Python import it, and then imports `ham_hf.models.cifar_nets`, which
+registers. Either way ``timm.create_model("preactresnet18_cifar")`` works after ``import ham_hf`` and ``import timm``,
+in any order. The finder handles no other name, leaves no trace on the module, and starts no import.
 """
 
 from __future__ import annotations
@@ -50,11 +49,9 @@ class _RegisteringLoader:
         self._own = own
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """See `importlib.abc.Loader`."""
         return self._own.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """See `importlib.abc.Loader`."""
         module.__loader__ = self._own
         if module.__spec__ is not None:
             module.__spec__.loader = self._own

@@ -40,9 +40,15 @@ runs: {{ham: {{mining_start_epoch: 0, mining_step: 1}}}}
 RUNS = {
     "recipes": [["recipes"]],
     "train": [["train", *TINY, "--output_dir", "run"]],
-    "evaluate": [["evaluate", "run", "--dataset_name", "digits", "--limit_test_examples", "20", "--use_cpu"]],
+    "evaluate": [
+        shlex.split("evaluate run --dataset_name digits --limit_test_examples 20 --use_cpu"),
+        shlex.split(
+            "evaluate run --dataset_name digits --limit_test_examples 20 --use_cpu --output_dir corrupted "
+            "--eval_num_steps 2 --corruptions gaussian_noise --severities 1 --group_column label"
+        ),
+    ],
     "calibrate": [["calibrate", "run", "--fairness", "0.5", "--eval_num_steps", "2", "--use_cpu"]],
-    "compare": [["compare", "--config", "plan.yaml"], ["compare", "run", "planned", "--output_dir", "compared"]],
+    "compare": [["compare", "--config", "plan.yaml"], shlex.split("compare run planned --output_dir compared --page")],
     "page": [["page", "run"], ["page", "run", "evaluation/run", "--output", "both.html"]],
     "push": [["push", "run", "--hub_model_id", "me/robust"], ["push", "me/robust", "--repair"]],
 }
@@ -54,7 +60,9 @@ LEFT_BEHIND = (
     "launched/report.json",
     "evaluation/run/report.json",
     "planned/ham/seed0/report.json",
+    "corrupted/report.json",
     "compared/comparison.md",
+    "compared/leaderboard.html",
 )
 WHERE = "import ham_hf, sys; sys.stdout.write(f'{ham_hf.__file__} {ham_hf.__version__}')"
 

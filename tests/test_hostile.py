@@ -33,10 +33,10 @@ from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.report import write_comparison
 from ham_hf.comparison.table import compare
 from ham_hf.config import EvaluationThreatConfig
+from ham_hf.fitting import threat_model_of
 from ham_hf.models import create_backbone, input_defaults, load_pixel_model
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.report import read_report, write_report
-from ham_hf.runs import threat_model_of
 from ham_hf.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 from tests.support.example_report import make_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import HfApi, constants, get_token
 from safetensors.torch import load_file, save_file
 
@@ -40,7 +42,7 @@ PUSHED = {
     "report.json",
     "train_config.yaml",
 }
-
+STRIP = "figures/adversarial_examples.png"
 
 ONE_IMAGE = ClassExamples(
     attack="PGD-20",
@@ -242,15 +244,85 @@ def test_images_are_published_of_public_datasets_alone(
     for name in ("open", "closed"):
         HfApi().create_repo(f"me/{name}", repo_type="dataset", private=name == "closed")
     write_report(with_dataset(read_report(folder), name=dataset, hub_id=hub_id), folder)
-    before = (folder / "report.html").read_bytes()
-    push_folder(folder, repo_id)
-    published = hub.model("me/robust").tree("main")["report.html"].data
-    assert set(hub.model("me/robust").tree("main")) == PUSHED | {".gitattributes"}
-    assert (folder / "report.html").read_bytes() == before
-    assert has_images(published.decode()) is shown
-    assert published.decode() == (before.decode() if shown else without_images(before.decode()))
-    push_folder(folder, repo_id, publish_images=True)
-    assert hub.model("me/robust").tree("main")["report.html"].data == before
+    (folder / STRIP).write_bytes(b"images of the dataset")
+    write_card(read_report(folder), folder, repo_id=repo_id, model_license="apache-2.0")
+    assert STRIP in (folder / "README.md").read_text()
+    before = content(folder)
+    push_folder(folder, repo_id, space=True)
+    tree, page = hub.model("me/robust").tree("main"), hub.repos["space", "me/robust"].tree()["index.html"].data
+    assert set(tree) == PUSHED | {".gitattributes"} | ({STRIP} if shown else set())
+    assert content(folder) == before
+    html, card = tree["report.html"].data.decode(), tree["README.md"].data.decode()
+    assert has_images(html) is has_images(page.decode()) is shown
+    assert html == (before["report.html"].decode() if shown else without_images(before["report.html"].decode()))
+    assert (STRIP in card) is shown
+    assert "figures/per_class_accuracy.png" in card
+    push_folder(folder, repo_id, publish_images=True, space=True)
+    tree, page = hub.model("me/robust").tree("main"), hub.repos["space", "me/robust"].tree()["index.html"].data
+    assert {name: tree[name].data for name in (*PUSHED, STRIP)} == {name: before[name] for name in (*PUSHED, STRIP)}
+    assert has_images(page.decode())
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_space_shows_the_page_and_links_the_model_and_back(hub: Hub, folder: Path, private: bool) -> None:
+    repo_id = check_write_access("robust", private=private, space=True)
+    assert ("space", repo_id) not in hub.repos  # nothing is made before there is something to show
+    report = read_report(folder)
+    report = dataclasses.replace(report, config={**report.config, "hub_space": True})
+    write_card(report, folder, repo_id=repo_id, model_license="apache-2.0")
+    before = content(folder)
+    push_folder(folder, repo_id, space=True)
+    space = hub.repos["space", repo_id]
+    assert space.private is private
+    about, page = (space.tree()[name].data.decode() for name in ("README.md", "index.html"))
+    metadata = yaml.safe_load(about.split("---")[1])
+    assert (metadata["sdk"], metadata["app_file"], metadata["models"]) == ("static", "index.html", [repo_id])
+    assert len(metadata["short_description"]) <= 60
+    for text in (about, page):
+        assert f"https://huggingface.co/{repo_id}" in text
+    assert f"https://huggingface.co/spaces/{repo_id}" in (folder / "README.md").read_text()
+    assert content(folder) == before
+    count = len(space.history())
+    assert check_write_access("robust", private=private, space=True) == repo_id
+    push_folder(folder, repo_id, space=True)
+    assert len(space.history()) == count
+
+
+def test_a_space_of_somebody_else_or_one_that_all_can_see_is_left_alone(hub: Hub, folder: Path) -> None:
+    for name in ("demo", "open"):
+        HfApi().create_repo(f"me/{name}", repo_type="space", space_sdk="static")
+    api = HfApi()
+    api.upload_file(path_or_fileobj=b"app", path_in_repo="app.py", repo_id="me/demo", repo_type="space")
+    for name, private, message in (("demo", False, "did not write"), ("open", True, "is public and the model is")):
+        with pytest.raises(ValueError, match=message):
+            check_write_access(name, private=private, space=True)
+        repo_id = check_write_access(name, private=private)
+        before = hub.repos["space", repo_id].tree()
+        with pytest.raises(PushError, match=message):
+            push_folder(folder, repo_id, space=True)
+        assert hub.repos["space", repo_id].tree() == before
+        assert "model.safetensors" in hub.model(repo_id).tree()
+
+
+@pytest.mark.faults(quick=True)
+def test_a_space_that_fails_loses_nothing_and_is_pushed_again(hub: Hub, folder: Path) -> None:
+    repo_id = check_write_access("robust", private=True, space=True)
+    before = content(folder)
+    hub.fail("POST /api/spaces/.*/commit/", status=403, times=1000)
+    with pytest.raises(PushError, match="to the Space me/robust failed") as caught:
+        push_folder(folder, repo_id, private=True, space=True)
+    assert str(caught.value).endswith(
+        f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_space"
+    )
+    assert content(folder) == before
+    assert_published(hub, folder)
+    hub.faults.clear()
+    hub.fail("POST /api/spaces/.*/commit/", status=503)
+    push_folder(folder, check_write_access("robust", private=True, space=True), private=True, space=True)
+    assert "index.html" in hub.repos["space", repo_id].tree()
+    (folder / "report.html").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no report\.html"):
+        push_folder(folder, repo_id, space=True)
 
 
 def test_push_to_a_branch_leaves_main_alone(hub: Hub, folder: Path) -> None:

@@ -18,6 +18,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from ham_hf import hub as ham_hub
+from ham_hf import training_run
 from ham_hf.hub import (
     SILENCE_LIMIT,
     PushError,
@@ -297,13 +298,13 @@ def test_training_goes_on_whatever_the_hub_does(
         return met[fault]
 
     monkeypatch.setattr(ham_hub, "try_push", push_meeting_a_fault)
-    original = recipe.push_folder
+    original = training_run.push_folder
 
     def last_push(*arguments: object, **options: object) -> str:
         hub.fail("POST .*/commit/", status=503, times=ALWAYS)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(recipe, "push_folder", last_push)
+    monkeypatch.setattr(training_run, "push_folder", last_push)
     options = ["--push_to_hub", "--hub_model_id=robust", "--hub_strategy=every_save", f"--output_dir={folder}"]
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as stop:
         recipe.main([*RUN, *options])

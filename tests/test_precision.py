@@ -13,8 +13,8 @@ import ham_hf  # noqa: F401 (registers the CIFAR networks with timm)
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.precision import attack_passes
-from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
+from tests.support.updates import train_step
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 8 / 255), num_steps=4, step_size=2 / 255)
 
@@ -63,7 +63,7 @@ def test_only_the_attack_of_an_update_is_coarser(net, batch):
         for precision in ("training", "bf16"):
             model = copy.deepcopy(net)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            step = TrainStep(
+            step = train_step(
                 model,
                 optimizer,
                 objective,
@@ -101,7 +101,7 @@ def wrong_share(exact, coarse):
 @pytest.mark.parametrize("size", [1e-15, 1e-9, 1.0, 1e6])
 @pytest.mark.parametrize("loss_fn", [cross_entropy, margin_loss])
 def test_float16_keeps_the_direction_of_every_image(size, loss_fn):
-    """A gradient of 1e-9 is what an image has that the network is sure of; float16 has no number below 6e-8, or above 7e4."""
+    """A gradient of 1e-9 is what an image has that the network is sure of; float16 ends at 6e-8 and at 7e4."""
     net = small_net()
     x = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -130,25 +130,35 @@ def test_a_row_in_float16_does_not_depend_on_the_others():
     assert torch.equal(together[3:4], input_gradient(net, x[3:4], y[3:4]))
 
 
-def test_what_overflows_in_float16_stays_in_place_alone():
-    class Steep(torch.nn.Module):
-        def forward(self, x):
-            # A slope of 10^6 for bright images only.
-            steep = torch.where(x.mean((1, 2, 3), keepdim=True) > 0.5, x * 1e6, x).half().float()
-            return steep.flatten(1)[:, :4]
+class Steep(torch.nn.Module):
+    """Gradients grow by the square of ``gain`` on the way back, for bright images only, and shrink by 1,024 then."""
 
+    def __init__(self, gain):
+        super().__init__()
+        self.gain, self.rows = gain, []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        gain = torch.where(x.mean((1, 2, 3), keepdim=True) > 0.5, self.gain, 1.0).half()
+        return (x.half() / 1024 * gain * gain).flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize(("gain", "rows"), [(1, [4]), (10, [4, 2]), (100, [4, 2, 2]), (3000, [4, 2, 2])])
+def test_what_overflows_in_float16_takes_another_pass_alone(gain, rows):
+    net = Steep(float(gain))
     x = torch.cat([torch.full((2, 1, 2, 2), 0.9), torch.full((2, 1, 2, 2), 0.1)])
-    moved = pgd(
-        attack_passes(Steep(), "fp16"),
-        x,
-        torch.zeros(4, dtype=torch.long),
-        threat_model=ThreatModel("linf", 0.1),
-        num_steps=1,
-        step_size=0.1,
-        start=x,
-    )
-    assert torch.equal(moved[:2], x[:2])
-    assert (moved[2:] != x[2:]).any()
+    y = torch.zeros(4, dtype=torch.long)
+    attacked = attack_passes(net, "fp16")
+    found = input_gradient(attacked, x, y, lambda logits, y: logits[:, 1])
+    assert net.rows == rows
+    finite = found.isfinite().flatten(1).all(1)
+    assert finite.tolist() == [gain < 3000] * 2 + [True] * 2
+    expected = torch.tensor([gain**2, gain**2, 1, 1])[finite] / 1024
+    assert torch.allclose(found[finite][:, 0, 0, 1], expected, rtol=1e-3)
+    # Nothing left in place but what overflows all the same.
+    settings = {"threat_model": ThreatModel("linf", 0.1), "num_steps": 1, "step_size": 0.1, "start": x}
+    moved = pgd(attacked, x, y, **settings) != x
+    assert moved.flatten(1).any(1).tolist() == finite.tolist()
 
 
 def test_gradients_of_weights_are_not_scaled_in_float16():

@@ -131,13 +131,11 @@ def evaluate(
         threat_model: norm and radius; None = linf 8/255.
         num_steps: steps of PGD and CW.
         step_size: length of their steps in pixel units; None = a quarter of epsilon.
-        attacks: functions ``attack(model, x, y) -> x_adv`` by name, to run beside PGD and CW
-            (`ham_hf.evaluation.foreign` checks what they return); or a list of what to run instead of PGD and CW,
-            empty for clean accuracy alone.
+        attacks: functions ``attack(model, x, y) -> x_adv`` by name, run beside PGD and CW and checked
+            (`ham_hf.evaluation.foreign`); or a list to run instead of PGD and CW, empty for clean accuracy alone.
         autoattack: also run AutoAttack (needs the extra ``ham-hf[autoattack]``); keeps all images in memory.
         class_names: in label order; None takes those of the loader's dataset, or numbers.
-        group_column: key of the batches, which have to be mappings, whose values (strings, whole numbers or booleans)
-            are groups to report accuracy by.
+        group_column: key of batches that are mappings, whose strings, whole numbers or booleans are groups to report.
         device: where to compute; None = where the model is. The model is moved there.
         batch_size: images at once, for `Images` and AutoAttack; a loader has its own.
         seed: seed of the attacks.
@@ -154,18 +152,13 @@ def evaluate(
     place = device_of(model)
     chosen = chosen_attacks(attacks, num_steps, float(threat_model.epsilon) / 4 if step_size is None else step_size)
     reader = None if group_column is None else GroupReader(loader, group_column)
-    loader = loader if reader is None else reader
+    loader = reader or loader
     with outside_inference_mode():
         if autoattack:
             loader = held_images(loader)
         head = _LogitCheck(model)
-        results = evaluate_batches(
-            model,
-            head.checked(batches_of(loader, place, batch_size)),
-            chosen,
-            threat_model=threat_model,
-            seed=seed,
-        )
+        batches = head.checked(batches_of(loader, place, batch_size))
+        results = evaluate_batches(model, batches, chosen, threat_model=threat_model, seed=seed)
         if autoattack:
             results["autoattack"] = evaluate_autoattack(
                 model,

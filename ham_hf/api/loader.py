@@ -28,7 +28,6 @@ class HeldImages(Images):
         self.x, self.labels = x, labels
 
     def relabeled(self, labels: Tensor) -> Images:
-        """See `Images.relabeled`."""
         return HeldImages(self.x, labels)
 
     def batches(self, requests: Sequence[BatchRequest], *, device: torch.device) -> Iterator[PixelBatch]:

@@ -22,25 +22,34 @@ from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.build import build_config, load_train_config
 from ham_hf.config.yaml_text import Entry
-from ham_hf.data import BatchRequest, ImageData
+from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import Workplace, evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
-from ham_hf.models import PixelModel, Preprocessing, input_defaults
+from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.results import training_report, write_config, write_training
-from ham_hf.runs import class_examples, evaluate_on_test, example_strip, export_model, load_data, new_model
+from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.results import (
+    model_section,
+    overflow_notes,
+    training_report,
+    training_section,
+    write_config,
+    write_training,
+)
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
-from ham_hf.training.log import check_tracker, end_training, start_tracker
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, stop_requests
+from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.trainer import Trainer
+from ham_hf.training_run import export_model
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +117,8 @@ def train(
         accelerator = create_accelerator(
             use_cpu=settings.training.use_cpu,
             mixed_precision=settings.training.mixed_precision,
-            report_to=settings.training.report_to,
-            logging_dir=folder / "logs",
+            trackers=chosen_trackers(settings.training.report_to),
+            logging_dir=folder / LOGS_NAME,
             ddp_timeout=settings.training.ddp_timeout,
         )
         if accelerator.is_main_process:
@@ -152,7 +161,7 @@ def _run(
         if data.name != NAME and preprocessing is not None:
             write_config(settings, folder)
     accelerator.wait_for_everyone()
-    start_tracker(accelerator, settings.training.report_to, config_to_dict(settings))
+    start_trackers(accelerator, folder, config_to_dict(settings), step=trainer.progress.step)
     with stop.deferred():
         trainer.fit(stop)
     accelerator.wait_for_everyone()
@@ -187,7 +196,7 @@ def _check(settings: TrainConfig, train: Examples | None, test: Examples | None)
         raise ValueError(
             "fairness: this call trains; make the result fairer with ham_hf.calibrate, on held-out images"
         )
-    check_tracker(settings.training.report_to)
+    chosen_trackers(settings.training.report_to)
     check_optimizer(settings.training.optimizer)
     if settings.evaluation.autoattack:
         require_autoattack()
@@ -227,8 +236,8 @@ def _data(
 ) -> ImageData:
     inputs = input_defaults(settings.model.model_name, model_args=settings.model.model_args)
     if train is None or test is None:
-        return load_data(
-            settings.data, image_size=settings.model.image_size, inputs=inputs, seed=settings.training.seed
+        return load_image_data(
+            settings.data, inputs, seed=settings.training.seed, image_size=settings.model.image_size
         )
     return image_data_from(
         train,
@@ -309,18 +318,20 @@ def _finished(
     weights, best = load_best(folder)
     selected.load_state_dict(weights)
     results = evaluate_on_test(
-        selected,
-        data.test,
+        selected.to(accelerator.device).to(memory_format=trainer.train_step.memory_format),
+        data,
         settings.evaluation,
-        num_classes=len(data.class_names),
         threat_model=threat_model,
-        accelerator=accelerator,
-        seed=settings.training.seed,
-        output_dir=folder,
-        memory_format=trainer.train_step.memory_format,
-        show_progress=not settings.training.disable_tqdm,
+        place=Workplace(
+            accelerator=accelerator,
+            seed=settings.training.seed,
+            output_dir=folder,
+            show_progress=not settings.training.disable_tqdm,
+        ),
     )
     report = report_of(results, data.class_names, threat_model)
+    summaries = {attack.name: attack.summary for attack in report.entries}
+    track_test_results(accelerator, summaries, data.class_names, step=trainer.progress.step)
     if accelerator.is_main_process:
         if preprocessing is None:
             _write_plain(selected, report, data, folder)
@@ -348,23 +359,15 @@ def _write_for_timm(
     """Everything that a run of the command line leaves."""
     folder, accelerator = Path(settings.training.output_dir), trainer.accelerator
     exported = export_model(selected, settings, data, preprocessing)
+    model = model_section(settings.model.model_name, exported, preprocessing)
+    training = training_section(trainer.progress, best, peak_memory_bytes=peak_memory_bytes(accelerator.device))
     report = training_report(
-        settings,
-        selected,
-        exported,
-        preprocessing,
-        data,
-        trainer.progress,
-        best,
-        results,
-        accelerator,
-        peak_memory_bytes=peak_memory_bytes(accelerator.device),
+        settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
     )
-    seed, threat_model = settings.training.seed, settings.attack.threat_model
-    examples = example_strip(selected, data.test, settings.evaluation, threat_model=threat_model, seed=seed)
-    of_classes = class_examples(
-        selected, data.test, settings.evaluation, results, threat_model=threat_model, seed=seed
-    )
+    seed = settings.training.seed
+    shown = (selected, data.test, settings.evaluation, results)
+    examples = example_strip(*shown, threat_model=settings.attack.threat_model, seed=seed)
+    of_classes = class_examples(*shown, threat_model=settings.attack.threat_model, seed=seed)
     write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
 
 

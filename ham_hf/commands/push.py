@@ -4,10 +4,12 @@
     ham-hf push outputs/cifar10-ham --hub_model_id me/robust-cifar10 --hub_space
     ham-hf push outputs/cifar10-ham --repair
     ham-hf push me/robust-cifar10 --repair
+    ham-hf push evaluation/their-model --hub_model_id you/their-model --create_pr
 
 --repair brings what an earlier version wrote into today's form, which transformers loads too: config.json names the
 number of classes once, and a network for gray images gets a second form in rgb/. The weights stay as they are. A
 folder is repaired in place (and pushed then, if --hub_model_id is given), a repository on the Hub with one commit.
+The folder of an evaluation goes into the repository of the model, with --create_pr as a pull request.
 """
 
 from __future__ import annotations
@@ -19,10 +21,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ham_hf.faults import clean_exit
-from ham_hf.hub import PushError, check_write_access, download_file, push_files, push_folder, space_url
+from ham_hf.hub import (
+    EVALUATION_NAME,
+    PushError,
+    check_pull_request,
+    check_write_access,
+    download_file,
+    push_evaluation,
+    push_files,
+    push_folder,
+    space_url,
+)
 from ham_hf.invocation import command, program
 from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
+from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.page import PAGE_NAME
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
@@ -42,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         if arguments.repair:
             _print_changes(str(folder), repair_folder(folder))
-        if repo_id is not None:
+        if repo_id is not None and (folder / EVALUATION_NAME).is_file():
+            _push_evaluation(folder, arguments)
+        elif repo_id is not None:
             _push(folder, arguments)
 
 
@@ -76,11 +91,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model_license", "--model-license", help="license of the weights; default: that of the run's settings"
     )
+    parser.add_argument(
+        "--create_pr", "--create-pr", action="store_true", help="push the folder of an evaluation as a pull request"
+    )
     parser.add_argument("--repair", action="store_true", help="bring an older export into today's form first")
     return parser
 
 
+def _push_evaluation(folder: Path, arguments: argparse.Namespace) -> None:
+    repo_id, create_pr, revision = arguments.hub_model_id, arguments.create_pr, arguments.hub_revision
+    if create_pr:
+        check_pull_request(repo_id)
+    else:
+        repo_id = check_write_access(repo_id, private=arguments.hub_private_repo, revision=revision)
+    url = push_evaluation(
+        folder, repo_id, create_pr=create_pr, publish_images=arguments.publish_images, revision=revision
+    )
+    show(f"pushed to {url}\n")
+
+
 def _push(folder: Path, arguments: argparse.Namespace) -> None:
+    if arguments.create_pr:
+        raise ValueError(f"--create_pr is for the folder of an evaluation, and {folder} has no {EVALUATION_NAME}")
     missing = [name for name in ("model.safetensors", "config.json", REPORT_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not the folder of a finished run: {', '.join(missing)} missing")
@@ -103,6 +135,7 @@ def _push(folder: Path, arguments: argparse.Namespace) -> None:
     )
     # The card's loading lines name the repository, which may be another one than the run knew of.
     write_card(report, folder, repo_id=repo_id, model_license=model_license)
+    write_eval_results(report, folder)
     url = push_folder(
         folder,
         repo_id,

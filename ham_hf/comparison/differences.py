@@ -1,4 +1,4 @@
-"""What is known of runs beside their numbers, as text: settings, budget, environment; and in what they differ."""
+"""Facts of runs beside their numbers, as text: settings, budget, environment, and how they differ."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from ham_hf.settings import settings_of
 
 NOT_THE_RUN = frozenset(
     {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "logging_steps",
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name",
+        "project", "trackio_space_id", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "model_license",
+        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "create_pr",
+        "model_license",
         "ddp_timeout", "max_train_hours",
     }
 )  # fmt: skip
@@ -35,10 +37,10 @@ Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 
 
 def run_settings(config: Mapping[str, object], *, without: Collection[str] = ()) -> dict[str, object]:
-    """The settings that decide a run's numbers, as JSON gives them back: two runs with equal ones are repetitions.
+    """Return the settings that decide a run's numbers, as JSON values: two runs with equal ones are repetitions.
 
-    A setting that is younger than a training run's report has its default: what it does by itself is what was done
-    before it was there. Batch size and accumulation count by their product, as a run may go on with another pair.
+    Reports written before a setting existed are read with that setting's default, which reproduces the old behavior.
+    Batch size and accumulation count by their product, as a run may continue with another pair.
     """
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
     if isinstance(plain.get("method"), str):
@@ -91,9 +93,9 @@ def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
 
 
 def budget(report: RunReport) -> dict[str, str]:
-    """What has to be equal for numbers to be comparable; of a model that was only evaluated less is known."""
+    """Facts that must be equal for numbers to be comparable; fewer are known of a model that was only evaluated."""
     dataset, model, config, training = report.dataset, report.model, report.config, report.training
-    # Where a local dataset or model lies is nobody's business: the rule of the model card.
+    # Local paths are not published, as in the model card.
     name = dataset.hub_id or dataset.name.rstrip("/").rpartition("/")[2]
     facts = {
         "Dataset": " ".join(filter(None, (name, dataset.config_name, dataset.revision))),
@@ -123,7 +125,7 @@ def budget(report: RunReport) -> dict[str, str]:
 
 
 def conditions(report: RunReport, attack: str) -> dict[str, str]:
-    """What has to be equal for one evaluation's numbers to be set against each other, by title.
+    """Facts that must be equal to compare one evaluation's numbers, by title.
 
     Images, threat model, and the settings of the attack; of the verdict, those of all attacks.
     """

@@ -53,7 +53,7 @@ class Launcher:
     environment: Mapping[str, str]
 
     def words(self, run: PlannedRun) -> list[str]:
-        """The command line of ``run``; one that has begun, here or with the weights of another, goes on."""
+        """The command line of ``run``; one that has begun, here or with the weights of another, is resumed."""
         begun = run.weights_from is not None or (run.folder.is_dir() and any(run.folder.iterdir()))
         return [*self.command, *run.words, *(["--resume_from_checkpoint=latest"] if begun else [])]
 
@@ -137,7 +137,7 @@ def survey(
 def execute(
     runs: Sequence[PlannedRun], launcher: Launcher, *, jobs: int, announce: Callable[[str], None]
 ) -> list[MissingRun]:
-    """Run what is not done, ``jobs`` at a time; a run that fails does not keep the others from running.
+    """Run the unfinished runs, ``jobs`` at a time; a failed run does not stop the others.
 
     Args:
         runs: what to run, in order; their folders have been looked at (`is_done`).
@@ -146,7 +146,7 @@ def execute(
         announce: takes a line when a run starts and when it ends.
 
     Returns:
-        The runs that failed, and those that another process is at.
+        The runs that failed, and those that another process is running.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when every run that was under way has stopped.
@@ -252,7 +252,7 @@ def _next_ready(waiting: deque[PlannedRun], running: Sequence[PlannedRun]) -> Pl
 
 
 def bring_weights(run: PlannedRun, source: Path) -> None:
-    """Give a run that does not train what the finished run in ``source`` left, so that it goes on at its end.
+    """Copy the results of the finished run in ``source`` to a run that does not train, which continues at its end.
 
     Raises:
         ValueError: if that run is not finished, or its settings differ in more than the calibration.
@@ -296,7 +296,7 @@ def _failure(child: _Child) -> str:
 
 
 def _stop(children: Sequence[_Child]) -> None:
-    """Interrupt what still runs, as Ctrl-C would; kill what does not stop, or at once at a second Ctrl-C."""
+    """Interrupt the running ones, as Ctrl-C would; kill those that do not stop, or all at a second Ctrl-C."""
     # What a shell runs in the background ignores Ctrl-C, and so does what it starts.
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     _signal(children, signal.SIGTERM if ignored else signal.SIGINT)

@@ -54,7 +54,7 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
     Axes are zoomed to the points, and end at 0 and 100 %: differences count here, and the tables have the values.
     """
     rows = [row for row in comparison.rows if attack in row.attacks]
-    figure = Figure(figsize=(8.6, max(4.6, 1.2 + 0.27 * len(rows))), layout="constrained")
+    figure = Figure(figsize=(10.0, max(5.4, 1.2 + 0.27 * len(rows))), layout="constrained")
     axes = figure.add_subplot()
     for number, row in enumerate(rows):
         average, worst = row.attacks[attack].average, row.attacks[attack].worst_class
@@ -65,7 +65,7 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
             yerr=None if worst.std is None else 100 * worst.std,
             fmt=MARKERS[number % len(MARKERS)],
             color=COLORS[number % len(COLORS)],
-            ms=8,
+            ms=6,
             mec="white",
             mew=0.6,
             elinewidth=1.0,
@@ -86,7 +86,8 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
     axes.set_ylim(*_within(axes.get_ylim()))
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    heading = "Better is up and to the right\nbars: standard deviation over seeds"
+    spread = any(row.attacks[attack].average.std is not None for row in rows)
+    heading = "Better is up and to the right" + ("\nbars: standard deviation over seeds" if spread else "")
     axes.set_title(heading + _budget_note(comparison), fontsize=11)
     legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     for number, (entry, row) in enumerate(zip(legend.get_texts(), rows, strict=True), start=1):
@@ -126,8 +127,20 @@ def _number_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, flo
                 if axes.bbox.contains(*spot) and room > most_room + 1e-6:
                     best, most_room = shift, room
         taken.append((place[0] + scale * best[0], place[1] + scale * best[1]))
+        color = COLORS[(number - 1) % len(COLORS)]
         axes.annotate(
-            str(number), at, xytext=best, textcoords="offset points", ha="center", va="center", fontsize=8, zorder=5
+            str(number),
+            at,
+            xytext=best,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color=color,
+            zorder=5,
+            # Tells whose number it is where marks lie close to each other.
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 4, "shrinkB": 3},
         )
 
 
@@ -155,9 +168,12 @@ def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]
     axes.set_facecolor("#CCCCCC")
     image = axes.imshow(cells, cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     axes.set_xticks(range(len(across)), labels=across, fontsize=9, parse_math=False)
-    axes.tick_params(axis="x", labelrotation=90)
+    # Short names need not be turned.
+    axes.tick_params(axis="x", labelrotation=0 if max(map(len, across)) <= 3 else 90)
+    axes.set_xlabel("class, hardest first" if across is not labels else "run")
     if named:
         axes.set_yticks(range(len(down)), labels=down, fontsize=9 if height < 9 else 8, parse_math=False)
+        axes.set_ylabel("run" if across is not labels else "class, hardest first")
         _write_cells(axes, cells, worst=np.nanmin(values, axis=1), by_column=cells is not values)
     else:
         axes.set_yticks([])

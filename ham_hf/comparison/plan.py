@@ -18,9 +18,8 @@ own method.
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +28,7 @@ import yaml
 
 from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to_dict
 from ham_hf.config.build import build_config
-from ham_hf.config.yaml_text import Entry, exact_fraction, read_yaml, show_node, text_node
+from ham_hf.config.yaml_text import Entry, read_yaml, setting_words, show_node, text_node
 from ham_hf.invocation import command
 from ham_hf.settings import settings_of
 
@@ -43,6 +42,7 @@ OURS = {
     "seed": "give seeds to the comparison",
     "output_dir": "give output_dir to the comparison; each run has a folder of its own in it",
     "resume_from_checkpoint": "an unfinished run is continued anyway",
+    "run_name": "each run is called by its row and seed",
     "overwrite_output_dir": "delete a run's folder to run it again",
     "push_to_hub": f"all runs would go to one repository; push the folder of a chosen run with {command('push')}",
 }
@@ -150,25 +150,6 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     return Plan(runs=tuple(runs), baseline=baseline, output_dir=Path(folder))
 
 
-def setting_words(values: Mapping[str, object]) -> list[str]:
-    """Settings as words of a command line, which reads them back equal.
-
-    Args:
-        values: by name, in the form of `ham_hf.config.config_to_dict`.
-    """
-    words: list[str] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            words += [f"--{name}", *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
-        elif isinstance(value, list):
-            words += [f"--{name}", *map(str, value)]
-        elif value is None or isinstance(value, bool):
-            words.append(f"--{name}={str(value).lower()}")
-        else:
-            words.append(f"--{name}={exact_fraction(value) or value}")
-    return words
-
-
 def _planned_run(
     label: str, seed: int, output_dir: Path, recipe: Path, written: Sequence[Entry], own: Sequence[Entry]
 ) -> PlannedRun:
@@ -178,6 +159,9 @@ def _planned_run(
     place = {"seed": str(seed), "output_dir": str(_folder(output_dir, label, seed))}
     flags = [*own, *(Entry(name, text_node(value), "") for name, value in place.items())]
     config = build_config(TrainConfig, [*written, *flags])
+    if config.training.report_to:
+        flags.append(Entry("run_name", text_node(f"{label}/seed{seed}"), ""))
+        config = build_config(TrainConfig, [*written, *flags])
     for name in ("resume_from_checkpoint", "overwrite_output_dir"):
         if getattr(config.training, name):
             raise ConfigError(f"leave {name} out of {recipe}: {OURS[name]}")

@@ -220,6 +220,21 @@ class Comparison:
         return order[0] if abs(first.mean - second.mean) > noise and not tie else None
 
 
+def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each row, by seed."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.label, []).append(run)
+    for label, members in found.items():
+        members.sort(key=lambda run: run.seed)
+        for one, other in itertools.pairwise(members):
+            if one.seed == other.seed:
+                raise ValueError(
+                    f"{one.source} and {other.source} are the same run ({label}, seed {one.seed}); give one of them"
+                )
+    return found
+
+
 def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
     """Put runs side by side.
 
@@ -235,16 +250,7 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     """
     if not runs:
         raise ValueError("there is no finished run to compare")
-    by_label: dict[str, list[Run]] = {}
-    for run in runs:
-        by_label.setdefault(run.label, []).append(run)
-    for label, members in by_label.items():
-        members.sort(key=lambda run: run.seed)
-        for one, other in itertools.pairwise(members):
-            if one.seed == other.seed:
-                raise ValueError(
-                    f"{one.source} and {other.source} are the same run ({label}, seed {one.seed}); give one of them"
-                )
+    by_label = _by_label(runs)
     if baseline is not None and baseline not in {*by_label, *(run.label for run in missing)}:
         raise ValueError(f"--baseline {baseline}: expected one of {', '.join(by_label)}")
     titles = {name: attack.title for run in runs for name, attack in evaluations(run.report).items()}

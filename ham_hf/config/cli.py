@@ -398,7 +398,7 @@ def _help(known: Setting) -> str:
 
 def _default(known: Setting) -> str:
     if isinstance(known.default, tuple):
-        return " ".join(map(str, known.default))
+        return " ".join(map(str, known.default)) or "none"
     if isinstance(known.default, bool):
         return "on" if known.default else "off"
     if known.default is None or known.default == {}:

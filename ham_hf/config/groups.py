@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.data import CalibrationDataConfig, DataConfig
 from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.hub_ids import is_hub_id, split_revision
 from ham_hf.methods import HAM, Method
 from ham_hf.models import ModelConfig
 from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
@@ -53,6 +53,28 @@ class HubConfig(SettingsGroup):
                 f"--hub_model_id {self.hub_model_id!r}: expected owner/name of at most 96 letters, digits and single "
                 "'-', '_' or '.', such as me/robust-cifar10"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationHubConfig(SettingsGroup):
+    """Where the report of an evaluation goes."""
+
+    push_to_hub: bool = setting(False, "push the report to the model's repository on the Hub")
+    create_pr: bool = setting(False, "as a pull request, for a repository that is not one's own")
+    hub_model_id: str | None = setting(None, "repository on the Hub: owner/name; none = the model's own")
+    publish_images: bool = setting(False, "push images of a dataset that is not public, too")
+
+    def contradictions(self) -> Iterator[str]:
+        """Settings of a push without a push, and an impossible target."""
+        idle = {
+            "--create_pr": self.create_pr,
+            f"--hub_model_id {self.hub_model_id}": self.hub_model_id is not None,
+            "--publish_images": self.publish_images,
+        }
+        if not self.push_to_hub:
+            yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
+        if self.hub_model_id is not None and not is_hub_id(self.hub_model_id, with_owner=True):
+            yield f"--hub_model_id {self.hub_model_id!r}: expected owner/name, such as me/robust-cifar10"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,14 +184,23 @@ class EvaluateConfig(SettingsGroup):
     more: MoreEvaluationConfig = field(
         default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
     )
+    hub: EvaluationHubConfig = field(default_factory=EvaluationHubConfig, metadata={"title": "Hub"})
 
     @property
     def output_path(self) -> Path:
         """``output_dir``, or the folder that stands for it when it is not given."""
         return Path(self.output_dir or Path("evaluation", Path(self.model.split(":")[-1]).resolve().name))
 
+    @property
+    def repo_id(self) -> str | None:
+        """The repository to push to; None where none is named, and the model is not on the Hub."""
+        source = None if Path(self.model).expanduser().exists() else split_revision(self.model)
+        return self.hub.hub_model_id or (source[0] if source else None)
+
     def contradictions(self) -> Iterator[str]:
-        """A step size on the 0..255 scale."""
+        """A step size on the 0..255 scale, and a push to nowhere."""
+        if self.hub.push_to_hub and self.repo_id is None:
+            yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
         if self.attack.norm is not None:
             yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 

@@ -7,8 +7,10 @@ such as ``model_args``, which have no declared type, are recognized by their for
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +134,25 @@ def config_to_yaml(config: AnyConfig) -> str:
     return "\n".join(blocks)
 
 
+def setting_words(values: Mapping[str, object]) -> list[str]:
+    """Settings as words of a command line, which reads them back equal.
+
+    Args:
+        values: by name, in the form of `ham_hf.config.config_to_dict`.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            words += [f"--{name}", *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is None or isinstance(value, bool):
+            words.append(f"--{name}={str(value).lower()}")
+        else:
+            words.append(f"--{name}={exact_fraction(value) or value}")
+    return words
+
+
 def exact_fraction(value: object) -> str | None:
     """``"8/255"`` for a number that is an exact multiple of 1/255 and long to write otherwise, else None."""
     if isinstance(value, float) and 0 < value < 1 and len(repr(value)) > 8 and round(value * 255) / 255 == value:
@@ -144,11 +165,20 @@ def _read(known: Setting, node: yaml.Node) -> object:
         return None
     if known.is_mapping and isinstance(node, yaml.MappingNode):
         return _untyped(node)
+    if known.is_list and known.choices:
+        return _words(node)
     if known.is_list and isinstance(node, yaml.SequenceNode):
         return tuple(_read_scalar(known.item_kind, item) for item in node.value)
     if known.is_mapping or known.is_list:
         raise ValueError
     return _read_scalar(str if known.choices else known.kind, node)
+
+
+def _words(node: yaml.Node) -> tuple[str, ...]:
+    """A list of words, each once: ``[a, b]``, ``a b`` of a flag, or ``a,b``; ``none`` stands for an empty one."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    words = [word.strip() for item in items for word in str(_read_scalar(str, item)).split(",")]
+    return () if words == ["none"] else tuple(dict.fromkeys(words))
 
 
 def _read_scalar(kind: object, node: yaml.Node) -> object:

@@ -150,7 +150,7 @@ class EvalTransform:
         crop_mode: str = "center",
         border_color: Sequence[float] = (),
     ) -> None:
-        self.image_size, self.interpolation = image_size, interpolation
+        self.image_size, self.interpolation, self.crop_pct = image_size, interpolation, crop_pct
         self._transform: PixelTransform = create_transform(
             image_size,
             is_training=False,

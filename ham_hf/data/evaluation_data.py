@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import datasets
@@ -17,17 +18,15 @@ from ham_hf.data.columns import (
     choose_image_column,
     choose_label_column,
     choose_splits,
-    encoded_column,
-    is_unlabeled,
-    label_column_of,
     read_labels,
 )
-from ham_hf.data.declarations import Declarations
+from ham_hf.data.config import DataConfig
+from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
-from ham_hf.data.image_groups import ImageGroups, read_groups
-from ham_hf.data.parts import DatasetChoice, limit_rows, named_labels
+from ham_hf.data.image_groups import ImageGroups
+from ham_hf.data.parts import encoded_images, limit_rows, named_labels, split_files, stored_labels, streamed_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
-from ham_hf.data.shards import SplitFiles, read_whole
+from ham_hf.data.shards import read_whole
 from ham_hf.data.sources import is_local, open_source, open_streamed_source
 from ham_hf.data.splits import TEST_SEED, stratified_split
 
@@ -65,6 +64,7 @@ class _Opened(NamedTuple):
     config_name: str | None
     revision: str | None
     notes: tuple[str, ...]
+    group_files: list[tuple[FileClasses, tuple[str, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,7 @@ class EvaluationPart:
 
 
 def evaluation_part(
-    choice: DatasetChoice,
-    trained: TrainedOn,
-    *,
-    test_fraction: float,
-    limit_test_examples: int | None,
-    streaming: bool,
+    config: DataConfig, in_chans: int, trained: TrainedOn, group_column: str | None = None
 ) -> EvaluationPart:
     """The named split, else the only one, else the test split by the rule of `ham_hf.data.columns.choose_splits`.
 
@@ -104,38 +99,32 @@ def evaluation_part(
     recorded. A copy of the training data under another name is recognized by its fingerprint.
 
     Args:
-        choice: the dataset.
+        config: says which data. ``test_fraction`` is held out of a split that is for training by its name; of a
+            stream, the split is read into the cache.
+        in_chans: channels to decode to, 1 or 3.
         trained: what is known of the model.
-        test_fraction: share to hold out of a split that is for training by its name.
-        limit_test_examples: evaluate on a stratified part of this many images.
-        streaming: open it as `ham_hf.data.parts.split_stream` does; the split is read into the cache.
+        group_column: column of groups to evaluate beside the classes; None for none.
 
     Raises:
         ValueError: for anything that does not fit, or where every image of the split was for training.
     """
-    opened = _open_streamed(choice) if streaming else _open(choice)
-
-    def encoded(rows: Tensor) -> EncodedImages:
-        column = encoded_column(opened.splits, opened.split, opened.image_column)
-        return EncodedImages(
-            images=column, split=opened.split, rows=rows, labels=opened.labels[rows], in_chans=choice.in_chans
-        )
-
+    opened = (_open_streamed if config.dataset_streaming else _open)(config, group_column)
+    images_at = partial(encoded_images, opened.splits, opened.image_column, in_chans, opened.split)
     rows, origin = torch.arange(len(opened.labels)), opened.split
     fraction = None
-    if _was_trained_on(choice, opened, trained, lambda: fingerprint_of(encoded(rows), opened.class_names)):
-        fraction = _recorded_fraction(choice, opened, trained, test_fraction)
+    if _was_trained_on(
+        config, opened, trained, lambda: fingerprint_of(images_at(rows, opened.labels), opened.class_names)
+    ):
+        fraction = _recorded_fraction(config, opened, trained)
     elif opened.train_split == opened.split:
-        fraction = test_fraction
+        fraction = config.test_fraction
     if fraction is not None:
         labels = named_labels(opened.labels, opened.class_names, trained.class_names)
         _, rows = stratified_split(labels, fraction, TEST_SEED)
         origin = f"held out of {opened.split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
-    rows = limit_rows(opened.labels, rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
-    column = choice.group_column
+    rows = limit_rows(opened.labels, rows, "--limit_test_examples", config.limit_test_examples, TEST_SEED)
     return EvaluationPart(
-        encoded=encoded(rows),
-        groups=None if column is None else read_groups(opened.splits[opened.split], column, rows),
+        encoded=images_at(rows, opened.labels),
         class_names=opened.class_names,
         origin=origin,
         config_name=opened.config_name,
@@ -174,16 +163,13 @@ def choose_evaluation_split(
     return (train, train) if test is None else (test, train)
 
 
-def _open(choice: DatasetChoice) -> _Opened:
-    source = open_source(choice.name, choice.config_name, choice.revision)
+def _open(config: DataConfig, group_column: str | None) -> _Opened:
+    source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
 
-    def has_labels(split: str) -> bool:
-        column = label_column_of(source.splits[split].features, choice.label_column)
-        return column is None or not all(map(is_unlabeled, source.splits[split][column][:]))
-
-    split, train = choose_evaluation_split(list(source.splits), choice.train_split, choice.test_split, has_labels)
+    has_labels = stored_labels(source, config.label_column)
+    split, train = choose_evaluation_split(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train or split].features
-    column = choose_label_column(features, choice.label_column)
+    column = choose_label_column(features, config.label_column)
     if train is not None and train != split:
         # Labels that declare no names are numbered by those that train has.
         _, labels, names = read_labels(source.splits, column, train, split, source.declared)
@@ -196,34 +182,27 @@ def _open(choice: DatasetChoice) -> _Opened:
         train_split=train,
         labels=labels,
         class_names=names,
-        image_column=choose_image_column(features, choice.image_column),
+        image_column=choose_image_column(features, config.image_column),
         config_name=source.config_name,
         revision=source.revision,
         notes=source.notes,
+        group_files=_group_files(group_column, source.declared, split),
     )
 
 
-def _open_streamed(choice: DatasetChoice) -> _Opened:
-    source = open_streamed_source(choice.name, choice.config_name, choice.revision)
+def _open_streamed(config: DataConfig, group_column: str | None) -> _Opened:
+    source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
 
-    def files_of(split: str) -> SplitFiles:
-        return SplitFiles(
-            split=split, files=source.files[split], version=source.versions[split], stream=source.splits[split]
-        )
-
-    def has_labels(split: str) -> bool:
-        column = label_column_of(source.splits[split].features, choice.label_column)
-        first = None if column is None else next(iter(files_of(split).rows([column], 0, 0, 1)), None)
-        return first is None or not is_unlabeled(first[str(column)])
-
-    split, train = choose_evaluation_split(list(source.splits), choice.train_split, choice.test_split, has_labels)
+    files = split_files(source)
+    has_labels = streamed_labels(files, config.label_column)
+    split, train = choose_evaluation_split(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train or split].features
-    images = choose_image_column(features, choice.image_column)
-    column = choose_label_column(features, choice.label_column)
+    images = choose_image_column(features, config.image_column)
+    column = choose_label_column(features, config.label_column)
     logger.info("reading all of split %r", split)
     kept = datasets.Features({images: datasets.Image(), column: features[column]})
-    if choice.group_column is not None:
-        kept[choice.group_column] = features[choose_group_column(features, choice.group_column)]
+    if group_column is not None:
+        kept[group_column] = features[choose_group_column(features, group_column)]
     # As they are in the files: every file's declaration is applied when labels are read.
     if train == split:
         raise ValueError(
@@ -231,7 +210,7 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
             "name, and a part is not held out of a stream: choose one with --test_split, or leave "
             "--dataset_streaming out"
         )
-    whole = datasets.DatasetDict({split: read_whole(files_of(split), kept)})
+    whole = datasets.DatasetDict({split: read_whole(files[split], kept)})
     labels, _, names = read_labels(whole, column, split, None, _alone(source.declared, split))
     # As for a stored dataset, classes are those that train declares, where it does.
     of_train = source.declared.class_names(column, train or split)
@@ -247,7 +226,13 @@ def _open_streamed(choice: DatasetChoice) -> _Opened:
         config_name=source.config_name,
         revision=source.revision,
         notes=(),
+        group_files=_group_files(group_column, source.declared, split),
     )
+
+
+def _group_files(column: str | None, declared: Declarations, split: str) -> list[tuple[FileClasses, tuple[str, ...]]]:
+    """Files of a split with the names that their groups count; empty without groups or where no file declares any."""
+    return [] if column is None else _alone(declared, split).row_names(column, split, split)
 
 
 def _alone(declared: Declarations, split: str) -> Declarations:
@@ -256,34 +241,34 @@ def _alone(declared: Declarations, split: str) -> Declarations:
 
 
 def _was_trained_on(
-    choice: DatasetChoice, opened: _Opened, trained: TrainedOn, fingerprint: Callable[[], Fingerprint]
+    config: DataConfig, opened: _Opened, trained: TrainedOn, fingerprint: Callable[[], Fingerprint]
 ) -> bool:
     """Whether the model was trained on the split: by its fingerprint, else by name where there is none to compare."""
     record = trained.record
     if record is None:
         named_for_training = opened.split == "train" or len(opened.splits) == 1
-        return trained.dataset == plain_name(choice.name) and (
+        return trained.dataset == plain_name(config.dataset_name) and (
             opened.train_split == opened.split or (opened.train_split is None and named_for_training)
         )
     if record.is_of(fingerprint()):
         return True
-    same_name = record.dataset == plain_name(choice.name) and record.train_split == opened.split
+    same_name = record.dataset == plain_name(config.dataset_name) and record.train_split == opened.split
     same_configuration = (record.config_name or "default") == (opened.config_name or "default")
-    on_hub = not is_local(choice.name, choice.config_name, choice.revision)
+    on_hub = not is_local(config.dataset_name, config.dataset_config_name, config.dataset_revision)
     # Another revision of a dataset of the Hub has most images in common.
     return same_name and same_configuration and (on_hub or record.fingerprint is None)
 
 
-def _recorded_fraction(choice: DatasetChoice, opened: _Opened, trained: TrainedOn, asked: float) -> float:
+def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) -> float:
     """Share of the split that was held out to test on when the model was trained.
 
     Raises:
         ValueError: if none was, or another share is asked for.
     """
-    record = trained.record
+    record, asked = trained.record, config.test_fraction
     if record is not None and record.test_split is not None:
         raise ValueError(
-            f"--dataset_name {choice.name}: split {opened.split!r} holds the {record.num_images} images of "
+            f"--dataset_name {config.dataset_name}: split {opened.split!r} holds the {record.num_images} images of "
             f"{record.dataset} that the model was trained on (by its config.json), so accuracy on them says nothing; "
             f"it was tested on split {record.test_split!r}: choose that or another with --test_split, or another "
             "dataset"
@@ -296,11 +281,11 @@ def _recorded_fraction(choice: DatasetChoice, opened: _Opened, trained: TrainedO
             f"--test_fraction {asked} would test on images that the model was trained on; "
             f"it was trained with --test_fraction {known}"
         )
-    if record is not None and record.dataset != plain_name(choice.name):
+    if record is not None and record.dataset != plain_name(config.dataset_name):
         logger.warning(
             "split %r of %s is %s, which the model was trained on: evaluating on the part held out of training",
             opened.split,
-            plain_name(choice.name),
+            plain_name(config.dataset_name),
             record.dataset,
         )
     return known

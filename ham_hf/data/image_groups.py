@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.data.columns import choose_group_column, is_unlabeled
+from ham_hf.data.declarations import FileClasses
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,16 @@ class ImageGroups:
         return make_groups(self.column, kept, self.given_names)
 
 
-def read_groups(split: datasets.Dataset, column: str, rows: Tensor) -> ImageGroups:
+def read_groups(
+    split: datasets.Dataset,
+    column: str,
+    rows: Tensor,
+    of_files: Sequence[tuple[FileClasses, tuple[str, ...]]] = (),
+) -> ImageGroups:
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
-    Groups are the names that a ``ClassLabel`` declares, else the sorted values that occur.
+    Groups are the names that a ``ClassLabel`` declares, else the sorted values that occur. Where ``of_files`` has the
+    names that each file's labels count (`ham_hf.data.declarations`), those decide.
 
     Raises:
         ValueError: if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
@@ -63,10 +70,19 @@ def read_groups(split: datasets.Dataset, column: str, rows: Tensor) -> ImageGrou
     stored = split[column][:]
     values = [stored[row] for row in rows.tolist()]
     if isinstance(feature, datasets.ClassLabel):
+        counted = [names for file, names in of_files for _ in range(file.num_rows)]
+        counted = counted or [tuple(feature.names)] * len(stored)
+        if len(counted) != len(stored):
+            raise ValueError(
+                f"--group_column {column}: the split has {len(stored)} examples and its files have {len(counted)}: "
+                "files changed since they were prepared; delete the copy in the cache of datasets (HF_DATASETS_CACHE)"
+            )
         named = [
-            None if is_unlabeled(value) or value >= len(feature.names) else feature.names[value] for value in values
+            None if is_unlabeled(value) or value >= len(counted[row]) else counted[row][value]
+            for row, value in zip(rows.tolist(), values, strict=True)
         ]
-        groups = make_groups(column, named, feature.names)
+        names = dict.fromkeys([*feature.names, *(name for _, others in of_files for name in others)])
+        groups = make_groups(column, named, list(names))
     else:
         groups = make_groups(column, values)
     if groups.num_missing:

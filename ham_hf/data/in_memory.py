@@ -72,18 +72,7 @@ def image_data_from(
     Raises:
         ValueError: for items, pixels, sizes or labels that do not fit; the message names part and index.
     """
-    if in_chans not in MODE_OF_CHANNELS:
-        raise ValueError(f"in_chans {in_chans}: images can be given as 1 (gray) or 3 (RGB) channels")
-    if augmentation == "timm":
-        raise ValueError(
-            "augmentation timm needs encoded images: use none, crop or crop_flip for data given in Python"
-        )
-    for part, given in (("train", train), ("test", test)):
-        if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")) or not len(given):
-            raise ValueError(
-                f"{part}: expected a dataset with a length, at least 1, and items (image, label), got "
-                f"{type(given).__name__}"
-            )
+    _check({"train": train, "test": test}, in_chans, augmentation)
     if image_size is None:
         width, height = _picture(next(_pairs(train, "train"))[0], in_chans, "train[0]").size
         image_size = width if width == height <= SMALL_IMAGE_SIZE else default_image_size
@@ -118,6 +107,22 @@ def image_data_from(
         num_skipped=0,
         test_split_origin="given",
     )
+
+
+def _check(given: Mapping[str, Examples], in_chans: int, augmentation: str) -> None:
+    """Refuse what cannot be read, before the first image is."""
+    if in_chans not in MODE_OF_CHANNELS:
+        raise ValueError(f"in_chans {in_chans}: images can be given as 1 (gray) or 3 (RGB) channels")
+    if augmentation == "timm":
+        raise ValueError(
+            "augmentation timm needs encoded images: use none, crop or crop_flip for data given in Python"
+        )
+    for part, examples in given.items():
+        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")) or not len(examples):
+            raise ValueError(
+                f"{part}: expected a dataset with a length, at least 1, and items (image, label), got "
+                f"{type(examples).__name__}"
+            )
 
 
 def _images(pixels: Tensor, labels: Tensor, augmentation: str) -> Images:

@@ -6,12 +6,13 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ham_hf.data.augment import AUGMENTATIONS, PixelTransform, timm_train_transform
+from ham_hf.data.config import DataConfig
 from ham_hf.data.decoding import (
     MODE_OF_CHANNELS,
     EncodedImages,
@@ -23,17 +24,19 @@ from ham_hf.data.decoding import (
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.parts import DatasetChoice, Parts, split_dataset, split_stream
+from ham_hf.data.parts import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.streaming import TrainingStream
 
+if TYPE_CHECKING:
+    from ham_hf.models import Preprocessing
+
 logger = logging.getLogger(__name__)
 
 SMALL_IMAGE_SIZE = 96  # up to here: the dataset's own size, no center crop, pad-crop augmentation
 CACHE_LIMIT_BYTES = 4 * 2**30  # of one split; above, --cache_images auto streams
-STATISTICS_EXAMPLES = 2_000
 FEW_PER_CLASS = 5  # held-out images, on average
 
 
@@ -101,63 +104,34 @@ class ImageData(TestData):
 
 
 def load_test_data(
-    choice: DatasetChoice,
-    trained: TrainedOn,
-    *,
-    test_fraction: float,
-    limit_test_examples: int | None,
-    streaming: bool,
-    geometry: EvalTransform,
-    cache_images: str,
-    skip_corrupt: bool,
-    num_workers: int,
+    config: DataConfig, inputs: Preprocessing, trained: TrainedOn, *, group_column: str | None = None
 ) -> TestData:
     """Open what a finished model is evaluated on; see `ham_hf.data.evaluation_data.evaluation_part` for which images.
 
     Args:
-        choice: the dataset.
+        config: says which data.
+        inputs: what the model takes.
         trained: what is known of the model's training data.
-        test_fraction: share held out of a split that is for training by its name.
-        limit_test_examples: evaluate on a stratified part of this many images.
-        streaming: open it as a stream; the split is read into the cache all the same.
-        geometry: how images are brought to the size that the model takes.
-        cache_images: see `load_image_data`.
-        skip_corrupt: see `load_image_data`.
-        num_workers: processes that decode images that are not cached.
+        group_column: column of groups to evaluate beside the classes; None for none.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
         CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
     """
-    if choice.in_chans not in MODE_OF_CHANNELS:
-        raise ValueError(
-            f"the model takes {choice.in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)"
-        )
-    part = evaluation_part(
-        choice,
-        trained,
-        test_fraction=test_fraction,
-        limit_test_examples=limit_test_examples,
-        streaming=streaming,
-    )
-    images, _, rows = _make_ready(
-        part.encoded,
-        geometry,
-        augmentation="none",
-        cache_images=cache_images,
-        skip_corrupt=skip_corrupt,
-        num_workers=num_workers,
-    )
+    _check_channels(inputs.in_chans)
+    part = evaluation_part(config, inputs.in_chans, trained, group_column)
+    geometry = _geometry(inputs, inputs.image_size)
+    images, _, rows = _make_ready(part.encoded, geometry, config, augmentation="none")
     _warn_of_absent_classes("test", images.labels, part.class_names)
     logger.info("%d images to test on (%s)", len(images), part.origin)
     return TestData(
-        name=choice.name,
+        name=config.dataset_name,
         config_name=part.config_name,
         revision=part.revision,
         test=images,
         class_names=part.class_names,
         image_size=geometry.image_size,
-        in_chans=choice.in_chans,
+        in_chans=inputs.in_chans,
         augmentation="none",
         num_skipped=len(part.encoded) - len(images),
         test_split_origin=part.origin,
@@ -167,33 +141,7 @@ def load_test_data(
 
 
 def load_image_data(
-    *,
-    dataset_name: str = DIGITS,
-    dataset_config_name: str | None = None,
-    dataset_revision: str | None = None,
-    train_split: str | None = None,
-    test_split: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    validation_fraction: float = 0.04,
-    test_fraction: float = 0.2,
-    augmentation: str = "auto",
-    cache_images: str = "auto",
-    skip_corrupt: bool = False,
-    dataloader_num_workers: int = 2,
-    limit_train_examples: int | None = None,
-    limit_test_examples: int | None = None,
-    dataset_streaming: bool = False,
-    shuffle_buffer_size: int = 10_000,
-    num_train_examples: int | None = None,
-    image_size: int | None,
-    default_image_size: int,
-    in_chans: int,
-    interpolation: str,
-    crop_pct: float,
-    crop_mode: str = "center",
-    border_color: tuple[float, ...] = (),
-    seed: int,
+    config: DataConfig, inputs: Preprocessing, *, seed: int, image_size: int | None = None
 ) -> ImageData:
     """Open a dataset, choose splits, columns and classes, and make its images ready.
 
@@ -201,161 +149,125 @@ def load_image_data(
     out of train, and only then decode. Unreadable images are left out last, so which part an example belongs to does
     not depend on them. The test part and the limited test set are the same for every ``seed``.
 
+    ``cache_images`` says where pixels are: ``ram`` decodes every image once into memory; ``none`` decodes batch by
+    batch in workers; ``auto`` caches each split of at most 4 GiB, on the accelerator if that takes no more than a
+    quarter of its free memory, and streams train for timm's augmentation, which needs the original pixels.
+
     Args:
-        dataset_name: Hub id, local folder (parquet or class folders), or ``digits``.
-        dataset_config_name: configuration of a Hub dataset that has several.
-        dataset_revision: branch, tag or commit of a Hub dataset.
-        train_split: see ``columns.choose_splits`` for the rule if None.
-        test_split: likewise.
-        image_column: see ``columns.choose_image_column`` for the rule if None.
-        label_column: see ``columns.choose_label_column`` for the rule if None.
-        validation_fraction: share of train held out for selection, in [0, 1).
-        test_fraction: share of train held out if there is no test split, in (0, 1).
-        augmentation: none, crop, crop_flip, timm, or auto: none for the digits, crop_flip up to 96 px, else timm.
-        cache_images: ``ram`` decodes every image once into memory; ``none`` decodes batch by batch in workers;
-            ``auto`` caches each split of at most 4 GiB, on the accelerator if that takes no more than a quarter of
-            its free memory, and streams train for timm's augmentation, which needs the original pixels.
-        skip_corrupt: leave out unreadable images instead of raising; streamed images are all read once to find them.
-        dataloader_num_workers: processes that decode streamed images.
-        limit_train_examples: train (with validation) on a stratified part of this many examples.
-        limit_test_examples: test on a stratified part of this many examples.
-        dataset_streaming: read train from the Hub's files, or local ones, without a copy; see `ham_hf.data.streaming`
-            for the order and `ham_hf.data.parts.split_stream` for what is held out. ``cache_images`` is then for the
-            others.
-        shuffle_buffer_size: of a stream, examples of all processes together.
-        num_train_examples: of a stream whose files do not say it.
-        image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else
-            ``default_image_size``.
-        default_image_size: the model's own.
-        in_chans: 1 or 3.
-        interpolation: of resizing, as timm names it.
-        crop_pct: crop of the evaluation geometry at ``default_image_size`` and above 96 px; at other sizes up to there
-            it is 1.0, which keeps images that are small already whole.
-        crop_mode: of the evaluation geometry, see ``decoding.EvalTransform``.
-        border_color: of the evaluation geometry, one number per channel; only ``border`` needs it.
+        config: which data, what is held out, and how it is read.
+        inputs: what the model takes. Its ``crop_pct`` holds at its own size and above 96 px; at other sizes up to
+            there it is 1.0, which keeps images that are small already whole.
         seed: of the validation part and of the limited training set.
+        image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else the
+            model's own.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
         CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
     """
-    if in_chans not in MODE_OF_CHANNELS:
-        raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
-    choice = DatasetChoice(
-        name=dataset_name,
-        config_name=dataset_config_name,
-        revision=dataset_revision,
-        train_split=train_split,
-        test_split=test_split,
-        image_column=image_column,
-        label_column=label_column,
-        in_chans=in_chans,
-    )
-    if dataset_streaming:
-        parts = split_stream(
-            choice,
-            validation_fraction=validation_fraction,
-            limit_test_examples=limit_test_examples,
-            num_train_examples=num_train_examples,
-            num_sampled=STATISTICS_EXAMPLES,
-        )
+    _check_channels(inputs.in_chans)
+    if config.dataset_streaming:
+        parts = split_stream(config, inputs.in_chans)
     else:
-        parts = split_dataset(
-            choice,
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            limit_train_examples=limit_train_examples,
-            limit_test_examples=limit_test_examples,
-            seed=seed,
-        )
-    image_size = image_size or _own_size(parts.encoded.values()) or default_image_size
-    if image_size <= SMALL_IMAGE_SIZE and image_size != default_image_size:
-        crop_pct = 1.0
-    geometry = EvalTransform(image_size, crop_pct, interpolation, crop_mode=crop_mode, border_color=border_color)
+        parts = split_dataset(config, inputs.in_chans, seed)
+    geometry = _geometry(inputs, image_size or _own_size(parts.encoded.values()) or inputs.image_size)
     # Of a stream, train is never cached.
-    of_train = "none" if dataset_streaming else cache_images
-    augmentation = choose_augmentation(augmentation, of_train, dataset_name, image_size)
+    cached = "none" if config.dataset_streaming else config.cache_images
+    augmentation = choose_augmentation(config.augmentation, cached, config.dataset_name, geometry.image_size)
     ready = {
-        part: _make_ready(
-            encoded_images,
-            geometry,
-            augmentation=augmentation if part == "train" else "none",
-            cache_images=cache_images,
-            skip_corrupt=skip_corrupt,
-            num_workers=dataloader_num_workers,
-        )
-        for part, encoded_images in parts.encoded.items()
+        part: _make_ready(encoded, geometry, config, augmentation=augmentation if part == "train" else "none")
+        for part, encoded in parts.encoded.items()
     }
     images = {part: found for part, (found, _, _) in ready.items()}
     repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
-    for part in images:
-        if part != "sample":
-            _warn_of_absent_classes(part, images[part].labels, parts.class_names)
-    logger.info(
-        "%d images held out of train to select the weights with, %d to test on (%s)",
-        len(images.get("validation", ())),
-        len(images["test"]),
-        parts.test_split_origin,
-    )
-    if "validation" in images and len(images["validation"]) < FEW_PER_CLASS * len(parts.class_names):
-        logger.warning(
-            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction",
-            len(images["validation"]),
-            len(parts.class_names),
-        )
+    _say_what_is_there(images, parts)
     # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
-    train: Images | TrainingStream
-    if parts.shards is None:
-        train = images["train"]
-    else:
-        train = TrainingStream(
-            parts.shards,
-            train_transform(geometry, augmentation),
-            augmentation=augmentation,
-            in_chans=in_chans,
-            buffer_size=shuffle_buffer_size,
-            num_workers=dataloader_num_workers,
-            skip_corrupt=skip_corrupt,
-        )
     return ImageData(
-        name=dataset_name,
+        name=config.dataset_name,
         config_name=parts.config_name,
         revision=parts.revision,
-        train=train,
+        train=images["train"] if parts.shards is None else _stream(parts, geometry, config, augmentation),
         validation=images.get("validation"),
         test=images["test"],
         class_names=parts.class_names,
-        image_size=image_size,
-        in_chans=in_chans,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
+        image_size=geometry.image_size,
+        in_chans=inputs.in_chans,
+        crop_pct=geometry.crop_pct,
+        interpolation=inputs.interpolation,
         channel_mean=mean,
         channel_std=std,
         augmentation=augmentation,
         num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
         test_split_origin=parts.test_split_origin,
-        crop_mode=crop_mode,
-        provenance=_provenance(
-            parts,
-            dataset=plain_name(dataset_name),
-            seed=seed,
-            validation_fraction=validation_fraction,
-            test_fraction=test_fraction,
-            limit_train_examples=limit_train_examples,
-            num_train_examples=num_train_examples,
-            skip_corrupt=skip_corrupt,
-        ),
+        crop_mode=inputs.crop_mode,
+        provenance=_provenance(parts, config, seed),
         notes=parts.notes,
         num_test_in_train=repeated,
     )
 
 
-def _provenance(parts: Parts, **settings: Any) -> Provenance:  # noqa: ANN401 (the fields that the arguments decide)
+def _check_channels(in_chans: int) -> None:
+    if in_chans not in MODE_OF_CHANNELS:
+        raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
+
+
+def _geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
+    """How images are brought to the size."""
+    small = image_size <= SMALL_IMAGE_SIZE and image_size != inputs.image_size
+    return EvalTransform(
+        image_size,
+        1.0 if small else inputs.crop_pct,
+        inputs.interpolation,
+        crop_mode=inputs.crop_mode,
+        border_color=inputs.mean,
+    )
+
+
+def _stream(parts: Parts, geometry: EvalTransform, config: DataConfig, augmentation: str) -> TrainingStream:
+    assert parts.shards is not None  # noqa: S101 (a stream)
+    return TrainingStream(
+        parts.shards,
+        train_transform(geometry, augmentation),
+        augmentation=augmentation,
+        in_chans=parts.encoded["test"].in_chans,
+        buffer_size=config.shuffle_buffer_size,
+        num_workers=config.dataloader_num_workers,
+        skip_corrupt=config.skip_corrupt,
+    )
+
+
+def _say_what_is_there(images: Mapping[str, Images], parts: Parts) -> None:
+    """Log the numbers of images, and warn of classes without one and of a small held-out part."""
+    for part in images:
+        if part != "sample":
+            _warn_of_absent_classes(part, images[part].labels, parts.class_names)
+    num_held_out = len(images.get("validation", ()))
+    logger.info(
+        "%d images held out of train to select the weights with, %d to test on (%s)",
+        num_held_out,
+        len(images["test"]),
+        parts.test_split_origin,
+    )
+    if "validation" in images and num_held_out < FEW_PER_CLASS * len(parts.class_names):
+        logger.warning(
+            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction",
+            num_held_out,
+            len(parts.class_names),
+        )
+
+
+def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
     commit = parts.revision if re.fullmatch(r"[0-9a-f]{40}", parts.revision or "") else None
     known = parts.fingerprint
     return Provenance(
-        **settings,
+        dataset=plain_name(config.dataset_name),
+        seed=seed,
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        limit_train_examples=config.limit_train_examples,
+        num_train_examples=config.num_train_examples,
+        skip_corrupt=config.skip_corrupt,
         config_name=parts.config_name,
         revision=commit,
         train_split=parts.train_split,
@@ -404,16 +316,10 @@ def train_transform(geometry: EvalTransform, augmentation: str) -> PixelTransfor
 
 
 def _make_ready(
-    encoded: EncodedImages,
-    geometry: EvalTransform,
-    *,
-    augmentation: str,
-    cache_images: str,
-    skip_corrupt: bool,
-    num_workers: int,
+    encoded: EncodedImages, geometry: EvalTransform, config: DataConfig, *, augmentation: str
 ) -> tuple[Images, list[bytes] | None, Tensor]:
     """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
-    image_size = geometry.image_size
+    image_size, cache_images, skip_corrupt = geometry.image_size, config.cache_images, config.skip_corrupt
     num_bytes = len(encoded) * encoded.in_chans * image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
     pixels: PixelStore
@@ -423,7 +329,7 @@ def _make_ready(
         decoded, readable, digests = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
         pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
         encoded = encoded.subset(readable)
-    elif cache_images in ("auto", "none"):
+    else:
         if skip_corrupt:
             logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
             digests = []  # in any order
@@ -433,9 +339,8 @@ def _make_ready(
                 )
             )
         random_transform = train_transform(geometry, augmentation) if augmentation == "timm" else None
-        pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=num_workers)
-    else:
-        raise ValueError(f"--cache_images {cache_images}: expected auto, ram or none")
+        workers = config.dataloader_num_workers
+        pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=workers)
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
     return Images(encoded.labels, pixels, augmentation), digests, encoded.rows

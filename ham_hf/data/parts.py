@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import datasets
 import torch
@@ -19,42 +20,18 @@ from ham_hf.data.columns import (
     label_column_of,
     read_labels,
 )
+from ham_hf.data.config import DataConfig
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.provenance import Fingerprint, fingerprint_of
 from ham_hf.data.shards import Shards, SplitFiles, count_rows, held_out_rows, read_whole
-from ham_hf.data.sources import open_source, open_streamed_source
+from ham_hf.data.sources import Source, StreamedSource, open_source, open_streamed_source
 from ham_hf.data.splits import TEST_SEED, stratified_split, stratified_subset
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_FILES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetChoice:
-    """A dataset and what to read of it; what is None is found by the rules of `ham_hf.data.columns`.
-
-    Attributes:
-        name: Hub id, local folder or ``digits``.
-        config_name: configuration of a Hub dataset that has several.
-        revision: branch, tag or commit of a Hub dataset.
-        train_split: split to train on.
-        test_split: split to test on.
-        image_column: column of images.
-        label_column: column of labels.
-        in_chans: channels to decode to, 1 or 3.
-        group_column: column of groups to evaluate beside the classes; None for none.
-    """
-
-    name: str
-    config_name: str | None
-    revision: str | None
-    train_split: str | None
-    test_split: str | None
-    image_column: str | None
-    label_column: str | None
-    in_chans: int
-    group_column: str | None = None
+STATISTICS_EXAMPLES = 2_000
+"""Training images at most that the mean and the standard deviation of the channels are of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,54 +70,76 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def split_dataset(
-    choice: DatasetChoice,
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    limit_train_examples: int | None,
-    limit_test_examples: int | None,
-    seed: int,
-) -> Parts:
+def stored_labels(source: Source, label_column: str | None) -> Callable[[str], bool]:
+    """Tells of a split, by its name, whether its examples have labels; one without the column is not passed over."""
+
+    def has_labels(split: str) -> bool:
+        column = label_column_of(source.splits[split].features, label_column)
+        return column is None or not all(map(is_unlabeled, source.splits[split][column][:]))
+
+    return has_labels
+
+
+def streamed_labels(splits: Mapping[str, SplitFiles], label_column: str | None) -> Callable[[str], bool]:
+    """`stored_labels` of a stream, by the first example of a split."""
+
+    def has_labels(split: str) -> bool:
+        column = label_column_of(splits[split].stream.features, label_column)
+        first = None if column is None else next(iter(splits[split].rows([column], 0, 0, 1)), None)
+        return first is None or not is_unlabeled(first[str(column)])
+
+    return has_labels
+
+
+def split_files(source: StreamedSource) -> dict[str, SplitFiles]:
+    """The files of each split of a stream."""
+    return {
+        split: SplitFiles(split=split, files=source.files[split], version=source.versions[split], stream=stream)
+        for split, stream in source.splits.items()
+    }
+
+
+def encoded_images(
+    splits: datasets.DatasetDict, column: str, in_chans: int, split: str, rows: Tensor, labels: Tensor
+) -> EncodedImages:
+    """The images at these (M,) rows of a split whose labels are ``labels`` (N,), not decoded."""
+    images = encoded_column(splits, split, column)
+    return EncodedImages(images=images, split=split, rows=rows, labels=labels[rows], in_chans=in_chans)
+
+
+def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part.
 
-    See `ham_hf.data.load_image_data` for the arguments.
+    Args:
+        config: says which data, and what is held out of it.
+        in_chans: channels to decode to, 1 or 3.
+        seed: of the validation part and of the limited training set.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
     """
-    source = open_source(choice.name, choice.config_name, choice.revision)
-
-    def has_labels(split: str) -> bool:
-        column = label_column_of(source.splits[split].features, choice.label_column)
-        # A split without the column is not passed over in silence: reading it says so.
-        return column is None or not all(map(is_unlabeled, source.splits[split][column][:]))
-
-    train_name, test_name = choose_splits(list(source.splits), choice.train_split, choice.test_split, has_labels)
+    source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    has_labels = stored_labels(source, config.label_column)
+    train_name, test_name = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train_name].features
-    images = choose_image_column(features, choice.image_column)
-    label_column = choose_label_column(features, choice.label_column)
+    images = choose_image_column(features, config.image_column)
+    label_column = choose_label_column(features, config.label_column)
     labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name, source.declared)
 
-    def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
-        column = encoded_column(source.splits, split, images)
-        return EncodedImages(
-            images=column, split=split, rows=rows, labels=split_labels[rows], in_chans=choice.in_chans
-        )
-
+    encoded = partial(encoded_images, source.splits, images, in_chans)
     train_rows = torch.arange(len(labels))
     fingerprint, test_split = fingerprint_of(encoded(train_name, train_rows, labels), class_names), test_name
     if test_name is None or test_labels is None:
-        train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", test_fraction, TEST_SEED)
-        origin = f"held out of {train_name} ({100 * test_fraction:g} %, stratified, seed {TEST_SEED})"
+        train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
+        origin = f"held out of {train_name} ({100 * config.test_fraction:g} %, stratified, seed {TEST_SEED})"
         test_name, test_labels = train_name, labels
     else:
         test_rows, origin = torch.arange(len(test_labels)), test_name
-    train_rows = limit_rows(labels, train_rows, "--limit_train_examples", limit_train_examples, seed)
-    test_rows = limit_rows(test_labels, test_rows, "--limit_test_examples", limit_test_examples, TEST_SEED)
+    train_rows = limit_rows(labels, train_rows, "--limit_train_examples", config.limit_train_examples, seed)
+    test_rows = limit_rows(test_labels, test_rows, "--limit_test_examples", config.limit_test_examples, TEST_SEED)
     parts = {"test": encoded(test_name, test_rows, test_labels)}
-    if validation_fraction != 0:
-        train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", validation_fraction, seed)
+    if config.validation_fraction != 0:
+        train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", config.validation_fraction, seed)
         parts["validation"] = encoded(train_name, rows, labels)
     parts["train"] = encoded(train_name, train_rows, labels)
     return Parts(
@@ -160,105 +159,63 @@ def split_dataset(
     )
 
 
-def split_stream(
-    choice: DatasetChoice,
-    *,
-    validation_fraction: float,
-    limit_test_examples: int | None,
-    num_train_examples: int | None,
-    num_sampled: int,
-) -> Parts:
+def split_stream(config: DataConfig, in_chans: int) -> Parts:
     """Leave train where it is; read test and the held-out part of train into the cache of ``datasets``.
 
     Held out is the first part of every file, so that only that has to be read. It is not stratified, and the same for
-    every seed.
+    every seed. Without a validation part, training images for statistics are read from the beginnings of a few files.
 
     Args:
-        choice: the dataset.
-        validation_fraction: as in `ham_hf.data.load_image_data`.
-        limit_test_examples: likewise.
-        num_train_examples: examples of the training split, where its files do not say it.
-        num_sampled: training images for statistics, at most, from the beginnings of a few files; not used if there
-            is a validation part, which serves for that.
+        config: says which data, and what is held out of it.
+        in_chans: channels to decode to, 1 or 3.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
     """
-    source = open_streamed_source(choice.name, choice.config_name, choice.revision)
-    splits = {
-        split: SplitFiles(split=split, files=source.files[split], version=source.versions[split], stream=stream)
-        for split, stream in source.splits.items()
-    }
-
-    def has_labels(split: str) -> bool:
-        column = label_column_of(source.splits[split].features, choice.label_column)
-        first = None if column is None else next(iter(splits[split].rows([column], 0, 0, 1)), None)
-        return first is None or not is_unlabeled(first[str(column)])
-
-    train_name, test_name = choose_splits(list(source.splits), choice.train_split, choice.test_split, has_labels)
+    source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    splits, fraction = split_files(source), config.validation_fraction
+    has_labels = streamed_labels(splits, config.label_column)
+    train_name, test_name = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train_name].features
-    images, labels = (
-        choose_image_column(features, choice.image_column),
-        choose_label_column(features, choice.label_column),
-    )
-    names = source.declared.class_names(labels, train_name)
-    classes = _declared_classes(features, labels) if names is None else datasets.ClassLabel(names=list(names))
+    images = choose_image_column(features, config.image_column)
+    labels = choose_label_column(features, config.label_column)
+    classes = _declared_classes(source, train_name, labels)
     if test_name is None:
-        raise ValueError(
-            f"--dataset_streaming: split {train_name!r} is the only one, and a test part is not held out of a stream; "
-            "choose a dataset with a test or validation split, or leave --dataset_streaming out"
-        )
-    for split in (train_name, test_name):
-        of_files = source.declared.row_names(labels, split, train_name)
-        if of_files:
-            splits[split] = replace(
-                splits[split],
-                label_column=labels,
-                class_names=tuple(classes.names),
-                file_names=tuple(names for _, names in of_files),
-            )
+        raise ValueError(_ONLY_SPLIT.format(split=train_name))
+    splits |= {
+        split: _naming_classes(splits[split], [names for _, names in found], labels, classes)
+        for split in (train_name, test_name)
+        if (found := source.declared.row_names(labels, split, train_name))
+    }
     train = splits[train_name]
-    num_rows = count_rows(train, num_train_examples)
-    num_held_out = _held_out_of_files(num_rows, validation_fraction)
-
-    def whole(split: str, first_rows: Mapping[int, int] | None = None) -> datasets.Dataset:
-        logger.info("reading %s of split %r", "all" if first_rows is None else "the held-out part", split)
-        return read_whole(splits[split], datasets.Features({images: datasets.Image(), labels: classes}), first_rows)
-
-    read = {test_name: whole(test_name)}
-    held_out = dict(enumerate(num_held_out))
-    if validation_fraction == 0:
-        sampled = range(0, len(num_rows), max(1, len(num_rows) // SAMPLED_FILES))
-        held_out = {file: min(num_rows[file], -(-num_sampled // len(sampled))) for file in sampled}
-    read[train_name] = whole(train_name, held_out)
+    num_rows = count_rows(train, config.num_train_examples)
+    num_held_out = _held_out_of_files(num_rows, fraction)
+    kept = datasets.Features({images: datasets.Image(), labels: classes})
+    logger.info("reading all of split %r", test_name)
+    read = {test_name: read_whole(splits[test_name], kept)}
+    first_rows = dict(enumerate(num_held_out)) if fraction else _first_rows_sampled(num_rows)
+    logger.info("reading the held-out part of split %r", train_name)
+    read[train_name] = read_whole(train, kept, first_rows)
     dataset = datasets.DatasetDict(read)
     first_labels, test_labels, class_names = read_labels(dataset, labels, train_name, test_name)
     assert test_labels is not None  # noqa: S101 (there is a test split)
     test_rows = limit_rows(
-        test_labels, torch.arange(len(test_labels)), "--limit_test_examples", limit_test_examples, TEST_SEED
+        test_labels, torch.arange(len(test_labels)), "--limit_test_examples", config.limit_test_examples, TEST_SEED
     )
-
-    def encoded(split: str, rows: Tensor, split_labels: Tensor) -> EncodedImages:
-        column = encoded_column(dataset, split, images)
-        return EncodedImages(
-            images=column, split=split, rows=rows, labels=split_labels[rows], in_chans=choice.in_chans
-        )
-
-    part = "sample" if validation_fraction == 0 else "validation"
-    shards = Shards(
-        source=train,
-        image_column=images,
-        label_column=labels,
-        num_rows=num_rows,
-        num_held_out=num_held_out,
-        num_classes=len(class_names),
-    )
+    encoded = partial(encoded_images, dataset, images, in_chans)
     return Parts(
         encoded={
             "test": encoded(test_name, test_rows, test_labels),
-            part: encoded(train_name, torch.arange(len(first_labels)), first_labels),
+            "validation" if fraction else "sample": encoded(train_name, torch.arange(len(first_labels)), first_labels),
         },
-        shards=shards,
+        shards=Shards(
+            source=train,
+            image_column=images,
+            label_column=labels,
+            num_rows=num_rows,
+            num_held_out=num_held_out,
+            num_classes=len(class_names),
+        ),
         class_names=class_names,
         test_split_origin=test_name,
         config_name=source.config_name,
@@ -272,8 +229,21 @@ def split_stream(
     )
 
 
-def _declared_classes(features: datasets.Features, column: str) -> datasets.ClassLabel:
-    classes = features[column]
+_ONLY_SPLIT = (
+    "--dataset_streaming: split {split!r} is the only one, and a test part is not held out of a stream; choose a "
+    "dataset with a test or validation split, or leave --dataset_streaming out"
+)
+
+
+def _first_rows_sampled(num_rows: Sequence[int]) -> dict[int, int]:
+    """How many rows of which files to read for statistics."""
+    sampled = range(0, len(num_rows), max(1, len(num_rows) // SAMPLED_FILES))
+    return {file: min(num_rows[file], -(-STATISTICS_EXAMPLES // len(sampled))) for file in sampled}
+
+
+def _declared_classes(source: StreamedSource, split: str, column: str) -> datasets.ClassLabel:
+    names = source.declared.class_names(column, split)
+    classes = source.splits[split].features[column] if names is None else datasets.ClassLabel(names=list(names))
     if not isinstance(classes, datasets.ClassLabel):
         raise ValueError(
             f"--dataset_streaming: column {column!r} is {classes.dtype}, and the classes have to be known before all "
@@ -281,6 +251,16 @@ def _declared_classes(features: datasets.Features, column: str) -> datasets.Clas
             "(dataset_info, features), or name a ClassLabel column with --label_column"
         )
     return classes
+
+
+def _naming_classes(
+    files: SplitFiles,
+    names: Sequence[tuple[str, ...]],
+    label_column: str,
+    classes: datasets.ClassLabel,
+) -> SplitFiles:
+    """The files, reading labels by the names that each declares."""
+    return replace(files, label_column=label_column, class_names=tuple(classes.names), file_names=tuple(names))
 
 
 def _held_out_of_files(num_rows: Sequence[int], fraction: float) -> tuple[int, ...]:

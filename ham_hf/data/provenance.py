@@ -129,8 +129,8 @@ class Provenance:
 
 def plain_name(dataset_name: str) -> str:
     """A dataset's name without the path of a local folder, which concerns no one else."""
-    folder = Path(dataset_name).expanduser()
-    return Path(os.path.abspath(folder)).name if folder.exists() else dataset_name
+    folder = os.path.expanduser(dataset_name)
+    return Path(os.path.abspath(folder)).name if os.path.exists(folder) else dataset_name
 
 
 def fingerprint_of(split: EncodedImages, class_names: Sequence[str]) -> Fingerprint:

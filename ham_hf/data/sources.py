@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, list_files, note
+from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, list_files, note
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 from ham_hf.data.digits import LARGEST, read_digits
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
@@ -96,6 +96,8 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         if local and config_name is None and not _declares_configs(str(folder)):
             files = files_of_folder(folder)
             if holds_images(files):
+                if not any(map(is_image_name, files.where)):
+                    check_cache()  # archives are unpacked there
                 splits, notes = read_image_files(files)
                 return Source(splits=splits, config_name=None, revision=None, notes=notes)
         check_cache()

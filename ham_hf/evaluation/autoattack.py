@@ -80,11 +80,8 @@ def evaluate_autoattack(
     """Run AutoAttack over a split.
 
     Where the memory of the device does not suffice for a batch, it goes through the model in parts; noise is drawn for
-    the whole batch, so that the result is the same.
-
-    The margin of an image is that of the last point returned for it: of an image that falls, the adversarial one that
-    was found; of one that withstands, what the last attack (Square) returned. The authors' attacks return an image as
-    it was where they do not succeed, so the latter is the clean margin: it says nothing of the attack.
+    the whole batch, so that the result is the same. The margin of an image that falls is that of the adversarial one;
+    that of an image that withstands is the clean one, which the authors' attacks return where they do not succeed.
 
     Args:
         model: the unwrapped pixel model.
@@ -104,29 +101,18 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    if num_examples is None or num_examples >= len(images):
-        chosen = torch.arange(len(images))
-    else:
-        chosen = stratified_subset(images.labels, num_examples, derive_seed(TEST_SEED, Stream.AUTOATTACK))
+    size, chosen = WorkingSize(batch_size), _chosen_examples(images.labels, num_examples)
     labels = images.labels[chosen]
     settings: dict[str, object] = {
-        "norm": threat_model.norm,
-        "epsilon": float(threat_model.epsilon),
-        "version": version,
-        "attacks": attacks,
-        "seed": seed,
-        "num_examples": len(chosen),
-        "subset": len(chosen) < len(images),
+        **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
+        **{"seed": seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    if partial is not None:
-        partial = partial.keyed({"autoattack": settings, "batch_size": batch_size})
-    size = WorkingSize(batch_size)
+    partial = None if partial is None else partial.keyed({"autoattack": settings, "batch_size": batch_size})
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, accelerator.device)
     stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
     with attack_mode(model):
-        every = torch.arange(len(chosen))
-        predictions, margins, seconds = stages.run("clean", every, _Classify(adversary, size))
+        predictions, margins, seconds = stages.run("clean", torch.arange(len(chosen)), _Classify(adversary, size))
         refuse_not_finite(model, predictions)
         accuracy = {"clean": float((predictions == labels).double().mean())}
         for position, name in enumerate(attacks):
@@ -148,6 +134,13 @@ def evaluate_autoattack(
         indices=chosen,
         seconds=seconds,
     )
+
+
+def _chosen_examples(labels: Tensor, num_examples: int | None) -> Tensor:
+    """Positions of a stratified subset of the examples, or of all."""
+    if num_examples is None or num_examples >= len(labels):
+        return torch.arange(len(labels))
+    return stratified_subset(labels, num_examples, derive_seed(TEST_SEED, Stream.AUTOATTACK))
 
 
 class GuardedModel(nn.Module):

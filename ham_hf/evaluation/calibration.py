@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, margin_loss, pgd
+from ham_hf.attacks import Attack, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
 from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
@@ -82,7 +82,7 @@ class Dial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchAttack:
+class SearchAttack(Attack):
     """The attack of the search, CW: PGD on the margin, one random start.
 
     Attributes:
@@ -94,7 +94,6 @@ class SearchAttack:
         seed: of the random starts and of the two halves.
     """
 
-    threat_model: ThreatModel
     step_size: float
     num_steps: int = 10
     precision: str = "float32"
@@ -386,16 +385,8 @@ class _Meter:
             predicted = predict(self.model, x)
             right = (predicted == y).nonzero().squeeze(1)
             if len(right):
-                x_adv = pgd(
-                    self.attacked,
-                    x[right],
-                    y[right],
-                    threat_model=self.attack.threat_model,
-                    num_steps=self.attack.num_steps,
-                    step_size=self.attack.step_size,
-                    start=start[rows][right].contiguous(memory_format=self.layout),
-                    loss_fn=margin_loss,
-                )
+                first = start[rows][right].contiguous(memory_format=self.layout)
+                x_adv = self.attack(self.attacked, x[right], y[right], start=first, loss_fn=margin_loss)
                 predicted[right] = predict(self.model, x_adv)
             return predicted
 

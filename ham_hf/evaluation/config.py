@@ -22,7 +22,7 @@ class EvaluationThreatConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.runs.threat_model_of` looks again."""
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
         if self.norm is not None:
             yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 
@@ -53,11 +53,11 @@ class MoreEvaluationConfig(SettingsGroup):
 
     foreign_attack: tuple[str, ...] = setting(
         (),
-        "also run functions attack(model, x, y) of this machine",
-        items="package.module:function or file.py:function",
+        "also run functions attack(model, x, y) of this machine: package.module:function or file.py:function",
+        items="PLACE:FUNCTION",
     )
     corruptions: tuple[str, ...] = setting(
-        (), "also measure accuracy on corrupted images; all = the benchmark's", items="names, separated by spaces or ,"
+        (), "also measure accuracy on images with these corruptions; all = the benchmark's", items="NAME"
     )
     severities: tuple[int, ...] = setting((1, 2, 3, 4, 5), "severities of the corruptions, 1 to 5")
     group_column: str | None = setting(

@@ -14,7 +14,7 @@ import inspect
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,20 @@ def load_foreign_attack(place: str) -> ForeignAttack:
             )
         found = getattr(found, part)
     return foreign_attack(f"{module.__name__.rpartition('.')[2]}.{name}", found, source=place)
+
+
+def load_foreign_attacks(places: Sequence[str]) -> list[ForeignAttack]:
+    """The functions at these places; see `load_foreign_attack`.
+
+    Raises:
+        ValueError: likewise, or if two have one name.
+    """
+    found = [load_foreign_attack(place) for place in places]
+    names = [attack.name for attack in found]
+    for attack in found:
+        if names.count(attack.name) > 1:
+            raise ValueError(f"--foreign_attack {' '.join(places)}: two are called {attack.name}; rename a function")
+    return found
 
 
 def foreign_attack(name: str, function: AttackFunction, *, source: str | None = None) -> ForeignAttack:

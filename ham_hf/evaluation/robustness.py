@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -159,10 +159,9 @@ def evaluate(
     """
     if not len(images):
         raise ValueError("there is no example to evaluate on")
-    names = ["clean", *(attack.name for attack in attacks)]
-    settings: list[dict[str, object]] = [{}, *(attack_settings(attack, threat_model, seed) for attack in attacks)]
+    settings = settings_by_name(attacks, threat_model, seed)
     if partial is not None:
-        partial = partial.keyed({"results": list(zip(names, settings, strict=True)), "batch_size": batch_size})
+        partial = partial.keyed({"results": [list(pair) for pair in settings.items()], "batch_size": batch_size})
     attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(batch_size), seed)
 
     def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
@@ -175,27 +174,46 @@ def evaluate(
             "evaluating",
             torch.split(torch.arange(len(images)), batch_size),
             compute,
-            shape=(len(names), len(images)),
+            shape=(len(settings), len(images)),
             accelerator=accelerator,
             partial=partial,
             show_progress=show_progress,
         )
     refuse_not_finite(model, outcome.predictions[0])
     if accelerator.is_main_process:
-        for name, found in zip(names[1:], outcome.predictions[1:], strict=True):
-            warn_of_not_finite(name, found)
+        warn_of_attacks_not_finite(settings, outcome)
+    return _results(settings, outcome, images.labels, torch.arange(len(images)))
+
+
+def settings_by_name(
+    attacks: Sequence[EvaluationAttack | ForeignAttack], threat_model: ThreatModel, seed: int
+) -> dict[str, dict[str, object]]:
+    """What a report says of each result, by its name; "clean" first, of which there is nothing to say."""
+    return {"clean": {}} | {attack.name: attack_settings(attack, threat_model, seed) for attack in attacks}
+
+
+def warn_of_attacks_not_finite(names: Iterable[str], outcome: Outcome) -> None:
+    """`warn_of_not_finite` for the results of all attacks, the first of which is clean."""
+    for name, found in list(zip(names, outcome.predictions, strict=True))[1:]:
+        warn_of_not_finite(name, found)
+
+
+def _results(
+    settings: Mapping[str, dict[str, object]], outcome: Outcome, labels: Tensor, indices: Tensor
+) -> dict[str, AttackResult]:
+    """The rows of an outcome as results by name."""
     return {
         name: AttackResult(
             name=name,
-            settings=settings[position],
-            flags=outcome.predictions[position] == images.labels,
+            settings=settings[name],
+            flags=outcome.predictions[position] == labels,
             predictions=outcome.predictions[position],
             margins=outcome.margins[position],
-            labels=images.labels,
-            indices=torch.arange(len(images)),
+            labels=labels,
+            indices=indices,
             seconds=float(outcome.seconds[position]),
         )
-        for position, name in enumerate(names)
+        for position, name in enumerate(settings)
     }
 
 
@@ -232,26 +250,15 @@ def evaluate_batches(
             indices.append(batch.indices)
     if not outcomes:
         raise ValueError("there is no example to evaluate on: the loader gave no batch")
-    predictions = torch.cat([outcome.predictions for outcome in outcomes], 1)
-    margins, y = torch.cat([outcome.margins for outcome in outcomes], 1), torch.cat(labels)
-    seconds = torch.stack([outcome.seconds for outcome in outcomes]).sum(0)
-    refuse_not_finite(model, predictions[0])
-    results = {}
-    for position, attack in enumerate((None, *attacks)):
-        name = "clean" if attack is None else attack.name
-        if attack is not None:
-            warn_of_not_finite(name, predictions[position])
-        results[name] = AttackResult(
-            name=name,
-            settings={} if attack is None else attack_settings(attack, threat_model, seed),
-            flags=predictions[position] == y,
-            predictions=predictions[position],
-            margins=margins[position],
-            labels=y,
-            indices=torch.cat(indices),
-            seconds=float(seconds[position]),
-        )
-    return results
+    outcome = Outcome(
+        torch.cat([outcome.predictions for outcome in outcomes], 1),
+        torch.cat([outcome.margins for outcome in outcomes], 1),
+        torch.stack([outcome.seconds for outcome in outcomes]).sum(0),
+    )
+    settings = settings_by_name(attacks, threat_model, seed)
+    refuse_not_finite(model, outcome.predictions[0])
+    warn_of_attacks_not_finite(settings, outcome)
+    return _results(settings, outcome, torch.cat(labels), torch.cat(indices))
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Training methods and class rules, one file each; `available` lists the methods by the name that ``--method`` takes.
 
-A method says which rows are trained on and what they cost; a class rule keeps state of each class, and gives radii or
-weights. The methods that are named for a class rule are a loss with that rule.
+A method chooses the rows to train on and their losses; a class rule keeps state of each class and gives radii or
+weights. Methods named for a class rule combine a loss with that rule.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What the trainer knows of a training method.
+"""Interface between the trainer and a training method.
 
 For each batch a method answers two questions: which rows go through the one training forward (the inner
 maximization, `Method.outer_batch`), and what each of them costs (the outer minimization, `Method.losses` and
-`Method.weigh`). Everything else (dividing by the sums over all processes and accumulation steps, backward, the
-update) is the trainer's.
+`Method.weigh`). The trainer does the rest: division by the sums over all processes and accumulation steps, backward,
+and the update.
 
-What tells classes apart is a class rule (`ham_hf.methods.class_rule`); a method at most uses the radii of one
-(`Method.radii`) and the weights of one (`Method.weights`). State that a method keeps itself is for the inner
-maximization (`ham_hf.methods.state`).
+Class rules (`ham_hf.methods.class_rule`) treat classes differently; a method at most uses the radii of one
+(`Method.radii`) and the weights of one (`Method.weights`). A method keeps state only for the inner maximization
+(`ham_hf.methods.state`).
 
 A method is one frozen dataclass in one file; its fields are its command-line options, its `name` the value of
-``--method``. Importing the file is all that is needed: `available` finds every subclass.
+``--method``. Importing the file registers it: `available` finds every subclass.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Method(Stateful):
 
     @property
     def tells_wrong_at_start(self) -> bool:
-        """Whether outer batches of epochs that mine say what is misclassified where the attack starts."""
+        """Whether outer batches of epochs that mine mark the examples misclassified where the attack starts."""
         return False
 
     @property
@@ -122,7 +122,7 @@ class Method(Stateful):
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
-        """What may keep state, each of another name: this method and its class rules."""
+        """Parts that may keep state, each of another name: this method and its class rules."""
         return (self, *self.rules)
 
     def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:

@@ -23,12 +23,10 @@ class BuiltOnLoss(Method):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         kind = BASE_LOSSES[self.base_loss]
         return kind() if self.beta is None else kind(beta=self.beta)
 
     def check(self, *, num_steps: int) -> None:
-        """See `Method.check`."""
         super().check(num_steps=num_steps)
         if self.beta != type(self).beta and self.num_terms == 1:
             raise ValueError(

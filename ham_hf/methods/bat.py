@@ -46,7 +46,6 @@ class BalanceLoss(TradesLoss):
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """See `BaseLoss.scales`."""
         return (1.0, self.beta, 1.0)
 
     def start(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
@@ -54,7 +53,6 @@ class BalanceLoss(TradesLoss):
         return super().start(x, threat_model, generator).clamp_(0, 1)
 
     def terms(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See `BaseLoss.terms`."""
         wrong, correct, clean = full_precision(logits).chunk(3)
         return torch.stack(
             [
@@ -82,7 +80,6 @@ class BAT(Method):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         return BalanceLoss(beta=self.beta)
 
     def outer_batch(

@@ -28,7 +28,6 @@ class Borrowing(Method):
     )
 
     def check(self, *, num_steps: int) -> None:
-        """See `Method.check`."""
         super().check(num_steps=num_steps)
         lenders: list[tuple[str, str, type[ClassRule]]] = [
             ("class_margin", self.class_margin, RadiusRule),
@@ -68,13 +67,11 @@ class Borrowing(Method):
 
     @property
     def radii(self) -> RadiusRule | None:
-        """See `Method.radii`."""
         rule = self._borrowed.get(self.class_margin)
         return rule if isinstance(rule, RadiusRule) else None
 
     @property
     def weights(self) -> WeightRule | None:
-        """See `Method.weights`."""
         rule = self._borrowed.get(self.class_weighting)
         return rule if isinstance(rule, WeightRule) else None
 

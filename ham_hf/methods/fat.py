@@ -44,7 +44,6 @@ class FAT(Borrowing):
     )
 
     def check(self, *, num_steps: int) -> None:
-        """See `Method.check`."""
         super().check(num_steps=num_steps)
         epochs = self.fat_tau_epochs
         if any(epoch < 0 for epoch in epochs) or list(epochs) != sorted(epochs):

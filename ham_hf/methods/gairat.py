@@ -60,7 +60,6 @@ class GAIRAT(Method):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Method.outer_batch`."""
         if epoch < self.gairat_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         correct = CorrectIterates(y)

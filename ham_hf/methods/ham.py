@@ -1,32 +1,30 @@
 """HAM: Hard Adversarial Example Mining for Improving Robust Fairness (Lin et al., IEEE TIFS 20, 2025).
 
-Warm-up with PGD-AT; then mean cross-entropy over the hard examples alone. Options below the paper's two are off by
-default, and named as our reading where the authors shipped none that runs. Mining under TRADES or MART, or with class
-radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
+Warm up with PGD-AT, then take the mean cross-entropy over the hard examples alone. Options beyond the paper's two are
+off by default; those that are our reading, because the authors shipped none that runs, say so. Mining under TRADES or
+MART, or with class radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
 
-*Easy examples*. Dropping them from the loss masks gradients: an example is held where the attack of training just
-fails, and other attacks do not. ``easy_weight`` w keeps them, at the image of the mining step, which is paid for
-already: (sum of the losses of the hard + w sum of those of the easy) / (H + w E), over all processes and accumulation
-steps; 0 is the paper, 1 trains on all alike (BulletTrain keeps them so; Hua et al., NeurIPS 2021).
+*Easy examples*. Dropping them from the loss masks gradients: the training attack just fails on an example, and other
+attacks do not. ``easy_weight`` w keeps them, at the image of the mining step, which is already computed:
+(sum of the losses of the hard + w sum of those of the easy) / (H + w E), over all processes and accumulation steps.
+0 is the paper; 1 trains on all alike, as BulletTrain does (Hua et al., NeurIPS 2021).
 
-*Three kinds* (``stop_misclassified``; ours): what is misclassified where the attack starts, which the logits of its
-first gradient tell, in the precision of the attack, is attacked to the mining step only; what is right there and wrong
-at the mining step to the end; what is right at both is easy. The first kind is hard: its weight is that of the second.
+*Three kinds* (``stop_misclassified``; ours). Examples misclassified at the start of the attack, by the logits of its
+first gradient in the precision of the attack, are attacked to the mining step only. Those right there and wrong at the
+mining step are attacked to the end. Those right at both are easy. The first kind is hard and weighs like the second.
 
-*TRADES* as base: its clean cross-entropy is taken over all examples, and only its KL term over the hard and, with w,
-the easy ones; both are divided by the number of examples of the update. Only hard examples then need an adversarial
-row in the training forward if w is 0. MART has no term of the clean image alone: mining chooses, and w weighs, the
-examples of both its terms.
+*TRADES* as base: the clean cross-entropy covers all examples, the KL term only the hard and, with w, the easy ones;
+both are divided by the number of examples of the update. If w is 0, only hard examples need an adversarial row in the
+training forward. MART has no term of the clean image alone: mining chooses, and w weighs, the examples of both terms.
 
-*Which pass classifies* (our choice): a forward of its own, or the gradient of the step after the mining step, which
-costs more but is needed for the hard rows anyway. What is cheaper follows from the share of hard examples, measured
-over the epoch before.
+*Which pass classifies* (our choice): a separate forward, or the gradient of the step after the mining step, which
+costs more but is needed for the hard rows anyway. The share of hard examples in the epoch before decides.
 
 *Packing* (``pack_hard_examples``; our choice): the sub-batch that mining leaves is too small to fill a fast device.
-With accumulation, an update has several batches: all are mined first, the rows that are attacked further are then put
-together, and the rest of the attack sees full batches. So does the training forward where only hard rows are trained
-on; where all are, its batches stay as they were. The update is the same sum over the same rows; BatchNorm alone
-notices the fuller batches, of which it takes its statistics.
+With accumulation, all batches of an update are mined first, and the rows attacked further are then put together, so
+the rest of the attack sees full batches. The training forward does too if only hard rows are trained on; otherwise its
+batches stay as they were. The update is the same sum over the same rows; only BatchNorm's statistics see the fuller
+batches.
 """
 
 from __future__ import annotations
@@ -105,7 +103,6 @@ class HAM(BuiltOnLoss, Borrowing):
     )
 
     def check(self, *, num_steps: int) -> None:
-        """See `Method.check`."""
         super().check(num_steps=num_steps)
         if not 0 <= self.mining_step < num_steps:
             expected = f"at least 0 and below --num_steps {num_steps}"
@@ -139,20 +136,16 @@ class HAM(BuiltOnLoss, Borrowing):
 
     @property
     def depends_on_split(self) -> bool:
-        """See `Method.depends_on_split`: a part of the easy examples is chosen by their rank in a batch."""
+        """True if part of the easy examples is chosen, which goes by their rank in a batch."""
         return self.easy_weight > 0 and self.easy_fraction < 1
 
     @property
     def tells_wrong_at_start(self) -> bool:
-        """See `Method.tells_wrong_at_start`."""
         return self.stop_misclassified
 
     @property
     def trains_on_all(self) -> bool:
-        """Whether every example of a batch is trained on.
-
-        That is so where all easy examples are kept, or the first term takes all clean images.
-        """
+        """Whether every example is trained on: all easy ones are kept, or the first term takes all clean images."""
         return self.loss.clean_term or (self.easy_weight > 0 and self.easy_fraction == 1)
 
     def outer_batch(
@@ -166,7 +159,6 @@ class HAM(BuiltOnLoss, Borrowing):
         states: States,
         generator: torch.Generator | None = None,
     ) -> OuterBatch:
-        """See `Method.outer_batch`."""
         if epoch < self.mining_start_epoch:
             return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
         attack = self.attack_on(y, attack, epoch=epoch, states=states)
@@ -184,7 +176,7 @@ class HAM(BuiltOnLoss, Borrowing):
     ) -> HardExamples:
         """Mine a batch with this attack; one of ``mining_step`` steps leaves the hard rows where they are then.
 
-        Of three kinds few are attacked on, so a forward of its own is what classifies.
+        With three kinds few rows are attacked further, so a separate forward classifies.
         """
         start, loss_fn = self.loss.start(x, attack.threat_model, generator), self.loss.attack_loss(model, x)
         if self.stop_misclassified:
@@ -214,9 +206,9 @@ class HAM(BuiltOnLoss, Borrowing):
         )
 
     def chosen(self, mined: HardExamples, x: Tensor, y: Tensor) -> OuterBatch:
-        """What to train on of a mined batch with clean images ``x`` and labels ``y``.
+        """Choose the rows to train on from a mined batch with clean images ``x`` and labels ``y``.
 
-        All examples are in the order of the batch; of some, the hard ones come first.
+        If all examples are kept, they stay in the order of the batch; otherwise the hard ones come first.
         """
         rows, x_adv, weight = self._kept(mined)
         weight = weight.to(x.dtype)
@@ -249,7 +241,7 @@ class HAM(BuiltOnLoss, Borrowing):
         return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
 
     def losses(self, logits: Tensor, batch: OuterBatch) -> Tensor:
-        """See `Method.losses`; with TRADES, where hard examples alone have an adversarial image."""
+        """Give the terms of the base loss; with TRADES, where hard examples alone have an adversarial image."""
         if batch.with_adversarial is None:
             return super().losses(logits, batch)
         return trades_terms_of_some(logits, batch.y, batch.with_adversarial)
@@ -264,26 +256,23 @@ class HAM(BuiltOnLoss, Borrowing):
         return bool(states[self.name]["classify_in_step"])
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`."""
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         hard, mined = state["mined"].tolist()
         state["classify_in_step"].fill_(hard > CLASSIFY_IN_STEP_FROM * mined)
         state["mined"].zero_()
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`: two, once mining has begun."""
+        """Return two, once mining has begun."""
         return None if epoch < self.warmup_epochs else (2,)
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """See `Stateful.observe`: number of hard examples and of all."""
+        """Count the hard examples and all examples."""
         hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["mined"] += sums
 
     def outer_batches(
@@ -295,7 +284,6 @@ class HAM(BuiltOnLoss, Borrowing):
         epoch: int,
         states: States,
     ) -> list[OuterBatch]:
-        """See `Method.outer_batches`."""
         if not self.pack_hard_examples or epoch < self.warmup_epochs:
             return super().outer_batches(model, batches, attack=attack, epoch=epoch, states=states)
         attacks = [self.attack_on(y, attack, epoch=epoch, states=states) for _, y, _ in batches]

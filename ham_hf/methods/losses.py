@@ -89,7 +89,6 @@ class TradesLoss(BaseLoss):
             return KLFromClean(full_precision(model(x)))
 
     def terms(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See `BaseLoss.terms`."""
         adversarial, clean = full_precision(logits).chunk(2)
         return torch.stack([F.cross_entropy(clean, y, reduction="none"), kl(clean, adversarial)])
 
@@ -112,7 +111,6 @@ class MartLoss(TradesLoss):
         return cross_entropy
 
     def terms(self, logits: Tensor, y: Tensor) -> Tensor:
-        """See `BaseLoss.terms`."""
         adversarial, clean = full_precision(logits).chunk(2)
         p_adv, p_clean = adversarial.softmax(1), clean.softmax(1)
         runner_up = p_adv.scatter(1, y[:, None], -1.0).amax(1)
@@ -162,5 +160,4 @@ class KLFromClean:
         return kl(self.target, full_precision(logits))
 
     def keep(self, rows: Tensor) -> None:
-        """See `ham_hf.mining.RowLoss.keep`."""
         self.target = self.target[rows]

@@ -32,7 +32,6 @@ class TRADES(Borrowing):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         return TradesLoss(beta=self.beta)
 
 
@@ -47,5 +46,4 @@ class MART(Borrowing):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         return MartLoss(beta=self.beta)

@@ -28,12 +28,10 @@ class RuleMethod(Method):
 
     @property
     def radii(self) -> RadiusRule | None:
-        """See `Method.radii`."""
         return self.rule if isinstance(self.rule, RadiusRule) else None
 
     @property
     def weights(self) -> WeightRule | None:
-        """See `Method.weights`."""
         return self.rule if isinstance(self.rule, WeightRule) else None
 
     @property
@@ -43,7 +41,6 @@ class RuleMethod(Method):
 
     @property
     def rules(self) -> tuple[ClassRule, ...]:
-        """See `Method.rules`."""
         return (self.rule,)
 
 

@@ -108,7 +108,6 @@ class WatchedLoss:
         return self.loss_fn(logits, y)
 
     def keep(self, rows: Tensor) -> None:
-        """See `RowLoss.keep`."""
         if isinstance(self.loss_fn, RowLoss):
             self.loss_fn.keep(rows)
 

@@ -1,7 +1,7 @@
 """timm networks that take pixels in [0, 1], from timm, a folder or the Hub, and back to plain timm.
 
-`pixel_model` makes and loads them, `source` says what a name stands for, `config_json` and `build_limit` refuse what
-nobody should build, `cifar_nets` registers the networks of the CIFAR literature, `export` writes what timm loads.
+`pixel_model` makes and loads them, `source` resolves names, `untrusted` rejects dangerous configurations,
+`cifar_nets` registers the networks of the CIFAR literature, `export` writes files that timm loads.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ham_hf.models.pixel_model import (
     create_backbone,
     input_defaults,
     load_pixel_model,
+    new_model,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "create_backbone",
     "input_defaults",
     "load_pixel_model",
+    "new_model",
 ]

@@ -124,17 +124,7 @@ def export_for_timm(
     data_config = _data_config(preprocessing, published.upsample)
     config = _config(trained, published, preprocessing, metadata) | {
         "label_names": list(class_names),
-        # Tag, licence, paper and origin of the weights that training started from, or that timm has for this
-        # architecture, say nothing about the trained ones: nothing of them is copied.
-        "pretrained_cfg": {
-            **{key: trained.pretrained_cfg.get(key) for key in _ARCHITECTURE_KEYS},
-            **data_config,
-            "fixed_input_size": bool(trained.pretrained_cfg.get("fixed_input_size")),
-            "num_classes": trained.num_classes,
-            "pool_size": None,
-            "tag": tag,
-            "license": model_license,
-        },
+        "pretrained_cfg": _pretrained_cfg(trained, data_config) | {"tag": tag, "license": model_license},
     }
     try:
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
@@ -164,6 +154,21 @@ def export_for_timm(
         num_parameters=num_parameters,
         has_rgb_form=has_rgb_form,
     )
+
+
+def _pretrained_cfg(trained: _Trained, data_config: Mapping[str, object]) -> dict[str, object]:
+    """What timm is told of the weights.
+
+    Tag, license, paper and origin of the weights that training started from, or that timm has for this architecture,
+    say nothing about the trained ones: nothing of them is copied.
+    """
+    return {
+        **{key: trained.pretrained_cfg.get(key) for key in _ARCHITECTURE_KEYS},
+        **data_config,
+        "fixed_input_size": bool(trained.pretrained_cfg.get("fixed_input_size")),
+        "num_classes": trained.num_classes,
+        "pool_size": None,
+    }
 
 
 def _copy_of_trained(model: nn.Module) -> _Trained:

@@ -1,6 +1,6 @@
-"""What a model's own card says of it, for what is made of the model: license, base model, tags.
+"""License, base model and tags from a model's card, for models made of it.
 
-A card is text that no one vouches for: it is read up to a length, and nothing of it is taken but short words.
+The card is untrusted text: only its first part is read, and only short words are taken from it.
 """
 
 from __future__ import annotations

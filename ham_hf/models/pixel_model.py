@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -28,6 +28,9 @@ from ham_hf.models.untrusted import (
     check_model_args,
 )
 from ham_hf.settings import SettingsGroup, setting
+
+if TYPE_CHECKING:
+    from ham_hf.data import ImageData
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +234,34 @@ def create_backbone(
     if shape != (1, num_classes):
         raise ValueError(f"--model_name {model_name} is no classifier: one image gave {shape}, not (1, {num_classes})")
     return backbone
+
+
+def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[PixelModel, Preprocessing]:
+    """A model to train, the same on every process.
+
+    Pretrained weights keep the mean and standard deviation they were trained with; a new network gets the data's,
+    unless images are brought to their size with borders of the mean color, which then has to stay.
+    """
+    inputs = input_defaults(config.model_name, model_args=config.model_args)
+    own_statistics = config.pretrained or data.crop_mode == "border"
+    preprocessing = Preprocessing(
+        image_size=data.image_size,
+        in_chans=data.in_chans,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        crop_mode=data.crop_mode,
+        mean=inputs.mean if own_statistics else data.channel_mean,
+        std=inputs.std if own_statistics else data.channel_std,
+    )
+    torch.manual_seed(seed)
+    backbone = create_backbone(
+        config.model_name,
+        pretrained=config.pretrained,
+        num_classes=len(data.class_names),
+        preprocessing=preprocessing,
+        model_args=config.model_args,
+    )
+    return PixelModel(backbone, preprocessing.mean, preprocessing.std), preprocessing
 
 
 def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bool = True) -> LoadedModel:

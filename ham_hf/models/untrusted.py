@@ -1,9 +1,8 @@
-"""``config.json`` of a model as what it is: data that nobody vouches for.
+"""Validation of a model's ``config.json`` before timm sees it.
 
-It is read here, before timm sees it, and refused by name where it asks for something that is not a classifier of
-images, that timm would fetch or unpickle by itself, or that no memory holds. The limits are our choice, and far above
-every model that timm has. What building a network may take is limited
-as well (`LimitedBuilding`), and nothing is built before.
+The file is untrusted: reject anything that is not an image classifier, that would make timm download or unpickle
+files, or that would not fit in memory. The messages name the entry. The limits are our choice, far above every model
+of timm. `BuildLimit` also limits the memory for building a network; nothing is built before.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_model_args(arguments: Mapping[str, object], where: str) -> None:
-    """Refuse arguments that make timm read a file, or build something that no memory holds.
+    """Reject arguments that make timm read a file, or build something that does not fit in memory.
 
     Raises:
         ValueError: naming the argument.
@@ -75,7 +74,7 @@ def check_model_args(arguments: Mapping[str, object], where: str) -> None:
 
 
 def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
-    """Check what is used of timm's description of the weights: input, preprocessing, classes.
+    """Check the entries used of timm's description of the weights: input, preprocessing, classes.
 
     Raises:
         ValueError: naming the key and what was expected.
@@ -223,10 +222,10 @@ class TooLargeError(ValueError):
 
 
 class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, new tensors are counted, and one too many is refused before its memory is taken.
+    """Count new tensors inside, and raise before taking the memory of one too many.
 
-    Whoever writes a configuration can ask for any number of layers, channels and classes, but has to send weights of
-    that size: what is built may be ``FACTOR`` times as large as they are, plus a margin.
+    A configuration can ask for any number of layers, channels and classes, but its weights have to be that size too:
+    the network may be ``FACTOR`` times as large as they are, plus a margin.
 
     Args:
         weights: state dict that the network is built for; None if it has none: limits are fixed then.

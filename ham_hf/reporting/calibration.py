@@ -14,6 +14,8 @@ LOGIT_ADJUSTMENT = """\
   booktitle = {International Conference on Learning Representations},
   year      = {2021}
 }"""  # noqa: E501
+LOGIT_ADJUSTMENT_PAPER = ("https://arxiv.org/abs/2007.07314", "Long-Tail Learning via Logit Adjustment")
+"""Its link and title."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.data.provenance import plain_name
+from ham_hf.hub_ids import is_hub_id, split_revision
 from ham_hf.reporting.breakdown_tables import corrupted_class_rows, corruption_rows, each_group_rows, group_rows
-from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, exchange_sentence, frontier_rows
+from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, LOGIT_ADJUSTMENT_PAPER, exchange_sentence, frontier_rows
+from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.method_text import (
     citations,
     combined_with,
@@ -28,22 +29,28 @@ from ham_hf.reporting.method_text import (
     method_title,
     never_active,
     option_text,
-    paper_links,
+    papers,
 )
-from ham_hf.reporting.report import AttackReport, RunReport, TrainingReport, percent, plain_text, results_table
+from ham_hf.reporting.report import (
+    RunReport,
+    TrainingReport,
+    fraction_text,
+    percent,
+    plain_text,
+    results_table,
+)
 
 TEMPLATE_NAME = "robust_classifier.md"
 MAX_CLASS_ROWS = 200
 SHOWN_CLASS_ROWS = 50
-FIGURES = (
-    ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
-    ("Training curves", "figures/training_curves.png"),
-    ("What training did to each class", "figures/class_treatment.png"),
+OTHER_FIGURES = (
     ("What fairness costs, on held-out images", "figures/fairness_frontier.png"),
-    ("Clean and adversarial images", "figures/adversarial_examples.png"),
+    ("What training did to each class", "figures/class_treatment.png"),
+    ("Training curves", "figures/training_curves.png"),
 )
-IMAGES = ("figures/adversarial_examples.png",)
+IMAGES = ("figures/adversarial_examples.png", "image.png")
 """Files that show images of the dataset, which not everybody may see; see `without_images`."""
+_IMAGES_BEGIN, _IMAGES_END = "<!-- images of the dataset -->", "<!-- end of the images -->"
 SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
@@ -107,16 +114,35 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
     return path
 
 
-def evaluation_section(report: RunReport) -> str:
-    """The card's evaluation part alone (threat model, results, per-class table), as Markdown to paste elsewhere."""
+def evaluation_section(report: RunReport, folder: Path | None = None) -> str:
+    """The card's evaluation part alone (threat model, results, per-class table, figures that exist in ``folder``)."""
     template = _template()
-    context = _context(report, None, repo_id=None, model_license="")
+    context = _context(report, folder, repo_id=None, model_license="")
     return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
 
 
+def evaluation_document(report: RunReport, folder: str | Path, *, command: str) -> str:
+    """``EVALUATION.md`` of a model that exists: which one, its headline, how it was measured, and the evaluation.
+
+    Args:
+        report: of the evaluation.
+        folder: where figures are looked for.
+        command: the words that measure it again.
+    """
+    version = report.environment.versions.get("ham_hf", "unknown")
+    opening = (
+        f"# Robustness of {text(_model_name(report), 120)} on {text(report.dataset.title)}\n\n"
+        f"**{_headline(report)}**\n\n"
+        f"Model {_hub_link(_model_name(report))}, architecture {code(report.model.architecture)}, measured on "
+        f"{_dataset_link(report)} by ham_hf {code(version)} on {code(report.created)}:\n\n"
+        f"```bash\n{verbatim(command, 1000)}\n```\n\n"
+    )
+    return opening + evaluation_section(report, Path(folder))
+
+
 def without_images(markdown: str) -> str:
-    """A card without what shows images of the dataset, the files of ``IMAGES``."""
-    return re.sub(rf"!\[[^\]\n]*\]\((?:{'|'.join(map(re.escape, IMAGES))})\)\n\n?", "", markdown)
+    """A card or ``EVALUATION.md`` without what shows images of the dataset, the files of ``IMAGES``."""
+    return re.sub(rf"{_IMAGES_BEGIN}\n.*?{_IMAGES_END}\n\n?", "", markdown, flags=re.DOTALL)
 
 
 def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str) -> ModelCardData:
@@ -143,8 +169,8 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         datasets=[dataset.hub_id] if dataset.hub_id else None,
         base_model=base_model if is_hub_id(base_model or "", with_owner=True) else None,
         metrics=["accuracy"],
-        model_name=_title(report, repo_id),
-        eval_results=[entry for attack in report.entries() for entry in _eval_results(report, attack)],
+        model_name=repo_id.split("/")[-1] if repo_id else f"{plain_text(report.model.name)}, {report.dataset.title}",
+        eval_results=model_index(report),
     )
 
 
@@ -159,9 +185,9 @@ def code(value: object) -> Markdown:
     return Markdown(f"`{verbatim(value)}`")
 
 
-def verbatim(value: object) -> Markdown:
+def verbatim(value: object, max_length: int = 60) -> Markdown:
     """``value`` for the inside of a fenced code block."""
-    return Markdown(plain_text(value).replace("`", "'"))
+    return Markdown(plain_text(value, max_length).replace("`", "'"))
 
 
 def literal(value: str | float) -> Markdown:
@@ -175,12 +201,6 @@ def table(rows: Sequence[Mapping[str, str]]) -> Markdown:
     cells = ["| " + " | ".join(text(cell) for cell in line) + " |" for line in lines]
     alignment = "|---|" + "---:|" * (len(lines[0]) - 1)
     return Markdown("\n".join([cells[0], alignment, *cells[1:]]))
-
-
-def fraction_text(value: float) -> str:
-    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
-    steps = value * 255
-    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
 
 
 def _template() -> Template:
@@ -241,14 +261,16 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     return {
         "report": report,
         "metadata": Markdown(metadata.to_yaml()),
-        "title": _title(report, repo_id),
-        "dataset": _dataset_name(report),
-        "original": report.model.base_model or plain_text(Path(report.model.name).name),
+        "title": _title(report),
+        "headline": _headline(report),
+        "dataset_link": _dataset_link(report),
+        "original": _hub_link(report.model.base_model or _model_name(report)),
+        "started_from": _hub_link(report.model.base_model) if report.training and report.model.base_model else "",
         "method": method_title(report.config),
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
         "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
-        "papers": [Markdown(link) for link in paper_links(report.config)],
+        "papers": [Markdown(f"[{text(title, 150)}]({link})") for link, title in _papers(report).items()],
         "citations": [Markdown(entry) for entry in _citations(report)],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
@@ -267,11 +289,15 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "num_tested_classes": len(class_rows),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(class_rows) - len(shown),
+        "figures": [(title, Markdown(path)) for title, path in _figures(report) if _is_there(folder, path)],
+        "example_figure": _is_there(folder, IMAGES[0]),
+        "example_image": _is_there(folder, IMAGES[1]),
+        "images_begin": Markdown(_IMAGES_BEGIN),
+        "images_end": Markdown(_IMAGES_END),
         "group_rows": group_rows(report.groups) if report.groups else [],
         "each_group_rows": each_group_rows(report.groups) if report.groups else [],
         "corruption_rows": corruption_rows(report),
         "corrupted_class_rows": corrupted_class_rows(report),
-        "figures": [(title, Markdown(path)) for title, path in FIGURES if folder and (folder / path).is_file()],
         "seeds": _seeds(report),
         "not_run": ", ".join(title for name, title in (("pgd", "PGD"), ("cw", "CW")) if name not in ran),
         "missing_classes": ", ".join(plain_text(report.dataset.class_names[index], 30) for index in missing),
@@ -309,23 +335,71 @@ def _method_began(report: RunReport) -> bool:
     return report.training is None or method_began(report.config, report.training)
 
 
-def _title(report: RunReport, repo_id: str | None) -> str:
-    return repo_id.split("/")[-1] if repo_id else f"{plain_text(report.model.name)}, {_dataset_name(report)}"
+def _model_name(report: RunReport) -> str:
+    """The model as the user named it, without the path of a local folder."""
+    name = plain_name(report.model.name.removeprefix("local-dir:"))
+    hub = split_revision(name)
+    return hub[0] if hub else plain_text(Path(name).name)
 
 
-def _dataset_name(report: RunReport) -> str:
-    """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
-    return report.dataset.hub_id or plain_text(Path(report.dataset.name).name)
+def _title(report: RunReport) -> str:
+    """The model as it was trained, the dataset, and what was done."""
+    if report.training is None:
+        return f"{_model_name(report)}, calibrated on {report.dataset.title}"
+    return f"{_model_name(report)}, trained on {report.dataset.title} with {report.config.get('method', 'unknown')}"
+
+
+def _headline(report: RunReport) -> Markdown:
+    """The numbers that matter: robust accuracy, its worst class, clean accuracy."""
+    robust, clean = report.verdict or report.reference_attack(), report.results.get("clean")
+    parts = []
+    if robust is not None:
+        worst = text(report.dataset.class_names[robust.summary.worst_class_index], 40)
+        parts.append(f"Robust accuracy {percent(robust.summary.average)} %")
+        parts.append(f"worst class {percent(robust.summary.worst_class)} % ({worst})")
+    if clean is not None:
+        parts.append(f"{'clean' if parts else 'Clean'} accuracy {percent(clean.summary.average)} %")
+    return Markdown(" · ".join(parts))
+
+
+def _hub_link(name: str) -> Markdown:
+    """The name of a model as code, and as a link where it can be one on the Hub."""
+    shown = code(name)
+    return Markdown(f"[{shown}](https://huggingface.co/{name})") if is_hub_id(name, with_owner=True) else shown
+
+
+def _dataset_link(report: RunReport) -> Markdown:
+    shown, hub_id = code(report.dataset.title), report.dataset.hub_id
+    return Markdown(f"[{shown}](https://huggingface.co/datasets/{hub_id})") if is_hub_id(hub_id or "") else shown
+
+
+def _papers(report: RunReport) -> dict[str, str]:
+    """Link and title of each paper: of the training, if it was here, of class shifts, and of the attacks."""
+    config = report.config if report.training is not None or report.calibration is None else {}
+    shifts = dict([LOGIT_ADJUSTMENT_PAPER]) if report.calibration is not None else {}
+    return papers(config, ()) | shifts | papers({}, report.results)
+
+
+def _figures(report: RunReport) -> tuple[tuple[str, str], ...]:
+    """Title and path of the figures, in the order of the card."""
+    attack = report.reference_attack()
+    confusion = (
+        () if attack is None else ((f"Confusion under {attack.title}", f"figures/confusion_{attack.name}.png"),)
+    )
+    return (("Clean and robust accuracy per class", "figures/per_class_accuracy.png"), *confusion, *OTHER_FIGURES)
+
+
+def _is_there(folder: Path | None, path: str) -> bool:
+    return folder is not None and (folder / path).is_file()
 
 
 def _class_rows(report: RunReport) -> list[dict[str, str]]:
     """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
     order_by = report.verdict or report.reference_attack() or next(iter(report.results.values()))
-    entries = order_by.summary.per_class
-    present = [index for index, entry in enumerate(entries) if entry.count]
-    present.sort(key=lambda index: entries[index].accuracy or 0.0)
     rows = []
-    for index in present:
+    for index in report.worst_first():
+        if not order_by.summary.per_class[index].count:
+            continue
         row = {
             "Class": plain_text(report.dataset.class_names[index], 40),
             "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),
@@ -401,35 +475,3 @@ def _selection(report: RunReport, training: TrainingReport) -> Markdown:
         f"The weights are those{which} with {rule} on {report.dataset.num_validation} images held out of the training "
         "images."
     )
-
-
-def _test_split(origin: str) -> str:
-    """Name of the split that the test images are from, also if they were held out of it."""
-    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
-    return plain_text(held_out[1] if held_out else origin)
-
-
-def _eval_results(report: RunReport, attack: AttackReport) -> list[EvalResult]:
-    """Average, worst class and gap of one evaluation as ``model-index`` entries, values in [0, 1]."""
-    summary, dataset = attack.summary, report.dataset
-    label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
-    name = _dataset_name(report)
-    shared: dict[str, Any] = {
-        "task_type": "image-classification",
-        "task_name": "Image Classification",
-        "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
-        "dataset_name": name,
-        "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
-        "dataset_split": _test_split(dataset.test_split_origin),
-        "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
-        "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
-    }
-    metrics = (
-        ("accuracy", label, summary.average),
-        ("worst_class_accuracy", f"{label}, worst class", summary.worst_class),
-        ("class_accuracy_gap", f"{label}, gap between best and worst class", summary.gap),
-    )
-    return [
-        EvalResult(metric_type=metric, metric_name=title, metric_value=round(value, 6), **shared)
-        for metric, title, value in metrics
-    ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.attacks import ThreatModel, evaluation_mode, pgd, unsaturated_cross_entropy
+from ham_hf.data import BatchRequest, Images
+from ham_hf.evaluation import AttackResult, EvaluationAttack, predict, standard_attacks
+from ham_hf.evaluation.config import EvaluationConfig
+from ham_hf.evaluation.suite import eval_step_size
+from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.files import replacing
+from ham_hf.seeding import Stream, make_generator
 
 EXAMPLES_NAME = "examples.parquet"
+NUM_EXAMPLES_SHOWN = 8
+"""Images of the strip."""
 MAX_CLASSES = 12
 """With more classes than this, only the worst of them have images."""
 NUM_PER_KIND = 3
@@ -47,6 +55,27 @@ _SCHEMA = pa.schema(
         ("difference", pa.binary()),
     ]
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleStrip:
+    """A few test images before and after the attack, and what the model says of them.
+
+    Attributes:
+        clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
+        adversarial: (N, C, H, W) pixels in [0, 1].
+        labels: (N,) true classes.
+        clean_predictions: (N,) predicted classes of ``clean``.
+        adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
+        attack: title of the attack, for the figure.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    clean_predictions: Tensor
+    adversarial_predictions: Tensor
+    attack: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +142,116 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
     each. An image is not shown twice. Empty without an attack.
     """
     usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
-    shares = []
-    for label in torch.unique(verdicts.labels[verdicts.judged]).tolist():
-        judged = verdicts.judged & (verdicts.labels == label)
-        shares.append((float(verdicts.withstood[judged].double().mean()), int(label)))
     chosen = list[tuple[int, str]]()
-    for _, label in sorted(shares)[:MAX_CLASSES]:
+    for label in worst_classes(verdicts)[:MAX_CLASSES]:
         rows = (usable & (verdicts.labels == label)).nonzero()[:, 0]
         rows = rows[verdicts.margins_attacked[rows].argsort(stable=True)]
         weak = rows[: min(NUM_PER_KIND, -(-len(rows) // 2))]
         strong = rows[len(weak) :].flip(0)[:NUM_PER_KIND]
         chosen += [(row, WEAK) for row in weak.tolist()] + [(row, STRONG) for row in strong.tolist()]
     return chosen
+
+
+def worst_classes(verdicts: Verdicts) -> list[int]:
+    """The classes with an image that was attacked, the one with the smallest share that withstood first.
+
+    Without an attack, those with the smallest share that is right.
+    """
+    attacked = bool(verdicts.judged.any())
+    counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)
+    right = verdicts.withstood if attacked else verdicts.clean == verdicts.labels
+    shares = [
+        (float(right[counted & (verdicts.labels == label)].double().mean()), int(label))
+        for label in torch.unique(verdicts.labels[counted]).tolist()
+    ]
+    return [label for _, label in sorted(shares)]
+
+
+def example_strip(
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    results: Mapping[str, AttackResult],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
+) -> ExampleStrip:
+    """Images of the classes that withstood the attacks of ``results`` least, the worst first, for the figure.
+
+    Of each class the first image, before and after the evaluation's PGD.
+    """
+    worst = worst_classes(verdicts_of(results, ()))[:NUM_EXAMPLES_SHOWN]
+    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])
+    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
+    return _attacked_by(model, images, [firsts], attack, threat_model, seed)
+
+
+def class_examples(
+    model: nn.Module,
+    images: Images,
+    config: EvaluationConfig,
+    results: Mapping[str, AttackResult],
+    *,
+    threat_model: ThreatModel,
+    seed: int,
+) -> ClassExamples | None:
+    """The most easily broken images of each class and the ones that hold, for the page; None without an attack.
+
+    They are chosen by the verdicts of ``results`` and attacked again with its PGD, from other random starts.
+    """
+    verdicts = verdicts_of(results, ())
+    chosen = choose_images(verdicts)
+    if not chosen:
+        return None
+    rows = torch.tensor([row for row, _ in chosen])
+    batches = torch.split(verdicts.positions[rows], config.per_device_eval_batch_size)
+    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
+    found = _attacked_by(model, images, batches, attack, threat_model, seed)
+    shown = AttackedImages(
+        rows=rows,
+        kinds=[kind for _, kind in chosen],
+        clean=found.clean,
+        attacked=found.adversarial,
+        attacked_predictions=found.adversarial_predictions,
+    )
+    return encode_examples(shown, verdicts, attack=found.attack)
+
+
+def _attacked_by(
+    model: nn.Module,
+    images: Images,
+    batches: Sequence[Tensor],
+    attack: EvaluationAttack,
+    threat_model: ThreatModel,
+    seed: int,
+) -> ExampleStrip:
+    """The images at these positions, batch by batch, before and after the attack; on the CPU."""
+    device = next(model.parameters()).device
+    parts = []
+    requests = [BatchRequest(positions, None) for positions in batches]
+    with evaluation_mode(model):
+        for number, batch in enumerate(images.batches(requests, device=device)):
+            x_adv = pgd(
+                model,
+                batch.x,
+                batch.y,
+                threat_model=threat_model,
+                num_steps=attack.num_steps,
+                step_size=attack.step_size,
+                loss_fn=unsaturated_cross_entropy,
+                generator=make_generator(device, seed, Stream.EVALUATION, 0, number),
+            )
+            found = (batch.x, x_adv, batch.y, predict(model, batch.x), predict(model, x_adv))
+            parts.append([tensor.cpu() for tensor in found])
+    clean, adversarial, labels, before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return ExampleStrip(
+        clean=clean,
+        adversarial=adversarial,
+        labels=labels,
+        clean_predictions=before,
+        adversarial_predictions=after,
+        attack=attack.name.upper(),
+    )
 
 
 def encode_examples(images: AttackedImages, verdicts: Verdicts, *, attack: str) -> ClassExamples:
@@ -186,13 +313,13 @@ def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int, f
         clean_prediction=int(verdicts.clean[row]),
         attacked_prediction=int(images.attacked_predictions[index]),
         enlargement=enlargement,
-        clean=_picture(clean, side, form),
-        attacked=_picture(attacked, side, form),
-        difference=_picture(0.5 + enlargement * difference, side, form),
+        clean=picture(clean, side, form),
+        attacked=picture(attacked, side, form),
+        difference=picture(0.5 + enlargement * difference, side, form),
     )
 
 
-def _picture(pixels: Tensor, side: int, form: str) -> bytes:
+def picture(pixels: Tensor, side: int, form: str) -> bytes:
     """(C, H, W) pixels in [0, 1] as a file, its longer side at most ``side``; of four channels the first three."""
     values = (pixels.clamp(0, 1) * 255).round().byte()
     image = Image.fromarray(values[0].numpy() if len(values) < 3 else values[:3].permute(1, 2, 0).numpy())

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ham_hf.reporting.method_text import trained_method
-from ham_hf.reporting.report import AttackReport, RunReport, plain_text
+from ham_hf.reporting.report import RunReport, plain_text
 
 MAX_NAMED_CLASSES = 120
 PANEL_INCHES = (5.2, 3.7, 3.0, 2.7, 2.5)
@@ -45,31 +45,33 @@ class Treatment:
 def class_treatment_figure(report: RunReport) -> Figure | None:
     """Heat maps of what training did to each class, a panel per quantity; None if it treated all classes alike.
 
-    Rows are classes, the worst of the evaluation first and those without test images last; columns are epochs. Cells
-    are gray where a class has no value (no example of it was seen); epochs without the quantity are blank. Above
-    ``MAX_NAMED_CLASSES`` classes there are no names.
+    Rows are classes, the worst of the evaluation first and those without test images last; columns are epochs, from
+    the first one on that has any of the quantities. Cells are gray where a class has no value (no example of it was
+    seen); epochs without the quantity are blank. Above ``MAX_NAMED_CLASSES`` classes there are no names.
     """
     panels = class_treatments(report)
     if not panels:
         return None
-    attack = report.reference_attack() or next(iter(report.results.values()))
-    order = _worst_first(attack)
+    attack = report.verdict or report.reference_attack() or next(iter(report.results.values()))
+    order = report.worst_first()
     named = len(order) <= MAX_NAMED_CLASSES
     row_height = 0.30 if len(order) <= 30 else 0.17
     height = max(2.3, row_height * len(order)) if named else 7.4
     width = 2.4 + PANEL_INCHES[len(panels) - 1] * len(panels)
     figure = Figure(figsize=(width, height + 1.6), layout="constrained")
     all_axes, bars = figure.subplots(2, len(panels), squeeze=False, height_ratios=(height, BAR_INCHES))
+    first = min(int(panel.present.argmax()) for panel in panels)
     for axes, bar, panel in zip(all_axes, bars, panels, strict=True):
         _heat_map(axes, bar, panel, order, interpolation="nearest" if named else "antialiased")
+        axes.set_xlim(left=first + 0.5)
+        axes.set_xlabel(f"epoch (not shown: 1 to {first}, all classes alike)" if first else "epoch")
     if named:
         names = [plain_text(report.dataset.class_names[index], 28) for index in order]
         size = 10 if row_height > 0.2 else 8
         all_axes[0].set_yticks(range(len(order)), labels=names, fontsize=size, parse_math=False)
     counted = "classes" if named else f"{len(order)} classes"
     all_axes[0].set_ylabel(f"{counted}, worst first ({attack.title})", parse_math=False)
-    note = " (1 = as in plain training)" if any(panel.centered for panel in panels) else ""
-    figure.suptitle(f"What training did to each class{note}", fontsize=11)
+    figure.suptitle("What training did to each class", fontsize=11)
     return figure
 
 
@@ -106,13 +108,6 @@ def _by_epoch(history: Sequence[Mapping[str, object]], key: str) -> list[list[fl
     return [lists.get(epoch) for epoch in range(max(found, default=-1) + 1)]  # type: ignore[type-var, operator]
 
 
-def _worst_first(attack: AttackReport) -> list[int]:
-    entries = attack.summary.per_class
-    return sorted(
-        range(len(entries)), key=lambda index: (not entries[index].count, entries[index].accuracy or 0.0, index)
-    )
-
-
 def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, interpolation: str) -> None:
     num_classes, num_epochs = panel.values.shape
     known = panel.values[~np.isnan(panel.values)]
@@ -136,13 +131,17 @@ def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, 
         axes.axvspan(start + 0.5, end + 0.5, color="white", linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.set_yticks([])
-    axes.set_xlabel("epoch")
     axes.set_title(panel.title, fontsize=10)
     percent = None if panel.centered else PercentFormatter(1.0)
     axes.figure.colorbar(image, cax=bar, orientation="horizontal", format=percent)
     bar.set_xlim(left=max(0.0, low))
-    bar.xaxis.set_major_locator(MaxNLocator(nbins=4))
     bar.tick_params(labelsize=8)
+    if panel.centered:
+        ends = [max(0.0, low), 1.0, high]
+        bar.set_xticks(ends, labels=[f"{end:.3g}" for end in ends])
+        bar.set_xlabel("1 = as in plain training", fontsize=8)
+    else:
+        bar.xaxis.set_major_locator(MaxNLocator(nbins=4))
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
 from ham_hf.methods import Method, available
@@ -125,6 +125,33 @@ Liu, Xianglong and Liu, Aishan},
 }
 """BibTeX of each method by its name, and of adversarial weight perturbation."""
 
+PAPERS = {
+    "ham": "https://arxiv.org/abs/2308.01823",
+    "pgd_at": "https://arxiv.org/abs/1706.06083",
+    "trades": "https://arxiv.org/abs/1901.08573",
+    "mart": "https://openreview.net/forum?id=rklOg6EFwS",
+    "fat": "https://arxiv.org/abs/2002.11242",
+    "gairat": "https://arxiv.org/abs/2010.01736",
+    "frl": "https://arxiv.org/abs/2010.06121",
+    "bat": "https://arxiv.org/abs/2209.07534",
+    "wat": "https://arxiv.org/abs/2302.04025",
+    "cfa": "https://arxiv.org/abs/2303.14460",
+    "cfol": "https://arxiv.org/abs/2302.08872",
+    "dafa": "https://arxiv.org/abs/2401.12532",
+    "faal": "https://arxiv.org/abs/2402.17729",
+    "awp": "https://arxiv.org/abs/2004.05884",
+}
+"""Where each of them can be read; the Hub makes a tag of a link to arXiv."""
+ATTACK_PAPERS = {
+    "pgd": (PAPERS["pgd_at"], "Towards Deep Learning Models Resistant to Adversarial Attacks"),
+    "cw": ("https://arxiv.org/abs/1608.04644", "Towards Evaluating the Robustness of Neural Networks"),
+    "autoattack": (
+        "https://arxiv.org/abs/2003.01690",
+        "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks",
+    ),
+}
+"""Likewise of each attack of an evaluation, by the first part of its name, with its title."""
+
 
 def trained_method(config: Mapping[str, object]) -> Method | None:
     """The method of a report's settings with its options; None if this version does not know it."""
@@ -226,10 +253,23 @@ def selected_too_early(config: Mapping[str, object], training: TrainingReport) -
     return tuple(sentences)
 
 
-def paper_links(config: Mapping[str, object]) -> list[str]:
-    """Where the method's own paper can be read, if its entry says so."""
-    found = re.search(r"arXiv:(\d{4}\.\d{5})", CITATIONS.get(str(config.get("method")), ""))
-    return [f"https://arxiv.org/abs/{found[1]}"] if found else []
+def papers(config: Mapping[str, object], attacks: Iterable[str]) -> dict[str, str]:
+    """Link and title of the papers of the method, what was combined with it, and the attacks, each once.
+
+    Args:
+        config: a report's settings.
+        attacks: names of evaluations, such as "pgd-20".
+    """
+    found = {PAPERS[name]: _title_of(CITATIONS[name]) for name in _cited(config) if name in PAPERS}
+    kinds = [name.split("-")[0] for name in attacks]
+    return found | dict(ATTACK_PAPERS[kind] for kind in kinds if kind in ATTACK_PAPERS)
+
+
+def _title_of(entry: str) -> str:
+    """The title in a BibTeX entry."""
+    found = re.search(r"title\s*=\s*\{(.*)\},", entry)
+    assert found is not None, entry  # noqa: S101 (every entry of ours has one)
+    return found[1].replace("{", "").replace("}", "")
 
 
 def option_text(name: str, value: object) -> str:
@@ -270,10 +310,14 @@ def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
 
 def citations(config: Mapping[str, object]) -> list[str]:
     """BibTeX of the method, its base loss and what was combined with it, each once."""
+    return [CITATIONS[name] for name in _cited(config)]
+
+
+def _cited(config: Mapping[str, object]) -> list[str]:
     names = [config.get("method"), *(config.get(setting) for setting in ("base_loss", *LENDERS))]
     names.append("awp" if config.get("awp_gamma") is not None else None)
     names.append("cfa" if gates_averaging(config) else None)
-    return [CITATIONS[name] for name in dict.fromkeys(map(str, names)) if name in CITATIONS]
+    return [name for name in dict.fromkeys(map(str, names)) if name in CITATIONS]
 
 
 def setting_text(value: object) -> str:

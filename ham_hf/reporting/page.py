@@ -28,7 +28,7 @@ from ham_hf.files import atomic_write
 from ham_hf.pairing import Difference
 from ham_hf.reporting.breakdown_tables import corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.class_examples import ClassExamples
-from ham_hf.reporting.report import AttackReport, RunReport, percent, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport, evaluation_title, percent, plain_text
 
 PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
@@ -468,7 +468,7 @@ def _settings_text(entry: AttackReport) -> str:
     settings = entry.settings
     if entry.name == "verdict":
         attacks = settings.get("attacks")
-        listed = ", ".join(str(name).upper() for name in attacks) if isinstance(attacks, list) else ""
+        listed = ", ".join(evaluation_title(str(name)) for name in attacks) if isinstance(attacks, list) else ""
         return plain_text(f"right on the clean image and never broken by {listed}", 300)
     parts = []
     if "norm" in settings:

@@ -11,15 +11,15 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor
 
+from ham_hf.reporting.class_examples import ExampleStrip
 from ham_hf.reporting.class_plots import class_treatment_figure
 from ham_hf.reporting.frontier_plot import frontier_figure
 from ham_hf.reporting.method_text import trained_method
@@ -29,27 +29,6 @@ DPI = 110
 BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
 MAX_NAMED_CLASSES = 120
 MAX_CELL_TEXT_CLASSES = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleStrip:
-    """A few test images before and after the attack, and what the model says of them.
-
-    Attributes:
-        clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
-        adversarial: (N, C, H, W) pixels in [0, 1].
-        labels: (N,) true classes.
-        clean_predictions: (N,) predicted classes of ``clean``.
-        adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
-        attack: title of the attack, for the figure.
-    """
-
-    clean: Tensor
-    adversarial: Tensor
-    labels: Tensor
-    clean_predictions: Tensor
-    adversarial_predictions: Tensor
-    attack: str
 
 
 def save_figures(
@@ -83,7 +62,9 @@ def save_figures(
         figures["fairness_frontier"] = frontier_figure(report.calibration)
     for attack in report.results.values():
         if attack.name != "clean" and attack.confusion is not None:
-            figures[f"confusion_{attack.name}"] = confusion_figure(attack, report.dataset.class_names)
+            figures[f"confusion_{attack.name}"] = confusion_figure(
+                attack, report.dataset.class_names, order=report.worst_first()
+            )
     if examples is not None:
         figures["adversarial_examples"] = examples_figure(examples, report.dataset.class_names)
     target = Path(folder) / "figures"
@@ -94,14 +75,14 @@ def save_figures(
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write ``figure`` as PNG; the same figure gives the same bytes, so that pushing it again changes nothing."""
     with warnings.catch_warnings():
-        # A class name in a script that the font lacks shows as boxes; one warning per character helps nobody.
+        # Class names in a script that the font lacks show as boxes; a warning per character does not help.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
     return path
 
 
 def per_class_figure(report: RunReport) -> Figure:
-    """Clean against robust accuracy of every class, sorted by robust accuracy, with 95 % intervals.
+    """Clean against robust accuracy of every class, worst first, with 95 % intervals and the number of images.
 
     A class without a test image has no accuracy and is left out; dashed lines are the averages over all images.
     Above ``MAX_NAMED_CLASSES`` classes there are no names, and bands instead of bars.
@@ -111,8 +92,8 @@ def per_class_figure(report: RunReport) -> Figure:
     if attack is not None:
         series.append((attack, VERMILLION, "D"))
     order_by = attack or report.results["clean"]
-    classes = [index for index, entry in enumerate(order_by.summary.per_class) if entry.count]
-    classes.sort(key=lambda index: order_by.summary.per_class[index].correct / order_by.summary.per_class[index].count)
+    entries = order_by.summary.per_class
+    classes = [index for index in report.worst_first() if entries[index].count]
     named = len(classes) <= MAX_NAMED_CLASSES
     row_height = 0.30 if len(classes) <= 30 else 0.17
     height = 1.3 + row_height * len(classes) if named else 9.0
@@ -129,17 +110,21 @@ def per_class_figure(report: RunReport) -> Figure:
         axes.axvline(100 * result.summary.average, color=color, linewidth=1.2, linestyle="--", alpha=0.7, zorder=1)
     axes.set_ylim(len(classes) - 0.4, -0.6)
     if named:
-        names = [plain_text(report.dataset.class_names[index], 28) for index in classes]
+        names = [f"{plain_text(report.dataset.class_names[index], 28)} ({entries[index].count})" for index in classes]
         size = 10 if row_height > 0.2 else 8
         axes.set_yticks(range(len(classes)), labels=names, fontsize=size, parse_math=False)
+        axes.set_ylabel("class (images)")
     else:
         axes.set_ylabel(f"{len(classes)} classes, worst first")
-    axes.set_xlim(-2, 102)
+    axes.set_xlim(-4, 104)
+    # Intervals end at 0 and 100 %, and must not run into a frame.
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(PercentFormatter(100))
     axes.set_xlabel("accuracy on test images (with 95 % interval; dashed: average)")
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
-    missing = len(order_by.summary.per_class) - len(classes)
+    missing = len(entries) - len(classes)
     note = f" ({missing} without test images)" if missing else ""
     titles = " and ".join(result.title for result, *_ in series)
     axes.set_title(f"Accuracy per class{note}: {titles}", fontsize=11, parse_math=False)
@@ -166,8 +151,9 @@ def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]
         "training loss": [("loss", GRAY, "-", _per_epoch(train_log, "loss"))],
     }
     panels = {title: lines for title, lines in curves.items() if any(points for *_, points in lines)}
-    figure = Figure(figsize=(7.2, 0.9 + 2.1 * max(1, len(panels))), layout="constrained")
-    all_axes = figure.subplots(max(1, len(panels)), 1, sharex=True, squeeze=False)[:, 0]
+    heights = [2.6 if title == "held-out accuracy" else 1.4 for title in panels] or [2.6]
+    figure = Figure(figsize=(7.2, 1.3 + sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=False):
         for label, color, style, points in lines:
             marker = "o" if len(points) <= 40 else None
@@ -175,13 +161,17 @@ def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]
         axes.set_ylabel(title)
         axes.grid(color="#DDDDDD", linewidth=0.8)
         _mark_epochs(axes, report)
-        if title == "training loss":
-            axes.set_ylim(bottom=0)
-        else:
+        if title == "held-out accuracy":
             axes.set_ylim(-0.02, 1.02)
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            highest = max(value for *_, points in lines for value in points.values())
+            axes.set_ylim(0, 1.1 * highest or 1.0)
+        if title != "training loss":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if axes is all_axes[0]:
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+            figure.legend(
+                *axes.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=9
+            )
     all_axes[-1].set_xlabel("epoch")
     all_axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     last = max((epoch for lines in panels.values() for *_, points in lines for epoch in points), default=1)
@@ -189,10 +179,11 @@ def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]
     return figure
 
 
-def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure:
+def confusion_figure(attack: AttackReport, class_names: Sequence[str], *, order: Sequence[int]) -> Figure:
     """Share of each true class (row) that is predicted as each class (column) under ``attack``.
 
-    Rows of classes without test images are gray. Up to ``MAX_CELL_TEXT_CLASSES`` classes the cells carry numbers.
+    Classes lie in ``order``, the worst first. Rows of classes without test images are gray. Up to
+    ``MAX_CELL_TEXT_CLASSES`` classes the cells carry numbers.
 
     Raises:
         ValueError: if the report has no confusion matrix for the attack.
@@ -201,14 +192,14 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure
         raise ValueError(f"{attack.name} has no confusion matrix: too many classes")
     counts = torch.tensor(attack.confusion, dtype=torch.float64)
     totals = torch.tensor([[entry.count] for entry in attack.summary.per_class], dtype=torch.float64)
-    shares = torch.where(totals > 0, counts / totals.clamp(min=1), torch.nan)
+    shares = torch.where(totals > 0, counts / totals.clamp(min=1), torch.nan)[list(order)][:, list(order)]
     num_classes = len(shares)
     side = min(11.0, max(4.2, 2.4 + (0.42 if num_classes <= MAX_CELL_TEXT_CLASSES else 0.13) * num_classes))
     figure = Figure(figsize=(side + 0.9, side), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("#CCCCCC")
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    names = [plain_text(name, 16) for name in class_names]
+    names = [plain_text(class_names[index], 16) for index in order]
     size = 9 if num_classes <= MAX_CELL_TEXT_CLASSES else 7
     step = math.ceil(num_classes / 60)
     ticks = range(0, num_classes, step)
@@ -220,7 +211,7 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure
             color = "white" if share > 0.55 else "black"
             axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
     axes.set_xlabel(f"predicted under {attack.title}", parse_math=False)
-    axes.set_ylabel("true class")
+    axes.set_ylabel("true class, worst first")
     axes.set_title(f"Confusion under {attack.title}, % of the true class", fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0))
     return figure
@@ -229,7 +220,8 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str]) -> Figure
 def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_images: int = 8) -> Figure:
     """Rows of clean images, adversarial images, and their amplified difference around mid-gray.
 
-    The caption under each image is the model's prediction; a wrong one is marked with a cross and in red.
+    The caption under each image is the model's prediction; a wrong one is marked with a cross and in red. That under a
+    difference is its largest absolute value.
     """
     clean, adversarial = examples.clean[:max_images].cpu(), examples.adversarial[:max_images].cpu()
     difference = adversarial - clean
@@ -237,7 +229,8 @@ def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_i
     factor = max(1, math.floor(0.5 / largest)) if largest > 0 else 1
     rows = [clean, adversarial, (0.5 + factor * difference).clamp(0, 1)]
     columns = len(clean)
-    figure = Figure(figsize=(max(3.6, 1.1 + 1.25 * columns), 5.0), layout="constrained")
+    # Captions belong to the image above them, hence the space.
+    figure = Figure(figsize=(max(3.6, 1.1 + 1.25 * columns), 5.6), layout=ConstrainedLayoutEngine(hspace=0.12))
     grid = figure.subplots(3, columns, squeeze=False)
     for axes_row, images in zip(grid, rows, strict=True):
         for axes, pixels in zip(axes_row, images, strict=True):
@@ -253,11 +246,12 @@ def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_i
             caption = plain_text(class_names[predicted], 14) if predicted >= 0 else "not finite"
             right = predicted == label
             color = "black" if right else VERMILLION
-            text = caption if right else f"✗ {caption}"
-            grid[row, column].set_xlabel(text, fontsize=9, color=color, parse_math=False)
+            text = f"{'→' if right else '✗'} {caption}"
+            grid[row, column].set_xlabel(text, fontsize=9, color=color, parse_math=False, labelpad=2)
+        grid[2, column].set_xlabel(f"max {float(difference[column].abs().max()):.2g}", fontsize=9, labelpad=2)
     for axes, title in zip(grid[:, 0], ("clean", examples.attack, f"difference × {factor}"), strict=True):
         axes.set_ylabel(title, fontsize=10, parse_math=False)
-    figure.suptitle("True class above, prediction below each image", fontsize=10)
+    figure.suptitle("True class above each column; below each image what the model takes it for", fontsize=10)
     return figure
 
 

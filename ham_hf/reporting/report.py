@@ -120,6 +120,11 @@ class DatasetReport:
     class_order: str | None = None
     num_model_classes: int | None = None
 
+    @property
+    def title(self) -> str:
+        """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+        return self.hub_id or plain_text(Path(self.name).name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThreatModelReport:
@@ -289,6 +294,17 @@ class RunReport:
         attacks = [attack for attack in self.results.values() if attack.name != "clean"]
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
+
+    def worst_first(self) -> list[int]:
+        """Class indices in the order of tables and figures: by the verdict, else under the reference attack.
+
+        Classes without images there are last.
+        """
+        order_by = self.verdict or self.reference_attack() or next(iter(self.results.values()))
+        entries = order_by.summary.per_class
+        return sorted(
+            range(len(entries)), key=lambda index: (not entries[index].count, entries[index].accuracy or 0.0)
+        )
 
     def passed_gate(self) -> bool:
         """Whether any epoch up to the selected one passed the gate of a fairness-gated average of weights."""
@@ -531,6 +547,12 @@ def text_table(rows: Sequence[Mapping[str, str]]) -> str:
 def percent(share: float) -> str:
     """A share in [0, 1] as percent with one decimal, without the sign: 0.5312 -> "53.1"."""
     return f"{100 * share:.1f}"
+
+
+def fraction_text(value: float) -> str:
+    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
+    steps = value * 255
+    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
 
 
 def plain_text(value: object, max_length: int = 60) -> str:

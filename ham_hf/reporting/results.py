@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import HubConfig, TrainConfig, config_to_dict, config_to_yaml
+from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.provenance import plain_name
@@ -19,15 +19,17 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
-from ham_hf.models import LoadedModel, PixelModel, Preprocessing
+from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
+from ham_hf.models.origin import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
-from ham_hf.reporting.card import evaluation_section, write_card
-from ham_hf.reporting.class_examples import ClassExamples, write_examples
+from ham_hf.reporting.card import evaluation_document, write_card
+from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, picture, write_examples
+from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.page import write_page
-from ham_hf.reporting.plots import ExampleStrip, save_figures
+from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,
@@ -92,29 +94,38 @@ def dataset_report(data: TestData) -> DatasetReport:
     )
 
 
-def training_report(
-    config: TrainConfig,
-    model: PixelModel,
-    exported: ExportInfo,
-    preprocessing: Preprocessing,
-    data: ImageData,
+def model_section(
+    name: str, exported: ExportInfo, preprocessing: Preprocessing, *, base_model: str | None = None
+) -> ModelReport:
+    """The network: what it is called, what was written of it, and the Hub id of the weights it began with."""
+    return ModelReport(
+        name=name,
+        architecture=exported.architecture,
+        base_model=base_model,
+        needs_ham_hf=exported.needs_ham_hf,
+        num_parameters=exported.num_parameters,
+        upsample=exported.upsample,
+        **asdict(preprocessing),
+    )
+
+
+def training_section(
     progress: Progress,
     best: Mapping[str, Any],
-    results: Mapping[str, AttackResult],
-    accelerator: Accelerator,
     *,
-    base_model: str | None = None,
-    peak_memory_bytes: int | None = None,
+    peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
-) -> RunReport:
-    """Report of a training run.
+) -> TrainingReport:
+    """How the weights came about.
 
-    ``best`` is the state that the evaluated weights were selected with, ``base_model`` the Hub id of the weights it
-    began with, and ``peak_memory_bytes`` what `ham_hf.training.launch.peak_memory_bytes` said when training ended
-    (evaluation, which follows, may need more). The passes of
-    a ``calibration`` count among those of the run.
+    Args:
+        progress: of the finished training.
+        best: the state that the evaluated weights were selected with.
+        peak_memory_bytes: what `ham_hf.training.launch.peak_memory_bytes` said when training ended; evaluation, which
+            follows, may need more.
+        calibration: its passes count among those of the run.
     """
-    training = TrainingReport(
+    return TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
         skipped_updates=progress.skipped_updates,
@@ -127,20 +138,26 @@ def training_report(
         passes=_with_calibration(progress.passes, calibration),
         changes=tuple(progress.changes),
     )
+
+
+def training_report(
+    config: TrainConfig,
+    model: ModelReport,
+    training: TrainingReport,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    accelerator: Accelerator,
+    *,
+    calibration: CalibrationReport | None = None,
+    notes: Sequence[str] = (),
+) -> RunReport:
+    """Report of a training run; see `model_section`, `training_section` and `overflow_notes`."""
     settings = config_to_dict(config)
     early = selected_too_early(settings, training)
     for sentence in early:
         logger.warning(sentence)
     return RunReport(
-        model=ModelReport(
-            name=config.model.model_name,
-            architecture=exported.architecture,
-            base_model=base_model,
-            needs_ham_hf=exported.needs_ham_hf,
-            num_parameters=exported.num_parameters,
-            upsample=exported.upsample,
-            **asdict(preprocessing),
-        ),
+        model=model,
         dataset=dataset_report(data),
         config=settings,
         threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
@@ -149,7 +166,7 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
-        notes=(*early, *overflow_notes(progress), *training.changes, *rounding()),
+        notes=(*early, *notes, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
@@ -196,13 +213,35 @@ def write_training(
     ``of_classes`` are the images of the page.
     """
     # Before the report, which says that a run is finished.
-    verdicts = verdicts_of(results, report.dataset.class_names)
+    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
+    verdicts = _write_numbers(report, folder, results, examples, train_log=train_log)
+    _write_card(report, folder, examples, repo_id=repo_id)
+    _write_page(report, folder, verdicts, of_classes)
+
+
+def _write_numbers(
+    report: RunReport,
+    folder: Path,
+    results: Mapping[str, AttackResult],
+    examples: ExampleStrip,
+    *,
+    train_log: Sequence[Mapping[str, Any]] = (),
+    groups: ImageGroups | None = None,
+) -> Verdicts:
+    """Predictions, report and figures; returns the predictions."""
+    verdicts = verdicts_of(results, report.dataset.class_names, groups)
     write_verdicts(verdicts, folder)
     write_report(report, folder)
-    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
     save_figures(report, folder, examples=examples, train_log=train_log)
+    return verdicts
+
+
+def _write_card(report: RunReport, folder: Path, examples: ExampleStrip, *, repo_id: str | None) -> None:
+    """The card, the image that its code opens, and the results as the Hub reads them."""
+    image = examples.clean[0].float().cpu()
+    (folder / "image.png").write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
     write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
-    _write_page(report, folder, verdicts, of_classes)
+    write_eval_results(report, folder)
 
 
 def _write_page(report: RunReport, folder: Path, verdicts: Verdicts, of_classes: ClassExamples | None) -> None:
@@ -212,16 +251,14 @@ def _write_page(report: RunReport, folder: Path, verdicts: Verdicts, of_classes:
 
 
 def evaluation_report(
-    source: str,
+    config: EvaluateConfig | CalibrateConfig,
     loaded: LoadedModel,
     data: TestData,
     results: Mapping[str, AttackResult],
-    *,
-    config: Mapping[str, object],
-    threat_model: ThreatModel,
     accelerator: Accelerator,
-    seed: int,
-    class_order: str | None = None,
+    *,
+    threat_model: ThreatModel,
+    class_order: str,
     corrupted: Sequence[CorruptionResult] = (),
 ) -> RunReport:
     """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`.
@@ -232,7 +269,7 @@ def evaluation_report(
     architecture = str(backbone.pretrained_cfg["architecture"])
     return RunReport(
         model=ModelReport(
-            name=source,
+            name=config.model,
             architecture=architecture,
             base_model=None,
             needs_ham_hf=architecture.endswith("_cifar"),
@@ -246,12 +283,12 @@ def evaluation_report(
             class_order=class_order,
             num_model_classes=int(backbone.num_classes),
         ),
-        config=config,
+        config=config_to_dict(config),
         threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
         results=attack_reports(results, len(data.class_names)),
         training=None,
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
-        seeds={"seed": seed},
+        seeds={"seed": config.seed},
         created=utc_now(),
         verdict=verdict_of(results, data.class_names),
         notes=(*loaded.notes, *rounding()),
@@ -268,61 +305,46 @@ def write_evaluation(
     *,
     results: Mapping[str, AttackResult],
     examples: ExampleStrip,
+    command: str,
     of_classes: ClassExamples | None = None,
     groups: ImageGroups | None = None,
 ) -> None:
-    """Predictions, report, figures, page and the evaluation part of a card, ``EVALUATION.md``."""
-    verdicts = verdicts_of(results, report.dataset.class_names, groups)
-    write_verdicts(verdicts, folder)
-    write_report(report, folder)
-    save_figures(report, folder, examples=examples, train_log=[])
-    (folder / "EVALUATION.md").write_text(evaluation_section(report), encoding="utf-8")
+    """Predictions, report, figures, page, ``EVALUATION.md`` and the results as the Hub reads them.
+
+    ``command`` are the words that measure it again.
+    """
+    verdicts = _write_numbers(report, folder, results, examples, groups=groups)
+    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command=command), encoding="utf-8")
+    write_eval_results(report, folder, suffix="-evaluation")
     _write_page(report, folder, verdicts, of_classes)
 
 
 def calibrated_report(
-    source: str,
-    loaded: LoadedModel,
-    data: ImageData,
-    results: Mapping[str, AttackResult],
-    calibration: CalibrationReport,
-    exported: ExportInfo,
-    *,
-    config: Mapping[str, object],
-    base_model: str | None,
-    threat_model: ThreatModel,
-    accelerator: Accelerator,
-    seed: int,
-    class_order: str,
+    evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
     """Report of a model with class shifts folded in, evaluated like any other.
 
-    ``base_model`` is the Hub id of what it was made of, ``exported`` what was written,
-    ``class_order`` that of `DatasetReport`.
+    Args:
+        evaluated: report of its evaluation.
+        calibration: how the shifts were found.
+        exported: what was written.
+        origin: what it was made of.
+        model_license: of the weights.
     """
-    evaluated = evaluation_report(
-        source,
-        loaded,
-        data,
-        results,
-        config=config,
-        threat_model=threat_model,
-        accelerator=accelerator,
-        seed=seed,
-        class_order=class_order,
-    )
+    name = plain_name(evaluated.model.name)
     model = replace(
         evaluated.model,
-        name=plain_name(source),
+        name=name,
         architecture=exported.architecture,
-        base_model=base_model,
+        base_model=origin.base_model,
         needs_ham_hf=exported.needs_ham_hf,
         num_parameters=exported.num_parameters,
         upsample=exported.upsample,
     )
+    config = {**evaluated.config, "model": name, "model_license": model_license}
     note = training_images_note(calibration)
     notes = (*evaluated.notes, note) if note is not None else evaluated.notes
-    return replace(evaluated, model=model, calibration=calibration, notes=notes)
+    return replace(evaluated, model=model, config=config, calibration=calibration, notes=notes)
 
 
 def write_calibration(
@@ -334,9 +356,6 @@ def write_calibration(
     of_classes: ClassExamples | None = None,
 ) -> None:
     """Predictions, report, figures, page and card of a calibrated model that is in ``folder`` already."""
-    verdicts = verdicts_of(results, report.dataset.class_names)
-    write_verdicts(verdicts, folder)
-    write_report(report, folder)
-    save_figures(report, folder, examples=examples, train_log=[])
-    write_card(report, folder, repo_id=None, model_license=str(report.config["model_license"]))
+    verdicts = _write_numbers(report, folder, results, examples)
+    _write_card(report, folder, examples, repo_id=None)
     _write_page(report, folder, verdicts, of_classes)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from ham_hf.methods import Method
 from ham_hf.settings import SettingsGroup, setting
+
+_PROJECT = "ham_hf"
 
 
 class LearningRateDrop(NamedTuple):
@@ -115,9 +118,12 @@ class TrainingConfig(SettingsGroup):
         "which attacks twice; last = final weights",
     )
     validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", at_least=1)
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
-        "none", "tracker to log to, besides metrics.jsonl"
+    report_to: tuple[Literal["tensorboard", "trackio", "wandb", "all"], ...] = setting(
+        (), "trackers to log to, besides metrics.jsonl; all = those that are installed"
     )
+    run_name: str | None = setting(None, "name of the run in trackers; none = that of the output folder")
+    project: str = setting(_PROJECT, "project of the run in trackers")
+    trackio_space_id: str | None = setting(None, "Space that trackio logs to, owner/name; none = this machine only")
     disable_tqdm: bool = setting(False, "show no progress bar")
 
     def uses_fawa(self, method: Method) -> bool:
@@ -132,6 +138,7 @@ class TrainingConfig(SettingsGroup):
     def contradictions(self) -> Iterator[str]:
         """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
         yield from self._schedule_problems()
+        yield from self._tracker_problems()
         if self.awp_gamma is None and self.awp_start_epoch:
             yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
         if self.mixed_precision != "no" and self.attack_precision not in ("training", self.mixed_precision):
@@ -150,6 +157,22 @@ class TrainingConfig(SettingsGroup):
             )
         if self.resume_from_checkpoint and self.overwrite_output_dir:
             yield "--resume_from_checkpoint and --overwrite_output_dir exclude each other; give one of them"
+
+    def _tracker_problems(self) -> Iterator[str]:
+        """All trackers and one of them, and names for what is not there."""
+        if "all" in self.report_to and len(self.report_to) > 1:
+            yield f"--report_to {' '.join(self.report_to)}: all stands alone"
+        idle = {
+            f"--run_name {self.run_name}": self.run_name is not None and not self.report_to,
+            f"--project {self.project}": self.project != _PROJECT and not self.report_to,
+        }
+        yield from (f"{written} has no effect without --report_to" for written, given in idle.items() if given)
+        if self.trackio_space_id is not None and not {"all", "trackio"} & set(self.report_to):
+            yield f"--trackio_space_id {self.trackio_space_id} has no effect without --report_to trackio"
+        for name in ("run_name", "project"):
+            if re.search(r"\.\.|^[/.]|[\\:]|\s$|/$", getattr(self, name) or "run"):
+                # TensorBoard makes a folder of it.
+                yield f"--{name} {getattr(self, name)!r}: expected a name, such as ham/seed0, that a folder can have"
 
     def _schedule_problems(self) -> Iterator[str]:
         shown = " ".join(map(str, self.lr_drops))

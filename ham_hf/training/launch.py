@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def create_accelerator(
     *,
     use_cpu: bool = False,
     mixed_precision: str = "no",
-    report_to: str = "none",
+    trackers: Sequence[str] = (),
     logging_dir: Path | None = None,
     ddp_timeout: int = 1800,
 ) -> Accelerator:
@@ -45,7 +46,7 @@ def create_accelerator(
     Args:
         use_cpu: use the CPU even if there is an accelerator.
         mixed_precision: "no", "bf16" or "fp16"; wins over what the launcher says.
-        report_to: tracker, or "none".
+        trackers: what `ham_hf.training.trackers.chosen_trackers` gives.
         logging_dir: folder of trackers that write files.
         ddp_timeout: seconds that a process waits for the others before it gives up.
 
@@ -78,10 +79,12 @@ def create_accelerator(
         dynamo_backend="no",
         # A plugin, as the number alone loses to the launcher's variable: accelerate would divide every gradient by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=None if report_to == "none" else report_to,
+        log_with=list(trackers) or None,
         project_dir=None if logging_dir is None else str(logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
     )
+    if left_out := set(trackers) - set(map(str, accelerator.log_with)):
+        raise ValueError(f"--report_to {' '.join(sorted(left_out))}: accelerate does not find it; install it with pip")
     if accelerator.num_processes != world:
         raise FaultError(
             f"the launcher started {world} processes, but accelerate sees {accelerator.num_processes}; "

@@ -1,11 +1,10 @@
-"""What a run says while it runs: ``metrics.jsonl``, trackers, and the progress bar."""
+"""What a run says while it runs: ``metrics.jsonl``, its trackers' numbers, and the progress bar."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,9 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ham_hf.files import atomic_write
+from ham_hf.training.trackers import class_numbers, track
 
 logger = logging.getLogger(__name__)
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker whose package is missing, which accelerate would leave out without a word.
-
-    Raises:
-        ValueError: naming the package to install.
-    """
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise ValueError(f"--report_to {name} needs the package {name}: pip install {name}")
-
-
-def start_tracker(accelerator: Accelerator, name: str, config: Mapping[str, object]) -> None:
-    """Tell the tracker of a run's settings.
-
-    Raises:
-        ValueError: if it cannot begin: nobody is logged in, the network is away, the disk is full.
-    """
-    try:
-        accelerator.init_trackers("ham_hf", config={key: str(value) for key, value in config.items()})
-    except Exception as error:  # each tracker has its own
-        raise ValueError(
-            f"--report_to {name} could not begin: {error}; see to that, or train with --report_to none "
-            "(metrics.jsonl holds every number)"
-        ) from error
-
-
-def end_training(accelerator: Accelerator) -> None:
-    """Part from the tracker and the other processes; a tracker that fails now has everything but its last words."""
-    try:
-        accelerator.end_training()
-    except Exception:
-        logger.exception("the tracker did not end well; every number is in metrics.jsonl")
-        accelerator.state.destroy_process_group()
 
 
 class RunLog:
@@ -57,6 +23,7 @@ class RunLog:
     Args:
         accelerator: its trackers receive every number.
         output_dir: where ``metrics.jsonl`` lies.
+        class_names: in label order.
         start_step: updates done before; lines of later updates, left by a run that was cut off, are removed.
         validation_due: whether the run begins with the validation after update ``start_step``; a line of it, left
             likewise, is removed too.
@@ -68,6 +35,7 @@ class RunLog:
         self,
         accelerator: Accelerator,
         output_dir: Path,
+        class_names: Sequence[str],
         *,
         start_step: int,
         validation_due: bool,
@@ -76,6 +44,7 @@ class RunLog:
     ) -> None:
         self.accelerator = accelerator
         self.path = output_dir / "metrics.jsonl"
+        self.class_names = class_names
         self._waiting: list[str] = []
         if accelerator.is_main_process:
             due = ("validation", start_step) if validation_due else None
@@ -104,16 +73,18 @@ class RunLog:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items() if value is not None})
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Append one line to ``metrics.jsonl`` and pass its plain numbers to the trackers as ``kind/name``."""
+        """Append one line to ``metrics.jsonl`` and pass its numbers to the trackers as ``kind/name``.
+
+        Of the lists, which have a number per class, trackers get the robust accuracy.
+        """
         if self.accelerator.is_main_process:
             self._waiting.append(json.dumps({"type": kind, "step": step, **values}, allow_nan=False) + "\n")
             self.flush()
-        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-        try:
-            self.accelerator.log(numbers, step=step)
-        except Exception:
-            # A full disk, a lost network: whatever it is, it is worth less than the training.
-            logger.exception("the tracker took no numbers of update %d; they are in %s", step, self.path)
+        numbers = {f"{kind}/{name}": value for name, value in values.items()}
+        robust = values.get("robust_per_class")
+        if isinstance(robust, list):
+            numbers |= class_numbers(f"{kind}/robust_per_class", robust, self.class_names)
+        track(self.accelerator, numbers, step=step)
 
     def flush(self) -> None:
         """Write the lines that wait; each save does, so that a run that stops there has them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +49,9 @@ MAY_CHANGE = frozenset(
         "save_steps",
         "save_total_limit",
         "report_to",
+        "run_name",
+        "project",
+        "trackio_space_id",
         "disable_tqdm",
     }
 )
@@ -111,8 +115,7 @@ def run_plan(
     data: ImageData,
     module: nn.Module,
     *,
-    per_update: int,
-    num_processes: int,
+    accelerator: Accelerator,
     eval_batch_size: int,
     besides: Mapping[str, object],
 ) -> dict[str, Any]:
@@ -124,14 +127,15 @@ def run_plan(
         attack: attack of the inner maximization.
         data: training and held-out images.
         module: the network.
-        per_update: examples of an update, over all processes and accumulation steps.
-        num_processes: number of processes.
+        accelerator: knows the number of processes.
         eval_batch_size: images per batch and process when validating.
         besides: what else has to stay, by the name of its setting.
 
     Returns:
         JSON types only, as they come back from a checkpoint.
     """
+    split = [config.per_device_train_batch_size, accelerator.num_processes]
+    per_update = math.prod(split) * config.gradient_accumulation_steps
     plan = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     plan |= {f"{objective.name}.{name}": value for name, value in asdict(objective).items()}
     plan |= {
@@ -161,7 +165,7 @@ def run_plan(
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(per_update)
     if objective.depends_on_split:
-        plan["split"] = [config.per_device_train_batch_size, num_processes]
+        plan["split"] = split
     if config.uses_fawa(objective) or any(rule.uses_held_out for rule in objective.rules):
         # The noise of held-out images is numbered by batch.
         plan["per_device_eval_batch_size"] = eval_batch_size

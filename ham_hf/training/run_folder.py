@@ -105,25 +105,34 @@ class RunFiles:
         return str(checkpoints[-1]) if checkpoints else "no checkpoint"
 
 
-PAGE = ("report.html", "examples.parquet")
+SHOWN = ("report.html", "examples.parquet", "figures", ".eval_results")
 OWNED_BY_TRAINING = (
     WEIGHTS,
     "config.json",
     "README.md",
     "report.json",
     PREDICTIONS_NAME,
-    *PAGE,
+    *SHOWN,
+    "image.png",
     "train_config.yaml",
     "metrics.jsonl",
-    "figures",
     "rgb",
     "logs",
     BEST_NAME,
     PARTIAL_RESULTS,
 )
 """What a training run writes into its output folder beside numbered checkpoints."""
-OWNED_BY_CALIBRATION = (WEIGHTS, "config.json", "rgb", "README.md", "report.json", PREDICTIONS_NAME, *PAGE, "figures")
-OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, *PAGE, "EVALUATION.md", "figures")
+OWNED_BY_CALIBRATION = (
+    WEIGHTS,
+    "config.json",
+    "rgb",
+    "README.md",
+    "report.json",
+    PREDICTIONS_NAME,
+    *SHOWN,
+    "image.png",
+)
+OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, *SHOWN, "EVALUATION.md")
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +23,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from ham_hf.precision import pass_with_scaled_gradient
 from ham_hf.recipe_files import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
 
@@ -116,15 +114,16 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
             )
 
 
+def memory_format_of(config: TrainingConfig, accelerator: Accelerator) -> torch.memory_format:
+    """The layout of weights and images: only contiguous weights can be sharded."""
+    channels_last = config.memory_format == "channels_last" and not is_sharded(accelerator)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """``accelerator.prepare``, with autocast around a sharded model too, as around any other.
-
-    In float16 the model's input gradients are scaled; see `pass_with_scaled_gradient`.
-    """
-    if accelerator.mixed_precision == "fp16":
-        model.forward = partial(pass_with_scaled_gradient, model.forward)
+    """``accelerator.prepare``, with autocast around a sharded model too, as around any other."""
     if is_sharded(accelerator) and accelerator.native_amp:
         forward = cast(Callable[..., Tensor], model.forward)
 

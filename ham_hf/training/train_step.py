@@ -15,7 +15,7 @@ Invariants held here:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -29,9 +29,10 @@ from ham_hf.data import PixelBatch
 from ham_hf.methods import Method, OuterBatch, statistics_dtype
 from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.method_state import MethodState
 from ham_hf.training.passes import PassCounter
-from ham_hf.training.sharding import gathered, local_part
+from ham_hf.training.sharding import gathered, local_part, memory_format_of
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
 CLEAN_EVERY = 16
@@ -108,14 +109,9 @@ class TrainStep:
         objective: training method.
         attack: attack of the inner maximization.
         accelerator: the accelerator.
+        config: settings of the training loop.
         class_counts: (num_classes,) number of training images of each class.
-        seed: the run's seed.
-        memory_format: layout of image batches.
         ema: moving average to update after every update that was made.
-        max_grad_norm: clip the norm of the normalized gradient; None does not.
-        awp_gamma: size of the adversarial weight perturbation, relative to the norm of each weight; None does without.
-        awp_start_epoch: first 0-based epoch that perturbs weights.
-        attack_precision: "training" attacks in the precision of the training forward, "bf16" and "fp16" in their own.
     """
 
     def __init__(
@@ -125,22 +121,17 @@ class TrainStep:
         objective: Method,
         attack: Attack,
         accelerator: Accelerator,
+        config: TrainingConfig,
         *,
         class_counts: Tensor,
-        seed: int,
-        memory_format: torch.memory_format = torch.contiguous_format,
         ema: ModelEmaV3 | None = None,
-        max_grad_norm: float | None = None,
-        awp_gamma: float | None = None,
-        awp_start_epoch: int = 0,
-        attack_precision: str = "training",
     ) -> None:
         self.model, self.optimizer, self.objective, self.attack = model, optimizer, objective, attack
-        self.accelerator, self.seed = accelerator, seed
-        self.memory_format, self.ema, self.max_grad_norm = memory_format, ema, max_grad_norm
-        self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
+        self.accelerator, self.config, self.ema = accelerator, config, ema
+        self.memory_format = memory_format_of(config, accelerator)
         self.module: nn.Module = accelerator.unwrap_model(model)
-        self.attacked = attack_passes(self.module, attack_precision)
+        scaled = "fp16" in (config.attack_precision, accelerator.mixed_precision)
+        self.attacked = attack_passes(self.module, "fp16" if scaled else config.attack_precision)
         device = accelerator.device
         self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
@@ -181,25 +172,22 @@ class TrainStep:
         before = [buffer.clone() for buffer in self.module.buffers()] if scaled else []
         with self._perturbed_weights(works, place) as ascent_size:
             loss, observed = self._backward(works, place)
-            sums = torch.zeros(7, device=divisor.device, dtype=divisor.dtype)
-            sums[0] = loss
-            sums[1] = ascent_size + self._gradient_size()
-            sums[2:5] = self._counts(works)
-            sums[5] = float(stop() is not None)
-            sums[6] = self.passes.take()
-            sums = self.accelerator.reduce(torch.cat([sums, observed]), "sum")
-            # The only wait for the device in an update, apart from finding the hard rows.
-            total, gradient_size, seen, hard, mined, stops, passes, weight = torch.cat(
-                [sums[:7], divisor.amax()[None]]
-            ).tolist()
-            overflow = weight > 0 and self._overflowed(total, gradient_size)
+            mine: dict[str, Tensor | float] = {
+                "loss": loss,
+                "gradient_size": ascent_size + self._gradient_size(),
+                **self._counts(works),
+                "stops": float(stop() is not None),
+                "passes": self.passes.take(),
+            }
+            total, observed = self._over_all_processes(mine, observed, divisor)
+            overflow = total["weight"] > 0 and self._overflowed(total)
             if not overflow:
-                self._refuse_if_not_finite(total, gradient_size, step)
-            if weight > 0:
+                self._refuse_if_not_finite(total, step)
+            if total["weight"] > 0:
                 self._update(overflow=overflow)
         self.optimizer.zero_grad()
-        self.method_state.after_update(sums[7:], epoch=epoch)
-        made = weight > 0 and not overflow
+        self.method_state.after_update(observed, epoch=epoch)
+        made = total["weight"] > 0 and not overflow
         if overflow:
             for buffer, old in zip(self.module.buffers(), before, strict=True):
                 buffer.copy_(old)
@@ -208,15 +196,26 @@ class TrainStep:
             if self.ema is not None:
                 self.ema.update(self.module, step=step + 1)
         return Totals(
-            loss=0.0 if overflow else total,
+            loss=0.0 if overflow else total["loss"],
             updates=float(made),
             overflows=float(overflow),
-            hard=hard,
-            mined=mined,
-            seen=seen,
-            stops=stops,
-            passes=passes,
+            **{name: total[name] for name in ("hard", "mined", "seen", "stops", "passes")},
         )
+
+    def _over_all_processes(
+        self, mine: Mapping[str, Tensor | float], observed: Tensor, divisor: Tensor
+    ) -> tuple[dict[str, float], Tensor]:
+        """Named numbers and what the method observed, each added up over all processes.
+
+        ``weight`` is the largest of the divisors, which are added up already: 0 where nothing is trained on.
+        """
+        row = divisor.new_zeros(len(mine))
+        for position, value in enumerate(mine.values()):
+            row[position] = value
+        sums = self.accelerator.reduce(torch.cat([row, observed]), "sum")
+        # The only wait for the device in an update, apart from finding the hard rows.
+        found = torch.cat([sums[: len(mine)], divisor.amax()[None]]).tolist()
+        return dict(zip([*mine, "weight"], found, strict=True)), sums[len(mine) :]
 
     def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
         rank = self.accelerator.process_index
@@ -226,7 +225,7 @@ class TrainStep:
                 (
                     batch.x.contiguous(memory_format=self.memory_format),
                     batch.y,
-                    make_generator(batch.x.device, self.seed, Stream.ATTACK, *place, rank, number),
+                    make_generator(batch.x.device, self.config.seed, Stream.ATTACK, *place, rank, number),
                 )
                 for number, batch in enumerate(batches)
             ],
@@ -283,7 +282,8 @@ class TrainStep:
 
         The length of a gradient does not matter to the move, so neither does the scale of a loss in float16.
         """
-        if self.awp_gamma is None or place[0] < self.awp_start_epoch:
+        gamma = self.config.awp_gamma
+        if gamma is None or place[0] < self.config.awp_start_epoch:
             yield 0.0
             return
         with preserved_buffers(self.module):
@@ -291,18 +291,18 @@ class TrainStep:
         parameters = perturbable(self.module)
         directions, size = awp_direction(parameters), self._gradient_size()
         self.optimizer.zero_grad()
-        with perturbed(parameters, directions, self.awp_gamma):
+        with perturbed(parameters, directions, gamma):
             yield size
 
-    def _counts(self, works: Sequence[_Work]) -> Tensor:
+    def _counts(self, works: Sequence[_Work]) -> dict[str, Tensor]:
         """Examples of this process: all, hard ones, and those that mining looked at."""
-        counts = self.method_state.log.new_zeros(3)
+        seen, hard, mined = self.method_state.log.new_zeros(3).unbind()
         for work in works:
-            counts[0] += len(work.y)
+            seen += len(work.y)
             if work.batch.hard is not None:
-                counts[1] += work.batch.hard.sum()
-                counts[2] += len(work.y)
-        return counts
+                hard += work.batch.hard.sum()
+                mined += len(work.y)
+        return {"seen": seen, "hard": hard, "mined": mined}
 
     def _gradient_size(self) -> Tensor:
         """Sum of the norms of this process's gradients: not finite if one of them is not."""
@@ -334,7 +334,7 @@ class TrainStep:
     def _training_forward(self, model: nn.Module, batch: OuterBatch, number: int, place: tuple[int, int]) -> Tensor:
         """Logits (R, num_classes) of the rows in training mode."""
         # Dropout and stochastic depth draw from torch's global streams.
-        torch.manual_seed(derive_seed(self.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
+        torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
         model.train()
         # BatchNorm refuses to normalize a single value; a copy whose logits nobody uses leaves the row's normalization
         # and gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
@@ -351,16 +351,16 @@ class TrainStep:
             idle: Tensor = self.model(x[:1]).sum() * 0
         return idle
 
-    def _refuse_if_not_finite(self, loss: float, gradient_size: float, step: int) -> None:
-        if math.isfinite(loss) and math.isfinite(gradient_size):
+    def _refuse_if_not_finite(self, total: Mapping[str, float], step: int) -> None:
+        if math.isfinite(total["loss"]) and math.isfinite(total["gradient_size"]):
             return
         self.optimizer.zero_grad()
-        what = "gradient" if math.isfinite(loss) else "loss"
+        what = "gradient" if math.isfinite(total["loss"]) else "loss"
         raise NonFiniteLossError(f"the {what} of update {step} is not finite: the update was not made. {STAY_FINITE}")
 
-    def _overflowed(self, loss: float, gradient_size: float) -> bool:
+    def _overflowed(self, total: Mapping[str, float]) -> bool:
         """Whether the gradient is not finite because the loss is multiplied by too much before its backward."""
-        if not math.isfinite(loss) or math.isfinite(gradient_size):
+        if not math.isfinite(total["loss"]) or math.isfinite(total["gradient_size"]):
             return False
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() > 1
@@ -372,8 +372,8 @@ class TrainStep:
             for parameter in self.module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(math.inf)
-        elif self.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        elif self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
 
     def _average_buffers(self) -> None:

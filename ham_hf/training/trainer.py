@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStr
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
+from ham_hf.precision import attack_passes
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
     Checkpoint,
@@ -50,6 +52,7 @@ from ham_hf.training.sharding import (
     is_sharded,
     load_model,
     load_optimizer,
+    memory_format_of,
     prepare,
     whole_state,
 )
@@ -57,9 +60,8 @@ from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
 from ham_hf.training.validation import (
     HeldOutAccuracy,
-    held_out_accuracy,
+    HeldOutPart,
     held_out_record,
-    held_out_sums,
     selection_score,
 )
 
@@ -150,26 +152,11 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
-        self.per_update = (
-            config.per_device_train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-        )
-        self.updates_per_epoch = len(data.train) // self.per_update
-        if not self.updates_per_epoch:
-            raise ValueError(
-                f"the training split has {len(data.train)} examples, fewer than the {self.per_update} of one update "
-                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
-            )
-        planned = config.num_train_epochs * self.updates_per_epoch
-        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+        self._count_updates()
         self._warn_of_late_starts()
-        memory_format = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}[
-            config.memory_format
-        ]
         if is_sharded(accelerator):
             check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
-            # Only contiguous weights can be sharded.
-            memory_format = torch.contiguous_format
-        model = model.to(accelerator.device).to(memory_format=memory_format)
+        model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
         gated = config.uses_fawa(objective)
@@ -177,6 +164,42 @@ class Trainer:
         if config.torch_compile:
             # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
             model.compile(dynamic=True)
+        optimizer, self.scheduler = self._optimization_of(model)
+        wrapped, self.optimizer = prepare(accelerator, model, optimizer)
+        self.train_step = TrainStep(
+            wrapped,
+            self.optimizer,
+            objective,
+            attack,
+            accelerator,
+            config,
+            class_counts=training_class_counts(data.train, objective, self.num_classes),
+            ema=self.ema,
+        )
+        self.method_state = self.train_step.method_state
+        self.module, self.passes = self.train_step.module, self.train_step.passes
+        if self.averaged_module is not None:
+            self.passes.watch(self.averaged_module)
+        self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
+
+    def _count_updates(self) -> None:
+        """How many examples an update takes, and how many updates there are in an epoch and in all."""
+        config, num_examples = self.config, len(self.data.train)
+        self.per_update = (
+            config.per_device_train_batch_size * self.accelerator.num_processes * config.gradient_accumulation_steps
+        )
+        self.updates_per_epoch = num_examples // self.per_update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"the training split has {num_examples} examples, fewer than the {self.per_update} of one update "
+                "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
+            )
+        planned = config.num_train_epochs * self.updates_per_epoch
+        self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
+
+    def _optimization_of(self, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
+        """The optimizer of the settings and its schedule."""
+        config = self.config
         optimizer = create_optimizer(
             model,
             config.optimizer,
@@ -186,7 +209,7 @@ class Trainer:
             decay_norm_and_bias=config.decay_norm_and_bias,
             layer_decay=config.layer_decay,
         )
-        self.scheduler = create_scheduler(
+        scheduler = create_scheduler(
             optimizer,
             config.lr_scheduler_type,
             num_epochs=config.num_train_epochs,
@@ -196,27 +219,7 @@ class Trainer:
             min_learning_rate=config.min_learning_rate,
             step_unit=config.lr_step_unit,
         )
-        wrapped, self.optimizer = prepare(accelerator, model, optimizer)
-        self.train_step = TrainStep(
-            wrapped,
-            self.optimizer,
-            objective,
-            attack,
-            accelerator,
-            class_counts=training_class_counts(data.train, objective, self.num_classes),
-            seed=config.seed,
-            memory_format=memory_format,
-            ema=self.ema,
-            max_grad_norm=config.max_grad_norm,
-            awp_gamma=config.awp_gamma,
-            awp_start_epoch=config.awp_start_epoch,
-            attack_precision=config.attack_precision,
-        )
-        self.method_state = self.train_step.method_state
-        self.module, self.passes = self.train_step.module, self.train_step.passes
-        if self.averaged_module is not None:
-            self.passes.watch(self.averaged_module)
-        self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
+        return optimizer, scheduler
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
@@ -253,6 +256,7 @@ class Trainer:
         self.log = RunLog(
             self.accelerator,
             self.output_dir,
+            self.data.class_names,
             start_step=self.progress.step,
             validation_due=self.progress.validation_due is not None,
             total_steps=self.total_steps,
@@ -432,38 +436,35 @@ class Trainer:
     def _held_out_sums(self, rule: ClassRule, *, epoch: int) -> Tensor:
         """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
-            return held_out_sums(
-                rule,
-                self.module,
-                self._held_out_images(f"--method {rule.name}"),
-                objective=self.objective,
-                attack=self.attack,
-                num_classes=self.num_classes,
-                accelerator=self.accelerator,
-                batch_size=self.eval_batch_size,
-                seed=self.config.seed,
-                epoch=epoch,
+            held_out = self._held_out_part(f"--method {rule.name}")
+            return held_out.sums(
+                rule, self._as_attacked(self.module), loss=self.objective.loss, attack=self.attack, epoch=epoch
             )
 
     def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
-            return held_out_accuracy(
-                module,
-                self._held_out_images("validation"),
-                attack=self.attack,
-                num_steps=self.config.validation_num_steps,
-                num_classes=self.num_classes,
-                accelerator=self.accelerator,
-                batch_size=self.eval_batch_size,
-                seed=self.config.seed,
+            return self._held_out_part("validation").accuracy(
+                self._as_attacked(module),
+                replace(self.attack, num_steps=self.config.validation_num_steps),
                 with_verdict=self.config.selection_metric == "verdict",
             )
 
-    def _held_out_images(self, what_for: str) -> Images:
+    def _as_attacked(self, module: nn.Module) -> nn.Module:
+        """The module as validation attacks it; an average of weights computes in float32."""
+        scaled = module is self.module and self.accelerator.mixed_precision == "fp16"
+        return attack_passes(module, "fp16") if scaled else module
+
+    def _held_out_part(self, what_for: str) -> HeldOutPart:
         if self.data.validation is None:
             raise RuntimeError(f"{what_for} needs held-out images, and there are none")
-        return self.data.validation
+        return HeldOutPart(
+            images=self.data.validation,
+            num_classes=self.num_classes,
+            accelerator=self.accelerator,
+            batch_size=self.eval_batch_size,
+            seed=self.config.seed,
+        )
 
     def _save(self, *, ends_training: bool = False) -> None:
         """Write a checkpoint on the main process; all processes wait for it.
@@ -549,11 +550,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         now = changeable(self.config, self.accelerator)
         changed = changes_on_the_way(progress.changeable, now)
+        complete = progress.step >= self.total_steps
         if changed:
             epoch = progress.step // self.updates_per_epoch + 1
-            progress.changes.append(f"After update {progress.step}, from epoch {epoch} on, the run had {changed}.")
+            later = f"the last, the run was started again with {changed}, and trained no more."
+            if not complete:
+                later = f"from epoch {epoch} on, the run had {changed}."
+            progress.changes.append(f"After update {progress.step}, {later}")
             logger.warning("the run goes on with %s: the card will say so", changed)
-        progress.changeable = now
+        if not complete:
+            progress.changeable = now
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)
@@ -568,8 +574,7 @@ class Trainer:
             self.attack,
             self.data,
             self.module,
-            per_update=self.per_update,
-            num_processes=self.accelerator.num_processes,
+            accelerator=self.accelerator,
             eval_batch_size=self.eval_batch_size,
             besides=self.plan_besides,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import EvaluationAttack, evaluate
-from ham_hf.methods import ClassRule, Method
+from ham_hf.methods import BaseLoss, ClassRule
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
 
@@ -28,49 +28,82 @@ class HeldOutAccuracy:
     verdict: FairnessSummary | None = None
 
 
-def held_out_accuracy(
-    module: nn.Module,
-    images: Images,
-    *,
-    attack: Attack,
-    num_steps: int,
-    num_classes: int,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    with_verdict: bool = False,
-) -> HeldOutAccuracy:
-    """Clean and PGD accuracy of a module; the same noise every time, so that epochs can be compared.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeldOutPart:
+    """The held-out images of a run, and how they are looked at: with the same batches on any number of processes.
 
-    Args:
-        module: the unwrapped pixel model.
+    Attributes:
         images: the held-out part.
-        attack: its threat model and step size are used.
-        num_steps: PGD steps.
         num_classes: number of classes.
-        accelerator: shares the batches out.
+        accelerator: shares the batches out and adds sums up.
         batch_size: images per batch and process.
         seed: the run's seed.
-        with_verdict: also run CW with as many steps of the same length, which costs as much as PGD.
     """
-    step_size = float(attack.step_size)
-    attacks = [EvaluationAttack(name="pgd", num_steps=num_steps, step_size=step_size)]
-    if with_verdict:
-        attacks.append(EvaluationAttack(name="cw", num_steps=num_steps, step_size=step_size, loss="margin"))
-    results = evaluate(
-        module,
-        images,
-        attacks,
-        threat_model=attack.threat_model,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    clean, robust = (summarize(results[name].flags, images.labels, num_classes) for name in ("clean", "pgd"))
-    verdict = None
-    if with_verdict:
-        verdict = summarize(results["pgd"].flags & results["cw"].flags, images.labels, num_classes)
-    return HeldOutAccuracy(clean=clean, robust=robust, verdict=verdict)
+
+    images: Images
+    num_classes: int
+    accelerator: Accelerator
+    batch_size: int
+    seed: int
+
+    def accuracy(self, module: nn.Module, attack: Attack, *, with_verdict: bool = False) -> HeldOutAccuracy:
+        """Clean and PGD accuracy of a module; the same noise every time, so that epochs can be compared.
+
+        Args:
+            module: the unwrapped pixel model.
+            attack: PGD.
+            with_verdict: also run CW with as many steps of the same length, which costs as much as PGD.
+        """
+        attacks = [EvaluationAttack(name="pgd", num_steps=attack.num_steps, step_size=float(attack.step_size))]
+        if with_verdict:
+            attacks.append(replace(attacks[0], name="cw", loss="margin"))
+        results = evaluate(
+            module,
+            self.images,
+            attacks,
+            threat_model=attack.threat_model,
+            accelerator=self.accelerator,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+        labels = self.images.labels
+        clean, robust = (summarize(results[name].flags, labels, self.num_classes) for name in ("clean", "pgd"))
+        verdict = None
+        if with_verdict:
+            verdict = summarize(results["pgd"].flags & results["cw"].flags, labels, self.num_classes)
+        return HeldOutAccuracy(clean=clean, robust=robust, verdict=verdict)
+
+    def sums(self, rule: ClassRule, module: nn.Module, *, loss: BaseLoss, attack: Attack, epoch: int) -> Tensor:
+        """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes.
+
+        Args:
+            rule: the class rule that asks.
+            module: the unwrapped pixel model with the current weights.
+            loss: of the method that trains, which the sums may use.
+            attack: the attack of the inner maximization.
+            epoch: 0-based epoch, for the noise.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
+        world, rank = accelerator.num_processes, accelerator.process_index
+        every = list(enumerate(torch.split(torch.arange(len(self.images)), self.batch_size)))
+        # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
+        mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
+        batches = self.images.batches([BatchRequest(indices, None) for _, indices in mine], device=device)
+        sums = []
+        with evaluation_mode(module):
+            for (number, _), batch in zip(mine, batches, strict=True):
+                found = rule.held_out_sums(
+                    module,
+                    batch.x,
+                    batch.y,
+                    attack=attack,
+                    loss=loss,
+                    num_classes=self.num_classes,
+                    generator=make_generator(device, self.seed, Stream.HELD_OUT, epoch, number),
+                )
+                sums.append(found * counts)
+        total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
+        return total
 
 
 def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
@@ -112,54 +145,3 @@ def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> floa
         "robust_plus_worst": found.robust.average + found.robust.worst_class,
         "last": last,
     }[metric]
-
-
-def held_out_sums(
-    rule: ClassRule,
-    module: nn.Module,
-    images: Images,
-    *,
-    objective: Method,
-    attack: Attack,
-    num_classes: int,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-) -> Tensor:
-    """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes.
-
-    Batches and their noise do not depend on the number of processes.
-
-    Args:
-        rule: the class rule that asks.
-        module: the unwrapped pixel model with the current weights.
-        images: the held-out part.
-        objective: the method that trains, whose loss the sums may use.
-        attack: the attack of the inner maximization.
-        num_classes: number of classes.
-        accelerator: shares the batches out and adds the sums up.
-        batch_size: images per batch and process.
-        seed: the run's seed.
-        epoch: 0-based epoch, for the noise.
-    """
-    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    every = list(enumerate(torch.split(torch.arange(len(images)), batch_size)))
-    # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
-    mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
-    batches = images.batches([BatchRequest(indices, None) for _, indices in mine], device=device)
-    sums = []
-    with evaluation_mode(module):
-        for (number, _), batch in zip(mine, batches, strict=True):
-            found = rule.held_out_sums(
-                module,
-                batch.x,
-                batch.y,
-                attack=attack,
-                loss=objective.loss,
-                num_classes=num_classes,
-                generator=make_generator(device, seed, Stream.HELD_OUT, epoch, number),
-            )
-            sums.append(found * counts)
-    total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
-    return total

@@ -34,9 +34,8 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.config import DataConfig
-from ham_hf.data import ImageData, PixelBatch
+from ham_hf.data import ImageData, PixelBatch, load_image_data
 from ham_hf.models import PixelModel, input_defaults
-from ham_hf.runs import load_data
 from ham_hf.training.data_order import epoch_order
 from ham_hf.training.train_step import Totals
 from ham_hf.training.trainer import Trainer
@@ -119,7 +118,7 @@ def open_data(args: argparse.Namespace, limit: int | None) -> ImageData:
     config = DataConfig(
         dataset_name=args.data, validation_fraction=0.0, limit_train_examples=limit, limit_test_examples=100
     )
-    data = load_data(config, image_size=IMAGE_SIZE, inputs=input_defaults(args.model, model_args={}), seed=0)
+    data = load_image_data(config, input_defaults(args.model, model_args={}), seed=0, image_size=IMAGE_SIZE)
     order = epoch_order(data.train.labels, training_config(args.precision, 1, {}).seed, 0, None)
     y = labels(len(order), 0.5)
     stretches = torch.split(order[WARMUP * args.batch_size :], SHARE_IS_EXACT_IN * args.batch_size)

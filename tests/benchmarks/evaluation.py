@@ -31,7 +31,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -
     """Seconds and their ratio on a network with this margin."""
     device = accelerator.device
     layout = args.training.get("memory_format", "channels_last")
-    # As `ham_hf.runs.evaluate_on_test` does; images take the layout of the weights.
+    # As `ham_hf.commands.evaluate` does; images take the layout of the weights.
     model = network(args.model, args.model_args, margin=margin).eval().to(device)
     model = model.to(memory_format=getattr(torch, {"contiguous": "contiguous_format"}.get(layout, layout)))
     data = image_data(labels(args.num_images, 1 - args.right_fraction))

@@ -30,7 +30,7 @@ from sklearn.datasets import load_sample_images
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import load_train_config
-from ham_hf.data import ImageData, TrainingStream, load_image_data
+from ham_hf.data import DataConfig, ImageData, TrainingStream, load_image_data
 from ham_hf.data.pixels import PixelBatch
 from ham_hf.methods import PGDAT
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
@@ -162,20 +162,18 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         datasets.config.HF_DATASETS_CACHE = str(Path(folder) / "cache")
         kibibytes = write_shards(Path(folder) / "set", num_images=args.images, per_file=args.images_per_file)
-        data = load_image_data(
+        config = DataConfig(
             dataset_name=str(Path(folder) / "set"),
             dataset_streaming=True,
             shuffle_buffer_size=args.buffer,
             dataloader_num_workers=args.workers,
             validation_fraction=0.0,
             augmentation="timm",
-            image_size=SIZE,
-            default_image_size=SIZE,
-            in_chans=3,
-            interpolation="bicubic",
-            crop_pct=0.9,
-            seed=0,
         )
+        inputs = Preprocessing(
+            image_size=SIZE, in_chans=3, interpolation="bicubic", crop_pct=0.9, mean=(0.5,) * 3, std=(0.25,) * 3
+        )
+        data = load_image_data(config, inputs, seed=0)
         before = resident()
         notes = stream_through(data, args, accelerator.device)
         consumed = update_speeds(data, args, accelerator)

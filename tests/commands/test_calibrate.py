@@ -13,17 +13,17 @@ import torch
 import yaml
 from timm.models import save_for_hf
 
-from ham_hf import dial
+from ham_hf import calibration_run, dial
 from ham_hf.attacks import ThreatModel
 from ham_hf.commands import calibrate as command
 from ham_hf.config import parse_calibrate_config
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import calibration
+from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
-from ham_hf.runs import ReorderedLogits
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, load, noise, write_parquet
 from tests.support.exports import FAMILIES
@@ -360,7 +360,7 @@ class TestStranger:
         stranger("test_resnet", tmp_path / "model")
         loaded = load_pixel_model(str(tmp_path / "model"))
         loaded.model.backbone.fc.register_parameter("bias", None)
-        monkeypatch.setattr(command, "load_pixel_model", lambda *_, **__: loaded)
+        monkeypatch.setattr(calibration_run, "load_pixel_model", lambda *_, **__: loaded)
         split = [f"--dataset_name={colors}", "--calibration_split=extra"]
         message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
         assert "test_resnet: the Linear that makes its logits has no bias to shift" in message

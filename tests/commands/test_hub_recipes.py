@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ham_hf.evaluation.verdicts import read_verdicts
+from ham_hf.reporting.page import has_images
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.hub_server import Hub, hub_environment
@@ -100,6 +101,7 @@ def pushed(hub, environment, tmp_path_factory):
         "--per_device_train_batch_size=32",
         "--push_to_hub",
         "--hub_model_id=sky",
+        "--hub_space",
         "--hub_strategy=every_save",
         "--save_steps=3",
         f"--output_dir={folder}",
@@ -133,6 +135,12 @@ def test_everything_published_is_what_lies_on_disk(pushed, hub):
     assert metadata["library_name"] == "timm"
     assert metadata["datasets"] == ["me/skies"]
     assert "hf-hub:me/sky" in card
+    # The page has a Space, which the card links; one that the images, as those of a public dataset, are in.
+    assert "https://huggingface.co/spaces/me/sky" in card
+    assert f"its page is at {hub.url}/spaces/me/sky" in done.stdout
+    shown = hub.repos["space", "me/sky"].tree()["index.html"].data.decode()
+    assert has_images(shown)
+    assert "https://huggingface.co/me/sky" in shown
 
 
 def test_plain_timm_gives_the_evaluated_models_logits(pushed, environment):
@@ -175,12 +183,13 @@ def test_finished_folder_is_pushed_elsewhere(pushed, hub, environment):
     folder, _ = pushed
     command = [sys.executable, str(ROOT / "recipes/push.py"), str(folder), "--hub_model_id", "me/second"]
     done = subprocess.run(
-        [*command, "--hub_private_repo"], env=environment, capture_output=True, text=True, timeout=200
+        [*command, "--hub_private_repo", "--hub_space"], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
     repo = hub.model("me/second")
     assert repo.private
     assert b"hf-hub:me/second" in repo.tree()["README.md"].data
+    assert hub.repos["space", "me/second"].private
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf import training_run
+from ham_hf.config import load_train_config
+from ham_hf.data import load_image_data
 from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.hub import PushError
 from ham_hf.metrics import summarize
+from ham_hf.models import input_defaults, new_model
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME
@@ -81,11 +85,10 @@ def test_run_leaves_every_artefact(finished):
 
 def test_published_model_is_the_evaluated_one_and_needs_only_timm(finished, subprocess_env):
     _, folder, _ = finished
-    module = recipe_module("train_ham.py")
-    config = module.parse_train_config(["--config", str(folder / "train_config.yaml")])
-    inputs = module.input_defaults(config.model.model_name, model_args=config.model.model_args)
-    data = module.load_data(config.data, image_size=None, inputs=inputs, seed=config.training.seed)
-    model, _ = module.new_model(config.model, data, seed=0)
+    config = load_train_config(folder / "train_config.yaml")
+    inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
+    data = load_image_data(config.data, inputs, seed=config.training.seed)
+    model, _ = new_model(config.model, data, seed=0)
     model.load_state_dict(load_best(folder)[0])
     x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     code = """
@@ -212,7 +215,7 @@ def test_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(self, stop):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe.Trainer, "fit", interrupted)
+    monkeypatch.setattr(training_run.Trainer, "fit", interrupted)
     with pytest.raises(SystemExit) as stop:
         recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
     assert stop.value.code == 130
@@ -225,7 +228,7 @@ def test_interrupt_outside_of_training_says_so_too(tmp_path, capsys, monkeypatch
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "load_data", interrupted)
+    monkeypatch.setattr(training_run, "load_image_data", interrupted)
     with pytest.raises(SystemExit) as stop:
         recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}"])
     assert stop.value.code == 130
@@ -234,11 +237,10 @@ def test_interrupt_outside_of_training_says_so_too(tmp_path, capsys, monkeypatch
 
 def test_new_network_is_normalized_by_the_data(finished):
     _, folder, _ = finished
-    recipe = recipe_module("train_ham.py")
-    config = recipe.parse_train_config(["--config", str(folder / "train_config.yaml")])
-    inputs = recipe.input_defaults(config.model.model_name, model_args=config.model.model_args)
-    data = recipe.load_data(config.data, image_size=None, inputs=inputs, seed=0)
-    model, preprocessing = recipe.new_model(config.model, data, seed=0)
+    config = load_train_config(folder / "train_config.yaml")
+    inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
+    data = load_image_data(config.data, inputs, seed=0)
+    model, preprocessing = new_model(config.model, data, seed=0)
     assert preprocessing.mean == data.channel_mean == read_report(folder / "report.json").model.mean
     assert model.mean.flatten().tolist() == pytest.approx(list(data.channel_mean))
     assert data.channel_mean[0] < 0.4 < inputs.mean[0]  # digits are mostly black
@@ -273,8 +275,8 @@ def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path,
         pushed.append({str(found.relative_to(path)) for found in path.rglob("*") if found.is_file()})
         raise PushError("the line is down; python recipes/push.py pushes it again")
 
-    monkeypatch.setattr(recipe, "check_write_access", lambda repo_id, **_: f"me/{repo_id}")
-    monkeypatch.setattr(recipe, "push_folder", push_folder)
+    monkeypatch.setattr(training_run, "check_write_access", lambda repo_id, **_: f"me/{repo_id}")
+    monkeypatch.setattr(training_run, "push_folder", push_folder)
     options = ["--max_steps=2", "--per_device_train_batch_size=16", "--push_to_hub", "--hub_model_id=sky"]
     with pytest.raises(SystemExit) as stop:
         recipe.main([*SMALL, *options, f"--output_dir={folder}"])

@@ -85,7 +85,10 @@ def test_defaults_are_the_documented_ones():
         ("--num_train_epochs 3", "training", "num_train_epochs", 3),
         ("--seed=07", "training", "seed", 7),
         ("--mixed-precision bf16", "training", "mixed_precision", "bf16"),
-        ("--report_to none", "training", "report_to", "none"),
+        ("--report_to none", "training", "report_to", ()),
+        ("--report_to wandb,tensorboard", "training", "report_to", ("wandb", "tensorboard")),
+        ("--report_to wandb tensorboard", "training", "report_to", ("wandb", "tensorboard")),
+        ("--report_to all", "training", "report_to", ("all",)),
         ("--save_total_limit none", "training", "save_total_limit", None),
         ("--save_total_limit=null", "training", "save_total_limit", None),
         ("--skip_corrupt", "data", "skip_corrupt", True),
@@ -162,7 +165,9 @@ def test_flags_win_over_the_recipe_and_the_rest_stays(recipe):
         ("learning_rate: '0.5'", "training", "learning_rate", 0.5),
         ("epsilon: 8/255", "attack", "epsilon", 8 / 255),
         ("mixed_precision: no", "training", "mixed_precision", "no"),
-        ("report_to: none", "training", "report_to", "none"),
+        ("report_to: none", "training", "report_to", ()),
+        ("report_to: wandb", "training", "report_to", ("wandb",)),
+        ("report_to: [trackio, wandb]", "training", "report_to", ("trackio", "wandb")),
         ("torch_compile: on", "training", "torch_compile", True),
         ("torch_compile: no", "training", "torch_compile", False),
         ("seed: 010", "training", "seed", 10),
@@ -408,6 +413,7 @@ BAD_FLAGS = [
     ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
     ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
     ("--hub_model_id me/x", ["--hub_model_id me/x has no effect without --push_to_hub"]),
+    ("--hub_space", ["--hub_space has no effect without --push_to_hub"]),
     ("--hub_private_repo", ["--hub_private_repo has no effect without --push_to_hub"]),
     ("--hub_revision v2", ["--hub_revision v2 has no effect without --push_to_hub"]),
     ("--hub_strategy every_save", ["--hub_strategy every_save has no effect without --push_to_hub"]),
@@ -709,8 +715,9 @@ def test_json_holds_every_setting(config):
     for group in GROUPS:
         owner = getattr(config, group)
         for field in dataclasses.fields(owner):
+            value = getattr(owner, field.name)
             if field.name not in ("lr_drops", "model_args"):
-                assert flat[field.name] == getattr(owner, field.name)
+                assert flat[field.name] == (list(value) if isinstance(value, tuple) else value)
 
 
 def test_other_yaml_readers_see_the_same_values():

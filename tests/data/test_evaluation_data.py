@@ -10,11 +10,10 @@ import datasets
 import pytest
 import torch
 
-from ham_hf.data import BatchRequest, Images, load_test_data
-from ham_hf.data.decoding import EvalTransform
+from ham_hf.data import BatchRequest, DataConfig, Images, load_test_data
 from ham_hf.data.evaluation_data import TrainedOn, choose_evaluation_split
 from ham_hf.data.loading import TestData
-from ham_hf.data.parts import DatasetChoice
+from ham_hf.models import Preprocessing
 from tests.support.example_images import dataset, gray, grays, load, write_parquet
 
 
@@ -24,20 +23,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(folder: str, trained: TrainedOn | None = None, **options: Any) -> TestData:
-    splits = {key: options.pop(key, None) for key in ("train_split", "test_split")}
-    choice = DatasetChoice(
-        name=folder, config_name=None, revision=None, image_column=None, label_column=None, in_chans=3, **splits
+    config = DataConfig(dataset_name=folder, dataloader_num_workers=0, **options)
+    inputs = Preprocessing(
+        image_size=8, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    defaults = {"test_fraction": 0.2, "limit_test_examples": None, "streaming": False}
-    return load_test_data(
-        choice,
-        trained or TrainedOn(),
-        geometry=EvalTransform(8, 1.0, "bicubic"),
-        cache_images="auto",
-        skip_corrupt=False,
-        num_workers=0,
-        **{**defaults, **options},
-    )
+    return load_test_data(config, inputs, trained or TrainedOn())
 
 
 def values(images: Images) -> list[int]:
@@ -80,16 +70,16 @@ def test_splits_that_cannot_be_chosen(names: list[str], test_split: str | None, 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_only_or_named_split_is_taken_whole(streaming: bool, tmp_path: Path) -> None:
     only = write_parquet(tmp_path / "only", test=grays(20))
-    data = evaluated(only, streaming=streaming)
+    data = evaluated(only, dataset_streaming=streaming)
     assert (values(data.test), data.test_split_origin) == (list(range(20)), "test")
     both = write_parquet(tmp_path / "both", validation=grays(6), test=grays(20, first=100))
-    assert values(evaluated(both, streaming=streaming).test) == list(range(100, 120))
-    named = evaluated(both, test_split="validation", streaming=streaming)
+    assert values(evaluated(both, dataset_streaming=streaming).test) == list(range(100, 120))
+    named = evaluated(both, test_split="validation", dataset_streaming=streaming)
     assert (values(named.test), named.test_split_origin) == (list(range(6)), "validation")
-    limited = evaluated(both, limit_test_examples=4, streaming=streaming)
+    limited = evaluated(both, limit_test_examples=4, dataset_streaming=streaming)
     assert len(limited.test) == 4
     with_train = write_parquet(tmp_path / "train", train=grays(9, 3), test=grays(6, first=50))
-    data = evaluated(with_train, streaming=streaming)
+    data = evaluated(with_train, dataset_streaming=streaming)
     assert (values(data.test), data.class_names) == (list(range(50, 56)), ("c0", "c1", "c2"))
 
 
@@ -110,16 +100,16 @@ def test_a_renamed_copy_of_the_training_data_gives_the_held_out_part(
     folder = write_parquet(tmp_path / "set", train=train)
     trained = record_of(folder, test_fraction=0.3)
     expected = values(load(folder, test_fraction=0.3).test)
-    assert values(evaluated(folder, trained, streaming=streaming).test) == expected
+    assert values(evaluated(folder, trained, dataset_streaming=streaming).test) == expected
     moved = datasets.ClassLabel(names=["c2", "c0", "c1"])
     again = [moved.str2int(names[label]) for label in labels]
     copy = dataset([gray(i) for i in range(41)], again, label_feature=moved)
-    data = evaluated(write_parquet(tmp_path / "copy", test=copy), trained, streaming=streaming)
+    data = evaluated(write_parquet(tmp_path / "copy", test=copy), trained, dataset_streaming=streaming)
     assert values(data.test) == expected
     assert data.test_split_origin == "held out of test (30 %, stratified, seed 0)"
     assert "is set, which the model was trained on" in caplog.text
     with pytest.raises(ValueError, match=r"--test_fraction 0.5 would test on images .* with --test_fraction 0.3"):
-        evaluated(folder, trained, test_fraction=0.5, streaming=streaming)
+        evaluated(folder, trained, test_fraction=0.5, dataset_streaming=streaming)
 
 
 def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path: Path) -> None:

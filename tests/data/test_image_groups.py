@@ -9,12 +9,11 @@ import datasets
 import pytest
 import torch
 
-from ham_hf.data import load_test_data
-from ham_hf.data.decoding import EvalTransform
+from ham_hf.data import DataConfig, load_test_data
 from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.image_groups import MAX_GROUPS, ImageGroups, make_groups
 from ham_hf.data.loading import TestData
-from ham_hf.data.parts import DatasetChoice
+from ham_hf.models import Preprocessing
 from tests.support.example_images import dataset, gray, write_parquet
 
 
@@ -24,26 +23,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(folder: str, column: str | None, **options: Any) -> TestData:
-    choice = DatasetChoice(
-        name=folder,
-        config_name=None,
-        revision=None,
-        train_split=None,
-        test_split=None,
-        image_column=None,
-        label_column="label",
-        in_chans=1,
-        group_column=column,
-    )
-    defaults = {"test_fraction": 0.2, "limit_test_examples": None, "streaming": False, "skip_corrupt": False}
-    return load_test_data(
-        choice,
-        TrainedOn(),
-        geometry=EvalTransform(8, 1.0, "bicubic"),
-        cache_images="auto",
-        num_workers=0,
-        **{**defaults, **options},
-    )
+    config = DataConfig(dataset_name=folder, label_column="label", dataloader_num_workers=0, **options)
+    inputs = Preprocessing(image_size=8, in_chans=1, interpolation="bicubic", crop_pct=1.0, mean=(0.5,), std=(0.25,))
+    return load_test_data(config, inputs, TrainedOn(), group_column=column)
 
 
 LIGHT = datasets.ClassLabel(names=["dark", "dusk", "noon"])
@@ -70,7 +52,7 @@ def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
 def test_groups_of_each_kind_of_column(
     column: str, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = evaluated(folder_with_columns(tmp_path / "set"), column, streaming=streaming)
+    data = evaluated(folder_with_columns(tmp_path / "set"), column, dataset_streaming=streaming)
     _, _, names, groups = COLUMNS[column]
     assert data.groups is not None
     assert (data.groups.column, data.groups.names, data.groups.of_image.tolist()) == (column, names, groups)
@@ -82,12 +64,14 @@ def test_groups_of_each_kind_of_column(
 @pytest.mark.parametrize("streaming", [False, True])
 def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path) -> None:
     folder = folder_with_columns(tmp_path / "set", damaged=1)
-    whole = evaluated(folder, "site", streaming=streaming, skip_corrupt=True)
+    whole = evaluated(folder, "site", dataset_streaming=streaming, skip_corrupt=True)
     assert whole.num_skipped == 1
     assert whole.groups is not None
     assert whole.groups.of_image.tolist() == [1, 1, 2, 0, 1]
     assert len(whole.test) == 5
-    limited = evaluated(folder_with_columns(tmp_path / "more"), "light", streaming=streaming, limit_test_examples=2)
+    limited = evaluated(
+        folder_with_columns(tmp_path / "more"), "light", dataset_streaming=streaming, limit_test_examples=2
+    )
     assert limited.groups is not None
     assert len(limited.groups.of_image) == len(limited.test) == 2
     assert evaluated(folder, None, skip_corrupt=True).groups is None
@@ -107,7 +91,19 @@ def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path)
 def test_columns_that_are_no_groups(column: str, message: str, streaming: bool, tmp_path: Path) -> None:
     folder = folder_with_columns(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
-        evaluated(folder, column, streaming=streaming)
+        evaluated(folder, column, dataset_streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number, names in enumerate((["dark", "noon"], ["noon", "dark"])):
+        light = datasets.ClassLabel(names=names)
+        split = dataset([gray(number), gray(10 + number)], [0, 1]).add_column("light", [0, 1], feature=light)
+        split.to_parquet(tmp_path / "data" / f"test-{number}.parquet")
+    groups = evaluated(str(tmp_path), "light", streaming=streaming).groups
+    assert groups is not None
+    assert groups.values() == ["dark", "noon", "noon", "dark"]
 
 
 def test_too_many_values_are_no_groups() -> None:

@@ -15,9 +15,9 @@ import torch
 from ham_hf.config import DataConfig
 from ham_hf.data import ImageData
 from ham_hf.data.provenance import label_fingerprint, read_provenance
+from ham_hf.fitting import find_validation_part, provenance_of
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.models.export import export_for_timm
-from ham_hf.runs import find_validation_part, provenance_of
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 
 

@@ -303,6 +303,18 @@ TABLE = "file_name,label\n" + "".join(
 )
 
 
+DECLARED = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: a/**
+  - split: test
+    path: b/**
+---
+"""
+
+
 def archive() -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
@@ -348,6 +360,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
                 **{f"{split}/train_{number}.png": picture for split in ("train", "test") for number in range(4)},
                 "metadata.csv": Blob(TABLE.encode(), lfs=False),
             },
+            "declared": {
+                **{
+                    f"{folder}/{name}/{number} [1] 50%.png": picture
+                    for folder in ("a", "b", "more")
+                    for name in ("test", "train")
+                    for number in range(3)
+                },
+                "README.md": Blob(DECLARED.encode(), lfs=False),
+            },
             "archives": {f"{split}.zip": Blob(archive(), lfs=False) for split in ("train", "test")},
             "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
         }.items():
@@ -386,6 +407,10 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
             ["default", hub.repos["dataset", "me/tables"].refs["main"], 4, 4, ["NA", "dog"]],
         ),
         (
+            {"dataset_name": "me/declared", "validation_fraction": 0},
+            ["default", hub.repos["dataset", "me/declared"].refs["main"], 6, 6, ["test", "train"]],
+        ),
+        (
             {"dataset_name": "me/archives", "validation_fraction": 0},
             ["default", hub.repos["dataset", "me/archives"].refs["main"], 4, 4, ["bus", "train"]],
         ),
@@ -410,6 +435,8 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
             assert all(part in result[0] for part in expected), (options, result)
     assert results[4][1] == "DatasetNotFoundError"
     unread = "1 files belong to no split by their names and are not read, such as 'data/photos-0.parquet'"
+    assert unread in process.stderr
+    unread = "6 image files are in no data_files of README.md and are not read, such as 'more/test/0 [1] 50%.png'"
     assert unread in process.stderr
 
 

@@ -17,9 +17,9 @@ from ham_hf.evaluation.foreign import foreign_attack
 from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import is_sharded, prepare, whole_state
-from ham_hf.training.train_step import TrainStep
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
 from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
+from tests.support.updates import train_step
 
 ROWS = 16
 # Which of the 16 rows of an update are hard. Two processes with two accumulation steps each get four rows a time:
@@ -45,7 +45,7 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     net = batch_norm_net() if batch_norm else group_norm_net()
     x, y = scenario_data(net, name)
     wrapped, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=1.0, momentum=0.9))
-    step = TrainStep(
+    step = train_step(
         wrapped,
         optimizer,
         HAM(mining_start_epoch=0, mining_step=1),

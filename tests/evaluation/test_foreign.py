@@ -15,8 +15,15 @@ from torch.utils.data import DataLoader, TensorDataset
 import ham_hf
 from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
-from ham_hf.evaluation.foreign import ForeignAttackError, foreign_attack, foreign_attacks, load_foreign_attack
+from ham_hf.evaluation.foreign import (
+    ForeignAttackError,
+    foreign_attack,
+    foreign_attacks,
+    load_foreign_attack,
+    load_foreign_attacks,
+)
 from ham_hf.evaluation.partial_results import partial_results
+from tests.conftest import ROOT
 from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for
 
 EPSILON = 0.05
@@ -258,6 +265,16 @@ def test_places_that_hold_no_attack(place, message):
         load_foreign_attack(place)
 
 
+def test_two_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("def attack(model, x, y):\n    return x\n")
+    places = [f"{tmp_path / folder / 'mine.py'}:attack" for folder in ("a", "b")]
+    assert [attack.name for attack in load_foreign_attacks(places[:1])] == ["mine.attack"]
+    with pytest.raises(ValueError, match=r"two are called mine.attack; rename a function"):
+        load_foreign_attacks(places)
+
+
 def test_file_that_is_not_python_is_refused(tmp_path):
     (tmp_path / "broken.py").write_text("def attack(model, x, y)\n")
     with pytest.raises(ValueError, match=r"cannot be imported \(SyntaxError"):
@@ -291,3 +308,25 @@ def test_python_interface_counts_functions_in_the_verdict():
     with pytest.raises(ValueError, match="two attacks are called pgd-2"):
         ham_hf.evaluate(net, loader, attacks={"pgd-2": sign_step}, **options)
     assert standard_attacks(2, 0.1)[0].name == "pgd-2"
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("torchattacks", "torchattacks_pgd"), ("foolbox", "foolbox_pgd"), ("adv_lib.attacks", "adv_lib_apgd")],
+)
+def test_attacks_of_other_libraries_count_like_ours(package, name, monkeypatch):
+    """The example of the documentation; needs the library, which is in no extra of ours."""
+    pytest.importorskip(package, reason=f"{package.split('.')[0]} is not installed")
+    attack = load_foreign_attack(f"{ROOT / 'docs/examples/foreign_attacks.py'}:{name}")
+    assert attack.name == f"foreign_attacks.{name}"
+    monkeypatch.setitem(attack.function.__globals__, "EPSILON", EPSILON)
+    net = group_norm_net().float()
+    images = split(net, 60)
+    found = run(net, images, [*standard_attacks(20, EPSILON / 4), attack])
+    ours, theirs = found["pgd-20"], found[attack.name]
+    assert theirs.flags.sum() < found["clean"].flags.sum()
+    assert abs(int(theirs.flags.sum()) - int(ours.flags.sum())) <= 6
+    assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
+    monkeypatch.setitem(attack.function.__globals__, "EPSILON", 2 * EPSILON)
+    with pytest.raises(ForeignAttackError, match=r"outside the linf ball of radius 0\.05"):
+        run(net, images, [attack])

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 
+from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
 from tests.faults.same_runs import assert_same_weights, timeless_log
@@ -119,7 +120,7 @@ def test_results_that_do_not_fit_are_named_and_made_without_training_again(disk,
     folder = disk.path / "run"
     arguments = [*SMALL, "--max_steps=2", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
     recipe = recipe_module("train_ham.py")
-    evaluate = recipe.evaluate_on_test
+    evaluate = training_run.evaluate_on_test
 
     def evaluate_and_fill(*args, **kwargs):
         results = evaluate(*args, **kwargs)
@@ -127,7 +128,7 @@ def test_results_that_do_not_fit_are_named_and_made_without_training_again(disk,
         return results
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "evaluate_on_test", evaluate_and_fill)
+        patch.setattr(training_run, "evaluate_on_test", evaluate_and_fill)
         with pytest.raises(SystemExit) as exit_:
             recipe.main(arguments)
     assert exit_.value.code == 2
@@ -137,7 +138,7 @@ def test_results_that_do_not_fit_are_named_and_made_without_training_again(disk,
     assert "--resume_from_checkpoint latest" in message
     assert "Traceback" not in message
     disk.empty()
-    monkeypatch.setattr(recipe.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
+    monkeypatch.setattr(training_run.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
     recipe.main([*arguments, "--resume_from_checkpoint=latest"])
     assert read_report(folder / "report.json").training.steps == 2
     capsys.readouterr()

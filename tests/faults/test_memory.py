@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf import training_run
 from ham_hf.faults import MemoryExhaustedError, smaller_batch
 from tests.support.recipe_runs import SMALL, recipe_module
 from tests.support.training import trainer
@@ -96,7 +97,7 @@ def test_other_errors_keep_their_own_words(tmp_path):
 
 def test_recipe_ends_with_the_message(tmp_path, capsys, monkeypatch):
     recipe = recipe_module("train_ham.py")
-    monkeypatch.setattr(recipe.Trainer, "_one_update", lambda *args, **kwargs: of_the_allocator())
+    monkeypatch.setattr(training_run.Trainer, "_one_update", lambda *args, **kwargs: of_the_allocator())
     with pytest.raises(SystemExit) as exit_:
         recipe.main([*SMALL, f"--output_dir={tmp_path / 'run'}", "--per_device_train_batch_size=16"])
     assert exit_.value.code == 2

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
@@ -194,12 +195,12 @@ def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_pa
     arguments = [*SMALL, "--max_steps=3", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
     recipe = recipe_module("train_ham.py")
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "evaluate_on_test", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(training_run, "evaluate_on_test", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as exit_:
             recipe.main(arguments)
     assert exit_.value.code == EXIT_REQUEUE
     assert not (folder / "report.json").exists()
-    monkeypatch.setattr(recipe.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
+    monkeypatch.setattr(training_run.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
     recipe.main([*arguments, "--resume_from_checkpoint=latest"])
     assert read_report(folder / "report.json").training.steps == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]

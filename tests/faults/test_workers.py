@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ham_hf import training_run
 from ham_hf.data import BatchRequest
 from ham_hf.faults import FaultError, explain_faults
 from ham_hf.reporting.report import read_report
@@ -111,7 +112,7 @@ def test_decoding_process_obeys_its_own_run(stored):
 def test_killed_decoding_process_ends_the_run_with_a_message_and_it_goes_on(stored, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     recipe = recipe_module("train_ham.py")
-    update = recipe.Trainer._one_update
+    update = training_run.Trainer._one_update
 
     def kill_a_worker(self, *args):
         if self.progress.step == 4:
@@ -121,7 +122,7 @@ def test_killed_decoding_process_ends_the_run_with_a_message_and_it_goes_on(stor
         return update(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe.Trainer, "_one_update", kill_a_worker)
+        patch.setattr(training_run.Trainer, "_one_update", kill_a_worker)
         with pytest.raises(SystemExit) as exit_:
             recipe.main(arguments(stored, folder))
     assert exit_.value.code == 2

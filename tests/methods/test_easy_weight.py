@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel, pgd
 from ham_hf.methods import HAM, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
-from ham_hf.training.train_step import CLEAN_EVERY, TrainStep
+from ham_hf.training.train_step import CLEAN_EVERY
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.nets import group_norm_net, pixel_batch
 from tests.support.training import trainer
+from tests.support.updates import train_step
 
 K, M, BETA = 5, 2, 3.0
 SPLITS = {"one batch": [24], "three batches": [8, 8, 8], "uneven": [4, 13, 7], "packed": [8, 8, 8]}
@@ -85,7 +86,7 @@ def expected_loss(net, case, base_loss, w, *, kinds, of_class=None):
 def updated(objective, case, sizes, *, epoch=0, prepare=lambda step: None):
     net = copy.deepcopy(case[0])
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    step = TrainStep(
+    step = train_step(
         net, optimizer, objective, ATTACK, Accelerator(cpu=True), class_counts=torch.full((4,), 6), seed=0
     )
     prepare(step)
@@ -165,7 +166,7 @@ def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kind
     packed = split == "packed"
     options = {"easy_weight": 1.0, "stop_misclassified": kinds, "pack_hard_examples": packed}
     ham = HAM(mining_start_epoch=0, mining_step=M, **options)
-    step = TrainStep(
+    step = train_step(
         net,
         torch.optim.SGD(net.parameters(), lr=0.0),
         ham,
@@ -204,7 +205,7 @@ def test_trades_with_nothing_hard_still_trains_on_the_clean_images(case):
     case = (net, x, y, start)
     still = Attack(threat_model=ThreatModel("linf", 1e-9), num_steps=2, step_size=1e-9)
     torch.manual_seed(0)
-    step = TrainStep(
+    step = train_step(
         copy.deepcopy(net),
         torch.optim.SGD(net.parameters(), lr=1.0),
         ham,

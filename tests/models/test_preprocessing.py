@@ -18,10 +18,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from ham_hf.config import DataConfig, ModelConfig
-from ham_hf.data import BatchRequest, ImageData
-from ham_hf.models import LoadedModel, Preprocessing, input_defaults, load_pixel_model
+from ham_hf.data import BatchRequest, ImageData, load_image_data
+from ham_hf.models import LoadedModel, Preprocessing, input_defaults, load_pixel_model, new_model
 from ham_hf.models.pixel_model import PixelModel
-from ham_hf.runs import load_data, new_model
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 
 SIDES = [(40, 60), (70, 33), (32, 32), (90, 20), (31, 64)]
@@ -59,7 +58,7 @@ def folder(images: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) 
 
 def opened(folder: Path, inputs: Preprocessing, image_size: int | None = None, **settings: object) -> ImageData:
     config = DataConfig(dataset_name=str(folder), validation_fraction=0.0, augmentation="none", **settings)
-    return load_data(config, image_size=image_size, inputs=inputs, seed=0)
+    return load_image_data(config, inputs, seed=0, image_size=image_size)
 
 
 def by_file(data: ImageData) -> Tensor:

@@ -28,10 +28,10 @@ from ham_hf.data.decoding import EvalTransform
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.models.export import export_for_timm
 from ham_hf.reporting import card
-from ham_hf.reporting.card import evaluation_section, fraction_text, write_card
+from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.method_text import CITATIONS, option_text, selected_too_early
 from ham_hf.reporting.plots import save_figures
-from ham_hf.reporting.report import RunReport, ThreatModelReport, plain_text
+from ham_hf.reporting.report import RunReport, ThreatModelReport, fraction_text, plain_text
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
 
 HEADINGS = [
@@ -114,7 +114,13 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
     save_figures(report, tmp_path, examples=None, train_log=())
     text = written(report, tmp_path)
     assert re.findall(r"^##+ (.*)$", text, re.MULTILINE) == HEADINGS
-    assert text.split("\n---\n")[1].startswith("\n# robust-digits\n")
+    opening = text.split("\n---\n")[1].splitlines()
+    assert opening[1] == r"# resnet18\_cifar, trained on digits with ham"
+    clean, worst = report.results["clean"].summary, report.results["cw-20"].summary
+    assert opening[3] == (
+        f"**Robust accuracy {100 * worst.average:.1f} % · worst class {100 * worst.worst_class:.1f} % "
+        f"({DIGITS[worst.worst_class_index]}) · clean accuracy {100 * clean.average:.1f} %**"
+    )
     # The strongest attack makes the headline.
     cw = report.results["cw-20"].summary
     assert cw.average < report.results["pgd-20"].summary.average
@@ -131,7 +137,9 @@ def test_card_of_a_digits_run(tmp_path: Path) -> None:
         r"| Learning rate drops | × 0.1 from epoch 7, × 0.01 from epoch 10 (--lr\_drops 6\:0.1 9\:0.01) |",
         "| Seeds | seed 0 |",
         "![Clean and robust accuracy per class](figures/per_class_accuracy.png)",
-        "accelerate launch recipes/train_ham.py --config train_config.yaml --output_dir outputs/again",
+        "![Confusion under CW-20](figures/confusion_cw-20.png)",
+        "accelerate launch recipes/train_ham.py \\",
+        "    --config train_config.yaml --output_dir outputs/again",
         "- AutoAttack was not run: accuracy under PGD and CW is an upper bound on robust accuracy.",
         "apache-2.0. The dataset has a license of its own.",
         "  title   = {Hard Adversarial Example Mining for Improving Robust Fairness},",
@@ -151,8 +159,9 @@ def test_what_training_did_to_each_class_is_shown(tmp_path: Path) -> None:
     shown = re.findall(r"^!\[(.*)\]\((.*)\)$", written(report, tmp_path), re.MULTILINE)
     assert shown == [
         ("Clean and robust accuracy per class", "figures/per_class_accuracy.png"),
-        ("Training curves", "figures/training_curves.png"),
+        ("Confusion under CW-20", "figures/confusion_cw-20.png"),
         ("What training did to each class", "figures/class_treatment.png"),
+        ("Training curves", "figures/training_curves.png"),
     ]
 
 

@@ -26,13 +26,13 @@ from ham_hf.reporting.class_examples import (
     AttackedImages,
     ClassExamples,
     choose_images,
+    class_examples,
     encode_examples,
     read_examples,
     write_examples,
 )
 from ham_hf.reporting.page import MAX_PAGE_BYTES, PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import write_report
-from ham_hf.runs import class_examples
 from tests.support.example_report import make_report
 from tests.support.nets import TensorImages
 
@@ -251,9 +251,10 @@ def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
         write_report(make_report(class_names=verdicts.class_names, num_test=60, config={"method": method}), folder)
         write_verdicts(verdicts, folder)
         folders.append(str(folder))
+    folders[1] = f"mined={folders[1]}"
     page_command.main([*folders, "--output", str(tmp_path / "both.html")])
     values = numbers_of((tmp_path / "both.html").read_text(encoding="utf-8"))
-    assert [run["label"] for run in values["runs"]] == ["pgd_at, seed 0", "ham, seed 0"]
+    assert [run["label"] for run in values["runs"]] == ["pgd_at, seed 0", "mined, seed 0"]
     assert values["comparison"]["baseline"] == "pgd_at"
     base, other = values["comparison"]["rows"]["Clean"]
     assert base["differences"] == {}

@@ -12,7 +12,7 @@ from ham_hf.evaluation.calibration import FrontierPoint
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
-from tests.support.browser import Browser, assert_quiet, browser, first_paint, missing_browser
+from tests.support.browser import Browser, assert_quiet, browser, missing_browser, soonest_paint
 from tests.support.example_report import make_report
 
 pytestmark = [
@@ -179,11 +179,7 @@ def test_names_of_any_kind_at_any_width(window: Browser, tmp_path: Path, count: 
 
 def test_paints_soon(window: Browser, tmp_path: Path) -> None:
     path = written(tmp_path / "report.html", [f"kind {index}" for index in range(10)], images=True)
-    times = []
-    for _ in range(5):
-        window.open(path)
-        times.append(first_paint(window))
-    assert min(times) < 200  # the rest is what else the machine does
+    assert soonest_paint(window, path, limit=200) < 200
 
 
 def test_nothing_may_be_loaded(window: Browser, tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ def test_per_class_figure_shows_sorted_accuracies_with_intervals() -> None:
     axes = per_class_figure(report).axes[0]
     robust = report.results["cw-20"].summary.per_class
     order = sorted((index for index in range(10) if index != 3), key=lambda index: robust[index].accuracy)
-    assert [label.get_text() for label in axes.get_yticklabels()] == [DIGITS[index] for index in order]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        f"{DIGITS[index]} ({robust[index].count})" for index in order
+    ]
     points = {container.get_label(): container for container in axes.containers}
     assert list(points) == ["Clean", "CW-20"]
     marks, _, (bars,) = points["CW-20"].lines
@@ -119,6 +121,8 @@ def test_training_figure_shades_warm_up_and_averages_epochs() -> None:
     assert list(hard.get_lines()[0].get_xdata()) == [5, 6]
     expected = np.mean([line["loss"] for line in log if line["epoch"] == 2])
     assert loss.get_lines()[0].get_ydata()[2] == pytest.approx(expected)
+    # The panel of the hard fraction ends a little above its highest point.
+    assert max(hard.get_lines()[0].get_ydata()) < hard.get_ylim()[1] < 1.2 * max(hard.get_lines()[0].get_ydata())
     (warm_up,) = [patch for patch in accuracy.patches if patch.get_label() == "warm-up"]
     assert (warm_up.get_x(), warm_up.get_x() + warm_up.get_width()) == (0.5, 4.5)
 
@@ -131,13 +135,15 @@ def test_training_figure_without_hard_fraction_or_log() -> None:
 
 
 def test_confusion_figure_shows_shares_of_the_true_class() -> None:
-    attack = make_report(missing=(2,)).results["pgd-20"]
-    figure = confusion_figure(attack, DIGITS)
+    report = make_report(missing=(2,))
+    attack, order = report.results["pgd-20"], report.worst_first()
+    figure = confusion_figure(attack, DIGITS, order=order)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [DIGITS[index] for index in order]
     shares = figure.axes[0].get_images()[0].get_array()
-    counts = np.array(attack.confusion, dtype=float)
-    assert shares.mask[2].all()
-    present = [index for index in range(10) if index != 2]
-    np.testing.assert_allclose(shares.filled(-1)[present], counts[present] / counts[present].sum(1, keepdims=True))
+    counts = np.array(attack.confusion, dtype=float)[np.ix_(order, order)]
+    assert order[-1] == 2
+    assert shares.mask[9].all()
+    np.testing.assert_allclose(shares.filled(-1)[:9], counts[:9] / counts[:9].sum(1, keepdims=True))
     cells = {(int(cell.get_position()[1]), int(cell.get_position()[0])): cell for cell in figure.axes[0].texts}
     assert cells[0, 0].get_text() == f"{100 * shares[0, 0]:.0f}"
 
@@ -145,7 +151,7 @@ def test_confusion_figure_shows_shares_of_the_true_class() -> None:
 def test_confusion_figure_needs_a_matrix() -> None:
     many = make_report(class_names=[str(index) for index in range(201)], num_test=1000)
     with pytest.raises(ValueError, match="no confusion matrix"):
-        confusion_figure(many.results["pgd-20"], many.dataset.class_names)
+        confusion_figure(many.results["pgd-20"], many.dataset.class_names, order=many.worst_first())
 
 
 def test_examples_figure_marks_wrong_predictions_and_names_the_factor() -> None:
@@ -153,8 +159,9 @@ def test_examples_figure_marks_wrong_predictions_and_names_the_factor() -> None:
     figure = examples_figure(examples, DIGITS)
     grid = np.array(figure.axes).reshape(3, 8)
     assert [axes.get_title() for axes in grid[0]] == list(DIGITS[:8])
-    assert [axes.get_xlabel() for axes in grid[0]] == list(DIGITS[:8])
-    assert [axes.get_xlabel() for axes in grid[1][:3]] == ["zero", "✗ two", "two"]
+    assert [axes.get_xlabel() for axes in grid[0]] == [f"→ {name}" for name in DIGITS[:8]]
+    assert [axes.get_xlabel() for axes in grid[1][:3]] == ["→ zero", "✗ two", "→ two"]
+    assert grid[2][0].get_xlabel() == f"max {float((examples.adversarial[0] - examples.clean[0]).abs().max()):.2g}"
     assert grid[2][0].get_ylabel() == "difference × 15"
     shown = torch.from_numpy(np.asarray(grid[2][0].get_images()[0].get_array())).permute(2, 0, 1)
     difference = examples.adversarial[0] - examples.clean[0]

@@ -11,7 +11,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from ham_hf.data import ImageData, load_image_data
+from ham_hf.data import DataConfig, ImageData, load_image_data
+from ham_hf.models import Preprocessing
 
 
 def gray(value: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -64,12 +65,14 @@ def write_parquet(folder: Path, **splits: datasets.Dataset) -> str:
 
 def load(dataset_name: str, **options: Any) -> ImageData:
     """``load_image_data`` with the small values that a model would give."""
-    model: dict[str, Any] = {
-        "image_size": None,
-        "default_image_size": 112,
-        "in_chans": 3,
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "seed": 0,
-    }
-    return load_image_data(dataset_name=dataset_name, **(model | options))
+    in_chans, image_size = options.pop("in_chans", 3), options.pop("image_size", None)
+    inputs = Preprocessing(
+        image_size=112,
+        in_chans=in_chans,
+        interpolation="bicubic",
+        crop_pct=options.pop("crop_pct", 0.875),
+        mean=(0.5,) * in_chans,
+        std=(0.25,) * in_chans,
+    )
+    seed = options.pop("seed", 0)
+    return load_image_data(DataConfig(dataset_name=dataset_name, **options), inputs, seed=seed, image_size=image_size)

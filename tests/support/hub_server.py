@@ -423,7 +423,11 @@ class _Handler(BaseHTTPRequestHandler):
     def api(self, kind: str, namespace: str, name: str, rest: str, body: bytes) -> None:
         action, _, rest = rest.partition("/")
         changes = action in ("preupload", "commit", "branch", "tag", "settings", "discussions")
-        repo = self.repo(kind, namespace, name, write=changes and self.command != "GET")
+        # Whoever may read may open a pull request.
+        write = changes and self.command != "GET" and not self.query.get("create_pr")
+        repo = self.repo(kind, namespace, name, write=write)
+        if self.query.get("create_pr"):
+            self.user(required=True)
         handler = {
             "": lambda: self.send(200, repo_info(repo, "main")),
             "revision": lambda: self.send(200, repo_info(repo, rest)),
@@ -495,9 +499,14 @@ class _Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "deletedFile":
                 del tree[value["path"]]
         commit_id = repo.add_commit(tree, parent, header["summary"], header.get("description", ""))
+        opened = {}
+        if self.query.get("create_pr"):
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo.refs)
+            revision = f"refs/pr/{number}"
+            opened = {"pullRequestUrl": f"{self.hub.url}/{repo.name}/discussions/{number}"}
         repo.refs[revision] = commit_id
         url = f"{self.hub.url}/{'' if repo.kind == 'model' else repo.kind + 's/'}{repo.name}/commit/{commit_id}"
-        self.send(200, {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""})
+        self.send(200, {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": "", **opened})
 
     def branch(self, repo: Repo, name: str, wanted: dict[str, Any]) -> None:
         if name in repo.refs:
@@ -532,9 +541,16 @@ def commit_info(commit: Commit) -> dict[str, Any]:
 
 
 def ref_info(repo: Repo) -> dict[str, Any]:
-    branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": c} for name, c in repo.refs.items()]
+    pulls = [
+        {"name": name, "ref": name, "targetCommit": c} for name, c in repo.refs.items() if name.startswith("refs/pr/")
+    ]
+    branches = [
+        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": c}
+        for name, c in repo.refs.items()
+        if not name.startswith("refs/")
+    ]
     tags = [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": c} for name, c in repo.tags.items()]
-    return {"branches": branches, "converts": [], "tags": tags, "pullRequests": []}
+    return {"branches": branches, "converts": [], "tags": tags, "pullRequests": pulls}
 
 
 def repo_info(repo: Repo, revision: str) -> dict[str, Any]:

@@ -8,10 +8,17 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.train_step import TrainStep
 from tests.support.nets import pixel_batch
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.03), num_steps=5, step_size=0.01)
+
+
+def train_step(net, optimizer, objective, attack, accelerator, *, class_counts, ema=None, **settings):
+    """A `TrainStep` whose settings are the defaults but for ``settings``, with images as they come."""
+    config = TrainingConfig(**{"memory_format": "contiguous", **settings})
+    return TrainStep(net, optimizer, objective, attack, accelerator, config, class_counts=class_counts, ema=ema)
 
 
 def updated(objective, net, batches, *, epoch=0, attack=ATTACK, **options):
@@ -19,7 +26,7 @@ def updated(objective, net, batches, *, epoch=0, attack=ATTACK, **options):
     net, rows = copy.deepcopy(net), []
     net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    step = TrainStep(
+    step = train_step(
         net, optimizer, objective, attack, Accelerator(cpu=True), class_counts=torch.full((10,), 5), seed=3, **options
     )
     totals = step([pixel_batch(x, y) for x, y in batches], epoch=epoch, step=0)

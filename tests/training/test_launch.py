@@ -14,6 +14,7 @@ import torch.distributed.elastic.agent.server
 from huggingface_hub.utils import enable_progress_bars
 from safetensors.torch import load_file
 
+from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training import environment
 from ham_hf.training.checkpoint import load_best
@@ -233,7 +234,7 @@ def test_weights_selected_before_mining_are_told_in_log_report_and_card(tmp_path
         weights, best = load_best(where)
         return weights, best | {"epoch": 0}
 
-    monkeypatch.setattr(recipe, "load_best", first_epoch_was_best)
+    monkeypatch.setattr(training_run, "load_best", first_epoch_was_best)
     try:
         recipe.main([*SMALL, "--limit_train_examples=60", "--limit_test_examples=20", f"--output_dir={folder}",
                      "--per_device_train_batch_size=16"])  # fmt: skip

@@ -19,10 +19,11 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import prepare
-from ham_hf.training.train_step import NonFiniteLossError, TrainStep
+from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
 from tests.support.nets import pixel_batch
 from tests.support.training import ATTACK, config, image_data, log_of, make_net
+from tests.support.updates import train_step
 
 
 def scaled_accelerator(scale, growth_interval=2000):
@@ -51,7 +52,7 @@ def step_of(accelerator, objective=PGDAT(), **options):  # noqa: B008 (frozen)
     net = small_net()
     wrapped, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9))
     attack = Attack(threat_model=ThreatModel("linf", 0.05), num_steps=2, step_size=0.03)
-    return net, TrainStep(
+    return net, train_step(
         wrapped, optimizer, objective, attack, accelerator, class_counts=torch.full((3,), 4), seed=0, **options
     )
 

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM, PGDAT, Method
 from ham_hf.methods.base import OuterBatch
-from ham_hf.training.train_step import NonFiniteLossError, TrainStep
+from ham_hf.training.train_step import NonFiniteLossError
 from tests.support.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 from tests.support.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch
+from tests.support.updates import train_step
 
 NO_ATTACK = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.01)
 MINE_NOW = HAM(mining_start_epoch=0, mining_step=1)
@@ -32,7 +33,7 @@ def accelerator():
 def make_step(net, accelerator, objective=MINE_NOW, attack=NO_ATTACK, *, num_classes=4, optimizer=None, **options):
     optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=1.0)
     counts = torch.full((num_classes,), 10)
-    return TrainStep(net, optimizer, objective, attack, accelerator, class_counts=counts, seed=0, **options)
+    return train_step(net, optimizer, objective, attack, accelerator, class_counts=counts, seed=0, **options)
 
 
 class Recorded(torch.optim.SGD):

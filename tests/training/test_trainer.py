@@ -17,9 +17,10 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.log import RunLog, end_training, start_tracker
+from ham_hf.training.log import RunLog
 from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
+from ham_hf.training.trackers import end_training, start_trackers
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
 from ham_hf.training.validation import HeldOutAccuracy
@@ -391,15 +392,16 @@ def test_a_tracker_that_fails_stops_no_training(tmp_path, caplog, monkeypatch):
 
 
 @pytest.mark.faults(quick=True)
-def test_a_tracker_that_cannot_begin_is_refused_and_one_that_cannot_end_is_only_said(caplog, monkeypatch):
+def test_a_tracker_that_cannot_begin_is_refused_and_one_that_cannot_end_is_only_said(tmp_path, caplog, monkeypatch):
     accelerator = Accelerator(cpu=True)
+    accelerator.log_with = ["wandb"]
 
     def nobody(*_, **__):
         raise RuntimeError("no API key configured")
 
     monkeypatch.setattr(accelerator, "init_trackers", nobody)
     with pytest.raises(ValueError, match=r"--report_to wandb could not begin: no API key .*--report_to none"):
-        start_tracker(accelerator, "wandb", {"seed": 0})
+        start_trackers(accelerator, tmp_path, {"project": "p", "run_name": None, "trackio_space_id": None}, step=0)
     monkeypatch.setattr(accelerator, "end_training", nobody)
     end_training(accelerator)
     assert "the tracker did not end well" in caplog.text
@@ -544,6 +546,20 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
     again = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
     again.resume()
     assert again.progress.changes == progress.changes, "said once, and kept"
+
+
+def test_settings_that_change_when_training_is_complete_train_nothing(finished, tmp_path, caplog):
+    folder, _, run = finished
+    shutil.copytree(folder, tmp_path / "run")
+    again = trainer(tmp_path / "run", max_steps=run.total_steps, resume_from_checkpoint="latest")
+    again.resume()
+    (sentence,) = again.progress.changes
+    assert sentence.startswith(
+        f"After update {run.total_steps}, the last, the run was started again with --max_steps "
+    )
+    assert sentence.endswith(", and trained no more.")
+    assert again.progress.changeable == run.progress.changeable, "what it was trained with"
+    assert "the card will say so" in caplog.text
 
 
 def test_checkpoints_from_before_schedules_were_noted_go_on_with_a_warning(finished, caplog):

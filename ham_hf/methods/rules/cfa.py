@@ -46,48 +46,44 @@ class CFARule(RadiusRule, WeightRule):
 
     @property
     def scales_radii(self) -> bool:
-        """See `RadiusRule.scales_radii`."""
         return self.cfa_margin
 
     def weighs(self, loss: BaseLoss) -> bool:
-        """See `WeightRule.weighs`."""
         return super().weighs(loss) and self.cfa_regularization
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: robust accuracies (-1 = not known) and the counts they are made of."""
+        """Robust accuracies (-1 = not known) and the counts they are made of."""
         return {
             "robust_accuracy": torch.full_like(class_counts, -1.0),
             "counts": class_counts.new_zeros(len(class_counts), 2),
         }
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return num_classes, 2
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """See `Stateful.observe`: correct and all examples of each class."""
+        """Count correct and all examples of each class."""
         correct = (predicted(logits) == y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`. A class that was not seen keeps what is known of it."""
+        """Update the robust accuracies; a class without examples keeps its last one."""
         correct, count = state["counts"].unbind(1)
         state["robust_accuracy"] = torch.where(count > 0, correct / count.clamp(min=1), state["robust_accuracy"])
         state["counts"].zero_()
 
     def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `RadiusRule.class_attack`: (lambda1 + robust accuracy) times epsilon; the step is not scaled."""
+        """Scale epsilon by lambda1 + robust accuracy; the step is not scaled."""
         if epoch < self.cfa_start_epoch or not self.scales_radii:
             return None
         factor = calibrated(state["robust_accuracy"], self.cfa_lambda1)
         return factor * attack.threat_model.epsilon, torch.ones_like(factor) * attack.step_size
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `WeightRule.class_weight`: (CE + beta_c KL) / (1 + beta_c), beta_c = (lambda2 + accuracy) beta.
+        """Weigh so that the loss is (CE + beta_c KL) / (1 + beta_c), beta_c = (lambda2 + accuracy) beta.
 
         Before the first such epoch beta_c is beta: the loss is that of TRADES divided by 1 + beta.
         """

@@ -46,48 +46,46 @@ class CFOLRule(WeightRule):
 
     @classmethod
     def lent(cls, **options: Any) -> ClassRule:  # noqa: ANN401
-        """See `ClassRule.lent`: a weight, unless the options say otherwise."""
+        """A weight, unless the options say otherwise."""
         return cls(**{"cfol_as": "weight", **options})
 
     @property
     def draws_classes(self) -> bool:
-        """See `ClassRule.draws_classes`: not as a weight."""
+        """Whether the rule is used as a sampler."""
         return self.cfol_as == "sampler"
 
     def weighs(self, loss: BaseLoss) -> bool:
-        """See `WeightRule.weighs`: not as a sampler."""
+        """Whether the loss allows it and the rule is used as a weight."""
         return super().weighs(loss) and self.cfol_as == "weight"
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: log-weights, the base, and the probabilities in force for this epoch."""
+        """Log-weights, the base, and the probabilities in force for this epoch."""
         weight = class_counts if self.cfol_base == "empirical" else (class_counts > 0).to(class_counts)
         state = {"log_weight": torch.zeros_like(class_counts), "base": weight / weight.sum()}
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
         return state
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`: settle the probabilities of this epoch's draws."""
+        """Settle the probabilities of this epoch's draws."""
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return (num_classes,)
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """See `Stateful.observe`: misclassified adversarial examples of each class."""
+        """Count the misclassified adversarial examples of each class."""
         return class_sums(predicted(logits) != y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`: divide by the probability that the examples were drawn with."""
+        """Divide by the probability that the examples were drawn with."""
         drawn_with = state["probabilities"] if self.cfol_as == "sampler" else state["base"]
         state["log_weight"] += torch.where(drawn_with > 0, self.cfol_eta * sums / drawn_with, 0.0)
 
     def class_probabilities(self, state: State) -> Tensor | None:
-        """See `ClassRule.class_probabilities`."""
         return state["probabilities"] if self.cfol_as == "sampler" else None
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `WeightRule.class_weight`: the mixture times the number of classes, for every term."""
+        """Weigh every term by the mixture times the number of classes."""
         if not self.weighs(loss):
             return None
         num_present = (state["base"] > 0).sum()

@@ -42,7 +42,7 @@ class DAFARule(RadiusRule, WeightRule):
         return self.dafa_start_epoch
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: the weights, and the sums they are made of."""
+        """The weights, and the sums they are made of."""
         num_classes = len(class_counts)
         return {
             "weight": torch.ones_like(class_counts),
@@ -50,32 +50,28 @@ class DAFARule(RadiusRule, WeightRule):
         }
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return (num_classes, num_classes + 1) if epoch == self.dafa_start_epoch - 1 else None
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """See `Stateful.observe`: sums of the class probabilities, and a count, per true class."""
+        """Sum the class probabilities, and count, per true class."""
         probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
         return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["sums"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         if epoch == self.dafa_start_epoch:
             counts = state["sums"][:, -1:]
             state["weight"] = dafa_weights(state["sums"][:, :-1] / counts.clamp(min=1), self.dafa_lambda).clamp(min=0)
 
     def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `RadiusRule.class_attack`."""
         if epoch < self.dafa_start_epoch:
             return None
         return state["weight"] * attack.threat_model.epsilon, state["weight"] * attack.step_size
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `WeightRule.class_weight`: the first term is weighted, KL terms are not."""
+        """Weigh the first term; KL terms are not weighted."""
         if epoch < self.dafa_start_epoch:
             return None
         others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)

@@ -47,24 +47,23 @@ class FAALRule(WeightRule):
     faal_radius: float = setting(0.5, "largest KL divergence of the class weights from equal ones", at_least=0)
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: the class weights, 1 on average over classes with training images."""
+        """The class weights, 1 on average over classes with training images."""
         present = (class_counts > 0).to(class_counts)
         return {"weight": present.clone(), "present": present}
 
     def preview(self, logits: Tensor, y: Tensor, num_classes: int) -> Tensor:
-        """See `WeightRule.preview`: sum over each class of the largest other probability minus the true one."""
+        """Sum over each class the largest other probability minus the true one."""
         probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
         true = probabilities.gather(1, y[:, None])
         runner_up = probabilities.scatter(1, y[:, None], 0.0).amax(1, keepdim=True)
         return class_sums((runner_up - true).squeeze(1), y, num_classes)
 
     def before_update(self, state: State, sums: Tensor) -> None:
-        """See `WeightRule.before_update`."""
         present = state["present"] > 0
         state["weight"] = state["present"].sum() * worst_case_weights(sums, self.faal_radius, present)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `WeightRule.class_weight`: the same for every term."""
+        """Weigh every term alike."""
         return state["weight"].expand(loss.num_terms, -1)
 
 

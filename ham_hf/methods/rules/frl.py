@@ -46,15 +46,13 @@ class FRLRule(RadiusRule, WeightRule):
 
     @property
     def scales_radii(self) -> bool:
-        """See `RadiusRule.scales_radii`."""
         return self.frl_margin
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: multipliers of clean and boundary error, and half the log of the radius."""
+        """Multipliers of clean and boundary error, and half the log of the radius."""
         return {"multipliers": class_counts.new_zeros(2, len(class_counts)), "radius": torch.zeros_like(class_counts)}
 
     def wants_held_out(self, epoch: int) -> bool:
-        """See `ClassRule.wants_held_out`."""
         return True
 
     def held_out_sums(
@@ -68,7 +66,7 @@ class FRLRule(RadiusRule, WeightRule):
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `ClassRule.held_out_sums`: images, images right when clean, and images right after PGD-20.
+        """Count images, images right when clean, and images right after PGD-20.
 
         PGD takes steps of epsilon / 4. The last count is by its prediction alone, also where the clean one is wrong.
         """
@@ -79,7 +77,6 @@ class FRLRule(RadiusRule, WeightRule):
         return class_sums(torch.stack([torch.ones_like(right[0]), *right], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `ClassRule.after_held_out`."""
         excess = excess_errors(sums) - self.frl_bound
         rate = self.frl_rate1 * 0.5 ** ((epoch + 1) // 40)
         moved = state["multipliers"] + torch.stack([rate * excess[0], 2 * rate * excess[1]])
@@ -88,14 +85,14 @@ class FRLRule(RadiusRule, WeightRule):
             state["radius"] = state["radius"] + self.frl_rate2 * excess[1]
 
     def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
-        """See `RadiusRule.class_attack`: 0.98 to 3 times epsilon; the step is a quarter of the largest radius."""
+        """Scale epsilon by 0.98 to 3; the step is a quarter of the largest radius."""
         if not self.scales_radii:
             return None
         radius = attack.threat_model.epsilon * (2 * state["radius"]).exp().clamp(0.98, 3)
         return radius, (radius.amax() / 4).expand_as(radius)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `WeightRule.class_weight`: the authors' weights times the number of classes, so that 1 is plain."""
+        """The authors' weights times the number of classes, so that 1 is plain."""
         multipliers = state["multipliers"]
         return 1 + multipliers.shape[1] * (multipliers - multipliers.mean(1, keepdim=True))
 
@@ -108,7 +105,6 @@ class _OnTrades(Method):
 
     @property
     def loss(self) -> BaseLoss:
-        """See `Method.loss`."""
         return TradesLoss(beta=self.beta)
 
 

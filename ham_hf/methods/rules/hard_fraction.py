@@ -51,24 +51,21 @@ class HardFractionRule(WeightRule):
         return max(1, self.hard_fraction_start_epoch)
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: the weights, and wrong and all examples seen in this epoch."""
+        """The weights, and wrong and all examples seen in this epoch."""
         return {"weight": torch.ones_like(class_counts), "counts": class_counts.new_zeros(len(class_counts), 2)}
 
     def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """See `Stateful.observed_shape`."""
         return num_classes, 2
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """See `Stateful.observe`: wrong and all examples of each class."""
+        """Count wrong and all examples of each class."""
         wrong = (predicted(logits) != y).to(statistics_dtype(logits.device))
         return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """See `Stateful.after_update`."""
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """See `Stateful.before_epoch`."""
         state["weight"] = hard_fraction_weights(
             *state["counts"].unbind(1),
             strength=self.hard_fraction_strength,
@@ -78,7 +75,7 @@ class HardFractionRule(WeightRule):
         state["counts"].zero_()
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """See `WeightRule.class_weight`: of the first term alone."""
+        """Weigh the first term alone."""
         if epoch < self.warmup_epochs:
             return None
         others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)

@@ -37,12 +37,12 @@ class WATRule(WeightRule):
     wat_eta: float = setting(0.1, "how fast weight moves to costly classes", at_least=0)
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """See `Stateful.initial_state`: cumulative cost and weight of the classes and, last, of the average."""
+        """Cumulative cost and weight of the classes and, last, of the average."""
         cost = class_counts.new_zeros(len(class_counts) + 1)
         return {"cost": cost, "weight": torch.ones_like(cost)}
 
     def wants_held_out(self, epoch: int) -> bool:
-        """See `ClassRule.wants_held_out`: after every epoch, that is, before every epoch but the first."""
+        """True after every epoch, that is, before every epoch but the first."""
         return epoch > 0
 
     def held_out_sums(
@@ -56,7 +56,7 @@ class WATRule(WeightRule):
         num_classes: int,
         generator: torch.Generator,
     ) -> Tensor:
-        """See `ClassRule.held_out_sums`: number of images, and sum of the loss under its own attack."""
+        """Count the images, and sum the loss under its own attack."""
         x_adv = attack(
             model,
             x,
@@ -70,12 +70,11 @@ class WATRule(WeightRule):
         return class_sums(torch.stack([torch.ones_like(terms[0]), cost], 1), y, num_classes).T
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:
-        """See `ClassRule.after_held_out`."""
         state["cost"] = state["cost"] + mean_costs(sums)
         state["weight"] = hedge_weights(state["cost"], self.wat_eta)
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor:
-        """See `WeightRule.class_weight`: a class's own weight plus that of the average, for every term."""
+        """Weigh every term by the class's weight plus that of the average."""
         weight = state["weight"]
         return (weight[:-1] + weight[-1]).expand(loss.num_terms, -1)
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
+from ham_hf.evaluation import AttackResult
+from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
-from ham_hf.runs import align_classes, example_strip, threat_model_of
-from ham_hf.training.log import check_tracker, read_log
+from ham_hf.reporting.class_examples import example_strip
+from ham_hf.training.log import read_log
 from tests.support.nets import TensorImages
 
 PREPROCESSING = Preprocessing(
@@ -144,18 +146,40 @@ def test_a_norm_without_a_usual_radius_needs_one():
         threat_model_of(EvaluationThreatConfig(norm="l2"), loaded(metadata={"norm": "linf", "epsilon": 0.1}))
 
 
-def test_shown_images_are_of_different_classes():
+def outcome(labels, withstood):
+    """An evaluation in which every image is right as it is, and those of ``withstood`` under PGD."""
+
+    def result(name, flags):
+        return AttackResult(
+            name=name,
+            settings={},
+            flags=flags,
+            predictions=torch.where(flags, labels, (labels + 1) % 20),
+            margins=torch.where(flags, 1.0, -1.0),
+            labels=labels,
+            indices=torch.arange(len(labels)),
+            seconds=1.0,
+        )
+
+    return {"clean": result("clean", torch.ones_like(withstood)), "pgd-2": result("pgd-2", withstood)}
+
+
+def test_shown_images_are_of_the_worst_classes():
     labels = torch.arange(60) % 20
     labels[labels == 3] = 4
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 20))
     images = TensorImages(torch.rand(60, 1, 4, 4), labels)
     config = EvaluationConfig(eval_num_steps=2)
-    strip = example_strip(net, images, config, threat_model=ThreatModel("linf", 0.1), seed=0)
-    assert len(strip.labels) == len(strip.labels.unique()) == 8
-    assert 3 not in strip.labels
+    linf = ThreatModel("linf", 0.1)
+    weak = [0, 5, 7]
+    results = outcome(labels, ~torch.isin(labels, torch.tensor(weak)))
+    strip = example_strip(net, images, config, results, threat_model=linf, seed=0)
+    assert strip.labels.tolist() == [*weak, 1, 2, 4, 6, 8]
     assert 0 < (strip.adversarial - strip.clean).abs().max() <= 0.1 + 1e-6
     few = TensorImages(torch.rand(2, 1, 4, 4), torch.tensor([1, 1]))
-    assert len(example_strip(net, few, EvaluationConfig(), threat_model=ThreatModel(), seed=0).labels) == 1
+    alone = outcome(few.labels, torch.tensor([True, False]))
+    for found in (alone, {"clean": alone["clean"]}):
+        assert example_strip(net, few, config, found, threat_model=linf, seed=0).labels.tolist() == [1]
 
 
 def test_log_line_that_was_cut_off_is_left_out(tmp_path):
@@ -163,10 +187,3 @@ def test_log_line_that_was_cut_off_is_left_out(tmp_path):
     assert read_log(path) == []
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_log(path) == [{"step": 1}]
-
-
-def test_tracker_without_its_package_is_refused():
-    check_tracker("none")
-    check_tracker("tensorboard")
-    with pytest.raises(ValueError, match="pip install trackio"):
-        check_tracker("trackio")

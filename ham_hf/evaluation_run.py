@@ -1,0 +1,261 @@
+"""One evaluation of a model that exists: check, measure, write; what a calibration of such a model shares with it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import CalibrateConfig, EvaluateConfig, config_to_dict
+from ham_hf.config.yaml_text import setting_words
+from ham_hf.data import TestData, load_test_data
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult
+from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import Workplace, evaluate_corrupted, evaluate_on_test
+from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.fitting import align_classes, threat_model_of, what_trained
+from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.invocation import command
+from ham_hf.models import LoadedModel, load_pixel_model
+from ham_hf.reporting.breakdown_tables import breakdown_tables
+from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import evaluation_report, write_evaluation
+from ham_hf.terminal import hide_progress_bars, show
+from ham_hf.training.launch import create_accelerator, launched_processes
+from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
+
+logger = logging.getLogger("ham_hf.evaluate")
+
+
+ConfigT = TypeVar("ConfigT", EvaluateConfig, CalibrateConfig)
+
+WAY_ON = "the same command"
+NOT_THE_NUMBERS = frozenset(
+    {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
+     "hub_model_id", "publish_images", "dataloader_num_workers"}
+)  # fmt: skip
+"""Settings that change nothing of what is measured."""
+
+FAULTS = (
+    NonFiniteLogitsError,
+    MemoryExhaustedError,
+    CorruptImageError,
+    FaultError,
+    ForeignAttackError,
+    OSError,
+)
+"""What may go wrong on the way and says itself what to do."""
+
+
+def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> None:
+    """Run an evaluation or a calibration with the lock of its output folder, and say how to resume after Ctrl-C."""
+    if config.disable_tqdm:
+        hide_progress_bars()
+    try:
+        with RunLock(config.output_path) as lock:
+            run(config, lock)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        raise SystemExit(130) from None
+
+
+def workplace(config: EvaluateConfig | CalibrateConfig, accelerator: Accelerator) -> Workplace:
+    """Where the evaluation of a configuration runs."""
+    return Workplace(
+        accelerator=accelerator,
+        seed=config.seed,
+        output_dir=config.output_path,
+        show_progress=not config.disable_tqdm,
+    )
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """End the process with a message for what is refused before the work begins."""
+    with clean_exit(ValueError):
+        world = launched_processes()
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
+        yield
+
+
+@contextmanager
+def faults_of_work(memory_way_out: str) -> Iterator[None]:
+    """End the process with a message for what may go wrong on the way and says itself what to do."""
+    with (
+        clean_exit(*FAULTS),
+        explain_faults(num_processes=launched_processes(), way_on=WAY_ON),
+        explain_out_of_memory(memory_way_out),
+    ):
+        yield
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Job:
+    """What was checked and loaded: ``model`` has its logits in the order of the dataset's classes."""
+
+    config: EvaluateConfig
+    accelerator: Accelerator
+    loaded: LoadedModel
+    model: nn.Module
+    class_order: str
+    data: TestData
+    threat_model: ThreatModel
+    foreign: Sequence[ForeignAttack]
+
+
+class _Found(NamedTuple):
+    """What each attack did, and what came out on corrupted images."""
+
+    results: dict[str, AttackResult]
+    corrupted: Sequence[CorruptionResult]
+
+
+def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
+    """Run one evaluation; ``lock`` is acquired here, on the main process."""
+    with refusals():
+        job = _prepare(config, lock)
+    logger.info("evaluating %s on %d images of %s", config.model, len(job.data.test), job.data.name)
+    way_out = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory (--use_cpu takes the CPU's)"
+    )
+    with faults_of_work(way_out):
+        found = _measure(job)
+    if job.accelerator.is_main_process:
+        _write(job, found)
+    is_main_process = job.accelerator.is_main_process
+    job.accelerator.end_training()
+    if is_main_process and config.hub.push_to_hub:
+        with clean_exit(PushError):
+            url = push_evaluation(
+                config.output_path,
+                str(config.repo_id),
+                create_pr=config.hub.create_pr,
+                publish_images=config.hub.publish_images,
+            )
+        show(f"pushed to {url}\n")
+
+
+def check_push(config: EvaluateConfig) -> None:
+    """Refuse a push that could not work, before anything is computed.
+
+    Raises:
+        ValueError: saying what to fix.
+    """
+    if config.hub.create_pr:
+        check_pull_request(str(config.repo_id))
+    else:
+        check_write_access(config.repo_id, private=False)
+
+
+def shell_command(config: EvaluateConfig) -> str:
+    """The words that measure the same again, without where things lie on this machine."""
+    settings = config_to_dict(config)
+    defaults = config_to_dict(EvaluateConfig(model=config.model))
+    given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
+    for name, value in settings.items():
+        if name not in NOT_THE_NUMBERS and value != defaults[name]:
+            given.setdefault(name, value)
+    return shlex.join([*command("evaluate").split(), plain_name(config.model), *setting_words(given)])
+
+
+def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
+    """Everything that can be refused, before anything is written."""
+    if config.evaluation.autoattack:
+        require_autoattack()
+    check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
+    accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        check_push(config)
+    foreign = load_foreign_attacks(config.more.foreign_attack)
+    loaded = load_pixel_model(config.model, revision=config.model_revision)
+    chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
+    threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+    with accelerator.main_process_first():
+        data = load_test_data(
+            config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
+        )
+    model, class_order = align_classes(loaded, data.class_names)
+    if accelerator.is_main_process:
+        lock.acquire()
+        clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
+    accelerator.wait_for_everyone()
+    return _Job(
+        config=config,
+        accelerator=accelerator,
+        loaded=loaded,
+        model=model,
+        class_order=class_order,
+        data=data,
+        threat_model=threat_model,
+        foreign=foreign,
+    )
+
+
+def _measure(job: _Job) -> _Found:
+    """Every attack on every test image, and the corruptions that are asked for."""
+    config, place = job.config, workplace(job.config, job.accelerator)
+    model = job.model.to(job.accelerator.device).to(memory_format=torch.channels_last)
+    results = evaluate_on_test(
+        model,
+        job.data,
+        config.evaluation,
+        threat_model=job.threat_model,
+        place=place,
+        foreign=job.foreign,
+    )
+    corrupted = evaluate_corrupted(
+        model,
+        job.data,
+        config.more,
+        place=place,
+        batch_size=config.evaluation.per_device_eval_batch_size,
+    )
+    return _Found(results, corrupted)
+
+
+def _write(job: _Job, found: _Found) -> None:
+    """Predictions, report, figures, page and card section into the output folder, and the table onto the terminal."""
+    config, data, threat_model = job.config, job.data, job.threat_model
+    report = evaluation_report(
+        config,
+        job.loaded,
+        data,
+        found.results,
+        job.accelerator,
+        threat_model=threat_model,
+        class_order=job.class_order,
+        corrupted=found.corrupted,
+    )
+    with clean_exit(CorruptImageError, OSError):
+        images, settings, seed = data.test, config.evaluation, config.seed
+        examples = example_strip(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
+        of_classes = class_examples(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
+        write_evaluation(
+            report,
+            config.output_path,
+            results=found.results,
+            examples=examples,
+            command=shell_command(config),
+            of_classes=of_classes,
+            groups=data.groups,
+        )
+    remove_partial_results(config.output_path)
+    tables = [results_table(report), *breakdown_tables(report)]
+    show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")

@@ -1,0 +1,104 @@
+"""Results of a report in the two forms that the Hub reads: ``model-index`` in the card, and ``.eval_results/*.yaml``.
+
+The second is what model pages and leaderboards of benchmarks are made of; the client writes it since version 1.31, our
+lowest. It names a dataset of the Hub, so results on local images are in the card alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+
+from ham_hf.files import atomic_write
+from ham_hf.reporting.report import AttackReport, RunReport, fraction_text, plain_text
+
+EVAL_RESULTS = ".eval_results"
+
+
+def model_index(report: RunReport) -> list[EvalResult]:
+    """Average, worst class and gap of each evaluation, values in [0, 1]."""
+    return [entry for attack in report.entries() for entry in _model_index(report, attack)]
+
+
+def eval_results(report: RunReport) -> list[EvalResultEntry]:
+    """Average and worst class of each evaluation, values in [0, 1]; nothing where the dataset is not on the Hub.
+
+    Tasks are called by evaluation and metric, such as ``autoattack`` and ``autoattack_worst_class``; the threat model,
+    the images and the worst class are in the notes. No dataset of the Hub defines such tasks yet: the names are ours.
+    """
+    dataset = report.dataset
+    if dataset.hub_id is None:
+        return []
+    threat = f"{report.threat_model.norm}, epsilon {fraction_text(report.threat_model.epsilon)}"
+    revision = dataset.revision if re.fullmatch(r"[0-9a-f]{40}", dataset.revision or "") else None
+    entries = []
+    for attack in report.entries():
+        summary = attack.summary
+        images = f"{summary.num_examples} of {dataset.num_test} test images"
+        notes = images if attack.name == "clean" else f"{threat}; {images}"
+        worst = plain_text(dataset.class_names[summary.worst_class_index], 60)
+        for task, value, of in (
+            (attack.name, summary.average, notes),
+            (f"{attack.name}_worst_class", summary.worst_class, f"{notes}; class {worst}"),
+        ):
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=dataset.hub_id,
+                    task_id=task,
+                    value=round(value, 6),
+                    dataset_revision=revision,
+                    date=report.created,
+                    notes=f"{of}; measured by ham_hf",
+                )
+            )
+    return entries
+
+
+def write_eval_results(report: RunReport, folder: str | Path, *, suffix: str = "") -> Path | None:
+    """Write ``.eval_results/OWNER-NAME.yaml``, called by the dataset, into ``folder``; None where there is nothing.
+
+    ``suffix`` is put behind the name, so that the evaluation of a model stands beside what its training run said.
+    """
+    entries = eval_results(report)
+    if not entries:
+        return None
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", str(report.dataset.hub_id)) + suffix
+    path = Path(folder) / EVAL_RESULTS / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+    return path
+
+
+def _test_split(origin: str) -> str:
+    """Name of the split that the test images are from, also if they were held out of it."""
+    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
+    return plain_text(held_out[1] if held_out else origin)
+
+
+def _model_index(report: RunReport, attack: AttackReport) -> list[EvalResult]:
+    summary, dataset = attack.summary, report.dataset
+    label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
+    name = dataset.title
+    shared: dict[str, Any] = {
+        "task_type": "image-classification",
+        "task_name": "Image Classification",
+        "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
+        "dataset_name": name,
+        "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
+        "dataset_split": _test_split(dataset.test_split_origin),
+        "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
+        "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
+    }
+    metrics = (
+        ("accuracy", label, summary.average),
+        ("worst_class_accuracy", f"{label}, worst class", summary.worst_class),
+        ("class_accuracy_gap", f"{label}, gap between best and worst class", summary.gap),
+    )
+    return [
+        EvalResult(metric_type=metric, metric_name=title, metric_value=round(value, 6), **shared)
+        for metric, title, value in metrics
+    ]

@@ -1,0 +1,418 @@
+"""One training run from its configuration to the pushed folder: check, prepare, fit, evaluate, write, push."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+
+from ham_hf.attacks import ThreatModel
+from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.data import ImageData, load_image_data
+from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.provenance import plain_name
+from ham_hf.data.shards import StreamError
+from ham_hf.dial import HeldOut, check_head, fold_into, set_dial, validation_part
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
+from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.faults import (
+    FaultError,
+    MemoryExhaustedError,
+    clean_exit,
+    explain_faults,
+    explain_out_of_memory,
+    explain_unfinished,
+)
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
+from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
+from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.source import resolve_source
+from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
+from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.results import (
+    model_section,
+    overflow_notes,
+    training_report,
+    training_section,
+    write_config,
+    write_training,
+)
+from ham_hf.terminal import show
+from ham_hf.training.checkpoint import check_resume_name, load_best
+from ham_hf.training.launch import (
+    check_shared_folder,
+    create_accelerator,
+    launched_processes,
+    peak_memory_bytes,
+)
+from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
+from ham_hf.training.stopping import StopRequests, TrainingStopped
+from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
+from ham_hf.training.train_step import NonFiniteLossError
+from ham_hf.training.trainer import Progress, Trainer
+
+logger = logging.getLogger("ham_hf.train")
+
+FAULTS = (
+    NonFiniteLossError,
+    NonFiniteLogitsError,
+    MemoryExhaustedError,
+    CorruptImageError,
+    StreamError,
+    FaultError,
+    OSError,
+)
+"""What may go wrong on the way and says itself what to do."""
+WAY_OUT = (
+    "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+    "memory; --resume_from_checkpoint latest trains nothing again"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is checked and put together.
+
+    Attributes:
+        config: its settings; the accumulation is that of this number of processes.
+        accelerator: what it runs on.
+        data: its images.
+        preprocessing: what goes with the model.
+        selected: takes the selected weights; the trainer changes the forward and the place of its own network.
+        trainer: trains the model.
+        held_out: images to find class shifts on; None if none are asked for.
+        base_model: Hub id of the pretrained weights, if it starts from such.
+        repo_id: repository to push to; None on the other processes, and if nothing is pushed.
+        pushes: those of its saves.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    data: ImageData
+    preprocessing: Preprocessing
+    selected: PixelModel
+    trainer: Trainer
+    held_out: HeldOut | None
+    base_model: str | None
+    repo_id: str | None
+    pushes: SavePushes
+
+    @property
+    def folder(self) -> Path:
+        """Its output folder."""
+        return Path(self.config.training.output_dir)
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """Norm and radius of every attack."""
+        return self.config.attack.threat_model
+
+
+class Trained(NamedTuple):
+    """What training leaves in memory: its progress, and the peak of memory in bytes, where that is known."""
+
+    progress: Progress
+    peak_memory: int | None
+
+
+class Evaluated(NamedTuple):
+    """The selected weights, measured: their state, what each attack did, and the class shifts folded into them."""
+
+    best: Mapping[str, Any]
+    results: Mapping[str, AttackResult]
+    calibration: CalibrationReport | None
+    record: Mapping[str, object] | None
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuse what can be refused without data, network or other processes.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    training = config.training
+    chosen_trackers(training.report_to)
+    check_optimizer(training.optimizer)
+    if config.evaluation.autoattack:
+        require_autoattack()
+    folder = Path(training.output_dir)
+    if training.resume_from_checkpoint is not None:
+        check_resume_name(folder, training.resume_from_checkpoint)
+    check_output_dir(folder, overwrite=training.overwrite_output_dir, resume_from=training.resume_from_checkpoint)
+
+
+def prepare(config: TrainConfig, lock: RunLock) -> Run:
+    """Load data and model and put the trainer together; nothing is written yet but the lock.
+
+    Raises:
+        ValueError: for everything that does not fit together.
+        FaultError: if processes do not find each other.
+    """
+    hub, seed = config.hub, config.training.seed
+    inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
+    # Asked now: at the end of a long run the source may be gone.
+    base_model = resolve_source(config.model.model_name).hub_id if config.model.pretrained else None
+    accelerator = start_accelerator(config, lock)
+    repo_id = None
+    if hub.push_to_hub and accelerator.is_main_process:
+        repo_id = check_write_access(
+            hub.hub_model_id, private=hub.hub_private_repo, revision=hub.hub_revision, space=hub.hub_space
+        )
+    with accelerator.main_process_first():
+        data = load_image_data(config.data, inputs, seed=seed, image_size=config.model.image_size)
+    model, preprocessing = new_model(config.model, data, seed=seed)
+    # Made now, before the trainer changes its own.
+    selected = copy.deepcopy(model)
+    held_out = None
+    if config.calibration.is_asked_for:
+        held_out = validation_part(data, seed=seed)
+        check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
+    # The other processes wait --ddp_timeout for this one.
+    patience = min(60.0, config.training.ddp_timeout / 8)
+    pushes = SavePushes(config.training.output_dir, str(repo_id), revision=hub.hub_revision, patience=patience)
+
+    def export_and_push(trainer: Trainer) -> None:
+        def export() -> None:
+            selected.load_state_dict(trainer.selected_weights())
+            export_model(selected, config, data, preprocessing)
+
+        pushes.push(export, commit_message=f"Step {trainer.progress.step}")
+
+    trainer = new_trainer(
+        model,
+        data,
+        preprocessing,
+        config,
+        accelerator,
+        after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
+    )
+    return Run(
+        # With another number of processes than before, the accumulation is another one too.
+        config=replace(config, training=trainer.config),
+        accelerator=accelerator,
+        data=data,
+        preprocessing=preprocessing,
+        selected=selected,
+        trainer=trainer,
+        held_out=held_out,
+        base_model=base_model,
+        repo_id=repo_id,
+        pushes=pushes,
+    )
+
+
+def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
+    """The accelerator of the run; the main process locks the output folder."""
+    training = config.training
+    accelerator = create_accelerator(
+        use_cpu=training.use_cpu,
+        mixed_precision=training.mixed_precision,
+        trackers=chosen_trackers(training.report_to),
+        logging_dir=Path(training.output_dir) / LOGS_NAME,
+        ddp_timeout=training.ddp_timeout,
+    )
+    if accelerator.is_main_process:
+        lock.acquire()
+    return accelerator
+
+
+def new_trainer(
+    model: PixelModel,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    after_save: Callable[[Trainer], None] | None,
+) -> Trainer:
+    """The trainer that a configuration describes."""
+    return Trainer(
+        model,
+        data,
+        config.method,
+        config.attack.attack,
+        config.training,
+        accelerator,
+        eval_batch_size=config.evaluation.per_device_eval_batch_size,
+        after_save=after_save,
+        plan_besides={
+            "model_args": config_to_dict(config)["model_args"],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+        },
+    )
+
+
+def begin(run: Run) -> None:
+    """Take up the checkpoint that is named, if one is, and write the configuration: from here on there is a run."""
+    training = run.config.training
+    run.trainer.resume()
+    if run.accelerator.is_main_process:
+        if training.overwrite_output_dir:
+            clear_output_dir(run.folder, OWNED_BY_TRAINING)
+        write_config(run.config, run.folder)
+    patience = min(40.0, training.ddp_timeout / 2)
+    check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+    start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)
+
+
+def fit(run: Run, stop: StopRequests) -> Trained:
+    """Train to the end.
+
+    Raises:
+        TrainingStopped: when a signal or the time limit came first; a checkpoint is written.
+    """
+    logger.info(
+        "training %s on %s: %d images, %d classes, %d updates, %d process(es) on %s",
+        run.config.model.model_name,
+        run.data.name,
+        len(run.data.train),
+        len(run.data.class_names),
+        run.trainer.total_steps,
+        run.accelerator.num_processes,
+        run.accelerator.device,
+    )
+    try:
+        with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), stop.deferred():
+            progress = run.trainer.fit(stop)
+    except TrainingStopped:
+        end_training(run.accelerator)
+        raise
+    peak_memory = peak_memory_bytes(run.accelerator.device)
+    run.accelerator.wait_for_everyone()
+    return Trained(progress, peak_memory)
+
+
+def evaluate(run: Run) -> Evaluated:
+    """Class shifts for the selected weights, from held-out images, if asked for; then the test split, once."""
+    config, calibration, record = run.config, None, None
+    place = Workplace(
+        accelerator=run.accelerator,
+        seed=config.training.seed,
+        output_dir=run.folder,
+        show_progress=not config.training.disable_tqdm,
+    )
+    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
+        weights, best = load_best(run.folder)
+        run.selected.load_state_dict(weights)
+        if run.held_out is not None:
+            calibration = set_dial(
+                run.selected,
+                run.held_out,
+                config.calibration,
+                threat_model=run.threat_model,
+                place=place,
+                batch_size=config.evaluation.per_device_eval_batch_size,
+            )
+            record = fold_into(run.selected, calibration)
+        results = evaluate_on_test(
+            run.selected.to(run.accelerator.device).to(memory_format=run.trainer.train_step.memory_format),
+            run.data,
+            config.evaluation,
+            threat_model=run.threat_model,
+            place=place,
+        )
+    return Evaluated(best, results, calibration, record)
+
+
+def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
+    """Model, report, card and figures into the output folder, and the table onto the terminal; on the main process."""
+    config, data, folder = run.config, run.data, run.folder
+    run.pushes.wait()
+    with clean_exit(FaultError), explain_unfinished(folder):
+        exported = export_model(run.selected, config, data, run.preprocessing, calibration=found.record)
+        model = model_section(config.model.model_name, exported, run.preprocessing, base_model=run.base_model)
+        training = training_section(
+            trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
+        )
+        report = training_report(
+            config,
+            model,
+            training,
+            data,
+            found.results,
+            run.accelerator,
+            calibration=found.calibration,
+            notes=overflow_notes(trained.progress),
+        )
+        examples = example_strip(
+            run.selected,
+            data.test,
+            config.evaluation,
+            found.results,
+            threat_model=run.threat_model,
+            seed=config.training.seed,
+        )
+        of_classes = class_examples(
+            run.selected,
+            data.test,
+            config.evaluation,
+            found.results,
+            threat_model=run.threat_model,
+            seed=config.training.seed,
+        )
+        write_training(
+            report, folder, results=found.results, examples=examples, repo_id=run.repo_id, of_classes=of_classes
+        )
+        remove_partial_results(folder)
+    summaries = {attack.name: attack.summary for attack in report.entries()}
+    track_test_results(run.accelerator, summaries, data.class_names, step=trained.progress.step)
+    if found.calibration is not None:
+        show(f"{exchange_sentence(found.calibration)}\n\n")
+    show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
+
+
+def export_model(
+    model: PixelModel,
+    config: TrainConfig,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    *,
+    calibration: Mapping[str, object] | None = None,
+) -> ExportInfo:
+    """Write ``model.safetensors`` and ``config.json`` for plain timm into the output folder.
+
+    ``calibration`` is the record of the class shifts that are folded into the model, if there are any.
+    """
+    return export_for_timm(
+        model,
+        config.training.output_dir,
+        preprocessing=preprocessing,
+        class_names=data.class_names,
+        metadata={
+            "norm": config.attack.norm,
+            "epsilon": config.attack.epsilon,
+            "method": config.method.name,
+            "dataset": plain_name(data.name),
+            "test_fraction": config.data.test_fraction,
+            "trained_on": data.provenance.record() if data.provenance is not None else None,
+            **({} if calibration is None else {"calibration": dict(calibration)}),
+        },
+        model_license=config.hub.model_license,
+        tag=config.method.name,
+    )
+
+
+def push(run: Run) -> None:
+    """The finished folder to the Hub; on the main process."""
+    hub = run.config.hub
+    with clean_exit(PushError):
+        url = push_folder(
+            run.folder,
+            str(run.repo_id),
+            private=hub.hub_private_repo,
+            revision=hub.hub_revision,
+            commit_message="Robust model",
+            publish_images=hub.publish_images,
+            space=hub.hub_space,
+        )
+    show(f"pushed to {url}\n" + (f"its page is at {space_url(str(run.repo_id))}\n" if hub.hub_space else ""))

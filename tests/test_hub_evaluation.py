@@ -1,0 +1,156 @@
+"""An evaluation goes into somebody's repository as a pull request, and replaces nothing that it should not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi, constants, parse_eval_result_entries
+
+from ham_hf.commands import push
+from ham_hf.config import parse_evaluate_config
+from ham_hf.hub import PushError, check_pull_request, push_evaluation, push_folder
+from ham_hf.reporting.card import evaluation_document, write_card
+from ham_hf.reporting.class_examples import picture
+from ham_hf.reporting.eval_results import write_eval_results
+from ham_hf.reporting.plots import save_figures
+from ham_hf.reporting.report import RunReport, read_report, write_report
+from tests.support.example_report import make_examples, make_report, with_dataset
+from tests.support.hub_server import Hub, Repo
+
+SAID = "<!-- images of the dataset -->"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A Hub that this process talks to as "me", with a model and a dataset of somebody else."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    with Hub({"hf_writer": "me"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        server.repos["model", "you/theirs"] = Repo("model", "you/theirs", private=False)
+        server.repos["dataset", "you/open"] = Repo("dataset", "you/open", private=False)
+        yield server
+
+
+def evaluated(folder: Path, hub_id: str) -> RunReport:
+    """The folder of an evaluation, with an image of the dataset in a figure."""
+    report = with_dataset(make_report(trained=False), name=hub_id, hub_id=hub_id)
+    write_report(report, folder)
+    examples = make_examples(2, in_chans=3, num_classes=10)
+    save_figures(report, folder, examples=examples, train_log=())
+    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command="ham-hf evaluate you/theirs"))
+    write_eval_results(report, folder, suffix="-evaluation")
+    return report
+
+
+def test_an_evaluation_becomes_a_pull_request_in_a_repository_of_somebody_else(hub: Hub, tmp_path: Path) -> None:
+    report = evaluated(tmp_path, "you/open")
+    repo = hub.model("you/theirs")
+    before = repo.resolve("main")
+    check_pull_request("you/theirs")
+    url = push_evaluation(tmp_path, "you/theirs", create_pr=True)
+    assert url == f"{hub.url}/you/theirs/discussions/1"
+    assert repo.resolve("main") == before
+    tree = repo.tree("refs/pr/1")
+    assert {"report.json", "EVALUATION.md", "figures/adversarial_examples.png"} <= tree.keys()
+    entries = parse_eval_result_entries(yaml.safe_load(tree[".eval_results/you-open-evaluation.yaml"].data))
+    found = {entry.task_id: entry.value for entry in entries}
+    assert found["cw-20"] == pytest.approx(report.results["cw-20"].summary.average, abs=1e-6)
+    assert found["cw-20_worst_class"] == pytest.approx(report.results["cw-20"].summary.worst_class, abs=1e-6)
+    assert {entry.dataset_id for entry in entries} == {"you/open"}
+    with pytest.raises(PushError, match=r"(?s)may not write.*--hub_model_id you/theirs\Z"):
+        push_evaluation(tmp_path, "you/theirs", create_pr=False)
+
+
+def test_a_repository_keeps_the_report_of_its_training(hub: Hub, tmp_path: Path) -> None:
+    evaluated(tmp_path / "evaluation", "you/open")
+    trained = write_report(make_report(), tmp_path / "trained")
+    HfApi().create_repo("me/robust")
+    HfApi().upload_file(path_or_fileobj=trained, path_in_repo="report.json", repo_id="me/robust")
+    push_evaluation(tmp_path / "evaluation", "me/robust", create_pr=False)
+    tree = hub.model("me/robust").tree("main")
+    assert tree["report.json"].data == trained.read_bytes()
+    assert {"evaluation/report.json", "evaluation/EVALUATION.md", "evaluation/figures/per_class_accuracy.png"} <= (
+        tree.keys()
+    )
+    assert ".eval_results/you-open-evaluation.yaml" in tree
+
+
+def test_images_that_are_not_public_stay_out_of_cards_and_evaluations(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation"
+    evaluated(folder, "you/closed")
+    push_evaluation(folder, "you/theirs", create_pr=True)
+    push_evaluation(folder, "you/theirs", create_pr=True, publish_images=True)
+    hidden, shown = (hub.model("you/theirs").tree(f"refs/pr/{number}") for number in (1, 2))
+    assert shown.keys() - hidden.keys() == {"figures/adversarial_examples.png"}
+    assert SAID in (folder / "EVALUATION.md").read_text()
+    assert SAID not in hidden["EVALUATION.md"].data.decode()
+    assert shown["EVALUATION.md"].data == (folder / "EVALUATION.md").read_bytes()
+
+    run = tmp_path / "run"
+    report = with_dataset(make_report(), name="you/closed", hub_id="you/closed")
+    write_report(report, run)
+    save_figures(report, run, examples=make_examples(2, in_chans=3, num_classes=10), train_log=())
+    (run / "image.png").write_bytes(picture(torch.rand(3, 8, 8), 8, "PNG"))
+    for name in ("model.safetensors", "config.json"):
+        (run / name).write_text("{}")
+    card = write_card(report, run, repo_id="me/robust", model_license="mit").read_text()
+    assert "`image.png`, in the same folder" in card
+    assert "(figures/adversarial_examples.png)" in card
+    HfApi().create_repo("me/robust")
+    push_folder(run, "me/robust")
+    tree = hub.model("me/robust").tree("main")
+    assert not {"image.png", "figures/adversarial_examples.png"} & tree.keys()
+    pushed = tree["README.md"].data.decode()
+    assert "in the same folder" not in pushed
+    assert "adversarial_examples" not in pushed
+    assert pushed.count("\n## ") == card.count("\n## ")
+
+
+def test_a_pull_request_that_fails_names_the_command_that_opens_it(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "evaluation"
+    evaluated(folder, "you/open")
+    hub.fail("POST .*/commit/", status=503)
+    with pytest.raises(PushError, match=r"push \S+evaluation --hub_model_id you/theirs --create_pr"):
+        push_evaluation(folder, "you/theirs", create_pr=True)
+    push.main([str(folder), "--hub_model_id=you/theirs", "--create_pr"])
+    assert "discussions/1" in capsys.readouterr().out
+    assert read_report(folder).training is None
+
+
+def test_a_pull_request_that_could_not_be_opened_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="--create_pr: there is no model you/gone"):
+        check_pull_request("you/gone")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="--create_pr needs a token"):
+        check_pull_request("you/theirs")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("resnet18.a1_in1k --push_to_hub", "--push_to_hub needs --hub_model_id"),
+        ("me/robust --create_pr", "--create_pr has no effect without --push_to_hub"),
+        ("me/robust --push_to_hub --hub_model_id=robust", "--hub_model_id 'robust': expected owner/name"),
+    ],
+)
+def test_impossible_pushes_are_refused(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_evaluate_config(["--dataset_name=digits", *words.split()])
+    assert problem in capsys.readouterr().err
+
+
+def test_the_repository_is_that_of_the_model() -> None:
+    base = ["--dataset_name=digits", "--push_to_hub"]
+    assert parse_evaluate_config(["hf-hub:you/theirs@v2", *base]).repo_id == "you/theirs"
+    assert parse_evaluate_config(["./", *base, "--hub_model_id=me/x"]).repo_id == "me/x"
