@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
+from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
-from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import read_report, write_report
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
 from tests.support.hub_server import Hub, hub_environment

@@ -16,7 +16,7 @@ from ham_hf.hub import PushError, check_pull_request, push_evaluation, push_fold
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import picture
 from ham_hf.reporting.eval_results import write_eval_results
-from ham_hf.reporting.plots import save_figures
+from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.report import RunReport, read_report, write_report
 from tests.support.example_report import make_examples, make_report, with_dataset
 from tests.support.hub_server import Hub, Repo

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_hf
-from ham_hf.data.digits import read_digits
+from ham_hf.data.sources import read_digits
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import ham_hf
-from ham_hf.data.digits import read_digits
+from ham_hf.data.sources import read_digits
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=10)

@@ -33,7 +33,7 @@ from ham_hf.hub import (
     space_url,
 )
 from ham_hf.invocation import command, program
-from ham_hf.models.repair import REPAIR_READS, REPAIR_WRITES, repair_folder
+from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.page import PAGE_NAME

@@ -1,6 +1,6 @@
 """The figures of a comparison: average against worst class, and the accuracy of every class of every row.
 
-Both are of the strongest attack that all runs share. Like those of a report (`ham_hf.reporting.plots`) they are made
+Both are of the strongest attack that all runs share. Like those of a report (`ham_hf.reporting.figures`) they are made
 without pyplot, in the colors of Okabe and Ito; rows also differ in their marker. Labels are never read as mathematics.
 """
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ham_hf.comparison.table import Comparison
-from ham_hf.reporting.plots import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
+from ham_hf.reporting.figures import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
 from ham_hf.reporting.report import plain_text
 
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")

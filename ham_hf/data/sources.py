@@ -1,4 +1,8 @@
-"""Where the examples come from: the digits, a local folder or the Hub, with a local copy or as a stream."""
+"""Where the examples come from: the digits, a local folder or the Hub, with a local copy or as a stream.
+
+The digits come with the package, so the first run needs neither network nor download. They are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
+Repository, 1998; CC BY 4.0): see ``digits.LICENSE.md`` beside the file.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,7 +26,6 @@ import yaml
 
 from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, list_files, note
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
-from ham_hf.data.digits import LARGEST, read_digits
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
 from ham_hf.hub_ids import is_hub_id
 
@@ -410,9 +414,20 @@ def _explain(error: Exception, name: str, config_name: str | None, revision: str
 def _digits() -> datasets.DatasetDict:
     """The handwritten digits of the package: 1,797 gray 8x8 images, stretched to 0..255, one split."""
     images, labels = read_digits()
-    pixels = np.round(images * (255 / LARGEST)).astype(np.uint8)
+    pixels = np.round(images * (255 / LARGEST_DIGIT_VALUE)).astype(np.uint8)
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
     columns = {"image": list(pixels), "label": labels}
     return datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features=features))
+
+
+DIGITS_FILE = Path(__file__).with_name("digits.npz")
+LARGEST_DIGIT_VALUE = 16
+"""The largest value of a pixel: each counts the black dots of a block of 4 x 4."""
+
+
+def read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Images (1797, 8, 8) with values 0..16, and labels (1797,) 0..9; the order is that of scikit-learn's copy."""
+    with np.load(DIGITS_FILE) as arrays:
+        return arrays["images"], arrays["labels"].astype(np.int64)

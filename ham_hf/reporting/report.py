@@ -185,7 +185,7 @@ class TrainingReport:
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
-            (`ham_hf.training.passes`); None if unknown.
+            (`ham_hf.training.train_step`); None if unknown.
         changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
             settings of the report repeats the run.
     """

@@ -27,9 +27,9 @@ from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, picture, write_examples
 from ham_hf.reporting.eval_results import write_eval_results
+from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.page import write_page
-from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,

@@ -10,6 +10,11 @@ Invariants held here:
 - A process without a row to train on joins every collective with a forward that changes nothing. If no process has
   one, the update is skipped: parameters, momentum, averages and BatchNorm stay as they were.
 - Every random stream is derived from (seed, epoch, step, rank), so a resumed run repeats the uninterrupted one.
+
+`PassCounter` counts the passes over the network, whatever asked for them. The unit is one forward of one image: a
+forward costs 1, a gradient of the input 2 (forward included), a training pass 3 (forward, gradients of input and
+parameters): a count of arithmetic, not of time. Attacks that also compute the gradient of the parameters, as published
+code often does, would pay 3 for a step; none here does.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +37,6 @@ from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.config import TrainingConfig
 from ham_hf.training.method_state import MethodState
-from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part, memory_format_of
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
@@ -63,7 +68,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop, of all processes.
-        passes: passes over the network; see `ham_hf.training.passes`.
+        passes: passes over the network; see `ham_hf.training.train_step`.
     """
 
     loss: float = 0.0
@@ -390,3 +395,37 @@ class TrainStep:
             parts = torch.split(agreed, [buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
+
+
+FORWARD, INPUT_GRADIENT, TRAINING = 1, 2, 3
+
+
+class PassCounter:
+    """Counts the passes of this process over some modules, in forwards of one image.
+
+    A module that is deep-copied later brings along a counter of its own, which nothing reads.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+
+    def watch(self, module: nn.Module) -> None:
+        """Count every call of ``module``, whose first argument is a batch (N, C, H, W)."""
+        module.register_forward_pre_hook(self._count)
+
+    def take(self) -> int:
+        """The passes since the last call."""
+        passes, self._passes = self._passes, 0
+        return passes
+
+    # A compiled network would trace the counter, and be compiled anew at every number.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        if not torch.is_grad_enabled():
+            cost = FORWARD
+        elif module.training:
+            cost = TRAINING
+        else:
+            cost = INPUT_GRADIENT if x.requires_grad else FORWARD
+        self._passes += cost * len(x)

@@ -9,8 +9,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ham_hf
-from ham_hf.data.digits import FILE, read_digits
-from ham_hf.data.sources import open_source
+from ham_hf.data.sources import FILE, open_source, read_digits
 
 
 def test_every_value_is_scikit_learns():

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, constants
 
 from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
-from ham_hf.models.repair import repair_folder
+from ham_hf.models.export import repair_folder
 from tests.conftest import ROOT
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 from tests.support.hub_server import Hub, hub_environment

@@ -10,7 +10,7 @@ import yaml
 from ham_hf.evaluation.calibration import frontier_point
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence, training_images_note
 from ham_hf.reporting.card import write_card
-from ham_hf.reporting.plots import save_figures
+from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.report import read_report, write_report
 from tests.support.example_report import make_report, with_model
 

@@ -29,8 +29,8 @@ from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.models.export import export_for_timm
 from ham_hf.reporting import card
 from ham_hf.reporting.card import evaluation_section, write_card
+from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import CITATIONS, option_text, selected_too_early
-from ham_hf.reporting.plots import save_figures
 from ham_hf.reporting.report import RunReport, ThreatModelReport, fraction_text, plain_text
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
 

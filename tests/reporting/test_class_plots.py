@@ -15,8 +15,7 @@ from PIL import Image
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import CFA
-from ham_hf.reporting.class_plots import class_treatment_figure
-from ham_hf.reporting.plots import per_class_figure, save_figures
+from ham_hf.reporting.figures import class_treatment_figure, per_class_figure, save_figures
 from ham_hf.reporting.report import RunReport, read_report
 from ham_hf.training.method_state import MethodState
 from tests.support.example_report import DIGITS, class_quantity, make_report

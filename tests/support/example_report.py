@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ham_hf.metrics import summarize_counts
-from ham_hf.reporting.plots import ExampleStrip
+from ham_hf.reporting.figures import ExampleStrip
 from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ham_hf.data.digits import FILE
+from ham_hf.data.sources import FILE
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The figures of a report: per-class accuracy, training curves, confusion under attack, adversarial examples.
+"""The figures of a report: accuracy and treatment of classes, training curves, confusion, examples, frontier.
 
 Every function returns a matplotlib ``Figure`` made without pyplot, so nothing global is touched and no display is
 needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are data: they are
@@ -11,17 +11,20 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
 
+from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ExampleStrip
-from ham_hf.reporting.class_plots import class_treatment_figure
-from ham_hf.reporting.frontier_plot import frontier_figure
 from ham_hf.reporting.method_text import trained_method
 from ham_hf.reporting.report import AttackReport, RunReport, plain_text
 
@@ -301,3 +304,193 @@ def _mark_epochs(axes: Axes, report: RunReport) -> None:
     if report.training and report.training.selected_epoch is not None:
         selected = report.training.selected_epoch + 1
         axes.axvline(selected, color=GRAY, linewidth=1.2, linestyle="--", zorder=1, label="selected epoch")
+
+
+PANEL_INCHES = (5.2, 3.7, 3.0, 2.7, 2.5)
+"""Width of each panel when there are one, two, three, four, five of them."""
+BAR_INCHES = 0.13
+"""Height of the color bars."""
+UNKNOWN = "#CCCCCC"
+SMALLEST_RANGE = 0.01
+"""Half the range of a scale around 1 at the least, so that rounding is not shown as a difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """One quantity of each class in each epoch.
+
+    Attributes:
+        title: what it is.
+        values: (C, epochs) float64; NaN where the class has no value.
+        present: (epochs,) bool, whether the epoch has the quantity at all.
+        centered: whether 1 stands for plain training; otherwise values are shares.
+    """
+
+    title: str
+    values: NDArray[np.float64]
+    present: NDArray[np.bool_]
+    centered: bool
+
+
+def class_treatment_figure(report: RunReport) -> Figure | None:
+    """Heat maps of what training did to each class, a panel per quantity; None if it treated all classes alike.
+
+    Rows are classes, the worst of the evaluation first and those without test images last; columns are epochs, from
+    the first one on that has any of the quantities. Cells are gray where a class has no value (no example of it was
+    seen); epochs without the quantity are blank. Above ``MAX_NAMED_CLASSES`` classes there are no names.
+    """
+    panels = class_treatments(report)
+    if not panels:
+        return None
+    attack = report.verdict or report.reference_attack() or next(iter(report.results.values()))
+    order = report.worst_first()
+    named = len(order) <= MAX_NAMED_CLASSES
+    row_height = 0.30 if len(order) <= 30 else 0.17
+    height = max(2.3, row_height * len(order)) if named else 7.4
+    width = 2.4 + PANEL_INCHES[len(panels) - 1] * len(panels)
+    figure = Figure(figsize=(width, height + 1.6), layout="constrained")
+    all_axes, bars = figure.subplots(2, len(panels), squeeze=False, height_ratios=(height, BAR_INCHES))
+    first = min(int(panel.present.argmax()) for panel in panels)
+    for axes, bar, panel in zip(all_axes, bars, panels, strict=True):
+        _heat_map(axes, bar, panel, order, interpolation="nearest" if named else "antialiased")
+        axes.set_xlim(left=first + 0.5)
+        axes.set_xlabel(f"epoch (not shown: 1 to {first}, all classes alike)" if first else "epoch")
+    if named:
+        names = [plain_text(report.dataset.class_names[index], 28) for index in order]
+        size = 10 if row_height > 0.2 else 8
+        all_axes[0].set_yticks(range(len(order)), labels=names, fontsize=size, parse_math=False)
+    counted = "classes" if named else f"{len(order)} classes"
+    all_axes[0].set_ylabel(f"{counted}, worst first ({attack.title})", parse_math=False)
+    figure.suptitle("What training did to each class", fontsize=11)
+    return figure
+
+
+def class_treatments(report: RunReport) -> list[Treatment]:
+    """The quantities that the report's training history has numbers of, in the order of the figure."""
+    if report.training is None:
+        return []
+    method = trained_method(report.config)
+    first_term = "loss" if method is None or method.num_terms == 1 else "cross-entropy"
+    quantities = (
+        ("hard_per_class", "share of hard examples", 1.0, False),
+        ("start_wrong_per_class", "share wrong at the start", 1.0, False),
+        ("class_weight", f"weight of the {first_term}", 1.0, True),
+        ("class_kl_weight", "weight of the KL term", 1.0, True),
+        ("class_epsilon", "radius / ε", report.threat_model.epsilon, True),
+    )
+    found = []
+    for key, title, unit, centered in quantities:
+        rows = _by_epoch(report.training.history, key)
+        values = np.full((len(report.dataset.class_names), len(rows)), np.nan)
+        for epoch, row in enumerate(rows):
+            if row is not None:
+                values[:, epoch] = [np.nan if value is None else value / unit for value in row]
+        if not np.isnan(values).all():
+            present = np.array([row is not None for row in rows])
+            found.append(Treatment(title=title, values=values, present=present, centered=centered))
+    return found
+
+
+def _by_epoch(history: Sequence[Mapping[str, object]], key: str) -> list[list[float | None] | None]:
+    """The list under ``key`` of every epoch from the first to the last, None where there is none."""
+    found = {line["epoch"]: line.get(key) for line in history if isinstance(line.get("epoch"), int)}
+    lists = {epoch: value for epoch, value in found.items() if isinstance(value, list)}
+    return [lists.get(epoch) for epoch in range(max(found, default=-1) + 1)]  # type: ignore[type-var, operator]
+
+
+def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, interpolation: str) -> None:
+    num_classes, num_epochs = panel.values.shape
+    known = panel.values[~np.isnan(panel.values)]
+    if panel.centered:
+        half = max(SMALLEST_RANGE, float(np.abs(known - 1).max()))
+        colors, low, high = "RdBu_r", 1.0 - half, 1.0 + half
+    else:
+        # The map begins below 0, so that a share of 0 is not as white as an epoch without shares.
+        high = float(known.max()) or 1.0
+        colors, low = "Greens", -0.2 * high
+    axes.set_facecolor(UNKNOWN)
+    image = axes.imshow(
+        np.ma.masked_invalid(panel.values[list(order)]),
+        cmap=colors,
+        norm=Normalize(low, high),
+        interpolation=interpolation,
+        aspect="auto",
+        extent=(0.5, num_epochs + 0.5, num_classes - 0.5, -0.5),
+    )
+    for start, end in _runs(~panel.present):
+        axes.axvspan(start + 0.5, end + 0.5, color="white", linewidth=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.set_yticks([])
+    axes.set_title(panel.title, fontsize=10)
+    percent = None if panel.centered else PercentFormatter(1.0)
+    axes.figure.colorbar(image, cax=bar, orientation="horizontal", format=percent)
+    bar.set_xlim(left=max(0.0, low))
+    bar.tick_params(labelsize=8)
+    if panel.centered:
+        ends = [max(0.0, low), 1.0, high]
+        bar.set_xticks(ends, labels=[f"{end:.3g}" for end in ends])
+        bar.set_xlabel("1 = as in plain training", fontsize=8)
+    else:
+        bar.xaxis.set_major_locator(MaxNLocator(nbins=4))
+
+
+def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Start and end (exclusive) of every run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+
+
+_COLORS = {"worst_class": "#D55E00", "worst_30_percent": "#0072B2"}
+_LABELS = {"worst_class": "worst class", "worst_30_percent": "mean of the worst 30 %"}
+
+
+def frontier_figure(report: CalibrationReport) -> Figure:
+    """Average (across) against worst classes (up), one point per F with 95 % intervals; the chosen F is filled."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    averages = [100 * point.average for point in report.frontier]
+    across = [
+        [max(0.0, 100 * (point.average - point.average_low)) for point in report.frontier],
+        [max(0.0, 100 * (point.average_high - point.average)) for point in report.frontier],
+    ]
+    for name, color in _COLORS.items():
+        values = [100 * getattr(point, name) for point in report.frontier]
+        low = [100 * getattr(point, f"{name}_low") for point in report.frontier]
+        high = [100 * getattr(point, f"{name}_high") for point in report.frontier]
+        # Percent are rounded once, when drawn: an end that touches its value must not be drawn backwards.
+        below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
+        above = [max(0.0, end - value) for value, end in zip(values, high, strict=True)]
+        axes.errorbar(
+            averages,
+            values,
+            xerr=across,
+            yerr=[below, above],
+            fmt="none",
+            color=color,
+            linewidth=1.0,
+            capsize=2,
+            alpha=0.3,
+        )
+        axes.plot(averages, values, "-o", color=color, markerfacecolor="white", label=_LABELS[name])
+        for point, average, value in zip(report.frontier, averages, values, strict=True):
+            if point.fairness == report.fairness:
+                axes.plot([average], [value], "o", color=color)
+            axes.annotate(
+                f"{point.fairness:g}",
+                (average, value),
+                textcoords="offset points",
+                xytext=(5, 5) if name == "worst_30_percent" else (5, -11),
+                fontsize=8,
+                color=color,
+                parse_math=False,
+            )
+    for formatted in (axes.xaxis, axes.yaxis):
+        formatted.set_major_formatter(PercentFormatter(100, decimals=0))
+    axes.set_xlabel("average (bars: 95 % intervals)")
+    axes.set_ylabel("accuracy of the worst classes")
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    steps = report.attack.get("num_steps")
+    axes.set_title(f"What fairness costs: held-out images under CW-{steps}, by fairness F", fontsize=11)
+    axes.legend(loc="lower left", frameon=False)
+    return figure

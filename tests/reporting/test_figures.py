@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ham_hf.reporting import plots
-from ham_hf.reporting.plots import (
+from ham_hf.reporting import figures
+from ham_hf.reporting.figures import (
     confusion_figure,
     examples_figure,
     per_class_figure,
@@ -171,8 +171,8 @@ def test_examples_figure_marks_wrong_predictions_and_names_the_factor() -> None:
 def test_no_pyplot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyplot keeps figures and picks a display for the whole process: a fresh import of the module does without."""
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    spec = importlib.util.spec_from_file_location("fresh_plots", plots.__file__)
+    spec = importlib.util.spec_from_file_location("fresh_figures", figures.__file__)
     fresh = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "fresh_plots", fresh)
+    monkeypatch.setitem(sys.modules, "fresh_figures", fresh)
     spec.loader.exec_module(fresh)
     assert fresh.save_figure(fresh.training_figure(make_report(), ()), tmp_path / "a.png").is_file()
