@@ -1,7 +1,8 @@
 """Where the examples come from: the digits, a local folder or the Hub, with a local copy or as a stream.
 
-The digits come with the package, so the first run needs neither network nor download. They are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
-Repository, 1998; CC BY 4.0): see ``digits.LICENSE.md`` beside the file.
+The digits come with the package, so the first run needs neither network nor download. They are the test part of
+"Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998; CC BY
+4.0): see ``digits.LICENSE.md`` beside the file.
 """
 
 from __future__ import annotations

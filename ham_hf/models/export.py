@@ -1,4 +1,5 @@
 """Write a trained backbone so that ``timm.create_model`` loads it, and check that it does (invariant 8).
+
 `repair_folder` brings the folder of an older export into this form.
 """
 
