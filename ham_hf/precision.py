@@ -22,7 +22,7 @@ from ham_hf.attacks import full_precision, largest_entry
 EXPONENTS = (12, 4, -4)
 """The largest entry of an image's gradient by its logits lies below 2^12 in float16 and, for images whose gradient
 overflows somewhere in the network, below the next of these powers (our choice: 2^0 loses a third of the entries in an
-untrained EfficientNet, 2^12 none; small residual, transformer and ConvNeXt networks overflow from 2^16 on)."""
+untrained EfficientNet, 2^8 none; small residual, transformer and ConvNeXt networks overflow from 2^16 on)."""
 
 
 class SixteenBitPasses(nn.Module):

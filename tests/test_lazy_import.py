@@ -27,6 +27,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert python(code).startswith("[] ")
 
 
+@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["compare", "--help"]], ids=" ".join)
+def test_what_needs_no_network_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys, contextlib, io\nfrom ham_hf.__main__ import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main({words})\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert python(code) == "[]"
+
+
 @pytest.mark.parametrize(
     "code",
     [

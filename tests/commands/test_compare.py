@@ -93,7 +93,7 @@ def fake(tmp_path, monkeypatch):
         write_report(dataclasses.replace(report, config=config), tmp_path / "made")
         (tmp_path / "made" / "report.json").rename(tmp_path / "reports" / f"{planned.label}-seed{planned.seed}")
     recipe = recipe_module("compare.py")
-    monkeypatch.setattr(recipe, "TRAIN", (str(tmp_path / "fake.py"),))
+    monkeypatch.setattr("ham_hf.comparison_run.TRAIN", (str(tmp_path / "fake.py"),))
     order = tmp_path / "reports" / "order"
 
     def started():
@@ -193,7 +193,7 @@ def test_a_run_has_the_method_it_asks_for_and_no_option_of_another(compared):
 def test_finished_comparison_is_not_run_again_and_another_one_not_mixed_in(compared, capsys, monkeypatch):
     plan, folder, _, _ = compared
     recipe = recipe_module("compare.py")
-    monkeypatch.setattr(recipe, "TRAIN", (str(folder / "no_such_script.py"),))
+    monkeypatch.setattr("ham_hf.comparison_run.TRAIN", (str(folder / "no_such_script.py"),))
     recipe.main(["--config", str(plan)])
     assert "4 done already, 0 to go" in capsys.readouterr().out
     changed = plan.with_name("changed.yaml")
