@@ -2,9 +2,8 @@
 
 What is counted is our choice. Lines are physical lines. A *single importer* is a module that exactly one other module
 imports; methods (also FAWA and AWP, a paper each), class rules, commands with their stages, and what ``import ham_hf``
-offers are made to be so and do not count. A *pair*
-of clones is two places that share six or more lines of code in a row, indentation apart; imports, docstrings, comments
-and lines without a letter do not count.
+offers are made to be so and do not count. A *pair* of clones is two places that share six or more lines of code in a
+row, indentation apart; imports, docstrings, comments and lines without a letter do not count.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import nn
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT
+from ham_hf.metrics import ClassAccuracy
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.log import RunLog
 from ham_hf.training.resume import check_same_run
@@ -123,7 +124,8 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
 
     class Summary:
         def __init__(self, average, worst):
-            self.average, self.worst_class, self.per_class = average, worst, []
+            self.average, self.worst_class = average, worst
+            self.per_class = [ClassAccuracy(16, 8, 0.5, 0.2, 0.8)] * 4
 
     verdicts = iter([0.2, 0.25, 0.3])
 
