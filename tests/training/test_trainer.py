@@ -125,7 +125,7 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
     class Summary:
         def __init__(self, average, worst):
             self.average, self.worst_class = average, worst
-            self.per_class = [ClassAccuracy(16, 8, 0.5, 0.2, 0.8)] * 4
+            self.per_class = [ClassAccuracy(count=16, correct=8, accuracy=0.5, low=0.2, high=0.8)] * 4
 
     verdicts = iter([0.2, 0.25, 0.3])
 
