@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 import ham_hf
-from ham_hf.data.sources import FILE, open_source, read_digits
+from ham_hf.data.sources import DIGITS_FILE, open_source, read_digits
 
 
 def test_every_value_is_scikit_learns():
@@ -30,8 +30,8 @@ def test_the_data_set_holds_them_as_gray_images_in_that_order():
 
 
 def test_the_file_is_small_and_has_its_licence_beside_it():
-    assert FILE.stat().st_size < 60_000
-    text = FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
+    assert DIGITS_FILE.stat().st_size < 60_000
+    text = DIGITS_FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
     for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):
         assert part in text
 

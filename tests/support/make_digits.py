@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from ham_hf.data.sources import FILE
+from ham_hf.data.sources import DIGITS_FILE
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     images, labels = scans.images.astype(np.uint8), scans.target.astype(np.uint8)
     assert np.array_equal(images, scans.images)
     assert np.array_equal(labels, scans.target)
-    np.savez_compressed(FILE, images=images, labels=labels)
+    np.savez_compressed(DIGITS_FILE, images=images, labels=labels)
 
 
 if __name__ == "__main__":
