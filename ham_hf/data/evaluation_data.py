@@ -23,7 +23,7 @@ from ham_hf.data.columns import (
 from ham_hf.data.config import DataConfig
 from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
-from ham_hf.data.image_groups import ImageGroups
+from ham_hf.data.image_groups import ImageGroups, read_groups
 from ham_hf.data.parts import encoded_images, limit_rows, named_labels, split_files, stored_labels, streamed_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import read_whole
@@ -123,8 +123,12 @@ def evaluation_part(
         _, rows = stratified_split(labels, fraction, TEST_SEED)
         origin = f"held out of {opened.split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
     rows = limit_rows(opened.labels, rows, "--limit_test_examples", config.limit_test_examples, TEST_SEED)
+    groups = None
+    if group_column is not None:
+        groups = read_groups(opened.splits[opened.split], group_column, rows, opened.group_files)
     return EvaluationPart(
         encoded=images_at(rows, opened.labels),
+        groups=groups,
         class_names=opened.class_names,
         origin=origin,
         config_name=opened.config_name,

@@ -101,7 +101,7 @@ def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming: 
         light = datasets.ClassLabel(names=names)
         split = dataset([gray(number), gray(10 + number)], [0, 1]).add_column("light", [0, 1], feature=light)
         split.to_parquet(tmp_path / "data" / f"test-{number}.parquet")
-    groups = evaluated(str(tmp_path), "light", streaming=streaming).groups
+    groups = evaluated(str(tmp_path), "light", dataset_streaming=streaming).groups
     assert groups is not None
     assert groups.values() == ["dark", "noon", "noon", "dark"]
 

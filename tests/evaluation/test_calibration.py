@@ -261,7 +261,7 @@ TWO_PROCESSES = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from tests import test_calibration as tests
+from tests.evaluation import test_calibration as tests
 from ham_hf.evaluation import calibration
 
 calibration.FRONTIER = (0.0,)

@@ -67,9 +67,9 @@ def load(dataset_name: str, **options: Any) -> ImageData:
     """``load_image_data`` with the small values that a model would give."""
     in_chans, image_size = options.pop("in_chans", 3), options.pop("image_size", None)
     inputs = Preprocessing(
-        image_size=112,
+        image_size=options.pop("default_image_size", 112),
         in_chans=in_chans,
-        interpolation="bicubic",
+        interpolation=options.pop("interpolation", "bicubic"),
         crop_pct=options.pop("crop_pct", 0.875),
         mean=(0.5,) * in_chans,
         std=(0.25,) * in_chans,
