@@ -13,6 +13,8 @@ from tests.benchmarks import common
 from tests.benchmarks.workload import batch_of, labels, network, num_hard
 from tests.benchmarks.yardsticks import Attack, Floor, PassCounter, careful_step, ordinary_step, published_step
 
+pytestmark = pytest.mark.slow
+
 BATCH, K, M = 10, 10, 3
 ATTACK = Attack(epsilon=8 / 255, step_size=2 / 255, num_steps=K, mining_step=M)
 SCRIPTS = ("step", "epoch", "evaluation", "memory", "profile", "scaling", "streaming", "gpu")

@@ -275,6 +275,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN = [*SMALL, "--per_device_train_batch_size=20", "--save_steps=1", "--save_total_limit=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["pipeline"], indirect=True)
 def test_training_goes_on_whatever_the_hub_does(
     hub: Hub,

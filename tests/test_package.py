@@ -122,6 +122,7 @@ def test_one_version_everywhere(metadata: Message) -> None:
     assert citation["preferred-citation"]["title"].startswith("Hard Adversarial Example Mining")
 
 
+@pytest.mark.slow
 def test_installed_wheel_renders_a_card_without_the_checkout(site: Path, tmp_path: Path) -> None:
     mark = "<!-- this line is in the installed template alone -->"
     template = site / TEMPLATE
@@ -137,6 +138,7 @@ def test_installed_wheel_renders_a_card_without_the_checkout(site: Path, tmp_pat
     assert "hf-hub:me/robust-digits" in card
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_recipes_without_the_checkout(site: Path, tmp_path: Path, wheel: Path) -> None:
     run_installed = [sys.executable, "-I", "-c", RUN_COMMAND, site, ROOT]
     listed = run(*run_installed, "recipes", cwd=tmp_path)

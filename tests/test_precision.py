@@ -44,6 +44,7 @@ def test_few_signs_of_the_gradient_differ(net, batch):
     assert exact[differs].abs().sum() < 0.01 * exact.abs().sum()
 
 
+@pytest.mark.slow
 def test_the_attack_is_as_strong_and_stays_in_the_ball(net, batch):
     settings = {"threat_model": ATTACK.threat_model, "num_steps": 10, "step_size": 2 / 255, "start": batch[0]}
     losses = []
@@ -55,6 +56,7 @@ def test_the_attack_is_as_strong_and_stays_in_the_ball(net, batch):
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+@pytest.mark.slow
 def test_only_the_attack_of_an_update_is_coarser(net, batch):
     """With no attack step, both precisions make the same update to the bit."""
     after = {}

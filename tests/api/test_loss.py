@@ -179,6 +179,7 @@ def _rows(x: torch.Tensor, y: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
     return x[part], y[part]
 
 
+@pytest.mark.slow
 def test_two_processes_one_without_a_hard_example_make_the_gradient_of_one(tmp_path) -> None:
     torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path / "grads"),), nprocs=2)
     net = group_norm_net()

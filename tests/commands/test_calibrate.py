@@ -30,6 +30,8 @@ from tests.support.exports import FAMILIES
 from tests.support.hub_server import Blob, Hub, Repo, hub_environment
 from tests.support.recipe_runs import SMALL, recipe_module
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["b", "a"]
 QUICK = [
     "--use_cpu",

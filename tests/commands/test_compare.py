@@ -150,6 +150,7 @@ def compared(tmp_path_factory, subprocess_env):
     return plan, folder, interrupted, again.stdout
 
 
+@pytest.mark.slow
 def test_interrupted_comparison_goes_on_where_it_was(compared):
     _, folder, (printed, complaint), again = compared
     assert "done plain seed 0 in" in printed

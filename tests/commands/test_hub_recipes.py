@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import SMALL, launch_command
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_secretWriterToken"
 
 MAKE_DATASET = """

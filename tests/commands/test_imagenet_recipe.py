@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 from tests.support.example_images import dataset, noise
 from tests.support.hub_server import Blob, Hub, Repo, hub_environment
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("tench", "goldfish", "great white shark", "tiger shark")
 ROWS = (14, 9, 17)  # of the training files: 38 stay in train, 2 are held out
 SMALL = [

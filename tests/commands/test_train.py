@@ -26,6 +26,8 @@ from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME
 from tests.support.recipe_runs import SMALL, launch, launch_command, recipe_module
 
+pytestmark = pytest.mark.slow
+
 EVERY_THIRD = ["--save_steps=3", "--save_total_limit=2"]
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
 

@@ -23,6 +23,8 @@ from tests.support.nets import batch_norm_net, group_norm_net
 from tests.support.recipe_runs import CONFIGURED
 from tests.support.training import log_of
 
+pytestmark = pytest.mark.slow
+
 ENGINES = {
     "two": CONFIGURED["cpu.yaml"],
     "one": CONFIGURED["single_gpu.yaml"],

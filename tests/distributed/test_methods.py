@@ -12,6 +12,8 @@ from tests.conftest import ROOT
 from tests.support.method_checks import every_method
 from tests.support.recipe_runs import LAUNCH, PROCESSES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, subprocess_env):

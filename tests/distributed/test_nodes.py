@@ -19,7 +19,7 @@ from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
 from tests.support.recipe_runs import CONFIGURED, SMALL
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 ADDRESSES = ("10.119.77.1", "10.119.77.2")
 CABLE = "ham0"

@@ -14,7 +14,7 @@ from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
 from tests.support.recipe_runs import CONFIGURED, SMALL
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 # Sharded weights are contiguous; rounding would differ with another layout.
 RUN = [
     str(ROOT / "recipes/train_ham.py"),

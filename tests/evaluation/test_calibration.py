@@ -275,6 +275,7 @@ with open(f"{sys.argv[1]}-{accelerator.process_index}", "w") as file:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_shifts(quick, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)

@@ -121,6 +121,7 @@ def test_zero_steps_of_attack_only_add_the_start(net, split, accelerator):
     assert torch.equal(results["noise"].flags, results["clean"].flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3, 4, 10])
 def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
     net = group_norm_net(num_classes).float()

@@ -22,7 +22,7 @@ from ham_hf.reporting.report import read_report
 from tests.support.nets import TensorImages, group_norm_net
 from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
-pytestmark = pytest.mark.faults(quick=True)
+pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
 # Some images fall and some do not, and which ones depends on the random starts.
 THREAT = ThreatModel("linf", 0.05)

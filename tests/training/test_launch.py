@@ -22,6 +22,8 @@ from tests.conftest import ROOT
 from tests.support.environment_reads import variables_of
 from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module
 
+pytestmark = pytest.mark.slow
+
 QUICK = [
     *SMALL,
     "--num_train_epochs=1",

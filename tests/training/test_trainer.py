@@ -481,6 +481,7 @@ def test_too_few_examples_for_one_update(tmp_path):
         trainer(tmp_path / "run", per_device_train_batch_size=64)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_training_equals_eager_training(tmp_path):
     weights = []
