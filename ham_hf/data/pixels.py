@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng, seed_for_example
 from ham_hf.data.decoding import CorruptImageError, EncodedImages
-from ham_hf.data.worker_signals import shield_worker
+from ham_hf.data.workers import shield_worker, start_method
 
 
 class BatchRequest(NamedTuple):
@@ -121,10 +121,12 @@ class StreamedPixels:
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
         """See ``PixelStore``."""
+        num_workers = min(self._num_workers, len(requests))
         loader = DataLoader(
             _Requests(self, requests),
             batch_size=None,
-            num_workers=min(self._num_workers, len(requests)),
+            num_workers=num_workers,
+            multiprocessing_context=start_method(num_workers),
             pin_memory=can_pin(device),
             # Its own generator: by default a loader draws from, and so advances, torch's global one.
             generator=torch.Generator(),

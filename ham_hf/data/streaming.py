@@ -34,7 +34,7 @@ from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng
 from ham_hf.data.decoding import CorruptImageError, decode_or_explain
 from ham_hf.data.pixels import PixelBatch, can_pin, to_unit_interval, transform_example
 from ham_hf.data.shards import Example, Shards, StreamError
-from ham_hf.data.worker_signals import shield_worker
+from ham_hf.data.workers import shield_worker, start_method
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 logger = logging.getLogger(__name__)
@@ -197,6 +197,7 @@ class TrainingStream:
                 sampler=_Once(ready),
                 batch_size=None,
                 num_workers=self._num_workers,
+                multiprocessing_context=start_method(self._num_workers),
                 pin_memory=can_pin(device),
                 # Its own generator: by default a loader draws from, and so advances, torch's global one.
                 generator=torch.Generator(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -379,6 +381,20 @@ def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> 
         assert data.num_skipped == 2
         assert gray_values(data.train) == [0, 1, 2, 3, 4, 6, 7, 8, 10, 11]
         assert data.train.labels.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux workers are forked whatever Python does")
+def test_workers_are_forked_whatever_the_start_method_of_python_is(tmp_path: Path) -> None:
+    """Python 3.14's method imports torch in every worker, and cannot send what is defined in a function."""
+    streamed = load_noise(tmp_path, augmentation="none", cache_images="none", dataloader_num_workers=2).train
+    streamed._pixels._transform = lambda image: torch.full((3, 4, 4), 7, dtype=torch.uint8)
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        (batch,) = streamed.batches([BatchRequest(torch.arange(2), None)], device=CPU)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert torch.equal(batch.x, torch.full((2, 3, 4, 4), 7 / 255))
 
 
 @pytest.mark.faults(quick=True)

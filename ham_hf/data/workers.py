@@ -1,10 +1,19 @@
-"""Signals that stop a run are for the run, not for the processes that decode its images."""
+"""Processes that decode images: how they are started, and kept alive when a signal stops the whole run."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+
+
+def start_method(num_workers: int) -> str | None:
+    """How a DataLoader starts its workers: by fork on Linux; None = as Python does elsewhere, or without workers.
+
+    Python 3.14 starts them by forkserver, which imports torch again in each worker, for every epoch.
+    """
+    return "fork" if num_workers > 0 and sys.platform == "linux" else None
 
 
 def shield_worker(worker_id: int) -> None:
