@@ -62,7 +62,7 @@ def test_card_of_a_stranger(tmp_path):
     assert metadata["license"] == "mit"
     assert metadata["tags"].count("timm") == 1
     assert {"strong", "class-shifts"} <= set(metadata["tags"])
-    assert "the weights of `them/strong`" in text
+    assert "the weights of [`them/strong`](https://huggingface.co/them/strong)" in text
     assert exchange_sentence(calibration()) in text
     assert "| 0.5 (this model) | 58.0 (54.9–61.0) | 40.0 (" in text
     assert "figures/fairness_frontier.png" in text
