@@ -36,7 +36,7 @@ from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.results import calibrated_report, evaluation_report, write_calibration
+from ham_hf.reporting.run_report import calibrated_report, evaluation_report, write_calibration
 from ham_hf.terminal import show
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir, clear_output_dir

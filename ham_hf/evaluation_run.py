@@ -16,7 +16,7 @@ from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, config_to_dict
-from ham_hf.config.yaml_text import setting_words
+from ham_hf.config.yaml_file import setting_words
 from ham_hf.data import TestData, load_test_data
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
@@ -35,7 +35,7 @@ from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.results import evaluation_report, write_evaluation
+from ham_hf.reporting.run_report import evaluation_report, write_evaluation
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes
 from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir

@@ -37,7 +37,7 @@ from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.results import (
+from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
     training_report,

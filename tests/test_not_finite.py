@@ -24,7 +24,7 @@ from ham_hf.mining import mine_hard_examples
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
 from ham_hf.models.export import export_for_timm
 from ham_hf.precision import attack_passes
-from ham_hf.reporting.results import attack_reports
+from ham_hf.reporting.run_report import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
 from tests.support.nets import TensorImages, group_norm_net

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from ham_hf.config import TrainConfig, config_to_yaml, parse_evaluate_config, parse_train_config
-from ham_hf.config.build import group_settings, method_settings
+from ham_hf.config.assembly import group_settings, method_settings
 from ham_hf.reporting.report import write_report
 from tests.support.example_report import make_report
 from tests.support.recipe_runs import recipe_module

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
-from ham_hf.config.groups import sections
+from ham_hf.config.configs import sections
 from ham_hf.methods import HAM, PGDAT
 
 ROOT = Path(__file__).resolve().parents[1]

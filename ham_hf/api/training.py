@@ -20,8 +20,8 @@ from torch import nn
 
 from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
 from ham_hf.config import TrainConfig, config_to_dict
-from ham_hf.config.build import build_config, load_train_config
-from ham_hf.config.yaml_text import Entry
+from ham_hf.config.assembly import build_config, load_train_config
+from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
@@ -34,7 +34,7 @@ from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.results import (
+from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
     training_report,

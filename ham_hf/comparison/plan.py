@@ -27,8 +27,8 @@ from typing import TypeVar
 import yaml
 
 from ham_hf.config import CalibrationConfig, ConfigError, TrainConfig, config_to_dict
-from ham_hf.config.build import build_config
-from ham_hf.config.yaml_text import Entry, read_yaml, setting_words, show_node, text_node
+from ham_hf.config.assembly import build_config
+from ham_hf.config.yaml_file import Entry, read_yaml, setting_words, show_node, text_node
 from ham_hf.invocation import command
 from ham_hf.settings import settings_of
 

@@ -1,16 +1,16 @@
 """Configuration: what is put together of the components' settings, the command line and recipe files.
 
-`groups` puts the settings together, `yaml_text` turns text into values and back, `build` makes a configuration of what
-was written, `cli` reads command lines.
+`configs` puts the settings together, `yaml_file` turns text into values and back, `assembly` builds a configuration
+from parsed entries, `command_line` reads command lines.
 """
 
 from __future__ import annotations
 
 from ham_hf.attacks import AttackConfig, pixel_unit_problems
-from ham_hf.config.build import load_train_config
-from ham_hf.config.cli import parse_calibrate_config, parse_evaluate_config, parse_train_config
-from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict
-from ham_hf.config.yaml_text import config_to_yaml
+from ham_hf.config.assembly import load_train_config
+from ham_hf.config.command_line import parse_calibrate_config, parse_evaluate_config, parse_train_config
+from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict
+from ham_hf.config.yaml_file import config_to_yaml
 from ham_hf.data import DataConfig
 from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
 from ham_hf.models import ModelConfig

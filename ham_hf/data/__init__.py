@@ -9,8 +9,8 @@ protects decoding processes. `in_memory` takes datasets that somebody has in Pyt
 from __future__ import annotations
 
 from ham_hf.data.config import CalibrationDataConfig, DataConfig
+from ham_hf.data.dataset import ImageData, TestData, load_image_data, load_test_data
 from ham_hf.data.in_memory import image_data_from
-from ham_hf.data.loading import ImageData, TestData, load_image_data, load_test_data
 from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_subset
 from ham_hf.data.streaming import TrainingStream

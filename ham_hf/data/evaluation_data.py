@@ -24,11 +24,19 @@ from ham_hf.data.config import DataConfig
 from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.image_groups import ImageGroups, read_groups
-from ham_hf.data.parts import encoded_images, limit_rows, named_labels, split_files, stored_labels, streamed_labels
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import read_whole
 from ham_hf.data.sources import is_local, open_source, open_streamed_source
-from ham_hf.data.splits import TEST_SEED, stratified_split
+from ham_hf.data.splits import (
+    TEST_SEED,
+    encoded_images,
+    limit_rows,
+    named_labels,
+    split_files,
+    stored_labels,
+    stratified_split,
+    streamed_labels,
+)
 
 logger = logging.getLogger(__name__)
 

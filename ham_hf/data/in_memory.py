@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from ham_hf.data.columns import choose_image_column, choose_label_column
+from ham_hf.data.dataset import SMALL_IMAGE_SIZE, ImageData, channel_statistics, choose_augmentation
 from ham_hf.data.decoding import MODE_OF_CHANNELS, EvalTransform
-from ham_hf.data.loading import SMALL_IMAGE_SIZE, ImageData, channel_statistics, choose_augmentation
 from ham_hf.data.pixels import CachedPixels, Images
 from ham_hf.data.splits import stratified_split
 

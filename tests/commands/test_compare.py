@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from ham_hf.comparison.plan import read_plan
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
-from ham_hf.config.yaml_text import setting_words
+from ham_hf.config.yaml_file import setting_words
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.run_folder import RunLock, is_locked

@@ -21,7 +21,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-import ham_hf.data.loading
+import ham_hf.data.dataset
 from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, stratified_subset
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 
@@ -430,7 +430,7 @@ def test_small_splits_are_cached_and_large_ones_streamed(tmp_path: Path, monkeyp
     # Cached images are decoded at the start, streamed ones when they are asked for.
     with pytest.raises(ValueError, match=r"split 'test', row 1"):
         load(folder, image_size=8)
-    monkeypatch.setattr(ham_hf.data.loading, "CACHE_LIMIT_BYTES", 2 * 3 * 8 * 8 - 1)
+    monkeypatch.setattr(ham_hf.data.dataset, "CACHE_LIMIT_BYTES", 2 * 3 * 8 * 8 - 1)
     images = load(folder, image_size=8).test
     with pytest.raises(ValueError, match=r"split 'test', row 1"):
         everything(images)

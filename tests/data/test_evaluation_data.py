@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ham_hf.data import BatchRequest, DataConfig, Images, load_test_data
+from ham_hf.data.dataset import TestData
 from ham_hf.data.evaluation_data import TrainedOn, choose_evaluation_split
-from ham_hf.data.loading import TestData
 from ham_hf.models import Preprocessing
 from tests.support.example_images import dataset, gray, grays, load, write_parquet
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ham_hf.data import DataConfig, load_test_data
+from ham_hf.data.dataset import TestData
 from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.image_groups import MAX_GROUPS, ImageGroups, make_groups
-from ham_hf.data.loading import TestData
 from ham_hf.models import Preprocessing
 from tests.support.example_images import dataset, gray, write_parquet
 

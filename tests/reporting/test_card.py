@@ -23,7 +23,7 @@ from PIL import Image
 
 from ham_hf import methods
 from ham_hf.config import TrainConfig
-from ham_hf.config.build import group_settings, method_settings
+from ham_hf.config.assembly import group_settings, method_settings
 from ham_hf.data.decoding import EvalTransform
 from ham_hf.models import Preprocessing, create_backbone, load_pixel_model
 from ham_hf.models.export import export_for_timm

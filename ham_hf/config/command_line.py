@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn
 
 import yaml
 
-from ham_hf.config.build import ConfigT, build_config, group_settings, method_settings
-from ham_hf.config.groups import CalibrateConfig, EvaluateConfig, TrainConfig
-from ham_hf.config.yaml_text import (
+from ham_hf.config.assembly import ConfigT, build_config, group_settings, method_settings
+from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig
+from ham_hf.config.yaml_file import (
     Entry,
     config_to_yaml,
     exact_fraction,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import yaml
 
-from ham_hf.config.groups import AnyConfig, config_to_dict, sections
+from ham_hf.config.configs import AnyConfig, config_to_dict, sections
 from ham_hf.settings import MAX_FLOAT, ConfigError, Setting
 
 _NULLS = {"", "~", "null", "Null", "NULL"}

@@ -24,10 +24,10 @@ from ham_hf.data.decoding import (
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.parts import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
+from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.streaming import TrainingStream
 
 if TYPE_CHECKING:

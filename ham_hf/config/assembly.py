@@ -14,8 +14,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
-from ham_hf.config.groups import AnyConfig, TrainConfig
-from ham_hf.config.yaml_text import Entry, read_value, read_yaml, show_node, text_node
+from ham_hf.config.configs import AnyConfig, TrainConfig
+from ham_hf.config.yaml_file import Entry, read_value, read_yaml, show_node, text_node
 from ham_hf.methods import Method, available
 from ham_hf.settings import ConfigError, Setting, settings_of
 
