@@ -21,6 +21,8 @@ from ham_hf.reporting.report import RunReport, read_report, write_report
 from tests.support.example_report import make_examples, make_report, with_dataset
 from tests.support.hub_server import Hub, Repo
 
+pytestmark = pytest.mark.slow
+
 SAID = "<!-- images of the dataset -->"
 
 

@@ -34,7 +34,7 @@ from ham_hf.models.source import resolve_source
 from tests.support.hub_server import Blob, Hub, Repo
 from tests.support.recipe_runs import SMALL, recipe_module
 
-pytestmark = pytest.mark.faults(quick=True)
+pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
 TOKEN = "hf_writer0123456789"
 ALWAYS = 10_000

@@ -53,6 +53,7 @@ def test_our_networks_are_registered_in_any_order(code: str) -> None:
     assert python(f"{code}; {check}; print('made')") == "made"
 
 
+@pytest.mark.slow
 def test_a_spawned_process_unpickles_one_of_our_networks() -> None:
     code = (
         "import ham_hf, timm, pickle, subprocess, sys\n"

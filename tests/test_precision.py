@@ -36,6 +36,7 @@ def batch(net):
     return x, y
 
 
+@pytest.mark.slow
 def test_few_signs_of_the_gradient_differ(net, batch):
     exact, coarse = input_gradient(net, *batch), input_gradient(attack_passes(net, "bf16"), *batch)
     assert coarse.dtype == torch.float32

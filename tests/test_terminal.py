@@ -18,6 +18,8 @@ from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("Eule 🦉", "狐", "ś\u2028b")
 QUICK = [
     "--mining_start_epoch=0",

@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import SMALL
 
+pytestmark = pytest.mark.slow
+
 # The Hub's own shape, and one that no pattern would find.
 TOKENS = ("hf_DistinctiveToken0123456789", "a-token.of_another+shape/0123456789")
 RUN = [

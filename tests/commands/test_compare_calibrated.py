@@ -10,6 +10,8 @@ from ham_hf.config import ConfigError, config_to_yaml, parse_train_config
 from ham_hf.reporting.report import read_report
 from tests.support.recipe_runs import SMALL, recipe_module
 
+pytestmark = pytest.mark.slow
+
 BASE = [
     *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
     "--limit_train_examples=800",

@@ -20,6 +20,8 @@ from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
+pytestmark = pytest.mark.slow
+
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
 # 11 updates per epoch; a checkpoint after each, as checkpoints are where a kill can do most harm.
 RUN = [*SMALL, "--save_steps=1", "--save_total_limit=1", "--resume_from_checkpoint=latest"]

@@ -16,7 +16,7 @@ from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME, BusyFolderError, R
 from tests.conftest import ROOT
 from tests.support.recipe_runs import SMALL, recipe_module
 
-pytestmark = pytest.mark.faults(quick=True)
+pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
 # run_lock.py imports nothing else of the package, so this process starts in a fraction of a second.
 OWNER = f"""

@@ -21,7 +21,7 @@ from ham_hf.training.checkpoint import find_checkpoint, step_of
 from tests.support.example_images import dataset, encode, load, noise, write_parquet
 from tests.support.recipe_runs import SMALL, recipe_module
 
-pytestmark = pytest.mark.faults(quick=True)
+pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 IMAGES, CLASSES = 72, 4
 
 

@@ -56,6 +56,7 @@ def calls(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_every_tracker_gets_names_classes_and_results_and_a_resumed_run_goes_on(calls, tmp_path, capsys):
     folder = tmp_path / "run"
     options = [
