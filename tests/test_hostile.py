@@ -156,6 +156,8 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"std": [0, 1, 1]}, "std should be"),
     ({}, {"std": []}, "std should be"),
     ({}, {"crop_pct": "all"}, "crop_pct should be"),
+    ({}, {"test_crop_pct": ["1"]}, "test_crop_pct should be"),
+    ({}, {"test_input_size": 256}, "test_input_size should be"),
     ({}, {"interpolation": "__import__('os')"}, "interpolation should be one of"),
     ({}, {"first_conv": {"a": 1}}, "first_conv should be"),
     ({}, {"nested": 1}, "nested"),
@@ -537,6 +539,15 @@ def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Pat
         write_card(runs[0].report, tmp_path, repo_id="me/x", model_license="mit")
     except ValueError as error:
         assert str(error)  # noqa: PT017 (either is right)
+
+
+def test_a_report_whose_method_has_impossible_settings_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
+    """Found by the test above: a card counts epochs from a setting that was no number."""
+    (tmp_path / "report.json").write_text(
+        json.dumps(report | {"config": report["config"] | {"mining_start_epoch": None}})
+    )
+    with pytest.raises(ValueError, match="the settings of ham in the report: --mining_start_epoch None: expected"):
+        write_card(read_report(tmp_path), tmp_path, repo_id=None, model_license="mit")
 
 
 def test_a_report_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
     _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
     _expect(cfg, "interpolation", _INTERPOLATION, _is_interpolation)
     _expect(cfg, "crop_pct", _CROP_RANGE, _is_crop)
+    _expect(
+        cfg, "test_input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size, optional=True
+    )
+    _expect(cfg, "test_crop_pct", _CROP_RANGE, _is_crop, optional=True)
     _expect(cfg, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES)
     _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
     positive = "one number > 0 per channel"

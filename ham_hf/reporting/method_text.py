@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from ham_hf.methods import Method, available
 from ham_hf.reporting.report import TrainingReport
+from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 """Settings that name another method, and what is borrowed from it."""
@@ -154,11 +155,19 @@ ATTACK_PAPERS = {
 
 
 def trained_method(config: Mapping[str, object]) -> Method | None:
-    """The method of a report's settings with its options; None if this version does not know it."""
+    """The method of a report's settings with its options; None if this version does not know it.
+
+    Raises:
+        ValueError: naming a setting that the method cannot have; reports of the Hub may hold anything.
+    """
     kind = available().get(str(config.get("method")))
     if kind is None:
         return None
-    return kind(**{field.name: config[field.name] for field in fields(kind) if field.name in config})
+    method = kind(**{field.name: config[field.name] for field in fields(kind) if field.name in config})
+    problems = setting_problems(method) or [found for part in method.parts for found in setting_problems(part)]
+    if problems:
+        raise ValueError(f"the settings of {kind.name} in the report: {'; '.join(problems)}")
+    return method
 
 
 def method_title(config: Mapping[str, object]) -> str:
