@@ -140,9 +140,11 @@ def test_a_variable_is_in_one_list_only():
 def test_what_an_ordinary_launch_sets_is_no_warning(processes, subprocess_env, tmp_path):
     script = tmp_path / "create.py"
     script.write_text(
+        "import os\n"
         "from ham_hf.training.launch import create_accelerator, set_up_logging\n"
         "set_up_logging()\n"
-        "print(create_accelerator(use_cpu=True).num_processes)\n"
+        # One write each: print writes text and newline apart, which two processes may interleave.
+        "os.write(1, b'%d\\n' % create_accelerator(use_cpu=True).num_processes)\n"
     )
     command = [*LAUNCH, *PROCESSES[processes], str(script)]
     done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=200)
