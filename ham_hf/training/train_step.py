@@ -68,7 +68,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop, of all processes.
-        passes: passes over the network; see `ham_hf.training.train_step`.
+        passes: passes over the network; see `PassCounter`.
     """
 
     loss: float = 0.0

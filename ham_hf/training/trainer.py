@@ -79,7 +79,7 @@ class Progress:
         loss_scale: state of the scaler of the loss (``mixed_precision`` fp16); None without one.
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
         passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
-            the run began before they were counted. See `ham_hf.training.train_step`.
+            the run began before they were counted. See `ham_hf.training.train_step.PassCounter`.
         class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
         averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
