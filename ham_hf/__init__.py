@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ham_hf.timm_import import register_networks
+from ham_hf.imports import register_networks
 
 if TYPE_CHECKING:
     from ham_hf.api.calibration import calibrate

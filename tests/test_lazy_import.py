@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ham_hf
-from ham_hf.timm_import import _AfterTimm, register_networks
+from ham_hf.imports import _AfterTimm, register_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "timm", "numpy", "accelerate", "datasets", "matplotlib", "huggingface_hub")
