@@ -10,14 +10,16 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
-from ham_hf.config.configs import AnyConfig, TrainConfig
+from ham_hf.config.configs import DEFAULT_METHOD, AnyConfig, TrainConfig, available_methods
 from ham_hf.config.yaml_file import Entry, read_value, read_yaml, show_node, text_node
-from ham_hf.methods import Method, available
 from ham_hf.settings import ConfigError, Setting, settings_of
+
+if TYPE_CHECKING:
+    from ham_hf.methods import Method
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +73,18 @@ def load_train_config(path: Path | str) -> TrainConfig:
 
 def method_settings() -> dict[str, tuple[Setting, ...]]:
     """The options of every available training method, by the method's name."""
-    return {name: settings_of(kind) for name, kind in available().items()}
+    return {name: settings_of(kind) for name, kind in available_methods().items()}
 
 
 def group_settings(config_class: type) -> dict[str, tuple[Setting, ...]]:
     """Settings of each group by its attribute; under ``""`` those of the class itself. Methods are not included."""
-    hints = get_type_hints(config_class)
-    groups = {"": settings_of(config_class)}
-    for declared in fields(config_class):
-        kind = hints[declared.name]
-        if kind is not Method and declared.name not in {known.name for known in groups[""]}:
-            groups[declared.name] = settings_of(kind)
-    return groups
+    groups = {attribute: settings_of(kind) for attribute, kind in _group_classes(config_class).items()}
+    return {"": settings_of(config_class), **groups}
+
+
+def _group_classes(config_class: type) -> dict[str, type]:
+    titled = [declared for declared in fields(config_class) if "title" in declared.metadata]
+    return {declared.name: cast(type, declared.default_factory) for declared in titled if declared.name != "method"}
 
 
 def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required: Iterable[str] = ()) -> ConfigT:
@@ -128,7 +130,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
 
     When a flag replaces the method of a recipe, the recipe's options of its own method fall with it.
     """
-    methods = available()
+    methods = available_methods()
 
     def last_method(candidates: list[Entry]) -> type[Method] | None:
         written = [entry for entry in candidates if entry.name == "method"]
@@ -141,8 +143,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
             raise ConfigError(f"{written[-1].origin}--method {name}: {expected}{_nearest(name, methods)}")
         return methods[name]
 
-    default = type(TrainConfig().method)
-    in_file = last_method([entry for entry in entries if entry.origin]) or default
+    in_file = last_method([entry for entry in entries if entry.origin]) or methods[DEFAULT_METHOD]
     chosen = last_method([entry for entry in entries if not entry.origin]) or in_file
     rest = [entry for entry in entries if entry.name != "method"]
     if chosen is in_file:
@@ -203,12 +204,11 @@ def _assemble(
     def given(settings: Iterable[Setting]) -> dict[str, Any]:
         return {known.name: values[known.name] for known in settings if known.name in values}
 
-    hints = get_type_hints(config_class)
     parts = given(groups[""])
     problems: list[str] = []
-    for attribute in filter(None, groups):
+    for attribute, kind in _group_classes(config_class).items():
         try:
-            parts[attribute] = hints[attribute](**given(groups[attribute]))
+            parts[attribute] = kind(**given(groups[attribute]))
         except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
             problems.extend(error.problems)
     if problems:

@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 import yaml
 
 from ham_hf.config.assembly import ConfigT, build_config, group_settings, method_settings
-from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig
+from ham_hf.config.configs import DEFAULT_METHOD, CalibrateConfig, EvaluateConfig, TrainConfig, available_methods
 from ham_hf.config.yaml_file import (
     Entry,
     config_to_yaml,
@@ -28,7 +28,6 @@ from ham_hf.config.yaml_file import (
     text_node,
 )
 from ham_hf.invocation import command, program
-from ham_hf.methods import HAM, available
 from ham_hf.recipe_files import find_recipe
 from ham_hf.settings import ConfigError, Setting
 from ham_hf.terminal import show
@@ -187,9 +186,11 @@ def _parse(
     positional: str | None = None,
 ) -> ConfigT:
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(config_class, positional)
+    topic = _help_topic(argv)
+    # The first screen shows no method's options: it needs no torch.
+    parser = _Parser(config_class, positional, with_methods=config_class is TrainConfig and topic != "")
     try:
-        if (topic := _help_topic(argv)) is not None:
+        if topic is not None:
             show(parser.help_on(topic))
             parser.exit(0)
         flags, recipe, print_config = parser.read(argv)
@@ -211,7 +212,7 @@ def _parse(
 class _Parser(argparse.ArgumentParser):
     """Splits a command line into entries: argparse does the words and the help, `build_config` the values."""
 
-    def __init__(self, config_class: type, positional: str | None) -> None:
+    def __init__(self, config_class: type, positional: str | None, *, with_methods: bool) -> None:
         first = f"{positional.upper()} " if positional else ""
         self.screen = _SCREENS[config_class]
         super().__init__(
@@ -231,13 +232,15 @@ class _Parser(argparse.ArgumentParser):
         self.settings = {known.name: known for settings in groups.values() for known in settings}
         self.method_help = ""
         self.methods: dict[str, str] = {}
-        if config_class is TrainConfig:
+        if with_methods:
             self._add_methods()
 
     def _add_methods(self) -> None:
         """Take every method's options, so that `build_config` can say whose they are; help lists them by method."""
         group = self.add_argument_group("Method")
-        group.add_argument("--method", metavar="METHOD", help=f"one of {', '.join(available())} (default: {HAM.name})")
+        known_methods = available_methods()
+        listed = f"one of {', '.join(known_methods)} (default: {DEFAULT_METHOD})"
+        group.add_argument("--method", metavar="METHOD", help=listed)
         users: dict[tuple[str, str], tuple[Setting, list[str]]] = {}
         for name, options in method_settings().items():
             new = [known for known in options if known.name not in self.settings]
@@ -247,7 +250,7 @@ class _Parser(argparse.ArgumentParser):
                 users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
         # Each method with the options that are its own, then those that several have, once for all of them.
         titles: dict[tuple[str, ...], str] = {
-            (name,): f"--method {name}: {kind.summary}" for name, kind in available().items()
+            (name,): f"--method {name}: {kind.summary}" for name, kind in known_methods.items()
         }
         titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
         for names, title in titles.items():
@@ -317,7 +320,7 @@ class _Parser(argparse.ArgumentParser):
         rows = [("--config RECIPE", "YAML file, or a name that ham-hf recipes lists")]
         for name, what in self.screen.settings.items():
             if name == "method":
-                rows.append(("--method METHOD", f"{what} [{HAM.name}]"))
+                rows.append(("--method METHOD", f"{what} [{DEFAULT_METHOD}]"))
                 continue
             known = self.settings[name]
             default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
@@ -325,8 +328,8 @@ class _Parser(argparse.ArgumentParser):
             metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
             rows.append((f"--{name}{metavar}", f"{what}{default}"))
         rest = [("--help all", "every setting")]
-        if self.methods:
-            rest.append(("--help METHOD", f"the options of a method, as --help {HAM.name}"))
+        if "method" in self.screen.settings:
+            rest.append(("--help METHOD", f"the options of a method, as --help {DEFAULT_METHOD}"))
         rest += [
             ("--print_config", "the settings as YAML, and stop"),
             ("ham-hf recipes", "what --config takes by name"),
