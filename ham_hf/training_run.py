@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,13 +219,20 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
 
         pushes.push(export, commit_message=f"Step {trainer.progress.step}")
 
-    trainer = new_trainer(
+    trainer = Trainer(
         model,
         data,
-        preprocessing,
-        config,
+        config.method,
+        config.attack.attack,
+        config.training,
         accelerator,
+        eval_batch_size=config.evaluation.per_device_eval_batch_size,
         after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
+        plan_besides={
+            "model_args": config_to_dict(config)["model_args"],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+        },
     )
     return Run(
         # With another number of processes than before, the accumulation is another one too.
@@ -255,33 +262,6 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
     if accelerator.is_main_process:
         lock.acquire()
     return accelerator
-
-
-def new_trainer(
-    model: PixelModel,
-    data: ImageData,
-    preprocessing: Preprocessing,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    after_save: Callable[[Trainer], None] | None,
-) -> Trainer:
-    """The trainer that a configuration describes."""
-    return Trainer(
-        model,
-        data,
-        config.method,
-        config.attack.attack,
-        config.training,
-        accelerator,
-        eval_batch_size=config.evaluation.per_device_eval_batch_size,
-        after_save=after_save,
-        plan_besides={
-            "model_args": config_to_dict(config)["model_args"],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-        },
-    )
 
 
 def begin(run: Run) -> None:

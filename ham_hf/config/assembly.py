@@ -169,28 +169,11 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     names = list(names)
     name = name.lower().replace("-", "_")
     near = [ours for ours, aliases in _KNOWN_ELSEWHERE.items() if name in aliases.split() and ours.split()[0] in names]
-    near = near or _nearest_by_words(name, names) or difflib.get_close_matches(name, names, n=1)
+    if not near and len(name) > 2:
+        # The first of the shortest names whose words begin with all of its words, or the one most alike in spelling.
+        begun = [ours for ours in names if all(f"_{word}" in f"_{ours}" for word in name.split("_"))]
+        near = sorted(begun, key=lambda ours: ours.count("_")) or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _nearest_by_words(name: str, names: Iterable[str]) -> list[str]:
-    """The name that has most of the words of ``name``, if that is more than half of its letters; else nothing."""
-    wanted = [word for word in name.split("_") if word]
-
-    def overlap(candidate: str) -> tuple[int, int]:
-        words = candidate.split("_")
-        found = [word for word in wanted if any(_alike(word, other) for other in words)]
-        return sum(map(len, found)), -len(words)
-
-    best = max(names, key=overlap, default="")
-    return [best] if 2 * overlap(best)[0] > sum(map(len, wanted)) else []
-
-
-def _alike(word: str, other: str) -> bool:
-    """Whether two words are one spelled in two ways, or one begins with the other (``accum``, ``accumulation``)."""
-    shorter, longer = sorted((word, other), key=len)
-    begins = len(shorter) >= 3 and longer.startswith(shorter)
-    return begins or difflib.SequenceMatcher(None, word, other).ratio() > 0.8
 
 
 def _assemble(
