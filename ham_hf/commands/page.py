@@ -34,6 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     # Only now: torch and pyarrow take seconds to import, and --help needs none of them.
-    from ham_hf.page_run import run_page
+    from ham_hf.comparison_run import run_page
 
     run_page(options)
