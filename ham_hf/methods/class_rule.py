@@ -2,7 +2,7 @@
 
 A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both; it
 attacks nothing and trains nothing. A method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
-borrows one (`ham_hf.methods.borrowing`: ``--class_margin``, ``--class_weighting``). Besides the hooks of
+borrows one (``--class_margin``, ``--class_weighting``). Besides the hooks of
 `ham_hf.methods.state`, in the order of a run:
 
     wants_held_out, held_out_sums -> after_held_out   before an epoch, on held-out images
@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
+from ham_hf.methods.batch import Batch
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 from ham_hf.methods.state import State, Stateful
 
@@ -54,18 +54,11 @@ class ClassRule(Stateful):
         """Whether `held_out_sums` are to be taken before this epoch."""
         return False
 
-    def held_out_sums(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        loss: BaseLoss,
-        num_classes: int,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode."""
+    def held_out_sums(self, model: nn.Module, batch: Batch, *, loss: BaseLoss, num_classes: int) -> Tensor:
+        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode.
+
+        ``loss`` is that of the method that trains.
+        """
         raise NotImplementedError(f"{self.name} takes no sums over held-out images")
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:

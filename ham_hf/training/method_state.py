@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods import ClassRule, Method, OuterBatch, Stateful, class_sums
+from ham_hf.methods import ClassRule, Method, Stateful, TrainingRows, class_sums
 
 
 class MethodState:
@@ -55,17 +55,17 @@ class MethodState:
                 return probabilities
         return None
 
-    def observe(self, logits: Tensor, batch: OuterBatch, y: Tensor, *, epoch: int) -> Tensor:
+    def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> Tensor:
         """What the parts observe of one batch, in one flat vector, always of the same length in an epoch.
 
         Args:
             logits: (R, num_classes) of the training forward; R may be 0.
-            batch: the rows that were trained on.
+            rows: what was trained on.
             y: (N,) labels of the whole batch.
             epoch: 0-based epoch.
         """
-        early = batch.early_logits
-        labels = batch.adversarial_y if early is None else y
+        early = rows.early_logits
+        labels = rows.adversarial_y if early is None else y
         seen = logits[: len(labels)] if early is None else early
         sums = [part.observe(seen.detach(), labels, epoch=epoch) for part, _ in self._observing(epoch)]
         return torch.cat([one.flatten() for one in sums] or [self.log.new_zeros(0)])
@@ -82,15 +82,15 @@ class MethodState:
         shapes = [(part, part.observed_shape(self.num_classes, epoch=epoch)) for part in self.objective.parts]
         return [(part, shape) for part, shape in shapes if shape is not None]
 
-    def note(self, y: Tensor, batch: OuterBatch, share: Tensor) -> None:
+    def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
         ones = torch.ones_like(y, dtype=self.log.dtype)
-        if batch.hard is not None:
-            self.log[:2] += class_sums(torch.stack([batch.hard, ones], 1), y, self.num_classes).T
+        if rows.hard is not None:
+            self.log[:2] += class_sums(torch.stack([rows.hard, ones], 1), y, self.num_classes).T
         self.log[2] += class_sums(ones, y, self.num_classes)
-        self.log[3 : 3 + len(share)] += class_sums(share.T, batch.y, self.num_classes).T
-        if batch.wrong_at_start is not None:
-            self.log[-3] += class_sums(batch.wrong_at_start, y, self.num_classes)
+        self.log[3 : 3 + len(share)] += class_sums(share.T, rows.y, self.num_classes).T
+        if rows.wrong_at_start is not None:
+            self.log[-3] += class_sums(rows.wrong_at_start, y, self.num_classes)
 
     def note_clean(self, y: Tensor, wrong: Tensor) -> None:
         """Log which images (N,) of labels ``y`` are misclassified without an attack, if the method compares by it."""

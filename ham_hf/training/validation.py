@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import EvaluationAttack, evaluate
-from ham_hf.methods import BaseLoss, ClassRule
+from ham_hf.methods import BaseLoss, Batch, ClassRule
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
 
@@ -92,16 +92,9 @@ class HeldOutPart:
         sums = []
         with evaluation_mode(module):
             for (number, _), batch in zip(mine, batches, strict=True):
-                found = rule.held_out_sums(
-                    module,
-                    batch.x,
-                    batch.y,
-                    attack=attack,
-                    loss=loss,
-                    num_classes=self.num_classes,
-                    generator=make_generator(device, self.seed, Stream.HELD_OUT, epoch, number),
-                )
-                sums.append(found * counts)
+                noise = make_generator(device, self.seed, Stream.HELD_OUT, epoch, number)
+                attacked = Batch(x=batch.x, y=batch.y, attack=attack, epoch=epoch, generator=noise)
+                sums.append(rule.held_out_sums(module, attacked, loss=loss, num_classes=self.num_classes) * counts)
         total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
         return total
 

@@ -13,7 +13,7 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM, PGDAT, Method, available
 from ham_hf.mining import mine_hard_examples
 from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import every_method
+from tests.support.method_checks import every_method, exact, rows_of
 
 METHODS = every_method()
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
@@ -24,18 +24,9 @@ def case():
     return golden_case("ham_m3")
 
 
-def outer(objective, case, epoch=5):
+def outer(method, case, epoch=5):
     net = golden_net()
-    generator = torch.Generator().manual_seed(3)
-    states = initial_states(objective)
-    return net, objective.outer_batch(
-        net, case.x, case.y, attack=ATTACK, epoch=epoch, states=states, generator=generator
-    )
-
-
-def initial_states(objective, num_classes=10):
-    counts = torch.full((num_classes,), 10.0, dtype=torch.float64)
-    return {part.name: part.initial_state(counts) for part in objective.parts}
+    return net, rows_of(method, net, case.x, case.y, attack=ATTACK, epoch=epoch, seed=3)
 
 
 def mined_alike(net, case, **options):
@@ -122,7 +113,7 @@ def test_weight_by_margin(case):
 def test_weight_by_probability_move(case):
     net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="probability_move"), case)
     move = mined_alike(net, case, track_moves=True).largest_move
-    torch.testing.assert_close(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), rtol=0, atol=1e-12)
+    exact(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), 1e-12)
     assert (batch.weight.argsort() == move.argsort()).all()
 
 
@@ -130,16 +121,9 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
     easy = golden_case("ham_alleasy")
     some = {"easy_weight": 1, "easy_fraction": 0.3}
     for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, some):
-        net = golden_net()
         ham = HAM(mining_start_epoch=0, mining_step=0, **options)
-        batch = ham.outer_batch(
-            net,
-            easy.x,
-            easy.y,
-            attack=Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
-            epoch=0,
-            states=initial_states(ham),
-        )
+        attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001)
+        batch = rows_of(ham, golden_net(), easy.x, easy.y, attack=attack)
         assert not batch.hard.any()
         assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
 

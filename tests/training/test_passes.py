@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ham_hf.methods import HAM, PGDAT
+from ham_hf.training.passes import PassCounter
 from ham_hf.training.stopping import TrainingStopped
-from ham_hf.training.train_step import PassCounter
 from ham_hf.training.trainer import Progress
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
 from tests.support.training import ATTACK, HAM_FROM_1, image_data, log_of, make_net, trainer

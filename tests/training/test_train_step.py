@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import HAM, PGDAT, Method
-from ham_hf.methods.base import OuterBatch
+from ham_hf.methods import HAM, PGDAT, Method, TrainingRows
 from ham_hf.training.train_step import NonFiniteLossError
 from tests.support.golden_data import TOLERANCE, Normalized, golden_case, golden_net
 from tests.support.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch
@@ -185,8 +184,8 @@ def test_weights_of_rows_normalize_the_loss(accelerator):
     class Weighted(Method):
         name: ClassVar[str] = "weighted_for_a_test"
 
-        def outer_batch(self, model, x, y, *, attack, epoch, states, generator=None):
-            return OuterBatch(x=x, y=y, weight=1 + torch.arange(len(y), dtype=x.dtype))
+        def inner_maximization(self, model, batch):
+            return TrainingRows(x=batch.x, y=batch.y, weight=1 + torch.arange(len(batch.y), dtype=batch.x.dtype))
 
     net = group_norm_net()
     x, y = torch.rand(5, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
