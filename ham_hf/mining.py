@@ -157,17 +157,8 @@ def mine_three_kinds(
 
     Rows misclassified at the start are hard too, but their attack ends at the mining step. Rows right both times are
     easy. The logits of the first gradient tell which rows are wrong at the start, at no cost. Our choice, after
-    BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image.
-
-    Args:
-        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
-        x: clean images (N, C, H, W) in [0, 1].
-        y: labels (N,).
-        attack: all K steps; radius and step may be (N,).
-        mining_step: M, 1 <= M <= K.
-        start: images to start from; None draws them uniformly from the ball.
-        loss_fn: what the attack increases, per example.
-        generator: source of the random start, on the device of ``x``.
+    BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image. Arguments are those of
+    `mine_hard_examples`; ``attack`` holds all K steps.
 
     Raises:
         ValueError: if the batch is malformed or not 1 <= mining_step <= num_steps.
@@ -256,7 +247,6 @@ class FirstLogits:
         self.logits = torch.empty(0)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Keep the logits (N, num_classes) if they are the first, and return the per-example loss (N,)."""
         if not self.logits.numel():
             self.logits = logits.detach()
         return self.loss_fn(logits, y)
@@ -271,7 +261,6 @@ class LargestMove:
         self.largest: Tensor | None = None
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Note the move since the last call and return the per-example loss (N,)."""
         probabilities = logits.detach().softmax(1)
         if self.previous is None or self.largest is None:
             self.largest = torch.zeros_like(probabilities[:, 0])

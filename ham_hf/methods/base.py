@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,25 +34,11 @@ from ham_hf.settings import setting
 class Method(Stateful):
     """Base of all training methods: PGD adversarial training unless a method says otherwise."""
 
-    gates_averaging: ClassVar[bool] = False
-    """Whether fairness-gated weight averaging belongs to the published method."""
-
     def check(self, *, num_steps: int) -> None:
-        """Check the options against the attack before anything expensive starts.
-
-        Args:
-            num_steps: K, the number of attack steps of the run.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
+        """Check the options against the attack steps K of the run; ValueError naming the option and its value."""
 
     def check_rules(self) -> None:
-        """Check the options of borrowed class rules, once each is known to be valid by itself.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
+        """The same for the options of borrowed class rules, once each is known to be valid by itself."""
 
     @property
     def depends_on_split(self) -> bool:
@@ -95,16 +81,12 @@ class Method(Stateful):
         return (self, *self.rules)
 
     def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:
-        """The 0-based epoch in which each part begins to differ from plain adversarial training, by its name.
-
-        Args:
-            awp_start_epoch: first epoch of the weight perturbation; None = there is none.
-        """
+        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins."""
         starts = {part.name: part.warmup_epochs for part in self.parts}
         return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
 
     def start_words(self, awp_start_epoch: int | None = None) -> dict[str, str]:
-        """The same for people, who count from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
+        """The same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
         words = {}
         for name, first in self.start_epochs(awp_start_epoch).items():
             part = next((part for part in self.parts if part.name == name), None)
@@ -120,8 +102,7 @@ class Method(Stateful):
     def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
         """`rows_to_train_on` of each accumulation step of an update.
 
-        Returns:
-            As many entries; a method may move rows from one to another, but not ``hard`` and ``early_logits``.
+        A method may move rows from one entry to another, but not ``hard`` and ``early_logits``.
         """
         return [self.rows_to_train_on(model, batch) for batch in batches]
 

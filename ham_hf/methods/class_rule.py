@@ -37,8 +37,6 @@ class ClassRule(Stateful):
     """Whether the rule cannot do without held-out images."""
     uses_class_counts: ClassVar[bool] = False
     """Whether `initial_state` looks at how many training images a class has; streams may not know it (NaN)."""
-    gates_averaging: ClassVar[bool] = False
-    """Whether fairness-gated weight averaging belongs to the published method."""
 
     @classmethod
     def lent(cls, **options: Any) -> ClassRule:  # noqa: ANN401 (fields of any type)

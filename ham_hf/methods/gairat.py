@@ -63,18 +63,13 @@ class GAIRAT(Method):
 class CorrectIterates:
     """Cross-entropy for `ham_hf.attacks.pgd` that counts, on the device, the iterates classified correctly.
 
-    Args:
-        y: (N,) labels.
-
-    Attributes:
-        count: (N,) kappa: correct iterates among those whose logits the attack computes, 0 .. num_steps - 1.
+    ``count`` (N,) is kappa: correct iterates among those whose logits the attack computes, 0 .. num_steps - 1.
     """
 
     def __init__(self, y: Tensor) -> None:
         self.count = torch.zeros_like(y)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Count the rows that are correct and return the cross-entropy of each (N,)."""
         self.count += predicted(logits.detach()) == y
         return cross_entropy(logits, y)
 

@@ -28,6 +28,8 @@ class Stateful:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     """One line for ``--help`` and the model card."""
+    gates_averaging: ClassVar[bool] = False
+    """Whether fairness-gated weight averaging belongs to the published method."""
 
     @property
     def warmup_epochs(self) -> int:

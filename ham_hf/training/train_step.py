@@ -56,13 +56,13 @@ class Totals:
 
     Attributes:
         loss: losses of the updates.
-        updates: updates that were made, skipped ones excluded; ``loss / updates`` is the mean loss.
+        updates: updates that were made, skipped ones excluded.
         overflows: updates that were skipped as a gradient overflowed in float16.
         hard: hard examples.
         mined: examples that mining looked at.
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
-        stops: requests to stop, of all processes.
+        stops: requests to stop.
         passes: passes over the network; see `ham_hf.training.passes`.
     """
 
@@ -77,20 +77,12 @@ class Totals:
     passes: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
-        """The sums over the updates of both."""
         return Totals(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Work:
-    """One accumulation step of an update after its inner maximization.
-
-    Attributes:
-        number: position in the update.
-        batch: the whole batch.
-        rows: the part of it to train on.
-        share: (T, E) weight of each term and example, divided by the global divisor.
-    """
+    """One accumulation step: its number, the batch, the rows to train on, and the share (T, E) of each in the loss."""
 
     number: int
     batch: Batch
@@ -102,14 +94,14 @@ class TrainStep:
     """Makes updates of one model.
 
     Args:
-        model: what ``accelerator.prepare`` made of the pixel model.
-        optimizer: what it made of the optimizer.
+        model: what ``accelerator.prepare`` made of the pixel model; likewise ``optimizer``.
+        optimizer: see ``model``.
         objective: training method.
         attack: attack of the inner maximization.
         accelerator: the accelerator.
         config: settings of the training loop.
         class_counts: (num_classes,) number of training images of each class.
-        ema: moving average to update after every update that was made.
+        ema: moving average of weights that follows every update.
     """
 
     def __init__(

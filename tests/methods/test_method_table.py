@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
@@ -233,6 +234,50 @@ def test_before_it_begins_a_method_is_its_base_loss(method, plain, epoch, prepar
         rows = rows_of(one, net, x, y, attack=attack, epoch=epoch, states=states, seed=1)
         losses.append(update_loss(one, net, rows, epoch=epoch, states=states)[0])
     exact(losses[0], factor * losses[1], 1e-6 if method.name == "faal" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [
+        ("cfol", {"log_weight": torch.arange(10.0).double()}),
+        ("dafa", {"weight": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)}),
+        ("faal", {"weight": torch.linspace(2, 0, 10, dtype=torch.float64)}),
+        ("hard_fraction", {"weight": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)}),
+        ("wat", {"weight": torch.linspace(0.5, 1.5, 11, dtype=torch.float64)}),
+    ],
+)
+def test_ham_weighs_its_hard_examples_by_the_rule_that_it_borrows(rule, state):
+    """The weights themselves are the authors', see above; none of these rules divides by them."""
+    ham = HAM(mining_start_epoch=0, mining_step=2, class_weighting=rule)
+    ham.check(num_steps=10)
+    assert [part.name for part in ham.parts] == ["ham", rule]
+    states = initial_states(ham)
+    states[rule] |= state
+    x, y = golden_batch(64)
+    attack = attack_of(hyper_of("trades"))
+    rows = rows_of(ham, golden_net(), x, y, attack=attack, epoch=80, states=states, seed=0)
+    # Class rules then observe the whole batch at the mining step, as the hard rows say nothing of a class.
+    assert torch.equal(rows.early_logits.argmax(1) != y, rows.hard)
+    assert 0 < len(rows.y) < len(rows.early_logits) == 64
+    of_class = ham.weights.class_weight(states[rule], ham.loss, epoch=80)
+    assert of_class.amax() > of_class.amin()
+    loss, logits = update_loss(ham, golden_net(), rows, epoch=80, states=states)
+    exact(loss, (of_class[0][rows.y] * F.cross_entropy(logits, rows.y, reduction="none")).mean())
+
+
+@pytest.mark.parametrize("rule", ["cfa", "dafa"])
+def test_ham_attacks_with_the_radii_of_the_rule_that_it_borrows(rule):
+    ham = HAM(mining_start_epoch=0, mining_step=2, class_margin=rule)
+    states = initial_states(ham)
+    states[rule][{"cfa": "robust_accuracy", "dafa": "weight"}[rule]] = torch.linspace(0.5, 1, 10, dtype=torch.float64)
+    x, y = golden_batch(64)
+    attack = attack_of(hyper_of("trades"))
+    rows = rows_of(ham, golden_net(), x, y, attack=attack, epoch=80, states=states, seed=0)
+    radius, _ = ham.radii.class_attack(states[rule], attack, epoch=80)
+    hard = rows.hard.nonzero().squeeze(1)
+    moved = (rows.x - x[hard]).abs().flatten(1).amax(1)
+    assert (moved <= radius[y[hard]] + 1e-12).all()
+    assert (moved > 0.99 * radius[y[hard]]).sum() > len(hard) / 2
 
 
 @pytest.mark.parametrize("rows", [0, 5])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, pgd
 from ham_hf.methods import HAM, MartLoss, TradesLoss
+from ham_hf.methods.bat import BalanceLoss
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     exact,
@@ -19,27 +20,13 @@ from tests.support.method_checks import (
 )
 
 
-def test_terms_by_hand():
-    torch.manual_seed(0)
-    logits, y = torch.randn(10, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1])
-    trades, mart = TradesLoss().terms(logits, y), MartLoss().terms(logits, y)
-    for i in range(5):
-        p_adv, p = logits[i].softmax(0), logits[5 + i].softmax(0)
-        divergence = sum(float(p[j] * (p[j].log() - p_adv[j].log())) for j in range(4))
-        assert float(trades[0, i]) == pytest.approx(-float(p[y[i]].log()))
-        assert float(trades[1, i]) == pytest.approx(divergence)
-        runner_up = max(float(p_adv[j]) for j in range(4) if j != y[i])
-        boosted = -float(p_adv[y[i]].log()) - float(torch.tensor(1 - runner_up).log())
-        assert float(mart[0, i]) == pytest.approx(boosted, abs=1e-3)
-        assert float(mart[1, i]) == pytest.approx(divergence * (1 - float(p[y[i]])), abs=1e-6)
-
-
-@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss()])
-def test_certain_predictions_stay_finite_in_single_and_half_precision(loss):
-    logits = torch.tensor([[90.0, -90.0], [-90.0, 90.0], [90.0, -90.0], [90.0, -90.0]])
+@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss(), BalanceLoss()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("size", [90.0, 300.0])
+def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size):
+    logits = size * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]] * 2)
     for dtype in (torch.float32, torch.bfloat16):
         given = logits.to(dtype).requires_grad_()
-        terms = loss.terms(given, torch.tensor([0, 0]))
+        terms = loss.terms(given, torch.zeros(2 if loss.name == "bat" else 3, dtype=torch.long))
         assert terms.dtype == torch.float32
         assert torch.isfinite(terms).all()
         (gradient,) = torch.autograd.grad(terms.sum(), given)

@@ -18,6 +18,7 @@ from ham_hf.evaluation import evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.metrics import ClassAccuracy
 from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.data_order import epoch_order
 from ham_hf.training.log import RunLog
 from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
@@ -114,7 +115,7 @@ def test_selected_weights_are_those_of_the_best_validation(finished):
     assert state["score"] == max(scores)
     assert state["step"] == max(r["step"] for r in progress.history if r["robust_accuracy"] == max(scores))
     if state["step"] == progress.step:
-        assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+        assert all(torch.equal(weights[key], value) for key, value in run.average.module.state_dict().items())
 
 
 @pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"])
@@ -135,16 +136,8 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
 
     monkeypatch.setattr(run, "_held_out", held_out)
     best = run.fit().best
-    assert (
-        best["epoch"]
-        == {
-            "robust_accuracy": 0,
-            "worst_class": 1,
-            "robust_plus_worst": 1,
-            "verdict": 2,
-            "last": 2,
-        }[metric]
-    )
+    epochs = {"robust_accuracy": 0, "worst_class": 1, "robust_plus_worst": 1, "verdict": 2, "last": 2}
+    assert best["epoch"] == epochs[metric]
     assert load_best(tmp_path / "run")[1] == best
 
 
@@ -202,21 +195,25 @@ def test_max_steps_ends_in_mid_epoch_with_validation_and_checkpoint(tmp_path):
     assert [record["step"] for record in progress.history] == [6, 8]
 
 
+def requests_of(run, epoch):
+    return run.layout.requests(epoch_order(run.data.train.labels, run.config.seed, epoch), epoch)
+
+
 def test_every_example_is_seen_at_most_once_per_epoch_in_an_order_of_its_own(tmp_path):
     run = trainer(tmp_path / "run")
-    epochs = [torch.cat([request.indices for request in run._requests(epoch)]) for epoch in (0, 1)]
+    epochs = [torch.cat([request.indices for request in requests_of(run, epoch)]) for epoch in (0, 1)]
     for order in epochs:
         assert len(order) == 48
         assert len(order.unique()) == 48
     assert not torch.equal(*epochs)
-    assert torch.equal(epochs[0], torch.cat([r.indices for r in trainer(tmp_path / "other")._requests(0)]))
-    seeds = [request.seed for epoch in (0, 1) for request in run._requests(epoch)]
+    assert torch.equal(epochs[0], torch.cat([r.indices for r in requests_of(trainer(tmp_path / "other"), 0)]))
+    seeds = [request.seed for epoch in (0, 1) for request in requests_of(run, epoch)]
     assert len(set(seeds)) == len(seeds)
 
 
 def test_accumulation_takes_the_same_examples_as_a_larger_batch(tmp_path):
-    large = trainer(tmp_path / "a", per_device_train_batch_size=16)._requests(0)
-    small = trainer(tmp_path / "b", gradient_accumulation_steps=2)._requests(0)
+    large = requests_of(trainer(tmp_path / "a", per_device_train_batch_size=16), 0)
+    small = requests_of(trainer(tmp_path / "b", gradient_accumulation_steps=2), 0)
     assert len(small) == 2 * len(large)
     assert torch.equal(torch.cat([r.indices for r in large]), torch.cat([r.indices for r in small]))
 
@@ -359,10 +356,10 @@ def test_averaged_weights_follow_the_updates(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.train_step.__class__, "__call__", spy)
         run.fit()
-    for key, value in run.ema.module.state_dict().items():
+    for key, value in run.average.module.state_dict().items():
         torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-6)
     weights, _ = load_best(tmp_path / "run")
-    assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+    assert all(torch.equal(weights[key], value) for key, value in run.average.module.state_dict().items())
 
 
 def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):

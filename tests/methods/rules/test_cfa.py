@@ -117,17 +117,6 @@ def test_parts_can_be_switched():
             assert (cfa.rule.class_weight(state, cfa.loss, epoch=1) is not None) is regularization
 
 
-def test_ham_lends_it_the_mining_step_of_the_whole_batch():
-    ham = HAM(mining_start_epoch=0, mining_step=2, class_margin="cfa", class_rule_args={"cfa_start_epoch": 1})
-    ham.check(num_steps=10)
-    states = initial_states(ham)
-    x, y = golden_batch(64)
-    net = golden_net()
-    batch = rows_of(ham, net, x, y, attack=attack_of(HYPER), epoch=0, states=states, seed=2)
-    assert len(batch.early_logits) == 64 > len(batch.y) > 0
-    assert torch.equal(batch.early_logits.argmax(1) != y, batch.hard)
-
-
 @pytest.mark.parametrize(
     ("objective", "message"),
     [

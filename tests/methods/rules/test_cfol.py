@@ -7,8 +7,7 @@ import torch
 
 from ham_hf.methods import HAM, BaseLoss, TradesLoss, TrainingRows
 from ham_hf.methods.rules.cfol import CFOL, CFOLRule
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import attack_of, exact, golden_batch, golden_tensors, initial_states, rows_of
+from tests.support.method_checks import attack_of, exact, golden_tensors, initial_states
 
 TENSORS, HYPER = golden_tensors("cfol")
 OPTIONS = {"cfol_gamma": HYPER["gamma"], "cfol_eta": HYPER["eta"]}
@@ -52,20 +51,6 @@ def test_sampler_is_frozen_for_an_epoch_where_the_authors_go_on():
     cfol.rule.before_epoch(state, epoch=1)
     exact(cfol.rule.class_probabilities(state), 0.05 + 0.5 * total.softmax(0))
     assert not torch.allclose(total, TENSORS["out/uniform_sample/w"][6])
-
-
-def test_sequential_updates_are_the_authors():
-    cfol = CFOL(**OPTIONS)
-    state = cfol.rule.initial_state(COUNTS)
-    for y, wrong, expected in zip(
-        TENSORS["in/batch_y"][0].split(1),
-        TENSORS["in/batch_wrong"][0].split(1),
-        TENSORS["out/sequential_update/w"],
-        strict=True,
-    ):
-        cfol.rule.after_update(state, observed(cfol, y, wrong))
-        exact(state["log_weight"], expected)
-        cfol.rule.before_epoch(state, epoch=1)
 
 
 @pytest.mark.parametrize("base", ["uniform", "empirical"])
@@ -121,11 +106,3 @@ def test_others_borrow_it_as_a_weight():
     assert CFOLRule.lent(cfol_as="sampler") == CFOLRule()
     states = initial_states(ham)
     assert [rule.class_probabilities(states[rule.name]) for rule in ham.rules] == [None]
-    ham.weights.after_update(states["cfol"], torch.arange(10.0).double())
-    x, y = golden_batch(64)
-    batch = rows_of(ham, golden_net(), x, y, attack=ATTACK, epoch=0, states=states, seed=1)
-    weight, divisor = ham.weigh(batch, epoch=0, states=states)
-    log_weight = 0.1 * torch.arange(10.0).double() / 0.1
-    expected = 10 * (0.05 + 0.5 * log_weight.exp() / log_weight.exp().sum())
-    exact(weight[0], expected[batch.y])
-    assert 0 < float(divisor) == len(batch.y) < 64

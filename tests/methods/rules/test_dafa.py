@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.methods import DAFA, HAM, PGDAT, Batch
-from ham_hf.methods.rules.dafa import dafa_weights
+from ham_hf.methods import DAFA, PGDAT, Batch
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     attack_of,
@@ -107,42 +105,6 @@ def test_nothing_observed_changes_nothing():
     state = dafa.rule.initial_state(torch.ones(10, dtype=torch.float64))
     dafa.rule.before_epoch(state, epoch=1)
     assert state["weight"].tolist() == [1.0] * 10
-
-
-def test_weights_by_pairs():
-    similarity = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.05, 0.05, 0.9]], dtype=torch.float64)
-    expected = [1.0, 1.0, 1.0]
-    for weak, strong in ((0, 1), (0, 2), (1, 2)):
-        passed = float(similarity[weak, strong] * similarity[strong, strong])
-        expected[weak] += 1.5 * passed
-        expected[strong] -= 1.5 * passed
-    assert dafa_weights(similarity, 1.5).tolist() == pytest.approx(expected)
-
-
-def test_ham_borrows_weights_and_radii():
-    weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
-    ham = HAM(
-        mining_start_epoch=0,
-        mining_step=2,
-        class_weighting="dafa",
-        class_margin="dafa",
-        class_rule_args={"dafa_start_epoch": 1},
-    )
-    ham.check(num_steps=10)
-    assert [part.name for part in ham.parts] == ["ham", "dafa"]
-    states = initial_states(ham)
-    states["dafa"]["weight"] = weight
-    x, y = golden_batch(64)
-    net = golden_net()
-    batch = rows_of(ham, net, x, y, attack=attack_of(HYPER), epoch=1, states=states, seed=0)
-    assert 0 < len(batch.y) < 64
-    rows = batch.hard.nonzero().squeeze(1)
-    assert ((batch.x - x[rows]).abs().flatten(1).amax(1) <= weight[y[rows]] * HYPER["epsilon"] + 1e-12).all()
-    logits = net(batch.x)
-    weights, divisor = ham.weigh(batch, epoch=1, states=states)
-    loss = (weights * ham.losses(logits, batch)).sum() / divisor
-    expected = (F.cross_entropy(logits, batch.y, reduction="none") * weight[batch.y]).mean()
-    exact(loss.squeeze(), expected, 1e-12)
 
 
 def test_pgd_at_with_dafa_is_dafa_on_pgd_at():

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from ham_hf.methods import HAM
-from ham_hf.methods.rules.faal import FAAL, FAALRule, worst_case_weights
+from ham_hf.methods.rules.faal import FAAL, worst_case_weights
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
-    attack_of,
     exact,
     golden_batch,
     golden_tensors,
     initial_states,
-    rows_of,
-    update_loss,
 )
 
 TENSORS, HYPER = golden_tensors("faal")
@@ -126,13 +119,6 @@ def test_extreme_values_stay_finite(values, radius, dtype):
         assert divergence(p) == pytest.approx(radius, abs=1e-6)
 
 
-def test_two_classes_by_hand():
-    p = worst_case_weights(torch.tensor([2.0, -1.0], dtype=torch.float64), 0.5)
-    # KL(U || p) = -log(2) - (log(p) + log(1 - p)) / 2, so 4 p (1 - p) = exp(-2 r).
-    larger = (1 + math.sqrt(1 - math.exp(-1.0))) / 2
-    assert p.tolist() == pytest.approx([larger, 1 - larger])
-
-
 def test_missing_classes_get_the_largest_weight_where_the_others_are_easy():
     faal = FAAL()
     state = faal.rule.initial_state(torch.ones(4, dtype=torch.float64))
@@ -143,22 +129,6 @@ def test_missing_classes_get_the_largest_weight_where_the_others_are_easy():
     assert float(weight.sum()) == pytest.approx(4)
     faal.rule.before_update(state, torch.zeros(4, dtype=torch.float64))
     assert state["weight"].tolist() == [1.0] * 4
-
-
-def test_ham_borrows_weights_from_its_hard_examples():
-    ham = HAM(mining_start_epoch=0, mining_step=1, class_weighting="faal", class_rule_args={"faal_radius": 0.2})
-    ham.check(num_steps=3)
-    assert ham.weights == FAALRule(faal_radius=0.2)
-    states, net = initial_states(ham), golden_net()
-    x, y = golden_batch(64)
-    batch = rows_of(ham, net, x, y, attack=attack_of(HYPER, num_steps=3), states=states, seed=1)
-    assert 0 < len(batch.y) < 64
-    logits = net.train()(batch.x)
-    ham.weights.before_update(states["faal"], ham.weights.preview(logits, batch.y, 10))
-    loss, _ = update_loss(ham, golden_net(), batch, epoch=0, states=states)
-    weight = states["faal"]["weight"]
-    assert divergence(weight / 10) == pytest.approx(0.2, abs=1e-6)
-    exact(loss, (weight[batch.y] * F.cross_entropy(logits, batch.y, reduction="none")).mean())
 
 
 def test_a_class_without_training_images_takes_nothing_from_the_others():

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import evaluation_mode, pgd
-from ham_hf.methods import BASE_LOSSES, HAM, Batch
+from ham_hf.methods import BASE_LOSSES, Batch
 from ham_hf.methods.rules.wat import WAT, hedge_weights, mean_costs
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
@@ -16,10 +16,7 @@ from tests.support.method_checks import (
     golden_batch,
     golden_noise,
     golden_tensors,
-    initial_states,
-    rows_of,
     starting_at,
-    update_loss,
 )
 
 TENSORS, HYPER = golden_tensors("wat")
@@ -105,19 +102,3 @@ def test_classes_without_held_out_images_cost_the_average(num_classes):
     assert weight.shape == (2, num_classes)
     assert torch.isfinite(weight).all()
     assert float(state["weight"].sum()) == pytest.approx(num_classes)
-
-
-def test_ham_borrows_weights_for_its_hard_examples():
-    ham = HAM(mining_start_epoch=0, mining_step=3, class_weighting="wat", class_rule_args={"wat_eta": 0.2})
-    ham.check(num_steps=10)
-    states = initial_states(ham)
-    sums = torch.stack([torch.ones(10), torch.arange(10.0)]).double()
-    ham.weights.after_held_out(states["wat"], sums, epoch=1)
-    x, y = golden_batch(64)
-    batch = rows_of(ham, golden_net(), x, y, attack=ATTACK, epoch=1, states=states, seed=1)
-    loss, logits = update_loss(ham, golden_net(), batch, epoch=1, states=states)
-    arms = (0.2 * torch.tensor([*range(10), 4.5], dtype=torch.float64)).exp()
-    arms *= 10 / arms.sum()
-    expected = ((arms[:10] + arms[10])[batch.y] * F.cross_entropy(logits, batch.y, reduction="none")).mean()
-    assert 0 < len(batch.y) < 64
-    exact(loss, expected)
