@@ -1,7 +1,7 @@
 """Class rules: how classes are told apart in training, by the radius of their attack or the weight of their loss.
 
-A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both; it
-attacks nothing and trains nothing. A method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
+A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both. A
+method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
 borrows one (``--class_margin``, ``--class_weighting``). Besides the hooks of
 `ham_hf.methods.state`, in the order of a run:
 

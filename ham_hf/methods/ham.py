@@ -206,7 +206,7 @@ class HAM(BuiltOnLoss, Borrowing):
         return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
 
     def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
-        """Give the terms of the base loss; with TRADES, where hard examples alone have an adversarial image."""
+        """Give the terms of the base loss; of TRADES also where hard examples alone have an adversarial image."""
         if rows.with_adversarial is None:
             return super().losses(logits, rows)
         return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
@@ -245,15 +245,10 @@ class HAM(BuiltOnLoss, Borrowing):
 def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
     """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
 
-    Args:
-        method: for the mining step, the loss, the weights and what is trained on.
-        model: the unwrapped pixel model.
-        batches: one per accumulation step.
-
     Returns:
         As many entries as ``batches``. Unless the method trains on all examples, the rows of all are packed as well,
-        and the last ones are without a row; ``hard``, ``wrong_at_start`` and ``early_logits`` belong to the batch in
-        the same place.
+        and the last entries have none; ``hard``, ``wrong_at_start`` and ``early_logits`` are of the batch in the same
+        place.
     """
     mined = []
     for batch in batches:

@@ -1,11 +1,10 @@
 """Which examples an update trains on: the order of an epoch, and each process's part of it.
 
 The order of an epoch follows from the seed and the epoch (and from the class state of a method that draws classes).
-Its updates cut it into pieces of ``per_update`` examples, one after the other; an update deals its piece out by
-accumulation step first and process second. So update ``n`` of an epoch trains on the same examples with any number of
-processes and accumulation steps, and a run that is resumed with others, in mid-epoch too, still sees every example
-once. What does change is which of them share a batch, hence the noise of their attack and augmentation (streams are
-numbered by process and batch), and BatchNorm's batch statistics.
+Its updates cut it into pieces of ``per_update`` examples; an update deals its piece out by accumulation step first and
+process second. So update ``n`` of an epoch trains on the same examples with any number of processes and accumulation
+steps, and a run that is resumed with others, in mid-epoch too, still sees every example once. Only which of them share
+a batch changes, hence the noise of their attack and augmentation, and BatchNorm's batch statistics.
 """
 
 from __future__ import annotations
@@ -23,13 +22,9 @@ from ham_hf.seeding import Stream, derive_seed, make_generator
 
 
 def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tensor | None = None) -> Tensor:
-    """Positions of an epoch's examples (N,) in order: a permutation, or independent draws.
+    """Positions of an epoch's examples (N,) in order, from their labels (N,): a permutation, or independent draws.
 
-    Args:
-        labels: (N,) labels of the training images.
-        seed: the run's seed.
-        epoch: 0-based epoch.
-        class_probabilities: (num_classes,); draw a class, then one of its images, with replacement. None permutes.
+    With ``class_probabilities`` (num_classes,), a class is drawn, then one of its images, with replacement.
     """
     generator = make_generator(torch.device("cpu"), seed, Stream.DATA_ORDER, epoch)
     if class_probabilities is None:
@@ -41,14 +36,9 @@ def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tens
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateLayout:
-    """How updates are made of the training images, and which part of them is this process's.
+    """How updates are made of the training images: ``accumulation`` batches of each of ``world`` processes.
 
-    Attributes:
-        batch_size: examples per batch of one process.
-        accumulation: batches of a process per update.
-        world: number of processes.
-        rank: this process.
-        seed: the run's seed.
+    ``rank`` is this process, whose batches are given out; ``seed`` is that of the run.
     """
 
     batch_size: int

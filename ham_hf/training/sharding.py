@@ -80,7 +80,7 @@ def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the accelerator shards the weights of what it prepares."""
+    """Whether the accelerator shards weights."""
     return bool(accelerator.is_fsdp2)
 
 
