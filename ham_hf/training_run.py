@@ -55,11 +55,12 @@ from ham_hf.training.launch import (
     peak_memory_bytes,
 )
 from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.resume import Progress
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
-from ham_hf.training.trainer import Progress, Trainer
+from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train")
 
