@@ -1,4 +1,4 @@
-"""Terminal output: text with characters that the terminal may lack, and progress bars."""
+"""Write to a terminal that may lack characters or be closed, and hide progress bars."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def replace_what_cannot_be_shown() -> None:
 
 
 def show(text: str) -> None:
-    """Print text on standard output; if it cannot be written (a closed pipe, a full disk), say so and continue.
+    """Print text on standard output; if that fails (a closed pipe, a full disk), warn and continue.
 
-    The text is in files as well, and the next steps, such as a push, matter more.
+    The text is in files too, and the next steps, such as a push, matter more.
     """
     if sys.stdout is None:  # a process without a console
         return
@@ -57,5 +57,5 @@ def _discard_output() -> None:
 
 
 def printable(text: str) -> str:
-    """Text that may hold untrusted names, without terminal commands and characters that reverse text."""
+    """Replace terminal commands and characters that reverse text by "?", as text may hold untrusted names."""
     return "".join(character if character in "\n\t" or character.isprintable() else "?" for character in text)

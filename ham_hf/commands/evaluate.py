@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from ham_hf.config.command_line import parse_evaluate_config
 from ham_hf.evaluation_run import evaluate, in_its_folder
-from ham_hf.hub import limit_waiting
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.training.launch import set_up_logging
 
 

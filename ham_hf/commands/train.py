@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ham_hf.config import TrainConfig, parse_train_config
 from ham_hf.faults import FaultError, clean_exit, explain_faults, explain_interrupt
-from ham_hf.hub import limit_waiting
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.recipe_files import find_recipe
 from ham_hf.terminal import hide_progress_bars
 from ham_hf.training.launch import launched_processes, set_up_logging
