@@ -128,6 +128,15 @@ class Attack:
     num_steps: int
     step_size: float | Tensor
 
+    def as_json(self) -> dict[str, object]:
+        """Norm, radius, number and length of steps for a report; radius and length have to be numbers."""
+        return {
+            "norm": self.threat_model.norm,
+            "epsilon": float(self.threat_model.epsilon),
+            "num_steps": self.num_steps,
+            "step_size": self.step_size,
+        }
+
     def of_classes(self, radius: Tensor, step_size: Tensor, y: Tensor) -> Attack:
         """The attack with the radius and the step (num_classes,) of the class of each example, labels ``y`` (N,)."""
         return replace(self, threat_model=replace(self.threat_model, epsilon=radius[y]), step_size=step_size[y])
@@ -161,7 +170,24 @@ class Attack:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(SettingsGroup):
+class ThreatConfig(SettingsGroup):
+    """The threat model of an evaluation; by default the one that the model was trained for."""
+
+    norm: Literal["linf", "l2"] | None = setting(
+        None, "norm that bounds the perturbation; none = as the model was trained, else linf"
+    )
+    epsilon: float | None = setting(
+        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", above=0
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
+        if self.norm is not None:
+            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(ThreatConfig):
     """The threat model, which evaluation shares, and the PGD attack of training."""
 
     norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pixel_unit_problems
+from ham_hf.attacks import ThreatConfig, ThreatModel, pixel_unit_problems
 from ham_hf.data import DataConfig, ImageData, load_image_data
 from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.provenance import Provenance, read_provenance
-from ham_hf.evaluation.config import EvaluationThreatConfig
 from ham_hf.models import LoadedModel
 from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.report import plain_text
@@ -87,9 +86,7 @@ def provenance_of(loaded: LoadedModel) -> Provenance | None:
         raise ValueError(f"the model's config.json is damaged: ham_hf.{error}") from error
 
 
-def threat_model_of(
-    config: EvaluationThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None
-) -> ThreatModel:
+def threat_model_of(config: ThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None) -> ThreatModel:
     """Return the threat model asked for; by default the one the model was trained for, else linf 8/255.
 
     Raises:

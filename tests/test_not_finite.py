@@ -40,6 +40,11 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+def attacked(net, split, num_steps, step_size, *, threat_model, **options):
+    attack = Attack(threat_model=threat_model, num_steps=num_steps, step_size=step_size)
+    return evaluate(net, split, standard_attacks(attack), **options)
+
+
 class GivenGradient(nn.Module):
     """Logits of a linear map; the gradient of an image is the row of ``gradients`` that its first pixel counts to."""
 
@@ -207,11 +212,11 @@ def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monk
     split = TensorImages(*patterned(200, 1))
 
     def robust(factor):
+        attack = Attack(threat_model=ThreatModel(norm, epsilon), num_steps=20, step_size=epsilon / 4)
         results = evaluate(
             attack_passes(Scaled(trained_net, factor), precision),
             split,
-            standard_attacks(20, epsilon / 4)[:1],
-            threat_model=ThreatModel(norm, epsilon),
+            standard_attacks(attack)[:1],
             accelerator=accelerator,
             batch_size=200,
             seed=0,
@@ -273,7 +278,7 @@ def test_a_model_with_logits_that_are_not_finite_is_refused(accelerator, trained
     options = {"threat_model": ThreatModel(), "accelerator": accelerator, "batch_size": 16, "seed": 0}
     for _ in range(2):  # anew, and from what the first evaluation left on the disk
         with pytest.raises(NonFiniteLogitsError, match=rf"not finite on {count} of 64 images.*weights are finite"):
-            evaluate(net, split, standard_attacks(2, 0.01), partial=partial_results(tmp_path, net, split), **options)
+            attacked(net, split, 2, 0.01, partial=partial_results(tmp_path, net, split), **options)
     with pytest.raises(NonFiniteLogitsError, match=f"not finite on {count} of 64 images"):
         evaluate_autoattack(net, split, num_classes=4, **options)
 
@@ -301,7 +306,7 @@ def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
     split, epsilon = TensorImages(x, labels), {"linf": 0.05, "l2": 0.6}[norm]
     options = {"threat_model": ThreatModel(norm, epsilon), "accelerator": accelerator, "batch_size": 16, "seed": 0}
     with caplog.at_level(logging.WARNING):
-        results = evaluate(net, split, standard_attacks(3, epsilon), **options)
+        results = attacked(net, split, 3, epsilon, **options)
         results["autoattack"] = evaluate_autoattack(net, split, num_classes=4, **options)
     assert results["clean"].flags.all()
     for name in ("pgd-3", "cw-3", "autoattack"):
@@ -352,7 +357,7 @@ def test_a_nan_gradient_breaks_nothing_by_itself(accelerator, trained_net, norm,
         labels = trained_net(x).argmax(1)
     split = TensorImages(x, labels)
     options = {"threat_model": ThreatModel(norm, 1e-6), "accelerator": accelerator, "batch_size": 16, "seed": 0}
-    results = evaluate(NaNGradient(trained_net), split, standard_attacks(3, 1e-6), **options)
+    results = attacked(NaNGradient(trained_net), split, 3, 1e-6, **options)
     results["autoattack"] = evaluate_autoattack(NaNGradient(trained_net), split, num_classes=4, **options)
     assert all(result.flags.all() for result in results.values())
 

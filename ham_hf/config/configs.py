@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ham_hf.attacks import AttackConfig, pixel_unit_problems
+from ham_hf.attacks import AttackConfig, ThreatConfig, pixel_unit_problems
 from ham_hf.data import CalibrationDataConfig, DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig
 from ham_hf.hub_ids import is_hub_id, split_revision
 from ham_hf.methods import HAM, Method
 from ham_hf.models import ModelConfig
@@ -177,9 +177,7 @@ class EvaluateConfig(SettingsGroup):
     ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
-    attack: EvaluationThreatConfig = field(
-        default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
-    )
+    attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
     more: MoreEvaluationConfig = field(
         default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
@@ -231,9 +229,7 @@ class CalibrateConfig(SettingsGroup):
     disable_tqdm: bool = setting(False, "show no progress bar")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
-    attack: EvaluationThreatConfig = field(
-        default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
-    )
+    attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ham_hf.evaluation.robustness import (
     AttackResult,
-    EvaluationAttack,
+    NamedAttack,
     NonFiniteLogitsError,
     check_pixel_range,
     evaluate,
@@ -20,7 +20,7 @@ from ham_hf.evaluation.robustness import (
 
 __all__ = [
     "AttackResult",
-    "EvaluationAttack",
+    "NamedAttack",
     "NonFiniteLogitsError",
     "check_pixel_range",
     "evaluate",

@@ -20,7 +20,7 @@ so is the first round, which is computed once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 from ham_hf.attacks import Attack, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch
+from ham_hf.evaluation.partial_results import Outcome, PartialResults
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
@@ -108,10 +108,7 @@ class SearchAttack(Attack):
     def settings(self) -> dict[str, object]:
         """What a report says of it; JSON types only."""
         return {
-            "norm": self.threat_model.norm,
-            "epsilon": float(self.threat_model.epsilon),
-            "num_steps": self.num_steps,
-            "step_size": self.step_size,
+            **self.as_json(),
             "loss": "margin",
             "precision": self.precision,
             "restarts": 1,
@@ -339,8 +336,8 @@ class _Meter:
         """Time of a half, from that of its first batch; what a process does not share is its own."""
         batches = torch.split(self.halves[0], self.attack.batch_size)
         watch = StopWatch(self.accelerator.device)
-        for _ in self._strike([(0, batches[0])]):
-            pass
+        for batch in self.images.batches([BatchRequest(batches[0], None)], device=self.accelerator.device):
+            self._predictions(0, batch)
         batches_of_one_process = -(-len(batches) // self.accelerator.num_processes)
         return watch.lap() * min(float(batches_of_one_process), len(self.halves[0]) / len(batches[0]))
 
@@ -351,35 +348,27 @@ class _Meter:
         if partial is not None:
             settings = {**self.attack.settings(), "batch_size": self.attack.batch_size}
             partial = partial.keyed({"calibration": settings, "half": half, "shifts": shifts})
-        offset = half * len(torch.split(self.halves[0], self.attack.batch_size))
-
-        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
-            for predicted in self._strike([(offset + number, part) for number, part in batches]):
-                nothing = torch.full((1, len(predicted)), torch.nan)
-                yield Outcome(predicted[None], nothing, torch.zeros(1))
-
-        predictions = share_batches(
+        shared = SharedBatches(
             "calibrating",
             torch.split(rows, self.attack.batch_size),
-            compute,
             shape=(1, len(labels)),
             accelerator=self.accelerator,
             partial=partial,
-        ).predictions
-        return count_per_class(labels[rows], self.num_classes, predictions[0, rows] == labels[rows])
+        )
+        offset = half * len(torch.split(self.halves[0], self.attack.batch_size))
+        for number, batch in shared.of(self.images):
+            found = self._predictions(offset + number, batch)[None]
+            shared.add(number, Outcome(found, torch.full(found.shape, torch.nan), torch.zeros(1)))
+        right = shared.gather().predictions[0, rows] == labels[rows]
+        return count_per_class(labels[rows], self.num_classes, right)
 
-    def _strike(self, batches: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """Predictions (n,) of each of these numbered batches of rows, under attack."""
-        device = self.accelerator.device
-        requests = [BatchRequest(rows, None) for _, rows in batches]
-        for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
-            check_pixel_range(batch.x)
-            # Of all rows, whichever are right as they are: that changes with the shifts.
-            generator = make_generator(device, self.attack.seed, Stream.CALIBRATION, number)
-            start = self.attack.threat_model.random_start(batch.x, generator)
-            yield self._predictions(batch, start)
+    def _predictions(self, number: int, batch: PixelBatch) -> Tensor:
+        """Predictions (n,) of the images of the batch with this number, under attack."""
+        check_pixel_range(batch.x)
+        # Of all rows, whichever are right as they are: that changes with the shifts.
+        generator = make_generator(batch.x.device, self.attack.seed, Stream.CALIBRATION, number)
+        start = self.attack.threat_model.random_start(batch.x, generator)
 
-    def _predictions(self, batch: PixelBatch, start: Tensor) -> Tensor:
         def strike(rows: slice) -> Tensor:
             x, y = batch.x[rows].contiguous(memory_format=self.layout), batch.y[rows]
             predicted = predict(self.model, x)

@@ -6,25 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ham_hf.attacks import pixel_unit_problems
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.settings import SettingsGroup, setting
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationThreatConfig(SettingsGroup):
-    """The threat model of an evaluation; by default the one that the model was trained for."""
-
-    norm: Literal["linf", "l2"] | None = setting(
-        None, "norm that bounds the perturbation; none = as the model was trained, else linf"
-    )
-    epsilon: float | None = setting(
-        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", above=0
-    )
-
-    def contradictions(self) -> Iterator[str]:
-        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
-        if self.norm is not None:
-            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +23,11 @@ class EvaluationConfig(SettingsGroup):
     autoattack_examples: int | None = setting(
         None, "run AutoAttack on this many test images, stratified; none = all", at_least=1
     )
+
+    def attack(self, threat_model: ThreatModel) -> Attack:
+        """PGD, whose steps are those of CW too, in this ball of one radius."""
+        length = float(threat_model.epsilon) / 4 if self.eval_step_size is None else self.eval_step_size
+        return Attack(threat_model=threat_model, num_steps=self.eval_num_steps, step_size=length)
 
     def contradictions(self) -> Iterator[str]:
         """A setting of AutoAttack without AutoAttack."""

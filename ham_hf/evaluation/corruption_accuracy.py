@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial as partial_function
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
-from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
+from ham_hf.data import Images, PixelBatch
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch
 from ham_hf.evaluation.corruptions import check_corruption, corrupt
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.partial_results import Outcome, PartialResults
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -74,27 +73,20 @@ def evaluate_corruptions(
             check_corruption(name, severity, num_channels=num_channels)
     if partial is not None:
         partial = partial.keyed({"corruptions": list(severities), "seed": seed, "batch_size": batch_size})
-    size = WorkingSize(batch_size)
-    results = []
+    size, results = WorkingSize(batch_size), []
     for name in names:
-        classify = partial_function(_classify, model, name, severities, size=size, seed=seed)
-
-        def compute(
-            batches: Sequence[tuple[int, Tensor]], classify: Callable[[PixelBatch], Outcome] = classify
-        ) -> Iterator[Outcome]:
-            requests = [BatchRequest(rows, None) for _, rows in batches]
-            yield from map(classify, images.batches(requests, device=accelerator.device))
-
+        shared = SharedBatches(
+            name,
+            torch.split(torch.arange(len(images)), batch_size),
+            shape=(len(severities), len(images)),
+            accelerator=accelerator,
+            partial=partial,
+            show_progress=show_progress,
+        )
         with evaluation_mode(model):
-            outcome = share_batches(
-                name,
-                torch.split(torch.arange(len(images)), batch_size),
-                compute,
-                shape=(len(severities), len(images)),
-                accelerator=accelerator,
-                partial=partial,
-                show_progress=show_progress,
-            )
+            for index, batch in shared.of(images):
+                shared.add(index, _classify(model, name, severities, batch, size=size, seed=seed))
+        outcome = shared.gather()
         for number, severity in enumerate(severities):
             flags, seconds = outcome.predictions[number] == images.labels, float(outcome.seconds[number])
             results.append(CorruptionResult(name=name, severity=severity, flags=flags, seconds=seconds))
@@ -108,12 +100,8 @@ def _classify(
     watch, found, margins, seconds = StopWatch(batch.x.device), [], [], []
     for severity in severities:
         x = corrupt(batch.x, name, severity, seed=seed, indices=batch.indices)
-        logits = size.split(partial_function(_logits, model, x), len(x))
+        logits = size.split(lambda rows, x=x: logits_of(model, x[rows]), len(x))  # type: ignore[misc]
         found.append(predicted(logits))
         margins.append(true_margins(logits, batch.y))
         seconds.append(watch.lap())
     return Outcome(torch.stack(found), torch.stack(margins), torch.tensor(seconds))
-
-
-def _logits(model: nn.Module, x: Tensor, rows: slice) -> Tensor:
-    return logits_of(model, x[rows])

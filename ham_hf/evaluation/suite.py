@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -62,8 +62,10 @@ def evaluate_on_test(
     results = evaluate(
         model,
         data.test,
-        [*standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)), *foreign],
-        threat_model=threat_model,
+        [
+            *standard_attacks(config.attack(threat_model)),
+            *(replace(attack, threat_model=threat_model) for attack in foreign),
+        ],
         accelerator=place.accelerator,
         batch_size=config.per_device_eval_batch_size,
         seed=place.seed,
@@ -113,8 +115,3 @@ def evaluate_corrupted(
         partial=partial_results(place.output_dir, model, data.test),
         show_progress=place.show_progress,
     )
-
-
-def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float:
-    """Length of the steps of PGD and CW: the setting, or a quarter of epsilon."""
-    return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4

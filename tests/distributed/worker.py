@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.evaluation import NamedAttack, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
 from ham_hf.evaluation.foreign import foreign_attack
@@ -98,8 +99,10 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     results = evaluate(
         attacked,
         TensorImages(x, y),
-        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02), foreign_attack("noise", random_signs)],
-        threat_model=threat,
+        [
+            NamedAttack(name="pgd", threat_model=threat, num_steps=3, step_size=0.02),
+            replace(foreign_attack("noise", random_signs), threat_model=threat),
+        ],
         accelerator=accelerator,
         batch_size=4,
         seed=1,

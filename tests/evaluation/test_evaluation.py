@@ -8,8 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ham_hf.attacks import ThreatModel, cross_entropy, margin_loss, pgd
-from ham_hf.evaluation import EvaluationAttack, evaluate, standard_attacks
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, margin_loss, pgd
+from ham_hf.evaluation import NamedAttack, evaluate, standard_attacks
 from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
 from ham_hf.evaluation.robustness import true_margins
 from ham_hf.seeding import Stream, derive_seed, make_generator
@@ -35,9 +35,9 @@ def net():
     return golden_net().float().train()
 
 
-def run(net, split, accelerator, **changes):
-    options = {"threat_model": THREAT, "accelerator": accelerator, "batch_size": 10, "seed": 4}
-    return evaluate(net, split, standard_attacks(5, 0.01), **options | changes)
+def run(net, split, accelerator, *, threat=THREAT, seed=4):
+    attacks = standard_attacks(Attack(threat_model=threat, num_steps=5, step_size=0.01))
+    return evaluate(net, split, attacks, accelerator=accelerator, batch_size=10, seed=seed)
 
 
 def margin_of(logits, y):
@@ -114,10 +114,8 @@ def test_pixels_outside_the_box_and_empty_splits_are_refused(net, split, acceler
 
 
 def test_zero_steps_of_attack_only_add_the_start(net, split, accelerator):
-    attack = EvaluationAttack(name="noise", num_steps=0, step_size=0.0)
-    results = evaluate(
-        net, split, [attack], threat_model=ThreatModel("linf", 0.0), accelerator=accelerator, batch_size=64, seed=0
-    )
+    attack = NamedAttack(name="noise", threat_model=ThreatModel("linf", 0.0), num_steps=0, step_size=0.0)
+    results = evaluate(net, split, [attack], accelerator=accelerator, batch_size=64, seed=0)
     assert torch.equal(results["noise"].flags, results["clean"].flags)
 
 
@@ -142,7 +140,7 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
         clean = margin_of(net(x), labels)
     torch.testing.assert_close(result.margins[result.flags], clean[result.flags])
     assert (result.margins[~result.flags] <= 0).all()
-    weaker = run(net, split, accelerator, threat_model=ThreatModel("linf", 0.01))["pgd-5"]
+    weaker = run(net, split, accelerator, threat=ThreatModel("linf", 0.01))["pgd-5"]
     assert result.flags.sum() <= weaker.flags.sum()
     untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)
     assert int(untouched.flags.sum()) == 9

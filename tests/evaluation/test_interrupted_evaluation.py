@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import evaluate, memory_layout, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, partial_results, remove_partial_results
@@ -74,8 +74,7 @@ def pgd_results(net, images, accelerator, partial=None, *, num_steps=1, batch_si
     found = evaluate(
         net,
         images,
-        standard_attacks(num_steps, 0.02),
-        threat_model=threat,
+        standard_attacks(Attack(threat_model=threat, num_steps=num_steps, step_size=0.02)),
         accelerator=accelerator,
         batch_size=batch_size,
         seed=seed,

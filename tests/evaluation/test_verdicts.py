@@ -30,7 +30,6 @@ def result(name, predictions, margins, indices=None, **settings):
     return AttackResult(
         name=name,
         settings=settings,
-        flags=predictions == LABELS[indices],
         predictions=predictions,
         margins=torch.tensor(margins),
         labels=LABELS[indices],

@@ -162,8 +162,7 @@ def test_the_held_out_verdict_is_that_of_both_attacks_on_the_selected_weights(tm
     results = evaluate(
         run.selected_module,
         validation,
-        standard_attacks(run.config.validation_num_steps, ATTACK.step_size),
-        threat_model=ATTACK.threat_model,
+        standard_attacks(replace(ATTACK, num_steps=run.config.validation_num_steps)),
         accelerator=run.accelerator,
         batch_size=run.eval_batch_size,
         seed=run.config.seed,
