@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ham_hf.attacks import AttackConfig, ThreatConfig, pixel_unit_problems
+from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.data import CalibrationDataConfig, DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig, ThreatConfig
 from ham_hf.hub_ids import is_hub_id, split_revision
 from ham_hf.methods import HAM, Method
 from ham_hf.models import ModelConfig

@@ -6,8 +6,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.attacks import Attack, ThreatModel, pixel_unit_problems
 from ham_hf.settings import SettingsGroup, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatConfig(SettingsGroup):
+    """The threat model of an evaluation; by default the one that the model was trained for."""
+
+    norm: Literal["linf", "l2"] | None = setting(
+        None, "norm that bounds the perturbation; none = as the model was trained, else linf"
+    )
+    epsilon: float | None = setting(
+        None, "radius of the perturbation in pixel units; none = as the model was trained, else 8/255", above=0
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
+        if self.norm is not None:
+            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)
