@@ -17,7 +17,7 @@ from ham_hf.data import ImageData, load_image_data
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.data.shards import StreamError
-from ham_hf.dial import HeldOut, check_head, fold_into, set_dial, validation_part
+from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
@@ -33,6 +33,7 @@ from ham_hf.faults import (
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.head import check_foldable
 from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
@@ -175,7 +176,7 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     held_out = None
     if config.calibration.is_asked_for:
         held_out = validation_part(data, seed=seed)
-        check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
+        check_foldable(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
     # The other processes wait --ddp_timeout for this one.
     patience = min(60.0, config.training.ddp_timeout / 8)
     pushes = SavePushes(config.training.output_dir, str(repo_id), revision=hub.hub_revision, patience=patience)

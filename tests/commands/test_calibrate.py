@@ -21,7 +21,7 @@ from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import calibration
 from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
-from ham_hf.models.head import read_biases
+from ham_hf.models.head import check_foldable, read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
@@ -255,7 +255,7 @@ class TestStranger:
         stranger(name, tmp_path / "model", label_names=NAMES, **arguments)
         words = [f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"]
         original = load_pixel_model(str(tmp_path / "model"))
-        dial.check_head(original.model, num_classes=2, image_size=32)
+        check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
         found = calibration.Calibration(
