@@ -12,9 +12,7 @@ from torch import nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.data import TestData
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.config import EvaluationConfig, MoreEvaluationConfig
-from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
-from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.config import EvaluationConfig
 from ham_hf.evaluation.foreign import ForeignAttack
 from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.evaluation.robustness import AttackResult, evaluate, standard_attacks
@@ -86,32 +84,3 @@ def evaluate_on_test(
             show_progress=place.show_progress,
         )
     return results
-
-
-def evaluate_corrupted(
-    model: nn.Module,
-    data: TestData,
-    config: MoreEvaluationConfig,
-    *,
-    place: Workplace,
-    batch_size: int,
-) -> list[CorruptionResult]:
-    """Evaluate a model, already on its device, on corrupted test images; return an empty list if none are asked for.
-
-    Finished batches are kept in the output folder as by `evaluate_on_test`.
-    """
-    names = chosen_corruptions(config.corruptions, num_channels=data.in_chans)
-    if not names:
-        return []
-    return evaluate_corruptions(
-        model,
-        data.test,
-        names,
-        config.severities,
-        num_channels=data.in_chans,
-        accelerator=place.accelerator,
-        batch_size=batch_size,
-        seed=place.seed,
-        partial=partial_results(place.output_dir, model, data.test),
-        show_progress=place.show_progress,
-    )

@@ -18,8 +18,9 @@ from torch import nn
 from ham_hf.models import PixelModel, Preprocessing, create_backbone, input_defaults, load_pixel_model
 from ham_hf.models import source as model_source
 from ham_hf.models.cifar_nets import default_cfgs
+from tests.support.exports import preprocessing
 
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+MEAN, STD = preprocessing().mean, preprocessing().std
 # Small versions of the four networks: same code, few channels.
 SMALL = {
     "resnet18_cifar": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]},
@@ -27,17 +28,6 @@ SMALL = {
     "wideresnet28_10_cifar": {"layers": [2, 1, 1], "channels": [16, 24, 32], "stem_chs": 8},
     "wideresnet34_10_cifar": {"layers": [1, 2, 1], "channels": [16, 24, 32], "stem_chs": 8},
 }
-
-
-def preprocessing(size: int = 32, in_chans: int = 3) -> Preprocessing:
-    return Preprocessing(
-        image_size=size,
-        in_chans=in_chans,
-        interpolation="bilinear",
-        crop_pct=1.0,
-        mean=MEAN[:in_chans],
-        std=STD[:in_chans],
-    )
 
 
 def backbone_of(name: str, *, size: int = 32, in_chans: int = 3, num_classes: int = 10, **model_args) -> nn.Module:

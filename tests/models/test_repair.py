@@ -204,6 +204,7 @@ print(classify(Image.new("RGB", (40, 50)))[0]["label"])
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_both_forms_from_the_hub(hub, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
     export(trained("test_vit", 32, 1, patch_size=8), tmp_path / "run", preprocessing(32, 1))
