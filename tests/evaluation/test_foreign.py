@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +23,7 @@ from ham_hf.evaluation.foreign import (
 )
 from ham_hf.evaluation.partial_results import partial_results
 from tests.conftest import ROOT
-from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for
+from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for
 
 EPSILON = 0.05
 
@@ -199,17 +198,6 @@ def test_attack_that_changes_the_model_is_refused_and_buffers_are_restored():
         run(net, split(batch_norm_net().float()), [foreign_attack("tunes", tunes)])
 
 
-class LittleMemory(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        if len(x) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-
 def test_out_of_memory_halves_the_batch_and_finished_batches_are_kept(tmp_path):
     net = group_norm_net().float()
     images, calls = split(net), []
@@ -220,7 +208,7 @@ def test_out_of_memory_halves_the_batch_and_finished_batches_are_kept(tmp_path):
 
     attack = foreign_attack("mine", counted)
     expected = run(net, images, [attack])["mine"]
-    found = run(LittleMemory(net), images, [attack])["mine"]
+    found = run(Watched(net, limit=3, limit_always=3), images, [attack])["mine"]
     assert torch.equal(found.predictions, expected.predictions)
     calls.clear()
     run(net, images, [attack], partial=partial_results(tmp_path, net, images))

@@ -19,40 +19,13 @@ from ham_hf.evaluation import evaluate, memory_layout, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, partial_results, remove_partial_results
 from ham_hf.reporting.report import read_report
-from tests.support.nets import TensorImages, group_norm_net
+from tests.support.nets import TensorImages, Watched, group_norm_net
 from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
 # Some images fall and some do not, and which ones depends on the random starts.
 THREAT = ThreatModel("linf", 0.05)
-
-
-class Watched(nn.Module):
-    """A network that counts its passes, breaks off after some, and has memory for few rows.
-
-    Rows are limited where a graph is built (``limit``), and everywhere (``limit_always``).
-    """
-
-    def __init__(self, net, *, break_after=None, limit=None, limit_always=None):
-        super().__init__()
-        self.net, self.passes = net, 0
-        self.break_after, self.limit, self.limit_always = break_after, limit, limit_always
-
-    def forward(self, x):
-        self.passes += 1
-        if self.passes == self.break_after:
-            raise KeyboardInterrupt
-        limit = self.limit if torch.is_grad_enabled() and x.requires_grad else self.limit_always
-        if limit is not None and len(x) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-    def __repr__(self):
-        return repr(self.net)
-
-    def named_parameters(self, *args, **options):
-        return self.net.named_parameters(*args, **options)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,6 @@ def test_older_exports_are_read_without_repair(tmp_path):
         with torch.no_grad():
             found = PixelModel(again.eval(), settings.mean, settings.std)(x)
         assert found.shape == (2, num_classes)
-    torch.testing.assert_close(logits(tmp_path), logits(tmp_path))
 
 
 def test_repaired_folder_loads_in_transformers(tmp_path):
