@@ -1,4 +1,4 @@
-"""One calibration of a model that exists: check, search the shifts, evaluate, write."""
+"""One calibration of an existing model: check, search the shifts, evaluate, write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One evaluation of a model that exists: check, measure, write; what a calibration of such a model shares with it."""
+"""One evaluation of an existing model: check, measure, write; and what a calibration shares with it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ FAULTS = (
     ForeignAttackError,
     OSError,
 )
-"""What may go wrong on the way and says itself what to do."""
+"""Faults whose messages say what to do."""
 
 
 def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> None:
@@ -72,7 +72,7 @@ def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> N
         with RunLock(config.output_path) as lock:
             run(config, lock)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.stderr.write("interrupted; the same command resumes where it stopped\n")
         raise SystemExit(130) from None
 
 
@@ -141,7 +141,7 @@ def take_folder(folder: Path, accelerator: Accelerator, lock: RunLock, owned: Se
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """End the process with a message for what is refused before the work begins."""
+    """End the process with a message for what is rejected before the work begins."""
     with clean_exit(ValueError):
         world = launched_processes()
     with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
@@ -149,12 +149,12 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def faults_of_work(memory_way_out: str) -> Iterator[None]:
-    """End the process with a message for what may go wrong on the way and says itself what to do."""
+def faults_of_work(memory_advice: str) -> Iterator[None]:
+    """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
         explain_faults(num_processes=launched_processes(), way_on=WAY_ON),
-        explain_out_of_memory(memory_way_out),
+        explain_out_of_memory(memory_advice),
     ):
         yield
 
@@ -164,11 +164,11 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     with refusals():
         job, foreign = _prepare(config, lock)
     logger.info("evaluating %s on %d images of %s", config.model, len(job.data.test), job.data.name)
-    way_out = (
+    advice = (
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    with faults_of_work(way_out):
+    with faults_of_work(advice):
         results = job.evaluate(job.model, foreign)
         corrupted = _evaluate_corrupted(job)
     is_main_process = job.accelerator.is_main_process

@@ -41,8 +41,8 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
     Args:
         loaded: the model; its ``config.json`` records the split, the seed and the shares.
-        config: says where the data is now (``dataset_name``) and how it is decoded. What decides which images are
-            held out is taken from the record, whatever it says.
+        config: where the data is now (``dataset_name``) and how it is decoded; which images are held out follows from
+            the model's record alone.
 
     Raises:
         ValueError: if the model records nothing or held nothing out, or if the data is not what it was trained on.

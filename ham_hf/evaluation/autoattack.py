@@ -5,7 +5,7 @@ is finished on all processes before the next one starts; what is left then is cu
 a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
 evaluation was interrupted, and a process holds one batch at a time.
 
-The authors' attacks know argmax alone, to which NaN is the largest logit; `GuardedModel` stands between.
+The authors' attacks use argmax alone, to which NaN is the largest logit; `GuardedModel` hides such logits from them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _chosen_examples(labels: Tensor, num_examples: int | None) -> Tensor:
 
 
 class GuardedModel(nn.Module):
-    """What the attacks of others are shown of a model: finite logits and finite gradients.
+    """A model that shows finite logits and finite gradients to the attacks of others.
 
     An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
     found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.

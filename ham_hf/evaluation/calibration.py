@@ -45,10 +45,10 @@ NUM_ROUNDS, STEP, DECAY = 10, 2.0, 0.9
 NUM_WARM_ROUNDS = 4
 """Rounds of a search that starts from shifts found before."""
 MIN_IMAGES = 20
-"""Held-out images of a class, fewer of which say nothing about it."""
+"""Fewest held-out images of a class that has any."""
 TRUSTED_IMAGES, SHRINKAGE = 300, 10
 FRONTIER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Values of F at which average and worst classes are measured, whichever was asked for."""
+"""Values of F at which average and worst classes are always measured."""
 NUM_BISECTIONS = 3
 """Values of F tried between two of the frontier's for ``max_average_drop``: steps of 0.2 become ones of 0.025."""
 
@@ -482,7 +482,7 @@ def _show_forecast(meter: _Meter, rounds: int) -> None:
         seconds = rounds * meter.seconds_per_round()
     logger.info(
         "calibrating on %d images: at most %d measurements of half of them, %.3g passes of an image, about %.0f s on "
-        "%d process(es); killed, the same command goes on where it stopped",
+        "%d process(es); if it is killed, the same command resumes",
         num_images,
         rounds,
         float(rounds * -(-num_images // 2) * attack.passes),

@@ -70,7 +70,7 @@ class MoreEvaluationConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Severities that there are not, twice, or of nothing."""
+        """Unknown or repeated severities, or severities without corruptions."""
         given = f"--severities {' '.join(map(str, self.severities))}"
         if not self.severities or not set(self.severities) <= {1, 2, 3, 4, 5}:
             yield f"{given}: expected some of 1 2 3 4 5"

@@ -66,7 +66,7 @@ def evaluate_corruptions(
         One result per corruption and severity, in the order given; the same on every process.
 
     Raises:
-        ValueError: for a corruption or severity that there is not.
+        ValueError: for an unknown corruption or severity.
     """
     for name in names:
         for severity in severities:

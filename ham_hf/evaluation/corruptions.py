@@ -58,7 +58,7 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
         (N, C, S, S) float32 multiples of 1/255 in [0, 1], on the device of ``x``.
 
     Raises:
-        ValueError: for a corruption or severity that there is not, or color saturation of gray images.
+        ValueError: for an unknown corruption or severity, or color saturation of gray images.
     """
     check_corruption(name, severity, num_channels=x.shape[1])
     function, constants = _DEFINITIONS[name][0], corruption_constants(name, x.shape[-1])[severity - 1]
@@ -76,7 +76,7 @@ def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str,
     """The corruptions that words ask for, each once: names, lists of them with commas, or "all" for `CORRUPTIONS`.
 
     Raises:
-        ValueError: for a corruption that there is not, or that images of so many channels cannot have.
+        ValueError: for a corruption that is unknown or impossible with so many channels.
     """
     words = [word for item in asked for word in item.replace(",", " ").split()]
     names = tuple(dict.fromkeys(name for word in words for name in (CORRUPTIONS if word == "all" else [word])))
@@ -86,10 +86,10 @@ def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str,
 
 
 def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
-    """Refuse what there is not.
+    """Reject an unknown corruption or severity.
 
     Raises:
-        ValueError: naming what is wrong and what there is.
+        ValueError: naming it and the known ones.
     """
     if name in LEFT_OUT:
         raise ValueError(f"--corruptions {name}: not available, {LEFT_OUT[name]}")

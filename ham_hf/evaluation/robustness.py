@@ -6,10 +6,10 @@ many images the device takes at once. The model is attacked through its unwrappe
 precision and memory layout it is given in.
 
 PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
-stays under attack: it may be right again at the end, and dropping it would give another number ("wrong at any
-iterate"), lower and comparable with nobody's. What is misclassified as it is counts as lost and is not attacked.
+stays under attack: it may be right again at the end, and dropping it would give a lower number ("wrong at any
+iterate") that no published one compares with. An image that is misclassified as it is is lost and not attacked.
 
-Logits that are not finite are never right: a model that has some on images as they are is refused; under attack they
+Logits that are not finite are never right: a model with such logits on clean images is rejected; under attack they
 count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
 """
 
@@ -255,8 +255,8 @@ def _results(
 class _BatchAttacker:
     """Clean predictions and margins of a batch, and those under each attack.
 
-    Once an image as it is has logits that are not finite, the model is refused whatever comes: no further image is
-    attacked, and what would have been counts as broken.
+    Once the logits of a clean image are not finite, the model is rejected: no further image is attacked, and those
+    that would have been count as broken.
     """
 
     model: nn.Module

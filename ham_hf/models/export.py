@@ -301,8 +301,8 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
 def _write_rgb_form(folder: Path) -> bool:
     """Write ``rgb/`` into the folder of an exported model for gray images, or remove it where there is no such form.
 
-    There is none for a network whose first layer is not linear (that of an NFNet standardizes its weights). Nothing is
-    taken on trust: both forms are compared on gray images.
+    There is none for a network whose first layer is not linear (that of an NFNet standardizes its weights). Both forms
+    are compared on gray images before the second one is kept.
 
     Returns:
         True if the second form was written.
