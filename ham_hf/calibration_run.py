@@ -105,7 +105,6 @@ def _search(job: _Job) -> _Found:
         config.calibration,
         threat_model=job.threat_model,
         place=job.place,
-        batch_size=config.evaluation.per_device_eval_batch_size,
         tags=job.origin.tags,
     )
     shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))

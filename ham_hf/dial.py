@@ -16,9 +16,8 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
 from ham_hf.data import ImageData, Images, load_image_data
 from ham_hf.data.provenance import plain_name
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
-from ham_hf.evaluation.partial_results import partial_results
-from ham_hf.evaluation.suite import Workplace
 from ham_hf.fitting import ReorderedLogits, find_validation_part, num_logits, provenance_of
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
@@ -186,7 +185,6 @@ def set_dial(
     *,
     threat_model: ThreatModel,
     place: Workplace,
-    batch_size: int,
     tags: Sequence[str] = (),
 ) -> CalibrationReport:
     """Find the shifts for held-out images; finished batches are kept in the output folder, as those of an evaluation.
@@ -196,8 +194,7 @@ def set_dial(
         held_out: images to find them on.
         config: what is asked for.
         threat_model: norm and radius.
-        place: where it runs; its seed is also that of the two halves.
-        batch_size: images per batch and process.
+        place: where it runs.
         tags: of the card of the model.
     """
     model = model.to(place.accelerator.device).to(memory_format=torch.channels_last)
@@ -206,8 +203,6 @@ def set_dial(
         step_size=float(threat_model.epsilon) / 4,
         num_steps=config.calibration_num_steps,
         precision=config.calibration_precision,
-        batch_size=batch_size,
-        seed=place.seed,
     )
     since = time.perf_counter()
     found = calibrate(
@@ -215,14 +210,11 @@ def set_dial(
         held_out.images,
         Dial(fairness=config.fairness, max_average_drop=config.max_average_drop),
         attack,
+        place,
         num_classes=len(held_out.data.class_names),
-        accelerator=place.accelerator,
-        partial=partial_results(place.output_dir, model, held_out.images),
-        show_progress=place.show_progress,
     )
     return calibration_report(
         found,
-        attack,
         images=held_out.origin,
         seen_in_training=held_out.seen_in_training,
         max_average_drop=config.max_average_drop,

@@ -23,11 +23,12 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
-from ham_hf.evaluation.partial_results import partial_results, remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
@@ -93,6 +94,7 @@ class Job(Generic[ConfigT]):
         """Where it runs."""
         return Workplace(
             accelerator=self.accelerator,
+            batch_size=self.config.evaluation.per_device_eval_batch_size,
             seed=self.config.seed,
             output_dir=self.config.output_path,
             show_progress=not self.config.disable_tqdm,
@@ -170,7 +172,13 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     )
     with faults_of_work(advice):
         results = job.evaluate(job.model, foreign)
-        corrupted = _evaluate_corrupted(job)
+        channels = job.data.in_chans
+        names = chosen_corruptions(config.more.corruptions, num_channels=channels)
+        corrupted = []
+        if names:
+            corrupted = evaluate_corruptions(
+                job.model, job.data.test, names, config.more.severities, job.place, num_channels=channels
+            )
     is_main_process = job.accelerator.is_main_process
     if is_main_process:
         _write(job, results, corrupted)
@@ -234,26 +242,6 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig]
         threat_model=threat_model,
     )
     return job, foreign
-
-
-def _evaluate_corrupted(job: Job[EvaluateConfig]) -> list[CorruptionResult]:
-    """Test images under the corruptions that are asked for; finished batches are kept in the output folder."""
-    config, data = job.config, job.data
-    names = chosen_corruptions(config.more.corruptions, num_channels=data.in_chans)
-    if not names:
-        return []
-    return evaluate_corruptions(
-        job.model,
-        data.test,
-        names,
-        config.more.severities,
-        num_channels=data.in_chans,
-        accelerator=job.accelerator,
-        batch_size=config.evaluation.per_device_eval_batch_size,
-        seed=config.seed,
-        partial=partial_results(config.output_path, job.model, data.test),
-        show_progress=not config.disable_tqdm,
-    )
 
 
 def _write(

@@ -20,8 +20,9 @@ from ham_hf.data.shards import StreamError
 from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import (
     FaultError,
     MemoryExhaustedError,
@@ -298,6 +299,7 @@ def evaluate(run: Run) -> Evaluated:
     config, calibration, record = run.config, None, None
     place = Workplace(
         accelerator=run.accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
         seed=config.training.seed,
         output_dir=run.folder,
         show_progress=not config.training.disable_tqdm,
@@ -312,7 +314,6 @@ def evaluate(run: Run) -> Evaluated:
                 config.calibration,
                 threat_model=run.threat_model,
                 place=place,
-                batch_size=config.evaluation.per_device_eval_batch_size,
             )
             record = fold_into(run.selected, calibration)
         results = evaluate_on_test(

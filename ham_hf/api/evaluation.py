@@ -16,6 +16,7 @@ from ham_hf.data import PixelBatch
 from ham_hf.data.image_groups import ImageGroups, make_groups
 from ham_hf.evaluation import AttackResult, NamedAttack, evaluate_batches, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_attack
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
@@ -166,11 +167,9 @@ def evaluate(
             results["autoattack"] = evaluate_autoattack(
                 model,
                 held_images(loader),
+                Workplace(accelerator=one_process(place), batch_size=batch_size, seed=seed),
                 num_classes=head.num_classes,
                 threat_model=threat_model,
-                accelerator=one_process(place),
-                batch_size=batch_size,
-                seed=seed,
             )
     groups = None if reader is None else make_groups(reader.column, reader.values)
     return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model, groups)

@@ -6,6 +6,7 @@ how many images fit into memory, `partial_results` keeps what is done.
 
 from __future__ import annotations
 
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.robustness import (
     AttackResult,
     NamedAttack,
@@ -22,6 +23,7 @@ __all__ = [
     "AttackResult",
     "NamedAttack",
     "NonFiniteLogitsError",
+    "Workplace",
     "check_pixel_range",
     "evaluate",
     "evaluate_batches",

@@ -14,14 +14,13 @@ import logging
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
 from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch
-from ham_hf.evaluation.partial_results import Outcome, PartialResults
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
@@ -65,15 +64,11 @@ def require_autoattack() -> type:
 def evaluate_autoattack(
     model: nn.Module,
     images: Images,
+    place: Workplace,
     *,
     num_classes: int,
     threat_model: ThreatModel,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
     num_examples: int | None = None,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
 ) -> AttackResult:
     """Run AutoAttack over a split.
 
@@ -84,14 +79,10 @@ def evaluate_autoattack(
     Args:
         model: the unwrapped pixel model.
         images: the split.
+        place: where it runs.
         num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
         threat_model: norm and radius.
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process; noise is drawn per batch.
-        seed: seed of every attack.
-        num_examples: size of a stratified subset of the split, the same for every ``seed``; None takes all of it.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
+        num_examples: size of a stratified subset of the split, the same for every seed; None takes all of it.
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
@@ -99,15 +90,16 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    size, chosen = WorkingSize(batch_size), _chosen_examples(images.labels, num_examples)
+    size, chosen = WorkingSize(place.batch_size), _chosen_examples(images.labels, num_examples)
     labels = images.labels[chosen]
     settings: dict[str, object] = {
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
-        **{"seed": seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
+        **{"seed": place.seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    partial = None if partial is None else partial.keyed({"autoattack": settings, "batch_size": batch_size})
+    partial = keyed(place.kept(model, images), {"autoattack": settings, "batch_size": place.batch_size})
+    device = place.accelerator.device
     adversary = _standard_adversary(
-        GuardedModel(PiecewiseModel(model, size)), threat_model, attacks, num_targets, accelerator.device
+        GuardedModel(PiecewiseModel(model, size)), threat_model, attacks, num_targets, device
     )
     predictions, margins, seconds, accuracy = labels.clone(), torch.zeros(len(labels)), 0.0, dict[str, float]()
     with attack_mode(model):
@@ -115,18 +107,17 @@ def evaluate_autoattack(
             left = (predictions == labels).nonzero().squeeze(1)
             shared = SharedBatches(
                 f"autoattack-{name}",
-                torch.split(chosen[left], batch_size) if len(left) else [],
+                torch.split(chosen[left], place.batch_size) if len(left) else [],
                 shape=(1, len(images)),
-                accelerator=accelerator,
+                place=place,
                 partial=partial,
-                show_progress=show_progress,
             )
             for number, batch in shared.of(images):
-                watch = StopWatch(accelerator.device)
+                watch = StopWatch(device)
                 if name == "clean":
                     logits = _classify(adversary, size, batch, checks=number == 0)
                 else:
-                    batch_seed = derive_seed(seed, Stream.AUTOATTACK, attacks.index(name), number)
+                    batch_seed = derive_seed(place.seed, Stream.AUTOATTACK, attacks.index(name), number)
                     logits = _strike(adversary, name, size, batch, batch_seed)
                 margin = true_margins(logits, batch.y)
                 shared.add(number, Outcome(predicted(logits)[None], margin[None], torch.tensor([watch.lap()])))
@@ -136,7 +127,7 @@ def evaluate_autoattack(
             accuracy[name] = float((predictions == labels).double().mean())
             if name == "clean":
                 refuse_not_finite(model, predictions)
-    if accelerator.is_main_process:
+    if place.accelerator.is_main_process:
         _check_square(accuracy)
         warn_of_not_finite("autoattack", predictions)
     return AttackResult(

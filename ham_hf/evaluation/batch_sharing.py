@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.partial_results import Outcome, PartialResults
+from ham_hf.evaluation.partial_results import Outcome, PartialResults, partial_results
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,34 @@ class StopWatch:
         return self._since - before
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Workplace:
+    """Where and how an evaluation runs.
+
+    Attributes:
+        accelerator: shares the batches out and gathers the results.
+        batch_size: images per batch and process; random numbers are drawn per batch.
+        seed: of attacks and noise.
+        output_dir: folder that keeps finished batches until `remove_partial_results`; None keeps none.
+        show_progress: show bars on the local main process.
+    """
+
+    accelerator: Accelerator
+    batch_size: int
+    seed: int
+    output_dir: Path | None = None
+    show_progress: bool = False
+
+    def kept(self, model: nn.Module, images: Images) -> PartialResults | None:
+        """The finished batches of this model on this split, to be narrowed down by `keyed`; None if none are kept."""
+        return None if self.output_dir is None else partial_results(self.output_dir, model, images)
+
+
+def keyed(partial: PartialResults | None, settings: Mapping[str, object]) -> PartialResults | None:
+    """The finished batches with these settings (JSON types), if any are kept."""
+    return None if partial is None else partial.keyed(settings)
+
+
 class SharedBatches:
     """The batches of one stage, for a loop on every process.
 
@@ -48,9 +78,8 @@ class SharedBatches:
         stage: what is done, in the names of files and in the progress bar.
         rows: (n,) int64 rows of each batch, without overlap; the same on every process.
         shape: number S of results per row, and number N of rows that there are.
-        accelerator: one or several processes.
+        place: where it runs.
         partial: where finished batches are kept; None keeps none.
-        show_progress: show a bar on the local main process.
     """
 
     def __init__(
@@ -59,14 +88,13 @@ class SharedBatches:
         rows: Sequence[Tensor],
         *,
         shape: tuple[int, int],
-        accelerator: Accelerator,
-        partial: PartialResults | None = None,
-        show_progress: bool = False,
+        place: Workplace,
+        partial: PartialResults | None,
     ) -> None:
-        self.stage, self.rows, self.accelerator, self.partial = stage, rows, accelerator, partial
-        self.show_progress = show_progress and accelerator.is_local_main_process
+        self.stage, self.rows, self.accelerator, self.partial = stage, rows, place.accelerator, partial
+        self.show_progress = place.show_progress and self.accelerator.is_local_main_process
         self._total = Outcome(torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.zeros(shape[0]))
-        self._todo = list(range(accelerator.process_index, len(rows), accelerator.num_processes))
+        self._todo = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
         if partial is not None and rows:
             self._todo = self._take_over(partial)
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
 from ham_hf.evaluation.corruptions import check_corruption, corrupt
-from ham_hf.evaluation.partial_results import Outcome, PartialResults
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -40,13 +39,9 @@ def evaluate_corruptions(
     images: Images,
     names: Sequence[str],
     severities: Sequence[int],
+    place: Workplace,
     *,
     num_channels: int,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
@@ -55,12 +50,8 @@ def evaluate_corruptions(
         images: the split.
         names: of the corruptions, see `ham_hf.evaluation.corruptions`.
         severities: 1 to 5.
+        place: where it runs; its seed is that of the corruptions' noise.
         num_channels: of the images.
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process.
-        seed: of the corruptions' noise.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
 
     Returns:
         One result per corruption and severity, in the order given; the same on every process.
@@ -71,21 +62,20 @@ def evaluate_corruptions(
     for name in names:
         for severity in severities:
             check_corruption(name, severity, num_channels=num_channels)
-    if partial is not None:
-        partial = partial.keyed({"corruptions": list(severities), "seed": seed, "batch_size": batch_size})
-    size, results = WorkingSize(batch_size), []
+    settings = {"corruptions": list(severities), "seed": place.seed, "batch_size": place.batch_size}
+    partial = keyed(place.kept(model, images), settings)
+    size, results = WorkingSize(place.batch_size), []
     for name in names:
         shared = SharedBatches(
             name,
-            torch.split(torch.arange(len(images)), batch_size),
+            torch.split(torch.arange(len(images)), place.batch_size),
             shape=(len(severities), len(images)),
-            accelerator=accelerator,
+            place=place,
             partial=partial,
-            show_progress=show_progress,
         )
         with evaluation_mode(model):
             for index, batch in shared.of(images):
-                shared.add(index, _classify(model, name, severities, batch, size=size, seed=seed))
+                shared.add(index, _classify(model, name, severities, batch, size=size, seed=place.seed))
         outcome = shared.gather()
         for number, severity in enumerate(severities):
             flags, seconds = outcome.predictions[number] == images.labels, float(outcome.seconds[number])

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import (
@@ -36,9 +35,9 @@ from ham_hf.attacks import (
     unsaturated_cross_entropy,
 )
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.partial_results import Outcome, PartialResults
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
@@ -130,12 +129,7 @@ def evaluate(
     model: nn.Module,
     images: Images,
     attacks: Sequence[NamedAttack | ForeignAttack],
-    *,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
+    place: Workplace,
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
@@ -147,11 +141,7 @@ def evaluate(
         model: the unwrapped pixel model.
         images: the split.
         attacks: what to run beside "clean".
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process; random starts are drawn per batch.
-        seed: seed of the random starts.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
+        place: where it runs.
 
     Returns:
         Results by name, "clean" first; the same on every process.
@@ -163,24 +153,21 @@ def evaluate(
     """
     if not len(images):
         raise ValueError("there is no example to evaluate on")
-    if partial is not None:
-        settings = [["clean", {}], *([attack.name, attack.settings(seed)] for attack in attacks)]
-        partial = partial.keyed({"results": settings, "batch_size": batch_size})
-    attacker = _BatchAttacker(model, attacks, WorkingSize(batch_size), seed)
+    settings = [["clean", {}], *([attack.name, attack.settings(place.seed)] for attack in attacks)]
+    attacker = _BatchAttacker(model, attacks, WorkingSize(place.batch_size), place.seed)
     every = torch.arange(len(images))
     shared = SharedBatches(
         "evaluating",
-        torch.split(every, batch_size),
+        torch.split(every, place.batch_size),
         shape=(1 + len(attacks), len(images)),
-        accelerator=accelerator,
-        partial=partial,
-        show_progress=show_progress,
+        place=place,
+        partial=keyed(place.kept(model, images), {"results": settings, "batch_size": place.batch_size}),
     )
     with evaluation_mode(model):
         for number, batch in shared.of(images):
             shared.add(number, attacker(number, batch))
-    warns = accelerator.is_main_process
-    return _results(model, attacks, shared.gather(), images.labels, every, seed=seed, warns=warns)
+    warns = place.accelerator.is_main_process
+    return _results(model, attacks, shared.gather(), images.labels, every, seed=place.seed, warns=warns)
 
 
 def evaluate_batches(

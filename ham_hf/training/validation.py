@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
-from ham_hf.evaluation import evaluate, standard_attacks
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.methods import BaseLoss, ClassRule
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
@@ -58,9 +58,7 @@ class HeldOutPart:
             module,
             self.images,
             standard_attacks(attack)[: 2 if with_verdict else 1],
-            accelerator=self.accelerator,
-            batch_size=self.batch_size,
-            seed=self.seed,
+            Workplace(accelerator=self.accelerator, batch_size=self.batch_size, seed=self.seed),
         )
         labels = self.images.labels
         right = [result.flags for result in results.values()]

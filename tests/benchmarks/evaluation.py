@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.data.pixels import BatchRequest
-from ham_hf.evaluation import AttackResult, evaluate, standard_attacks
+from ham_hf.evaluation import AttackResult, Workplace, evaluate, standard_attacks
 from tests.benchmarks import common
 from tests.benchmarks.workload import ATTACK, EPSILON, MARGIN, image_data, labels, network
 from tests.benchmarks.yardsticks import Floor
@@ -52,9 +52,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -
             model,
             data.test,
             [attack],
-            accelerator=accelerator,
-            batch_size=args.batch_size,
-            seed=0,
+            Workplace(accelerator=accelerator, batch_size=args.batch_size, seed=0),
         )
 
     def bare() -> None:

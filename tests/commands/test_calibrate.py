@@ -259,12 +259,16 @@ class TestStranger:
         shifts = torch.tensor([0.7, -0.7])
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
         found = calibration.Calibration(
-            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,), rounds=1, passes=1
+            fairness=0.0,
+            shifts=(0.7, -0.7),
+            factors=(1.0,) * 2,
+            counts=(2, 2),
+            frontier=(point,),
+            rounds=1,
+            passes=1,
+            attack=calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01).settings(0),
         )
-        attack = calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01)
-        report = calibration_report(
-            found, attack, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0
-        )
+        report = calibration_report(found, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0)
         config = parse_calibrate_config(words)
         dial.export_calibrated(config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause")
         new = load_pixel_model(str(tmp_path / "out"))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.evaluation import calibration
+from ham_hf.evaluation import Workplace, calibration
 from ham_hf.evaluation.calibration import (
     FRONTIER,
     Dial,
@@ -24,7 +24,6 @@ from ham_hf.evaluation.calibration import (
     frontier_point,
     shrinkage,
 )
-from ham_hf.evaluation.partial_results import partial_results
 from tests.conftest import ROOT
 from tests.support.nets import TensorImages
 from tests.support.recipe_runs import LAUNCH, PROCESSES
@@ -60,20 +59,18 @@ def channel_images(per_class: int, num_classes: int = NUM_CLASSES, seed: int = 0
 
 
 def attack_of(**changes) -> SearchAttack:
-    values = {"threat_model": ThreatModel("linf", 0.05), "step_size": 0.0125, "batch_size": 512}
+    values = {"threat_model": ThreatModel("linf", 0.05), "step_size": 0.0125}
     return SearchAttack(**{**values, **changes})
 
 
-def run(images, fairness=None, *, model=None, max_average_drop=None, partial=None, num_classes=3, **changes):
-    return calibrate(
-        model or ChannelMeans(BIAS),
-        images,
-        Dial(fairness=fairness, max_average_drop=max_average_drop),
-        attack_of(**changes),
-        num_classes=num_classes,
-        accelerator=Accelerator(cpu=True),
-        partial=partial,
-    )
+def place_of(batch_size=512, folder=None) -> Workplace:
+    return Workplace(accelerator=Accelerator(cpu=True), batch_size=batch_size, seed=0, output_dir=folder)
+
+
+def run(images, fairness=None, *, model=None, max_average_drop=None, batch_size=512, folder=None, **changes):
+    dial = Dial(fairness=fairness, max_average_drop=max_average_drop)
+    place = place_of(batch_size, folder)
+    return calibrate(model or ChannelMeans(BIAS), images, dial, attack_of(**changes), place, num_classes=3)
 
 
 @pytest.fixture
@@ -179,7 +176,7 @@ class TestFrontier:
         monkeypatch.setattr(calibration, "_found_shifts", find)
         monkeypatch.setattr(calibration._Meter, "correct", count)
         images = channel_images(21)
-        meter = calibration._Meter(ChannelMeans(BIAS), images, attack_of(), 3, Accelerator(cpu=True), None)
+        meter = calibration._Meter(ChannelMeans(BIAS), images, attack_of(), 3, place_of())
         calibration._cross_fitted(meter, 0.5)
         assert searched == [[1], [0]]
         # Before any shift and in ten rounds on one half, then once on the other; and back.
@@ -226,12 +223,12 @@ class TestRepetition:
 
         monkeypatch.setattr(calibration._Meter, "_predictions", counted)
         with pytest.raises(KeyboardInterrupt):
-            run(images, 0.5, model=model, batch_size=20, partial=partial_results(tmp_path, model, images))
+            run(images, 0.5, model=model, batch_size=20, folder=tmp_path)
         before = len(list(tmp_path.rglob("*.json")))
         assert before == 19  # one batch was timed for the forecast
         strikes.clear()
         monkeypatch.setattr(calibration._Meter, "_predictions", lambda *given: strikes.append(1) or strike(*given))
-        again = run(images, 0.5, model=model, batch_size=20, partial=partial_results(tmp_path, model, images))
+        again = run(images, 0.5, model=model, batch_size=20, folder=tmp_path)
         assert again == expected
         assert len(strikes) - 1 == len(list(tmp_path.rglob("*.json"))) - before
 
@@ -260,12 +257,8 @@ from tests.evaluation import test_calibration as tests
 from ham_hf.evaluation import calibration
 
 calibration.FRONTIER = (0.0,)
-accelerator = Accelerator(cpu=True)
-found = calibration.calibrate(
-    tests.ChannelMeans(tests.BIAS), tests.channel_images(30), calibration.Dial(fairness=1.0),
-    tests.attack_of(batch_size=13), num_classes=3, accelerator=accelerator,
-)
-with open(f"{sys.argv[1]}-{accelerator.process_index}", "w") as file:
+found = tests.run(tests.channel_images(30), 1.0, batch_size=13)
+with open(f"{sys.argv[1]}-{Accelerator(cpu=True).process_index}", "w") as file:
     json.dump([found.shifts, [point.correct for point in found.frontier]], file)
 """
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, margin_loss, pgd
-from ham_hf.evaluation import evaluate, standard_attacks
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
 from ham_hf.evaluation.robustness import true_margins
 from ham_hf.seeding import Stream, derive_seed, make_generator
@@ -37,7 +37,7 @@ def net():
 
 def run(net, split, accelerator, *, threat=THREAT, seed=4):
     attacks = standard_attacks(Attack(threat_model=threat, num_steps=5, step_size=0.01))
-    return evaluate(net, split, attacks, accelerator=accelerator, batch_size=10, seed=seed)
+    return evaluate(net, split, attacks, Workplace(accelerator=accelerator, batch_size=10, seed=seed))
 
 
 def margin_of(logits, y):
@@ -115,8 +115,8 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
         labels = net(x).argmax(1)
     labels[::4] = (labels[::4] + 1) % num_classes
     split = TensorImages(x, labels)
-    common = {"num_classes": num_classes, "accelerator": accelerator, "batch_size": 16, "seed": 0}
-    result = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 0.01), **common)
+    place = Workplace(accelerator=accelerator, batch_size=16, seed=0)
+    result = evaluate_autoattack(net, split, place, num_classes=num_classes, threat_model=ThreatModel("linf", 0.01))
     version, attacks, _ = autoattack_version(num_classes)
     assert result.settings["version"] == version
     assert result.settings["attacks"] == attacks
@@ -129,7 +129,8 @@ def test_autoattack_runs_for_any_number_of_classes(accelerator, num_classes):
     assert (result.margins[~result.flags] <= 0).all()
     weaker = run(net, split, accelerator, threat=ThreatModel("linf", 0.01))["pgd-5"]
     assert result.flags.sum() <= weaker.flags.sum()
-    untouched = evaluate_autoattack(net, split, threat_model=ThreatModel("linf", 1e-6), **common)
+    close = ThreatModel("linf", 1e-6)
+    untouched = evaluate_autoattack(net, split, place, num_classes=num_classes, threat_model=close)
     assert int(untouched.flags.sum()) == 9
 
 
@@ -145,11 +146,9 @@ def test_autoattack_runs_the_authors_attacks_one_after_the_other_on_what_is_left
     result = evaluate_autoattack(
         net,
         TensorImages(x, labels),
+        Workplace(accelerator=accelerator, batch_size=16, seed=3),
         num_classes=num_classes,
         threat_model=threat,
-        accelerator=accelerator,
-        batch_size=16,
-        seed=3,
     )
     assert not any(parameter.grad is not None for parameter in net.parameters())
     _, attacks, num_targets = autoattack_version(num_classes)
@@ -176,11 +175,9 @@ def test_autoattack_subset_is_stratified_said_to_be_one_and_the_same_for_all_see
         result = evaluate_autoattack(
             network,
             TensorImages(split.x, torch.arange(len(split)) % 10),
+            Workplace(accelerator=accelerator, batch_size=8, seed=seed),
             num_classes=10,
             threat_model=THREAT,
-            accelerator=accelerator,
-            batch_size=8,
-            seed=seed,
             num_examples=20,
         )
         assert result.labels.bincount().tolist() == [2] * 10
@@ -192,7 +189,6 @@ def test_autoattack_subset_is_stratified_said_to_be_one_and_the_same_for_all_see
 
 def test_absent_autoattack_names_the_extra(net, split, accelerator, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    place = Workplace(accelerator=accelerator, batch_size=8, seed=0)
     with pytest.raises(ValueError, match=r"--autoattack needs.*ham-hf\[autoattack\]"):
-        evaluate_autoattack(
-            net, split, num_classes=10, threat_model=THREAT, accelerator=accelerator, batch_size=8, seed=0
-        )
+        evaluate_autoattack(net, split, place, num_classes=10, threat_model=THREAT)

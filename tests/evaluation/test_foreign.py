@@ -14,14 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ham_hf
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.evaluation import evaluate, standard_attacks
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.evaluation.foreign import (
     ForeignAttackError,
     foreign_attack,
     load_foreign_attack,
     load_foreign_attacks,
 )
-from ham_hf.evaluation.partial_results import partial_results
 from tests.conftest import ROOT
 from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for
 
@@ -46,17 +45,10 @@ def split(net, num=30):
     return TensorImages(x, labeled_for(net, x, [i % 6 == 0 for i in range(num)]))
 
 
-def run(net, images, attacks, *, threat=None, batch_size=8, partial=None, seed=2):
+def run(net, images, attacks, *, threat=None, folder=None, seed=2):
     threat_model = threat or ThreatModel("linf", EPSILON)
-    return evaluate(
-        net,
-        images,
-        [replace(attack, threat_model=threat_model) for attack in attacks],
-        accelerator=Accelerator(cpu=True),
-        batch_size=batch_size,
-        seed=seed,
-        partial=partial,
-    )
+    place = Workplace(accelerator=Accelerator(cpu=True), batch_size=8, seed=seed, output_dir=folder)
+    return evaluate(net, images, [replace(attack, threat_model=threat_model) for attack in attacks], place)
 
 
 @pytest.mark.parametrize(("norm", "function"), [("linf", sign_step), ("l2", l2_step)])
@@ -211,9 +203,9 @@ def test_out_of_memory_halves_the_batch_and_finished_batches_are_kept(tmp_path):
     found = run(Watched(net, limit=3, limit_always=3), images, [attack])["mine"]
     assert torch.equal(found.predictions, expected.predictions)
     calls.clear()
-    run(net, images, [attack], partial=partial_results(tmp_path, net, images))
+    run(net, images, [attack], folder=tmp_path)
     first = len(calls)
-    again = run(net, images, [attack], partial=partial_results(tmp_path, net, images))["mine"]
+    again = run(net, images, [attack], folder=tmp_path)["mine"]
     assert len(calls) == first > 0
     assert torch.equal(again.margins, expected.margins)
 
