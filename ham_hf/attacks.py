@@ -124,6 +124,15 @@ class Attack:
     num_steps: int
     step_size: float | Tensor
 
+    def as_json(self) -> dict[str, object]:
+        """Norm, radius, number and length of steps for a report; radius and length have to be numbers."""
+        return {
+            "norm": self.threat_model.norm,
+            "epsilon": float(self.threat_model.epsilon),
+            "num_steps": self.num_steps,
+            "step_size": self.step_size,
+        }
+
     def of_classes(self, radius: Tensor, step_size: Tensor, y: Tensor) -> Attack:
         """The attack with the radius and the step (num_classes,) of the class of each example, labels ``y`` (N,)."""
         return replace(self, threat_model=replace(self.threat_model, epsilon=radius[y]), step_size=step_size[y])

@@ -17,11 +17,12 @@ from ham_hf.data import ImageData, load_image_data
 from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.dial import HeldOut, check_head, fold_into, set_dial, validation_part
+from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import (
     FaultError,
     MemoryExhaustedError,
@@ -35,6 +36,7 @@ from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, s
 from ham_hf.hub_requests import limit_waiting
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.head import check_foldable
 from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
@@ -209,7 +211,7 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     held_out = None
     if config.calibration.is_asked_for:
         held_out = validation_part(data, seed=seed)
-        check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
+        check_foldable(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
     # The other processes wait --ddp_timeout for this one.
     patience = min(60.0, config.training.ddp_timeout / 8)
     pushes = SavePushes(config.training.output_dir, str(repo_id), revision=hub.hub_revision, patience=patience)
@@ -311,6 +313,7 @@ def evaluate(run: Run) -> Evaluated:
     config, calibration, record = run.config, None, None
     place = Workplace(
         accelerator=run.accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
         seed=config.training.seed,
         output_dir=run.folder,
         show_progress=not config.training.disable_tqdm,
@@ -325,7 +328,6 @@ def evaluate(run: Run) -> Evaluated:
                 config.calibration,
                 threat_model=run.threat_model,
                 place=place,
-                batch_size=config.evaluation.per_device_eval_batch_size,
             )
             record = fold_into(run.selected, calibration)
         results = evaluate_on_test(

@@ -14,8 +14,8 @@ from ham_hf.data.config import DataConfig
 from ham_hf.evaluation.config import (
     CalibrationConfig,
     EvaluationConfig,
-    EvaluationThreatConfig,
     MoreEvaluationConfig,
+    ThreatConfig,
     pixel_unit_problems,
 )
 from ham_hf.hub_config import HubConfig
@@ -31,11 +31,11 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EvaluationConfig",
-    "EvaluationThreatConfig",
     "HubConfig",
     "LearningRateDrop",
     "ModelConfig",
     "MoreEvaluationConfig",
+    "ThreatConfig",
     "TrainConfig",
     "TrainingConfig",
     "config_to_dict",
