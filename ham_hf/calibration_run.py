@@ -34,9 +34,10 @@ from ham_hf.fitting import align_classes, num_logits, threat_model_of
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
-from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.run_report import calibrated_report, evaluation_report, write_calibration
+from ham_hf.reporting.class_examples import run_examples
+from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.run_report import calibrated_report, evaluation_report, write_run
+from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir, clear_output_dir
@@ -157,18 +158,10 @@ def _publish(job: _Job, found: _Found) -> None:
         class_order=job.class_order,
     )
     report = calibrated_report(evaluated, found.calibration, exported, job.origin, model_license=model_license)
-    strip = example_strip(
+    examples = run_examples(
         found.shifted, data.test, config.evaluation, found.results, threat_model=job.threat_model, seed=config.seed
     )
-    of_classes = class_examples(
-        found.shifted,
-        data.test,
-        config.evaluation,
-        found.results,
-        threat_model=job.threat_model,
-        seed=config.seed,
-    )
-    write_calibration(report, folder, results=found.results, examples=strip, of_classes=of_classes)
+    write_run(report, folder, results=found.results, examples=examples)
     remove_partial_results(folder)
     sentence = exchange_sentence(found.calibration)
     show(f"{sentence}\n\n{text_table(results_table(report))}\n\neverything is in {folder}\n")

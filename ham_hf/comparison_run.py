@@ -13,10 +13,11 @@ from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_list, read_runs
 from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.leaderboard import write_leaderboard
+from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.row_names import public_word
-from ham_hf.comparison.table import MissingRun, Run, compare
+from ham_hf.comparison.table import MissingRun, compare
 from ham_hf.faults import clean_exit
 from ham_hf.hub import download_results
 from ham_hf.invocation import command

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ham_hf.metrics import wilson_interval
+from ham_hf.metrics import FairnessSummary, wilson_interval
 
 Floats = NDArray[np.float64]
 
@@ -115,6 +115,12 @@ def fairness_intervals(
     return FairnessIntervals(
         worst_class=worst, worst_30_percent=worst_30, gap=gap, std=std, nsd=nsd if hits.any() else None
     )
+
+
+def intervals_of(summary: FairnessSummary) -> FairnessIntervals:
+    """Intervals of the fairness numbers of a summary."""
+    entries = summary.per_class
+    return fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
 
 
 _STD = 2

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ham_hf.comparison.existing import label_runs, read_runs, split_label
 from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
-from ham_hf.comparison.table import Comparison, compare
+from ham_hf.comparison.table import Comparison, Row, compare
 from ham_hf.faults import clean_exit
 from ham_hf.files import atomic_write
 from ham_hf.invocation import program
 from ham_hf.reporting.class_examples import read_examples
-from ham_hf.reporting.page import PAGE_NAME, PageComparison, PageRow, PageRun, page_html
-from ham_hf.reporting.report import plain_text, read_report
+from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
+from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
 
 
@@ -95,32 +96,27 @@ def _no_download(source: str, revision: str | None) -> Path:
     raise ValueError(f"{source}: there is no such folder; a page is made of folders, so download the model first")
 
 
-def page_comparison(comparison: Comparison) -> PageComparison:
+def page_comparison(comparison: Comparison) -> dict[str, object]:
     """A comparison as the page shows it: the evaluations that are of the same images under the same attack."""
-    return PageComparison(
-        baseline=comparison.names.get(comparison.baseline or "", ""),
-        rows={
-            title: tuple(
-                _row(comparison, label, name)
-                for label in (row.label for row in comparison.rows if name in row.attacks)
-            )
+    return {
+        "baseline": plain_text(comparison.names.get(comparison.baseline or "", ""), 120),
+        "rows": {
+            title: [_row(comparison, row, name) for row in comparison.rows if name in row.attacks]
             for name, title in comparison.attacks.items()
             if name in comparison.comparable
         },
-    )
+    }
 
 
-def _row(comparison: Comparison, label: str, name: str) -> PageRow:
-    found = next(row for row in comparison.rows if row.label == label).attacks[name]
-    paired = comparison.pairs.found.get(label, {}).get(name)
+def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
+    found, paired = row.attacks[name], comparison.pairs.found.get(row.label, {}).get(name)
+    differences = {} if paired is None else {one: getattr(paired.differences, one) for one in PAIRED_METRICS}
     unpaired = comparison.pairs.unpaired
-    note = unpaired.get(f"{label}, {comparison.attacks[name]}") or unpaired.get(label) or ""
-    return PageRow(
-        label=comparison.names[label],
-        seeds=found.seeds,
-        values={metric: getattr(found, metric).values for metric in PAIRED_METRICS},
-        differences={}
-        if paired is None
-        else {metric: getattr(paired.differences, metric) for metric in PAIRED_METRICS},
-        note=note,
-    )
+    note = unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label)
+    return {
+        "label": plain_text(comparison.names[row.label], 120),
+        "seeds": found.seeds,
+        "values": {metric: rounded(getattr(found, metric).values) for metric in PAIRED_METRICS},
+        "differences": {metric: rounded([one.mean, one.low, one.high]) for metric, one in differences.items()},
+        "note": plain_text(note, 300) if note else "",
+    }

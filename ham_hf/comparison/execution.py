@@ -23,9 +23,9 @@ from types import FrameType
 
 from ham_hf.comparison.differences import differences, run_settings
 from ham_hf.comparison.existing import running_elsewhere
-from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
-from ham_hf.comparison.table import MissingRun, Run
+from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.settings import settings_of

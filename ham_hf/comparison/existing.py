@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ham_hf.comparison.differences import run_settings, setting_text
-from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.row_names import public_word
-from ham_hf.comparison.table import MissingRun, Run
+from ham_hf.comparison.table import MissingRun
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.hub_ids import split_revision
-from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
+from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
 from ham_hf.training.run_folder import is_locked
 
 NOT_THERE = "(none)"

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ham_hf.comparison.differences import budget, conditions, environment, evaluations
-from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.pairs import PAIRED_METRICS, Run
 from ham_hf.comparison.row_names import public_source, public_text
-from ham_hf.comparison.table import Comparison, Row, Run
+from ham_hf.comparison.table import Comparison, Row
 from ham_hf.files import atomic_write
 from ham_hf.hub_ids import split_revision
+from ham_hf.reporting.formats import percent, plain_text, signed_points
 from ham_hf.reporting.page import render_page
-from ham_hf.reporting.report import percent, plain_text
 
 LEADERBOARD_NAME = "leaderboard.html"
 HUB = "https://huggingface.co"
@@ -264,8 +264,7 @@ def _paired(comparison: Comparison, row: Row) -> list[str]:
         shown = []
         for metric in PAIRED_METRICS:
             one = getattr(found.differences, metric)
-            ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
-            shown.append(f"{TITLES[metric].lower()} {100 * one.mean:+.1f} ({ends})")
+            shown.append(f"{TITLES[metric].lower()} {signed_points(one.mean, one.low, one.high)}")
         lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
     return lines
 

@@ -63,12 +63,17 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class JudgedRun:
-    """A run with what it kept of each image; ``verdicts`` is None of a run from before that was kept."""
+class Run:
+    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
 
+    ``verdicts`` is what it kept of each image, None of a run from before that was kept.
+    """
+
+    label: str
     seed: int
     report: RunReport
-    verdicts: Verdicts | None
+    source: str
+    verdicts: Verdicts | None = None
 
 
 def verdicts_beside(folder: str | Path) -> Verdicts | None:
@@ -80,7 +85,7 @@ def verdicts_beside(folder: str | Path) -> Verdicts | None:
     return read_verdicts(folder) if (Path(folder) / PREDICTIONS_NAME).is_file() else None
 
 
-def pair_rows(rows: Mapping[str, Sequence[JudgedRun]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
+def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
     """Compare every row with the baseline, as far as there are predictions.
 
     Args:
@@ -101,23 +106,19 @@ def pair_rows(rows: Mapping[str, Sequence[JudgedRun]], *, baseline: str | None, 
             listed = ", ".join(map(str, without))
             unpaired[label] = f"no {PREDICTIONS_NAME} of it or of the baseline with seed {listed}"
         else:
-            outcomes = {name: _try_pair(pairs, name) for name in titles}
-            found[label] = {name: paired for name, paired in outcomes.items() if isinstance(paired, PairedRow)}
-            unpaired |= {
-                f"{label}, {titles[name]}": reason for name, reason in outcomes.items() if isinstance(reason, str)
-            }
+            paired_rows = dict[str, PairedRow]()
+            for name, title in titles.items():
+                try:
+                    paired = _pair(pairs, name)
+                except ValueError as error:  # noqa: PERF203 (each evaluation has a reason of its own)
+                    unpaired[f"{label}, {title}"] = str(error)
+                else:
+                    paired_rows |= {} if paired is None else {name: paired}
+            found[label] = paired_rows
     return Pairs(found=found, unpaired=unpaired)
 
 
-def _try_pair(pairs: Sequence[tuple[JudgedRun, JudgedRun]], name: str) -> PairedRow | str | None:
-    """One row under one evaluation, or why it cannot be paired; None if some run does not have it."""
-    try:
-        return _pair(pairs, name)
-    except ValueError as error:
-        return str(error)
-
-
-def _pair(pairs: Sequence[tuple[JudgedRun, JudgedRun]], name: str) -> PairedRow | None:
+def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
     """One row under one evaluation; None if some run does not have it.
 
     Raises:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.reporting.report import plain_text
+from ham_hf.reporting.formats import plain_text
 
 MAX_NAME = 40
 _START = r"(?:~\w*/|/(?!/)|(?<!\w)[A-Za-z]:[/\\])"

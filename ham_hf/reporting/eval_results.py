@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from ham_hf.files import atomic_write
-from ham_hf.reporting.report import AttackReport, RunReport, fraction_text, plain_text
+from ham_hf.reporting.formats import fraction_text, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport
 
 EVAL_RESULTS = ".eval_results"
 

@@ -12,7 +12,8 @@ import pytest
 
 from ham_hf.comparison.existing import FoundRun, label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
-from ham_hf.comparison.table import Run, compare
+from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.table import compare
 from ham_hf.reporting.report import RunReport, write_report
 from tests.support.leaderboard_runs import leaderboard_comparison, ranked_run
 

@@ -17,11 +17,11 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import read_verdicts, verdicts_of, write_verdicts
 from ham_hf.metrics import wilson_interval
-from ham_hf.reporting.breakdown_tables import breakdown_tables, each_group_rows, group_rows
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_section
 from ham_hf.reporting.page import PageRun, page_html
 from ham_hf.reporting.report import read_report, write_report
+from ham_hf.reporting.tables import breakdown_tables, each_group_rows, group_rows
 from tests.support.example_report import make_report
 from tests.support.nets import group_norm_net
 
