@@ -86,7 +86,7 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     try:
         failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint of each run\n")
+        sys.stderr.write("interrupted; the same command resumes each run from its last checkpoint\n")
         raise SystemExit(130) from None
     runs, missing = collect(plan.runs, failed)
     if not runs and any(run.failed for run in failed):

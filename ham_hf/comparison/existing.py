@@ -174,7 +174,7 @@ def _seed(source: str, report: RunReport) -> int:
 
 
 def running_elsewhere(label: str, seed: int) -> MissingRun:
-    """A run that another process is running."""
+    """The entry of a run that another process is running."""
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
@@ -257,7 +257,7 @@ def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
             values = json.loads(written.read_text(encoding="utf-8"))
             labels, baseline = [str(row["label"]) for row in values["rows"]], values["baseline"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to go on without") from error
+            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to continue without it") from error
 
     def order(place: Path) -> tuple[int, str, int]:
         label = place.resolve().parent.name

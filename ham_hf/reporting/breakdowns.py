@@ -1,4 +1,4 @@
-"""What a report says beside the classes: accuracy by groups of another column, and on corrupted images."""
+"""Accuracy by groups of a column and on corrupted images, as a report holds them."""
 
 from __future__ import annotations
 

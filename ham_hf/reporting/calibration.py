@@ -1,4 +1,4 @@
-"""What a report says of a calibration, in numbers and in words."""
+"""The calibration in a report: its numbers, and the sentences that the card says about it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class CalibrationReport:
         fairness: F that the shifts are for, in [0, 1].
         max_average_drop: the drop that F was chosen by; None if F was given.
         shifts: number added to the logit of each class, in the order of the dataset's classes.
-        factors: what the found shift of each class was multiplied by, as few images tell less.
+        factors: factor that shrank the shift of each class: few images say less.
         counts: images of each class that the shifts were found on.
         frontier: average and worst classes under the attack of the search for several F, cross-fitted.
         attack: the attack of the search; JSON values only.
-        images: which images the shifts were found on, to follow "found on".
+        images: the images that the shifts were found on, in words that follow "found on".
         seen_in_training: whether the model was trained on them.
         seconds: duration.
         passes: most image passes that the search took (forward 1, gradient of the input 2).
-        tags: of the card of the model that was calibrated.
+        tags: tags of the calibrated model's card.
     """
 
     fairness: float
@@ -81,7 +81,7 @@ def calibration_report(
 
 
 def exchange_sentence(report: CalibrationReport) -> str:
-    """What was given for what, in one sentence."""
+    """What the shifts cost and gained, in one sentence."""
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
         return "Fairness 0 leaves the model as it was: nothing was given and nothing gained."

@@ -233,7 +233,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
     name = report.model.name
-    norm = {"linf": "L-infinity", "l2": "L2"}[report.threat_model.norm]
+    norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
     cited = [] if report.training is None and report.calibration is not None else cited_methods(report.config)
     cited += [] if report.calibration is None else ["logit_adjustment"]
     return {

@@ -1,9 +1,8 @@
-"""Test images that say most about a class: the ones most easily broken and the ones that hold, before and after.
+"""Test images that say most about a class, before and after an attack: the most easily broken and the most robust.
 
-They need the model and the data, so a run makes them while it has both, and keeps them in ``examples.parquet``: one
-row per image with three pictures, PNGs as they are where those fit, else JPEGs of a smaller size. The page is made of
-that file again without either. The file stays where it was written: images of a dataset are not for everybody
-(`ham_hf.hub`).
+A run makes them while it has the model and the data, and keeps them in ``examples.parquet``: one row per image with
+three pictures, PNGs if they fit, else smaller JPEGs. The page can then be made again from that file alone. The file is
+not pushed: images of a dataset may be private (`ham_hf.hub`).
 """
 
 from __future__ import annotations
@@ -124,11 +123,10 @@ class RunExamples:
 
 
 def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
-    """Rows of the verdicts to show, and of which kind each is, class by class.
+    """Rows of the verdicts to show, and the kind of each, class by class; empty without an attack.
 
-    Of the classes (with more than ``MAX_CLASSES``: of those where the smallest share withstood), the images with the
-    smallest and with the largest margin under attack among those that are right when clean, up to ``NUM_PER_KIND``
-    each. An image is not shown twice. Empty without an attack.
+    Of each class (at most the ``MAX_CLASSES`` with the smallest share that withstood): the images with the smallest
+    and with the largest margin under attack among those that are right when clean, up to ``NUM_PER_KIND`` each.
     """
     usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
     chosen = list[tuple[int, str]]()
@@ -142,9 +140,9 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
 
 
 def worst_classes(verdicts: Verdicts) -> list[int]:
-    """The classes with an image that was attacked, the one with the smallest share that withstood first.
+    """The classes that have attacked images, the one with the smallest share that withstood first.
 
-    Without an attack, those with the smallest share that is right.
+    Without an attack: by the share that is right.
     """
     attacked = bool(verdicts.judged.any())
     counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)

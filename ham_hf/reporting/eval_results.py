@@ -1,7 +1,7 @@
 """Results of a report in the two forms that the Hub reads: ``model-index`` in the card, and ``.eval_results/*.yaml``.
 
-The second is what model pages and leaderboards of benchmarks are made of; the client writes it since version 1.31, our
-lowest. It names a dataset of the Hub, so results on local images are in the card alone.
+Model pages and leaderboards of benchmarks show the second form. It names a dataset of the Hub, so results on local
+images are in the card alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The figures of a report: accuracy and treatment of classes, training curves, confusion, examples, frontier.
 
 Every function returns a matplotlib ``Figure`` made without pyplot, so nothing global is touched and no display is
-needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are data: they are
-cleaned, cut, and never read as mathematical notation.
+needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are cleaned and cut,
+and never parsed as mathematical notation.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from ham_hf.metrics import ClassAccuracy
 
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
-NORMS = {"linf": "L∞", "l2": "L2"}
 
 
 class Markdown(str):
@@ -67,6 +66,11 @@ def fraction_text(value: float) -> str:
     """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
     steps = value * 255
     return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
+
+
+def norm_text(norm: str) -> str:
+    """A norm as "L∞" or "L2"; an unknown one as it is."""
+    return {"linf": "L∞", "l2": "L2"}.get(norm, plain_text(norm))
 
 
 def evaluation_title(name: str) -> str:

@@ -1,8 +1,8 @@
-"""``report.html``: one self-contained page on which a person sees which class fails and why.
+"""``report.html``: one self-contained page that shows which class fails and why.
 
-Everything is in the file: style, script, numbers as JSON, images as data URIs. Nothing is requested from anywhere,
-which a content security policy in the page enforces: only the page's own style and script, by their hashes. Class
-names are data: the template escapes them, and the script sets them as text.
+The file holds everything: style, script, numbers as JSON, images as data URIs. A content security policy in the page
+forbids every request, and every style and script but the page's own, by their hashes. Class names are data: the
+template escapes them, and the script sets them as text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.files import atomic_write
 from ham_hf.reporting.class_examples import ClassExamples
-from ham_hf.reporting.formats import NORMS, evaluation_title, fraction_text, percent, percent_ends, plain_text
+from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.reporting.tables import corruption_rows, each_group_rows, group_rows
 
 PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
-"""Says in a Space that it is one of ours, and may be written again."""
+"""Marks a Space that ham_hf made and may overwrite."""
 MAX_PAGE_BYTES = 2_000_000
 MAX_NAME_LENGTH = 200
 MAX_CURVE_POINTS = 60
@@ -205,7 +205,7 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         ("Dataset", plain_text(report.dataset.name, 120)),
         ("Classes", f"{len(report.dataset.class_names):,}"),
         ("Test images", f"{report.dataset.num_test:,}"),
-        ("Threat model", f"{NORMS[report.threat_model.norm]}, ε = {fraction_text(report.threat_model.epsilon)}"),
+        ("Threat model", f"{norm_text(report.threat_model.norm)}, ε = {fraction_text(report.threat_model.epsilon)}"),
     ]
     method = report.config.get("method") if report.training is not None else None
     if method:
@@ -411,8 +411,7 @@ def _settings_text(entry: AttackReport) -> str:
         return plain_text(f"right on the clean image and never broken by {listed}", 300)
     parts = []
     if "norm" in settings:
-        norm = str(settings["norm"])
-        parts.append(NORMS.get(norm, plain_text(norm)))
+        parts.append(norm_text(str(settings["norm"])))
     for key, before in (("epsilon", "ε = "), ("step_size", "steps of ")):
         value = settings.get(key)
         if isinstance(value, (int, float)):

@@ -1,8 +1,7 @@
-"""RunReport: what was run, on what, and what came out; ``report.json`` in both directions.
+"""RunReport: what was run, on what, and the results; write and read ``report.json``.
 
-A report holds everything the figures and the model card need, so that both can be made again from ``report.json``
-alone. It holds no secret: tokens never enter it, and of the environment only variables that change how numbers are
-computed.
+A report holds everything that the figures and the model card need, so both can be made again from ``report.json``
+alone. It holds no secret: tokens never enter it, and of the environment only the variables that change numbers do.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ham_hf.attacks import ThreatModel
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
 from ham_hf.metrics import FairnessSummary
@@ -81,14 +79,13 @@ class DatasetReport:
         test_split_origin: where the test images come from.
         num_skipped: number of corrupt images that were skipped.
         augmentation: augmentation during training.
-        trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
-            it (`ham_hf.data.provenance.Provenance`); None if that is not known.
-        num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
-        notes: what of the dataset was not read, each with its number and an example.
-        class_order: how the model's classes and the dataset's were brought together: ``by name``, ``assumed`` (in the
-            same order, as names say nothing), or ``subset`` (by name, over those classes of the model alone that the
-            dataset has); None if it is not known.
-        num_model_classes: classes that the model tells apart; None if it is not known.
+        trained_on: training images and validation part, as in ``config.json`` (`ham_hf.data.provenance.Provenance`);
+            None if unknown.
+        num_test_in_train: test images that are also training or validation images, pixel for pixel; None: unchecked.
+        notes: what was not read of the dataset, each with its number and an example.
+        class_order: how the model's classes were matched with the dataset's: ``by name``, ``assumed`` (same order, no
+            common names), or ``subset`` (by name, only the classes that the dataset has); None if unknown.
+        num_model_classes: classes of the model; None if unknown.
     """
 
     name: str
@@ -110,8 +107,16 @@ class DatasetReport:
 
     @property
     def title(self) -> str:
-        """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+        """The Hub id, or the last part of a local path: paths stay private."""
         return self.hub_id or plain_text(Path(self.name).name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModelReport:
+    """Norm ("linf" or "l2") and radius, in units of pixels in [0, 1], of training and evaluation."""
+
+    norm: str
+    epsilon: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +171,7 @@ class TrainingReport:
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
             (`ham_hf.training.train_step`); None if unknown.
-        changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
-            settings of the report repeats the run.
+        changes: one sentence per resumption with other settings; empty if the report's settings repeat the run.
     """
 
     num_train_epochs: int
@@ -200,13 +204,13 @@ class RunReport:
         environment: software and hardware.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
-        notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
-            on the way); the card lists them.
-        verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
-            saw; None without an attack, and in reports from before there was one.
-        calibration: class shifts that are folded into the evaluated model; None if there are none.
-        groups: accuracy by groups of another column than the label; None if none was named.
-        corruptions: accuracy on corrupted images; None if it was not asked for.
+        notes: sentences that a reader of the numbers must know (what was assumed, left out or changed); the card lists
+            them.
+        verdict: the headline: right on the clean image and under every attack, of the images that all attacks saw;
+            None without an attack, and in older reports.
+        calibration: class shifts folded into the evaluated model, if any.
+        groups: accuracy by the groups of a column, if one was named.
+        corruptions: accuracy on corrupted images, if measured.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -215,7 +219,7 @@ class RunReport:
     model: ModelReport
     dataset: DatasetReport
     config: Mapping[str, object]
-    threat_model: ThreatModel
+    threat_model: ThreatModelReport
     results: Mapping[str, AttackReport]
     training: TrainingReport | None
     environment: Environment
@@ -241,10 +245,7 @@ class RunReport:
         return (*([] if self.verdict is None else [self.verdict]), *self.results.values())
 
     def reference_attack(self) -> AttackReport | None:
-        """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
-
-        A model is as robust as the strongest attack says, and which one that is differs from model to model.
-        """
+        """The attack of headlines and per-class figures: the strongest on the whole test set, else on a part of it."""
         attacks = [attack for attack in self.results.values() if attack.name != "clean"]
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
@@ -317,7 +318,7 @@ def read_report(path: str | Path) -> RunReport:
 
 
 def _check_classes(attack: AttackReport, num_classes: int) -> None:
-    """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
+    """Raise ValueError unless the numbers are of the dataset's classes; reports come from anywhere."""
     summary = attack.summary
     if attack.intervals is not None:
         values = (getattr(attack.intervals, field.name) for field in fields(attack.intervals))
@@ -332,7 +333,7 @@ def _check_classes(attack: AttackReport, num_classes: int) -> None:
 
 
 def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:
-    """What ``values`` become when written and read back, so that a report equals the one read from its file."""
+    """``values`` as they read back from JSON, so that a report equals the one read from its file."""
     try:
         plain: dict[str, object] = json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError) as error:

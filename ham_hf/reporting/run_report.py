@@ -35,7 +35,15 @@ from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import selected_too_early
 from ham_hf.reporting.page import write_page
-from ham_hf.reporting.report import AttackReport, DatasetReport, ModelReport, RunReport, TrainingReport, write_report
+from ham_hf.reporting.report import (
+    AttackReport,
+    DatasetReport,
+    ModelReport,
+    RunReport,
+    ThreatModelReport,
+    TrainingReport,
+    write_report,
+)
 from ham_hf.training.environment import rounding
 from ham_hf.training.log import read_log
 from ham_hf.training.trainer import Progress
@@ -203,7 +211,7 @@ def training_report(
         model=model,
         dataset=dataset_report(data),
         config=settings,
-        threat_model=ThreatModel(config.attack.norm, config.attack.epsilon),
+        threat_model=ThreatModelReport(norm=config.attack.norm, epsilon=config.attack.epsilon),
         results=attack_reports(results, len(data.class_names)),
         training=training,
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
@@ -276,7 +284,7 @@ def evaluation_report(
             num_model_classes=int(backbone.num_classes),
         ),
         config=config_to_dict(config),
-        threat_model=ThreatModel(threat_model.norm, float(threat_model.epsilon)),
+        threat_model=ThreatModelReport(norm=threat_model.norm, epsilon=float(threat_model.epsilon)),
         results=attack_reports(results, len(data.class_names)),
         training=None,
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),

@@ -156,7 +156,7 @@ def test_interrupted_comparison_goes_on_where_it_was(compared):
     _, folder, (printed, complaint), again = compared
     assert "done plain seed 0 in" in printed
     assert "start mined seed 0" in printed
-    assert "the same command goes on" in complaint
+    assert "the same command resumes each run" in complaint
     assert "4 runs: 1 done already, 3 to go" in again
     log = (folder / "mined" / "seed0.log").read_text()
     assert [line.endswith("--resume_from_checkpoint=latest") for line in log.splitlines() if line.startswith("$")] == [

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ham_hf.attacks import ThreatModel
 from ham_hf.comparison.leaderboard import leaderboard_html
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown
@@ -28,7 +27,7 @@ from ham_hf.methods import Method, available
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.card import evaluation_document, write_card
-from ham_hf.reporting.report import RunReport, read_report
+from ham_hf.reporting.report import RunReport, ThreatModelReport, read_report
 from tests.support.comparison_reports import even, judged_run, run
 from tests.support.example_report import attack_result, make_report, with_dataset, with_model
 from tests.support.leaderboard_runs import leaderboard_comparison
@@ -147,7 +146,7 @@ def card_variants() -> dict[str, RunReport]:
         ),
         "squashed": with_model(plain, crop_mode="squash", crop_pct=0.9, interpolation="bilinear"),
         "with borders": with_model(plain, crop_mode="border", crop_pct=0.9),
-        "L2": dataclasses.replace(plain, threat_model=ThreatModel("l2", 0.5)),
+        "L2": dataclasses.replace(plain, threat_model=ThreatModelReport(norm="l2", epsilon=0.5)),
         "combined": with_config(config_of(known["ham"], **BORROWED)),
         "CFA": with_config(config_of(known["cfa"])),
         "CFA without its averaging": with_config(config_of(known["cfa"], fawa="off", ema_decay=0.999)),

@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import AttackResult
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import summarize_counts
 from ham_hf.reporting.environment import Environment
 from ham_hf.reporting.figures import ExampleStrip
-from ham_hf.reporting.report import AttackReport, DatasetReport, ModelReport, RunReport, TrainingReport
+from ham_hf.reporting.report import (
+    AttackReport,
+    DatasetReport,
+    ModelReport,
+    RunReport,
+    ThreatModelReport,
+    TrainingReport,
+)
 from ham_hf.reporting.run_report import attack_report
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -211,7 +217,7 @@ def make_report(
         model=model,
         dataset=dataset,
         config={**settings, **(config or {})},
-        threat_model=ThreatModel("linf", 8 / 255),
+        threat_model=ThreatModelReport(norm="linf", epsilon=8 / 255),
         results=results,
         training=training if trained else None,
         environment=environment,

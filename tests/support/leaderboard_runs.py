@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ham_hf.attacks import ThreatModel
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.intervals import intervals_of
-from ham_hf.reporting.report import RunReport
+from ham_hf.reporting.report import RunReport, ThreatModelReport
 from tests.support.comparison_reports import even, run_report
 from tests.support.example_report import DIGITS
 
@@ -49,7 +48,7 @@ def at_epsilon(report: RunReport, epsilon: float) -> RunReport:
         )
         for name, found in report.results.items()
     }
-    return dataclasses.replace(report, results=results, threat_model=ThreatModel("linf", epsilon))
+    return dataclasses.replace(report, results=results, threat_model=ThreatModelReport(norm="linf", epsilon=epsilon))
 
 
 def leaderboard_comparison(hostile: str = "</script><script>window.hacked = 1</script>") -> Comparison:
