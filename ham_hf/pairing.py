@@ -121,30 +121,31 @@ def compare_paired(
     seen = _class_sums(flags, labels.numpy(), counts)[None]
     drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
 
-    def difference(classes: list[list[int]]) -> Difference:
-        """Of the mean over these classes of each pair."""
-        found = [_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)]
-        low, high = np.quantile(found[1].mean(1), _ENDS)
-        values = tuple(found[0][0].tolist())
-        return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
+    def of_classes(classes: list[list[int]]) -> Difference:
+        """Difference of the mean over these classes of each pair."""
+        return _difference(*(_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)))
 
     totals = [
         (sums[..., len(reference) :] - sums[..., : len(reference)]).sum(1) / len(labels) for sums in (seen, drawn)
     ]
-    low, high = np.quantile(totals[1].mean(1), _ENDS)
     only_reference = [int((reference[pair] & ~other[pair]).sum()) for pair in pairs]
     only_other = [int((other[pair] & ~reference[pair]).sum()) for pair in pairs]
     return PairedComparison(
         num_examples=len(labels),
-        average=Difference(
-            per_seed=tuple(totals[0][0].tolist()), mean=float(totals[0].mean()), low=float(low), high=float(high)
-        ),
-        worst_class=difference([classes[:1] for classes in worst]),
-        worst_30_percent=difference([classes[:num] for classes, num in zip(worst, num_worst, strict=True)]),
+        average=_difference(*totals),
+        worst_class=of_classes([classes[:1] for classes in worst]),
+        worst_30_percent=of_classes([classes[:num] for classes, num in zip(worst, num_worst, strict=True)]),
         only_reference=tuple(only_reference),
         only_other=tuple(only_other),
         p_values=tuple(mcnemar(*numbers) for numbers in zip(only_reference, only_other, strict=True)),
     )
+
+
+def _difference(seen: NDArray[np.float64], drawn: NDArray[np.float64]) -> Difference:
+    """From the differences of S pairs: those seen (1, S), and resampled (repetitions, S)."""
+    low, high = np.quantile(drawn.mean(1), _ENDS)
+    values = tuple(seen[0].tolist())
+    return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
 
 
 def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:

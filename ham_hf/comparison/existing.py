@@ -47,8 +47,8 @@ class ExistingRuns:
 
     Attributes:
         found: every finished run.
-        missing: what a comparison's folder holds of runs without a report, and what could not be had of a list.
-        baseline: that of the comparisons among the sources; None if there is none, or not one.
+        missing: runs without a report in a comparison's folder, and entries of a list that could not be read.
+        baseline: that of the comparisons among the sources; None if they have none, or several.
     """
 
     found: tuple[FoundRun, ...]
@@ -65,7 +65,7 @@ def read_runs(
         sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``; each
             may have ``LABEL=`` before it, which is then what its row is called.
         download: fetches the results of a Hub id and revision, and returns the folder that they are in.
-        listed: sources that are listed as missing, with the reason, where they cannot be had.
+        listed: sources that become missing runs, with the reason, if they cannot be read.
 
     Raises:
         ValueError: naming every other source that is none of these, or has no report that can be read. A run in the
@@ -128,11 +128,10 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def label_runs(found: Sequence[FoundRun]) -> list[Run]:
-    """Find out which of the given runs are repetitions of one another, and what to call them.
+    """Group runs into rows, and name the rows.
 
-    Runs with equal settings but for seed and folder are one row. It is called by its label or, without one, by its
-    method (a model that was only evaluated: by its name). Rows that would have the same name also get the settings in
-    which they differ.
+    Runs whose settings differ only in seed and folder are one row, named by its label or, without one, by its method
+    (a model that was only evaluated: by its name). Rows of equal name also show the settings in which they differ.
     """
     groups: dict[tuple[str, str], list[FoundRun]] = {}
     for run in found:

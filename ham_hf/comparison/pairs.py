@@ -1,4 +1,4 @@
-"""Rows against the baseline on the same images, run by run of equal seed, where both kept their predictions."""
+"""Compare rows with the baseline image by image, runs of equal seed, where both kept their predictions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class PairedRow:
     higher: Mapping[str, bool]
 
     def is_better(self, metric: str) -> bool:
-        """Whether the row is better than the baseline for sure.
+        """Whether the row is significantly better than the baseline.
 
-        With one seed: on the average by McNemar's exact test (5 %), in the worst classes if the interval excludes 0.
-        With several, all have to agree and the interval of the pooled difference has to exclude 0. And the number of
-        the table has to be higher with every seed: who is better where the baseline is worst may be worse elsewhere.
+        With one seed: by McNemar's exact test (5 %) for the average, in the worst classes if the interval excludes 0.
+        With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number in the
+        table must also be higher with every seed: a row that is better in the baseline's worst classes may be worse
+        elsewhere.
 
         Args:
             metric: one of ``PAIRED_METRICS``.
@@ -66,7 +67,7 @@ class Pairs:
 class Run:
     """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
 
-    ``verdicts`` is what it kept of each image, None of a run from before that was kept.
+    ``verdicts`` are its predictions; None for a run of a version that kept none.
     """
 
     label: str

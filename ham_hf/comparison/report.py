@@ -15,7 +15,7 @@ from pathlib import Path
 from ham_hf.comparison.differences import evaluations, setting_text
 from ham_hf.comparison.pairs import PAIRED_METRICS
 from ham_hf.comparison.row_names import public_source, public_text, public_value
-from ham_hf.comparison.table import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.table import METRICS, Comparison, MissingRun, Row, Spread
 from ham_hf.files import atomic_write
 from ham_hf.reporting.formats import Markdown, code, markdown_table, percent, plain_text, ratio, signed_points
 from ham_hf.reporting.formats import markdown_text as text
@@ -156,7 +156,7 @@ def comparison_csv(comparison: Comparison) -> str:
 
 
 def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
-    """Tables to read: one per evaluation, one of the cost, and then what one has to know of the runs."""
+    """Tables to read: one per evaluation and one of the cost, then how to read them and what the runs share."""
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
         note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
@@ -197,7 +197,7 @@ def without_figures(comparison: Comparison) -> list[str]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """What has to be said before any number, each in a line: that budgets or code differ."""
+    """Warnings that stand before any number: budgets or code differ."""
     notes = []
     if comparison.unequal:
         titles = ", ".join(text(title) for title in comparison.unequal)
@@ -293,11 +293,11 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
         "name": name,
         "seeds": row.seeds,
         "settings": public_value(dict(row.settings)),
-        "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
+        "attacks": {name: asdict(numbers) for name, numbers in row.attacks.items()},
         "price": row.price,
-        "passes": _spread_values(row.passes),
-        "training_seconds": _spread_values(row.seconds),
-        "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
+        "passes": asdict(row.passes) if row.passes else None,
+        "training_seconds": asdict(row.seconds) if row.seconds else None,
+        "peak_memory_bytes": asdict(row.peak_memory_bytes) if row.peak_memory_bytes else None,
         "runs": [
             {
                 "seed": run.seed,
@@ -308,21 +308,6 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
             for run in row.runs
         ],
     }
-
-
-def _attack_values(numbers: AttackRow) -> dict[str, object]:
-    return {
-        "seeds": numbers.seeds,
-        "num_examples": numbers.num_examples,
-        **{metric: _spread_values(getattr(numbers, metric)) for metric in METRICS},
-        "rho": numbers.rho,
-        "image_variances": numbers.image_variances,
-        "per_class": numbers.per_class,
-    }
-
-
-def _spread_values(spread: Spread | None) -> dict[str, object] | None:
-    return None if spread is None else {"mean": spread.mean, "std": spread.std, "values": spread.values}
 
 
 def _columns(name: str, spread: Spread | None) -> dict[str, object]:
@@ -400,7 +385,7 @@ def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[st
 
 
 def _harmless(value: str) -> str:
-    """A text for a CSV cell that no spreadsheet computes."""
+    """Text for a CSV cell that no spreadsheet takes for a formula."""
     value = plain_text(value, 200)
     return f"'{value}" if value[0] in "=+-@" else value
 

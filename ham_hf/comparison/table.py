@@ -1,10 +1,8 @@
 """Finished runs -> one comparison: mean and spread over seeds of every number, side by side.
 
-Runs with one label are one row, and differ in their seed alone. Spread is the *sample* standard deviation over
-seeds (divisor n - 1); a single seed has none. What the rows do not share (images, epochs, budget of the attack ...) is
-listed, as a table of unequal runs reads like a table of equal ones.
-
-Noise of a number that comes from having few test images: what one more right answer could have changed.
+Runs with one label are one row, and differ only in their seed. Spread is the *sample* standard deviation over seeds
+(divisor n - 1); a single seed has none. A comparison also lists what the rows do not share (images, epochs, budget of
+the attack ...): a table of unequal runs would look like one of equal runs.
 """
 
 from __future__ import annotations
@@ -48,9 +46,9 @@ class MissingRun:
 class Spread:
     """Mean and sample standard deviation of ``values``, one per seed; ``std`` is None of a single value."""
 
-    values: tuple[float, ...]
     mean: float
     std: float | None
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +64,8 @@ class AttackRow:
         nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
             baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
-        image_variances: variance of a run's number that comes from having few test images, by metric, mean over
-            the runs; NSD has none (`ham_hf.comparison.table`).
+        image_variances: variance of a run's number from the finite test set, by metric, mean over the runs; NSD has
+            none (`image_variances`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
     """
 
@@ -164,9 +162,9 @@ class Comparison:
         )
 
     def is_bold(self, label: str, attack: str, metric: str) -> bool:
-        """Whether a number stands out: where runs kept their predictions, by paired tests against the baseline.
+        """Whether tables show a number in bold: by paired tests against the baseline where runs kept predictions.
 
-        Else, and for NSD, for which there is no paired test, if the row is the `best` beyond the noise.
+        Without predictions, and for NSD, which has no paired test: if the row is the `best` beyond the noise.
         """
         if self.pairs.found and metric in PAIRED_METRICS:
             paired = self.pairs.found.get(label, {}).get(attack)
@@ -347,7 +345,7 @@ def _class_mean(accuracies: Sequence[float | None]) -> float | None:
 
 
 def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
-    """An entry for every seed that one row has and another lacks without a word."""
+    """An entry for every seed that one row has and another lacks without an entry."""
     seeds = sorted({run.seed for runs in by_label.values() for run in runs})
     known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
     known |= {(run.label, run.seed) for run in missing}
@@ -367,11 +365,10 @@ def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
 
 
 def image_variances(summary: FairnessSummary) -> dict[str, float]:
-    """Binomial variance of one run's accuracies, by metric; that of NSD is not known and has no entry.
+    """Binomial variance of one run's accuracies, by metric (our choice); NSD has no entry.
 
-    ``p (1 - p) / n`` of the n images that the number is made of: all of them (average), those of the worst class, and
-    for the mean of the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is
-    taken as given. Our choice.
+    ``p (1 - p) / n`` of the n images behind the number: all (average), those of the worst class, and for the mean of
+    the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is taken as given.
     """
     classes = sorted((entry.accuracy, entry.count) for entry in summary.per_class if entry.accuracy is not None)
     kept = max(1, -(-30 * len(classes) // 100))  # as in ham_hf.metrics.mean_of_worst
