@@ -1,11 +1,13 @@
 """Prove that a change changed no number: train with another commit and with this tree, and compare bit for bit.
 
-    python -m tests.same COMMIT [--only LABEL ...] [--keep FOLDER]
+    python -m tests.same COMMIT [--only LABEL ...] [--keep FOLDER] [--resume]
 
 Every method and combination of `tests.support.method_checks`, streaming, and two processes, each for three epochs of
 four updates of a small network on digits. Compared are, of each run, the weights, averages, class state and optimizer
 of every checkpoint, the log and the trainer's state without times, the report without times and environment, and the
-settings. Prints one line per label; status 1 if anything differs.
+settings. With ``--resume`` this tree does not train anew: it resumes the commit's runs from a checkpoint in their
+middle, and the weights, averages and class state at the end are compared. Prints one line per label; status 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -88,8 +90,8 @@ def stream_of_digits(folder: Path) -> str:
     return str(folder)
 
 
-def train(tree: Path, folder: Path, settings: Mapping[str, Mapping[str, object]]) -> None:
-    """Make the runs in ``folder`` with the package of ``tree``."""
+def train(tree: Path, folder: Path, settings: Mapping[str, Mapping[str, object]], flag: str) -> None:
+    """Make the runs in ``folder`` with the package of ``tree``, each with this flag more."""
     for processes in (1, 2):
         labels = [label for label in settings if label.endswith("-2-processes") == (processes == 2)]
         labels = [label for label in labels if not (folder / label / "report.json").exists()]
@@ -104,7 +106,7 @@ def train(tree: Path, folder: Path, settings: Mapping[str, Mapping[str, object]]
         # One process for all labels, as importing takes as long as a run; a process group serves one run alone.
         for together in [[label] for label in labels] if processes == 2 else [labels]:
             (folder / "runs.json").write_text(json.dumps(together))
-            command = [*launcher, str(ROOT / "tests/same/train.py"), str(tree), str(folder / "runs.json")]
+            command = [*launcher, str(ROOT / "tests/same/train.py"), str(tree), str(folder / "runs.json"), flag]
             done = subprocess.run(command, cwd=folder, env=environment(tree), capture_output=True, text=True)
             if done.returncode:
                 sys.exit(
@@ -155,44 +157,72 @@ def differences(old: Path, new: Path) -> list[str]:
     return only + [name for name in sorted(ours & theirs) if content(old / name) != content(new / name)]
 
 
-def main() -> int:
+def cut_in_the_middle(old: Path, copy: Path) -> None:
+    """Copy a run as it stood after its middle checkpoint."""
+    shutil.copytree(old, copy)
+    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in copy.glob("checkpoint-[0-9]*"))
+    for step in steps[len(steps) // 2 :]:
+        shutil.rmtree(copy / f"checkpoint-{step}")
+    (copy / "report.json").unlink()
+
+
+def weights_that_differ(old: Path, new: Path) -> list[str]:
+    """Safetensors files of the checkpoints of two runs that differ or that only one of them has."""
+    names = {path.relative_to(run) for run in (old, new) for path in run.glob("checkpoint-*/*.safetensors")}
+    same = {name for name in names if (old / name).exists() and (new / name).exists()}
+    return sorted(map(str, names - same)) + [
+        str(name) for name in sorted(same) if (old / name).read_bytes() != (new / name).read_bytes()
+    ]
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", help="what to compare the working tree with")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs alone")
+    parser.add_argument("--resume", action="store_true", help="resume the commit's runs with the working tree")
     parser.add_argument(
         "--keep",
         type=Path,
         metavar="FOLDER",
         help="leave the runs there; runs of COMMIT that are there are not repeated",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run(
         [*git, "rev-parse", args.commit], capture_output=True, text=True, check=True
     ).stdout.strip()
     with tempfile.TemporaryDirectory() as scratch:
         kept = (args.keep or Path(scratch)).resolve()
-        old, new = kept / commit, kept / "new"
+        old, new = kept / commit, kept / ("resumed" if args.resume else "new")
         shutil.rmtree(new, ignore_errors=True)
         old.mkdir(parents=True, exist_ok=True)
         new.mkdir()
         settings = runs(kept)
         unknown = sorted(set(args.only or ()) - settings.keys())
         if unknown:
-            parser.error(f"--only {' '.join(unknown)}: expected some of {' '.join(settings)}")
+            sys.exit(f"--only {' '.join(unknown)}: expected some of {' '.join(settings)}")
         settings = {label: settings[label] for label in args.only or settings}
         tree = Path(scratch).resolve() / "tree"
         subprocess.run([*git, "worktree", "add", "--detach", "--quiet", str(tree), commit], check=True)
         try:
-            train(tree, old, settings)
+            train(tree, old, settings, "--overwrite_output_dir")
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", str(tree)], check=True)
-        train(ROOT, new, settings)
+        if args.resume:
+            settings = {label: own for label, own in settings.items() if (old / label / "report.json").exists()}
+            for label in settings:
+                cut_in_the_middle(old / label, new / label)
+        train(ROOT, new, settings, "--resume_from_checkpoint=latest" if args.resume else "--overwrite_output_dir")
         status = 0
         for label in settings:
-            found = differences(old / label, new / label)
+            compare = weights_that_differ if args.resume else differences
+            found = compare(old / label, new / label)
             status |= bool(found)
-            verdict = f"DIFFERS: {', '.join(found)}" if found else f"same ({len(compared(new / label))} files)"
+            verdict = f"DIFFERS: {', '.join(found)}" if found else "same"
             print(f"{label:28} {verdict}")
     return status
 

@@ -1,6 +1,6 @@
 """Train a list of runs, one after the other in one process, with the package and the recipe of one source tree.
 
-    python train.py TREE RUNS        # a file with a JSON list of labels, each with its LABEL.yaml in this folder
+    python train.py TREE RUNS FLAG   # a file with a JSON list of labels, each with its LABEL.yaml in this folder
 
 It imports nothing of the tests, as it runs with the package of another commit. A run that the commit refuses
 leaves the file ``LABEL-refused`` where the others leave their folder.
@@ -29,7 +29,7 @@ def main() -> None:
         try:
             # A relative path: that two commits train in different folders must not show.
             with redirect_stderr(said):
-                recipe.main([f"--config={label}.yaml", f"--output_dir={label}", "--overwrite_output_dir"])
+                recipe.main([f"--config={label}.yaml", f"--output_dir={label}", sys.argv[3]])
         except SystemExit as refusal:
             Path(f"{label}-refused").write_text(f"status {refusal}: {said.getvalue()[-1000:]}")
 
