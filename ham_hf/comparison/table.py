@@ -17,7 +17,7 @@ from typing import Literal
 from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
 from ham_hf.comparison.pairs import PAIRED_METRICS, Pairs, Run, pair_rows
 from ham_hf.comparison.row_names import short_names
-from ham_hf.metrics import FairnessSummary
+from ham_hf.metrics import FairnessSummary, num_worst
 
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
 LOWER_IS_BETTER = frozenset({"nsd"})
@@ -371,7 +371,7 @@ def image_variances(summary: FairnessSummary) -> dict[str, float]:
     the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is taken as given.
     """
     classes = sorted((entry.accuracy, entry.count) for entry in summary.per_class if entry.accuracy is not None)
-    kept = max(1, -(-30 * len(classes) // 100))  # as in ham_hf.metrics.mean_of_worst
+    kept = num_worst(len(classes))
     return {
         "average": _variance(summary.average, summary.num_examples),
         "worst_class": _variance(*classes[0]),
