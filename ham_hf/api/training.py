@@ -26,21 +26,22 @@ from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
     training_report,
     training_section,
     write_config,
-    write_training,
+    write_run,
 )
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
@@ -324,6 +325,7 @@ def _finished(
         threat_model=threat_model,
         place=Workplace(
             accelerator=accelerator,
+            batch_size=settings.evaluation.per_device_eval_batch_size,
             seed=settings.training.seed,
             output_dir=folder,
             show_progress=not settings.training.disable_tqdm,
@@ -365,10 +367,10 @@ def _write_for_timm(
         settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
     )
     seed = settings.training.seed
-    shown = (selected, data.test, settings.evaluation, results)
-    examples = example_strip(*shown, threat_model=settings.attack.threat_model, seed=seed)
-    of_classes = class_examples(*shown, threat_model=settings.attack.threat_model, seed=seed)
-    write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
+    examples = run_examples(
+        selected, data.test, settings.evaluation, results, threat_model=settings.attack.threat_model, seed=seed
+    )
+    write_run(report, folder, results=results, examples=examples)
 
 
 def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:
