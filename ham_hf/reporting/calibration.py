@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ham_hf.evaluation.calibration import Calibration, FrontierPoint, SearchAttack
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 from ham_hf.reporting.formats import percent
 
 
@@ -55,7 +55,6 @@ class CalibrationReport:
 
 def calibration_report(
     calibration: Calibration,
-    attack: SearchAttack,
     *,
     images: str,
     seen_in_training: bool,
@@ -71,7 +70,7 @@ def calibration_report(
         factors=calibration.factors,
         counts=calibration.counts,
         frontier=calibration.frontier,
-        attack=attack.settings(),
+        attack=calibration.attack,
         images=images,
         seen_in_training=seen_in_training,
         seconds=seconds,

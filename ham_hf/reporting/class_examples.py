@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd, unsaturated_cross_entropy
+from ham_hf.attacks import ThreatModel, evaluation_mode, unsaturated_cross_entropy
 from ham_hf.data import BatchRequest, Images
-from ham_hf.evaluation import AttackResult, EvaluationAttack, predict, standard_attacks
+from ham_hf.evaluation import AttackResult, NamedAttack, predict, standard_attacks
 from ham_hf.evaluation.config import EvaluationConfig
-from ham_hf.evaluation.suite import eval_step_size
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.files import replacing
 from ham_hf.seeding import Stream, make_generator
@@ -168,10 +167,10 @@ def run_examples(
     The figure gets the first image of each of the classes that withstood the attacks of ``results`` least, the worst
     first; the page the most easily broken images of each class and the ones that hold (`choose_images`).
     """
-    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
+    attack = standard_attacks(config.attack(threat_model))[0]
 
     def attacked(batches: Sequence[Tensor]) -> ExampleStrip:
-        return _attacked(model, images, batches, attack, threat_model, seed)
+        return _attacked(model, images, batches, attack, seed)
 
     verdicts = verdicts_of(results, ())
     worst = worst_classes(verdicts)[:NUM_EXAMPLES_SHOWN]
@@ -188,8 +187,7 @@ def _attacked(
     model: nn.Module,
     images: Images,
     batches: Sequence[Tensor],
-    attack: EvaluationAttack,
-    threat_model: ThreatModel,
+    attack: NamedAttack,
     seed: int,
 ) -> ExampleStrip:
     """The images at these positions before and after the attack, batch by batch."""
@@ -198,13 +196,10 @@ def _attacked(
     requests = [BatchRequest(positions, None) for positions in batches]
     with evaluation_mode(model):
         for number, batch in enumerate(images.batches(requests, device=device)):
-            x_adv = pgd(
+            x_adv = attack(
                 model,
                 batch.x,
                 batch.y,
-                threat_model=threat_model,
-                num_steps=attack.num_steps,
-                step_size=attack.step_size,
                 loss_fn=unsaturated_cross_entropy,
                 generator=make_generator(device, seed, Stream.EVALUATION, 0, number),
             )
