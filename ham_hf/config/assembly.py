@@ -122,7 +122,7 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
             problems.append(f"{entry.origin}--{entry.name} {shown}: expected {known[entry.name].expected}{reason}")
     if problems:
         raise ConfigError(problems)
-    return _assemble(config_class, groups, method, values)
+    return _assemble(config_class, method, values)
 
 
 def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]:
@@ -176,28 +176,23 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def _assemble(
-    config_class: type[ConfigT],
-    groups: Mapping[str, tuple[Setting, ...]],
-    method: type[Method] | None,
-    values: Mapping[str, object],
-) -> ConfigT:
-    """Put values that are fine by themselves into their groups, and those into the configuration."""
+def _assemble(config_class: type[ConfigT], method: type[Method] | None, values: Mapping[str, object]) -> ConfigT:
+    """Put values that are valid by themselves into their groups, and those into the configuration."""
 
-    def given(settings: Iterable[Setting]) -> dict[str, Any]:
-        return {known.name: values[known.name] for known in settings if known.name in values}
+    def given(kind: type) -> dict[str, Any]:
+        return {known.name: values[known.name] for known in settings_of(kind) if known.name in values}
 
-    parts = given(groups[""])
+    parts = given(config_class)
     problems: list[str] = []
     for attribute, kind in _group_classes(config_class).items():
         try:
-            parts[attribute] = kind(**given(groups[attribute]))
+            parts[attribute] = kind(**given(kind))
         except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
     if method is not None:
-        parts["method"] = method(**given(settings_of(method)))
+        parts["method"] = method(**given(method))
     return config_class(**parts)
 
 
