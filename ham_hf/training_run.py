@@ -14,14 +14,15 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.data.shards import StreamError
-from ham_hf.dial import HeldOut, check_head, fold_into, set_dial, validation_part
+from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import (
     FaultError,
     MemoryExhaustedError,
@@ -31,9 +32,11 @@ from ham_hf.faults import (
     explain_out_of_memory,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder, space_url
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
+from ham_hf.models.head import check_foldable
 from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
@@ -55,11 +58,12 @@ from ham_hf.training.launch import (
     peak_memory_bytes,
 )
 from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.resume import Progress
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
-from ham_hf.training.trainer import Progress, Trainer
+from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train")
 
@@ -207,7 +211,7 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     held_out = None
     if config.calibration.is_asked_for:
         held_out = validation_part(data, seed=seed)
-        check_head(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
+        check_foldable(model, num_classes=len(data.class_names), image_size=preprocessing.image_size)
     # The other processes wait --ddp_timeout for this one.
     patience = min(60.0, config.training.ddp_timeout / 8)
     pushes = SavePushes(config.training.output_dir, str(repo_id), revision=hub.hub_revision, patience=patience)
@@ -309,6 +313,7 @@ def evaluate(run: Run) -> Evaluated:
     config, calibration, record = run.config, None, None
     place = Workplace(
         accelerator=run.accelerator,
+        batch_size=config.evaluation.per_device_eval_batch_size,
         seed=config.training.seed,
         output_dir=run.folder,
         show_progress=not config.training.disable_tqdm,
@@ -323,7 +328,6 @@ def evaluate(run: Run) -> Evaluated:
                 config.calibration,
                 threat_model=run.threat_model,
                 place=place,
-                batch_size=config.evaluation.per_device_eval_batch_size,
             )
             record = fold_into(run.selected, calibration)
         results = evaluate_on_test(

@@ -11,7 +11,7 @@ from ham_hf.config.command_line import parse_calibrate_config, parse_evaluate_co
 from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig, config_to_dict
 from ham_hf.config.yaml_file import config_to_yaml
 from ham_hf.data.config import DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, EvaluationThreatConfig, MoreEvaluationConfig
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig, ThreatConfig
 from ham_hf.hub_config import HubConfig
 from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError
@@ -25,11 +25,11 @@ __all__ = [
     "DataConfig",
     "EvaluateConfig",
     "EvaluationConfig",
-    "EvaluationThreatConfig",
     "HubConfig",
     "LearningRateDrop",
     "ModelConfig",
     "MoreEvaluationConfig",
+    "ThreatConfig",
     "TrainConfig",
     "TrainingConfig",
     "config_to_dict",

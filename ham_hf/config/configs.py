@@ -15,8 +15,8 @@ from ham_hf.data.config import CalibrationDataConfig, DataConfig
 from ham_hf.evaluation.config import (
     CalibrationConfig,
     EvaluationConfig,
-    EvaluationThreatConfig,
     MoreEvaluationConfig,
+    ThreatConfig,
     pixel_unit_problems,
 )
 from ham_hf.hub_config import EvaluationHubConfig, HubConfig
@@ -134,9 +134,7 @@ class EvaluateConfig(SettingsGroup):
     ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
     disable_tqdm: bool = setting(False, "show no progress bar")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
-    attack: EvaluationThreatConfig = field(
-        default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
-    )
+    attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
     more: MoreEvaluationConfig = field(
         default_factory=MoreEvaluationConfig, metadata={"title": "Other attacks, corruptions and groups"}
@@ -188,9 +186,7 @@ class CalibrateConfig(SettingsGroup):
     disable_tqdm: bool = setting(False, "show no progress bar")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
-    attack: EvaluationThreatConfig = field(
-        default_factory=EvaluationThreatConfig, metadata={"title": "Attack (threat model)"}
-    )
+    attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
 
     @property

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from ham_hf.imports import names_on_demand
 
 if TYPE_CHECKING:
+    from ham_hf.evaluation.batch_sharing import Workplace
     from ham_hf.evaluation.robustness import (
         AttackResult,
-        EvaluationAttack,
+        NamedAttack,
         NonFiniteLogitsError,
         check_pixel_range,
         evaluate,
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttackResult",
-    "EvaluationAttack",
+    "NamedAttack",
     "NonFiniteLogitsError",
+    "Workplace",
     "check_pixel_range",
     "evaluate",
     "evaluate_batches",
@@ -35,4 +37,10 @@ __all__ = [
     "standard_attacks",
 ]
 
-__getattr__ = names_on_demand(__name__, {"ham_hf.evaluation.robustness": __all__})
+__getattr__ = names_on_demand(
+    __name__,
+    {
+        "ham_hf.evaluation.batch_sharing": ["Workplace"],
+        "ham_hf.evaluation.robustness": [name for name in __all__ if name != "Workplace"],
+    },
+)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ham_hf.settings import SettingsGroup, setting
+
+if TYPE_CHECKING:
+    from ham_hf.attacks import Attack, ThreatModel
 
 
 def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
@@ -20,7 +23,7 @@ def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationThreatConfig(SettingsGroup):
+class ThreatConfig(SettingsGroup):
     """The threat model of an evaluation; by default the one that the model was trained for."""
 
     norm: Literal["linf", "l2"] | None = setting(
@@ -50,6 +53,13 @@ class EvaluationConfig(SettingsGroup):
         None, "run AutoAttack on this many test images, stratified; none = all", at_least=1
     )
 
+    def attack(self, threat_model: ThreatModel) -> Attack:
+        """PGD, whose steps are those of CW too, in this ball of one radius."""
+        from ham_hf.attacks import Attack
+
+        length = float(threat_model.epsilon) / 4 if self.eval_step_size is None else self.eval_step_size
+        return Attack(threat_model=threat_model, num_steps=self.eval_num_steps, step_size=length)
+
     def contradictions(self) -> Iterator[str]:
         """A setting of AutoAttack without AutoAttack."""
         if not self.autoattack:
@@ -74,7 +84,7 @@ class MoreEvaluationConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Severities that there are not, twice, or of nothing."""
+        """Unknown or repeated severities, or severities without corruptions."""
         given = f"--severities {' '.join(map(str, self.severities))}"
         if not self.severities or not set(self.severities) <= {1, 2, 3, 4, 5}:
             yield f"{given}: expected some of 1 2 3 4 5"

@@ -49,29 +49,19 @@ class AttackConfig(SettingsGroup):
 
 
 class LearningRateDrop(NamedTuple):
-    """A step of the piecewise schedule, written ``EPOCH:FACTOR``.
-
-    Attributes:
-        epoch: first 0-based epoch it holds for.
-        factor: learning rate from then on, as a fraction of the ``learning_rate`` setting; in (0, 1].
-    """
+    """A step of the piecewise schedule: from this 0-based epoch on, the rate is ``factor`` times ``learning_rate``."""
 
     epoch: int
     factor: float
 
     @classmethod
     def parse(cls, text: str) -> LearningRateDrop:
-        """Read ``EPOCH:FACTOR``.
-
-        Raises:
-            ValueError: when the text has another form.
-        """
+        """Read ``EPOCH:FACTOR``; ValueError for another form."""
         epoch, _, factor = text.partition(":")
         try:
             return cls(int(epoch), float(factor))
         except ValueError:
-            # Python's words are about int and float, which nobody wrote.
-            raise ValueError from None
+            raise ValueError from None  # Python's message is about int and float
 
     def __str__(self) -> str:
         return f"{self.epoch}:{self.factor!r}"

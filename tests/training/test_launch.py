@@ -129,7 +129,7 @@ def test_a_variable_is_in_one_list_only():
         environment.DEVICE,
         environment.ROUNDING,
     )
-    names = [name for known in (*lists, environment.RECORDED, environment.HARMLESS) for name in known]
+    names = [name for known in (*lists, environment.RECORDED, *environment.HARMLESS.values()) for name in known]
     assert len(names) == len(set(names))
     assert environment.fate("ACCELERATE_FP8_BACKEND") == "fixed"
     assert environment.fate("CUDA_VISIBLE_DEVICES") == "device"
