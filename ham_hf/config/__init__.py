@@ -1,7 +1,7 @@
-"""Configuration: what is put together of the components' settings, the command line and recipe files.
+"""Configurations, from command lines and recipe files.
 
-`configs` puts the settings together, `yaml_file` turns text into values and back, `assembly` builds a configuration
-from parsed entries, `command_line` reads command lines.
+`configs` groups the components' settings, `yaml_file` turns text into values and back, `assembly` builds a
+configuration from parsed entries, `command_line` reads command lines.
 """
 
 from __future__ import annotations
