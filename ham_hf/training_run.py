@@ -187,7 +187,7 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig, lock: RunLock) -> Run:
-    """Load data and model and put the trainer together; nothing is written yet but the lock.
+    """Lock the output folder, load data and model, and make the trainer; nothing else is written yet.
 
     Raises:
         ValueError: for everything that does not fit together.

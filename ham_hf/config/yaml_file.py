@@ -54,11 +54,7 @@ def list_node(texts: list[str]) -> yaml.Node:
 
 
 def mapping_node(flag: str, pairs: list[str]) -> yaml.Node:
-    """A flag's ``key=value`` words as a mapping node; the values are YAML.
-
-    Raises:
-        ConfigError: when a word has no ``=`` or its value is not YAML.
-    """
+    """A flag's ``key=value`` words as a mapping node; the values are YAML."""
     items = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
