@@ -77,7 +77,7 @@ FAULTS = (
     FaultError,
     OSError,
 )
-"""What may go wrong on the way and says itself what to do."""
+"""Faults whose messages say what to do."""
 WAY_OUT = (
     "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
     "memory; --resume_from_checkpoint latest trains nothing again"
@@ -93,7 +93,7 @@ class Run:
         accelerator: what it runs on.
         data: its images.
         preprocessing: what goes with the model.
-        selected: takes the selected weights; the trainer changes the forward and the place of its own network.
+        selected: takes the selected weights; the trainer changes forward and device of its own network.
         trainer: trains the model.
         held_out: images to find class shifts on; None if none are asked for.
         base_model: Hub id of the pretrained weights, if it starts from such.
@@ -140,7 +140,7 @@ class Evaluated(NamedTuple):
 
 
 def run_training(config: TrainConfig) -> None:
-    """Run one training in its output folder, with a handler for signals, and say how to resume after Ctrl-C."""
+    """Run one training with its output folder locked and signals handled; after Ctrl-C say how to resume."""
     limit_waiting()
     if config.training.disable_tqdm:
         hide_progress_bars()
@@ -171,7 +171,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Refuse what can be refused without data, network or other processes.
+    """Reject what can be rejected without data, network or other processes.
 
     Raises:
         ValueError: naming the setting.
@@ -188,7 +188,7 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig, lock: RunLock) -> Run:
-    """Load data and model and put the trainer together; nothing is written yet but the lock.
+    """Lock the output folder, load data and model, and make the trainer; nothing else is written yet.
 
     Raises:
         ValueError: for everything that does not fit together.
@@ -270,7 +270,7 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
 
 
 def begin(run: Run) -> None:
-    """Take up the checkpoint that is named, if one is, and write the configuration: from here on there is a run."""
+    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run."""
     training = run.config.training
     run.trainer.resume()
     if run.accelerator.is_main_process:
