@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.report import write_comparison
 from ham_hf.comparison.table import compare
-from ham_hf.config import EvaluationThreatConfig
+from ham_hf.config import ThreatConfig
 from ham_hf.fitting import threat_model_of
 from ham_hf.models import create_backbone, input_defaults, load_pixel_model
 from ham_hf.reporting.card import write_card
@@ -267,7 +267,7 @@ def test_any_configuration_is_loaded_or_refused(
         assert named, error  # noqa: PT017 (either is right)
     else:
         assert loaded.model.backbone.num_classes <= 1_000_000
-        threat_model_of(EvaluationThreatConfig(), loaded)
+        threat_model_of(ThreatConfig(), loaded)
 
 
 # Weights
