@@ -1,21 +1,16 @@
-"""One calibration of a model that exists: check, search the shifts, evaluate, write."""
+"""One calibration of an existing model: check, search the shifts, evaluate, write."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.dial import (
     HeldOut,
-    check_enough_images,
-    check_head,
     export_calibrated,
     folded,
     images_to_calibrate_on,
@@ -25,37 +20,29 @@ from ham_hf.dial import (
     shifts_of_logits,
 )
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
-from ham_hf.evaluation_run import faults_of_work, refusals, workplace
+from ham_hf.evaluation_run import Job, begin, faults_of_work, refusals, take_folder
 from ham_hf.faults import clean_exit
 from ham_hf.fitting import align_classes, num_logits, threat_model_of
-from ham_hf.models import LoadedModel, load_pixel_model
+from ham_hf.models import load_pixel_model
+from ham_hf.models.head import check_foldable
 from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import class_examples, example_strip
 from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.run_report import calibrated_report, evaluation_report, write_calibration
+from ham_hf.reporting.run_report import calibrated_report, write_calibration
 from ham_hf.terminal import show
-from ham_hf.training.launch import create_accelerator
-from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir, clear_output_dir
+from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir
 
 logger = logging.getLogger("ham_hf.calibrate")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Job:
-    """What was checked and loaded: ``model`` has its logits in the order of the dataset's classes."""
+class _Job(Job[CalibrateConfig]):
+    """An evaluation with the images to calibrate on and what the model's card says."""
 
-    config: CalibrateConfig
-    accelerator: Accelerator
-    loaded: LoadedModel
-    model: nn.Module
-    class_order: str
     held_out: HeldOut
     origin: Origin
-    threat_model: ThreatModel
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,13 +71,13 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
 
 def _prepare(config: CalibrateConfig, lock: RunLock) -> _Job:
     """Everything that can be refused, before anything is written."""
-    folder = config.output_path
-    if config.evaluation.autoattack:
-        require_autoattack()
-    check_calibration_dir(folder, overwrite=config.overwrite_output_dir)
-    accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    accelerator = begin(config, check_calibration_dir)
     with accelerator.main_process_first():
-        loaded, held_out = load(config)
+        loaded = load_pixel_model(config.model, revision=config.model_revision)
+        restore_original(loaded)
+        num_classes, image_size = num_logits(loaded), loaded.preprocessing.image_size
+        check_foldable(loaded.model, num_classes=num_classes, image_size=image_size)
+        held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
     model, class_order = align_classes(loaded, held_out.data.class_names)
     job = _Job(
@@ -99,45 +86,35 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> _Job:
         loaded=loaded,
         model=model,
         class_order=class_order,
+        data=held_out.data,
+        threat_model=threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size),
         held_out=held_out,
         origin=origin,
-        threat_model=threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size),
     )
-    if accelerator.is_main_process:
-        lock.acquire()
-        clear_output_dir(folder, OWNED_BY_CALIBRATION)
-    accelerator.wait_for_everyone()
+    take_folder(config.output_path, accelerator, lock, OWNED_BY_CALIBRATION)
     return job
 
 
 def _search(job: _Job) -> _Found:
     """Find the shifts, and evaluate the model with them in full."""
-    config, data, place = job.config, job.held_out.data, workplace(job.config, job.accelerator)
-    logger.info("calibrating %s on %s of %s", config.model, job.held_out.origin, data.name)
+    config = job.config
+    logger.info("calibrating %s on %s of %s", config.model, job.held_out.origin, job.data.name)
     calibration = set_dial(
         job.model,
         job.held_out,
         config.calibration,
         threat_model=job.threat_model,
-        place=place,
-        batch_size=config.evaluation.per_device_eval_batch_size,
+        place=job.place,
         tags=job.origin.tags,
     )
     shifts = shifts_of_logits(job.model, calibration.shifts, num_logits(job.loaded))
-    shifted, _ = align_classes(folded(job.loaded, shifts), data.class_names)
-    results = evaluate_on_test(
-        shifted.to(job.accelerator.device).to(memory_format=torch.channels_last),
-        data,
-        config.evaluation,
-        threat_model=job.threat_model,
-        place=place,
-    )
-    return _Found(calibration=calibration, shifts=shifts, shifted=shifted, results=results)
+    shifted, _ = align_classes(folded(job.loaded, shifts), job.data.class_names)
+    return _Found(calibration=calibration, shifts=shifts, shifted=shifted, results=job.evaluate(shifted))
 
 
 def _publish(job: _Job, found: _Found) -> None:
     """Model, report, figures and card."""
-    config, data, folder = job.config, job.held_out.data, job.config.output_path
+    config, data, folder = job.config, job.data, job.config.output_path
     model_license = config.model_license or job.origin.license
     exported = export_calibrated(
         config,
@@ -147,16 +124,9 @@ def _publish(job: _Job, found: _Found) -> None:
         class_names=own_class_names(job.model, data.class_names),
         model_license=model_license,
     )
-    evaluated = evaluation_report(
-        config,
-        job.loaded,
-        data,
-        found.results,
-        job.accelerator,
-        threat_model=job.threat_model,
-        class_order=job.class_order,
+    report = calibrated_report(
+        job.report(found.results), found.calibration, exported, job.origin, model_license=model_license
     )
-    report = calibrated_report(evaluated, found.calibration, exported, job.origin, model_license=model_license)
     strip = example_strip(
         found.shifted, data.test, config.evaluation, found.results, threat_model=job.threat_model, seed=config.seed
     )
@@ -172,13 +142,3 @@ def _publish(job: _Job, found: _Found) -> None:
     remove_partial_results(folder)
     sentence = exchange_sentence(found.calibration)
     show(f"{sentence}\n\n{text_table(results_table(report))}\n\neverything is in {folder}\n")
-
-
-def load(config: CalibrateConfig) -> tuple[LoadedModel, HeldOut]:
-    """The original model and the images to calibrate it on, both checked."""
-    loaded = load_pixel_model(config.model, revision=config.model_revision)
-    restore_original(loaded)
-    check_head(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
-    held_out = images_to_calibrate_on(loaded, config)
-    check_enough_images(held_out)
-    return loaded, held_out

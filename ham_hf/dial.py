@@ -16,13 +16,12 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
 from ham_hf.data import ImageData, Images, load_image_data
 from ham_hf.data.provenance import plain_name
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.calibration import Dial, SearchAttack, calibrate, check_held_out
-from ham_hf.evaluation.partial_results import partial_results
-from ham_hf.evaluation.suite import Workplace
 from ham_hf.fitting import ReorderedLogits, find_validation_part, num_logits, provenance_of
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
-from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
+from ham_hf.models.head import check_shifted_logits, fold_shifts, read_biases, write_biases
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
 from ham_hf.reporting.calibration import CalibrationReport, calibration_report
 
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_KEY = "calibration"
 """Key of the metadata in ``config.json`` under which original bias and shifts stand."""
-MORE_VALIDATION = "raise --validation_fraction"
-MORE_OF_A_SPLIT = "choose a larger --calibration_split, or raise --limit_calibration_examples"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,6 +41,9 @@ class HeldOut:
         origin: which images these are, to follow "found on".
         seen_in_training: whether the model was trained on them.
         how_to_get_more: which setting gives more of them.
+
+    Raises:
+        ValueError: if there are too few of a class.
     """
 
     images: Images
@@ -51,6 +51,9 @@ class HeldOut:
     origin: str
     seen_in_training: bool
     how_to_get_more: str
+
+    def __post_init__(self) -> None:
+        check_held_out(self.images.labels, self.data.class_names, how=self.how_to_get_more)
 
 
 def restore_original(loaded: LoadedModel) -> None:
@@ -147,7 +150,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         data=data,
         origin=f"{whose}{len(images)} images of split {split}",
         seen_in_training=seen,
-        how_to_get_more=MORE_OF_A_SPLIT,
+        how_to_get_more="choose a larger --calibration_split, or raise --limit_calibration_examples",
     )
 
 
@@ -182,18 +185,16 @@ def set_dial(
     *,
     threat_model: ThreatModel,
     place: Workplace,
-    batch_size: int,
     tags: Sequence[str] = (),
 ) -> CalibrationReport:
     """Find the shifts for held-out images; finished batches are kept in the output folder, as those of an evaluation.
 
     Args:
         model: the unwrapped pixel model with its logits in the order of the dataset's classes; moved to the device.
-        held_out: images, checked with `check_enough_images`.
+        held_out: images to find them on.
         config: what is asked for.
         threat_model: norm and radius.
-        place: where it runs; its seed is also that of the two halves.
-        batch_size: images per batch and process.
+        place: where it runs.
         tags: of the card of the model.
     """
     model = model.to(place.accelerator.device).to(memory_format=torch.channels_last)
@@ -202,8 +203,6 @@ def set_dial(
         step_size=float(threat_model.epsilon) / 4,
         num_steps=config.calibration_num_steps,
         precision=config.calibration_precision,
-        batch_size=batch_size,
-        seed=place.seed,
     )
     since = time.perf_counter()
     found = calibrate(
@@ -211,25 +210,17 @@ def set_dial(
         held_out.images,
         Dial(fairness=config.fairness, max_average_drop=config.max_average_drop),
         attack,
+        place,
         num_classes=len(held_out.data.class_names),
-        accelerator=place.accelerator,
-        partial=partial_results(place.output_dir, model, held_out.images),
-        show_progress=place.show_progress,
     )
     return calibration_report(
         found,
-        attack,
         images=held_out.origin,
         seen_in_training=held_out.seen_in_training,
         max_average_drop=config.max_average_drop,
         seconds=time.perf_counter() - since,
         tags=tags,
     )
-
-
-def check_enough_images(held_out: HeldOut) -> None:
-    """Refuse too few images of a class; see `ham_hf.evaluation.calibration.check_held_out`."""
-    check_held_out(held_out.images.labels, held_out.data.class_names, how=held_out.how_to_get_more)
 
 
 def validation_part(data: ImageData, *, seed: int) -> HeldOut:
@@ -239,20 +230,13 @@ def validation_part(data: ImageData, *, seed: int) -> HeldOut:
         ValueError: if there are too few of a class.
     """
     assert data.validation is not None  # noqa: S101 (the configuration says that there is one)
-    held_out = HeldOut(
+    return HeldOut(
         images=data.validation,
         data=data,
         origin=f"the {len(data.validation)} images that training held out (seed {seed})",
         seen_in_training=False,
-        how_to_get_more=MORE_VALIDATION,
+        how_to_get_more="raise --validation_fraction",
     )
-    check_enough_images(held_out)
-    return held_out
-
-
-def check_head(model: PixelModel, *, num_classes: int, image_size: int) -> None:
-    """Refuse a head that cannot be shifted, before any work; see `ham_hf.models.head.check_foldable`."""
-    check_foldable(model, num_classes=num_classes, image_size=image_size)
 
 
 def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]:

@@ -1,14 +1,15 @@
-"""One evaluation of a model that exists: check, measure, write; what a calibration of such a model shares with it."""
+"""One evaluation of an existing model: check, measure, write; and what a calibration shares with it."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -22,19 +23,21 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.corruption_accuracy import CorruptionResult
+from ham_hf.evaluation.batch_sharing import Workplace
+from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_corrupted, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables
 from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.report import results_table, text_table
+from ham_hf.reporting.report import RunReport, results_table, text_table
 from ham_hf.reporting.run_report import evaluation_report, write_evaluation
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes
@@ -60,34 +63,89 @@ FAULTS = (
     ForeignAttackError,
     OSError,
 )
-"""What may go wrong on the way and says itself what to do."""
+"""Faults whose messages say what to do."""
 
 
 def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> None:
     """Run an evaluation or a calibration with the lock of its output folder, and say how to resume after Ctrl-C."""
+    limit_waiting()
     if config.disable_tqdm:
         hide_progress_bars()
     try:
         with RunLock(config.output_path) as lock:
             run(config, lock)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.stderr.write("interrupted; the same command resumes where it stopped\n")
         raise SystemExit(130) from None
 
 
-def workplace(config: EvaluateConfig | CalibrateConfig, accelerator: Accelerator) -> Workplace:
-    """Where the evaluation of a configuration runs."""
-    return Workplace(
-        accelerator=accelerator,
-        seed=config.seed,
-        output_dir=config.output_path,
-        show_progress=not config.disable_tqdm,
-    )
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job(Generic[ConfigT]):
+    """What was checked and loaded: ``model`` has its logits in the order of the classes of ``data``."""
+
+    config: ConfigT
+    accelerator: Accelerator
+    loaded: LoadedModel
+    model: nn.Module
+    class_order: str
+    data: TestData
+    threat_model: ThreatModel
+
+    @property
+    def place(self) -> Workplace:
+        """Where it runs."""
+        return Workplace(
+            accelerator=self.accelerator,
+            batch_size=self.config.evaluation.per_device_eval_batch_size,
+            seed=self.config.seed,
+            output_dir=self.config.output_path,
+            show_progress=not self.config.disable_tqdm,
+        )
+
+    def evaluate(self, model: nn.Module, foreign: Sequence[ForeignAttack] = ()) -> dict[str, AttackResult]:
+        """Every attack on every test image, on a model with the same logits."""
+        return evaluate_on_test(
+            model.to(self.accelerator.device).to(memory_format=torch.channels_last),
+            self.data,
+            self.config.evaluation,
+            threat_model=self.threat_model,
+            place=self.place,
+            foreign=foreign,
+        )
+
+    def report(self, results: Mapping[str, AttackResult], corrupted: Sequence[CorruptionResult] = ()) -> RunReport:
+        """The report of the evaluation."""
+        return evaluation_report(
+            self.config,
+            self.loaded,
+            self.data,
+            results,
+            self.accelerator,
+            threat_model=self.threat_model,
+            class_order=self.class_order,
+            corrupted=corrupted,
+        )
+
+
+def begin(config: EvaluateConfig | CalibrateConfig, check_folder: Callable[..., None]) -> Accelerator:
+    """Refuse what can be refused without model and data, and start the accelerator."""
+    if config.evaluation.autoattack:
+        require_autoattack()
+    check_folder(config.output_path, overwrite=config.overwrite_output_dir)
+    return create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+
+
+def take_folder(folder: Path, accelerator: Accelerator, lock: RunLock, owned: Sequence[str]) -> None:
+    """Lock the output folder and remove what is ``owned`` by an earlier run; every process waits for that."""
+    if accelerator.is_main_process:
+        lock.acquire()
+        clear_output_dir(folder, owned)
+    accelerator.wait_for_everyone()
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """End the process with a message for what is refused before the work begins."""
+    """End the process with a message for what is rejected before the work begins."""
     with clean_exit(ValueError):
         world = launched_processes()
     with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
@@ -95,51 +153,37 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def faults_of_work(memory_way_out: str) -> Iterator[None]:
-    """End the process with a message for what may go wrong on the way and says itself what to do."""
+def faults_of_work(memory_advice: str) -> Iterator[None]:
+    """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
         explain_faults(num_processes=launched_processes(), way_on=WAY_ON),
-        explain_out_of_memory(memory_way_out),
+        explain_out_of_memory(memory_advice),
     ):
         yield
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Job:
-    """What was checked and loaded: ``model`` has its logits in the order of the dataset's classes."""
-
-    config: EvaluateConfig
-    accelerator: Accelerator
-    loaded: LoadedModel
-    model: nn.Module
-    class_order: str
-    data: TestData
-    threat_model: ThreatModel
-    foreign: Sequence[ForeignAttack]
-
-
-class _Found(NamedTuple):
-    """What each attack did, and what came out on corrupted images."""
-
-    results: dict[str, AttackResult]
-    corrupted: Sequence[CorruptionResult]
 
 
 def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     """Run one evaluation; ``lock`` is acquired here, on the main process."""
     with refusals():
-        job = _prepare(config, lock)
+        job, foreign = _prepare(config, lock)
     logger.info("evaluating %s on %d images of %s", config.model, len(job.data.test), job.data.name)
-    way_out = (
+    advice = (
         "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
         "memory (--use_cpu takes the CPU's)"
     )
-    with faults_of_work(way_out):
-        found = _measure(job)
-    if job.accelerator.is_main_process:
-        _write(job, found)
+    with faults_of_work(advice):
+        results = job.evaluate(job.model, foreign)
+        channels = job.data.in_chans
+        names = chosen_corruptions(config.more.corruptions, num_channels=channels)
+        corrupted = []
+        if names:
+            corrupted = evaluate_corruptions(
+                job.model, job.data.test, names, config.more.severities, job.place, num_channels=channels
+            )
     is_main_process = job.accelerator.is_main_process
+    if is_main_process:
+        _write(job, results, corrupted)
     job.accelerator.end_training()
     if is_main_process and config.hub.push_to_hub:
         with clean_exit(PushError):
@@ -175,12 +219,9 @@ def shell_command(config: EvaluateConfig) -> str:
     return shlex.join([*command("evaluate").split(), plain_name(config.model), *setting_words(given)])
 
 
-def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
+def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
     """Everything that can be refused, before anything is written."""
-    if config.evaluation.autoattack:
-        require_autoattack()
-    check_evaluation_dir(config.output_path, overwrite=config.overwrite_output_dir)
-    accelerator = create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
+    accelerator = begin(config, check_evaluation_dir)
     if config.hub.push_to_hub and accelerator.is_main_process:
         check_push(config)
     foreign = load_foreign_attacks(config.more.foreign_attack)
@@ -192,11 +233,8 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
             config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
         )
     model, class_order = align_classes(loaded, data.class_names)
-    if accelerator.is_main_process:
-        lock.acquire()
-        clear_output_dir(config.output_path, OWNED_BY_EVALUATION)
-    accelerator.wait_for_everyone()
-    return _Job(
+    take_folder(config.output_path, accelerator, lock, OWNED_BY_EVALUATION)
+    job = Job(
         config=config,
         accelerator=accelerator,
         loaded=loaded,
@@ -204,53 +242,24 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> _Job:
         class_order=class_order,
         data=data,
         threat_model=threat_model,
-        foreign=foreign,
     )
+    return job, foreign
 
 
-def _measure(job: _Job) -> _Found:
-    """Every attack on every test image, and the corruptions that are asked for."""
-    config, place = job.config, workplace(job.config, job.accelerator)
-    model = job.model.to(job.accelerator.device).to(memory_format=torch.channels_last)
-    results = evaluate_on_test(
-        model,
-        job.data,
-        config.evaluation,
-        threat_model=job.threat_model,
-        place=place,
-        foreign=job.foreign,
-    )
-    corrupted = evaluate_corrupted(
-        model,
-        job.data,
-        config.more,
-        place=place,
-        batch_size=config.evaluation.per_device_eval_batch_size,
-    )
-    return _Found(results, corrupted)
-
-
-def _write(job: _Job, found: _Found) -> None:
+def _write(
+    job: Job[EvaluateConfig], results: Mapping[str, AttackResult], corrupted: Sequence[CorruptionResult]
+) -> None:
     """Predictions, report, figures, page and card section into the output folder, and the table onto the terminal."""
     config, data, threat_model = job.config, job.data, job.threat_model
-    report = evaluation_report(
-        config,
-        job.loaded,
-        data,
-        found.results,
-        job.accelerator,
-        threat_model=threat_model,
-        class_order=job.class_order,
-        corrupted=found.corrupted,
-    )
+    report = job.report(results, corrupted)
     with clean_exit(CorruptImageError, OSError):
         images, settings, seed = data.test, config.evaluation, config.seed
-        examples = example_strip(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
-        of_classes = class_examples(job.model, images, settings, found.results, threat_model=threat_model, seed=seed)
+        examples = example_strip(job.model, images, settings, results, threat_model=threat_model, seed=seed)
+        of_classes = class_examples(job.model, images, settings, results, threat_model=threat_model, seed=seed)
         write_evaluation(
             report,
             config.output_path,
-            results=found.results,
+            results=results,
             examples=examples,
             command=shell_command(config),
             of_classes=of_classes,

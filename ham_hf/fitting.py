@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pixel_unit_problems
+from ham_hf.attacks import ThreatModel
 from ham_hf.data import DataConfig, ImageData, load_image_data
 from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.provenance import Provenance, read_provenance
-from ham_hf.evaluation.config import EvaluationThreatConfig
+from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.models import LoadedModel
 from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.report import plain_text
@@ -41,8 +41,8 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
     Args:
         loaded: the model; its ``config.json`` records the split, the seed and the shares.
-        config: says where the data is now (``dataset_name``) and how it is decoded. What decides which images are
-            held out is taken from the record, whatever it says.
+        config: where the data is now (``dataset_name``) and how it is decoded; which images are held out follows from
+            the model's record alone.
 
     Raises:
         ValueError: if the model records nothing or held nothing out, or if the data is not what it was trained on.
@@ -87,9 +87,7 @@ def provenance_of(loaded: LoadedModel) -> Provenance | None:
         raise ValueError(f"the model's config.json is damaged: ham_hf.{error}") from error
 
 
-def threat_model_of(
-    config: EvaluationThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None
-) -> ThreatModel:
+def threat_model_of(config: ThreatConfig, loaded: LoadedModel, *, eval_step_size: float | None = None) -> ThreatModel:
     """Return the threat model asked for; by default the one the model was trained for, else linf 8/255.
 
     Raises:

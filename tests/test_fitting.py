@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import EvaluationConfig, EvaluationThreatConfig
+from ham_hf.config import EvaluationConfig, ThreatConfig
 from ham_hf.evaluation import AttackResult
 from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
@@ -129,13 +129,13 @@ def test_a_model_without_names_knows_imagenet_by_its_synsets():
     ],
 )
 def test_threat_model_is_the_one_asked_for_or_trained_for(asked, trained, expected):
-    found = threat_model_of(EvaluationThreatConfig(**asked), loaded(metadata=trained))
+    found = threat_model_of(ThreatConfig(**asked), loaded(metadata=trained))
     assert (found.norm, found.epsilon) == expected
 
 
 def test_lengths_are_judged_by_the_norm_that_the_model_says():
     l2, linf = (loaded(metadata={"norm": norm, "epsilon": 0.5}) for norm in ("l2", "linf"))
-    asked = EvaluationThreatConfig(epsilon=1.5)
+    asked = ThreatConfig(epsilon=1.5)
     assert threat_model_of(asked, l2, eval_step_size=1.25).epsilon == 1.5
     with pytest.raises(ValueError, match=r"--epsilon 1.5: .*did you mean 1.5/255.*; --eval_step_size 1.25: "):
         threat_model_of(asked, linf, eval_step_size=1.25)
@@ -143,7 +143,7 @@ def test_lengths_are_judged_by_the_norm_that_the_model_says():
 
 def test_a_norm_without_a_usual_radius_needs_one():
     with pytest.raises(ValueError, match="--norm l2 needs --epsilon"):
-        threat_model_of(EvaluationThreatConfig(norm="l2"), loaded(metadata={"norm": "linf", "epsilon": 0.1}))
+        threat_model_of(ThreatConfig(norm="l2"), loaded(metadata={"norm": "linf", "epsilon": 0.1}))
 
 
 def outcome(labels, withstood):
@@ -153,7 +153,6 @@ def outcome(labels, withstood):
         return AttackResult(
             name=name,
             settings={},
-            flags=flags,
             predictions=torch.where(flags, labels, (labels + 1) % 20),
             margins=torch.where(flags, 1.0, -1.0),
             labels=labels,

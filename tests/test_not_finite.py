@@ -15,9 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
-from ham_hf.evaluation import NonFiniteLogitsError, evaluate, robustness, standard_attacks
+from ham_hf.evaluation import NonFiniteLogitsError, Workplace, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
@@ -38,6 +37,11 @@ norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.fixture(scope="module")
 def accelerator():
     return Accelerator(cpu=True)
+
+
+def attacked(net, split, num_steps, step_size, place, threat_model):
+    attack = Attack(threat_model=threat_model, num_steps=num_steps, step_size=step_size)
+    return evaluate(net, split, standard_attacks(attack), place)
 
 
 class GivenGradient(nn.Module):
@@ -207,14 +211,12 @@ def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monk
     split = TensorImages(*patterned(200, 1))
 
     def robust(factor):
+        attack = Attack(threat_model=ThreatModel(norm, epsilon), num_steps=20, step_size=epsilon / 4)
         results = evaluate(
             attack_passes(Scaled(trained_net, factor), precision),
             split,
-            standard_attacks(20, epsilon / 4)[:1],
-            threat_model=ThreatModel(norm, epsilon),
-            accelerator=accelerator,
-            batch_size=200,
-            seed=0,
+            standard_attacks(attack)[:1],
+            Workplace(accelerator=accelerator, batch_size=200, seed=0),
         )
         return float(results["pgd-20"].flags.double().mean())
 
@@ -270,12 +272,12 @@ def test_a_model_with_logits_that_are_not_finite_is_refused(accelerator, trained
     count = int(bright(x).sum())
     assert 0 < count < 64
     net, split = SpoiltWhere(trained_net, bright, value), TensorImages(x, labels)
-    options = {"threat_model": ThreatModel(), "accelerator": accelerator, "batch_size": 16, "seed": 0}
+    place = Workplace(accelerator=accelerator, batch_size=16, seed=0, output_dir=tmp_path)
     for _ in range(2):  # anew, and from what the first evaluation left on the disk
         with pytest.raises(NonFiniteLogitsError, match=rf"not finite on {count} of 64 images.*weights are finite"):
-            evaluate(net, split, standard_attacks(2, 0.01), partial=partial_results(tmp_path, net, split), **options)
+            attacked(net, split, 2, 0.01, place, ThreatModel())
     with pytest.raises(NonFiniteLogitsError, match=f"not finite on {count} of 64 images"):
-        evaluate_autoattack(net, split, num_classes=4, **options)
+        evaluate_autoattack(net, split, place, num_classes=4, threat_model=ThreatModel())
 
 
 def darkened(x):
@@ -299,10 +301,10 @@ def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
     assert len(labels.unique()) > 1
     assert (labels == 0).any()
     split, epsilon = TensorImages(x, labels), {"linf": 0.05, "l2": 0.6}[norm]
-    options = {"threat_model": ThreatModel(norm, epsilon), "accelerator": accelerator, "batch_size": 16, "seed": 0}
+    place, threat = Workplace(accelerator=accelerator, batch_size=16, seed=0), ThreatModel(norm, epsilon)
     with caplog.at_level(logging.WARNING):
-        results = evaluate(net, split, standard_attacks(3, epsilon), **options)
-        results["autoattack"] = evaluate_autoattack(net, split, num_classes=4, **options)
+        results = attacked(net, split, 3, epsilon, place, threat)
+        results["autoattack"] = evaluate_autoattack(net, split, place, num_classes=4, threat_model=threat)
     assert results["clean"].flags.all()
     for name in ("pgd-3", "cw-3", "autoattack"):
         marked = results[name].predictions == -1
@@ -323,11 +325,9 @@ def test_autoattack_finds_logits_that_are_not_finite_whatever_the_label(accelera
     result = evaluate_autoattack(
         SpoiltWhere(certain, darkened),
         TensorImages(x, torch.zeros(24, dtype=torch.long)),
+        Workplace(accelerator=accelerator, batch_size=16, seed=0),
         num_classes=4,
         threat_model=ThreatModel("linf", 0.3),
-        accelerator=accelerator,
-        batch_size=16,
-        seed=0,
     )
     assert not result.flags.any()
     assert (result.predictions == -1).all()
@@ -351,9 +351,10 @@ def test_a_nan_gradient_breaks_nothing_by_itself(accelerator, trained_net, norm,
     with torch.no_grad():
         labels = trained_net(x).argmax(1)
     split = TensorImages(x, labels)
-    options = {"threat_model": ThreatModel(norm, 1e-6), "accelerator": accelerator, "batch_size": 16, "seed": 0}
-    results = evaluate(NaNGradient(trained_net), split, standard_attacks(3, 1e-6), **options)
-    results["autoattack"] = evaluate_autoattack(NaNGradient(trained_net), split, num_classes=4, **options)
+    net, threat = NaNGradient(trained_net), ThreatModel(norm, 1e-6)
+    place = Workplace(accelerator=accelerator, batch_size=16, seed=0)
+    results = attacked(net, split, 3, 1e-6, place, threat)
+    results["autoattack"] = evaluate_autoattack(net, split, place, num_classes=4, threat_model=threat)
     assert all(result.flags.all() for result in results.values())
 
 

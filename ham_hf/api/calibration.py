@@ -16,6 +16,7 @@ from ham_hf.api.loss import unwrapped
 from ham_hf.api.one_process import one_process
 from ham_hf.attacks import ThreatModel, outside_inference_mode
 from ham_hf.data import BatchRequest, Images
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.calibration import (
     Calibration,
     Dial,
@@ -122,20 +123,19 @@ def calibrate(
         threat_model=threat_model,
         step_size=float(threat_model.epsilon) / 4,
         num_steps=num_steps,
-        batch_size=batch_size,
-        seed=seed,
     )
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
-    place = device_of(model)
+    device = device_of(model)
+    place = Workplace(accelerator=one_process(device), batch_size=batch_size, seed=seed)
     with outside_inference_mode():
         images = held_images(loader)
-        tried = _first_images(images, place)
+        tried = _first_images(images, device)
         num_classes = count_logits(model, tried)
         names = class_names_of(loader, class_names, num_classes)
         if int(images.labels.max()) >= num_classes:
             raise ValueError(f"label {int(images.labels.max())}: the model has {num_classes} logits")
         check_held_out(images.labels, names, how="give the loader more images")
-        found = find_shifts(model, images, dial, attack, num_classes=num_classes, accelerator=one_process(place))
+        found = find_shifts(model, images, dial, attack, place, num_classes=num_classes)
         shifted, is_folded = _shifted(model, torch.tensor(found.shifts), tried)
     return CalibratedModel(model=shifted, folded=is_folded, class_names=names, calibration=found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ham_hf.api.loader import GroupReader, Loader, batches_of, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
 from ham_hf.api.one_process import one_process
-from ham_hf.attacks import ThreatModel, evaluation_mode, outside_inference_mode
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, outside_inference_mode
 from ham_hf.data import PixelBatch
 from ham_hf.data.image_groups import ImageGroups, make_groups
-from ham_hf.evaluation import AttackResult, EvaluationAttack, evaluate_batches, standard_attacks
+from ham_hf.evaluation import AttackResult, NamedAttack, evaluate_batches, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
-from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_attacks
+from ham_hf.evaluation.batch_sharing import Workplace
+from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_attack
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.reporting.breakdown_tables import each_group_rows, group_rows
@@ -111,7 +112,7 @@ def evaluate(
     threat_model: ThreatModel | None = None,
     num_steps: int = 20,
     step_size: float | None = None,
-    attacks: Mapping[str, AttackFunction] | Sequence[EvaluationAttack | ForeignAttack] | None = None,
+    attacks: Mapping[str, AttackFunction] | Sequence[NamedAttack | ForeignAttack] | None = None,
     autoattack: bool = False,
     class_names: Sequence[str] | None = None,
     group_column: str | None = None,
@@ -132,7 +133,8 @@ def evaluate(
         num_steps: steps of PGD and CW.
         step_size: length of their steps in pixel units; None = a quarter of epsilon.
         attacks: functions ``attack(model, x, y) -> x_adv`` by name, run beside PGD and CW and checked
-            (`ham_hf.evaluation.foreign`); or a list to run instead of PGD and CW, empty for clean accuracy alone.
+            (`ham_hf.evaluation.foreign`); or a list to run instead of PGD and CW, in the same threat model;
+            empty for clean accuracy alone.
         autoattack: also run AutoAttack (needs the extra ``ham-hf[autoattack]``); keeps all images in memory.
         class_names: in label order; None takes those of the loader's dataset, or numbers.
         group_column: key of batches that are mappings, whose strings, whole numbers or booleans are groups to report.
@@ -150,7 +152,9 @@ def evaluate(
     threat_model = threat_model or ThreatModel()
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     place = device_of(model)
-    chosen = chosen_attacks(attacks, num_steps, float(threat_model.epsilon) / 4 if step_size is None else step_size)
+    length = float(threat_model.epsilon) / 4 if step_size is None else step_size
+    attack = Attack(threat_model=threat_model, num_steps=num_steps, step_size=length)
+    chosen = chosen_attacks(attack, attacks)
     reader = None if group_column is None else GroupReader(loader, group_column)
     loader = reader or loader
     with outside_inference_mode():
@@ -158,41 +162,38 @@ def evaluate(
             loader = held_images(loader)
         head = _LogitCheck(model)
         batches = head.checked(batches_of(loader, place, batch_size))
-        results = evaluate_batches(model, batches, chosen, threat_model=threat_model, seed=seed)
+        results = evaluate_batches(model, batches, chosen, seed=seed)
         if autoattack:
             results["autoattack"] = evaluate_autoattack(
                 model,
                 held_images(loader),
+                Workplace(accelerator=one_process(place), batch_size=batch_size, seed=seed),
                 num_classes=head.num_classes,
                 threat_model=threat_model,
-                accelerator=one_process(place),
-                batch_size=batch_size,
-                seed=seed,
             )
     groups = None if reader is None else make_groups(reader.column, reader.values)
     return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model, groups)
 
 
 def chosen_attacks(
-    attacks: Mapping[str, AttackFunction] | Sequence[EvaluationAttack | ForeignAttack] | None,
-    num_steps: int,
-    step_size: float,
-) -> list[EvaluationAttack | ForeignAttack]:
-    """What to run: PGD and CW with functions beside them, or a list instead of them.
+    attack: Attack, others: Mapping[str, AttackFunction] | Sequence[NamedAttack | ForeignAttack] | None
+) -> list[NamedAttack | ForeignAttack]:
+    """What to run, in the ball of ``attack``: it as PGD and CW with functions beside them, or a list instead of them.
 
     Raises:
         ValueError: if two have one name.
     """
-    chosen: list[EvaluationAttack | ForeignAttack]
-    if attacks is None or isinstance(attacks, Mapping):
-        chosen = [*standard_attacks(num_steps, step_size), *foreign_attacks(attacks or {})]
+    chosen: list[NamedAttack | ForeignAttack]
+    if others is None or isinstance(others, Mapping):
+        functions = (foreign_attack(name, function) for name, function in (others or {}).items())
+        chosen = [*standard_attacks(attack), *functions]
     else:
-        chosen = list(attacks)
+        chosen = list(others)
     names = [attack.name for attack in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"two attacks are called {twice}: give each a name of its own")
-    return chosen
+    return [replace(one, threat_model=attack.threat_model) for one in chosen]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ class OneProcess:
         self.device = device
 
     def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
-        """The tensor itself: there is nothing to add."""
+        """The tensor itself."""
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import Workplace, evaluate_on_test
+from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
@@ -324,6 +325,7 @@ def _finished(
         threat_model=threat_model,
         place=Workplace(
             accelerator=accelerator,
+            batch_size=settings.evaluation.per_device_eval_batch_size,
             seed=settings.training.seed,
             output_dir=folder,
             show_progress=not settings.training.disable_tqdm,

@@ -5,25 +5,22 @@ is finished on all processes before the next one starts; what is left then is cu
 a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
 evaluation was interrupted, and a process holds one batch at a time.
 
-The authors' attacks know argmax alone, to which NaN is the largest logit; `GuardedModel` stands between.
+The authors' attacks use argmax alone, to which NaN is the largest logit; `GuardedModel` hides such logits from them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
-from ham_hf.data import BatchRequest, Images, stratified_subset
+from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
@@ -67,15 +64,11 @@ def require_autoattack() -> type:
 def evaluate_autoattack(
     model: nn.Module,
     images: Images,
+    place: Workplace,
     *,
     num_classes: int,
     threat_model: ThreatModel,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
     num_examples: int | None = None,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
 ) -> AttackResult:
     """Run AutoAttack over a split.
 
@@ -86,14 +79,10 @@ def evaluate_autoattack(
     Args:
         model: the unwrapped pixel model.
         images: the split.
+        place: where it runs.
         num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
         threat_model: norm and radius.
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process; noise is drawn per batch.
-        seed: seed of every attack.
-        num_examples: size of a stratified subset of the split, the same for every ``seed``; None takes all of it.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
+        num_examples: size of a stratified subset of the split, the same for every seed; None takes all of it.
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
@@ -101,33 +90,49 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    size, chosen = WorkingSize(batch_size), _chosen_examples(images.labels, num_examples)
+    size, chosen = WorkingSize(place.batch_size), _chosen_examples(images.labels, num_examples)
     labels = images.labels[chosen]
     settings: dict[str, object] = {
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
-        **{"seed": seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
+        **{"seed": place.seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    partial = None if partial is None else partial.keyed({"autoattack": settings, "batch_size": batch_size})
-    guarded = GuardedModel(PiecewiseModel(model, size))
-    adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, accelerator.device)
-    stages = _Stages(images, chosen, accelerator, batch_size, partial, show_progress)
+    partial = keyed(place.kept(model, images), {"autoattack": settings, "batch_size": place.batch_size})
+    device = place.accelerator.device
+    adversary = _standard_adversary(
+        GuardedModel(PiecewiseModel(model, size)), threat_model, attacks, num_targets, device
+    )
+    predictions, margins, seconds, accuracy = labels.clone(), torch.zeros(len(labels)), 0.0, dict[str, float]()
     with attack_mode(model):
-        predictions, margins, seconds = stages.run("clean", torch.arange(len(chosen)), _Classify(adversary, size))
-        refuse_not_finite(model, predictions)
-        accuracy = {"clean": float((predictions == labels).double().mean())}
-        for position, name in enumerate(attacks):
+        for name in ("clean", *attacks):
             left = (predictions == labels).nonzero().squeeze(1)
-            strike = _Strike(adversary, name, size, (seed, position))
-            predictions[left], margins[left], spent = stages.run(name, left, strike)
+            shared = SharedBatches(
+                f"autoattack-{name}",
+                torch.split(chosen[left], place.batch_size) if len(left) else [],
+                shape=(1, len(images)),
+                place=place,
+                partial=partial,
+            )
+            for number, batch in shared.of(images):
+                watch = StopWatch(device)
+                if name == "clean":
+                    logits = _classify(adversary, size, batch, checks=number == 0)
+                else:
+                    batch_seed = derive_seed(place.seed, Stream.AUTOATTACK, attacks.index(name), number)
+                    logits = _strike(adversary, name, size, batch, batch_seed)
+                margin = true_margins(logits, batch.y)
+                shared.add(number, Outcome(predicted(logits)[None], margin[None], torch.tensor([watch.lap()])))
+            found = shared.gather()
+            predictions[left], margins[left] = found.predictions[0, chosen[left]], found.margins[0, chosen[left]]
+            seconds += float(found.seconds)
             accuracy[name] = float((predictions == labels).double().mean())
-            seconds += spent
-    if accelerator.is_main_process:
+            if name == "clean":
+                refuse_not_finite(model, predictions)
+    if place.accelerator.is_main_process:
         _check_square(accuracy)
         warn_of_not_finite("autoattack", predictions)
     return AttackResult(
         name="autoattack",
         settings=settings,
-        flags=predictions == labels,
         predictions=predictions,
         margins=margins,
         labels=labels,
@@ -144,7 +149,7 @@ def _chosen_examples(labels: Tensor, num_examples: int | None) -> Tensor:
 
 
 class GuardedModel(nn.Module):
-    """What the attacks of others are shown of a model: finite logits and finite gradients.
+    """A model that shows finite logits and finite gradients to the attacks of others.
 
     An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
     found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.
@@ -180,46 +185,6 @@ class GuardedModel(nn.Module):
         return torch.where(finite[:, None], logits, nn.functional.one_hot(shown, logits.shape[1]).to(logits.dtype))
 
 
-@dataclass(frozen=True, eq=False)
-class _Stages:
-    """Runs one attack after the other on the chosen examples of a split."""
-
-    images: Images
-    chosen: Tensor
-    accelerator: Accelerator
-    batch_size: int
-    partial: PartialResults | None
-    show_progress: bool
-
-    def run(
-        self, name: str, rows: Tensor, strike: Callable[[int, Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, float]:
-        """Predictions and margins of these rows (n,) of the chosen examples, and seconds.
-
-        ``strike`` is given number, images and labels of a batch, and makes the logits.
-        """
-        device = self.accelerator.device
-
-        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
-            requests = [BatchRequest(self.chosen[part], None) for _, part in batches]
-            for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
-                watch = StopWatch(device)
-                logits = strike(number, batch.x, batch.y)
-                found, margins = predicted(logits), true_margins(logits, batch.y)
-                yield Outcome(found[None], margins[None], torch.tensor([watch.lap()]))
-
-        outcome = share_batches(
-            f"autoattack-{name}",
-            torch.split(rows, self.batch_size) if len(rows) else [],
-            compute,
-            shape=(1, len(self.chosen)),
-            accelerator=self.accelerator,
-            partial=self.partial,
-            show_progress=self.show_progress,
-        )
-        return outcome.predictions[0, rows], outcome.margins[0, rows], float(outcome.seconds)
-
-
 def _standard_adversary(
     model: nn.Module, threat_model: ThreatModel, attacks: list[str], num_targets: int, device: torch.device
 ) -> Any:  # noqa: ANN401 (the package has no types)
@@ -239,60 +204,50 @@ def _standard_adversary(
     return adversary
 
 
-@dataclass(frozen=True, eq=False)
-class _Classify:
-    """Logits of a batch as it is; the first batch also goes through the authors' checks of the model."""
-
-    adversary: Any
-    size: WorkingSize
-
-    def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        check_pixel_range(x)
-        guarded: GuardedModel = self.adversary.model
-        guarded.x, guarded.y = x, y
-        if number == 0:
-            # Without an attack, only the checks are left: they log what makes an evaluation doubtful.
-            attacks, self.adversary.attacks_to_run = self.adversary.attacks_to_run, []
-            self.size.whole(lambda: self.adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
-            self.adversary.attacks_to_run = attacks
-        return self.size.whole(lambda: logits_of(guarded.model, x), len(x))
+def _classify(adversary: Any, size: WorkingSize, batch: PixelBatch, *, checks: bool) -> Tensor:  # noqa: ANN401
+    """Logits of a batch as it is, which may also go through the authors' checks of the model."""
+    check_pixel_range(batch.x)
+    guarded, x, y = _shown(adversary, batch)
+    if checks:
+        # Without an attack, only the checks are left: they log what makes an evaluation doubtful.
+        attacks, adversary.attacks_to_run = adversary.attacks_to_run, []
+        size.whole(lambda: adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
+        adversary.attacks_to_run = attacks
+    return size.whole(lambda: logits_of(guarded.model, x), len(x))
 
 
-@dataclass(frozen=True, eq=False)
-class _Strike:
+def _strike(adversary: Any, name: str, size: WorkingSize, batch: PixelBatch, seed: int) -> Tensor:  # noqa: ANN401
     """Logits of what one of the attacks makes of a batch; examples that withstand keep their label."""
+    guarded, x, y = _shown(adversary, batch)
+    attack = {
+        "apgd-ce": adversary.apgd,
+        "apgd-dlr": adversary.apgd,
+        "apgd-t": adversary.apgd_targeted,
+        "fab": adversary.fab,
+        "fab-t": adversary.fab,
+        "square": adversary.square,
+    }[name]
+    attack.seed = seed % 2**32
+    if attack is adversary.apgd:
+        attack.loss = name.removeprefix("apgd-")
+    if attack is adversary.fab:
+        attack.targeted = name == "fab-t"
 
-    adversary: Any
-    name: str
-    size: WorkingSize
-    place: tuple[int, int]
+    def strike() -> Tensor:
+        with torch.no_grad():
+            x_adv: Tensor = attack.perturb(x.clone(), y.clone())
+        # An image with a pixel that is not finite is none that an adversary could show.
+        real = x_adv.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
+        return logits_of(guarded.model, torch.where(real, x_adv, x))
 
-    def __call__(self, number: int, x: Tensor, y: Tensor) -> Tensor:
-        seed, position = self.place
-        guarded: GuardedModel = self.adversary.model
-        guarded.x, guarded.y = x, y
-        attack = {
-            "apgd-ce": self.adversary.apgd,
-            "apgd-dlr": self.adversary.apgd,
-            "apgd-t": self.adversary.apgd_targeted,
-            "fab": self.adversary.fab,
-            "fab-t": self.adversary.fab,
-            "square": self.adversary.square,
-        }[self.name]
-        attack.seed = derive_seed(seed, Stream.AUTOATTACK, position, number) % 2**32
-        if attack is self.adversary.apgd:
-            attack.loss = self.name.removeprefix("apgd-")
-        if attack is self.adversary.fab:
-            attack.targeted = self.name == "fab-t"
+    return size.whole(strike, len(x))
 
-        def strike() -> Tensor:
-            with torch.no_grad():
-                x_adv: Tensor = attack.perturb(x.clone(), y.clone())
-            # An image with a pixel that is not finite is none that an adversary could show.
-            real = x_adv.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
-            return logits_of(guarded.model, torch.where(real, x_adv, x))
 
-        return self.size.whole(strike, len(x))
+def _shown(adversary: Any, batch: PixelBatch) -> tuple[GuardedModel, Tensor, Tensor]:  # noqa: ANN401
+    """The model under attack, which is told the images and labels of the batch."""
+    guarded: GuardedModel = adversary.model
+    guarded.x, guarded.y = batch.x, batch.y
+    return guarded, batch.x, batch.y
 
 
 def _check_square(accuracy: dict[str, float]) -> None:

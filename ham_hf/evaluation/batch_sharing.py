@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ham_hf.evaluation.partial_results import FinishedBatch, PartialResults
+from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.evaluation.partial_results import Outcome, PartialResults, partial_results
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What S evaluations make of n rows.
-
-    Attributes:
-        predictions: (S, n) int64.
-        margins: (S, n) float32, logit of the true class minus the largest other one; NaN where there is none.
-        seconds: (S,) float32.
-    """
-
-    predictions: Tensor
-    margins: Tensor
-    seconds: Tensor
-
-
-Compute = Callable[[Sequence[tuple[int, Tensor]]], Iterable[Outcome]]
-"""Given numbers and rows (n,) of batches, makes the outcome of each, in order."""
 
 
 class StopWatch:
@@ -51,76 +34,118 @@ class StopWatch:
         return self._since - before
 
 
-def share_batches(
-    stage: str,
-    batches: Sequence[Tensor],
-    compute: Compute,
-    *,
-    shape: tuple[int, int],
-    accelerator: Accelerator,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
-) -> Outcome:
-    """Compute batches on all processes, but for those that are kept from an interrupted run.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Workplace:
+    """Where and how an evaluation runs.
 
-    Processes do not wait for each other between batches. Kept batches need not be visible to all of them: where every
-    node has a disk of its own, each brings what it finds.
+    Attributes:
+        accelerator: shares the batches out and gathers the results.
+        batch_size: images per batch and process; random numbers are drawn per batch.
+        seed: of attacks and noise.
+        output_dir: folder that keeps finished batches until `remove_partial_results`; None keeps none.
+        show_progress: show bars on the local main process.
+    """
+
+    accelerator: Accelerator
+    batch_size: int
+    seed: int
+    output_dir: Path | None = None
+    show_progress: bool = False
+
+    def kept(self, model: nn.Module, images: Images) -> PartialResults | None:
+        """The finished batches of this model on this split, to be narrowed down by `keyed`; None if none are kept."""
+        return None if self.output_dir is None else partial_results(self.output_dir, model, images)
+
+
+def keyed(partial: PartialResults | None, settings: Mapping[str, object]) -> PartialResults | None:
+    """The finished batches with these settings (JSON types), if any are kept."""
+    return None if partial is None else partial.keyed(settings)
+
+
+class SharedBatches:
+    """The batches of one stage, for a loop on every process.
+
+    ::
+
+        for number, batch in shared.of(images):
+            shared.add(number, outcome)
+        total = shared.gather()
+
+    Batches kept from an interrupted run are not computed again, and need not be visible to all processes: where every
+    node has a disk of its own, each brings what it finds. Processes do not wait for each other inside of the loop.
 
     Args:
         stage: what is done, in the names of files and in the progress bar.
-        batches: rows (n,) int64 of each batch, without overlap; the same on every process.
-        compute: makes the results of some of them, one by one.
-        shape: number S of results per row, and number N of rows that ``batches`` refer to.
-        accelerator: one or several processes.
+        rows: (n,) int64 rows of each batch, without overlap; the same on every process.
+        shape: number S of results per row, and number N of rows that there are.
+        place: where it runs.
         partial: where finished batches are kept; None keeps none.
-        show_progress: show a bar on the local main process.
-
-    Returns:
-        Predictions and margins (S, N), zero in rows of no batch, and seconds (S,): wall-clock time as the mean over
-        processes, earlier parts of an interrupted run included. On the CPU, the same on every process.
     """
-    predictions, margins, seconds = torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.zeros(shape[0])
-    if not batches:
-        return Outcome(predictions, margins, seconds)
-    kept, todo = _agree(stage, batches, accelerator, partial)
-    for batch in kept:
-        predictions[:, batch.rows], margins[:, batch.rows] = batch.predictions, batch.margins
-        seconds += batch.seconds
-    results = compute([(number, batches[number]) for number in todo])
-    bar = tqdm(
-        zip(todo, results, strict=True),
-        total=len(todo),
-        desc=stage,
-        unit="batch",
-        disable=not (show_progress and accelerator.is_local_main_process),
-    )
-    for number, found in bar:
-        spent = found.seconds / accelerator.num_processes
-        batch = FinishedBatch(batches[number], found.predictions.cpu(), found.margins.cpu(), spent)
-        predictions[:, batch.rows], margins[:, batch.rows] = batch.predictions, batch.margins
-        seconds += batch.seconds
-        if partial is not None:
-            partial.save(stage, number, batch)
-    # Each row is one process's: the others add zero to it.
-    parts = (accelerator.reduce(part.to(accelerator.device), "sum") for part in (predictions, margins, seconds))
-    return Outcome(*(part.cpu() for part in parts))
 
+    def __init__(
+        self,
+        stage: str,
+        rows: Sequence[Tensor],
+        *,
+        shape: tuple[int, int],
+        place: Workplace,
+        partial: PartialResults | None,
+    ) -> None:
+        self.stage, self.rows, self.accelerator, self.partial = stage, rows, place.accelerator, partial
+        self.show_progress = place.show_progress and self.accelerator.is_local_main_process
+        self._total = Outcome(torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.zeros(shape[0]))
+        self._todo = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
+        if partial is not None and rows:
+            self._todo = self._take_over(partial)
 
-def _agree(
-    stage: str, batches: Sequence[Tensor], accelerator: Accelerator, partial: PartialResults | None
-) -> tuple[list[FinishedBatch], list[int]]:
-    """The kept batches that this process brings in, and the numbers of those that it computes."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    if partial is None:
-        return [], list(range(rank, len(batches), world))
-    found = [partial.load(stage, number, rows) for number, rows in enumerate(batches)]
-    here = torch.tensor([batch is not None for batch in found], dtype=torch.int32, device=accelerator.device)
-    holders = accelerator.gather(here[None]).cpu()  # (processes, batches)
-    missing = (holders.sum(0) == 0).nonzero().squeeze(1).tolist()
-    if len(missing) < len(batches) and accelerator.is_main_process:
-        done = len(batches) - len(missing)
-        logger.info("%s: %d of %d batches are kept from an interrupted run", stage, done, len(batches))
-    # Of several processes that see the same file, the first brings it in.
-    first = holders.argmax(0)
-    mine = [batch for number, batch in enumerate(found) if batch is not None and int(first[number]) == rank]
-    return mine, missing[rank::world]
+    def of(self, images: Images) -> Iterator[tuple[int, PixelBatch]]:
+        """Numbers and images of the batches that this process computes."""
+        requests = [BatchRequest(self.rows[number], None) for number in self._todo]
+        batches = images.batches(requests, device=self.accelerator.device)
+        yield from tqdm(
+            zip(self._todo, batches, strict=True),
+            total=len(requests),
+            desc=self.stage,
+            unit="batch",
+            disable=not self.show_progress,
+        )
+
+    def add(self, number: int, outcome: Outcome) -> None:
+        """Take, and keep, the outcome of the batch with this number; its seconds are those of this process."""
+        outcome = Outcome(
+            outcome.predictions.cpu(), outcome.margins.cpu(), outcome.seconds / self.accelerator.num_processes
+        )
+        self._fill_in(number, outcome)
+        if self.partial is not None:
+            self.partial.save(self.stage, number, self.rows[number], outcome)
+
+    def gather(self) -> Outcome:
+        """Predictions and margins (S, N), zero in rows of no batch, and seconds (S,), on the CPU of every process.
+
+        Seconds are wall-clock time as the mean over processes, earlier parts of an interrupted run included.
+        """
+        # Each row is one process's: the others add zero to it.
+        parts = (part.to(self.accelerator.device) for part in vars(self._total).values())
+        return Outcome(*(self.accelerator.reduce(part, "sum").cpu() for part in parts))
+
+    def _fill_in(self, number: int, outcome: Outcome) -> None:
+        total, rows = self._total, self.rows[number]
+        total.predictions[:, rows], total.margins[:, rows] = outcome.predictions, outcome.margins
+        total.seconds.add_(outcome.seconds)
+
+    def _take_over(self, partial: PartialResults) -> list[int]:
+        """Fill in the kept batches that this process brings, and return the numbers of those that it computes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        found = [partial.load(self.stage, number, rows) for number, rows in enumerate(self.rows)]
+        here = torch.tensor([batch is not None for batch in found], dtype=torch.int32, device=self.accelerator.device)
+        holders = self.accelerator.gather(here[None]).cpu()  # (processes, batches)
+        missing: list[int] = (holders.sum(0) == 0).nonzero().squeeze(1).tolist()
+        if len(missing) < len(found) and self.accelerator.is_main_process:
+            done = len(found) - len(missing)
+            logger.info("%s: %d of %d batches are kept from an interrupted run", self.stage, done, len(found))
+        # Of several processes that see the same file, the first brings it in.
+        first = holders.argmax(0)
+        for number, batch in enumerate(found):
+            if batch is not None and int(first[number]) == rank:
+                self._fill_in(number, batch)
+        return missing[rank::world]

@@ -20,19 +20,18 @@ so is the first round, which is computed once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ham_hf.attacks import Attack, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
@@ -45,10 +44,10 @@ NUM_ROUNDS, STEP, DECAY = 10, 2.0, 0.9
 NUM_WARM_ROUNDS = 4
 """Rounds of a search that starts from shifts found before."""
 MIN_IMAGES = 20
-"""Held-out images of a class, fewer of which say nothing about it."""
+"""Fewest held-out images of a class that has any."""
 TRUSTED_IMAGES, SHRINKAGE = 300, 10
 FRONTIER = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Values of F at which average and worst classes are measured, whichever was asked for."""
+"""Values of F at which average and worst classes are always measured."""
 NUM_BISECTIONS = 3
 """Values of F tried between two of the frontier's for ``max_average_drop``: steps of 0.2 become ones of 0.025."""
 
@@ -90,32 +89,25 @@ class SearchAttack(Attack):
         step_size: length of a step in pixel units.
         num_steps: number of steps.
         precision: "float32", or "bf16" or "fp16" for the attack's passes; what is counted as right is always float32.
-        batch_size: images per batch and process; random starts are drawn per batch.
-        seed: of the random starts and of the two halves.
     """
 
     step_size: float
     num_steps: int = 10
     precision: str = "float32"
-    batch_size: int = 256
-    seed: int = 0
 
     @property
     def passes(self) -> int:
         """Most passes that an image takes: two of its own, and a step's gradient counts as two."""
         return 2 + 2 * self.num_steps
 
-    def settings(self) -> dict[str, object]:
+    def settings(self, seed: int) -> dict[str, object]:
         """What a report says of it; JSON types only."""
         return {
-            "norm": self.threat_model.norm,
-            "epsilon": float(self.threat_model.epsilon),
-            "num_steps": self.num_steps,
-            "step_size": self.step_size,
+            **self.as_json(),
             "loss": "margin",
             "precision": self.precision,
             "restarts": 1,
-            "seed": self.seed,
+            "seed": seed,
         }
 
 
@@ -163,6 +155,7 @@ class Calibration:
         frontier: points by growing F; the one of ``fairness`` is among them.
         rounds: measurements of half the images; those that are shared count once.
         passes: most image passes that these took.
+        attack: settings of the attack, for a report.
     """
 
     fairness: float
@@ -172,6 +165,7 @@ class Calibration:
     frontier: tuple[FrontierPoint, ...]
     rounds: int
     passes: int
+    attack: Mapping[str, object]
 
     def point(self, fairness: float | None = None) -> FrontierPoint:
         """The frontier's point at F, by default the one of the shifts."""
@@ -214,11 +208,9 @@ def calibrate(
     images: Images,
     dial: Dial,
     attack: SearchAttack,
+    place: Workplace,
     *,
     num_classes: int,
-    accelerator: Accelerator,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
 ) -> Calibration:
     """Find the shifts that a fairness asks for, and measure the frontier.
 
@@ -230,17 +222,16 @@ def calibrate(
         images: held out of training; at least 20 of each class that has any (`check_held_out`).
         dial: what is asked for.
         attack: the attack of the search.
+        place: where it runs; its seed is that of the random starts and of the two halves. The shifts do not depend on
+            the number of processes, and a repeated call after a kill finds the same ones sooner.
         num_classes: number of logits.
-        accelerator: shares the batches out; the shifts do not depend on the number of processes.
-        partial: where finished batches are kept, so that a repeated call after a kill finds the same shifts sooner.
-        show_progress: show a bar on the local main process.
     """
-    meter = _Meter(model, images, attack, num_classes, accelerator, partial)
+    meter = _Meter(model, images, attack, num_classes, place)
     values = dial.values()
     bisections = 0 if dial.max_average_drop is None else NUM_BISECTIONS
     most = _most_measurements(sum(value > 0 for value in values) + bisections)
     _show_forecast(meter, most)
-    hidden = not (show_progress and accelerator.is_local_main_process)
+    hidden = not (place.show_progress and place.accelerator.is_local_main_process)
     with (
         evaluation_mode(model),
         tqdm(total=most, desc="calibrating", unit="half round", disable=hidden) as bar,
@@ -260,6 +251,7 @@ def calibrate(
         frontier=tuple(points[value] for value in sorted(points)),
         rounds=meter.measured,
         passes=meter.measured * -(-len(images) // 2) * attack.passes,
+        attack=attack.settings(place.seed),
     )
 
 
@@ -298,15 +290,14 @@ class _Meter:
         images: Images,
         attack: SearchAttack,
         num_classes: int,
-        accelerator: Accelerator,
-        partial: PartialResults | None,
+        place: Workplace,
     ) -> None:
         self.model, self.images, self.attack = ShiftedLogits(model, num_classes), images, attack
         self.attacked = attack_passes(self.model, attack.precision)
         self.layout = memory_layout(model)
-        self.num_classes, self.accelerator, self.partial = num_classes, accelerator, partial
-        self.halves = stratified_split(images.labels, 0.5, attack.seed)
-        self.size = WorkingSize(attack.batch_size)
+        self.num_classes, self.place, self.partial = num_classes, place, place.kept(model, images)
+        self.halves = stratified_split(images.labels, 0.5, place.seed)
+        self.size = WorkingSize(place.batch_size)
         self.known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
         self.found: tuple[dict[float, Tensor], dict[float, Tensor]] = ({}, {})
         self.bar: tqdm | None = None  # type: ignore[type-arg]  # tqdm.auto's takes none
@@ -337,49 +328,38 @@ class _Meter:
 
     def seconds_per_round(self) -> float:
         """Time of a half, from that of its first batch; what a process does not share is its own."""
-        batches = torch.split(self.halves[0], self.attack.batch_size)
-        watch = StopWatch(self.accelerator.device)
-        for _ in self._strike([(0, batches[0])]):
-            pass
-        batches_of_one_process = -(-len(batches) // self.accelerator.num_processes)
+        batches = torch.split(self.halves[0], self.place.batch_size)
+        watch = StopWatch(self.place.accelerator.device)
+        for batch in self.images.batches([BatchRequest(batches[0], None)], device=self.place.accelerator.device):
+            self._predictions(0, batch)
+        batches_of_one_process = -(-len(batches) // self.place.accelerator.num_processes)
         return watch.lap() * min(float(batches_of_one_process), len(self.halves[0]) / len(batches[0]))
 
     def _measure(self, half: int, shifts: tuple[float, ...]) -> Tensor:
         rows, labels = self.halves[half], self.images.labels
         self.model.shift.copy_(torch.tensor(shifts))
-        partial = self.partial
-        if partial is not None:
-            settings = {**self.attack.settings(), "batch_size": self.attack.batch_size}
-            partial = partial.keyed({"calibration": settings, "half": half, "shifts": shifts})
-        offset = half * len(torch.split(self.halves[0], self.attack.batch_size))
-
-        def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
-            for predicted in self._strike([(offset + number, part) for number, part in batches]):
-                nothing = torch.full((1, len(predicted)), torch.nan)
-                yield Outcome(predicted[None], nothing, torch.zeros(1))
-
-        predictions = share_batches(
+        settings = {**self.attack.settings(self.place.seed), "batch_size": self.place.batch_size}
+        shared = SharedBatches(
             "calibrating",
-            torch.split(rows, self.attack.batch_size),
-            compute,
+            torch.split(rows, self.place.batch_size),
             shape=(1, len(labels)),
-            accelerator=self.accelerator,
-            partial=partial,
-        ).predictions
-        return count_per_class(labels[rows], self.num_classes, predictions[0, rows] == labels[rows])
+            place=self.place,
+            partial=keyed(self.partial, {"calibration": settings, "half": half, "shifts": shifts}),
+        )
+        offset = half * len(torch.split(self.halves[0], self.place.batch_size))
+        for number, batch in shared.of(self.images):
+            found = self._predictions(offset + number, batch)[None]
+            shared.add(number, Outcome(found, torch.full(found.shape, torch.nan), torch.zeros(1)))
+        right = shared.gather().predictions[0, rows] == labels[rows]
+        return count_per_class(labels[rows], self.num_classes, right)
 
-    def _strike(self, batches: Sequence[tuple[int, Tensor]]) -> Iterator[Tensor]:
-        """Predictions (n,) of each of these numbered batches of rows, under attack."""
-        device = self.accelerator.device
-        requests = [BatchRequest(rows, None) for _, rows in batches]
-        for (number, _), batch in zip(batches, self.images.batches(requests, device=device), strict=True):
-            check_pixel_range(batch.x)
-            # Of all rows, whichever are right as they are: that changes with the shifts.
-            generator = make_generator(device, self.attack.seed, Stream.CALIBRATION, number)
-            start = self.attack.threat_model.random_start(batch.x, generator)
-            yield self._predictions(batch, start)
+    def _predictions(self, number: int, batch: PixelBatch) -> Tensor:
+        """Predictions (n,) of the images of the batch with this number, under attack."""
+        check_pixel_range(batch.x)
+        # Of all rows, whichever are right as they are: that changes with the shifts.
+        generator = make_generator(batch.x.device, self.place.seed, Stream.CALIBRATION, number)
+        start = self.attack.threat_model.random_start(batch.x, generator)
 
-    def _predictions(self, batch: PixelBatch, start: Tensor) -> Tensor:
         def strike(rows: slice) -> Tensor:
             x, y = batch.x[rows].contiguous(memory_format=self.layout), batch.y[rows]
             predicted = predict(self.model, x)
@@ -493,10 +473,10 @@ def _show_forecast(meter: _Meter, rounds: int) -> None:
         seconds = rounds * meter.seconds_per_round()
     logger.info(
         "calibrating on %d images: at most %d measurements of half of them, %.3g passes of an image, about %.0f s on "
-        "%d process(es); killed, the same command goes on where it stopped",
+        "%d process(es); if it is killed, the same command resumes",
         num_images,
         rounds,
         float(rounds * -(-num_images // 2) * attack.passes),
         seconds,
-        meter.accelerator.num_processes,
+        meter.place.accelerator.num_processes,
     )

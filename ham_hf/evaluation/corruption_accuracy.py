@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial as partial_function
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
-from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
+from ham_hf.data import Images, PixelBatch
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
 from ham_hf.evaluation.corruptions import check_corruption, corrupt
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -41,13 +39,9 @@ def evaluate_corruptions(
     images: Images,
     names: Sequence[str],
     severities: Sequence[int],
+    place: Workplace,
     *,
     num_channels: int,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
@@ -56,45 +50,33 @@ def evaluate_corruptions(
         images: the split.
         names: of the corruptions, see `ham_hf.evaluation.corruptions`.
         severities: 1 to 5.
+        place: where it runs; its seed is that of the corruptions' noise.
         num_channels: of the images.
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process.
-        seed: of the corruptions' noise.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
 
     Returns:
         One result per corruption and severity, in the order given; the same on every process.
 
     Raises:
-        ValueError: for a corruption or severity that there is not.
+        ValueError: for an unknown corruption or severity.
     """
     for name in names:
         for severity in severities:
             check_corruption(name, severity, num_channels=num_channels)
-    if partial is not None:
-        partial = partial.keyed({"corruptions": list(severities), "seed": seed, "batch_size": batch_size})
-    size = WorkingSize(batch_size)
-    results = []
+    settings = {"corruptions": list(severities), "seed": place.seed, "batch_size": place.batch_size}
+    partial = keyed(place.kept(model, images), settings)
+    size, results = WorkingSize(place.batch_size), []
     for name in names:
-        classify = partial_function(_classify, model, name, severities, size=size, seed=seed)
-
-        def compute(
-            batches: Sequence[tuple[int, Tensor]], classify: Callable[[PixelBatch], Outcome] = classify
-        ) -> Iterator[Outcome]:
-            requests = [BatchRequest(rows, None) for _, rows in batches]
-            yield from map(classify, images.batches(requests, device=accelerator.device))
-
+        shared = SharedBatches(
+            name,
+            torch.split(torch.arange(len(images)), place.batch_size),
+            shape=(len(severities), len(images)),
+            place=place,
+            partial=partial,
+        )
         with evaluation_mode(model):
-            outcome = share_batches(
-                name,
-                torch.split(torch.arange(len(images)), batch_size),
-                compute,
-                shape=(len(severities), len(images)),
-                accelerator=accelerator,
-                partial=partial,
-                show_progress=show_progress,
-            )
+            for index, batch in shared.of(images):
+                shared.add(index, _classify(model, name, severities, batch, size=size, seed=place.seed))
+        outcome = shared.gather()
         for number, severity in enumerate(severities):
             flags, seconds = outcome.predictions[number] == images.labels, float(outcome.seconds[number])
             results.append(CorruptionResult(name=name, severity=severity, flags=flags, seconds=seconds))
@@ -108,12 +90,8 @@ def _classify(
     watch, found, margins, seconds = StopWatch(batch.x.device), [], [], []
     for severity in severities:
         x = corrupt(batch.x, name, severity, seed=seed, indices=batch.indices)
-        logits = size.split(partial_function(_logits, model, x), len(x))
+        logits = size.split(lambda rows, x=x: logits_of(model, x[rows]), len(x))  # type: ignore[misc]
         found.append(predicted(logits))
         margins.append(true_margins(logits, batch.y))
         seconds.append(watch.lap())
     return Outcome(torch.stack(found), torch.stack(margins), torch.tensor(seconds))
-
-
-def _logits(model: nn.Module, x: Tensor, rows: slice) -> Tensor:
-    return logits_of(model, x[rows])

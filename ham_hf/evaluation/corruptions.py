@@ -58,16 +58,14 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
         (N, C, S, S) float32 multiples of 1/255 in [0, 1], on the device of ``x``.
 
     Raises:
-        ValueError: for a corruption or severity that there is not, or color saturation of gray images.
+        ValueError: for an unknown corruption or severity, or color saturation of gray images.
     """
     check_corruption(name, severity, num_channels=x.shape[1])
-    constants = corruption_constants(name, x.shape[-1])[severity - 1]
+    function, constants = _DEFINITIONS[name][0], corruption_constants(name, x.shape[-1])[severity - 1]
     pixels = (x.detach().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     number = list(_DEFINITIONS).index(name)
     corrupted = [
-        _DEFINITIONS[name](
-            image, constants, np.random.default_rng(derive_seed(seed, Stream.CORRUPTION, number, int(index)))
-        )
+        function(image, constants, np.random.default_rng(derive_seed(seed, Stream.CORRUPTION, number, int(index))))
         for image, index in zip(pixels, indices, strict=True)
     ]
     stacked = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
@@ -78,7 +76,7 @@ def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str,
     """The corruptions that words ask for, each once: names, lists of them with commas, or "all" for `CORRUPTIONS`.
 
     Raises:
-        ValueError: for a corruption that there is not, or that images of so many channels cannot have.
+        ValueError: for a corruption that is unknown or impossible with so many channels.
     """
     words = [word for item in asked for word in item.replace(",", " ").split()]
     names = tuple(dict.fromkeys(name for word in words for name in (CORRUPTIONS if word == "all" else [word])))
@@ -88,10 +86,10 @@ def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str,
 
 
 def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
-    """Refuse what there is not.
+    """Reject an unknown corruption or severity.
 
     Raises:
-        ValueError: naming what is wrong and what there is.
+        ValueError: naming it and the known ones.
     """
     if name in LEFT_OUT:
         raise ValueError(f"--corruptions {name}: not available, {LEFT_OUT[name]}")
@@ -113,91 +111,8 @@ def constants_of(size: int) -> str:
 
 def corruption_constants(name: str, size: int) -> Sequence[Any]:
     """What each severity of a corruption is computed with, for images of this side: numbers, or tuples of them."""
-    small, large = _CONSTANTS[name]
+    _, small, large = _DEFINITIONS[name]
     return small if size <= MAX_SMALL_SIZE else large
-
-
-def _steps(*ends_and_strides: tuple[float, float]) -> list[tuple[float, ...]]:
-    return [tuple(np.arange(1, end, stride).tolist()) for end, stride in ends_and_strides]
-
-
-_CONSTANTS: Mapping[str, tuple[Sequence[Any], Sequence[Any]]] = {
-    # standard deviation
-    "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
-    # photons of a white pixel
-    "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
-    # share of values
-    "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
-    # radius of the disk, deviation of its smoothing
-    "defocus_blur": (
-        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    ),
-    # deviation of the blur, largest move, rounds
-    "glass_blur": (
-        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    ),
-    # radius, deviation
-    "motion_blur": (
-        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    ),
-    # the enlargements that are averaged
-    "zoom_blur": (
-        _steps((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
-        _steps((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
-    ),
-    # mean and deviation of the flakes' noise, enlargement, threshold, radius and deviation of their motion, mixing
-    "snow": (
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-        ),
-    ),
-    # thickness, decay of the roughness
-    "fog": (
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    ),
-    # added to the value of HSV
-    "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
-    # factor
-    "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # length of the moves, deviation of their smoothing, largest move of the corners; in pixels
-    "elastic_transform": (
-        tuple((32 * a, 32 * b, 32 * c) for a, b, c in (
-            (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
-        )),
-        # The benchmark computed with 244 where it meant 224.
-        tuple((244 * a, 244 * b, 244 * c) for a, b, c in (
-            (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)
-        )),
-    ),
-    # factor of the side
-    "pixelate": ((0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
-    # quality
-    "jpeg_compression": ((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
-    # standard deviation, relative to the pixel
-    "speckle_noise": ((0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),
-    # deviation
-    "gaussian_blur": ((0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
-    # factor of the saturation, and what is added to it
-    "saturate": (
-        ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-        ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
-    ),
-}  # fmt: skip
 
 
 def _to_bytes(x: Floats) -> Bytes:
@@ -463,26 +378,93 @@ def _folded(index: NDArray[np.int64], size: int, border: str) -> NDArray[np.int6
     return np.where(index < size, index, period - twice - index)
 
 
-_DEFINITIONS: Mapping[str, Callable[[Bytes, Any, np.random.Generator], Bytes]] = {
-    "gaussian_noise": _gaussian_noise,
-    "shot_noise": _shot_noise,
-    "impulse_noise": _impulse_noise,
-    "defocus_blur": _defocus_blur,
-    "glass_blur": _glass_blur,
-    "motion_blur": _motion_blur,
-    "zoom_blur": _zoom_blur,
-    "snow": _snow,
-    "fog": _fog,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "elastic_transform": _elastic_transform,
-    "pixelate": _pixelate,
-    "jpeg_compression": _jpeg_compression,
-    "speckle_noise": _speckle_noise,
-    "gaussian_blur": _gaussian_blur,
-    "saturate": _saturate,
-}
-"""In the order of the benchmark. The place of a corruption is part of its noise's seed: append, never reorder."""
+def _steps(*ends_and_strides: tuple[float, float]) -> list[tuple[float, ...]]:
+    return [tuple(np.arange(1, end, stride).tolist()) for end, stride in ends_and_strides]
+
+
+_DEFINITIONS: Mapping[
+    str, tuple[Callable[[Bytes, Any, np.random.Generator], Bytes], Sequence[Any], Sequence[Any]]
+] = {
+    # standard deviation
+    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
+    # photons of a white pixel
+    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    # share of values
+    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
+    # radius of the disk, deviation of its smoothing
+    "defocus_blur": (_defocus_blur,
+        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
+        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
+    ),
+    # deviation of the blur, largest move, rounds
+    "glass_blur": (_glass_blur,
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    ),
+    # radius, deviation
+    "motion_blur": (_motion_blur,
+        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+    ),
+    # the enlargements that are averaged
+    "zoom_blur": (_zoom_blur,
+        _steps((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
+        _steps((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
+    ),
+    # mean and deviation of the flakes' noise, enlargement, threshold, radius and deviation of their motion, mixing
+    "snow": (_snow,
+        (
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+        ),
+        (
+            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
+            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
+        ),
+    ),
+    # thickness, decay of the roughness
+    "fog": (_fog,
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    ),
+    # added to the value of HSV
+    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    # factor
+    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    # length of the moves, deviation of their smoothing, largest move of the corners; in pixels
+    "elastic_transform": (_elastic_transform,
+        tuple((32 * a, 32 * b, 32 * c) for a, b, c in (
+            (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
+        )),
+        # The benchmark computed with 244 where it meant 224.
+        tuple((244 * a, 244 * b, 244 * c) for a, b, c in (
+            (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)
+        )),
+    ),
+    # factor of the side
+    "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
+    # quality
+    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+    # standard deviation, relative to the pixel
+    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),
+    # deviation
+    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
+    # factor of the saturation, and what is added to it
+    "saturate": (_saturate,
+        ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+        ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+    ),
+}  # fmt: skip
+"""What corrupts, with its constants for small and for large images, in the order of the benchmark.
+
+The place of a corruption is part of its noise's seed: append, never reorder.
+"""
 
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "saturate")
 """The benchmark's corruptions for validation, which its mean leaves out."""

@@ -14,9 +14,9 @@ import inspect
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,6 +48,7 @@ class ForeignAttack:
         function: see `AttackFunction`. It may draw from the global random states of Python, numpy and torch.
         source: where the function is from, for the report.
         sha256: of the file it is defined in; None where there is none.
+        threat_model: what its results are checked against; an evaluation puts its own here.
 
     Raises:
         ValueError: for a name that cannot be one, or something that cannot be called.
@@ -57,6 +58,7 @@ class ForeignAttack:
     function: AttackFunction
     source: str
     sha256: str | None = None
+    threat_model: ThreatModel = field(default_factory=ThreatModel)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.+-]{0,60}", self.name, flags=re.ASCII) or self.name in RESERVED_NAMES:
@@ -70,24 +72,23 @@ class ForeignAttack:
                 "attack(model, x, y) that returns the attacked images is needed"
             )
 
-    def settings(self, threat_model: ThreatModel, seed: int) -> dict[str, object]:
+    def settings(self, seed: int) -> dict[str, object]:
         """What a report says of it; JSON types only."""
         return {
-            "norm": threat_model.norm,
-            "epsilon": float(threat_model.epsilon),
+            "norm": self.threat_model.norm,
+            "epsilon": float(self.threat_model.epsilon),
             "function": self.source,
             "sha256": self.sha256,
             "seed": seed,
         }
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, threat_model: ThreatModel, seed: int) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
         """Attacked images, in ball and box.
 
         Args:
             model: maps pixels to logits; its modes, gradients and random states are restored.
             x: (N, C, H, W) images in [0, 1].
             y: (N,) labels.
-            threat_model: what the result is checked against.
             seed: of the global random states while the function runs.
 
         Raises:
@@ -95,9 +96,10 @@ class ForeignAttack:
         """
         with _left_as_it_was(model, self.name), _seeded(seed, x.device), torch.enable_grad():
             result = self.function(model, x.detach().clone(), y.clone())
-        return self._checked(result, x, threat_model)
+        return self._checked(result, x)
 
-    def _checked(self, result: object, x: Tensor, threat_model: ThreatModel) -> Tensor:
+    def _checked(self, result: object, x: Tensor) -> Tensor:
+        threat_model = self.threat_model
         if not isinstance(result, Tensor) or result.shape != x.shape or not result.is_floating_point():
             got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
             raise ForeignAttackError(
@@ -185,11 +187,6 @@ def foreign_attack(name: str, function: AttackFunction, *, source: str | None = 
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
     where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
     return ForeignAttack(name=name, function=function, source=source or where, sha256=digest)
-
-
-def foreign_attacks(functions: Mapping[str, AttackFunction]) -> list[ForeignAttack]:
-    """Functions by name as attacks; see `foreign_attack`."""
-    return [foreign_attack(name, function) for name, function in functions.items()]
 
 
 def _module_of(origin: str, flag: str) -> Any:  # noqa: ANN401 (a module)

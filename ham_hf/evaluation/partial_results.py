@@ -34,17 +34,15 @@ NUM_HASHED_IMAGES = 32
 
 
 @dataclass(frozen=True, eq=False)
-class FinishedBatch:
-    """What is known of a batch that was attacked.
+class Outcome:
+    """What S evaluations ("clean", "pgd-20", ...) make of n rows.
 
     Attributes:
-        rows: (n,) int64, positions of its examples.
-        predictions: (S, n) int64, CPU: a predicted class for each of S results ("clean", "pgd-20", ...).
-        margins: (S, n) float32, CPU: logit of the true class minus the largest other one; may be NaN or infinite.
-        seconds: (S,) float32, CPU: the share of the batch in the wall-clock time of each result.
+        predictions: (S, n) int64.
+        margins: (S, n) float32, logit of the true class minus the largest other one; may be NaN or infinite.
+        seconds: (S,) float32, wall-clock time.
     """
 
-    rows: Tensor
     predictions: Tensor
     margins: Tensor
     seconds: Tensor
@@ -67,7 +65,7 @@ class PartialResults:
         text = json.dumps([self.key, settings], sort_keys=True)
         return replace(self, key=hashlib.sha256(text.encode()).hexdigest())
 
-    def load(self, stage: str, number: int, rows: Tensor) -> FinishedBatch | None:
+    def load(self, stage: str, number: int, rows: Tensor) -> Outcome | None:
         """A finished batch, or None if there is none with these rows.
 
         Args:
@@ -78,8 +76,8 @@ class PartialResults:
         path = self._path(stage, number)
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            found = FinishedBatch(
-                torch.tensor(read["rows"]),
+            kept_rows = torch.tensor(read["rows"])
+            found = Outcome(
                 torch.tensor(read["predictions"]),
                 torch.tensor(read["margins"], dtype=torch.float32),
                 torch.tensor(read["seconds"]),
@@ -89,12 +87,12 @@ class PartialResults:
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.warning("%s cannot be read (%s): attacking this batch again", path, error)
             return None
-        return found if torch.equal(found.rows, rows) else None
+        return found if torch.equal(kept_rows, rows) else None
 
-    def save(self, stage: str, number: int, batch: FinishedBatch) -> None:
-        """Keep a finished batch. If it cannot be written, the evaluation warns and continues."""
+    def save(self, stage: str, number: int, rows: Tensor, outcome: Outcome) -> None:
+        """Keep the outcome, on the CPU, of a batch. If it cannot be written, the evaluation warns and continues."""
         path = self._path(stage, number)
-        values = {name: getattr(batch, name).tolist() for name in ("rows", "predictions", "margins", "seconds")}
+        values = {name: values.tolist() for name, values in {"rows": rows, **vars(outcome)}.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, json.dumps(values))

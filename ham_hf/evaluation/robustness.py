@@ -6,10 +6,10 @@ many images the device takes at once. The model is attacked through its unwrappe
 precision and memory layout it is given in.
 
 PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
-stays under attack: it may be right again at the end, and dropping it would give another number ("wrong at any
-iterate"), lower and comparable with nobody's. What is misclassified as it is counts as lost and is not attacked.
+stays under attack: it may be right again at the end, and dropping it would give a lower number ("wrong at any
+iterate") that no published one compares with. An image that is misclassified as it is is lost and not attacked.
 
-Logits that are not finite are never right: a model that has some on images as they are is refused; under attack they
+Logits that are not finite are never right: a model with such logits on clean images is rejected; under attack they
 count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
 """
 
@@ -17,29 +17,27 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import (
     NOT_FINITE,
+    Attack,
     LossFn,
-    ThreatModel,
     evaluation_mode,
     full_precision,
     margin_loss,
-    pgd,
     predicted,
     unsaturated_cross_entropy,
 )
-from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, StopWatch, share_batches
+from ham_hf.data import Images, PixelBatch
+from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.partial_results import PartialResults
+from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
@@ -66,21 +64,27 @@ class NonFiniteLogitsError(RuntimeError):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationAttack:
-    """A PGD attack used to evaluate.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NamedAttack(Attack):
+    """The attack of an evaluation.
 
     Attributes:
         name: key of the result, such as "pgd-20".
-        num_steps: number of steps.
-        step_size: length of a step in pixel units.
         loss: "cross-entropy" (PGD; `ham_hf.attacks.unsaturated_cross_entropy`) or "margin" (CW, on the logits).
     """
 
     name: str
-    num_steps: int
-    step_size: float
     loss: str = "cross-entropy"
+
+    def settings(self, seed: int) -> dict[str, object]:
+        """What a report says of it; JSON types only."""
+        return {
+            **self.as_json(),
+            "loss": self.loss,
+            "random_start": True,
+            "restarts": 1,
+            "seed": seed,
+        }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,8 +94,6 @@ class AttackResult:
     Attributes:
         name: "clean", "pgd-20", "cw-20", "autoattack", ...
         settings: what was run: norm, epsilon, num_steps, step_size, loss, seed, ...
-        flags: (N,) bool, CPU: correct on the clean image and, for an attack, on the attacked one. The adversary may
-            leave an image as it is, so an attack never makes an example right.
         predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
         margins: (N,) float32, CPU: margin of the attacked image, logit of the true class minus the largest other one;
             positive = right. Of PGD and CW at the last iterate, of AutoAttack see `evaluate_autoattack`; an image that
@@ -104,33 +106,30 @@ class AttackResult:
 
     name: str
     settings: dict[str, object]
-    flags: Tensor
     predictions: Tensor
     margins: Tensor
     labels: Tensor
     indices: Tensor
     seconds: float
 
+    @property
+    def flags(self) -> Tensor:
+        """(N,) bool, CPU: right as it is and under the attack, which may leave an image alone and makes none right."""
+        return self.predictions == self.labels
 
-def standard_attacks(num_steps: int, step_size: float) -> tuple[EvaluationAttack, EvaluationAttack]:
-    """The two attacks every report holds: PGD and CW with the same number and size of steps."""
-    return (
-        EvaluationAttack(name=f"pgd-{num_steps}", num_steps=num_steps, step_size=step_size),
-        EvaluationAttack(name=f"cw-{num_steps}", num_steps=num_steps, step_size=step_size, loss="margin"),
-    )
+
+def standard_attacks(attack: Attack) -> tuple[NamedAttack, NamedAttack]:
+    """The two attacks every report holds: PGD and CW in the same ball, with the same number and size of steps."""
+    names = {f"pgd-{attack.num_steps}": "cross-entropy", f"cw-{attack.num_steps}": "margin"}
+    pgd, cw = (NamedAttack(name=name, loss=loss, **vars(attack)) for name, loss in names.items())
+    return pgd, cw
 
 
 def evaluate(
     model: nn.Module,
     images: Images,
-    attacks: Sequence[EvaluationAttack | ForeignAttack],
-    *,
-    threat_model: ThreatModel,
-    accelerator: Accelerator,
-    batch_size: int,
-    seed: int,
-    partial: PartialResults | None = None,
-    show_progress: bool = False,
+    attacks: Sequence[NamedAttack | ForeignAttack],
+    place: Workplace,
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
@@ -142,12 +141,7 @@ def evaluate(
         model: the unwrapped pixel model.
         images: the split.
         attacks: what to run beside "clean".
-        threat_model: norm and radius of all attacks.
-        accelerator: shares the batches out and gathers the flags.
-        batch_size: images per batch and process; random starts are drawn per batch.
-        seed: seed of the random starts.
-        partial: where finished batches of this model and split are kept; None keeps none.
-        show_progress: show a bar on the local main process.
+        place: where it runs.
 
     Returns:
         Results by name, "clean" first; the same on every process.
@@ -159,70 +153,28 @@ def evaluate(
     """
     if not len(images):
         raise ValueError("there is no example to evaluate on")
-    settings = settings_by_name(attacks, threat_model, seed)
-    if partial is not None:
-        partial = partial.keyed({"results": [list(pair) for pair in settings.items()], "batch_size": batch_size})
-    attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(batch_size), seed)
-
-    def compute(batches: Sequence[tuple[int, Tensor]]) -> Iterator[Outcome]:
-        requests = [BatchRequest(rows, None) for _, rows in batches]
-        for (number, _), batch in zip(batches, images.batches(requests, device=accelerator.device), strict=True):
-            yield attacker(number, batch)
-
+    settings = [["clean", {}], *([attack.name, attack.settings(place.seed)] for attack in attacks)]
+    attacker = _BatchAttacker(model, attacks, WorkingSize(place.batch_size), place.seed)
+    every = torch.arange(len(images))
+    shared = SharedBatches(
+        "evaluating",
+        torch.split(every, place.batch_size),
+        shape=(1 + len(attacks), len(images)),
+        place=place,
+        partial=keyed(place.kept(model, images), {"results": settings, "batch_size": place.batch_size}),
+    )
     with evaluation_mode(model):
-        outcome = share_batches(
-            "evaluating",
-            torch.split(torch.arange(len(images)), batch_size),
-            compute,
-            shape=(len(settings), len(images)),
-            accelerator=accelerator,
-            partial=partial,
-            show_progress=show_progress,
-        )
-    refuse_not_finite(model, outcome.predictions[0])
-    if accelerator.is_main_process:
-        warn_of_attacks_not_finite(settings, outcome)
-    return _results(settings, outcome, images.labels, torch.arange(len(images)))
-
-
-def settings_by_name(
-    attacks: Sequence[EvaluationAttack | ForeignAttack], threat_model: ThreatModel, seed: int
-) -> dict[str, dict[str, object]]:
-    """What a report says of each result, by its name; "clean" first, of which there is nothing to say."""
-    return {"clean": {}} | {attack.name: attack_settings(attack, threat_model, seed) for attack in attacks}
-
-
-def warn_of_attacks_not_finite(names: Iterable[str], outcome: Outcome) -> None:
-    """`warn_of_not_finite` for the results of all attacks, the first of which is clean."""
-    for name, found in list(zip(names, outcome.predictions, strict=True))[1:]:
-        warn_of_not_finite(name, found)
-
-
-def _results(
-    settings: Mapping[str, dict[str, object]], outcome: Outcome, labels: Tensor, indices: Tensor
-) -> dict[str, AttackResult]:
-    """The rows of an outcome as results by name."""
-    return {
-        name: AttackResult(
-            name=name,
-            settings=settings[name],
-            flags=outcome.predictions[position] == labels,
-            predictions=outcome.predictions[position],
-            margins=outcome.margins[position],
-            labels=labels,
-            indices=indices,
-            seconds=float(outcome.seconds[position]),
-        )
-        for position, name in enumerate(settings)
-    }
+        for number, batch in shared.of(images):
+            shared.add(number, attacker(number, batch))
+    warns = place.accelerator.is_main_process
+    return _results(model, attacks, shared.gather(), images.labels, every, seed=place.seed, warns=warns)
 
 
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[PixelBatch],
-    attacks: Sequence[EvaluationAttack | ForeignAttack],
+    attacks: Sequence[NamedAttack | ForeignAttack],
     *,
-    threat_model: ThreatModel,
     seed: int,
 ) -> dict[str, AttackResult]:
     """`evaluate` on batches that come one by one and are seen once, in this process alone.
@@ -232,7 +184,6 @@ def evaluate_batches(
         batches: on the device of the model; ``indices`` place the examples in the results, which are in the order of
             the batches. Random starts are drawn per batch.
         attacks: what to run beside "clean".
-        threat_model: norm and radius of all attacks.
         seed: seed of the random starts.
 
     Raises:
@@ -240,12 +191,11 @@ def evaluate_batches(
         NonFiniteLogitsError: if the logits of an image as it is are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
-    attacker = _BatchAttacker(model, attacks, threat_model, WorkingSize(sys.maxsize), seed)
+    attacker = _BatchAttacker(model, attacks, WorkingSize(sys.maxsize), seed)
     outcomes, labels, indices = [], [], []
     with evaluation_mode(model):
         for number, batch in enumerate(batches):
-            found = attacker(number, batch)
-            outcomes.append(Outcome(found.predictions.cpu(), found.margins.cpu(), found.seconds))
+            outcomes.append(attacker(number, batch))
             labels.append(batch.y.cpu())
             indices.append(batch.indices)
     if not outcomes:
@@ -255,23 +205,49 @@ def evaluate_batches(
         torch.cat([outcome.margins for outcome in outcomes], 1),
         torch.stack([outcome.seconds for outcome in outcomes]).sum(0),
     )
-    settings = settings_by_name(attacks, threat_model, seed)
+    return _results(model, attacks, outcome, torch.cat(labels), torch.cat(indices), seed=seed, warns=True)
+
+
+def _results(
+    model: nn.Module,
+    attacks: Sequence[NamedAttack | ForeignAttack],
+    outcome: Outcome,
+    labels: Tensor,
+    indices: Tensor,
+    *,
+    seed: int,
+    warns: bool,
+) -> dict[str, AttackResult]:
+    """The rows of an outcome as results by name, unless clean logits are not finite."""
     refuse_not_finite(model, outcome.predictions[0])
-    warn_of_attacks_not_finite(settings, outcome)
-    return _results(settings, outcome, torch.cat(labels), torch.cat(indices))
+    settings = {"clean": dict[str, object]()} | {attack.name: attack.settings(seed) for attack in attacks}
+    results = {
+        name: AttackResult(
+            name=name,
+            settings=settings[name],
+            predictions=outcome.predictions[position],
+            margins=outcome.margins[position],
+            labels=labels,
+            indices=indices,
+            seconds=float(outcome.seconds[position]),
+        )
+        for position, name in enumerate(settings)
+    }
+    for name in list(results)[1:] if warns else ():
+        warn_of_not_finite(name, results[name].predictions)
+    return results
 
 
 @dataclass(eq=False)
 class _BatchAttacker:
     """Clean predictions and margins of a batch, and those under each attack.
 
-    Once an image as it is has logits that are not finite, the model is refused whatever comes: no further image is
-    attacked, and what would have been counts as broken.
+    Once the logits of a clean image are not finite, the model is rejected: no further image is attacked, and those
+    that would have been count as broken.
     """
 
     model: nn.Module
-    attacks: Sequence[EvaluationAttack | ForeignAttack]
-    threat_model: ThreatModel
+    attacks: Sequence[NamedAttack | ForeignAttack]
     size: WorkingSize
     seed: int
     refused: bool = False
@@ -297,29 +273,23 @@ class _BatchAttacker:
             predictions.append(attacked)
             margins.append(attacked_margins)
             seconds.append(watch.lap())
-        return Outcome(torch.stack(predictions), torch.stack(margins), torch.tensor(seconds))
+        return Outcome(torch.stack(predictions).cpu(), torch.stack(margins).cpu(), torch.tensor(seconds))
 
-    def _attack(
-        self, attack: EvaluationAttack | ForeignAttack, x: Tensor, y: Tensor, generator: torch.Generator
-    ) -> Tensor:
+    def _attack(self, attack: NamedAttack | ForeignAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Logits (N, num_classes) at the last iterate, or of what a foreign attack returns."""
         if isinstance(attack, ForeignAttack):
-            shown = PiecewiseModel(self.model, self.size).eval()
-            threat, seed = self.threat_model, generator.initial_seed()
-            found = self.size.whole(lambda: attack.perturb(shown, x, y, threat_model=threat, seed=seed), len(y))
+            shown, seed = PiecewiseModel(self.model, self.size).eval(), generator.initial_seed()
+            found = self.size.whole(lambda: attack.perturb(shown, x, y, seed=seed), len(y))
             return self.size.split(lambda rows: logits_of(self.model, found[rows]), len(y))
         # Of all rows at once and in one layout: the same noise however many rows go through the model at a time.
-        start = self.threat_model.random_start(x, generator)
+        start = attack.threat_model.random_start(x, generator)
         layout = memory_layout(self.model)
 
         def strike(rows: slice) -> Tensor:
-            x_adv = pgd(
+            x_adv = attack(
                 self.model,
                 x[rows].contiguous(memory_format=layout),
                 y[rows],
-                threat_model=self.threat_model,
-                num_steps=attack.num_steps,
-                step_size=attack.step_size,
                 start=start[rows].contiguous(memory_format=layout),
                 loss_fn=LOSSES[attack.loss],
             )
@@ -333,24 +303,6 @@ def memory_layout(model: nn.Module) -> torch.memory_format:
     weights = [weight for weight in model.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
     channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def attack_settings(
-    attack: EvaluationAttack | ForeignAttack, threat_model: ThreatModel, seed: int
-) -> dict[str, object]:
-    """What a report says of an attack; JSON types only."""
-    if isinstance(attack, ForeignAttack):
-        return attack.settings(threat_model, seed)
-    return {
-        "norm": threat_model.norm,
-        "epsilon": float(threat_model.epsilon),
-        "num_steps": attack.num_steps,
-        "step_size": attack.step_size,
-        "loss": attack.loss,
-        "random_start": True,
-        "restarts": 1,
-        "seed": seed,
-    }
 
 
 def predict(model: nn.Module, x: Tensor) -> Tensor:

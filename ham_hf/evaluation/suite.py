@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 
-from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.data import TestData
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.config import EvaluationConfig, MoreEvaluationConfig
-from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
-from ham_hf.evaluation.corruptions import chosen_corruptions
+from ham_hf.evaluation.batch_sharing import Workplace
+from ham_hf.evaluation.config import EvaluationConfig
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.partial_results import partial_results
 from ham_hf.evaluation.robustness import AttackResult, evaluate, standard_attacks
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Workplace:
-    """Where an evaluation runs and keeps what is done.
-
-    Attributes:
-        accelerator: shares the batches out.
-        seed: of the attacks and of noise.
-        output_dir: output folder of the run, where finished batches are kept until `remove_partial_results`.
-        show_progress: show bars on the local main process.
-    """
-
-    accelerator: Accelerator
-    seed: int
-    output_dir: Path
-    show_progress: bool = True
 
 
 def evaluate_on_test(
@@ -48,8 +27,6 @@ def evaluate_on_test(
 ) -> dict[str, AttackResult]:
     """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example.
 
-    Finished batches are kept in the output folder until `remove_partial_results`, and are not computed again.
-
     Args:
         model: the unwrapped pixel model, on the device and in the memory layout of images.
         data: its test split.
@@ -58,63 +35,22 @@ def evaluate_on_test(
         place: where it runs.
         foreign: attacks of other libraries to run too.
     """
-    partial = partial_results(place.output_dir, model, data.test)
     results = evaluate(
         model,
         data.test,
-        [*standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model)), *foreign],
-        threat_model=threat_model,
-        accelerator=place.accelerator,
-        batch_size=config.per_device_eval_batch_size,
-        seed=place.seed,
-        partial=partial,
-        show_progress=place.show_progress,
+        [
+            *standard_attacks(config.attack(threat_model)),
+            *(replace(attack, threat_model=threat_model) for attack in foreign),
+        ],
+        place,
     )
     if config.autoattack:
         results["autoattack"] = evaluate_autoattack(
             model,
             data.test,
+            place,
             num_classes=len(data.class_names),
             threat_model=threat_model,
-            accelerator=place.accelerator,
-            batch_size=config.per_device_eval_batch_size,
-            seed=place.seed,
             num_examples=config.autoattack_examples,
-            partial=partial,
-            show_progress=place.show_progress,
         )
     return results
-
-
-def evaluate_corrupted(
-    model: nn.Module,
-    data: TestData,
-    config: MoreEvaluationConfig,
-    *,
-    place: Workplace,
-    batch_size: int,
-) -> list[CorruptionResult]:
-    """Evaluate a model, already on its device, on corrupted test images; return an empty list if none are asked for.
-
-    Finished batches are kept in the output folder as by `evaluate_on_test`.
-    """
-    names = chosen_corruptions(config.corruptions, num_channels=data.in_chans)
-    if not names:
-        return []
-    return evaluate_corruptions(
-        model,
-        data.test,
-        names,
-        config.severities,
-        num_channels=data.in_chans,
-        accelerator=place.accelerator,
-        batch_size=batch_size,
-        seed=place.seed,
-        partial=partial_results(place.output_dir, model, data.test),
-        show_progress=place.show_progress,
-    )
-
-
-def eval_step_size(config: EvaluationConfig, threat_model: ThreatModel) -> float:
-    """Length of the steps of PGD and CW: the setting, or a quarter of epsilon."""
-    return config.eval_step_size if config.eval_step_size is not None else float(threat_model.epsilon) / 4

@@ -22,7 +22,7 @@ T = TypeVar("T")
 class WorkingSize:
     """The largest number of images that went through a model at once, so far.
 
-    It belongs to one process: others may have more memory left, and nobody waits for anybody because of it.
+    Each process has its own: others may have more memory left, and do not wait.
 
     Args:
         rows: images to begin with, >= 1.
@@ -73,8 +73,8 @@ class WorkingSize:
         self.rows = num // 2
         clear_device_cache(garbage_collection=True)
         logger.warning(
-            "out of memory with %d images at once: going on with %d (--per_device_eval_batch_size %d would start with "
-            "that, but draws other random starts)",
+            "out of memory with %d images at once: continuing with %d (--per_device_eval_batch_size %d would start "
+            "with that, but draws other random starts)",
             num,
             self.rows,
             self.rows,

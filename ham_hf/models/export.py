@@ -1,5 +1,10 @@
 """Write a trained backbone so that ``timm.create_model`` loads it, and check that it does (invariant 8).
 
+A network for gray images is written a second time in a form that takes RGB, for clients that give RGB to every
+network. Pillow's gray is a weighted sum of red, green and blue with weights that add up to 1. So a first layer that is
+linear takes RGB itself when its weights are multiplied with those: the same function of a gray image, and that of its
+gray version, but for the rounding to whole gray levels, of a color image. Our choice.
+
 `repair_folder` brings the folder of an older export into this form.
 """
 
@@ -9,7 +14,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +23,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ham_hf.files import replace
@@ -29,7 +35,6 @@ from ham_hf.models.cifar_nets import (
     embed_in_resnet18,
 )
 from ham_hf.models.pixel_model import PixelModel, Preprocessing, load_pixel_model
-from ham_hf.models.rgb_form import RGB_FOLDER, remove_rgb_form, write_rgb_form
 from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME, TrainedForm
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
@@ -38,6 +43,11 @@ _WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")
 _ARCHITECTURE_KEYS = ("first_conv", "classifier")
 _REGULARISATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
 _LOGIT_TOLERANCE = 1e-4
+
+RGB_FOLDER = "rgb"
+"""Where the second form lies inside of the folder of the first."""
+GRAY_OF_RGB = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+"""Weights of ``Image.convert("L")`` (Pillow's documentation: ITU-R 601-2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +76,6 @@ class ExportInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trained:
-    """A float32 copy on the CPU, in eval mode, of the backbone that was trained, and what timm knows about it."""
-
-    module: nn.Module
-    architecture: str
-    model_args: dict[str, Any]
-    pretrained_cfg: dict[str, Any]
-    num_classes: int
-    num_features: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Published:
     """Architecture, arguments and weights that go into the files."""
 
@@ -102,7 +100,7 @@ def export_for_timm(
     ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
     function; an argument that would break the equality (another activation, say) keeps it under its own name. The
     files appear in ``folder`` only after the comparison has passed, each of them at once. A network for gray images
-    is written a second time, into ``rgb/`` (`ham_hf.models.rgb_form`), where it has that form.
+    is written a second time, into ``rgb/``, where it has that form.
 
     Args:
         backbone: a timm module made by ``create_backbone`` (or ``timm.create_model`` of timm 1.0.31 and later, which
@@ -121,60 +119,71 @@ def export_for_timm(
         RuntimeError: if the backbone's logits are not finite, or the network that timm builds from the files disagrees
             with it.
     """
-    trained = _copy_of_trained(backbone)
-    _check(trained, preprocessing, class_names, metadata)
-    published = _published_form(trained)
-    data_config = _data_config(preprocessing, published.upsample)
-    config = _config(trained, published, preprocessing, metadata) | {
-        "label_names": list(class_names),
-        "pretrained_cfg": _pretrained_cfg(trained, data_config) | {"tag": tag, "license": model_license},
-    }
+    trained, arguments = _copy_of_trained(backbone)
+    if len(class_names) != trained.num_classes:
+        raise ValueError(f"{len(class_names)} class names for a model with {trained.num_classes} classes")
+    if (in_chans := arguments["in_chans"]) != preprocessing.in_chans:
+        raise ValueError(f"the model takes {in_chans} channels, its preprocessing says {preprocessing.in_chans}")
+    if TRAINED_FORM_KEY in metadata:
+        raise ValueError(f"the metadata key {TRAINED_FORM_KEY!r} is taken by the export itself")
+    published = _published_form(trained, arguments)
+    config = _config(trained, arguments, published, preprocessing, class_names)
+    config[CONFIG_KEY] |= metadata
+    config["pretrained_cfg"] |= {"tag": tag, "license": model_license}
     try:
-        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+        text = _as_text(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{CONFIG_NAME} cannot hold a value of --model_args or of the metadata: {error}") from error
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
-        staging = Path(temporary)
-        save_file(published.state, staging / WEIGHTS_NAME, metadata={"format": "pt"})
-        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        # safetensors leaves a file that only its owner may read.
-        shutil.copymode(staging / CONFIG_NAME, staging / WEIGHTS_NAME)
-        num_parameters = _verify(staging, trained.module, preprocessing, published.upsample)
+    with _staging(folder) as staging:
+        _write_files(staging, published.state, text)
+        num_parameters = _verify(staging, trained, preprocessing, published.upsample)
         # Of an earlier export: gone before the network that it belonged to is.
-        remove_rgb_form(folder)
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            replace(staging / name, folder / name)
-    has_rgb_form = preprocessing.in_chans == 1 and write_rgb_form(folder)
+        _remove_rgb_form(folder)
+        _move_files(staging, folder)
+    has_rgb_form = preprocessing.in_chans == 1 and _write_rgb_form(folder)
     return ExportInfo(
         architecture=published.architecture,
         needs_ham_hf=published.architecture in default_cfgs,
-        input_size=data_config["input_size"],
-        interpolation=data_config["interpolation"],
+        input_size=config["pretrained_cfg"]["input_size"],
+        interpolation=config["pretrained_cfg"]["interpolation"],
         upsample=published.upsample,
         num_parameters=num_parameters,
         has_rgb_form=has_rgb_form,
     )
 
 
-def _pretrained_cfg(trained: _Trained, data_config: Mapping[str, object]) -> dict[str, object]:
-    """What timm is told of the weights.
-
-    Tag, license, paper and origin of the weights that training started from, or that timm has for this architecture,
-    say nothing about the trained ones: nothing of them is copied.
-    """
-    return {
-        **{key: trained.pretrained_cfg.get(key) for key in _ARCHITECTURE_KEYS},
-        **data_config,
-        "fixed_input_size": bool(trained.pretrained_cfg.get("fixed_input_size")),
-        "num_classes": trained.num_classes,
-        "pool_size": None,
-    }
+def _as_text(config: Mapping[str, object]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _copy_of_trained(model: nn.Module) -> _Trained:
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    with TemporaryDirectory(dir=folder, prefix=".export-") as staging:
+        yield Path(staging)
+
+
+def _write_files(folder: Path, state: Mapping[str, Tensor], config: str) -> None:
+    save_file(dict(state), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+    # safetensors leaves a file that only its owner may read.
+    shutil.copymode(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+
+
+def _move_files(staging: Path, folder: Path) -> None:
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        replace(staging / name, folder / name)
+
+
+def _as_timm_loads(folder: Path) -> Any:  # noqa: ANN401 (with timm's attributes)
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def _copy_of_trained(model: nn.Module) -> tuple[Any, dict[str, Any]]:
+    """A float32 copy on the CPU, in eval mode, of the backbone that was trained, and its arguments."""
     # A compiled module answers for the attributes of the one inside, so it is looked for first.
     while "_orig_mod" in model._modules or not hasattr(model, "pretrained_cfg"):
         inner = [model._modules[name] for name in _WRAPPER_ATTRIBUTES if name in model._modules]
@@ -191,76 +200,67 @@ def _copy_of_trained(model: nn.Module) -> _Trained:
         if name != "num_classes" and name not in _REGULARISATION and not name.endswith("_drop_rate")
     }
     arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
-    return _Trained(
-        module=module,
-        architecture=module.pretrained_cfg["architecture"],
-        model_args=arguments,
-        pretrained_cfg=module.pretrained_cfg,
-        num_classes=module.num_classes,
-        num_features=module.num_features,
-    )
+    return module, arguments
 
 
-def _check(
-    trained: _Trained, preprocessing: Preprocessing, class_names: Sequence[str], metadata: Mapping[str, object]
-) -> None:
-    if len(class_names) != trained.num_classes:
-        raise ValueError(f"{len(class_names)} class names for a model with {trained.num_classes} classes")
-    if (in_chans := trained.model_args["in_chans"]) != preprocessing.in_chans:
-        raise ValueError(f"the model takes {in_chans} channels, its preprocessing says {preprocessing.in_chans}")
-    if TRAINED_FORM_KEY in metadata:
-        raise ValueError(f"the metadata key {TRAINED_FORM_KEY!r} is taken by the export itself")
-
-
-def _published_form(trained: _Trained) -> _Published:
+def _published_form(trained: Any, arguments: dict[str, Any]) -> _Published:  # noqa: ANN401
     """The network as it is, or the plain one that computes the same."""
     # Contiguous tensors that share no memory: the file format takes no others.
-    state = {
-        name: value.clone(memory_format=torch.contiguous_format) for name, value in trained.module.state_dict().items()
-    }
-    if isinstance(trained.module, CifarResNet) and trained.model_args.keys() <= EMBEDDABLE_ARGUMENTS:
+    state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in trained.state_dict().items()}
+    if isinstance(trained, CifarResNet) and arguments.keys() <= EMBEDDABLE_ARGUMENTS:
         return _Published(
             architecture="resnet18",
-            model_args={**trained.model_args, "replace_stem_pool": True},
+            model_args={**arguments, "replace_stem_pool": True},
             state=embed_in_resnet18(state),
             upsample=EMBEDDING_UPSAMPLE,
         )
-    return _Published(architecture=trained.architecture, model_args=trained.model_args, state=state, upsample=1)
+    architecture = trained.pretrained_cfg["architecture"]
+    return _Published(architecture=architecture, model_args=arguments, state=state, upsample=1)
 
 
 def _config(
-    trained: _Trained, published: _Published, preprocessing: Preprocessing, metadata: Mapping[str, object]
+    trained: Any,  # noqa: ANN401 (with timm's attributes)
+    arguments: dict[str, Any],
+    published: _Published,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str],
 ) -> dict[str, Any]:
+    """What timm is told of the network, its input and its weights.
+
+    Tag, license, paper and origin of the weights that training started from, or that timm has for this architecture,
+    say nothing about the trained ones: nothing of them is copied.
+    """
     trained_form = TrainedForm(
-        architecture=trained.architecture,
-        model_args=trained.model_args,
+        architecture=trained.pretrained_cfg["architecture"],
+        model_args=arguments,
         image_size=preprocessing.image_size,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
         upsample=published.upsample,
     )
+    size = preprocessing.image_size * published.upsample
+    # Enlarging the pixels of training is all that may happen in front of an embedded network.
+    plain = published.upsample == 1
     return {
         "architecture": published.architecture,
         "num_classes": trained.num_classes,
         "num_features": trained.num_features,
         "model_args": published.model_args,
-        CONFIG_KEY: {TRAINED_FORM_KEY: asdict(trained_form), **metadata},
-    }
-
-
-def _data_config(preprocessing: Preprocessing, upsample: int) -> dict[str, Any]:
-    """Preprocessing by timm's names, for the published network's input."""
-    size = preprocessing.image_size * upsample
-    # Enlarging the pixels of training is all that may happen in front of an embedded network.
-    plain = upsample == 1
-    return {
-        "input_size": (preprocessing.in_chans, size, size),
-        "interpolation": preprocessing.interpolation if plain else "nearest",
-        "crop_pct": preprocessing.crop_pct if plain else 1.0,
-        "crop_mode": preprocessing.crop_mode,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
+        CONFIG_KEY: {TRAINED_FORM_KEY: asdict(trained_form)},
+        "label_names": list(class_names),
+        "pretrained_cfg": {
+            **{key: trained.pretrained_cfg.get(key) for key in _ARCHITECTURE_KEYS},
+            "input_size": (preprocessing.in_chans, size, size),
+            "interpolation": preprocessing.interpolation if plain else "nearest",
+            "crop_pct": preprocessing.crop_pct if plain else 1.0,
+            "crop_mode": preprocessing.crop_mode,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "fixed_input_size": bool(trained.pretrained_cfg.get("fixed_input_size")),
+            "num_classes": trained.num_classes,
+            "pool_size": None,
+        },
     }
 
 
@@ -273,8 +273,7 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
     Raises:
         RuntimeError: if those of the trained network are not finite, or their logits differ.
     """
-    with torch.random.fork_rng(devices=[]):
-        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    loaded = _as_timm_loads(folder)
     published = PixelModel(loaded, loaded.pretrained_cfg["mean"], loaded.pretrained_cfg["std"], upsample)
     shape = (2, preprocessing.in_chans, preprocessing.image_size, preprocessing.image_size)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -297,6 +296,61 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
             f"built?"
         )
     return sum(parameter.numel() for parameter in loaded.parameters())
+
+
+def _write_rgb_form(folder: Path) -> bool:
+    """Write ``rgb/`` into the folder of an exported model for gray images, or remove it where there is no such form.
+
+    There is none for a network whose first layer is not linear (that of an NFNet standardizes its weights). Both forms
+    are compared on gray images before the second one is kept.
+
+    Returns:
+        True if the second form was written.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    first_layer = f"{config['pretrained_cfg']['first_conv']}.weight"
+    state = load_file(folder / WEIGHTS_NAME)
+    weight = state.get(first_layer)
+    if weight is not None and weight.ndim == 4 and weight.shape[1] == 1:
+        state[first_layer] = (weight * torch.tensor(GRAY_OF_RGB).view(1, 3, 1, 1)).contiguous()
+        with _staging(folder) as staging:
+            _write_files(staging, state, _as_text(_rgb_config(config)))
+            if _same_on_gray(folder, staging):
+                (folder / RGB_FOLDER).mkdir(exist_ok=True)
+                _move_files(staging, folder / RGB_FOLDER)
+                return True
+    _remove_rgb_form(folder)
+    return False
+
+
+def _remove_rgb_form(folder: Path) -> None:
+    """Remove ``rgb/`` of an earlier export, if there is one."""
+    if (folder / RGB_FOLDER / CONFIG_NAME).is_file():
+        shutil.rmtree(folder / RGB_FOLDER)
+
+
+def _rgb_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    rgb: dict[str, Any] = copy.deepcopy(dict(config))
+    cfg = rgb["pretrained_cfg"]
+    cfg["input_size"] = [3, *cfg["input_size"][1:]]
+    for key in ("mean", "std"):
+        cfg[key] = [*cfg[key]] * 3
+    rgb["model_args"]["in_chans"] = 3
+    rgb[CONFIG_KEY][TRAINED_FORM_KEY]["model_args"]["in_chans"] = 3
+    return rgb
+
+
+def _same_on_gray(folder: Path, rgb: Path) -> bool:
+    """Whether both forms give the same logits for gray images (False if any is not finite)."""
+    one, three = _as_timm_loads(folder), _as_timm_loads(rgb)
+    x = torch.rand((2, *one.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gray, color = (
+            PixelModel(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])(x.expand(-1, channels, -1, -1))
+            for net, channels in ((one, 1), (three, 3))
+        )
+    difference = (color - gray).abs().max().item()
+    return bool(difference <= _LOGIT_TOLERANCE * max(1.0, gray.abs().max().item()))
 
 
 REPAIR_READS = (CONFIG_NAME, WEIGHTS_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}")
@@ -330,7 +384,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
         _replace(folder, config)
         changes.append(f"{CONFIG_NAME}: num_classes taken out of model_args")
     one_channel = config["pretrained_cfg"]["input_size"][0] == 1
-    if one_channel and not (folder / RGB_FOLDER / CONFIG_NAME).is_file() and write_rgb_form(folder):
+    if one_channel and not (folder / RGB_FOLDER / CONFIG_NAME).is_file() and _write_rgb_form(folder):
         changes.append(f"{RGB_FOLDER}/: the same network for RGB images was added")
     return tuple(changes)
 
@@ -353,10 +407,8 @@ def _name_classes_once(config: dict[str, Any], file: Path) -> bool:
 
 
 def _replace(folder: Path, config: dict[str, Any]) -> None:
-    with TemporaryDirectory(dir=folder, prefix=".repair-") as temporary:
-        staging = Path(temporary)
-        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
-        (staging / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    with _staging(folder) as staging:
+        (staging / CONFIG_NAME).write_text(_as_text(config), encoding="utf-8")
         shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
         _check_same_network(folder, staging)
         shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
@@ -364,10 +416,7 @@ def _replace(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _check_same_network(before: Path, after: Path) -> None:
-    old: Any
-    new: Any
-    with torch.random.fork_rng(devices=[]):
-        old, new = (timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in (before, after))
+    old, new = _as_timm_loads(before), _as_timm_loads(after)
     states = old.state_dict(), new.state_dict()
     x = torch.rand((1, *old.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Any timm backbone for any number of classes and image size, and the model that normalises inside.
+"""Any timm backbone for any number of classes and image size, and the model that normalizes inside.
 
 Attacks, epsilon and data live in pixel space: a tensor ``x`` is (N, C, H, W) in [0, 1], and only
 :class:`PixelModel` knows mean and standard deviation (invariant 1).
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from ham_hf.models.config import ModelConfig
 from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
 from ham_hf.models.untrusted import (
     CROP_MODES,
@@ -27,7 +28,6 @@ from ham_hf.models.untrusted import (
     BuildLimit,
     check_model_args,
 )
-from ham_hf.settings import SettingsGroup, setting
 
 if TYPE_CHECKING:
     from ham_hf.data import ImageData
@@ -46,23 +46,6 @@ _RESERVED_ARGUMENTS = {
 }
 # What timm's constructors raise on arguments or sizes that do not fit.
 _BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError, AttributeError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(SettingsGroup):
-    """Which network."""
-
-    model_name: str = setting("resnet18_cifar", "any timm model name")
-    pretrained: bool = setting(False, "start from timm's pretrained weights")
-    model_args: Mapping[str, object] = setting(
-        {}, "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"
-    )
-    image_size: int | None = setting(
-        None,
-        "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
-        at_least=1,
-        at_most=4096,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +97,13 @@ class Preprocessing:
 class PixelModel(nn.Module):
     """A classifier of pixels: (N, C, H, W) in [0, 1] to (N, num_classes) logits.
 
-    The only place where pixels are normalised (invariant 1), in the precision of ``x``: under autocast the
+    The only place where pixels are normalized (invariant 1), in the precision of ``x``: under autocast the
     subtraction and division stay in float32, and only the backbone computes in bf16. Mean and standard deviation are
     buffers that follow the module to its device but are not part of the state dict, whose keys are those of the
     backbone behind ``backbone.``.
 
     Args:
-        backbone: maps normalised images to logits.
+        backbone: maps normalized images to logits.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
         upsample: nearest-neighbour enlargement per side in front of the backbone; gradients and perturbations stay
@@ -188,7 +171,7 @@ def create_backbone(
 ) -> nn.Module:
     """Build a timm classifier for the given classes and input, and try it on one image of that size.
 
-    A model that this package published inside plain ``resnet18`` comes back as the CIFAR network that was trained.
+    A CIFAR network that this package exported as plain ``resnet18`` is built as it was trained.
 
     Args:
         model_name: a timm name, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME``.
@@ -198,7 +181,7 @@ def create_backbone(
         model_args: further arguments of the architecture, as for ``timm.create_model``.
 
     Returns:
-        The bare timm module in train mode, on the CPU; it takes normalised images.
+        The bare timm module in train mode, on the CPU; it takes normalized images.
 
     Raises:
         ValueError: if there is no such model, no safetensors weights for it, or it cannot be built with these
@@ -267,7 +250,7 @@ def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[Pixel
 def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bool = True) -> LoadedModel:
     """Load a model for evaluation, in the form in which it was published, and in the pixel space of its training.
 
-    Nothing is unpickled, whatever the source offers.
+    Nothing is ever unpickled.
 
     Args:
         source: ``OWNER/NAME`` on the Hub, a folder, or a timm name; timm's prefixes are understood.
@@ -323,7 +306,7 @@ def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str,
     # Weights travel inside the configuration: timm adapts classifier, stem and position embeddings to the arguments,
     # but has no file of its own to look for.
     cfg = source.pretrained_cfg if weights is None else {**source.pretrained_cfg, "state_dict": weights}
-    with nullcontext() if source.vouched_for else BuildLimit(weights):
+    with nullcontext() if source.trusted else BuildLimit(weights):
         model: Any = timm.create_model(
             source.architecture, pretrained=weights is not None, pretrained_cfg=cfg, **dict(arguments)
         )

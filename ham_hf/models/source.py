@@ -2,7 +2,7 @@
 
 Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
 (``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
-safetensors and from nothing else: a source that offers only pickled weights is refused (invariant 8).
+safetensors alone: a source that offers only pickled weights is rejected (invariant 8).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class ModelSource:
         pretrained_cfg: timm's description of weights and preprocessing, without the places weights come from.
         model_args: arguments of the architecture that ``config.json`` records; empty for a registered name.
         extra: what ``config.json`` keeps under ``CONFIG_KEY``; empty if nothing.
-        vouched_for: True if the architecture and its arguments are timm's own, False if a ``config.json`` says them.
+        trusted: True if the architecture and its arguments are timm's own, False if a ``config.json`` says them.
         read_weights: reads the state dict; ValueError if there is none in safetensors.
         hub_id: OWNER/NAME of the weights on the Hub; None if they are not there.
     """
@@ -92,7 +92,7 @@ class ModelSource:
     model_args: dict[str, Any]
     extra: dict[str, Any]
     read_weights: Callable[[], dict[str, Tensor]]
-    vouched_for: bool
+    trusted: bool
     hub_id: str | None = None
 
     def trained_form(self) -> TrainedForm | None:
@@ -242,7 +242,7 @@ def _source_from_registry(name: str) -> ModelSource:
         model_args={},
         extra={},
         read_weights=lambda: _read_weights(name, fetch_weights()),
-        vouched_for=True,
+        trusted=True,
         hub_id=cfg.hf_hub_id or None,
     )
 
@@ -280,7 +280,7 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
         model_args=model_args,
         extra=extra,
         read_weights=lambda: _read_weights(name, fetch_weights()),
-        vouched_for=False,
+        trusted=False,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ham_hf.evaluation.calibration import Calibration, FrontierPoint, SearchAttack
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 
 LOGIT_ADJUSTMENT = """\
 @inproceedings{menon2021longtail,
@@ -64,7 +64,6 @@ class CalibrationReport:
 
 def calibration_report(
     calibration: Calibration,
-    attack: SearchAttack,
     *,
     images: str,
     seen_in_training: bool,
@@ -80,7 +79,7 @@ def calibration_report(
         factors=calibration.factors,
         counts=calibration.counts,
         frontier=calibration.frontier,
-        attack=attack.settings(),
+        attack=calibration.attack,
         images=images,
         seen_in_training=seen_in_training,
         seconds=seconds,

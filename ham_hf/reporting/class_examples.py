@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, evaluation_mode, pgd, unsaturated_cross_entropy
+from ham_hf.attacks import ThreatModel, evaluation_mode, unsaturated_cross_entropy
 from ham_hf.data import BatchRequest, Images
-from ham_hf.evaluation import AttackResult, EvaluationAttack, predict, standard_attacks
+from ham_hf.evaluation import AttackResult, NamedAttack, predict, standard_attacks
 from ham_hf.evaluation.config import EvaluationConfig
-from ham_hf.evaluation.suite import eval_step_size
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.files import replacing
 from ham_hf.seeding import Stream, make_generator
@@ -182,8 +181,8 @@ def example_strip(
     """
     worst = worst_classes(verdicts_of(results, ()))[:NUM_EXAMPLES_SHOWN]
     firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])
-    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
-    return _attacked_by(model, images, [firsts], attack, threat_model, seed)
+    attack = standard_attacks(config.attack(threat_model))[0]
+    return _attacked_by(model, images, [firsts], attack, seed)
 
 
 def class_examples(
@@ -205,8 +204,8 @@ def class_examples(
         return None
     rows = torch.tensor([row for row, _ in chosen])
     batches = torch.split(verdicts.positions[rows], config.per_device_eval_batch_size)
-    attack = standard_attacks(config.eval_num_steps, eval_step_size(config, threat_model))[0]
-    found = _attacked_by(model, images, batches, attack, threat_model, seed)
+    attack = standard_attacks(config.attack(threat_model))[0]
+    found = _attacked_by(model, images, batches, attack, seed)
     shown = AttackedImages(
         rows=rows,
         kinds=[kind for _, kind in chosen],
@@ -221,8 +220,7 @@ def _attacked_by(
     model: nn.Module,
     images: Images,
     batches: Sequence[Tensor],
-    attack: EvaluationAttack,
-    threat_model: ThreatModel,
+    attack: NamedAttack,
     seed: int,
 ) -> ExampleStrip:
     """The images at these positions, batch by batch, before and after the attack; on the CPU."""
@@ -231,13 +229,10 @@ def _attacked_by(
     requests = [BatchRequest(positions, None) for positions in batches]
     with evaluation_mode(model):
         for number, batch in enumerate(images.batches(requests, device=device)):
-            x_adv = pgd(
+            x_adv = attack(
                 model,
                 batch.x,
                 batch.y,
-                threat_model=threat_model,
-                num_steps=attack.num_steps,
-                step_size=attack.step_size,
                 loss_fn=unsaturated_cross_entropy,
                 generator=make_generator(device, seed, Stream.EVALUATION, 0, number),
             )

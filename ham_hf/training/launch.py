@@ -1,4 +1,4 @@
-"""How a recipe starts: the accelerator, logging, peak memory, and a check of the shared output folder."""
+"""How a run starts: the accelerator, peak memory, and a check of the shared output folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +17,11 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from ham_hf.faults import FaultError
 from ham_hf.recipe_files import shown_path
-from ham_hf.terminal import hide_progress_bars, replace_what_cannot_be_shown
 from ham_hf.training.environment import (
     check_variables,
     is_on,
     mpi_processes,
     overruled,
-    process_rank,
     rounding,
     unknown,
 )
@@ -150,34 +147,6 @@ def _choose_device(*, use_cpu: bool, several: bool) -> None:
             f"ACCELERATE_TORCH_DEVICE={asked} in the environment: there is no such device here ({reason}); unset it, "
             "or name another one, such as cpu"
         ) from error
-
-
-SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.partial_results", "ham_hf.evaluation.working_size")
-"""Modules whose warnings concern the rows of one process."""
-
-
-def set_up_logging() -> None:
-    """Log to standard error: everything of ours on the main process, elsewhere only what the main one cannot say.
-
-    From here on, characters that a stream cannot show are replaced.
-    """
-    replace_what_cannot_be_shown()
-    rank = process_rank()
-    who = "%(name)s" if rank == 0 else f"%(name)s [process {rank}]"
-    # It has a handler of its own: everything would be said twice.
-    logging.getLogger("huggingface_hub").propagate = False
-    logging.basicConfig(
-        level=logging.WARNING if rank == 0 else logging.ERROR,
-        format=f"%(levelname)s {who}: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("ham_hf").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    if rank:
-        for name in SAID_BY_EACH_PROCESS:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        hide_progress_bars()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

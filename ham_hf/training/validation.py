@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
-from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.methods import BaseLoss, Batch, ClassRule
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
@@ -43,23 +43,16 @@ class HeldOutPart:
 
         ``with_verdict`` also runs CW with as many steps of the same length, which costs as much as PGD.
         """
-        attacks = [EvaluationAttack(name="pgd", num_steps=attack.num_steps, step_size=float(attack.step_size))]
-        if with_verdict:
-            attacks.append(replace(attacks[0], name="cw", loss="margin"))
         results = evaluate(
             module,
             self.images,
-            attacks,
-            threat_model=attack.threat_model,
-            accelerator=self.accelerator,
-            batch_size=self.batch_size,
-            seed=self.seed,
+            standard_attacks(attack)[: 2 if with_verdict else 1],
+            Workplace(accelerator=self.accelerator, batch_size=self.batch_size, seed=self.seed),
         )
         labels = self.images.labels
-        clean, robust = (summarize(results[name].flags, labels, self.num_classes) for name in ("clean", "pgd"))
-        verdict = None
-        if with_verdict:
-            verdict = summarize(results["pgd"].flags & results["cw"].flags, labels, self.num_classes)
+        right = [result.flags for result in results.values()]
+        clean, robust = (summarize(flags, labels, self.num_classes) for flags in right[:2])
+        verdict = summarize(right[1] & right[2], labels, self.num_classes) if with_verdict else None
         return HeldOutAccuracy(clean=clean, robust=robust, verdict=verdict)
 
     def sums(self, rule: ClassRule, module: nn.Module, *, loss: BaseLoss, attack: Attack, epoch: int) -> Tensor:

@@ -80,7 +80,7 @@ def test_every_kind_of_loader_gives_the_same_numbers_and_leaves_the_model_alone(
     assert all(weight.requires_grad and weight.grad is None for weight in net.parameters())
 
 
-def test_autoattack_counts_in_the_verdict(data: TensorDataset) -> None:
+def test_autoattack_counts_in_the_verdict(data: TensorDataset, quick_autoattack: type) -> None:
     net = group_norm_net().float()
     report = evaluate(net, DataLoader(data, batch_size=24), autoattack=True, attacks=[], threat_model=ThreatModel())
     assert list(report.attacks) == ["autoattack"]

@@ -14,12 +14,13 @@ import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 
 from ham_hf.data.pixels import BatchRequest
-from ham_hf.evaluation import AttackResult, evaluate, standard_attacks
+from ham_hf.evaluation import AttackResult, Workplace, evaluate, standard_attacks
 from tests.benchmarks import common
 from tests.benchmarks.workload import ATTACK, EPSILON, MARGIN, image_data, labels, network
 from tests.benchmarks.yardsticks import Floor
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -
     data = image_data(labels(args.num_images, 1 - args.right_fraction))
     if not margin:
         _label_by_prediction(model, data.test, args, device)
-    attack = standard_attacks(NUM_STEPS, EPSILON / 4)[0]
+    attack = standard_attacks(replace(ATTACK, num_steps=NUM_STEPS, step_size=EPSILON / 4))[0]
     floor = Floor(copy.deepcopy(model).to(memory_format=torch.channels_last), args.precision, args.precision)
     requests = [BatchRequest(part, None) for part in torch.arange(args.num_images).split(args.batch_size)]
     right = []
@@ -51,10 +52,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -
             model,
             data.test,
             [attack],
-            threat_model=ATTACK.threat_model,
-            accelerator=accelerator,
-            batch_size=args.batch_size,
-            seed=0,
+            Workplace(accelerator=accelerator, batch_size=args.batch_size, seed=0),
         )
 
     def bare() -> None:

@@ -21,7 +21,7 @@ from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import calibration
 from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
-from ham_hf.models.head import read_biases
+from ham_hf.models.head import check_foldable, read_biases
 from ham_hf.reporting.calibration import calibration_report
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
@@ -255,16 +255,20 @@ class TestStranger:
         stranger(name, tmp_path / "model", label_names=NAMES, **arguments)
         words = [f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"]
         original = load_pixel_model(str(tmp_path / "model"))
-        dial.check_head(original.model, num_classes=2, image_size=32)
+        check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
         found = calibration.Calibration(
-            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,), rounds=1, passes=1
+            fairness=0.0,
+            shifts=(0.7, -0.7),
+            factors=(1.0,) * 2,
+            counts=(2, 2),
+            frontier=(point,),
+            rounds=1,
+            passes=1,
+            attack=calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01).settings(0),
         )
-        attack = calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01)
-        report = calibration_report(
-            found, attack, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0
-        )
+        report = calibration_report(found, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0)
         config = parse_calibrate_config(words)
         dial.export_calibrated(config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause")
         new = load_pixel_model(str(tmp_path / "out"))

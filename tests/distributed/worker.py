@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.evaluation import EvaluationAttack, evaluate
+from ham_hf.evaluation import NamedAttack, Workplace, evaluate
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
 from ham_hf.evaluation.foreign import foreign_attack
@@ -92,27 +93,25 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     net = group_norm_net()
     x = torch.rand(23, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     y = labeled_for(net, x, [i % 5 == 0 for i in range(23)])
-    threat = ThreatModel("linf", 0.05)
+    threat, place = ThreatModel("linf", 0.05), Workplace(accelerator=accelerator, batch_size=4, seed=1)
     # Of two processes, the second one has to halve its batches; the first one does not wait for it.
     attacked = LittleMemory(net) if accelerator.process_index else net
     results = evaluate(
         attacked,
         TensorImages(x, y),
-        [EvaluationAttack(name="pgd", num_steps=3, step_size=0.02), foreign_attack("noise", random_signs)],
-        threat_model=threat,
-        accelerator=accelerator,
-        batch_size=4,
-        seed=1,
+        [
+            NamedAttack(name="pgd", threat_model=threat, num_steps=3, step_size=0.02),
+            replace(foreign_attack("noise", random_signs), threat_model=threat),
+        ],
+        place,
     )
     attacked.float()
     auto = evaluate_autoattack(
         attacked,
         TensorImages(x.float(), y),
+        place,
         num_classes=4,
         threat_model=threat,
-        accelerator=accelerator,
-        batch_size=4,
-        seed=1,
         num_examples=7,
     )
     corrupted = evaluate_corruptions(
@@ -120,10 +119,8 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         TensorImages(x.float(), y),
         ["gaussian_noise", "fog"],
         [1, 5],
+        place,
         num_channels=3,
-        accelerator=accelerator,
-        batch_size=4,
-        seed=1,
     )
     return {
         "corrupted": torch.stack([found.flags for found in corrupted]),

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ham_hf.evaluation import corruptions
+from ham_hf.evaluation import Workplace, corruptions
 from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
 from ham_hf.evaluation.corruptions import (
     CORRUPTIONS,
@@ -24,8 +24,7 @@ from ham_hf.evaluation.corruptions import (
     corrupt,
     corruption_constants,
 )
-from ham_hf.evaluation.partial_results import partial_results
-from tests.support.nets import TensorImages, group_norm_net
+from tests.support.nets import TensorImages, Watched, group_norm_net
 
 ALL = CORRUPTIONS + EXTRA_CORRUPTIONS
 # Where the published constants do not make every severity stronger than the one before on every image.
@@ -292,32 +291,9 @@ def test_names_are_the_benchmarks_and_what_is_left_out_says_why():
         chosen_corruptions(["saturate"], num_channels=1)
 
 
-class Counted(nn.Module):
-    """A network that counts its passes and breaks off after some."""
-
-    def __init__(self, net, break_after=None):
-        super().__init__()
-        self.net, self.passes, self.break_after = net, 0, break_after
-
-    def forward(self, x):
-        self.passes += 1
-        if self.passes == self.break_after:
-            raise KeyboardInterrupt
-        return self.net(x)
-
-
-def accuracy(net, images, partial=None, names=("gaussian_noise", "contrast"), seed=3, batch_size=4):
-    return evaluate_corruptions(
-        net,
-        images,
-        names,
-        (1, 5),
-        num_channels=3,
-        accelerator=Accelerator(cpu=True),
-        batch_size=batch_size,
-        seed=seed,
-        partial=partial,
-    )
+def accuracy(net, images, folder=None, names=("gaussian_noise", "contrast"), seed=3):
+    place = Workplace(accelerator=Accelerator(cpu=True), batch_size=4, seed=seed, output_dir=folder)
+    return evaluate_corruptions(net, images, names, (1, 5), place, num_channels=3)
 
 
 def test_flags_are_those_of_a_loop_and_an_interrupted_evaluation_goes_on(tmp_path):
@@ -326,7 +302,7 @@ def test_flags_are_those_of_a_loop_and_an_interrupted_evaluation_goes_on(tmp_pat
         y = net(x).argmax(1)
     y[3] = (y[3] + 1) % 4
     images = TensorImages(x, y)
-    whole = Counted(net)
+    whole = Watched(net)
     found = accuracy(whole, images)
     assert [(result.name, result.severity) for result in found] == [
         ("gaussian_noise", 1), ("gaussian_noise", 5), ("contrast", 1), ("contrast", 5),
@@ -337,16 +313,16 @@ def test_flags_are_those_of_a_loop_and_an_interrupted_evaluation_goes_on(tmp_pat
             assert torch.equal(result.flags, net(corrupted).argmax(1) == y)
     assert net.training
     assert any(result.flags.any() and not result.flags.all() for result in found)
-    broken = Counted(net, break_after=whole.passes * 2 // 3)
+    broken = Watched(net, break_after=whole.passes * 2 // 3)
     with pytest.raises(KeyboardInterrupt):
-        accuracy(broken, images, partial_results(tmp_path, net, images))
-    rest = Counted(net)
-    again = accuracy(rest, images, partial_results(tmp_path, net, images))
+        accuracy(broken, images, tmp_path)
+    rest = Watched(net)
+    again = accuracy(rest, images, tmp_path)
     assert all(torch.equal(ours.flags, theirs.flags) for ours, theirs in zip(again, found, strict=True))
     assert rest.passes == whole.passes // 2
     # Another seed, or another batch size, computes anew.
-    other = Counted(net)
-    accuracy(other, images, partial_results(tmp_path, net, images), seed=4)
+    other = Watched(net)
+    accuracy(other, images, tmp_path, seed=4)
     assert other.passes == whole.passes
 
 

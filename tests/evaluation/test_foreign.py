@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_hf
-from ham_hf.attacks import ThreatModel
-from ham_hf.evaluation import evaluate, standard_attacks
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.evaluation.foreign import (
     ForeignAttackError,
     foreign_attack,
-    foreign_attacks,
     load_foreign_attack,
     load_foreign_attacks,
 )
-from ham_hf.evaluation.partial_results import partial_results
 from tests.conftest import ROOT
-from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for
+from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for
 
 EPSILON = 0.05
 
@@ -47,17 +45,10 @@ def split(net, num=30):
     return TensorImages(x, labeled_for(net, x, [i % 6 == 0 for i in range(num)]))
 
 
-def run(net, images, attacks, *, threat=None, batch_size=8, partial=None, seed=2):
-    return evaluate(
-        net,
-        images,
-        attacks,
-        threat_model=threat or ThreatModel("linf", EPSILON),
-        accelerator=Accelerator(cpu=True),
-        batch_size=batch_size,
-        seed=seed,
-        partial=partial,
-    )
+def run(net, images, attacks, *, threat=None, folder=None, seed=2):
+    threat_model = threat or ThreatModel("linf", EPSILON)
+    place = Workplace(accelerator=Accelerator(cpu=True), batch_size=8, seed=seed, output_dir=folder)
+    return evaluate(net, images, [replace(attack, threat_model=threat_model) for attack in attacks], place)
 
 
 @pytest.mark.parametrize(("norm", "function"), [("linf", sign_step), ("l2", l2_step)])
@@ -170,9 +161,9 @@ def test_largest_distance_is_named_and_rounding_is_forgiven():
         return x + torch.tensor([0.01, 0.06, 0.05, 0.25]).view(-1, 1, 1, 1)
 
     with pytest.raises(ForeignAttackError, match=r"2 of 4 .*the largest distance is 0\.25; give it the radius"):
-        foreign_attack("far", far).perturb(net, x, y, threat_model=threat, seed=0)
+        replace(foreign_attack("far", far), threat_model=threat).perturb(net, x, y, seed=0)
     nearly = foreign_attack("nearly", lambda model, x, y: x + EPSILON + 5e-6)
-    found = nearly.perturb(net, x, y, threat_model=threat, seed=0)
+    found = replace(nearly, threat_model=threat).perturb(net, x, y, seed=0)
     assert torch.equal(found, threat.project(x + EPSILON + 5e-6, x))
     assert (found - x).abs().max() <= EPSILON + 1e-7
 
@@ -199,17 +190,6 @@ def test_attack_that_changes_the_model_is_refused_and_buffers_are_restored():
         run(net, split(batch_norm_net().float()), [foreign_attack("tunes", tunes)])
 
 
-class LittleMemory(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        if len(x) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-
 def test_out_of_memory_halves_the_batch_and_finished_batches_are_kept(tmp_path):
     net = group_norm_net().float()
     images, calls = split(net), []
@@ -220,12 +200,12 @@ def test_out_of_memory_halves_the_batch_and_finished_batches_are_kept(tmp_path):
 
     attack = foreign_attack("mine", counted)
     expected = run(net, images, [attack])["mine"]
-    found = run(LittleMemory(net), images, [attack])["mine"]
+    found = run(Watched(net, limit=3, limit_always=3), images, [attack])["mine"]
     assert torch.equal(found.predictions, expected.predictions)
     calls.clear()
-    run(net, images, [attack], partial=partial_results(tmp_path, net, images))
+    run(net, images, [attack], folder=tmp_path)
     first = len(calls)
-    again = run(net, images, [attack], partial=partial_results(tmp_path, net, images))["mine"]
+    again = run(net, images, [attack], folder=tmp_path)["mine"]
     assert len(calls) == first > 0
     assert torch.equal(again.margins, expected.margins)
 
@@ -297,7 +277,7 @@ def test_python_interface_counts_functions_in_the_verdict():
     rights = [report.verdicts.right(name) for name in report.attacks]
     assert torch.equal(report.verdicts.withstood, torch.stack(rights).all(0))
     assert "signs" in str(report)
-    alone = ham_hf.evaluate(net, loader, attacks=foreign_attacks({"signs": sign_step}), **options)
+    alone = ham_hf.evaluate(net, loader, attacks=[foreign_attack("signs", sign_step)], **options)
     assert list(alone.attacks) == ["signs"]
     assert torch.equal(alone.verdicts.withstood, alone.verdicts.right("signs"))
     with torch.inference_mode():
@@ -307,7 +287,6 @@ def test_python_interface_counts_functions_in_the_verdict():
         ham_hf.evaluate(net, loader, attacks={"far": lambda model, x, y: (x + 0.3).clamp(0, 1)}, **options)
     with pytest.raises(ValueError, match="two attacks are called pgd-2"):
         ham_hf.evaluate(net, loader, attacks={"pgd-2": sign_step}, **options)
-    assert standard_attacks(2, 0.1)[0].name == "pgd-2"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +301,8 @@ def test_attacks_of_other_libraries_count_like_ours(package, name, monkeypatch):
     monkeypatch.setitem(attack.function.__globals__, "EPSILON", EPSILON)
     net = group_norm_net().float()
     images = split(net, 60)
-    found = run(net, images, [*standard_attacks(20, EPSILON / 4), attack])
+    ours = Attack(threat_model=ThreatModel("linf", EPSILON), num_steps=20, step_size=EPSILON / 4)
+    found = run(net, images, [*standard_attacks(ours), attack])
     ours, theirs = found["pgd-20"], found[attack.name]
     assert theirs.flags.sum() < found["clean"].flags.sum()
     assert abs(int(theirs.flags.sum()) - int(ours.flags.sum())) <= 6

@@ -14,45 +14,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ham_hf.attacks import ThreatModel
-from ham_hf.evaluation import evaluate, memory_layout, standard_attacks
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.evaluation import Workplace, evaluate, memory_layout, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, partial_results, remove_partial_results
+from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, remove_partial_results
 from ham_hf.reporting.report import read_report
-from tests.support.nets import TensorImages, group_norm_net
+from tests.support.nets import TensorImages, Watched, group_norm_net
 from tests.support.recipe_runs import SMALL, launch_command, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
 # Some images fall and some do not, and which ones depends on the random starts.
 THREAT = ThreatModel("linf", 0.05)
-
-
-class Watched(nn.Module):
-    """A network that counts its passes, breaks off after some, and has memory for few rows.
-
-    Rows are limited where a graph is built (``limit``), and everywhere (``limit_always``).
-    """
-
-    def __init__(self, net, *, break_after=None, limit=None, limit_always=None):
-        super().__init__()
-        self.net, self.passes = net, 0
-        self.break_after, self.limit, self.limit_always = break_after, limit, limit_always
-
-    def forward(self, x):
-        self.passes += 1
-        if self.passes == self.break_after:
-            raise KeyboardInterrupt
-        limit = self.limit if torch.is_grad_enabled() and x.requires_grad else self.limit_always
-        if limit is not None and len(x) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-    def __repr__(self):
-        return repr(self.net)
-
-    def named_parameters(self, *args, **options):
-        return self.net.named_parameters(*args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,34 +43,15 @@ def split(num=88, seed=0):
     return TensorImages(x, y)
 
 
-def pgd_results(net, images, accelerator, partial=None, *, num_steps=1, batch_size=10, threat=THREAT, seed=4):
-    found = evaluate(
-        net,
-        images,
-        standard_attacks(num_steps, 0.02),
-        threat_model=threat,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        seed=seed,
-        partial=partial,
-    )
-    return [found[name] for name in found]
+def pgd_results(net, images, accelerator, folder=None, *, num_steps=1, batch_size=10, threat=THREAT, seed=4):
+    attacks = standard_attacks(Attack(threat_model=threat, num_steps=num_steps, step_size=0.02))
+    place = Workplace(accelerator=accelerator, batch_size=batch_size, seed=seed, output_dir=folder)
+    return list(evaluate(net, images, attacks, place).values())
 
 
-def auto_results(net, images, accelerator, partial=None, *, num_examples=None, batch_size=10, threat=THREAT, seed=4):
-    return [
-        evaluate_autoattack(
-            net,
-            images,
-            num_classes=4,
-            threat_model=threat,
-            accelerator=accelerator,
-            batch_size=batch_size,
-            seed=seed,
-            num_examples=num_examples,
-            partial=partial,
-        )
-    ]
+def auto_results(net, images, accelerator, folder=None, *, num_examples=None, batch_size=10, threat=THREAT, seed=4):
+    place = Workplace(accelerator=accelerator, batch_size=batch_size, seed=seed, output_dir=folder)
+    return [evaluate_autoattack(net, images, place, num_classes=4, threat_model=threat, num_examples=num_examples)]
 
 
 def assert_same(found, expected):
@@ -128,18 +82,18 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(run, accelerator, tmp_p
     assert differ(expected, run(group_norm_net().float(), images, accelerator, seed=5))
     broken = Watched(group_norm_net().float(), break_after=whole.passes * 2 // 3)
     with pytest.raises(KeyboardInterrupt):
-        run(broken, images, accelerator, partial_results(tmp_path, broken, images))
+        run(broken, images, accelerator, tmp_path)
     kept = list((tmp_path / PARTIAL_RESULTS).rglob("*.json"))
     assert kept
     caplog.set_level(logging.INFO)
     rest = Watched(group_norm_net().float())
-    found = run(rest, images, accelerator, partial_results(tmp_path, rest, images))
+    found = run(rest, images, accelerator, tmp_path)
     assert_same(found, expected)
     assert "batches are kept from an interrupted run" in caplog.text
     assert rest.passes < whole.passes * 2 / 3
     # Finished, it is all there: nothing is attacked again.
     again = Watched(group_norm_net().float())
-    assert_same(run(again, images, accelerator, partial_results(tmp_path, again, images)), expected)
+    assert_same(run(again, images, accelerator, tmp_path), expected)
     assert again.passes == 0
     remove_partial_results(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +105,7 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(run, accelerator, tmp_p
 )
 def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_path, quick_autoattack):
     net, images, options = group_norm_net().float(), split(), {}
-    run(net, images, accelerator, partial_results(tmp_path, net, images))
+    run(net, images, accelerator, tmp_path)
     if change == "weights":
         with torch.no_grad():
             next(net.parameters())[0, 0, 0, 0] += 1e-3
@@ -172,7 +126,7 @@ def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_
         )
     watched = Watched(net)
     assert_same(
-        run(watched, images, accelerator, partial_results(tmp_path, watched, images), **options),
+        run(watched, images, accelerator, tmp_path, **options),
         run(net, images, accelerator, **options),
     )
     fresh = Watched(net)
@@ -182,21 +136,20 @@ def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_
 
 def test_time_of_earlier_parts_counts(accelerator, tmp_path):
     net, images = group_norm_net().float(), split()
-    partial = partial_results(tmp_path, net, images)
-    first = pgd_results(net, images, accelerator, partial)
-    again = pgd_results(net, images, accelerator, partial)
+    first = pgd_results(net, images, accelerator, tmp_path)
+    again = pgd_results(net, images, accelerator, tmp_path)
     assert [ours.seconds for ours in again] == pytest.approx([ours.seconds for ours in first])
     path = sorted((tmp_path / PARTIAL_RESULTS).rglob("*.json"))[0]
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"seconds": [100.0, 200.0, 300.0]}))
-    slower = pgd_results(net, images, accelerator, partial)
+    slower = pgd_results(net, images, accelerator, tmp_path)
     assert [round(ours.seconds, -2) for ours in slower] == [100, 200, 300]
 
 
 def test_disk_that_takes_nothing_does_not_stop_the_evaluation(accelerator, tmp_path, caplog):
     net, images = group_norm_net().float(), split()
     (tmp_path / PARTIAL_RESULTS).write_text("a file where the folder should be")
-    found = pgd_results(net, images, accelerator, partial_results(tmp_path, net, images))
+    found = pgd_results(net, images, accelerator, tmp_path)
     assert_same(found, pgd_results(net, images, accelerator))
     assert "cannot be written" in caplog.text
 

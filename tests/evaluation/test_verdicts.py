@@ -30,7 +30,6 @@ def result(name, predictions, margins, indices=None, **settings):
     return AttackResult(
         name=name,
         settings=settings,
-        flags=predictions == LABELS[indices],
         predictions=predictions,
         margins=torch.tensor(margins),
         labels=LABELS[indices],
@@ -42,7 +41,7 @@ def result(name, predictions, margins, indices=None, **settings):
 def results(**changes):
     """Image 0 withstands all, 1 falls to one attack alone, 2 is wrong as it is, 3 to 5 are not seen by autoattack."""
     found = {
-        "clean": result("clean", [0, 0, 2, 1, 2, -1], [3.0, 2.0, -1.0, 1.0, 0.5, NAN]),
+        "clean": result("clean", [0, 0, 2, 1, 2, -1], [3.0, 2.0, -1.0, 1.0, INF, NAN]),
         "pgd-2": result("pgd-2", [0, 0, 2, 1, 0, -1], [1.0, 1.5, -1.0, 0.25, -2.0, NAN], num_steps=2, seed=7),
         "autoattack": result(
             "autoattack", [1, 2, 0], [-0.5, -1.0, 2.0], indices=[1, 2, 0], seed=7, version="standard"
@@ -70,7 +69,7 @@ def test_verdicts_against_a_loop_over_the_images(tmp_path):
     assert [row["verdict"] for row in rows] == [True, False, False, None, None, None]
     assert [row["prediction_autoattack"] for row in rows] == [0, 1, 2, None, None, None]
     assert [row["prediction_clean"] for row in rows] == [0, 0, 2, 1, 2, -1]
-    assert [row["margin_clean"] for row in rows] == [3.0, 2.0, -1.0, 1.0, 0.5, None]
+    assert [row["margin_clean"] for row in rows] == [3.0, 2.0, -1.0, 1.0, INF, None]
     assert [row["margin_attacked"] for row in rows] == [1.0, -0.5, -1.0, 0.25, -2.0, None]
 
 
@@ -97,12 +96,6 @@ def test_writing_twice_gives_the_same_bytes_and_replaces(tmp_path):
     other = results(autoattack=result("autoattack", [0], [1.0], indices=[0]))
     assert write_verdicts(verdicts_of(other, NAMES), tmp_path).read_bytes() != first
     assert write_verdicts(verdicts_of(results(), NAMES), tmp_path).read_bytes() == first
-
-
-def test_margins_that_are_infinite_stay_so(tmp_path):
-    clean = result("clean", [0, 0, 1, 1, 2, 2], [INF] * 6)
-    write_verdicts(verdicts_of({"clean": clean, "pgd-2": clean}, NAMES), tmp_path)
-    assert read_verdicts(tmp_path).margins_attacked.tolist() == [INF] * 6
 
 
 def test_the_headline_is_of_the_images_that_every_attack_saw():

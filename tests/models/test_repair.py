@@ -78,7 +78,6 @@ def test_older_exports_are_read_without_repair(tmp_path):
         with torch.no_grad():
             found = PixelModel(again.eval(), settings.mean, settings.std)(x)
         assert found.shape == (2, num_classes)
-    torch.testing.assert_close(logits(tmp_path), logits(tmp_path))
 
 
 def test_repaired_folder_loads_in_transformers(tmp_path):
@@ -204,6 +203,7 @@ print(classify(Image.new("RGB", (40, 50)))[0]["label"])
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_both_forms_from_the_hub(hub, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
     export(trained("test_vit", 32, 1, patch_size=8), tmp_path / "run", preprocessing(32, 1))

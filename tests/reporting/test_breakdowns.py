@@ -39,7 +39,6 @@ def made_up(num=80, classes=10):
         results[name] = AttackResult(
             name=name,
             settings={} if name == "clean" else {"function": "m.py:attack"},
-            flags=flags[indices],
             predictions=torch.where(flags, labels, (labels + 1) % classes)[indices],
             margins=torch.zeros(len(indices)),
             labels=labels[indices],

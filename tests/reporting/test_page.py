@@ -55,11 +55,9 @@ def made_up_verdicts(num_images: int = 60, num_classes: int = 10, *, seed: int =
         wrong = torch.rand(num_images, generator=generator) < 0.3
         other = (labels + torch.randint(1, num_classes, (num_images,), generator=generator)) % num_classes
         predictions = torch.where(wrong, other, labels)
-        flags = ~wrong if name == "clean" else ~wrong & results["clean"].flags
         results[name] = AttackResult(
             name=name,
             settings={},
-            flags=flags,
             predictions=predictions,
             labels=labels,
             margins=torch.randn(num_images, generator=generator),
@@ -203,7 +201,6 @@ def test_a_run_makes_images_of_its_own_model() -> None:
         name: AttackResult(
             name=name,
             settings={},
-            flags=predictions == labels,
             predictions=predictions,
             labels=labels,
             margins=torch.randn(40),

@@ -59,3 +59,30 @@ class TensorImages:
         for request in requests:
             indices = request.indices
             yield PixelBatch(self.x[indices].to(device), self.labels[indices].to(device), indices)
+
+
+class Watched(nn.Module):
+    """A network that counts its passes, breaks off after some, and has memory for few rows.
+
+    Rows are limited where a graph is built (``limit``), and everywhere (``limit_always``).
+    """
+
+    def __init__(self, net, *, break_after=None, limit=None, limit_always=None):
+        super().__init__()
+        self.net, self.passes = net, 0
+        self.break_after, self.limit, self.limit_always = break_after, limit, limit_always
+
+    def forward(self, x):
+        self.passes += 1
+        if self.passes == self.break_after:
+            raise KeyboardInterrupt
+        limit = self.limit if torch.is_grad_enabled() and x.requires_grad else self.limit_always
+        if limit is not None and len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.net(x)
+
+    def __repr__(self):
+        return repr(self.net)
+
+    def named_parameters(self, *args, **options):
+        return self.net.named_parameters(*args, **options)

@@ -141,8 +141,10 @@ def test_what_an_ordinary_launch_sets_is_no_warning(processes, subprocess_env, t
     script = tmp_path / "create.py"
     script.write_text(
         "import os\n"
-        "from ham_hf.training.launch import create_accelerator, set_up_logging\n"
-        "set_up_logging()\n"
+        "from ham_hf.terminal import set_up_logging\n"
+        "from ham_hf.training.environment import process_rank\n"
+        "from ham_hf.training.launch import create_accelerator\n"
+        "set_up_logging(process_rank())\n"
         # One write each: print writes text and newline apart, which two processes may interleave.
         "os.write(1, b'%d\\n' % create_accelerator(use_cpu=True).num_processes)\n"
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.evaluation import evaluate, standard_attacks
+from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.metrics import ClassAccuracy
 from ham_hf.training.checkpoint import list_checkpoints, load_best
@@ -155,11 +155,8 @@ def test_the_held_out_verdict_is_that_of_both_attacks_on_the_selected_weights(tm
     results = evaluate(
         run.selected_module,
         validation,
-        standard_attacks(run.config.validation_num_steps, ATTACK.step_size),
-        threat_model=ATTACK.threat_model,
-        accelerator=run.accelerator,
-        batch_size=run.eval_batch_size,
-        seed=run.config.seed,
+        standard_attacks(replace(ATTACK, num_steps=run.config.validation_num_steps)),
+        Workplace(accelerator=run.accelerator, batch_size=run.eval_batch_size, seed=run.config.seed),
     )
     right = torch.stack([result.flags for result in results.values()]).all(0)
     record = next(record for record in progress.history if record["step"] == best["step"])
