@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
 from ham_hf.data import ImageData, PixelBatch
-from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, Workplace, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
 from ham_hf.precision import attack_passes
@@ -227,7 +227,7 @@ class Trainer:
             since = time.perf_counter()
             self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
-            self._add_passes(self._passes_of_all_processes())
+            self._count_passes()
         batches = self.layout.batches(
             self.data.train,
             epoch=epoch,
@@ -291,7 +291,8 @@ class Trainer:
         totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
         elapsed = time.perf_counter() - since
         self.progress.seconds += elapsed
-        self._add_passes(totals.passes)
+        if self.progress.passes is not None:
+            self.progress.passes += totals.passes
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.updates + totals.overflows == 0
@@ -334,7 +335,7 @@ class Trainer:
             record |= held_out_record(held_out)
             score = selection_score(held_out, self.config.selection_metric, last=score)
         self.progress.seconds += time.perf_counter() - since
-        self._add_passes(self._passes_of_all_processes())
+        self._count_passes()
         self.log.write("validation", step, record)
         self.progress.history.append({"step": step, **record})
         self._select_if_best(score, epoch)
@@ -356,14 +357,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.files.select(weights, self.progress.best)
 
-    def _add_passes(self, passes: float) -> None:
-        if self.progress.passes is not None:
-            self.progress.passes += passes
-
-    def _passes_of_all_processes(self) -> float:
-        """Passes since they were last added up, outside of updates."""
+    def _count_passes(self) -> None:
+        """Add up the passes of all processes since the last update."""
         passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
-        return float(self.accelerator.reduce(passes, "sum"))
+        total = float(self.accelerator.reduce(passes, "sum"))
+        if self.progress.passes is not None:
+            self.progress.passes += total
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Refuse to select weights that are not finite; without held-out images no logits have told so."""
@@ -410,9 +409,7 @@ class Trainer:
         return HeldOutPart(
             images=self.data.validation,
             num_classes=self.num_classes,
-            accelerator=self.accelerator,
-            batch_size=self.eval_batch_size,
-            seed=self.config.seed,
+            place=Workplace(accelerator=self.accelerator, batch_size=self.eval_batch_size, seed=self.config.seed),
         )
 
     def _save(self, *, ends_training: bool = False) -> None:
