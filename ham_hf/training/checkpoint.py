@@ -295,7 +295,7 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
                 damaged.append(f"{path.name}: {error}")
             else:
                 for reason in damaged:
-                    logger.warning("%s is damaged (%s); going on from %s", *reason.split(": ", 1), path.name)
+                    logger.warning("%s is damaged (%s); continuing from %s", *reason.split(": ", 1), path.name)
                 return path
         if damaged:
             raise ValueError(

@@ -216,7 +216,7 @@ def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, u
         if complete:
             later = f"the last, the run was started again with {changed}, and trained no more."
         progress.changes.append(f"After update {progress.step}, {later}")
-        logger.warning("the run goes on with %s: the card will say so", changed)
+        logger.warning("the run continues with %s: the card will say so", changed)
     if not complete:
         progress.changeable = now
 

@@ -195,7 +195,7 @@ class Trainer:
                 images, or the weights that were to be selected, are not.
             MemoryExhaustedError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
-                ones that cannot be written are logged, and training goes on.
+                ones that cannot be written are logged, and training continues.
         """
         self.log = RunLog(
             self.accelerator,
@@ -245,7 +245,7 @@ class Trainer:
             with explain_out_of_memory(fix):
                 stopping = self._one_update(epoch, batches, stop)
             if stopping:
-                # Validation can take longer than there is time: the run begins with it when it goes on.
+                # Validation can take longer than there is time: a run that continues begins with it.
                 self.progress.validation_due = epoch if self.progress.step == last else None
                 self._save_and_stop(stop() or "a request to another process")
             elif self.progress.step == last:
@@ -255,7 +255,7 @@ class Trainer:
 
     def _end_of_epoch(self, epoch: int) -> None:
         with explain_out_of_memory(
-            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest goes on"
+            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest continues"
         ):
             try:
                 self._validate(epoch)
@@ -324,7 +324,7 @@ class Trainer:
         record: dict[str, Any] = {"epoch": epoch}
         record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
         if isinstance(self.average, GatedAverage) and self.progress.step % self.updates_per_epoch == 0:
-            # Not where max_steps cuts an epoch short: a longer run may go on with it.
+            # Not where max_steps cuts an epoch short: a longer run may continue it.
             robust = self._held_out(self.module).robust
             record["averaged"] = self.average.update(self.module, [entry.accuracy for entry in robust.per_class])
             self.progress.averaged_epochs = self.average.updates
@@ -440,7 +440,7 @@ class Trainer:
             raise CheckpointWriteError(
                 f"training is at update {step} of {self.total_steps}, and checkpoint-{step} is missing: "
                 f"{problem or 'the main process could not write it'}; make room there, or make it writable, and "
-                f"finish with the same command and --resume_from_checkpoint latest, which goes on from "
+                f"finish with the same command and --resume_from_checkpoint latest, which continues from "
                 f"{self.files.kept()}"
             )
 

@@ -508,7 +508,7 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
         assert torch.equal(longer.module.state_dict()[name], value)
     changed = "--num_train_epochs 2 instead of 1"
     assert progress.changes == [f"After update 6, from epoch 2 on, the run had {changed}."]
-    assert f"the run goes on with {changed}: the card will say so" in caplog.text
+    assert f"the run continues with {changed}: the card will say so" in caplog.text
     assert direct.progress.changes == []
     again = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
     again.resume()
