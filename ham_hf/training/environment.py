@@ -159,11 +159,7 @@ def fate(name: str) -> str | None:
 
 
 def check_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse values that accelerate or torch would stumble over.
-
-    Raises:
-        ValueError: naming the variable, its value, what was expected and what to do.
-    """
+    """Refuse, by name and with the fix, values that accelerate or torch would fail on."""
     for name, least in LAYOUT.items():
         value = environment.get(name, str(least))
         if not re.fullmatch(r"\s*[-+]?[0-9]{1,9}\s*", value) or int(value) < least:
@@ -191,11 +187,7 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse variables that are set to neither yes nor no.
-
-    Raises:
-        ValueError: naming the variable, its value, what was expected and what to do.
-    """
+    """Refuse, by name and with the fix, variables that are set to neither yes nor no."""
     for name in names:
         value = environment.get(name, "no")
         if value.lower() not in _ON + _OFF:

@@ -96,11 +96,7 @@ class MethodState:
         return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `tensors` gave.
-
-        Raises:
-            ValueError: if it belongs to another method or another number of classes.
-        """
+        """Load what `tensors` gave; ValueError if it is of another method or another number of classes."""
         own = self.tensors()
         if {name: value.shape for name, value in own.items()} != {k: v.shape for k, v in tensors.items()}:
             raise ValueError(

@@ -296,11 +296,7 @@ def _describe(owner: Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make an output folder, with those above it.
-
-    Raises:
-        OSError: naming the setting and what to do, where the system's message names neither.
-    """
+    """Make an output folder, with those above it; an OSError names the setting and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
