@@ -1,4 +1,4 @@
-"""Two models on the same images: what one is right on and the other is not, tested and with intervals."""
+"""Two models on the same images: test and bound the difference of their accuracies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ham_hf.intervals import REPETITIONS
-from ham_hf.metrics import summarize
+from ham_hf.metrics import num_worst, summarize
 
 _ENDS = (0.025, 0.975)
 
@@ -92,10 +92,9 @@ def compare_paired(
     """Compare two models on the same images, in one or several pairs of runs (one per training seed).
 
     Averages: exact McNemar test per pair. All three differences: bootstrap of images within each class, the same
-    images for both models and all pairs. Which classes are the worst is what the reference of each pair says, and is
-    not found out again in each resample. As they were chosen for being low, the reference is a little better there
-    than it looks: small gains in these classes are partly that. What training with other seeds would give is not in
-    the intervals: look at ``per_seed``.
+    images for both models and all pairs. The worst classes are those of each pair's reference and are not chosen again
+    in each resample. They were chosen for being low, so the reference is a little better there than it looks, and
+    small gains in these classes are partly that. The intervals do not cover other training seeds: see ``per_seed``.
 
     Args:
         reference: (S, N) bool, right or not, one row per pair.
@@ -115,36 +114,36 @@ def compare_paired(
         )
     pairs = range(len(reference))
     worst = [_worst_first(flags, labels, num_classes) for flags in reference]
-    num_worst = [max(1, -(-30 * len(classes) // 100)) for classes in worst]
     flags = np.concatenate([reference.numpy(), other.numpy()]).astype(np.int64)  # (2 S, N)
     counts = np.bincount(labels.numpy(), minlength=num_classes)
     seen = _class_sums(flags, labels.numpy(), counts)[None]
     drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
 
-    def difference(classes: list[list[int]]) -> Difference:
-        """Of the mean over these classes of each pair."""
-        found = [_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)]
-        low, high = np.quantile(found[1].mean(1), _ENDS)
-        values = tuple(found[0][0].tolist())
-        return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
+    def of_classes(classes: list[list[int]]) -> Difference:
+        """Difference of the mean over these classes of each pair."""
+        return _difference(*(_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)))
 
     totals = [
         (sums[..., len(reference) :] - sums[..., : len(reference)]).sum(1) / len(labels) for sums in (seen, drawn)
     ]
-    low, high = np.quantile(totals[1].mean(1), _ENDS)
     only_reference = [int((reference[pair] & ~other[pair]).sum()) for pair in pairs]
     only_other = [int((other[pair] & ~reference[pair]).sum()) for pair in pairs]
     return PairedComparison(
         num_examples=len(labels),
-        average=Difference(
-            per_seed=tuple(totals[0][0].tolist()), mean=float(totals[0].mean()), low=float(low), high=float(high)
-        ),
-        worst_class=difference([classes[:1] for classes in worst]),
-        worst_30_percent=difference([classes[:num] for classes, num in zip(worst, num_worst, strict=True)]),
+        average=_difference(*totals),
+        worst_class=of_classes([classes[:1] for classes in worst]),
+        worst_30_percent=of_classes([classes[: num_worst(len(classes))] for classes in worst]),
         only_reference=tuple(only_reference),
         only_other=tuple(only_other),
         p_values=tuple(mcnemar(*numbers) for numbers in zip(only_reference, only_other, strict=True)),
     )
+
+
+def _difference(seen: NDArray[np.float64], drawn: NDArray[np.float64]) -> Difference:
+    """From the differences of S pairs: those seen (1, S), and resampled (repetitions, S)."""
+    low, high = np.quantile(drawn.mean(1), _ENDS)
+    values = tuple(seen[0].tolist())
+    return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
 
 
 def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:

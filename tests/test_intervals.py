@@ -18,7 +18,7 @@ from tests.benchmarks.coverage import COUNTS, PROFILES, coverage, worst_class_co
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_worst_class_interval_holds_the_true_number(profile, count):
-    assert worst_class_coverage(PROFILES[profile], count, simulations=1500) >= 0.93
+    assert worst_class_coverage(PROFILES[profile], count, simulations=300) >= 0.93
 
 
 def test_worst_class_interval_is_made_of_the_smallest_ends():

@@ -28,7 +28,7 @@ from ham_hf.evaluation.calibration import (
 from ham_hf.evaluation.calibration import calibrate as find_shifts
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.models.head import SHIFTED_LOGITS_TOLERANCE, HeadError, fold_shifts
-from ham_hf.reporting.report import percent, text_table
+from ham_hf.reporting.formats import percent, text_table
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_attack
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
-from ham_hf.reporting.breakdown_tables import each_group_rows, group_rows
 from ham_hf.reporting.breakdowns import GroupReport, group_report
-from ham_hf.reporting.report import AttackReport, interval_text, percent, plain_text, text_table
+from ham_hf.reporting.formats import interval_text, percent, plain_text, text_table
+from ham_hf.reporting.report import AttackReport
 from ham_hf.reporting.run_report import attack_reports, verdict_of
+from ham_hf.reporting.tables import each_group_rows, group_rows
 
 MAX_ROWS = 20
 """Classes that the table of a report lists; of more, the weakest."""

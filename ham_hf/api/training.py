@@ -34,14 +34,14 @@ from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.class_examples import class_examples, example_strip
+from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
     training_report,
     training_section,
     write_config,
-    write_training,
+    write_run,
 )
 from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
 from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
@@ -367,10 +367,10 @@ def _write_for_timm(
         settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
     )
     seed = settings.training.seed
-    shown = (selected, data.test, settings.evaluation, results)
-    examples = example_strip(*shown, threat_model=settings.attack.threat_model, seed=seed)
-    of_classes = class_examples(*shown, threat_model=settings.attack.threat_model, seed=seed)
-    write_training(report, folder, results=results, examples=examples, repo_id=None, of_classes=of_classes)
+    examples = run_examples(
+        selected, data.test, settings.evaluation, results, threat_model=settings.attack.threat_model, seed=seed
+    )
+    write_run(report, folder, results=results, examples=examples)
 
 
 def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows against the baseline on the same images, run by run of equal seed, where both kept their predictions."""
+"""Compare rows with the baseline image by image, runs of equal seed, where both kept their predictions."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class PairedRow:
     higher: Mapping[str, bool]
 
     def is_better(self, metric: str) -> bool:
-        """Whether the row is better than the baseline for sure.
+        """Whether the row is significantly better than the baseline.
 
-        With one seed: on the average by McNemar's exact test (5 %), in the worst classes if the interval excludes 0.
-        With several, all have to agree and the interval of the pooled difference has to exclude 0. And the number of
-        the table has to be higher with every seed: who is better where the baseline is worst may be worse elsewhere.
+        With one seed: by McNemar's exact test (5 %) for the average, in the worst classes if the interval excludes 0.
+        With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number in the
+        table must also be higher with every seed: a row that is better in the baseline's worst classes may be worse
+        elsewhere.
 
         Args:
             metric: one of ``PAIRED_METRICS``.
@@ -63,12 +64,17 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class JudgedRun:
-    """A run with what it kept of each image; ``verdicts`` is None of a run from before that was kept."""
+class Run:
+    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
 
+    ``verdicts`` are its predictions; None for a run of a version that kept none.
+    """
+
+    label: str
     seed: int
     report: RunReport
-    verdicts: Verdicts | None
+    source: str
+    verdicts: Verdicts | None = None
 
 
 def verdicts_beside(folder: str | Path) -> Verdicts | None:
@@ -80,7 +86,7 @@ def verdicts_beside(folder: str | Path) -> Verdicts | None:
     return read_verdicts(folder) if (Path(folder) / PREDICTIONS_NAME).is_file() else None
 
 
-def pair_rows(rows: Mapping[str, Sequence[JudgedRun]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
+def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
     """Compare every row with the baseline, as far as there are predictions.
 
     Args:
@@ -101,23 +107,19 @@ def pair_rows(rows: Mapping[str, Sequence[JudgedRun]], *, baseline: str | None, 
             listed = ", ".join(map(str, without))
             unpaired[label] = f"no {PREDICTIONS_NAME} of it or of the baseline with seed {listed}"
         else:
-            outcomes = {name: _try_pair(pairs, name) for name in titles}
-            found[label] = {name: paired for name, paired in outcomes.items() if isinstance(paired, PairedRow)}
-            unpaired |= {
-                f"{label}, {titles[name]}": reason for name, reason in outcomes.items() if isinstance(reason, str)
-            }
+            paired_rows = dict[str, PairedRow]()
+            for name, title in titles.items():
+                try:
+                    paired = _pair(pairs, name)
+                except ValueError as error:  # noqa: PERF203 (each evaluation has a reason of its own)
+                    unpaired[f"{label}, {title}"] = str(error)
+                else:
+                    paired_rows |= {} if paired is None else {name: paired}
+            found[label] = paired_rows
     return Pairs(found=found, unpaired=unpaired)
 
 
-def _try_pair(pairs: Sequence[tuple[JudgedRun, JudgedRun]], name: str) -> PairedRow | str | None:
-    """One row under one evaluation, or why it cannot be paired; None if some run does not have it."""
-    try:
-        return _pair(pairs, name)
-    except ValueError as error:
-        return str(error)
-
-
-def _pair(pairs: Sequence[tuple[JudgedRun, JudgedRun]], name: str) -> PairedRow | None:
+def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
     """One row under one evaluation; None if some run does not have it.
 
     Raises:
