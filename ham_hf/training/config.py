@@ -77,7 +77,7 @@ class TrainingConfig(SettingsGroup):
     num_train_epochs: int = setting(120, "epochs", at_least=1)
     max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", at_least=1)
     max_train_hours: float | None = setting(
-        None, "save and stop after this many hours, to go on in another job (exit status 75)", above=0
+        None, "save and stop after this many hours, to continue in another job (exit status 75)", above=0
     )
     per_device_train_batch_size: int = setting(128, "training images per process and step", at_least=1)
     gradient_accumulation_steps: int = setting(1, "batches per update", at_least=1)

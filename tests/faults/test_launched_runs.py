@@ -113,7 +113,7 @@ def test_one_process_without_launcher_leaves_with_the_status_for_requeueing(
     status, said = run.end()
     assert status == EXIT_REQUEUE
     assert re.search(
-        rf"stopped by {number.name} after update \d+ of 44; saved in .*latest goes on \(status 75\)", said
+        rf"stopped by {number.name} after update \d+ of 44; saved in .*latest continues \(status 75\)", said
     )
     saved_beyond(folder, 7)
     finish_and_compare(folder, undisturbed[1], 1, subprocess_env)
