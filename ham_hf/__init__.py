@@ -12,10 +12,9 @@ together for the recipes, `comparison` compares runs, `api` holds the functions 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ham_hf.timm_import import register_networks
+from ham_hf.imports import names_on_demand, register_networks
 
 if TYPE_CHECKING:
     from ham_hf.api.calibration import calibrate
@@ -42,30 +41,23 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "ThreatModel": "ham_hf.attacks",
-    "adversarial_loss": "ham_hf.api.loss",
-    "calibrate": "ham_hf.api.calibration",
-    "evaluate": "ham_hf.api.evaluation",
-    "load_pixel_model": "ham_hf.models",
-    "mine_hard_examples": "ham_hf.mining",
-    "pgd": "ham_hf.attacks",
-    "summarize": "ham_hf.metrics",
-    "train": "ham_hf.api.training",
-}
-"""The module of each name. No module of the package may have such a name: its import would take its place."""
+_offered = names_on_demand(
+    __name__,
+    {
+        "ham_hf.api.calibration": ["calibrate"],
+        "ham_hf.api.evaluation": ["evaluate"],
+        "ham_hf.api.loss": ["adversarial_loss"],
+        "ham_hf.api.training": ["train"],
+        "ham_hf.attacks": ["ThreatModel", "pgd"],
+        "ham_hf.metrics": ["summarize"],
+        "ham_hf.mining": ["mine_hard_examples"],
+        "ham_hf.models": ["load_pixel_model"],
+    },
+)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the names above)
-    """Import what a name of the package stands for, once."""
-    if name == "__version__":
-        value: Any = _version()
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    return _version() if name == "__version__" else _offered(name)
 
 
 def __dir__() -> list[str]:

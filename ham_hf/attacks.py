@@ -17,13 +17,11 @@ import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ham_hf.settings import SettingsGroup, setting
 
 LossFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Maps logits (N, num_classes) and labels (N,) to one loss per example (N,), which the attack increases."""
@@ -76,9 +74,7 @@ class ThreatModel:
     def random_start(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images drawn uniformly from the ball around ``x`` (N, C, H, W), clipped to [0, 1].
 
-        Args:
-            x: clean images.
-            generator: source of the noise, on the device of ``x``; None uses torch's global one.
+        The generator is on the device of ``x``; None uses torch's global one.
         """
         epsilon = per_example(self.epsilon, x)
         if self.norm == "linf":
@@ -169,56 +165,13 @@ class Attack:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttackConfig(SettingsGroup):
-    """The threat model, which evaluation shares, and the PGD attack of training."""
-
-    norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
-    epsilon: float = setting(8 / 255, "radius of the perturbation in pixel units", above=0)
-    step_size: float = setting(2 / 255, "length of a PGD step in training, in pixel units", above=0)
-    num_steps: int = setting(10, "PGD steps in training", at_least=1)
-
-    @property
-    def threat_model(self) -> ThreatModel:
-        """Norm and radius of training and evaluation."""
-        return ThreatModel(self.norm, self.epsilon)
-
-    @property
-    def attack(self) -> Attack:
-        """The attack of training."""
-        return Attack(threat_model=self.threat_model, num_steps=self.num_steps, step_size=self.step_size)
-
-    def contradictions(self) -> Iterator[str]:
-        """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
-        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
-        if self.norm == "l2" and (self.epsilon == AttackConfig.epsilon or self.step_size == AttackConfig.step_size):
-            yield (
-                "--norm l2 needs its own --epsilon and --step_size (8/255 and 2/255 are for linf), say 0.5 and 0.1 "
-                "for 32 px"
-            )
-
-
-def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
-    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
-    for name, length in lengths.items():
-        if norm != "l2" and length is not None and length > 1:
-            yield (
-                f"--{name} {length:g}: {name} is in pixel units of [0, 1], at most 1 unless --norm is l2; "
-                f"did you mean {length:g}/255?"
-            )
-
-
 def rows_of(value: float | Tensor, rows: Tensor | slice) -> float | Tensor:
     """The entries of some rows of a value per example (N,); a number as it is."""
     return value[rows] if isinstance(value, Tensor) and value.ndim else value
 
 
 def per_example(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """``value`` in a shape that broadcasts over ``x`` (N, C, H, W): a number as it is, an (N,) tensor as (N, 1, 1, 1).
-
-    Raises:
-        ValueError: if a tensor has neither no dimension nor exactly one entry per example.
-    """
+    """``value``, a number or (N,), in a shape that broadcasts over ``x`` (N, C, H, W); ValueError for other shapes."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if value.shape != x.shape[:1]:
@@ -244,7 +197,7 @@ def finite_rows(gradient: Tensor) -> Tensor:
 def l2_direction(gradient: Tensor) -> Tensor:
     """Rows of ``gradient`` (N, ...) divided by their Euclidean length; 0 where a row is 0 or not finite.
 
-    The squares of very small or very large entries are no numbers: such a row is divided by its largest entry first.
+    Very small or large entries have no squares in float32: such a row is divided by its largest entry first.
     """
     largest = largest_entry(gradient)
     small, large = SQUARES_FIT
@@ -303,7 +256,7 @@ def predicted(logits: Tensor) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode and restore each one's own mode on leaving, whatever happens."""
+    """Put every submodule in evaluation mode; each one gets its own mode back on leaving, whatever happens."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -318,8 +271,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
     """Disable the gradients of all parameters, and restore each one's setting on leaving.
 
-    ``torch.autograd.grad`` with respect to the input skips them anyway, but ``backward()`` does not, and a compiled
-    network computes the gradients of everything that requires one.
+    ``torch.autograd.grad`` skips them anyway; a compiled network computes the gradients of all that requires one.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
@@ -359,8 +311,7 @@ def ordinary(x: Tensor) -> Tensor:
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn = cross_entropy) -> Tensor:
     """Gradient of the summed per-example loss with respect to ``x`` alone, in the shape and dtype of ``x``.
 
-    The sum (not the mean) makes a row's gradient independent of the batch it is in, and keeps small gradients
-    of half-precision models away from zero.
+    With the sum, a row's gradient does not depend on the batch it is in.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -422,11 +373,7 @@ def pgd(
 
 
 def check_batch(x: Tensor, y: Tensor) -> None:
-    """Check what can be checked of a batch without reading the values from the device.
-
-    Raises:
-        ValueError: if ``x`` is not (N, C, H, W) in a floating-point dtype or ``y`` is not (N,).
-    """
+    """Refuse a batch whose ``x`` is not (N, C, H, W) in a floating-point dtype or whose ``y`` is not (N,)."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be (N, C, H, W) floating-point pixels in [0, 1], got {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1]:

@@ -1,4 +1,7 @@
-"""One comparison from its command line: run what is not done, or read existing runs; write tables and figures."""
+"""Comparisons and pages from their command lines: run what is not done, or read existing runs, and write of them.
+
+`run_comparison` writes tables and figures, `run_page` report.html.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.comparison.execution import Launcher, collect, execute, survey
-from ham_hf.comparison.existing import label_runs, read_list, read_runs
+from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.leaderboard import write_leaderboard
+from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.row_names import public_word
-from ham_hf.comparison.table import MissingRun, Run, compare
+from ham_hf.comparison.table import Comparison, MissingRun, Row, Run, compare
 from ham_hf.faults import clean_exit
+from ham_hf.files import atomic_write
 from ham_hf.hub import download_results
 from ham_hf.invocation import command
+from ham_hf.reporting.class_examples import read_examples
+from ham_hf.reporting.page import PAGE_NAME, PageComparison, PageRow, PageRun, page_html
+from ham_hf.reporting.report import plain_text, read_report
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import make_folder
 
@@ -124,3 +132,86 @@ def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
 
 def _say(line: str) -> None:
     show(f"{line}\n")
+
+
+def run_page(options: argparse.Namespace) -> None:
+    """Write the page that ``options`` ask for.
+
+    Raises:
+        SystemExit: status 2 if there is nothing to make it of, or no place for it.
+    """
+    with clean_exit(ValueError, OSError):
+        path = _write_page(options.folders, options.output, baseline=options.baseline, images=not options.no_images)
+    show(f"wrote {path}\n")
+
+
+def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | None, images: bool) -> Path:
+    folders = [Path(split_label(source)[1]) for source in sources]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
+    if output is None and len(folders) > 1:
+        raise ValueError(f"{len(folders)} folders make one page: name it with --output FILE")
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file, such as {output / PAGE_NAME}")
+    path = output or folders[0] / PAGE_NAME
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
+    if len(folders) == 1 and (folders[0] / "report.json").is_file():
+        atomic_write(path, page_html([_page_of_one(folders[0], split_label(sources[0])[0], images=images)]))
+        return path
+    existing = read_runs(sources, _no_download)
+    runs = label_runs(existing.found)
+    if not runs:
+        raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}")
+    comparison = compare(runs, baseline=baseline or existing.baseline or runs[0].label, missing=existing.missing)
+    names = comparison.names
+    pages = [
+        PageRun(
+            label=f"{names[run.label]}, seed {run.seed}",
+            report=run.report,
+            verdicts=run.verdicts,
+            examples=read_examples(run.source) if images else None,
+        )
+        for run in runs
+    ]
+    atomic_write(path, page_html(pages, _page_comparison(comparison)))
+    return path
+
+
+def _page_of_one(folder: Path, label: str | None, *, images: bool) -> PageRun:
+    report = read_report(folder)
+    return PageRun(
+        label=plain_text(label or Path(report.model.name).name),
+        report=report,
+        verdicts=verdicts_beside(folder),
+        examples=read_examples(folder) if images else None,
+    )
+
+
+def _no_download(source: str, revision: str | None) -> Path:
+    raise ValueError(f"{source}: there is no such folder; a page is made of folders, so download the model first")
+
+
+def _page_comparison(comparison: Comparison) -> PageComparison:
+    """A comparison as the page shows it: the evaluations that are of the same images under the same attack."""
+    return PageComparison(
+        baseline=comparison.names.get(comparison.baseline or "", ""),
+        rows={
+            title: tuple(_page_row(comparison, row, name) for row in comparison.rows if name in row.attacks)
+            for name, title in comparison.attacks.items()
+            if name in comparison.comparable
+        },
+    )
+
+
+def _page_row(comparison: Comparison, row: Row, name: str) -> PageRow:
+    found, paired = row.attacks[name], comparison.pairs.found.get(row.label, {}).get(name)
+    unpaired = comparison.pairs.unpaired
+    return PageRow(
+        label=comparison.names[row.label],
+        seeds=found.seeds,
+        values={metric: getattr(found, metric).values for metric in PAIRED_METRICS},
+        differences={metric: getattr(paired.differences, metric) for metric in PAIRED_METRICS if paired is not None},
+        note=unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label) or "",
+    )

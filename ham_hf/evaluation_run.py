@@ -31,7 +31,7 @@ from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
-from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.hub import PushError, check_pull_request, check_write_access, limit_waiting, push_evaluation
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables
@@ -67,6 +67,7 @@ FAULTS = (
 
 def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> None:
     """Run an evaluation or a calibration with the lock of its output folder, and say how to resume after Ctrl-C."""
+    limit_waiting()
     if config.disable_tqdm:
         hide_progress_bars()
     try:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel, pixel_unit_problems
+from ham_hf.attacks import ThreatModel
 from ham_hf.data import DataConfig, ImageData, load_image_data
 from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.provenance import Provenance, read_provenance
-from ham_hf.evaluation.config import ThreatConfig
+from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.models import LoadedModel
 from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.report import plain_text

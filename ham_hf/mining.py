@@ -119,13 +119,18 @@ def mine_hard_examples(
     # One change of mode for the whole attack; the nested ones inside pgd then find nothing to do.
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
-        x_early = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
-        in_step = min(left, int(classify_in_step))
-        x_next, logits = _classified(replace(early, num_steps=in_step), model, x, y, x_early, loss_fn)
+        x_next = x_early = early(model, x, y, start=start, loss_fn=loss_fn, generator=generator)
+        if left and classify_in_step:
+            seen, left = FirstLogits(loss_fn), left - 1
+            x_next = replace(early, num_steps=1)(model, x, y, start=x_early, loss_fn=seen)
+            logits = seen.logits
+        else:
+            with torch.no_grad():
+                logits = model(x_early)
         hard = predicted(logits) != y
         # Indexing with positions finds them once; every boolean index would search, and wait, again.
         rows = hard.nonzero().squeeze(1)
-        x_adv = _attacked_on(replace(early, num_steps=left - in_step), model, x, y, rows, x_next, loss_fn)
+        x_adv = _attacked_on(replace(early, num_steps=left), model, x, y, rows, x_next, loss_fn)
         return HardExamples(
             x_adv=x_adv,
             y=y[rows],
@@ -142,9 +147,7 @@ def mine_three_kinds(
     x: Tensor,
     y: Tensor,
     *,
-    threat_model: ThreatModel,
-    num_steps: int,
-    step_size: float | Tensor,
+    attack: Attack,
     mining_step: int,
     start: Tensor | None = None,
     loss_fn: LossFn = cross_entropy,
@@ -154,25 +157,14 @@ def mine_three_kinds(
 
     Rows misclassified at the start are hard too, but their attack ends at the mining step. Rows right both times are
     easy. The logits of the first gradient tell which rows are wrong at the start, at no cost. Our choice, after
-    BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image.
-
-    Args:
-        model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
-        x: clean images (N, C, H, W) in [0, 1].
-        y: labels (N,).
-        threat_model: the ball; epsilon may be (N,).
-        num_steps: K, all attack steps.
-        step_size: length of a step in pixel units, a number or (N,).
-        mining_step: M, 1 <= M <= K.
-        start: images to start from; None draws them uniformly from the ball.
-        loss_fn: what the attack increases, per example.
-        generator: source of the random start, on the device of ``x``.
+    BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image. Arguments are those of
+    `mine_hard_examples`; ``attack`` holds all K steps.
 
     Raises:
         ValueError: if the batch is malformed or not 1 <= mining_step <= num_steps.
     """
-    if not 1 <= mining_step <= num_steps:
-        raise ValueError(f"mining_step must lie in 1..num_steps={num_steps} for three kinds, got {mining_step}")
+    if not 1 <= mining_step <= attack.num_steps:
+        raise ValueError(f"mining_step must lie in 1..num_steps={attack.num_steps} for three kinds, got {mining_step}")
     seen = FirstLogits(loss_fn)
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
@@ -180,9 +172,9 @@ def mine_three_kinds(
             model,
             x,
             y,
-            threat_model=threat_model,
+            threat_model=attack.threat_model,
             num_steps=mining_step,
-            step_size=step_size,
+            step_size=attack.step_size,
             mining_step=mining_step,
             start=start,
             loss_fn=seen,
@@ -190,31 +182,14 @@ def mine_three_kinds(
         )
         wrong_at_start = predicted(seen.logits) != y
         attacked = (mined.hard & ~wrong_at_start).nonzero().squeeze(1)
-        rest = Attack(threat_model=threat_model, num_steps=num_steps - mining_step, step_size=step_size)
+        rest = replace(attack, num_steps=attack.num_steps - mining_step)
         ends = _attacked_on(rest, model, x, y, attacked, mined.early.x_adv, loss_fn)
         x_adv = mined.early.x_adv.index_copy(0, attacked, ends)
     hard = mined.hard | wrong_at_start
     rows = hard.nonzero().squeeze(1)
-    return HardExamples(
-        x_adv=x_adv[rows],
-        y=y[rows],
-        hard=hard,
-        rows=rows,
-        attacked=attacked,
-        early=mined.early,
-        wrong_at_start=wrong_at_start,
+    return replace(
+        mined, x_adv=x_adv[rows], y=y[rows], hard=hard, rows=rows, attacked=attacked, wrong_at_start=wrong_at_start
     )
-
-
-def _classified(
-    step: Attack, model: nn.Module, x: Tensor, y: Tensor, x_early: Tensor, loss_fn: LossFn
-) -> tuple[Tensor, Tensor]:
-    """Images after one step from ``x_early``, or none, and the logits (N, num_classes) of ``x_early``."""
-    if step.num_steps:
-        seen = LastLogits(loss_fn)
-        return step(model, x, y, start=x_early, loss_fn=seen), seen.logits
-    with torch.no_grad():
-        return x_early, model(x_early)
 
 
 def _attacked_on(
@@ -272,22 +247,8 @@ class FirstLogits:
         self.logits = torch.empty(0)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Keep the logits (N, num_classes) if they are the first, and return the per-example loss (N,)."""
         if not self.logits.numel():
             self.logits = logits.detach()
-        return self.loss_fn(logits, y)
-
-
-class LastLogits:
-    """A loss for :func:`ham_hf.attacks.pgd` that keeps the logits of its last call."""
-
-    def __init__(self, loss_fn: LossFn) -> None:
-        self.loss_fn = loss_fn
-        self.logits = torch.empty(0)
-
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Keep the logits (N, num_classes) and return the per-example loss (N,)."""
-        self.logits = logits.detach()
         return self.loss_fn(logits, y)
 
 
@@ -300,7 +261,6 @@ class LargestMove:
         self.largest: Tensor | None = None
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Note the move since the last call and return the per-example loss (N,)."""
         probabilities = logits.detach().softmax(1)
         if self.previous is None or self.largest is None:
             self.largest = torch.zeros_like(probabilities[:, 0])

@@ -28,11 +28,10 @@ untrained EfficientNet, 2^8 none; small residual, transformer and ConvNeXt netwo
 class SixteenBitPasses(nn.Module):
     """The same network, weights shared, with every pass under autocast to a type of 16 bits.
 
-    In float16 each image's gradient is multiplied by a power of two of its own inside of the network, so that neither
-    the other images nor how sure the network is matter. What comes out is the gradient of the loss itself, exactly but
-    where float16 rounds. Looking for images whose gradient overflows waits for the device once per gradient; they take
-    another pass with a smaller power. One that overflows all the same has a gradient that is not finite, and an attack
-    leaves it in place.
+    In float16 each image's gradient is multiplied by a power of two of its own inside of the network. What comes out
+    is the gradient of the loss, exactly but where float16 rounds. Images whose gradient overflows, looked for once per
+    gradient, take another pass with a smaller power; one that overflows all the same has a gradient that is not
+    finite, and an attack leaves it in place.
 
     Args:
         model: maps pixels (N, C, H, W) to logits (N, num_classes), each row by itself; not copied, so it is attacked

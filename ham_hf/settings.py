@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -185,14 +186,16 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
+_READ: WeakKeyDictionary[type, tuple[Setting, ...]] = WeakKeyDictionary()
+
+
 def settings_of(settings_class: type) -> tuple[Setting, ...]:
-    """The settings that a settings class declares, in order; nested groups are not among them."""
-    hints = get_type_hints(settings_class)
-    return tuple(
-        _read_field(declared, hints[declared.name])
-        for declared in fields(settings_class)
-        if not is_dataclass(hints[declared.name])
-    )
+    """The settings that a settings class declares, in order; nested groups, which have a title, are not among them."""
+    if settings_class not in _READ:
+        own = [declared for declared in fields(settings_class) if "title" not in declared.metadata]
+        hints = get_type_hints(settings_class) if own else {}
+        _READ[settings_class] = tuple(_read_field(declared, hints[declared.name]) for declared in own)
+    return _READ[settings_class]
 
 
 def _read_field(declared: Field[Any], hint: object) -> Setting:
@@ -238,3 +241,10 @@ class SettingsGroup:
     def contradictions(self) -> Iterator[str]:
         """Problems between settings, each of which is fine by itself."""
         return iter(())
+
+    def idle(self, names: Iterable[str], without: str) -> Iterator[str]:
+        """Problems of the settings ``names`` that are given and have no effect without the flag ``without``."""
+        for name in names:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                yield f"--{name}{'' if value is True else f' {value}'} has no effect without {without}"

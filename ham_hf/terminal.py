@@ -1,4 +1,4 @@
-"""Terminal output: text with characters that the terminal may lack, and progress bars."""
+"""Terminal output: text with characters that the terminal may lack, logging, and progress bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,33 @@ def show(text: str) -> None:
     except (OSError, ValueError) as error:
         logger.warning("standard output takes no text (%s); nothing else is lost", error)
         _discard_output()
+
+
+SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.partial_results", "ham_hf.evaluation.working_size")
+"""Modules whose warnings concern the rows of one process; those of the others are the same on every process."""
+
+
+def set_up_logging(rank: int) -> None:
+    """Log to standard error: everything of ours on the main process, elsewhere only what the main one cannot say.
+
+    Characters that standard output or error cannot show are replaced from here on. ``rank`` is the process's number.
+    """
+    replace_what_cannot_be_shown()
+    who = "%(name)s" if rank == 0 else f"%(name)s [process {rank}]"
+    # It has a handler of its own: everything would be said twice.
+    logging.getLogger("huggingface_hub").propagate = False
+    logging.basicConfig(
+        level=logging.WARNING if rank == 0 else logging.ERROR,
+        format=f"%(levelname)s {who}: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("ham_hf").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    if rank:
+        for name in SAID_BY_EACH_PROCESS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        hide_progress_bars()
 
 
 def hide_progress_bars() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,11 @@ from ham_hf.faults import (
     MemoryExhaustedError,
     clean_exit,
     explain_faults,
+    explain_interrupt,
     explain_out_of_memory,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
+from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder, space_url
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable
@@ -47,7 +48,7 @@ from ham_hf.reporting.run_report import (
     write_config,
     write_training,
 )
-from ham_hf.terminal import show
+from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launch import (
     check_shared_folder,
@@ -56,11 +57,12 @@ from ham_hf.training.launch import (
     peak_memory_bytes,
 )
 from ham_hf.training.optimization import check_optimizer
+from ham_hf.training.resume import Progress
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
-from ham_hf.training.stopping import StopRequests, TrainingStopped
+from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
-from ham_hf.training.trainer import Progress, Trainer
+from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train")
 
@@ -135,6 +137,37 @@ class Evaluated(NamedTuple):
     record: Mapping[str, object] | None
 
 
+def run_training(config: TrainConfig) -> None:
+    """Run one training in its output folder, with a handler for signals, and say how to resume after Ctrl-C."""
+    limit_waiting()
+    if config.training.disable_tqdm:
+        hide_progress_bars()
+    folder = Path(config.training.output_dir)
+    with (
+        stop_requests(folder, config.training.max_train_hours) as stop,
+        RunLock(folder) as lock,
+        explain_interrupt(folder),
+    ):
+        train(config, stop, lock)
+
+
+def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
+    """The stages of one training; ``lock`` is acquired here, on the main process."""
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=launched_processes()):
+        check_settings(config)
+        run = prepare(config, lock)
+        begin(run)
+    trained = fit(run, stop)
+    results = evaluate(run)
+    if run.accelerator.is_main_process:
+        write_results(run, trained, results)
+    is_main_process = run.accelerator.is_main_process
+    # Before the push: a failed one ends the process, and no other process has to wait for one that takes long.
+    end_training(run.accelerator)
+    if is_main_process and config.hub.push_to_hub:
+        push(run)
+
+
 def check_settings(config: TrainConfig) -> None:
     """Refuse what can be refused without data, network or other processes.
 
@@ -189,13 +222,20 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
 
         pushes.push(export, commit_message=f"Step {trainer.progress.step}")
 
-    trainer = new_trainer(
+    trainer = Trainer(
         model,
         data,
-        preprocessing,
-        config,
+        config.method,
+        config.attack.attack,
+        config.training,
         accelerator,
+        eval_batch_size=config.evaluation.per_device_eval_batch_size,
         after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
+        plan_besides={
+            "model_args": config_to_dict(config)["model_args"],
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+        },
     )
     return Run(
         # With another number of processes than before, the accumulation is another one too.
@@ -225,33 +265,6 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
     if accelerator.is_main_process:
         lock.acquire()
     return accelerator
-
-
-def new_trainer(
-    model: PixelModel,
-    data: ImageData,
-    preprocessing: Preprocessing,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    after_save: Callable[[Trainer], None] | None,
-) -> Trainer:
-    """The trainer that a configuration describes."""
-    return Trainer(
-        model,
-        data,
-        config.method,
-        config.attack.attack,
-        config.training,
-        accelerator,
-        eval_batch_size=config.evaluation.per_device_eval_batch_size,
-        after_save=after_save,
-        plan_besides={
-            "model_args": config_to_dict(config)["model_args"],
-            "mean": list(preprocessing.mean),
-            "std": list(preprocessing.std),
-        },
-    )
 
 
 def begin(run: Run) -> None:
@@ -346,22 +359,9 @@ def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
             calibration=found.calibration,
             notes=overflow_notes(trained.progress),
         )
-        examples = example_strip(
-            run.selected,
-            data.test,
-            config.evaluation,
-            found.results,
-            threat_model=run.threat_model,
-            seed=config.training.seed,
-        )
-        of_classes = class_examples(
-            run.selected,
-            data.test,
-            config.evaluation,
-            found.results,
-            threat_model=run.threat_model,
-            seed=config.training.seed,
-        )
+        shown = (run.selected, data.test, config.evaluation, found.results)
+        examples = example_strip(*shown, threat_model=run.threat_model, seed=config.training.seed)
+        of_classes = class_examples(*shown, threat_model=run.threat_model, seed=config.training.seed)
         write_training(
             report, folder, results=found.results, examples=examples, repo_id=run.repo_id, of_classes=of_classes
         )

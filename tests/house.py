@@ -29,6 +29,7 @@ PLUGINS = (
     "ham_hf.training.weight_perturbation",
     "ham_hf.calibration_run",
     "ham_hf.comparison_run",
+    "ham_hf.push_run",
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from ham_hf.attacks import ThreatModel, cross_entropy, evaluation_mode, input_gradient, margin_loss, pgd
+from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
+from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.mining import mine_hard_examples, mine_three_kinds
 from tests.support.golden_data import TOLERANCE, golden_case, golden_net
 
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -91,34 +93,21 @@ def test_impossible_threat_models_are_refused(norm, epsilon):
         ThreatModel(norm, epsilon)
 
 
-def test_pgd_gives_the_authors_examples():
-    case, net = golden_case("pgd_at"), golden_net()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+def test_pgd_gives_the_authors_examples(dtype, tolerance):
+    case, net = golden_case("pgd_at"), golden_net().to(dtype)
     hyper = case.parameters
     x_adv = pgd(
         net,
-        case.x,
+        case.x.to(dtype),
         case.y,
         threat_model=ThreatModel("linf", hyper["epsilon"]),
         num_steps=hyper["num_steps"],
         step_size=hyper["step_size"],
-        start=case.start,
+        start=case.start.to(dtype),
     )
-    torch.testing.assert_close(x_adv, case.out["x_adv"], **TOLERANCE)
-    assert x_adv.dtype == torch.float64
-
-
-def test_pgd_in_float32_agrees_with_the_authors_within_float32():
-    case, net = golden_case("pgd_at"), golden_net().float()
-    x_adv = pgd(
-        net,
-        case.x.float(),
-        case.y,
-        threat_model=ThreatModel("linf", 0.024),
-        num_steps=10,
-        step_size=0.0022,
-        start=case.start.float(),
-    )
-    torch.testing.assert_close(x_adv.double(), case.out["x_adv"], rtol=0, atol=1e-6)
+    assert x_adv.dtype == dtype
+    torch.testing.assert_close(x_adv.double(), case.out["x_adv"], rtol=0, atol=tolerance)
 
 
 @norms
@@ -144,36 +133,33 @@ def test_a_row_does_not_depend_on_its_batch_and_steps_can_be_split(norm):
     assert (distance(whole, case.x, norm) <= epsilon + 1e-12).all()
 
 
-def test_attack_leaves_modes_buffers_and_gradients_alone():
+ATTACK = Attack(threat_model=ThreatModel(), num_steps=2, step_size=2 / 255)
+FLAT = {"threat_model": ATTACK.threat_model, "num_steps": 2, "step_size": ATTACK.step_size}
+ATTACKS = {
+    "pgd": lambda net, x, y: pgd(net, x, y, start=x, **FLAT),
+    "mining": lambda net, x, y: mine_hard_examples(net, x, y, start=x, mining_step=1, **FLAT).x_adv,
+    "three kinds": lambda net, x, y: mine_three_kinds(net, x, y, attack=ATTACK, start=x, mining_step=1).x_adv,
+    "stopped": lambda net, x, y: (
+        early_stopped_pgd(net, x, y, attack=ATTACK, start=x, loss_fn=cross_entropy, tau=1).stopped
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_attacks_leave_modes_buffers_and_gradients_alone(attack):
     net = golden_net().float()
     net.train()
     net.bn2.eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     modes = [module.training for module in net.modules()]
     x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
-    first = pgd(net, x, y, threat_model=ThreatModel(), num_steps=2, step_size=2 / 255, start=x)
+    first = attack(net, x, y)
     assert [module.training for module in net.modules()] == modes
     assert all(parameter.grad is None and parameter.requires_grad for parameter in net.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     net.eval()
-    assert torch.equal(first, pgd(net, x, y, threat_model=ThreatModel(), num_steps=2, step_size=2 / 255, start=x))
+    assert torch.equal(first, attack(net, x, y))
     assert not first.requires_grad
-
-
-def test_modes_are_restored_after_an_error():
-    net = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout())
-    net[1].eval()
-
-    def fail_inside():
-        with evaluation_mode(net):
-            assert not any(module.training for module in net.modules())
-            raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail_inside()
-    assert net.training
-    assert net[0].training
-    assert not net[1].training
 
 
 def test_attack_computes_only_the_gradient_of_the_input(monkeypatch):
@@ -212,19 +198,23 @@ def test_a_compiled_network_computes_no_gradient_of_a_parameter_in_an_attack():
     assert masks[2:] == [[True, True, True], [False, True, True]]  # training is compiled anew, with all gradients
 
 
-def test_what_an_attack_needs_no_gradient_of_needs_one_again_afterwards():
-    net = golden_net().float()
+def test_modes_and_gradients_are_restored_after_an_error():
+    net = golden_net().float().train()
+    net.bn2.eval()
     frozen = next(net.parameters()).requires_grad_(False)
-    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
 
     def failing(logits, y):
         assert not any(parameter.requires_grad for parameter in net.parameters())
+        assert not any(module.training for module in net.modules())
         raise RuntimeError("in mid-attack")
 
     with pytest.raises(RuntimeError, match="in mid-attack"):
-        pgd(net, x, y, threat_model=ThreatModel(), num_steps=1, step_size=0.01, loss_fn=failing)
+        pgd(net, torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), loss_fn=failing, **FLAT)
     assert [parameter.requires_grad for parameter in net.parameters()].count(False) == 1
     assert not frozen.requires_grad
+    assert net.training
+    assert net.bn1.training
+    assert not net.bn2.training
 
 
 def test_gradient_keeps_the_precision_of_the_pixels_when_the_model_computes_in_bf16():

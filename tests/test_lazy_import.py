@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 
 import ham_hf
-from ham_hf.timm_import import _AfterTimm, register_networks
+from ham_hf.imports import _AfterTimm, register_networks
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "timm", "numpy", "accelerate", "datasets", "matplotlib", "huggingface_hub")
+HEAVY = ("torch", "timm", "numpy", "pyarrow", "accelerate", "datasets", "matplotlib", "huggingface_hub", "sklearn")
 MAKE = "timm.create_model('preactresnet18_cifar')"
+# What a user types before anything is to be computed, right or wrong.
+WORDS = """
+--help|--version|trian|recipes|compare --help|train --help|evaluate --help|evaluate --help all|evaluate m --nope 1
+evaluate m --dataset_name digits --print_config|evaluate m --dataset_name digits --epsilon 0|calibrate --help
+calibrate m --fairness 2|push --help|push --nope|page --help|page|page a --nope
+"""
 
 
 def python(code: str) -> str:
@@ -22,31 +28,42 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = f"import sys, ham_hf; print([name for name in {HEAVY} if name in sys.modules], ham_hf.__version__)"
-    assert python(code).startswith("[] ")
+AFTER = (
+    "import sys, contextlib, io, ham_hf\nfrom ham_hf.__main__ import main\n"
+    "assert not {heavy} & sys.modules.keys(), 'import ham_hf'\n"
+    "for line in {lines}:\n"
+    "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+    "        with contextlib.suppress(SystemExit):\n            main(line.split())\n"
+    "    assert not {heavy} & sys.modules.keys(), line\n"
+    "print(ham_hf.__version__)"
+)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["recipes"], ["compare", "--help"]], ids=" ".join)
-def test_what_needs_no_network_imports_nothing_heavy(words: list[str]) -> None:
-    code = (
-        "import sys, contextlib, io\nfrom ham_hf.__main__ import main\n"
-        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    main({words})\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
-    )
-    assert python(code) == "[]"
+def test_help_and_wrong_flags_import_nothing_heavy() -> None:
+    lines = [line for group in WORDS.split("\n") for line in group.split("|") if line]
+    assert len(lines) > 15
+    assert python(AFTER.format(heavy=set(HEAVY), lines=lines)) == ham_hf.__version__
 
 
+@pytest.mark.slow
+def test_a_wrong_flag_of_training_imports_torch_alone() -> None:
+    """Methods, whose options it has to know, need torch."""
+    lines = ["train --nope 1", "train --help all", "train --help ham", "train --print_config", "train --epsilon 0"]
+    heavy = set(HEAVY) - {"torch", "numpy"}
+    assert python(AFTER.format(heavy=heavy, lines=lines)) == ham_hf.__version__
+
+
+# The other orders are slow: each imports timm.
 @pytest.mark.parametrize(
     "code",
     [
-        f"import ham_hf; import timm; {MAKE}",
-        f"import timm; import ham_hf; {MAKE}",
         "import ham_hf, importlib.util; importlib.reload(ham_hf); assert importlib.util.find_spec('timm'); "
         f"from timm.models import create_model; import timm; importlib.reload(timm); {MAKE}",
-        f"import ham_hf.models.cifar_nets; import timm; {MAKE}",
+        pytest.param(f"import ham_hf; import timm; {MAKE}", marks=pytest.mark.slow),
+        pytest.param(f"import timm; import ham_hf; {MAKE}", marks=pytest.mark.slow),
+        pytest.param(f"import ham_hf.models.cifar_nets; import timm; {MAKE}", marks=pytest.mark.slow),
     ],
-    ids=["ours first", "timm first", "reloaded and looked for", "our module first"],
+    ids=["reloaded and looked for", "ours first", "timm first", "our module first"],
 )
 def test_our_networks_are_registered_in_any_order(code: str) -> None:
     check = "import sys; assert 'RegisteringLoader' not in repr((timm.__loader__, timm.__spec__.loader))"

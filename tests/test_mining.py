@@ -100,19 +100,6 @@ def test_moves_are_the_same_whichever_pass_classifies(in_step):
     torch.testing.assert_close(found.early.x_adv, expected.early.x_adv, **TOLERANCE)
 
 
-def test_mining_leaves_the_model_alone():
-    case, net = golden_case("ham_m3"), golden_net()
-    net.train()
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    mined = mine(net, case)
-    assert net.training
-    assert net.bn1.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    assert all(parameter.grad is None for parameter in net.parameters())
-    assert not mined.x_adv.requires_grad
-    assert not mined.early.logits.requires_grad
-
-
 def test_largest_move_by_a_loop():
     case, net = golden_case("ham_m3"), golden_net()
     rows = slice(0, 16)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ham_hf.attacks import Attack, ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.evaluation import check_pixel_range
 from ham_hf.invocation import command
-from ham_hf.methods import Method, OuterBatch, RuleMethod, States, available
+from ham_hf.methods import Batch, Method, RuleMethod, TrainingRows, available
 from ham_hf.settings import setting_problems
 
 PAST_WARM_UP = sys.maxsize
@@ -111,13 +111,12 @@ def adversarial_loss(
     module = unwrapped(model)
     with outside_inference_mode():
         x, y = ordinary(x.detach()), ordinary(y)
-        batch = objective.outer_batch(
-            module, x, y, attack=attack, epoch=PAST_WARM_UP, states=states, generator=generator
-        )
+        batch = Batch(x=x, y=y, attack=attack, epoch=PAST_WARM_UP, states=states, generator=generator)
+        rows = objective.rows_to_train_on(module, batch)
         # DDP exchanges buffers in every forward, also in those of a validation, which processes need not make alike.
         forward = model if torch.is_grad_enabled() else module
-        loss = _outer_loss(forward, x, batch, objective, states)
-    record = LossRecord(method=method, num_examples=len(y), num_trained_on=len(batch.y), hard=batch.hard)
+        loss = _outer_loss(forward, batch, rows, objective)
+    record = LossRecord(method=method, num_examples=len(y), num_trained_on=len(rows.y), hard=rows.hard)
     return AdversarialLoss(loss, record)
 
 
@@ -128,25 +127,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _outer_loss(model: nn.Module, x: Tensor, batch: OuterBatch, objective: Method, states: States) -> Tensor:
+def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, objective: Method) -> Tensor:
     """Sum of the weighted terms over their divisors, through one forward; 0 where there is nothing to train on."""
-    weight, divisor = objective.weigh(batch, epoch=PAST_WARM_UP, states=states)
+    weight, divisor = objective.weigh(rows, epoch=PAST_WARM_UP, states=batch.states)
     if isinstance(model, DistributedDataParallel):
         # The mean over the examples of all processes, times their number, as DDP takes the mean over processes.
         dist.all_reduce(divisor, group=model.process_group)
         weight = weight * dist.get_world_size(model.process_group)
-    if not len(batch.y):
+    if not len(rows.y):
         if not torch.is_grad_enabled():
-            return x.new_zeros(())
+            return batch.x.new_zeros(())
         # Of a graph: `backward` takes it, and with DDP the other processes wait for this one's gradient.
         with evaluation_mode(model):
-            idle: Tensor = model(x[:1]).sum() * 0
+            idle: Tensor = model(batch.x[:1]).sum() * 0
         return idle
     # BatchNorm refuses to normalize a single value; the logits of the copy are dropped.
-    alone = model.training and len(batch.x) == 1
-    logits: Tensor = model(batch.x.repeat(2, 1, 1, 1) if alone else batch.x)
+    alone = model.training and len(rows.x) == 1
+    logits: Tensor = model(rows.x.repeat(2, 1, 1, 1) if alone else rows.x)
     share = weight / torch.where(divisor > 0, divisor, 1)[:, None]
-    loss: Tensor = (objective.losses(logits[: len(batch.x)], batch) * share).sum()
+    loss: Tensor = (objective.losses(logits[: len(rows.x)], rows) * share).sum()
     return loss
 
 

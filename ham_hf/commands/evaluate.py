@@ -18,13 +18,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ham_hf.config.command_line import parse_evaluate_config
-from ham_hf.evaluation_run import evaluate, in_its_folder
-from ham_hf.hub import limit_waiting
-from ham_hf.training.launch import set_up_logging
+from ham_hf.terminal import set_up_logging
+from ham_hf.training.environment import process_rank
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one evaluation from the command line ``argv`` (None: the process's)."""
-    set_up_logging()
-    limit_waiting()
-    in_its_folder(parse_evaluate_config(argv), evaluate)
+    set_up_logging(process_rank())
+    config = parse_evaluate_config(argv)
+    # Only now: torch and timm take seconds to import, and --help needs none of them.
+    from ham_hf.evaluation_run import evaluate, in_its_folder
+
+    in_its_folder(config, evaluate)

@@ -6,16 +6,22 @@ from parsed entries, `command_line` reads command lines.
 
 from __future__ import annotations
 
-from ham_hf.attacks import AttackConfig, pixel_unit_problems
 from ham_hf.config.assembly import load_train_config
 from ham_hf.config.command_line import parse_calibrate_config, parse_evaluate_config, parse_train_config
-from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict
+from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig, config_to_dict
 from ham_hf.config.yaml_file import config_to_yaml
-from ham_hf.data import DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig, ThreatConfig
-from ham_hf.models import ModelConfig
+from ham_hf.data.config import DataConfig
+from ham_hf.evaluation.config import (
+    CalibrationConfig,
+    EvaluationConfig,
+    MoreEvaluationConfig,
+    ThreatConfig,
+    pixel_unit_problems,
+)
+from ham_hf.hub_config import HubConfig
+from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError
-from ham_hf.training.config import LearningRateDrop, TrainingConfig
+from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfig
 
 __all__ = [
     "AttackConfig",

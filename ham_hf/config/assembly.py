@@ -10,14 +10,16 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 
-from ham_hf.config.configs import AnyConfig, TrainConfig
+from ham_hf.config.configs import DEFAULT_METHOD, AnyConfig, TrainConfig, available_methods
 from ham_hf.config.yaml_file import Entry, read_value, read_yaml, show_node, text_node
-from ham_hf.methods import Method, available
 from ham_hf.settings import ConfigError, Setting, settings_of
+
+if TYPE_CHECKING:
+    from ham_hf.methods import Method
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +73,18 @@ def load_train_config(path: Path | str) -> TrainConfig:
 
 def method_settings() -> dict[str, tuple[Setting, ...]]:
     """The options of every available training method, by the method's name."""
-    return {name: settings_of(kind) for name, kind in available().items()}
+    return {name: settings_of(kind) for name, kind in available_methods().items()}
 
 
 def group_settings(config_class: type) -> dict[str, tuple[Setting, ...]]:
     """Settings of each group by its attribute; under ``""`` those of the class itself. Methods are not included."""
-    hints = get_type_hints(config_class)
-    groups = {"": settings_of(config_class)}
-    for declared in fields(config_class):
-        kind = hints[declared.name]
-        if kind is not Method and declared.name not in {known.name for known in groups[""]}:
-            groups[declared.name] = settings_of(kind)
-    return groups
+    groups = {attribute: settings_of(kind) for attribute, kind in _group_classes(config_class).items()}
+    return {"": settings_of(config_class), **groups}
+
+
+def _group_classes(config_class: type) -> dict[str, type]:
+    titled = [declared for declared in fields(config_class) if "title" in declared.metadata]
+    return {declared.name: cast(type, declared.default_factory) for declared in titled if declared.name != "method"}
 
 
 def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required: Iterable[str] = ()) -> ConfigT:
@@ -128,7 +130,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
 
     When a flag replaces the method of a recipe, the recipe's options of its own method fall with it.
     """
-    methods = available()
+    methods = available_methods()
 
     def last_method(candidates: list[Entry]) -> type[Method] | None:
         written = [entry for entry in candidates if entry.name == "method"]
@@ -141,8 +143,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
             raise ConfigError(f"{written[-1].origin}--method {name}: {expected}{_nearest(name, methods)}")
         return methods[name]
 
-    default = type(TrainConfig().method)
-    in_file = last_method([entry for entry in entries if entry.origin]) or default
+    in_file = last_method([entry for entry in entries if entry.origin]) or methods[DEFAULT_METHOD]
     chosen = last_method([entry for entry in entries if not entry.origin]) or in_file
     rest = [entry for entry in entries if entry.name != "method"]
     if chosen is in_file:
@@ -168,28 +169,11 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     names = list(names)
     name = name.lower().replace("-", "_")
     near = [ours for ours, aliases in _KNOWN_ELSEWHERE.items() if name in aliases.split() and ours.split()[0] in names]
-    near = near or _nearest_by_words(name, names) or difflib.get_close_matches(name, names, n=1)
+    if not near and len(name) > 2:
+        # The first of the shortest names whose words begin with all of its words, or the one most alike in spelling.
+        begun = [ours for ours in names if all(f"_{word}" in f"_{ours}" for word in name.split("_"))]
+        near = sorted(begun, key=lambda ours: ours.count("_")) or difflib.get_close_matches(name, names, n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
-
-
-def _nearest_by_words(name: str, names: Iterable[str]) -> list[str]:
-    """The name that has most of the words of ``name``, if that is more than half of its letters; else nothing."""
-    wanted = [word for word in name.split("_") if word]
-
-    def overlap(candidate: str) -> tuple[int, int]:
-        words = candidate.split("_")
-        found = [word for word in wanted if any(_alike(word, other) for other in words)]
-        return sum(map(len, found)), -len(words)
-
-    best = max(names, key=overlap, default="")
-    return [best] if 2 * overlap(best)[0] > sum(map(len, wanted)) else []
-
-
-def _alike(word: str, other: str) -> bool:
-    """Whether two words are one spelled in two ways, or one begins with the other (``accum``, ``accumulation``)."""
-    shorter, longer = sorted((word, other), key=len)
-    begins = len(shorter) >= 3 and longer.startswith(shorter)
-    return begins or difflib.SequenceMatcher(None, word, other).ratio() > 0.8
 
 
 def _assemble(
@@ -203,12 +187,11 @@ def _assemble(
     def given(settings: Iterable[Setting]) -> dict[str, Any]:
         return {known.name: values[known.name] for known in settings if known.name in values}
 
-    hints = get_type_hints(config_class)
     parts = given(groups[""])
     problems: list[str] = []
-    for attribute in filter(None, groups):
+    for attribute, kind in _group_classes(config_class).items():
         try:
-            parts[attribute] = hints[attribute](**given(groups[attribute]))
+            parts[attribute] = kind(**given(groups[attribute]))
         except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
             problems.extend(error.problems)
     if problems:

@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 import yaml
 
 from ham_hf.config.assembly import ConfigT, build_config, group_settings, method_settings
-from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig
+from ham_hf.config.configs import DEFAULT_METHOD, CalibrateConfig, EvaluateConfig, TrainConfig, available_methods
 from ham_hf.config.yaml_file import (
     Entry,
     config_to_yaml,
@@ -28,7 +28,6 @@ from ham_hf.config.yaml_file import (
     text_node,
 )
 from ham_hf.invocation import command, program
-from ham_hf.methods import HAM, available
 from ham_hf.recipe_files import find_recipe
 from ham_hf.settings import ConfigError, Setting
 from ham_hf.terminal import show
@@ -157,24 +156,13 @@ def _warn_of_late_starts(config: TrainConfig) -> None:
 def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Read the command line of an evaluation. The model is named by the first word or by ``--model``.
 
-    Args:
-        argv: words after the program's name; None = those of this process.
-
-    Raises:
-        SystemExit: status 2 for a command line that is not right, 0 after ``--help`` or ``--print_config``.
+    Arguments and errors are those of `parse_train_config`.
     """
     return _parse(EvaluateConfig, argv, required=("dataset_name",), positional="model")
 
 
 def parse_calibrate_config(argv: Sequence[str] | None = None) -> CalibrateConfig:
-    """Read the command line of a calibration. The model is named by the first word or by ``--model``.
-
-    Args:
-        argv: words after the program's name; None = those of this process.
-
-    Raises:
-        SystemExit: status 2 for a command line that is not right, 0 after ``--help`` or ``--print_config``.
-    """
+    """Read the command line of a calibration, as `parse_evaluate_config` does."""
     return _parse(CalibrateConfig, argv, positional="model")
 
 
@@ -187,9 +175,11 @@ def _parse(
     positional: str | None = None,
 ) -> ConfigT:
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(config_class, positional)
+    topic = _help_topic(argv)
+    # The first screen shows no method's options: it needs no torch.
+    parser = _Parser(config_class, positional, with_methods=config_class is TrainConfig and topic != "")
     try:
-        if (topic := _help_topic(argv)) is not None:
+        if topic is not None:
             show(parser.help_on(topic))
             parser.exit(0)
         flags, recipe, print_config = parser.read(argv)
@@ -211,7 +201,7 @@ def _parse(
 class _Parser(argparse.ArgumentParser):
     """Splits a command line into entries: argparse does the words and the help, `build_config` the values."""
 
-    def __init__(self, config_class: type, positional: str | None) -> None:
+    def __init__(self, config_class: type, positional: str | None, *, with_methods: bool) -> None:
         first = f"{positional.upper()} " if positional else ""
         self.screen = _SCREENS[config_class]
         super().__init__(
@@ -229,35 +219,17 @@ class _Parser(argparse.ArgumentParser):
         for attribute, settings in groups.items():
             _add_flags(self.add_argument_group(titles.get(attribute, "Model and output")), settings)
         self.settings = {known.name: known for settings in groups.values() for known in settings}
-        self.method_help = ""
-        self.methods: dict[str, str] = {}
-        if config_class is TrainConfig:
+        if with_methods:
             self._add_methods()
 
     def _add_methods(self) -> None:
         """Take every method's options, so that `build_config` can say whose they are; help lists them by method."""
-        group = self.add_argument_group("Method")
-        group.add_argument("--method", metavar="METHOD", help=f"one of {', '.join(available())} (default: {HAM.name})")
-        users: dict[tuple[str, str], tuple[Setting, list[str]]] = {}
-        for name, options in method_settings().items():
+        listed = f"one of {', '.join(available_methods())} (default: {DEFAULT_METHOD})"
+        self.add_argument_group("Method").add_argument("--method", metavar="METHOD", help=listed)
+        for options in method_settings().values():
             new = [known for known in options if known.name not in self.settings]
             _add_flags(self, new, hidden=True)
             self.settings |= {known.name: known for known in new}
-            for known in options:
-                users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
-        # Each method with the options that are its own, then those that several have, once for all of them.
-        titles: dict[tuple[str, ...], str] = {
-            (name,): f"--method {name}: {kind.summary}" for name, kind in available().items()
-        }
-        titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
-        for names, title in titles.items():
-            listing = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-            options = tuple(known for known, having in users.values() if tuple(having) == names)
-            _add_flags(listing.add_argument_group(title), options)
-            text = listing.format_help() if options else f"{title}\n"
-            self.method_help += f"\n{text}"
-            for name in names:
-                self.methods[name] = f"{self.methods[name]}\n{text}" if name in self.methods else text
 
     def read(self, argv: Sequence[str]) -> tuple[list[Entry], Path | None, bool]:
         """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration.
@@ -304,20 +276,22 @@ class _Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: when there is no such topic.
         """
-        if topic == "all":
-            return self.format_help()
         if not topic:
             return self._first_screen()
-        if topic not in self.methods:
-            expected = ", ".join(["all", *self.methods])
-            raise ConfigError(f"--help {topic}: expected {expected if self.methods else 'all'}")
-        return self.methods[topic]
+        listings = _method_listings() if "method" in self.screen.settings else {}
+        if topic == "all":
+            return self.format_help() + "".join(f"\n{text}" for text in listings.values())
+        found = [text for names, text in listings.items() if topic in names]
+        if not found:
+            expected = ", ".join(["all", *(names[0] for names in listings if len(names) == 1)])
+            raise ConfigError(f"--help {topic}: expected {expected}")
+        return "\n".join(found)
 
     def _first_screen(self) -> str:
         rows = [("--config RECIPE", "YAML file, or a name that ham-hf recipes lists")]
         for name, what in self.screen.settings.items():
             if name == "method":
-                rows.append(("--method METHOD", f"{what} [{HAM.name}]"))
+                rows.append(("--method METHOD", f"{what} [{DEFAULT_METHOD}]"))
                 continue
             known = self.settings[name]
             default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
@@ -325,8 +299,8 @@ class _Parser(argparse.ArgumentParser):
             metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
             rows.append((f"--{name}{metavar}", f"{what}{default}"))
         rest = [("--help all", "every setting")]
-        if self.methods:
-            rest.append(("--help METHOD", f"the options of a method, as --help {HAM.name}"))
+        if "method" in self.screen.settings:
+            rest.append(("--help METHOD", f"the options of a method, as --help {DEFAULT_METHOD}"))
         rest += [
             ("--print_config", "the settings as YAML, and stop"),
             ("ham-hf recipes", "what --config takes by name"),
@@ -335,15 +309,28 @@ class _Parser(argparse.ArgumentParser):
         listed, more = ("".join(f"  {flag:{width}}  {what}\n" for flag, what in table) for table in (rows, rest))
         return f"{self.format_usage()}\n{self.screen.about}\n\n{listed}\nmore:\n{more}"
 
-    def format_help(self) -> str:
-        """The help of all settings, then that of each method's own."""
-        return super().format_help() + self.method_help
-
     def error(self, message: str) -> NoReturn:
         """Report what argparse found, such as a flag without its value, like every other problem."""
         if "expected one argument" in message:
             message += "; write --name=VALUE for a value that begins with '-'"
         raise ConfigError(message.removeprefix("argument "))
+
+
+def _method_listings() -> dict[tuple[str, ...], str]:
+    """Help on options by the methods that have them: of each method alone, then of several, once for all of them."""
+    users: dict[tuple[str, str], tuple[Setting, list[str]]] = {}
+    for name, options in method_settings().items():
+        for known in options:
+            users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
+    titles = {(name,): f"--method {name}: {kind.summary}" for name, kind in available_methods().items()}
+    titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
+    listings = {}
+    for names, title in titles.items():
+        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+        options = tuple(known for known, having in users.values() if tuple(having) == names)
+        _add_flags(parser.add_argument_group(title), options)
+        listings[names] = parser.format_help() if options else f"{title}\n"
+    return listings
 
 
 def _help_topic(argv: Sequence[str]) -> str | None:

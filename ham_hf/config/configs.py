@@ -1,7 +1,7 @@
 """Configurations: what a training, an evaluation and a calibration put together of the settings of their components.
 
 A field's name is its flag (``--name``) and its YAML key; names are unique over all groups. Epsilon and step sizes
-are in pixel units, pixels being in [0, 1].
+are in pixel units, pixels being in [0, 1]. A field with a title is a group, whose class is the field's factory.
 """
 
 from __future__ import annotations
@@ -9,72 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from ham_hf.attacks import AttackConfig, pixel_unit_problems
-from ham_hf.data import CalibrationDataConfig, DataConfig
-from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig, ThreatConfig
-from ham_hf.hub_ids import is_hub_id, split_revision
-from ham_hf.methods import HAM, Method
-from ham_hf.models import ModelConfig
+from ham_hf.data.config import CalibrationDataConfig, DataConfig
+from ham_hf.evaluation.config import (
+    CalibrationConfig,
+    EvaluationConfig,
+    MoreEvaluationConfig,
+    ThreatConfig,
+    pixel_unit_problems,
+)
+from ham_hf.hub_config import EvaluationHubConfig, HubConfig
+from ham_hf.hub_ids import split_revision
+from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
-from ham_hf.training.config import LearningRateDrop, TrainingConfig
+from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfig
+
+if TYPE_CHECKING:
+    from ham_hf.methods import Method
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubConfig(SettingsGroup):
-    """Where the finished model goes."""
-
-    push_to_hub: bool = setting(False, "push the output folder to the Hub")
-    hub_model_id: str | None = setting(None, "repository on the Hub: owner/name")
-    hub_private_repo: bool = setting(False, "make the repository private when it is created")
-    hub_revision: str = setting("main", "branch to push to")
-    hub_strategy: Literal["end", "every_save"] = setting("end", "push at the end, or after every checkpoint too")
-    hub_space: bool = setting(False, "publish report.html as a static Space of the same owner/name too, at the end")
-    publish_images: bool = setting(False, "push the images of a dataset that is not public too")
-    model_license: str = setting("apache-2.0", "license of the trained weights, for the model card")
-
-    def contradictions(self) -> Iterator[str]:
-        """A push without a target, or to an impossible one; settings of a push without a push."""
-        if self.push_to_hub and self.hub_model_id is None:
-            yield "--push_to_hub needs --hub_model_id OWNER/NAME"
-        if not self.push_to_hub:
-            idle = {
-                f"--hub_model_id {self.hub_model_id}": self.hub_model_id is not None,
-                "--hub_private_repo": self.hub_private_repo,
-                f"--hub_revision {self.hub_revision}": self.hub_revision != "main",
-                f"--hub_strategy {self.hub_strategy}": self.hub_strategy != "end",
-                "--hub_space": self.hub_space,
-                "--publish_images": self.publish_images,
-            }
-            yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
-        if self.hub_model_id is not None and not (is_hub_id(self.hub_model_id) and len(self.hub_model_id) <= 96):
-            yield (
-                f"--hub_model_id {self.hub_model_id!r}: expected owner/name of at most 96 letters, digits and single "
-                "'-', '_' or '.', such as me/robust-cifar10"
-            )
+DEFAULT_METHOD = "ham"
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationHubConfig(SettingsGroup):
-    """Where the report of an evaluation goes."""
+def available_methods() -> dict[str, type[Method]]:
+    """Every training method by its name. Imports torch, which takes seconds and which the rest here does without."""
+    from ham_hf.methods import available
 
-    push_to_hub: bool = setting(False, "push the report to the model's repository on the Hub")
-    create_pr: bool = setting(False, "as a pull request, for a repository that is not one's own")
-    hub_model_id: str | None = setting(None, "repository on the Hub: owner/name; none = the model's own")
-    publish_images: bool = setting(False, "push images of a dataset that is not public, too")
-
-    def contradictions(self) -> Iterator[str]:
-        """Settings of a push without a push, and an impossible target."""
-        idle = {
-            "--create_pr": self.create_pr,
-            f"--hub_model_id {self.hub_model_id}": self.hub_model_id is not None,
-            "--publish_images": self.publish_images,
-        }
-        if not self.push_to_hub:
-            yield from (f"{written} has no effect without --push_to_hub" for written, given in idle.items() if given)
-        if self.hub_model_id is not None and not is_hub_id(self.hub_model_id, with_owner=True):
-            yield f"--hub_model_id {self.hub_model_id!r}: expected owner/name, such as me/robust-cifar10"
+    return available()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +50,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     model: ModelConfig = field(default_factory=ModelConfig, metadata={"title": "Model"})
     attack: AttackConfig = field(default_factory=AttackConfig, metadata={"title": "Attack (threat model)"})
-    method: Method = field(default_factory=HAM, metadata={"title": "Method"})
+    method: Method = field(default_factory=lambda: available_methods()[DEFAULT_METHOD](), metadata={"title": "Method"})
     training: TrainingConfig = field(default_factory=TrainingConfig, metadata={"title": "Training"})
     calibration: CalibrationConfig = field(
         default_factory=CalibrationConfig, metadata={"title": "Calibration (fairness after training)"}
@@ -145,13 +107,8 @@ class TrainConfig:
         if self.data.validation_fraction == 0 and (held_out or averaged):
             who = f"--method {held_out[0]}" if held_out else "fairness-gated averaging (--fawa)"
             yield f"--validation_fraction 0: {who} measures classes on held-out images; hold some out"
-        gate = {name: getattr(self.training, name) for name in ("fawa_decay", "fawa_threshold")}
         if not averaged:
-            yield from (
-                f"--{name} {value} has no effect without --fawa on"
-                for name, value in gate.items()
-                if value != getattr(TrainingConfig, name)
-            )
+            yield from self.training.idle(["fawa_decay", "fawa_threshold"], "--fawa on")
         if averaged and self.training.ema_decay is not None:
             yield (
                 f"--ema_decay {self.training.ema_decay}: weights are averaged once per epoch already "
@@ -247,15 +204,7 @@ class CalibrateConfig(SettingsGroup):
             yield "--fairness F (0 = as it is, 1 = all classes alike) or --max_average_drop is required"
             return
         if self.calibration_split is None:
-            idle = {
-                "--allow_training_images": self.allow_training_images,
-                f"--limit_calibration_examples {self.limit_calibration_examples}": (
-                    self.limit_calibration_examples is not None
-                ),
-            }
-            yield from (
-                f"{written} has no effect without --calibration_split" for written, given in idle.items() if given
-            )
+            yield from self.idle(["allow_training_images", "limit_calibration_examples"], "--calibration_split")
         source = Path(self.model.removeprefix("local-dir:")).expanduser()
         if source.is_dir() and source.resolve() == self.output_path.resolve():
             yield f"--output_dir {self.output_path} is the model's own folder; name another one"
@@ -276,8 +225,8 @@ def sections(config: AnyConfig) -> Iterator[tuple[str, dict[str, object]]]:
             continue
         group = getattr(config, declared.name)
         values = {known.name: getattr(group, known.name) for known in settings_of(type(group))}
-        if isinstance(group, Method):
-            values = {"method": group.name, **values}
+        if isinstance(config, TrainConfig) and group is config.method:
+            values = {"method": config.method.name, **values}
         yield declared.metadata["title"], values
 
 

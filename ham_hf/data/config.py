@@ -8,8 +8,6 @@ from typing import Literal
 
 from ham_hf.settings import SettingsGroup, setting
 
-_SHUFFLE_BUFFER_SIZE = 10_000
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SettingsGroup):
@@ -42,7 +40,7 @@ class DataConfig(SettingsGroup):
     limit_test_examples: int | None = setting(None, "use this many test images, stratified", at_least=1)
     dataset_streaming: bool = setting(False, "read the training split from its files as it goes, without a local copy")
     shuffle_buffer_size: int = setting(
-        _SHUFFLE_BUFFER_SIZE, "examples that a stream is shuffled within, kept encoded, over all processes", at_least=1
+        10_000, "examples that a stream is shuffled within, kept encoded, over all processes", at_least=1
     )
     num_train_examples: int | None = setting(
         None, "examples of a streamed training split; needed for .tar archives that do not say it", at_least=1
@@ -56,11 +54,8 @@ class DataConfig(SettingsGroup):
                     f"--limit_train_examples {self.limit_train_examples}: a stratified part of a stream would have to "
                     "be looked for in all of it; shorten the run with --max_steps, or leave --dataset_streaming out"
                 )
-            return
-        if self.num_train_examples is not None:
-            yield f"--num_train_examples {self.num_train_examples} has no effect without --dataset_streaming"
-        if self.shuffle_buffer_size != _SHUFFLE_BUFFER_SIZE:
-            yield f"--shuffle_buffer_size {self.shuffle_buffer_size} has no effect without --dataset_streaming"
+        else:
+            yield from self.idle(["num_train_examples", "shuffle_buffer_size"], "--dataset_streaming")
 
 
 @dataclass(frozen=True, kw_only=True)

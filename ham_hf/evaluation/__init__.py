@@ -6,18 +6,23 @@ how many images fit into memory, `partial_results` keeps what is done.
 
 from __future__ import annotations
 
-from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.robustness import (
-    AttackResult,
-    NamedAttack,
-    NonFiniteLogitsError,
-    check_pixel_range,
-    evaluate,
-    evaluate_batches,
-    memory_layout,
-    predict,
-    standard_attacks,
-)
+from typing import TYPE_CHECKING
+
+from ham_hf.imports import names_on_demand
+
+if TYPE_CHECKING:
+    from ham_hf.evaluation.batch_sharing import Workplace
+    from ham_hf.evaluation.robustness import (
+        AttackResult,
+        NamedAttack,
+        NonFiniteLogitsError,
+        check_pixel_range,
+        evaluate,
+        evaluate_batches,
+        memory_layout,
+        predict,
+        standard_attacks,
+    )
 
 __all__ = [
     "AttackResult",
@@ -31,3 +36,5 @@ __all__ = [
     "predict",
     "standard_attacks",
 ]
+
+__getattr__ = names_on_demand(__name__, {"ham_hf.evaluation.robustness": __all__})

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ham_hf.attacks import Attack, ThreatModel, pixel_unit_problems
 from ham_hf.settings import SettingsGroup, setting
+
+if TYPE_CHECKING:
+    from ham_hf.attacks import Attack, ThreatModel
+
+
+def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
+    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
+    for name, length in lengths.items():
+        if norm != "l2" and length is not None and length > 1:
+            yield (
+                f"--{name} {length:g}: {name} is in pixel units of [0, 1], at most 1 unless --norm is l2; "
+                f"did you mean {length:g}/255?"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +55,15 @@ class EvaluationConfig(SettingsGroup):
 
     def attack(self, threat_model: ThreatModel) -> Attack:
         """PGD, whose steps are those of CW too, in this ball of one radius."""
+        from ham_hf.attacks import Attack
+
         length = float(threat_model.epsilon) / 4 if self.eval_step_size is None else self.eval_step_size
         return Attack(threat_model=threat_model, num_steps=self.eval_num_steps, step_size=length)
 
     def contradictions(self) -> Iterator[str]:
         """A setting of AutoAttack without AutoAttack."""
-        if self.autoattack_examples is not None and not self.autoattack:
-            yield f"--autoattack_examples {self.autoattack_examples} has no effect without --autoattack"
+        if not self.autoattack:
+            yield from self.idle(["autoattack_examples"], "--autoattack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +125,6 @@ class CalibrationConfig(SettingsGroup):
                 "give one of them"
             )
         if not self.is_asked_for:
-            yield from (
-                f"--{name} {getattr(self, name)} has no effect without --fairness or --max_average_drop"
-                for name in ("calibration_num_steps", "calibration_precision")
-                if getattr(self, name) != getattr(type(self), name)
+            yield from self.idle(
+                ["calibration_num_steps", "calibration_precision"], "--fairness or --max_average_drop"
             )

@@ -6,17 +6,16 @@ weights. Methods named for a class rule combine a loss with that rule.
 
 from __future__ import annotations
 
-from ham_hf.methods.base import Method, OuterBatch, available
-from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.base import BuiltOnLoss, Method, available
 from ham_hf.methods.bat import BAT
-from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.fat import FAT
 from ham_hf.methods.gairat import GAIRAT
 from ham_hf.methods.ham import HAM
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss, MartLoss, TradesLoss
 from ham_hf.methods.plain import MART, PGDAT, TRADES
-from ham_hf.methods.rule_method import RuleMethod, method_of
+from ham_hf.methods.rule_method import Borrowing, RuleMethod, method_of
 from ham_hf.methods.rules.cfa import CFA
 from ham_hf.methods.rules.cfol import CFOL
 from ham_hf.methods.rules.dafa import DAFA
@@ -42,19 +41,20 @@ __all__ = [
     "TRADES",
     "WAT",
     "BaseLoss",
+    "Batch",
     "Borrowing",
     "BuiltOnLoss",
     "ClassRule",
     "HardFraction",
     "MartLoss",
     "Method",
-    "OuterBatch",
     "RadiusRule",
     "RuleMethod",
     "State",
     "Stateful",
     "States",
     "TradesLoss",
+    "TrainingRows",
     "WeightRule",
     "available",
     "class_sums",

@@ -1,7 +1,7 @@
 """Interface between the trainer and a training method.
 
 For each batch a method answers two questions: which rows go through the one training forward (the inner
-maximization, `Method.outer_batch`), and what each of them costs (the outer minimization, `Method.losses` and
+maximization, `Method.rows_to_train_on`), and what each of them costs (the outer minimization, `Method.losses` and
 `Method.weigh`). The trainer does the rest: division by the sums over all processes and accumulation steps, backward,
 and the update.
 
@@ -16,74 +16,29 @@ A method is one frozen dataclass in one file; its fields are its command-line op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack
+from ham_hf.attacks import LossFn
+from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
-from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 from ham_hf.methods.state import Stateful, States, named_kinds
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class OuterBatch:
-    """The part of a batch that the outer minimization trains on: E examples in R rows.
-
-    Attributes:
-        x: (R, C, H, W) rows for the single training forward, in blocks of E: the adversarial images first, then
-            whatever else the loss needs of the same examples. R may be 0.
-        y: (E,) labels of the examples.
-        weight: weight >= 0 of each example: (E,) in every term of the loss, or (T, E) in each of them.
-        divided_by: (E,) what an example adds to the divisor of every term; None = its weight.
-        with_adversarial: (A,) positions of the examples that have an adversarial image in ``x``, in its order; None =
-            all have one.
-        hard: (N,) bool over the whole batch for methods that mine, else None.
-        wrong_at_start: (N,) bool over the whole batch, misclassified where the attack started, for methods that treat
-            such examples differently, else None.
-        early_logits: (N, num_classes) of the whole batch in mid-attack for methods that mine, else None.
-    """
-
-    x: Tensor
-    y: Tensor
-    weight: Tensor
-    divided_by: Tensor | None = None
-    with_adversarial: Tensor | None = None
-    hard: Tensor | None = None
-    wrong_at_start: Tensor | None = None
-    early_logits: Tensor | None = None
-
-    @property
-    def adversarial_y(self) -> Tensor:
-        """Labels (A,) of the first block of rows, the adversarial images."""
-        return self.y if self.with_adversarial is None else self.y[self.with_adversarial]
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Stateful):
     """Base of all training methods: PGD adversarial training unless a method says otherwise."""
 
-    gates_averaging: ClassVar[bool] = False
-    """Whether fairness-gated weight averaging belongs to the published method."""
-
     def check(self, *, num_steps: int) -> None:
-        """Check the options against the attack before anything expensive starts.
-
-        Args:
-            num_steps: K, the number of attack steps of the run.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
+        """Check the options against the attack steps K of the run; ValueError naming the option and its value."""
 
     def check_rules(self) -> None:
-        """Check the options of borrowed class rules, once each is known to be valid by itself.
-
-        Raises:
-            ValueError: naming the option, its value and what was expected.
-        """
+        """The same for the options of borrowed class rules, once each is known to be valid by itself."""
 
     @property
     def depends_on_split(self) -> bool:
@@ -92,7 +47,7 @@ class Method(Stateful):
 
     @property
     def tells_wrong_at_start(self) -> bool:
-        """Whether outer batches of epochs that mine mark the examples misclassified where the attack starts."""
+        """Whether epochs that mine mark the examples misclassified where the attack starts."""
         return False
 
     @property
@@ -126,16 +81,12 @@ class Method(Stateful):
         return (self, *self.rules)
 
     def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:
-        """The 0-based epoch in which each part begins to differ from plain adversarial training, by its name.
-
-        Args:
-            awp_start_epoch: first epoch of the weight perturbation; None = there is none.
-        """
+        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins."""
         starts = {part.name: part.warmup_epochs for part in self.parts}
         return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
 
     def start_words(self, awp_start_epoch: int | None = None) -> dict[str, str]:
-        """The same for people, who count from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
+        """The same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
         words = {}
         for name, first in self.start_epochs(awp_start_epoch).items():
             part = next((part for part in self.parts if part.name == name), None)
@@ -148,70 +99,46 @@ class Method(Stateful):
 
     # --- the inner maximization
 
-    def outer_batch(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-        generator: torch.Generator | None = None,
-    ) -> OuterBatch:
-        """Run the inner maximization and choose the rows to train on.
+    def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
+        """`rows_to_train_on` of each accumulation step of an update.
 
-        Args:
-            model: the unwrapped pixel model; left as it was found (invariant 2).
-            x: (N, C, H, W) pixels in [0, 1].
-            y: (N,) labels.
-            attack: threat model, steps and step size.
-            epoch: 0-based epoch.
-            states: class state of all parts.
-            generator: source of all randomness, on the device of ``x``.
+        A method may move rows from one entry to another, but not ``hard`` and ``early_logits``.
         """
-        attack = self.attack_on(y, attack, epoch=epoch, states=states)
-        x_adv = attack(
-            model,
-            x,
-            y,
-            start=self.loss.start(x, attack.threat_model, generator),
-            loss_fn=self.loss.attack_loss(model, x),
-        )
-        return OuterBatch(x=self.loss.rows(x_adv, x), y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+        return [self.rows_to_train_on(model, batch) for batch in batches]
 
-    def outer_batches(
-        self,
-        model: nn.Module,
-        batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-    ) -> list[OuterBatch]:
-        """`outer_batch` of each accumulation step of an update: images, labels and source of randomness.
+    def rows_to_train_on(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        """Attack a batch with the radii of its classes, and choose the rows to train on.
 
-        Returns:
-            As many outer batches; a method may move rows from one to another, but not ``hard`` and ``early_logits``.
+        The model is unwrapped, and left as it was found (invariant 2).
         """
-        return [
-            self.outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
-            for x, y, generator in batches
-        ]
+        return self.inner_maximization(model, self.with_class_radii(batch))
 
-    def attack_on(self, y: Tensor, attack: Attack, *, epoch: int, states: States) -> Attack:
-        """The attack with the radius and step of each example's class, where the method has its own."""
+    def with_class_radii(self, batch: Batch) -> Batch:
+        """The batch with the radius and step of each example's class, where the method has its own."""
         rule = self.radii
-        of_class = None if rule is None else rule.class_attack(states[rule.name], attack, epoch=epoch)
-        return attack if of_class is None else attack.of_classes(*of_class, y)
+        of_class = (
+            None if rule is None else rule.class_attack(batch.states[rule.name], batch.attack, epoch=batch.epoch)
+        )
+        return batch if of_class is None else replace(batch, attack=batch.attack.of_classes(*of_class, batch.y))
+
+    def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        """The rows to train on after an attack on the batch as it is."""
+        start, loss_fn = self.start_and_loss(model, batch)
+        x_adv = batch.attack(model, batch.x, batch.y, start=start, loss_fn=loss_fn)
+        return batch.training_rows(self.loss.rows(x_adv, batch.x))
+
+    def start_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, LossFn]:
+        """Where the attack of the method's loss starts (N, C, H, W), and what it increases."""
+        start = self.loss.start(batch.x, batch.attack.threat_model, batch.generator)
+        return start, self.loss.attack_loss(model, batch.x)
 
     # --- the outer minimization
 
-    def losses(self, logits: Tensor, batch: OuterBatch) -> Tensor:
-        """Value of each term for each example (T, E) from the logits (R, num_classes) of ``batch.x``, unweighted."""
-        return self.loss.terms(logits, batch.y)
+    def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
+        """Value of each term for each example (T, E) from the logits (R, num_classes) of ``rows.x``, unweighted."""
+        return self.loss.terms(logits, rows.y)
 
-    def weigh(self, batch: OuterBatch, *, epoch: int, states: States) -> tuple[Tensor, Tensor]:
+    def weigh(self, rows: TrainingRows, *, epoch: int, states: States) -> tuple[Tensor, Tensor]:
         """Weight of each term and example (T, E), and this batch's part of each term's divisor (T,).
 
         The loss of an update is, summed over its terms, sum(weight * term) / sum(divisor), both sums over all
@@ -219,16 +146,49 @@ class Method(Stateful):
         """
         rule = self.weights
         of_class = None if rule is None else rule.class_weight(states[rule.name], self.loss, epoch=epoch)
-        weight = batch.weight.expand(self.num_terms, -1)
-        divided_by = weight if batch.divided_by is None else batch.divided_by.expand_as(weight)
+        weight = rows.weight.expand(self.num_terms, -1)
+        divided_by = weight if rows.divided_by is None else rows.divided_by.expand_as(weight)
         if rule is not None and of_class is not None:
-            of_example = of_class.to(weight.dtype)[:, batch.y]
+            of_example = of_class.to(weight.dtype)[:, rows.y]
             weight = weight * of_example
             if rule.divides_by_class_weight:
                 divided_by = divided_by * of_example
         # Numbers, not a tensor of them: that would have to be copied to the device, and be waited for.
         scaled = [row * scale for row, scale in zip(weight, self.loss.scales, strict=True)]
         return torch.stack(scaled), divided_by.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltOnLoss(Method):
+    """A method that works with more than one loss."""
+
+    base_loss: Literal["pgd_at", "trades", "mart"] = setting(
+        "pgd_at", "loss that the method is built on, with the attack that belongs to it"
+    )
+    beta: float | None = setting(
+        None, "weight of the KL term of the loss; none = its own: 6 for TRADES, 5 for MART", at_least=0
+    )
+
+    @property
+    def loss(self) -> BaseLoss:
+        kind = BASE_LOSSES[self.base_loss]
+        return kind() if self.beta is None else kind(beta=self.beta)
+
+    def check(self, *, num_steps: int) -> None:
+        super().check(num_steps=num_steps)
+        if self.beta != type(self).beta and self.num_terms == 1:
+            raise ValueError(
+                f"--beta {self.beta} has no effect with --base_loss {self.base_loss}, which has no KL term"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradesOrPGDAT(BuiltOnLoss):
+    """A method that works with TRADES and PGD-AT."""
+
+    base_loss: Literal["pgd_at", "trades"] = setting(
+        "trades", "loss that the method is built on, with the attack that belongs to it"
+    )
 
 
 def available() -> dict[str, type[Method]]:

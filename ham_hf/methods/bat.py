@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import Attack, ThreatModel, full_precision
-from ham_hf.methods.base import Method, OuterBatch
+from ham_hf.attacks import ThreatModel, full_precision
+from ham_hf.methods.base import Method
+from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
-from ham_hf.methods.state import States
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.settings import setting
 
@@ -82,26 +82,10 @@ class BAT(Method):
     def loss(self) -> BaseLoss:
         return BalanceLoss(beta=self.beta)
 
-    def outer_batch(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-        generator: torch.Generator | None = None,
-    ) -> OuterBatch:
-        """See `Method.outer_batch`. Waits for the device once per attack step, to let rows go."""
+    def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        """See `Method.inner_maximization`. Waits for the device once per attack step, to drop rows."""
+        start, loss_fn = self.start_and_loss(model, batch)
         attacked = early_stopped_pgd(
-            model,
-            x,
-            y,
-            attack=attack,
-            start=self.loss.start(x, attack.threat_model, generator),
-            loss_fn=self.loss.attack_loss(model, x),
-            tau=FURTHER_STEPS,
+            model, batch.x, batch.y, attack=batch.attack, start=start, loss_fn=loss_fn, tau=FURTHER_STEPS
         )
-        rows = torch.cat([attacked.stopped, attacked.last_correct, x])
-        return OuterBatch(x=rows, y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+        return batch.training_rows(torch.cat([attacked.stopped, attacked.last_correct, batch.x]))

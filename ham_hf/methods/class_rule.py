@@ -1,8 +1,8 @@
 """Class rules: how classes are told apart in training, by the radius of their attack or the weight of their loss.
 
-A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both; it
-attacks nothing and trains nothing. A method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
-borrows one (`ham_hf.methods.borrowing`: ``--class_margin``, ``--class_weighting``). Besides the hooks of
+A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both. A
+method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
+borrows one (``--class_margin``, ``--class_weighting``). Besides the hooks of
 `ham_hf.methods.state`, in the order of a run:
 
     wants_held_out, held_out_sums -> after_held_out   before an epoch, on held-out images
@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
+from ham_hf.methods.batch import Batch
 from ham_hf.methods.losses import BASE_LOSSES, BaseLoss
 from ham_hf.methods.state import State, Stateful
 
@@ -37,8 +37,6 @@ class ClassRule(Stateful):
     """Whether the rule cannot do without held-out images."""
     uses_class_counts: ClassVar[bool] = False
     """Whether `initial_state` looks at how many training images a class has; streams may not know it (NaN)."""
-    gates_averaging: ClassVar[bool] = False
-    """Whether fairness-gated weight averaging belongs to the published method."""
 
     @classmethod
     def lent(cls, **options: Any) -> ClassRule:  # noqa: ANN401 (fields of any type)
@@ -54,18 +52,11 @@ class ClassRule(Stateful):
         """Whether `held_out_sums` are to be taken before this epoch."""
         return False
 
-    def held_out_sums(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        loss: BaseLoss,
-        num_classes: int,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode."""
+    def held_out_sums(self, model: nn.Module, batch: Batch, *, loss: BaseLoss, num_classes: int) -> Tensor:
+        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode.
+
+        ``loss`` is that of the method that trains.
+        """
         raise NotImplementedError(f"{self.name} takes no sums over held-out images")
 
     def after_held_out(self, state: State, sums: Tensor, *, epoch: int) -> None:

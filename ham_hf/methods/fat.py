@@ -14,13 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ham_hf.attacks import Attack
-from ham_hf.methods.base import OuterBatch
-from ham_hf.methods.borrowing import Borrowing
-from ham_hf.methods.state import States
+from ham_hf.methods.batch import Batch, TrainingRows
+from ham_hf.methods.rule_method import Borrowing
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.settings import setting
 
@@ -55,28 +52,18 @@ class FAT(Borrowing):
         """Number of further steps for a wrong example in this 0-based epoch."""
         return sum(epoch >= first for first in self.fat_tau_epochs)
 
-    def outer_batch(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-        generator: torch.Generator | None = None,
-    ) -> OuterBatch:
-        """See `Method.outer_batch`. Waits for the device once per attack step, to let rows go."""
-        attack = self.attack_on(y, attack, epoch=epoch, states=states)
+    def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        """See `Method.inner_maximization`. Waits for the device once per attack step, to drop rows."""
+        start, loss_fn = self.start_and_loss(model, batch)
         attacked = early_stopped_pgd(
             model,
-            x,
-            y,
-            attack=attack,
-            start=self.loss.start(x, attack.threat_model, generator),
-            loss_fn=self.loss.attack_loss(model, x),
-            tau=self.tau(epoch),
+            batch.x,
+            batch.y,
+            attack=batch.attack,
+            start=start,
+            loss_fn=loss_fn,
+            tau=self.tau(batch.epoch),
             noise=self.fat_omega,
-            generator=generator,
+            generator=batch.generator,
         )
-        return OuterBatch(x=attacked.stopped, y=y, weight=torch.ones_like(x[:, 0, 0, 0]))
+        return batch.training_rows(attacked.stopped)

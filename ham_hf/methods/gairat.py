@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ham_hf.attacks import Attack, cross_entropy, predicted
-from ham_hf.methods.base import Method, OuterBatch
-from ham_hf.methods.state import States, statistics_dtype
+from ham_hf.attacks import cross_entropy, predicted
+from ham_hf.methods.base import Method
+from ham_hf.methods.batch import Batch, TrainingRows
+from ham_hf.methods.state import statistics_dtype
 from ham_hf.settings import setting
 
 
@@ -49,46 +50,26 @@ class GAIRAT(Method):
         """Epochs of plain PGD-AT."""
         return self.gairat_start_epoch
 
-    def outer_batch(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-        generator: torch.Generator | None = None,
-    ) -> OuterBatch:
-        if epoch < self.gairat_start_epoch:
-            return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
-        correct = CorrectIterates(y)
-        x_adv = attack(
-            model,
-            x,
-            y,
-            start=self.loss.start(x, attack.threat_model, generator),
-            loss_fn=correct,
-        )
-        weight = gairat_weights(correct.count, attack.num_steps, self.gairat_function, self.gairat_lambda)
-        return OuterBatch(x=x_adv, y=y, weight=weight.to(x.dtype))
+    def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        if batch.epoch < self.gairat_start_epoch:
+            return super().inner_maximization(model, batch)
+        start, _ = self.start_and_loss(model, batch)
+        correct = CorrectIterates(batch.y)
+        x_adv = batch.attack(model, batch.x, batch.y, start=start, loss_fn=correct)
+        weight = gairat_weights(correct.count, batch.attack.num_steps, self.gairat_function, self.gairat_lambda)
+        return TrainingRows(x=x_adv, y=batch.y, weight=weight.to(batch.x.dtype))
 
 
 class CorrectIterates:
     """Cross-entropy for `ham_hf.attacks.pgd` that counts, on the device, the iterates classified correctly.
 
-    Args:
-        y: (N,) labels.
-
-    Attributes:
-        count: (N,) kappa: correct iterates among those whose logits the attack computes, 0 .. num_steps - 1.
+    ``count`` (N,) is kappa: correct iterates among those whose logits the attack computes, 0 .. num_steps - 1.
     """
 
     def __init__(self, y: Tensor) -> None:
         self.count = torch.zeros_like(y)
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Count the rows that are correct and return the cross-entropy of each (N,)."""
         self.count += predicted(logits.detach()) == y
         return cross_entropy(logits, y)
 

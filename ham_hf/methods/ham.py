@@ -37,18 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack, ThreatModel, predicted, rows_of
-from ham_hf.methods.base import OuterBatch
-from ham_hf.methods.base_loss import BuiltOnLoss
-from ham_hf.methods.borrowing import Borrowing
+from ham_hf.methods.base import BuiltOnLoss
+from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.losses import trades_terms_of_some
+from ham_hf.methods.rule_method import Borrowing
 from ham_hf.methods.state import State, States
-from ham_hf.mining import (
-    HardExamples,
-    hard_weights,
-    mine_hard_examples,
-    mine_three_kinds,
-    most_confident_easy,
-)
+from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
 from ham_hf.settings import setting
 
 CLASSIFY_IN_STEP_FROM = 0.5
@@ -148,49 +142,20 @@ class HAM(BuiltOnLoss, Borrowing):
         """Whether every example is trained on: all easy ones are kept, or the first term takes all clean images."""
         return self.loss.clean_term or (self.easy_weight > 0 and self.easy_fraction == 1)
 
-    def outer_batch(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-        generator: torch.Generator | None = None,
-    ) -> OuterBatch:
-        if epoch < self.mining_start_epoch:
-            return super().outer_batch(model, x, y, attack=attack, epoch=epoch, states=states, generator=generator)
-        attack = self.attack_on(y, attack, epoch=epoch, states=states)
-        return self.chosen(self.mine(model, x, y, attack=attack, states=states, generator=generator), x, y)
+    def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
+        if batch.epoch < self.mining_start_epoch:
+            return super().inner_maximization(model, batch)
+        return self.chosen(self.mine(model, batch), batch)
 
-    def mine(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        states: States,
-        generator: torch.Generator | None,
-    ) -> HardExamples:
-        """Mine a batch with this attack; one of ``mining_step`` steps leaves the hard rows where they are then.
+    def mine(self, model: nn.Module, batch: Batch) -> HardExamples:
+        """Mine a batch; an attack of ``mining_step`` steps leaves the hard rows where they are then.
 
         With three kinds few rows are attacked further, so a separate forward classifies.
         """
-        start, loss_fn = self.loss.start(x, attack.threat_model, generator), self.loss.attack_loss(model, x)
+        start, loss_fn = self.start_and_loss(model, batch)
+        x, y, attack, mining_step = batch.x, batch.y, batch.attack, self.mining_step
         if self.stop_misclassified:
-            return mine_three_kinds(
-                model,
-                x,
-                y,
-                threat_model=attack.threat_model,
-                num_steps=attack.num_steps,
-                step_size=attack.step_size,
-                mining_step=self.mining_step,
-                start=start,
-                loss_fn=loss_fn,
-            )
+            return mine_three_kinds(model, x, y, attack=attack, mining_step=mining_step, start=start, loss_fn=loss_fn)
         return mine_hard_examples(
             model,
             x,
@@ -198,38 +163,38 @@ class HAM(BuiltOnLoss, Borrowing):
             threat_model=attack.threat_model,
             num_steps=attack.num_steps,
             step_size=attack.step_size,
-            mining_step=self.mining_step,
+            mining_step=mining_step,
             start=start,
             loss_fn=loss_fn,
             track_moves=self.hard_weighting == "probability_move",
-            classify_in_step=self.classify_in_step(states),
+            classify_in_step=self.classify_in_step(batch.states),
         )
 
-    def chosen(self, mined: HardExamples, x: Tensor, y: Tensor) -> OuterBatch:
-        """Choose the rows to train on from a mined batch with clean images ``x`` and labels ``y``.
+    def chosen(self, mined: HardExamples, batch: Batch) -> TrainingRows:
+        """Choose the rows to train on from a mined batch.
 
         If all examples are kept, they stay in the order of the batch; otherwise the hard ones come first.
         """
+        x, y = batch.x, batch.y
         rows, x_adv, weight = self._kept(mined)
         weight = weight.to(x.dtype)
-        common = {"hard": mined.hard, "wrong_at_start": mined.wrong_at_start, "early_logits": mined.early.logits}
         if not self.loss.clean_term:
             clean, labels = (x, y) if rows is None else (x[rows], y[rows])
-            return OuterBatch(x=self.loss.rows(x_adv, clean), y=labels, weight=weight, **common)
+            return TrainingRows(x=self.loss.rows(x_adv, clean), y=labels, weight=weight, **_found(mined))
         each = x.new_ones(len(y))
         robust = weight if rows is None else x.new_zeros(len(y)).index_copy(0, rows, weight)
-        return OuterBatch(
+        return TrainingRows(
             x=self.loss.rows(x_adv, x),
             y=y,
             weight=torch.stack([each, robust]),
             divided_by=each,
             with_adversarial=rows,
-            **common,
+            **_found(mined),
         )
 
     def _kept(self, mined: HardExamples) -> tuple[Tensor | None, Tensor, Tensor]:
         """Positions (A,) in the batch of what is trained on (None = all), adversarial images and weights."""
-        weight = self.hard_weights(mined)
+        weight = hard_weights(mined, self.hard_weighting)
         if not self.easy_weight:
             return mined.rows, mined.x_adv, weight
         early = mined.early.x_adv
@@ -240,15 +205,11 @@ class HAM(BuiltOnLoss, Borrowing):
         rows, x_adv = torch.cat([mined.rows, kept]), torch.cat([mined.x_adv, early[kept]])
         return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
 
-    def losses(self, logits: Tensor, batch: OuterBatch) -> Tensor:
-        """Give the terms of the base loss; with TRADES, where hard examples alone have an adversarial image."""
-        if batch.with_adversarial is None:
-            return super().losses(logits, batch)
-        return trades_terms_of_some(logits, batch.y, batch.with_adversarial)
-
-    def hard_weights(self, mined: HardExamples) -> Tensor:
-        """Weight of each hard example (H,)."""
-        return hard_weights(mined, self.hard_weighting)
+    def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
+        """Give the terms of the base loss; of TRADES also where hard examples alone have an adversarial image."""
+        if rows.with_adversarial is None:
+            return super().losses(logits, rows)
+        return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
 
     def classify_in_step(self, states: States) -> bool:
         """Whether the step after the mining step is to classify, in this epoch."""
@@ -275,80 +236,51 @@ class HAM(BuiltOnLoss, Borrowing):
     def after_update(self, state: State, sums: Tensor) -> None:
         state["mined"] += sums
 
-    def outer_batches(
-        self,
-        model: nn.Module,
-        batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-        *,
-        attack: Attack,
-        epoch: int,
-        states: States,
-    ) -> list[OuterBatch]:
-        if not self.pack_hard_examples or epoch < self.warmup_epochs:
-            return super().outer_batches(model, batches, attack=attack, epoch=epoch, states=states)
-        attacks = [self.attack_on(y, attack, epoch=epoch, states=states) for _, y, _ in batches]
-        return packed_outer_batches(self, model, batches, attacks, states)
+    def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
+        if not self.pack_hard_examples or batches[0].epoch < self.warmup_epochs:
+            return super().rows_of_update(model, batches)
+        return packed_rows(self, model, [self.with_class_radii(batch) for batch in batches])
 
 
-def packed_outer_batches(
-    method: HAM,
-    model: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[Attack],
-    states: States,
-) -> list[OuterBatch]:
+def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
     """Mine every batch, and put the rows of all that are attacked further into as few full batches as they fill.
 
-    Args:
-        method: for the mining step, the loss, the weights and what is trained on.
-        model: the unwrapped pixel model.
-        batches: images (N, C, H, W), labels (N,) and source of randomness of each accumulation step.
-        attacks: the attack on each of them; radius and step may be per example.
-        states: class state of all parts.
-
     Returns:
-        As many outer batches as ``batches``. Unless the method trains on all examples, the rows of all are packed as
-        well, and the last ones are without a row; ``hard``, ``wrong_at_start`` and ``early_logits`` belong to the
-        batch in the same place.
+        As many entries as ``batches``. Unless the method trains on all examples, the rows of all are packed as well,
+        and the last entries have none; ``hard``, ``wrong_at_start`` and ``early_logits`` are of the batch in the same
+        place.
     """
-    mining = [replace(attack, num_steps=method.mining_step) for attack in attacks]
-    mined = [
-        method.mine(model, x, y, attack=attack, states=states, generator=generator)
-        for (x, y, generator), attack in zip(batches, mining, strict=True)
-    ]
-    full = max(len(labels) for _, labels, _ in batches)
-    mined = _attacked_to_the_end(method, model, batches, attacks, mined, full)
+    mined = []
+    for batch in batches:
+        to_mining_step = replace(batch.attack, num_steps=method.mining_step)
+        mined.append(method.mine(model, replace(batch, attack=to_mining_step)))
+    full = max(len(batch.y) for batch in batches)
+    mined = _attacked_to_the_end(method, model, batches, mined, full)
     if method.trains_on_all:
-        return [method.chosen(found, x, y) for found, (x, y, _) in zip(mined, batches, strict=True)]
-    x = torch.cat([images[found.rows] for (images, _, _), found in zip(batches, mined, strict=True)])
+        return [method.chosen(found, batch) for found, batch in zip(mined, batches, strict=True)]
+    x = torch.cat([batch.x[found.rows] for batch, found in zip(batches, mined, strict=True)])
     y, x_adv = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])
-    weight = torch.cat([method.hard_weights(found) for found in mined]).to(x.dtype)
+    weight = torch.cat([hard_weights(found, method.hard_weighting) for found in mined]).to(x.dtype)
     chunks = [slice(number * full, (number + 1) * full) for number in range(len(mined))]
     return [
-        OuterBatch(
-            x=method.loss.rows(x_adv[rows], x[rows]),
-            y=y[rows],
-            weight=weight[rows],
-            hard=found.hard,
-            wrong_at_start=found.wrong_at_start,
-            early_logits=found.early.logits,
-        )
+        TrainingRows(x=method.loss.rows(x_adv[rows], x[rows]), y=y[rows], weight=weight[rows], **_found(found))
         for rows, found in zip(chunks, mined, strict=True)
     ]
 
 
+def _found(mined: HardExamples) -> dict[str, Tensor | None]:
+    """What mining found of the whole batch."""
+    return {"hard": mined.hard, "wrong_at_start": mined.wrong_at_start, "early_logits": mined.early.logits}
+
+
 def _attacked_to_the_end(
-    method: HAM,
-    model: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor, torch.Generator]],
-    attacks: Sequence[Attack],
-    mined: Sequence[HardExamples],
-    full: int,
+    method: HAM, model: nn.Module, batches: Sequence[Batch], mined: Sequence[HardExamples], full: int
 ) -> list[HardExamples]:
     """The mined batches after the rest of the attack on their ``attacked`` rows, made in batches of ``full`` rows."""
-    x = torch.cat([images[found.attacked] for (images, _, _), found in zip(batches, mined, strict=True)])
-    y = torch.cat([labels[found.attacked] for (_, labels, _), found in zip(batches, mined, strict=True)])
+    x = torch.cat([batch.x[found.attacked] for batch, found in zip(batches, mined, strict=True)])
+    y = torch.cat([batch.y[found.attacked] for batch, found in zip(batches, mined, strict=True)])
     start = torch.cat([found.early.x_adv[found.attacked] for found in mined])
+    attacks = [batch.attack for batch in batches]
     rest = Attack(
         threat_model=ThreatModel(
             attacks[0].threat_model.norm,

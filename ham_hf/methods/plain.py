@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ham_hf.methods.borrowing import Borrowing
 from ham_hf.methods.losses import BaseLoss, MartLoss, TradesLoss
+from ham_hf.methods.rule_method import Borrowing
 from ham_hf.settings import setting
 
 

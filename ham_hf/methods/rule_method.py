@@ -1,13 +1,16 @@
-"""Methods that are a loss with a class rule: ``--method cfa``."""
+"""Methods with a class rule: their own (``--method cfa``), or a borrowed one (``--class_margin cfa``)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, get_type_hints
 
-from ham_hf.methods.base import Method
+from ham_hf.methods.base import Method, available
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
+from ham_hf.methods.state import named_kinds
+from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +71,71 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
 
 def _copy(option: Field[Any]) -> Any:  # noqa: ANN401 (what `field` returns is of any type)
     return field(default=option.default, default_factory=option.default_factory, metadata=option.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Borrowing(Method):
+    """A method that can borrow class radii and class weights from the class rules."""
+
+    class_margin: str = setting(
+        "none", "class-wise method whose radius of the attack for each class to use, such as cfa"
+    )
+    class_weighting: str = setting(
+        "none", "class-wise method whose weight of the loss for each class to use, such as dafa"
+    )
+    class_rule_args: Mapping[str, object] = setting(
+        {}, "options of --class_margin and --class_weighting, such as dafa_lambda=1.5"
+    )
+
+    def check(self, *, num_steps: int) -> None:
+        super().check(num_steps=num_steps)
+        lenders: list[tuple[str, str, type[ClassRule]]] = [
+            ("class_margin", self.class_margin, RadiusRule),
+            ("class_weighting", self.class_weighting, WeightRule),
+        ]
+        for option, name, base in lenders:
+            lends = named_kinds(base)
+            if name != "none" and name not in lends:
+                why_not = f"as {name} has none to lend" if name in available() else f"and there is no method {name!r}"
+                raise ValueError(f"--{option} {name}: expected none or one of {', '.join(lends)}, {why_not}")
+        known = {one.name for _, name, base in lenders if name != "none" for one in fields(named_kinds(base)[name])}
+        for name in self.class_rule_args:
+            if name not in known:
+                expected = ", ".join(sorted(known)) or "nothing without --class_margin or --class_weighting"
+                raise ValueError(f"--class_rule_args {name}: expected {expected}")
+        if self.weights is not None and self.loss.name not in self.weights.weighs_losses:
+            raise ValueError(
+                f"--class_weighting {self.class_weighting} weighs the terms of "
+                f"{' or '.join(self.weights.weighs_losses)}, but the loss of this run is {self.loss.name}"
+            )
+
+    def check_rules(self) -> None:
+        """See `Method.check_rules`: refuse a rule whose options switch off what is borrowed of it."""
+        off = {
+            "class_margin": self.radii is not None and not self.radii.scales_radii,
+            "class_weighting": self.weights is not None and not self.weights.weighs(self.loss),
+        }
+        for option in [option for option, is_off in off.items() if is_off]:
+            given = " ".join(f"{key}={value}" for key, value in self.class_rule_args.items())
+            raise ValueError(
+                f"--{option} {getattr(self, option)} has no effect with --class_rule_args {given}; drop one of them"
+            )
+
+    @cached_property
+    def _borrowed(self) -> dict[str, ClassRule]:
+        found = {}
+        for name in sorted({self.class_margin, self.class_weighting} - {"none"}):
+            kind = named_kinds(ClassRule)[name]
+            options = {one.name for one in fields(kind)} & self.class_rule_args.keys()
+            found[name] = kind.lent(**{option: self.class_rule_args[option] for option in sorted(options)})
+        return found
+
+    @property
+    def radii(self) -> RadiusRule | None:
+        rule = self._borrowed.get(self.class_margin)
+        return rule if isinstance(rule, RadiusRule) else None
+
+    @property
+    def weights(self) -> WeightRule | None:
+        rule = self._borrowed.get(self.class_weighting)
+        return rule if isinstance(rule, WeightRule) else None

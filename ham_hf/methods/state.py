@@ -28,6 +28,8 @@ class Stateful:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     """One line for ``--help`` and the model card."""
+    gates_averaging: ClassVar[bool] = False
+    """Whether fairness-gated weight averaging belongs to the published method."""
 
     @property
     def warmup_epochs(self) -> int:
@@ -35,11 +37,9 @@ class Stateful:
         return 0
 
     def initial_state(self, class_counts: Tensor) -> State:
-        """State at the beginning of a run.
+        """State at the beginning of a run, in the dtype and on the device of ``class_counts``.
 
-        Args:
-            class_counts: (num_classes,) number of training images of each class, in the dtype and on the device
-                that the state should have too.
+        These are the numbers of training images of each class (num_classes,).
         """
         return {}
 
@@ -51,13 +51,10 @@ class Stateful:
         return None
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """Sums over examples, of `observed_shape` whatever their number (also 0).
+        """Sums over examples with labels ``y`` (N,), of `observed_shape` whatever their number (also 0).
 
-        Args:
-            logits: (N, num_classes) of adversarial images: of the training forward; from methods that mine, of the
-                whole batch at the mining step, as the hard rows alone would say nothing of a class.
-            y: (N,) labels.
-            epoch: 0-based epoch.
+        ``logits`` (N, num_classes) are of adversarial images: of the training forward; from methods that mine, of the
+        whole batch at the mining step, as the hard rows alone would say nothing of a class.
         """
         raise NotImplementedError(f"{self.name} observes nothing")
 

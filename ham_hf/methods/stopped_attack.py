@@ -1,4 +1,4 @@
-"""PGD that lets go of an example soon after the model gets it wrong: the attack of FAT and BAT."""
+"""PGD that drops an example soon after the model gets it wrong: the attack of FAT and BAT."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class StoppedAttack:
     """Two points on the path of each example, in the order of the batch.
 
     Attributes:
-        stopped: (N, C, H, W) iterate at which the example was let go; the last one if it never was. The last iterate
-            is not classified, so it may be right or wrong.
+        stopped: (N, C, H, W) iterate at which the example was dropped; the last one, which is not classified, if it
+            never was.
         last_correct: (N, C, H, W) iterate before the first wrong one; the start if that is wrong already, the last
             one if none was seen to be wrong.
     """
@@ -41,19 +41,18 @@ def early_stopped_pgd(
     """PGD in which an example stops at its wrong iterate number ``tau`` + 1 (Zhang et al., ICML 2020).
 
     Stopped rows leave the batch, so that the attack gets cheaper with every step. Finding them waits for the device
-    once a step. The forward of a step both classifies and gives the gradient, so a row that leaves has paid for one
-    gradient that is not used; a forward of its own to classify would cost more from the second step on.
+    once a step. The forward of a step both classifies and gives the gradient, which a row that leaves does not use.
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes); not a DDP wrapper.
         x: clean images (N, C, H, W) in [0, 1].
         y: labels (N,).
         attack: threat model, steps and step size; radius and step may be (N,).
-        start: images to start from (N, C, H, W), used as they are.
+        start: images to start from (N, C, H, W).
         loss_fn: what to increase, per example; a `RowLoss` is told which rows are left.
         tau: number of further steps that a wrong example is given, >= 0.
         noise: standard deviation of Gaussian noise added at every step before projection, in pixel units.
-        generator: source of that noise, drawn for the whole batch: what a row gets does not depend on which are left.
+        generator: source of that noise, drawn for the whole batch.
 
     Raises:
         ValueError: if the batch is malformed.
@@ -88,14 +87,7 @@ def early_stopped_pgd(
 
 
 class WatchedLoss:
-    """A loss of an attack that also notes which rows are misclassified.
-
-    Args:
-        loss_fn: the loss itself.
-
-    Attributes:
-        wrong: (N,) bool of the last call.
-    """
+    """A loss of an attack that also notes which rows the last call found misclassified: ``wrong`` (N,)."""
 
     wrong: Tensor
 
@@ -103,7 +95,6 @@ class WatchedLoss:
         self.loss_fn = loss_fn
 
     def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Note who is wrong and return the loss of each row (N,)."""
         self.wrong = predicted(logits.detach()) != y
         return self.loss_fn(logits, y)
 

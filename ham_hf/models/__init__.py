@@ -6,16 +6,21 @@
 
 from __future__ import annotations
 
-from ham_hf.models.pixel_model import (
-    LoadedModel,
-    ModelConfig,
-    PixelModel,
-    Preprocessing,
-    create_backbone,
-    input_defaults,
-    load_pixel_model,
-    new_model,
-)
+from typing import TYPE_CHECKING
+
+from ham_hf.imports import names_on_demand
+
+if TYPE_CHECKING:
+    from ham_hf.models.config import ModelConfig
+    from ham_hf.models.pixel_model import (
+        LoadedModel,
+        PixelModel,
+        Preprocessing,
+        create_backbone,
+        input_defaults,
+        load_pixel_model,
+        new_model,
+    )
 
 __all__ = [
     "LoadedModel",
@@ -27,3 +32,5 @@ __all__ = [
     "load_pixel_model",
     "new_model",
 ]
+
+__getattr__ = names_on_demand(__name__, {"ham_hf.models.pixel_model": __all__})

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
+from ham_hf.models.config import ModelConfig
 from ham_hf.models.source import TRAINED_FORM_KEY, ModelSource, complete_name, resolve_source
 from ham_hf.models.untrusted import (
     CROP_MODES,
@@ -27,7 +28,6 @@ from ham_hf.models.untrusted import (
     BuildLimit,
     check_model_args,
 )
-from ham_hf.settings import SettingsGroup, setting
 
 if TYPE_CHECKING:
     from ham_hf.data import ImageData
@@ -46,23 +46,6 @@ _RESERVED_ARGUMENTS = {
 }
 # What timm's constructors raise on arguments or sizes that do not fit.
 _BUILD_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, ArithmeticError, AttributeError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(SettingsGroup):
-    """Which network."""
-
-    model_name: str = setting("resnet18_cifar", "any timm model name")
-    pretrained: bool = setting(False, "start from timm's pretrained weights")
-    model_args: Mapping[str, object] = setting(
-        {}, "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"
-    )
-    image_size: int | None = setting(
-        None,
-        "side of the images in pixels; none = the dataset's if all are squares up to 96, else the model's",
-        at_least=1,
-        at_most=4096,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from ham_hf.reporting.report import (
 )
 from ham_hf.training.environment import rounding
 from ham_hf.training.log import read_log
-from ham_hf.training.trainer import Progress
+from ham_hf.training.resume import Progress
 
 logger = logging.getLogger(__name__)
 

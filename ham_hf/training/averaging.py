@@ -33,18 +33,17 @@ class GatedAverage:
         self.updates = 0
 
     def update(self, model: nn.Module, class_accuracies: Sequence[float | None]) -> bool:
-        """Take in the model of this epoch if it passes.
+        """Take in the model of this epoch if it passes, that is, if its worst class reaches the threshold.
 
         Every entry of the state dict takes part, BatchNorm's buffers too: ``decay * average + (1 - decay) * model``
         in the entry's own dtype; integers are averaged and truncated, as the authors do.
 
         Args:
-            model: the model as it is now, of the architecture of the first.
-            class_accuracies: its accuracy per class, in [0, 1], on held-out images under attack; None for a class
-                without an example, which is left out.
+            model: the model as it is now.
+            class_accuracies: in [0, 1], on held-out images under attack; None for a class without an example.
 
         Returns:
-            Whether it passed, that is, whether its worst class reaches the threshold.
+            Whether it passed.
 
         Raises:
             ValueError: if no class has an accuracy; nothing was changed.

@@ -1,13 +1,11 @@
-"""Checkpoints: everything a run needs to go on, written under another name and renamed when complete.
+"""Checkpoints: everything a run needs to continue, written under another name and renamed when complete.
 
 A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``averaged.safetensors``),
 ``method.safetensors`` (class state of the training method), ``optimizer.pt``, ``trainer_state.json``, after the first
-validation ``best.safetensors`` (the selected weights of that moment), and last ``SHA256SUMS``. No random state is in
-it: every random stream is derived from its place in the run (`ham_hf.seeding`). Tensors are read back with
-``weights_only=True``, so a checkpoint cannot execute code.
+validation ``best.safetensors`` (the selected weights of that moment), and last ``SHA256SUMS``. It holds no random
+state: every random stream is derived from its place in the run (`ham_hf.seeding`). Loading executes no code.
 
-A checkpoint that is not what was written (cut off, deleted in part, changed by a byte) is found by its checksums: the
-latest whole one is resumed, a damaged one never. Checkpoints share no file, so that one damage is damage to one.
+Checksums tell a damaged checkpoint: the latest whole one is resumed, a damaged one never. Checkpoints share no file.
 """
 
 from __future__ import annotations
@@ -69,11 +67,7 @@ class Checkpoint:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a state dict as safetensors, contiguous and on the CPU, and flush it to the disk.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a state dict as safetensors, contiguous and on the CPU, and flush it to the disk; OSError if it cannot."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     try:
         save_file(tensors, path, metadata)
@@ -112,16 +106,11 @@ def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
-    """Write ``checkpoint-{step}`` into ``output_dir``; call it on the main process only.
+    """Write ``checkpoint-{step}``, complete or not at all; call it on the main process only.
 
-    The folder is complete or absent: it is written under a temporary name, flushed, and renamed. Older checkpoints
-    beyond ``keep`` are removed afterwards, never before, and only if the new one reads back as it was written. The
-    selected weights of the moment go with it, so that a run resumed from it publishes weights of its own past only.
-
-    Args:
-        output_dir: output folder of the run.
-        checkpoint: what to write; ``state["step"]`` names it.
-        keep: number of checkpoints to keep, the newest; None keeps all.
+    Older checkpoints beyond the ``keep`` newest (None: none of them) are removed afterwards, and only if the new one
+    reads back as it was written. The selected weights of the moment go with it, so that a run resumed from it
+    publishes weights of its own past only.
 
     Raises:
         CheckpointWriteError: if the disk does not take it, with the space it needs.
@@ -163,10 +152,7 @@ def _part_of(checkpoint: Path) -> Path:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint that is not needed any more; where that fails, it is in nobody's way.
-
-    It loses its name first, as half of it would look like a damaged one; `tidy` clears up after a kill.
-    """
+    """Delete a checkpoint; it loses its name first, as half of it would look like a damaged one."""
     part = _part_of(checkpoint)
     try:
         checkpoint.rename(part)
@@ -195,8 +181,8 @@ def space_needed(checkpoint: Checkpoint, output_dir: Path) -> str:
 def rewind(output_dir: Path, checkpoint: Path) -> None:
     """Bring the output folder to the moment of ``checkpoint``; call it on the main process only.
 
-    Its selected weights become those of the run. Checkpoints of later updates, which another continuation wrote or
-    which are damaged, are put aside as ``checkpoint-{step}.abandoned``: they must not count as the newest.
+    Its selected weights become those of the run. Checkpoints of later updates are renamed to
+    ``checkpoint-{step}.abandoned``: they must not count as the newest.
     """
     step = step_of(checkpoint)
     for number, later in _numbered(output_dir):
@@ -240,10 +226,9 @@ def replace_folder(part: Path, final: Path) -> None:
 
 
 def tidy(output_dir: Path) -> None:
-    """Clear up after a run that was killed while it saved.
+    """Clean up after a run that was killed while it saved; call it on the main process.
 
-    A checkpoint that was stepping aside for its successor comes back; half a checkpoint, written or deleted, goes.
-    Call it on the main process, before looking for checkpoints.
+    A checkpoint that was being replaced comes back; half a checkpoint, written or deleted, is removed.
     """
     for path in output_dir.iterdir() if output_dir.is_dir() else []:
         final = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED).removesuffix(PART))
@@ -282,19 +267,18 @@ def check_resume_name(output_dir: Path, resume_from: str) -> None:
         ValueError: naming the checkpoints that there are.
     """
     if resume_from != "latest" and not Path(resume_from).is_dir():
-        known = ", ".join(str(found) for found in list_checkpoints(output_dir)) or "none"
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: there is no such folder; expected latest or the folder of a "
-            f"checkpoint, and those in {output_dir} are: {known}"
+            f"checkpoint, and those in {output_dir} are: {_known(output_dir)}"
         )
 
 
-def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` names.
+def _known(output_dir: Path) -> str:
+    return ", ".join(str(found) for found in list_checkpoints(output_dir)) or "none"
 
-    Args:
-        output_dir: output folder of the run.
-        resume_from: "latest", which is the newest that is whole, or the path of a checkpoint folder.
+
+def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` names: a folder, or "latest" for the newest that is whole.
 
     Returns:
         Its folder; None for "latest" if the run has none yet (so that the same command starts and resumes a run).
@@ -324,10 +308,10 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     try:
         check_checkpoint(path)
     except DamagedError as error:
-        known = ", ".join(str(found) for found in list_checkpoints(output_dir)) or "none"
         raise ValueError(
             f"--resume_from_checkpoint {resume_from} holds no complete checkpoint, or a damaged one ({error}); "
-            f"checkpoints in {output_dir}: {known}; --resume_from_checkpoint latest takes the newest that is whole"
+            f"checkpoints in {output_dir}: {_known(output_dir)}; --resume_from_checkpoint latest takes the newest "
+            "that is whole"
         ) from error
     return path
 
@@ -357,10 +341,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[str, object]) -> Path:
-    """Write the selected weights as ``checkpoint-best/model.safetensors``, with the state in the file's header.
-
-    One file, so that one rename replaces weights and state together.
-    """
+    """Write the selected weights as ``checkpoint-best/model.safetensors``, with the state in the file's header."""
     final = output_dir / BEST_NAME / WEIGHTS
     final.parent.mkdir(parents=True, exist_ok=True)
     with replacing(final) as part:

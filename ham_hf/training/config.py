@@ -1,42 +1,67 @@
-"""The settings of the training loop."""
+"""The settings of the training loop and of its attack. Importing them does not import torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ham_hf.methods import Method
+from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.settings import SettingsGroup, setting
 
-_PROJECT = "ham_hf"
+if TYPE_CHECKING:
+    from ham_hf.attacks import Attack, ThreatModel
+    from ham_hf.methods import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(ThreatConfig):
+    """The threat model, which evaluation shares, and the PGD attack of training."""
+
+    norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
+    epsilon: float = setting(8 / 255, "radius of the perturbation in pixel units", above=0)
+    step_size: float = setting(2 / 255, "length of a PGD step in training, in pixel units", above=0)
+    num_steps: int = setting(10, "PGD steps in training", at_least=1)
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """Norm and radius of training and evaluation."""
+        from ham_hf.attacks import ThreatModel
+
+        return ThreatModel(self.norm, self.epsilon)
+
+    @property
+    def attack(self) -> Attack:
+        """The attack of training."""
+        from ham_hf.attacks import Attack
+
+        return Attack(threat_model=self.threat_model, num_steps=self.num_steps, step_size=self.step_size)
+
+    def contradictions(self) -> Iterator[str]:
+        """Epsilon or the step size on the 0..255 scale, or l2 with a default of linf."""
+        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon, step_size=self.step_size)
+        if self.norm == "l2" and (self.epsilon == AttackConfig.epsilon or self.step_size == AttackConfig.step_size):
+            yield (
+                "--norm l2 needs its own --epsilon and --step_size (8/255 and 2/255 are for linf), say 0.5 and 0.1 "
+                "for 32 px"
+            )
 
 
 class LearningRateDrop(NamedTuple):
-    """A step of the piecewise schedule, written ``EPOCH:FACTOR``.
-
-    Attributes:
-        epoch: first 0-based epoch it holds for.
-        factor: learning rate from then on, as a fraction of the ``learning_rate`` setting; in (0, 1].
-    """
+    """A step of the piecewise schedule: from this 0-based epoch on, the rate is ``factor`` times ``learning_rate``."""
 
     epoch: int
     factor: float
 
     @classmethod
     def parse(cls, text: str) -> LearningRateDrop:
-        """Read ``EPOCH:FACTOR``.
-
-        Raises:
-            ValueError: when the text has another form.
-        """
+        """Read ``EPOCH:FACTOR``; ValueError for another form."""
         epoch, _, factor = text.partition(":")
         try:
             return cls(int(epoch), float(factor))
         except ValueError:
-            # Python's words are about int and float, which nobody wrote.
-            raise ValueError from None
+            raise ValueError from None  # Python's message is about int and float
 
     def __str__(self) -> str:
         return f"{self.epoch}:{self.factor!r}"
@@ -122,7 +147,7 @@ class TrainingConfig(SettingsGroup):
         (), "trackers to log to, besides metrics.jsonl; all = those that are installed"
     )
     run_name: str | None = setting(None, "name of the run in trackers; none = that of the output folder")
-    project: str = setting(_PROJECT, "project of the run in trackers")
+    project: str = setting("ham_hf", "project of the run in trackers")
     trackio_space_id: str | None = setting(None, "Space that trackio logs to, owner/name; none = this machine only")
     disable_tqdm: bool = setting(False, "show no progress bar")
 
@@ -139,8 +164,8 @@ class TrainingConfig(SettingsGroup):
         """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
         yield from self._schedule_problems()
         yield from self._tracker_problems()
-        if self.awp_gamma is None and self.awp_start_epoch:
-            yield f"--awp_start_epoch {self.awp_start_epoch} has no effect without --awp_gamma"
+        if self.awp_gamma is None:
+            yield from self.idle(["awp_start_epoch"], "--awp_gamma")
         if self.mixed_precision != "no" and self.attack_precision not in ("training", self.mixed_precision):
             yield (
                 f"--attack_precision {self.attack_precision}: the passes of --mixed_precision {self.mixed_precision} "
@@ -162,13 +187,10 @@ class TrainingConfig(SettingsGroup):
         """All trackers and one of them, and names for what is not there."""
         if "all" in self.report_to and len(self.report_to) > 1:
             yield f"--report_to {' '.join(self.report_to)}: all stands alone"
-        idle = {
-            f"--run_name {self.run_name}": self.run_name is not None and not self.report_to,
-            f"--project {self.project}": self.project != _PROJECT and not self.report_to,
-        }
-        yield from (f"{written} has no effect without --report_to" for written, given in idle.items() if given)
-        if self.trackio_space_id is not None and not {"all", "trackio"} & set(self.report_to):
-            yield f"--trackio_space_id {self.trackio_space_id} has no effect without --report_to trackio"
+        if not self.report_to:
+            yield from self.idle(["run_name", "project"], "--report_to")
+        if not {"all", "trackio"} & set(self.report_to):
+            yield from self.idle(["trackio_space_id"], "--report_to trackio")
         for name in ("run_name", "project"):
             if re.search(r"\.\.|^[/.]|[\\:]|\s$|/$", getattr(self, name) or "run"):
                 # TensorBoard makes a folder of it.

@@ -1,32 +1,30 @@
 """Which examples an update trains on: the order of an epoch, and each process's part of it.
 
 The order of an epoch follows from the seed and the epoch (and from the class state of a method that draws classes).
-Its updates cut it into pieces of ``per_update`` examples, one after the other; an update deals its piece out by
-accumulation step first and process second. So update ``n`` of an epoch trains on the same examples with any number of
-processes and accumulation steps, and a run that is resumed with others, in mid-epoch too, still sees every example
-once. What does change is which of them share a batch, hence the noise of their attack and augmentation (streams are
-numbered by process and batch), and BatchNorm's batch statistics.
+Its updates cut it into pieces of ``per_update`` examples; an update deals its piece out by accumulation step first and
+process second. So update ``n`` of an epoch trains on the same examples with any number of processes and accumulation
+steps, and a run that is resumed with others, in mid-epoch too, still sees every example once. Only which of them share
+a batch changes, hence the noise of their attack and augmentation, and BatchNorm's batch statistics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ham_hf.data import BatchRequest, Images, TrainingStream
+from ham_hf.data import BatchRequest, Images, PixelBatch, TrainingStream
 from ham_hf.methods import Method
 from ham_hf.metrics import count_per_class
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 
 def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tensor | None = None) -> Tensor:
-    """Positions of an epoch's examples (N,) in order: a permutation, or independent draws.
+    """Positions of an epoch's examples (N,) in order, from their labels (N,): a permutation, or independent draws.
 
-    Args:
-        labels: (N,) labels of the training images.
-        seed: the run's seed.
-        epoch: 0-based epoch.
-        class_probabilities: (num_classes,); draw a class, then one of its images, with replacement. None permutes.
+    With ``class_probabilities`` (num_classes,), a class is drawn, then one of its images, with replacement.
     """
     generator = make_generator(torch.device("cpu"), seed, Stream.DATA_ORDER, epoch)
     if class_probabilities is None:
@@ -36,29 +34,59 @@ def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tens
     return torch.multinomial(of_example, len(labels), replacement=True, generator=generator)
 
 
-def batch_requests(
-    order: Tensor, *, batch_size: int, per_update: int, world: int, rank: int, seed: int, epoch: int
-) -> list[BatchRequest]:
-    """A process's batches of an epoch, one per accumulation step.
+@dataclass(frozen=True, kw_only=True)
+class UpdateLayout:
+    """How updates are made of the training images: ``accumulation`` batches of each of ``world`` processes.
 
-    Every update takes the next ``per_update`` examples of ``order``, whatever the number of processes; the last
-    incomplete update is left out. See the module for what that gives.
-
-    Args:
-        order: (N,) positions of the epoch's examples.
-        batch_size: examples per batch of one process.
-        per_update: examples per update, of all processes: a multiple of ``world * batch_size``.
-        world: number of processes.
-        rank: this process.
-        seed: the run's seed, for the augmentation.
-        epoch: 0-based epoch, for the augmentation.
+    ``rank`` is this process, whose batches are given out; ``seed`` is that of the run.
     """
-    whole = len(order) // per_update * per_update
-    mine = order[:whole].view(-1, world, batch_size)[:, rank]
-    return [
-        BatchRequest(indices, derive_seed(seed, Stream.AUGMENTATION, epoch, number, rank))
-        for number, indices in enumerate(mine)
-    ]
+
+    batch_size: int
+    accumulation: int
+    world: int
+    rank: int
+    seed: int
+
+    @property
+    def per_update(self) -> int:
+        """Examples of an update, of all processes."""
+        return self.batch_size * self.world * self.accumulation
+
+    def requests(self, order: Tensor, epoch: int) -> list[BatchRequest]:
+        """This process's batches of an epoch, one per accumulation step.
+
+        Every update takes the next examples of ``order`` (N,); the last incomplete update is left out.
+        """
+        whole = len(order) // self.per_update * self.per_update
+        mine = order[:whole].view(-1, self.world, self.batch_size)[:, self.rank]
+        return [
+            BatchRequest(indices, derive_seed(self.seed, Stream.AUGMENTATION, epoch, number, self.rank))
+            for number, indices in enumerate(mine)
+        ]
+
+    def batches(
+        self,
+        train: Images | TrainingStream,
+        *,
+        epoch: int,
+        first_update: int,
+        class_probabilities: Tensor | None,
+        device: torch.device,
+    ) -> Iterator[PixelBatch]:
+        """This process's batches of an epoch from an update on; a stream draws no classes."""
+        if isinstance(train, TrainingStream):
+            return train.batches(
+                epoch=epoch,
+                first_update=first_update,
+                seed=self.seed,
+                per_update=self.per_update,
+                batch_size=self.batch_size,
+                world=self.world,
+                rank=self.rank,
+                device=device,
+            )
+        order = epoch_order(train.labels, self.seed, epoch, class_probabilities)
+        return train.batches(self.requests(order, epoch)[first_update * self.accumulation :], device=device)
 
 
 def training_class_counts(train: Images | TrainingStream, objective: Method, num_classes: int) -> Tensor:

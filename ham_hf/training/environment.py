@@ -86,68 +86,40 @@ RECORDED = (
 )  # fmt: skip
 """Variables that choose between ways to compute the same, which differ in the last bits."""
 
-_COMPILER = "read where accelerate compiles the network, which is off (ACCELERATE_DYNAMO_BACKEND)"
-_FP8 = "read where accelerate trains in FP8, which is off (ACCELERATE_FP8_BACKEND)"
-_SPLIT = "read where weights are sharded: how they are cut up and moved, not what comes out"
-_WHERE = "where something is, not what it is"
-_TALK = "what is said, not what is computed"
-_LAUNCHER = "names and counts of torch's launcher for itself"
-_NOT_HERE = "read by functions of accelerate that nothing here calls"
 HARMLESS = {
-    "ACCELERATE_DYNAMO_MODE": _COMPILER,
-    "ACCELERATE_DYNAMO_USE_*": _COMPILER,
-    "ACCELERATE_FP8_*": _FP8,
-    "FSDP_AUTO_WRAP_POLICY": _SPLIT,
-    "FSDP_BACKWARD_PREFETCH": _SPLIT,
-    "FSDP_FORWARD_PREFETCH": _SPLIT,
-    "FSDP_MIN_NUM_PARAMS": _SPLIT,
-    "FSDP_RESHARD_AFTER_FORWARD": _SPLIT,
-    "FSDP_SHARDING_STRATEGY": _SPLIT,
-    "FSDP_STATE_DICT_TYPE": _SPLIT,
-    "FSDP_SYNC_MODULE_STATES": _SPLIT,
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": _SPLIT,
-    "FSDP_USE_ORIG_PARAMS": _SPLIT,
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "read with FSDP_ACTIVATION_CHECKPOINTING, which is refused",
-    "ACCELERATE_DEEPSPEED_*": "read with DeepSpeed, which is refused",
-    "ACCELERATE_CONFIG_DS_FIELDS": "read with DeepSpeed, which is refused",
-    "ACCELERATE_GRADIENT_CLIPPING": "read with DeepSpeed, which is refused",
-    "DEEPSPEED_USE_HPU": "read with DeepSpeed, which is refused",
-    "MEGATRON_LM_*": "read with Megatron-LM, which is refused",
-    "PARALLELISM_CONFIG_*": "read with a parallelism config, which is refused",
-    "ACCELERATE_ALLOW_CP_STANDALONE": "read with a parallelism config, which is refused",
-    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "read with SageMaker, which is refused",
-    "ACCELERATE_DEBUG_MODE": "accelerate compares shapes before it gathers",
-    "ACCELERATE_CPU_AFFINITY": "on which cores a process runs",
-    "KMP_*": "on which cores threads run",
-    "ACCELERATE_BYPASS_DEVICE_MAP": "read for models with a device map, which there are none of",
-    "ACCELERATE_INIT_INCLUDE_BUFFERS": _NOT_HERE,
-    "ACCELERATE_DEBUG_RDV_FILE": _NOT_HERE,
-    "FORK_LAUNCHED": _NOT_HERE,
-    "KAGGLE*": _NOT_HERE,
-    "TPU_NAME": _NOT_HERE,
-    "NPROC": _NOT_HERE,
-    "NODE_RANK": _NOT_HERE,
-    "PYTHONPATH": _WHERE,
-    "HF_HOME": _WHERE,
-    "XDG_CACHE_HOME": _WHERE,
-    "systemdrive": _WHERE,
-    "AWS_*": _WHERE,
-    "ACCELERATE_ENABLE_RICH": _TALK,
-    "ACCELERATE_LOG_LEVEL": _TALK,
-    "CLEARML_*": "what a tracker calls the run",
-    "MLFLOW_*": "what a tracker calls the run",
-    "NCCL_IB_DISABLE": "over which wires processes talk",
-    "NCCL_P2P_DISABLE": "over which wires processes talk",
-    "TORCH_NCCL_*": "what happens when a process is gone",
-    "PYTORCH_ENABLE_MPS_FALLBACK": "set by accelerate itself on Apple's devices",
-    "PYTORCH_*_BASED_*_CHECK": "set by accelerate itself while it looks for devices",
-    "GROUP_RANK": _LAUNCHER,
-    "GROUP_WORLD_SIZE": _LAUNCHER,
-    "ROLE_*": _LAUNCHER,
-    "TORCHELASTIC_*": _LAUNCHER,
-    "TORCH_ELASTIC_WORKER_IDENTICAL": _LAUNCHER,
-}
-"""Variables that change no number, and why."""
+    "read where accelerate compiles the network, which is off (ACCELERATE_DYNAMO_BACKEND)": (
+        "ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_*",
+    ),
+    "read where accelerate trains in FP8, which is off (ACCELERATE_FP8_BACKEND)": ("ACCELERATE_FP8_*",),
+    "how sharded weights are cut up and moved, not what comes out": (
+        "FSDP_AUTO_WRAP_POLICY", "FSDP_BACKWARD_PREFETCH", "FSDP_FORWARD_PREFETCH", "FSDP_MIN_NUM_PARAMS",
+        "FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE", "FSDP_SYNC_MODULE_STATES",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_USE_ORIG_PARAMS",
+    ),
+    "read with what is refused": (
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "ACCELERATE_DEEPSPEED_*", "ACCELERATE_CONFIG_DS_FIELDS",
+        "ACCELERATE_GRADIENT_CLIPPING", "DEEPSPEED_USE_HPU", "MEGATRON_LM_*", "PARALLELISM_CONFIG_*",
+        "ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
+    ),
+    "accelerate compares shapes before it gathers": ("ACCELERATE_DEBUG_MODE",),
+    "on which cores a process or its threads run": ("ACCELERATE_CPU_AFFINITY", "KMP_*"),
+    "read for models with a device map, which there are none of": ("ACCELERATE_BYPASS_DEVICE_MAP",),
+    "read by functions of accelerate that nothing here calls": (
+        "ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_DEBUG_RDV_FILE", "FORK_LAUNCHED", "KAGGLE*", "TPU_NAME",
+        "NPROC", "NODE_RANK",
+    ),
+    "where something is, not what it is": ("PYTHONPATH", "HF_HOME", "XDG_CACHE_HOME", "systemdrive", "AWS_*"),
+    "what is logged, not what is computed": (
+        "ACCELERATE_ENABLE_RICH", "ACCELERATE_LOG_LEVEL", "CLEARML_*", "MLFLOW_*",
+    ),
+    "over which wires processes talk": ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"),
+    "what happens when a process is gone": ("TORCH_NCCL_*",),
+    "set by accelerate itself": ("PYTORCH_ENABLE_MPS_FALLBACK", "PYTORCH_*_BASED_*_CHECK"),
+    "names and counts of torch's launcher for itself": (
+        "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_*", "TORCHELASTIC_*", "TORCH_ELASTIC_WORKER_IDENTICAL",
+    ),
+}  # fmt: skip
+"""Variables that change no number, by the reason."""
 
 AT_IMPORT = ("USE_TORCH_XLA", "ACCELERATE_ENABLE_RICH")
 """Flags that accelerate reads when it is imported, where a value that is none is an error without their names."""
@@ -178,7 +150,7 @@ def fate(name: str) -> str | None:
         "device": DEVICE,
         "rounding": ROUNDING,
         "recorded": RECORDED,
-        "harmless": HARMLESS,
+        "harmless": [name for names in HARMLESS.values() for name in names],
     }
     for which, known in lists.items():
         if any(re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) for pattern in known):
@@ -239,22 +211,14 @@ def mpi_processes(environment: Mapping[str, str] = os.environ) -> tuple[str, int
 
 
 def process_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Number of this process among those that were launched together; 0 for one that is alone, or if nothing says it.
-
-    MPI says it where accelerate joins what MPI has started, which it does on CPUs.
-    """
+    """Number of this process among those that were launched together, on CPUs also by MPI; else 0."""
     names = ("RANK", *_MPI_RANKS) if is_on(environment, "ACCELERATE_USE_CPU") else ("RANK",)
     value = next((environment[name] for name in names if name in environment), "0").strip()
     return int(value) if value.isdecimal() else 0
 
 
 def overruled(environment: Mapping[str, str] = os.environ, *, mixed_precision: str = "no") -> Iterator[str]:
-    """One sentence for each variable that asks for what a setting decides otherwise.
-
-    Args:
-        environment: variables of the process.
-        mixed_precision: what was decided.
-    """
+    """One sentence for each variable that asks for what a setting decides otherwise."""
     for name, sentence in FIXED.items():
         value = environment.get(name, "no")
         decided = (mixed_precision,) if name == "ACCELERATE_MIXED_PRECISION" else ()

@@ -1,4 +1,4 @@
-"""How a recipe starts: the accelerator, logging, peak memory, and a check of the shared output folder."""
+"""How a run starts: the accelerator, peak memory, and a check of the shared output folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +17,11 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from ham_hf.faults import FaultError
 from ham_hf.recipe_files import shown_path
-from ham_hf.terminal import hide_progress_bars, replace_what_cannot_be_shown
 from ham_hf.training.environment import (
     check_variables,
     is_on,
     mpi_processes,
     overruled,
-    process_rank,
     rounding,
     unknown,
 )
@@ -41,18 +38,18 @@ def create_accelerator(
     logging_dir: Path | None = None,
     ddp_timeout: int = 1800,
 ) -> Accelerator:
-    """The accelerator of a run; with ``accelerate launch``, one of several processes.
+    """The accelerator of a run; with ``accelerate launch``, one of several processes. The settings beat the launcher.
 
     Args:
         use_cpu: use the CPU even if there is an accelerator.
-        mixed_precision: "no", "bf16" or "fp16"; wins over what the launcher says.
+        mixed_precision: "no", "bf16" or "fp16".
         trackers: what `ham_hf.training.trackers.chosen_trackers` gives.
         logging_dir: folder of trackers that write files.
-        ddp_timeout: seconds that a process waits for the others before it gives up.
+        ddp_timeout: seconds that a process waits for the others.
 
     Raises:
-        ValueError: if the launcher asks for an engine that cannot run attacks (see `sharding_plugin`), or a variable
-            of the environment has a value that cannot be meant, or fp16 is asked of a CPU.
+        ValueError: if the launcher asks for an engine that cannot run attacks, a variable of the environment has an
+            impossible value, or fp16 is asked of a CPU.
         FaultError: if the launcher started several processes and they do not know of each other.
     """
     check_variables()
@@ -101,11 +98,7 @@ def create_accelerator(
 
 
 def launched_processes() -> int:
-    """Number of processes that the launcher has started, known before they know of each other.
-
-    Raises:
-        ValueError: if a variable that says so is no such number.
-    """
+    """Number of processes that the launcher has started, known before they know of each other."""
     check_variables()
     mpi = mpi_processes()
     return int(os.environ.get("WORLD_SIZE", mpi[1] if mpi else 1))
@@ -137,11 +130,7 @@ def _joined_processes(*, use_cpu: bool) -> int:
 
 
 def _choose_device(*, use_cpu: bool, several: bool) -> None:
-    """Take away a device that the environment asks for where a setting or the launcher decides, and check any other.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """Ignore a device of the environment where a setting or the launcher decides; otherwise check that it is there."""
     asked = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if asked is None:
         return
@@ -158,34 +147,6 @@ def _choose_device(*, use_cpu: bool, several: bool) -> None:
             f"ACCELERATE_TORCH_DEVICE={asked} in the environment: there is no such device here ({reason}); unset it, "
             "or name another one, such as cpu"
         ) from error
-
-
-SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.partial_results", "ham_hf.evaluation.working_size")
-"""Modules whose warnings concern the rows of one process; those of the others are the same on every process."""
-
-
-def set_up_logging() -> None:
-    """Log to standard error: everything of ours on the main process, elsewhere only what the main one cannot say.
-
-    Characters that standard output or error cannot show are replaced from here on.
-    """
-    replace_what_cannot_be_shown()
-    rank = process_rank()
-    who = "%(name)s" if rank == 0 else f"%(name)s [process {rank}]"
-    # It has a handler of its own: everything would be said twice.
-    logging.getLogger("huggingface_hub").propagate = False
-    logging.basicConfig(
-        level=logging.WARNING if rank == 0 else logging.ERROR,
-        format=f"%(levelname)s {who}: %(message)s",
-        stream=sys.stderr,
-    )
-    logging.getLogger("ham_hf").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    if rank:
-        for name in SAID_BY_EACH_PROCESS:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        hide_progress_bars()
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -216,13 +177,10 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def check_shared_folder(written: Path, accelerator: Accelerator, *, patience: float) -> None:
     """Refuse an output folder that is not the same one on all nodes; call it on all processes.
 
-    Every process reads from it: checkpoints to resume from, and the selected weights at the end.
-
     Args:
         written: a file that the main process has just written.
         accelerator: the accelerator.
-        patience: seconds to wait for the file, fewer than processes wait for each other; clients of NFS remember for
-            half a minute that a file is not there.
+        patience: seconds to wait for the file: clients of NFS remember for half a minute that a file is not there.
 
     Raises:
         ValueError: if a process does not read there what the main one wrote.

@@ -25,8 +25,7 @@ class RunLog:
         output_dir: where ``metrics.jsonl`` lies.
         class_names: in label order.
         start_step: updates done before; lines of later updates, left by a run that was cut off, are removed.
-        validation_due: whether the run begins with the validation after update ``start_step``; a line of it, left
-            likewise, is removed too.
+        validation_due: whether the run begins with the validation of update ``start_step``: its line is removed too.
         total_steps: updates of the whole run, for the bar.
         show_progress: show a bar on the local main process.
     """
@@ -65,7 +64,6 @@ class RunLog:
         )
 
     def advance(self) -> None:
-        """Count one update on the bar."""
         self.bar.update()
 
     def show(self, values: Mapping[str, float | None]) -> None:
@@ -73,10 +71,7 @@ class RunLog:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items() if value is not None})
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Append one line to ``metrics.jsonl`` and pass its numbers to the trackers as ``kind/name``.
-
-        Of the lists, which have a number per class, trackers get the robust accuracy.
-        """
+        """Append one line to ``metrics.jsonl`` and pass its numbers, and the robust accuracies, to the trackers."""
         if self.accelerator.is_main_process:
             self._waiting.append(json.dumps({"type": kind, "step": step, **values}, allow_nan=False) + "\n")
             self.flush()

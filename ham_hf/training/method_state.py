@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods import ClassRule, Method, OuterBatch, Stateful, class_sums
+from ham_hf.methods import ClassRule, Method, Stateful, TrainingRows, class_sums
 
 
 class MethodState:
@@ -55,17 +55,13 @@ class MethodState:
                 return probabilities
         return None
 
-    def observe(self, logits: Tensor, batch: OuterBatch, y: Tensor, *, epoch: int) -> Tensor:
-        """What the parts observe of one batch, in one flat vector, always of the same length in an epoch.
+    def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> Tensor:
+        """What the parts observe of one batch of labels ``y`` (N,), in one flat vector, of one length in an epoch.
 
-        Args:
-            logits: (R, num_classes) of the training forward; R may be 0.
-            batch: the rows that were trained on.
-            y: (N,) labels of the whole batch.
-            epoch: 0-based epoch.
+        ``logits`` (R, num_classes) are those of the training forward; R may be 0.
         """
-        early = batch.early_logits
-        labels = batch.adversarial_y if early is None else y
+        early = rows.early_logits
+        labels = rows.adversarial_y if early is None else y
         seen = logits[: len(labels)] if early is None else early
         sums = [part.observe(seen.detach(), labels, epoch=epoch) for part, _ in self._observing(epoch)]
         return torch.cat([one.flatten() for one in sums] or [self.log.new_zeros(0)])
@@ -82,15 +78,15 @@ class MethodState:
         shapes = [(part, part.observed_shape(self.num_classes, epoch=epoch)) for part in self.objective.parts]
         return [(part, shape) for part, shape in shapes if shape is not None]
 
-    def note(self, y: Tensor, batch: OuterBatch, share: Tensor) -> None:
+    def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
         ones = torch.ones_like(y, dtype=self.log.dtype)
-        if batch.hard is not None:
-            self.log[:2] += class_sums(torch.stack([batch.hard, ones], 1), y, self.num_classes).T
+        if rows.hard is not None:
+            self.log[:2] += class_sums(torch.stack([rows.hard, ones], 1), y, self.num_classes).T
         self.log[2] += class_sums(ones, y, self.num_classes)
-        self.log[3 : 3 + len(share)] += class_sums(share.T, batch.y, self.num_classes).T
-        if batch.wrong_at_start is not None:
-            self.log[-3] += class_sums(batch.wrong_at_start, y, self.num_classes)
+        self.log[3 : 3 + len(share)] += class_sums(share.T, rows.y, self.num_classes).T
+        if rows.wrong_at_start is not None:
+            self.log[-3] += class_sums(rows.wrong_at_start, y, self.num_classes)
 
     def note_clean(self, y: Tensor, wrong: Tensor) -> None:
         """Log which images (N,) of labels ``y`` are misclassified without an attack, if the method compares by it."""
@@ -101,7 +97,7 @@ class MethodState:
         return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `tensors` gave.
+        """Load what `tensors` gave.
 
         Raises:
             ValueError: if it belongs to another method or another number of classes.
@@ -125,10 +121,12 @@ class MethodState:
             epoch: 0-based epoch.
 
         Returns:
-            ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: by how much a class's
-            share of the loss (of its first term) exceeded its share of the examples, 1 = plain (with a sampler, of the
-            training images); ``class_kl_weight``: the same for the second term; ``class_epsilon``: radius. Where the
-            method tells three kinds of example, also their shares (see `_kinds`).
+            ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: a class's share of the
+            loss (of its first term) over its share of the examples (with a sampler, of the training images);
+            ``class_kl_weight``: the same for the second term; ``class_epsilon``: radius. Where the method tells three
+            kinds of example, also their shares, overall and per class, which add up to 1: ``start_wrong``
+            (misclassified at the start of the attack), ``turned_wrong`` (right there and wrong at the mining step) and
+            ``stayed_right``; and ``clean_wrong``, misclassified without an attack.
         """
         hard, mined, seen, *others = log.cpu().double()
         shares = others[: self.objective.num_terms]
@@ -138,7 +136,10 @@ class MethodState:
             record["hard_per_class"] = _ratios(hard, mined)
         if self.objective.tells_wrong_at_start:
             start_wrong, clean_wrong, clean_seen = others[self.objective.num_terms :]
-            record |= _kinds(hard, mined, start_wrong) | _shares("clean_wrong", clean_wrong, clean_seen)
+            record |= _shares("start_wrong", start_wrong, mined)
+            record |= _shares("turned_wrong", hard - start_wrong, mined)
+            record |= _shares("stayed_right", mined - hard, mined)
+            record |= _shares("clean_wrong", clean_wrong, clean_seen)
         # A sampler shows in what was drawn: it is compared with the training images there are.
         usual = seen if self.class_probabilities() is None else self.class_counts.cpu().double()
         for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
@@ -150,20 +151,6 @@ class MethodState:
         of_class = None if rule is None else rule.class_attack(self.states[rule.name], attack, epoch=epoch)
         record["class_epsilon"] = None if of_class is None else of_class[0].tolist()
         return record
-
-
-def _kinds(hard: Tensor, mined: Tensor, start_wrong: Tensor) -> dict[str, Any]:
-    """Shares of the three kinds of example, over all and (``_per_class``) of each class; they add up to 1.
-
-    ``start_wrong``: misclassified at the start of the attack, ``turned_wrong``: right there and wrong at the mining
-    step, ``stayed_right``: right at both.
-    """
-    turned_wrong, stayed_right = hard - start_wrong, mined - hard
-    return (
-        _shares("start_wrong", start_wrong, mined)
-        | _shares("turned_wrong", turned_wrong, mined)
-        | _shares("stayed_right", stayed_right, mined)
-    )
 
 
 def _shares(name: str, part: Tensor, whole: Tensor) -> dict[str, Any]:

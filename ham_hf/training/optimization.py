@@ -11,6 +11,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ham_hf.training.config import TrainingConfig
+
 
 class PiecewiseScheduler(Scheduler):
     """The learning rate times a factor that changes at given times, with a linear warm-up.
@@ -61,97 +63,58 @@ def check_optimizer(name: str) -> None:
         raise ValueError(f"--optimizer {name} is not one of timm's; did you mean {', '.join(near)}?")
 
 
-def create_optimizer(
-    model: nn.Module,
-    name: str,
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-    decay_norm_and_bias: bool,
-    layer_decay: float | None = None,
-) -> torch.optim.Optimizer:
-    """An optimizer of timm by name.
+def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer of the settings, by timm's name: "momentum" is SGD with plain momentum, "sgd" is Nesterov's.
 
-    Args:
-        model: module whose trainable parameters are optimized.
-        name: timm's name; "momentum" is plain SGD with momentum, "sgd" is Nesterov's.
-        learning_rate: initial learning rate.
-        momentum: momentum of the SGD family; others ignore it.
-        weight_decay: weight decay.
-        decay_norm_and_bias: also decay biases and one-dimensional parameters, as adversarial training papers do.
-        layer_decay: factor on the learning rate from each layer to the one before it, with timm's division of its
-            networks into layers; the classifier has the full rate.
+    Layer decay goes by timm's division of its networks into layers; the classifier has the full rate.
 
     Raises:
         ValueError: if timm has no such optimizer, or cannot tell the layers of the network apart.
     """
-    check_optimizer(name)
-    if layer_decay is not None:
+    check_optimizer(config.optimizer)
+    if config.layer_decay is not None:
         # Only the network itself knows its layers, not the normalization around it, which has no parameters.
-        backbone = getattr(model, "backbone", model)
-        if not hasattr(backbone, "group_matcher"):
+        model = getattr(model, "backbone", model)
+        if not hasattr(model, "group_matcher"):
             raise ValueError(
-                f"--layer_decay {layer_decay:g}: timm does not say what the layers of {type(backbone).__name__} are; "
-                "leave it out"
+                f"--layer_decay {config.layer_decay:g}: timm does not say what the layers of {type(model).__name__} "
+                "are; leave it out"
             )
-        model = backbone
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
-        opt=name,
-        lr=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        filter_bias_and_bn=not decay_norm_and_bias,
-        layer_decay=layer_decay,
+        opt=config.optimizer,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        filter_bias_and_bn=not config.decay_norm_and_bias,
+        layer_decay=config.layer_decay,
     )
     return optimizer
 
 
-def create_scheduler(
-    optimizer: torch.optim.Optimizer,
-    kind: str,
-    *,
-    num_epochs: int,
-    updates_per_epoch: int,
-    drops: Sequence[tuple[float, float]],
-    warmup_epochs: float,
-    min_learning_rate: float,
-    step_unit: str,
-) -> Scheduler:
-    """A schedule that sets the learning rate of the first update and is then told of every later one.
-
-    Args:
-        optimizer: optimizer to schedule.
-        kind: "piecewise" or a schedule of timm: "constant", "cosine", "poly".
-        num_epochs: length of the schedule.
-        updates_per_epoch: optimizer updates per epoch.
-        drops: (epoch, factor) pairs of "piecewise".
-        warmup_epochs: length of the linear warm-up in epochs.
-        min_learning_rate: where schedules that decay smoothly end.
-        step_unit: "epoch" changes the rate between epochs only, "step" at every update.
-    """
-    per_epoch = step_unit == "epoch"
+def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, *, updates_per_epoch: int) -> Scheduler:
+    """The schedule of the settings; it sets the rate of the first update and is told of every later one."""
+    per_epoch = config.lr_step_unit == "epoch"
     unit = 1 if per_epoch else updates_per_epoch
-    if kind == "piecewise":
+    if config.lr_scheduler_type == "piecewise":
         return PiecewiseScheduler(
             optimizer,
-            [(epoch * unit, factor) for epoch, factor in drops],
-            warmup_t=warmup_epochs * unit,
+            [(drop.epoch * unit, drop.factor) for drop in config.lr_drops],
+            warmup_t=config.warmup_epochs * unit,
             t_in_epochs=per_epoch,
         )
     scheduler: Scheduler
     scheduler, _ = create_scheduler_v2(
         optimizer,
         # A step schedule with rate 1: older timm has no schedule called constant.
-        sched="step" if kind == "constant" else kind,
-        num_epochs=num_epochs,
-        decay_epochs=num_epochs,
+        sched="step" if config.lr_scheduler_type == "constant" else config.lr_scheduler_type,
+        num_epochs=config.num_train_epochs,
+        decay_epochs=config.num_train_epochs,
         decay_rate=1.0,
-        min_lr=min_learning_rate,
+        min_lr=config.min_learning_rate,
         # The first update must not have the rate 0; this makes the ramp (t + 1) / (warmup + 1).
-        warmup_lr=optimizer.param_groups[0]["lr"] / (warmup_epochs * unit + 1),
-        warmup_epochs=warmup_epochs,  # type: ignore[arg-type]  # fractions work
+        warmup_lr=optimizer.param_groups[0]["lr"] / (config.warmup_epochs * unit + 1),
+        warmup_epochs=config.warmup_epochs,  # type: ignore[arg-type]  # fractions work
         step_on_epochs=per_epoch,
         updates_per_epoch=updates_per_epoch,
     )

@@ -1,10 +1,7 @@
-"""Which checkpoint a run continues from, and whether it belongs to the same run.
+"""Where a run is, which checkpoint it continues from, and whether that belongs to the same run.
 
-A run may continue with another number of processes. A checkpoint's ``examples_per_update`` and the learning rate stay
-what they were. Where ``processes x per_device_train_batch_size x gradient_accumulation_steps`` would make another
-number, the accumulation is recomputed; where no accumulation can, the run is refused with values that work. As every
-update takes the next examples of an order that only the seed and the epoch decide (`ham_hf.training.data_order`), each
-example is still seen once per epoch.
+A run may continue with another number of processes: the accumulation is recomputed so that an update keeps its number
+of examples, and the learning rate stays. Where no accumulation can, the run is refused with values that work.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +64,46 @@ MATTERS = (
 """Those of them that can change numbers, if only in the last bits or by a validation more."""
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        skipped_updates: updates skipped because no process had a row to train on.
+        overflowed_updates: updates skipped because a gradient overflowed in float16.
+        loss_scale: state of the scaler of the loss (``mixed_precision`` fp16); None without one.
+        seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
+        passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
+            the run began before they were counted. See `ham_hf.training.passes`.
+        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
+        averaged_epochs: epochs that went into the fairness-gated average.
+        since_log: sums since the last line of the log.
+        validation_due: epoch whose end was reached, but not yet validated, when the run was stopped; else None.
+        best: state of the best validation so far; None before the first.
+        history: one record per validation.
+        plan: what has to stay the same for a resumed run to continue this one.
+        changeable: the settings that a resumed run may change although they can change numbers, as they are.
+        changes: what was changed of them on the way, one sentence per resumption that did so.
+    """
+
+    step: int = 0
+    skipped_updates: int = 0
+    overflowed_updates: int = 0
+    loss_scale: dict[str, Any] | None = None
+    seconds: float = 0.0
+    passes: float | None = 0.0
+    class_log: list[list[float]] = field(default_factory=list)
+    averaged_epochs: int = 0
+    since_log: dict[str, float] = field(default_factory=dict)
+    validation_due: int | None = None
+    best: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    changeable: dict[str, Any] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+
+
 def anywhere(accelerator: Accelerator, happened: bool) -> bool:
     """Whether it happened on any process; they all wait for each other."""
     count: Tensor = accelerator.reduce(torch.tensor(float(happened), device=accelerator.device), "sum")
@@ -74,15 +111,7 @@ def anywhere(accelerator: Accelerator, happened: bool) -> bool:
 
 
 def agreed_checkpoint(output_dir: Path, name: str, accelerator: Accelerator) -> Path | None:
-    """What `find_checkpoint` finds, the same on every process: the main one reads and compares all files.
-
-    Args:
-        output_dir: output folder of the run.
-        name: "latest" or the path of a checkpoint folder.
-        accelerator: of the processes, all of which have to call this.
-
-    Returns:
-        None if there is no checkpoint yet.
+    """What `find_checkpoint` finds, the same on every process; call it on all of them.
 
     Raises:
         ValueError: see `find_checkpoint`; and if a process does not find what the main one does.
@@ -121,18 +150,7 @@ def run_plan(
 ) -> dict[str, Any]:
     """What a run that continues another must share: data, network, method, and all that decides an update.
 
-    Args:
-        config: settings of the training loop.
-        objective: training method.
-        attack: attack of the inner maximization.
-        data: training and held-out images.
-        module: the network.
-        accelerator: knows the number of processes.
-        eval_batch_size: images per batch and process when validating.
-        besides: what else has to stay, by the name of its setting.
-
-    Returns:
-        JSON types only, as they come back from a checkpoint.
+    JSON types only, as they come back from a checkpoint; ``besides`` is what else has to stay, by setting.
     """
     split = [config.per_device_train_batch_size, accelerator.num_processes]
     per_update = math.prod(split) * config.gradient_accumulation_steps
@@ -183,23 +201,28 @@ def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, An
     }
 
 
-def changes_on_the_way(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, in words, such as "--num_train_epochs 4 instead of 2"; empty if nothing does."""
-
-    def shown(name: str, value: object) -> str:
-        return (
-            f"{value} processes"
-            if name == "processes"
-            else f"the {name} {value}"
-            if name == "device"
-            else (f"--{name} {'none' if value is None else value}")
-        )
-
-    return ", ".join(
-        f"{shown(name, value)} instead of {'none' if before[name] is None else before[name]}"
+def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, updates_per_epoch: int) -> None:
+    """Add to ``progress.changes`` what is `changeable` and differs ``now``, if anything does, and warn of it."""
+    before = progress.changeable
+    words = {"processes": "{} processes", "device": "the device {}"}
+    changed = ", ".join(
+        f"{words.get(name, f'--{name} {{}}').format(_or_none(value))} instead of {_or_none(before[name])}"
         for name, value in now.items()
         if name in before and before[name] != value
     )
+    complete = progress.step >= total_steps
+    if changed:
+        later = f"from epoch {progress.step // updates_per_epoch + 1} on, the run had {changed}."
+        if complete:
+            later = f"the last, the run was started again with {changed}, and trained no more."
+        progress.changes.append(f"After update {progress.step}, {later}")
+        logger.warning("the run goes on with %s: the card will say so", changed)
+    if not complete:
+        progress.changeable = now
+
+
+def _or_none(value: object) -> object:
+    return "none" if value is None else value
 
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
@@ -276,29 +299,23 @@ def keep_update_size(config: TrainingConfig, accelerator: Accelerator) -> Traini
 
 def _examples_per_update(output_dir: Path, resume_from: str) -> int | None:
     """What the checkpoints of a run say; None where none can be read, which `find_checkpoint` will refuse by name."""
-    paths = list_checkpoints(output_dir)[::-1] if resume_from == "latest" else [Path(resume_from)]
-    return next((found for found in map(_read_examples_per_update, paths) if found is not None), None)
-
-
-def _read_examples_per_update(checkpoint: Path) -> int | None:
-    try:
-        return int(json.loads((checkpoint / STATE_FILE).read_text())["plan"]["examples_per_update"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.debug("%s does not say how large an update is: %r", checkpoint, error)
-        return None
+    for path in list_checkpoints(output_dir)[::-1] if resume_from == "latest" else [Path(resume_from)]:
+        try:
+            return int(json.loads((path / STATE_FILE).read_text())["plan"]["examples_per_update"])
+        except (OSError, ValueError, KeyError, TypeError) as error:  # noqa: PERF203 (each by itself)
+            logger.debug("%s does not say how large an update is: %r", path, error)
+    return None
 
 
 def _what_works(wanted: int, num_processes: int, batch_size: int) -> str:
+    def words(numbers: Sequence[int]) -> str:
+        *first, last = map(str, numbers)
+        return f"{', '.join(first)} or {last}" if first else last
+
+    def divisors(number: int) -> list[int]:
+        return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
     if wanted % num_processes:
-        return f"start {_words(_divisors(wanted))} processes"
-    sizes = sorted(_divisors(wanted // num_processes), key=lambda size: abs(size - batch_size))[:4]
-    return f"take --per_device_train_batch_size {_words(sorted(sizes))}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-
-
-def _words(numbers: Sequence[int]) -> str:
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} or {last}" if first else last
+        return f"start {words(divisors(wanted))} processes"
+    sizes = sorted(divisors(wanted // num_processes), key=lambda size: abs(size - batch_size))[:4]
+    return f"take --per_device_train_batch_size {words(sorted(sizes))}"

@@ -1,9 +1,8 @@
 """The output folder of a run: what is in it, who may write there, and what to do when the disk is full or gone.
 
-One run per folder: a lock on a file in it, by ``filelock``. The operating system ends the lock with the process, even
-if a forked child lives on: files that a dead run left behind lock nothing. The lock holds between the processes of one
-machine, and between machines where the file system passes locks on (NFS 4, Lustre mounted with ``flock``, CephFS).
-Without locks in the file system, the run warns and continues.
+One run per folder: a lock on a file in it, by ``filelock``. The operating system ends the lock with the process: files
+that a dead run left behind lock nothing. It holds between machines where the file system passes locks on (NFS 4,
+Lustre mounted with ``flock``, CephFS). Without locks in the file system, the run warns and continues.
 """
 
 from __future__ import annotations
@@ -44,13 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunFiles:
-    """Checkpoints and selected weights of one run; use it on the main process only.
+    """Checkpoints, of which the ``keep`` newest stay, and selected weights of one run; for the main process only.
 
-    What cannot be written is an error in the log, and is tried again at the next save; training goes on.
-
-    Args:
-        output_dir: output folder of the run.
-        keep: number of checkpoints to keep; None keeps all.
+    What cannot be written is logged, and tried again at the next save; training continues.
     """
 
     def __init__(self, output_dir: Path, keep: int | None) -> None:
@@ -71,11 +66,7 @@ class RunFiles:
         return self._waiting is None and not has_best(self.output_dir)
 
     def save(self, checkpoint: Checkpoint) -> CheckpointWriteError | None:
-        """Write a checkpoint, after selected weights that still wait.
-
-        Returns:
-            Why it could not be written; None if it is on the disk.
-        """
+        """Write a checkpoint, after selected weights that still wait; returns why it could not be written."""
         try:
             if self._waiting is not None:
                 self._write_waiting(*self._waiting, checkpoint)
@@ -105,47 +96,26 @@ class RunFiles:
         return str(checkpoints[-1]) if checkpoints else "no checkpoint"
 
 
-SHOWN = ("report.html", "examples.parquet", "figures", ".eval_results")
-OWNED_BY_TRAINING = (
-    WEIGHTS,
-    "config.json",
-    "README.md",
+OWNED_BY_EVALUATION = (
     "report.json",
     PREDICTIONS_NAME,
-    *SHOWN,
-    "image.png",
-    "train_config.yaml",
-    "metrics.jsonl",
-    "rgb",
-    "logs",
-    BEST_NAME,
-    PARTIAL_RESULTS,
+    "report.html",
+    "examples.parquet",
+    "figures",
+    ".eval_results",
+    "EVALUATION.md",
 )
+OWNED_BY_CALIBRATION = (*OWNED_BY_EVALUATION[:-1], WEIGHTS, "config.json", "rgb", "README.md", "image.png")
+OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, "train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS)
 """What a training run writes into its output folder beside numbered checkpoints."""
-OWNED_BY_CALIBRATION = (
-    WEIGHTS,
-    "config.json",
-    "rgb",
-    "README.md",
-    "report.json",
-    PREDICTIONS_NAME,
-    *SHOWN,
-    "image.png",
-)
-OWNED_BY_EVALUATION = ("report.json", PREDICTIONS_NAME, *SHOWN, "EVALUATION.md")
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:
     """Refuse an output folder that holds what a training run would overwrite; nothing is written.
 
-    Args:
-        output_dir: output folder of the run.
-        overwrite: whether everything in it may go.
-        resume_from: "latest", the path of a checkpoint folder, or None for a new run.
-
     Raises:
-        ValueError: if the path is a file; if the folder holds anything and this is neither to be replaced nor the run
-            that is resumed.
+        ValueError: if the path is a file, or the folder holds anything and is neither to be replaced nor that of the
+            run that is resumed.
     """
     if not _is_occupied(output_dir) or overwrite:
         return
@@ -170,7 +140,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | No
 def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
     """Refuse an output folder for an evaluation that holds something, or a model, which is never overwritten.
 
-    What an evaluation left that was interrupted is not refused: the same command goes on with it.
+    An interrupted evaluation is not refused: the same command continues it.
 
     Raises:
         ValueError: if the path is a file, or the folder holds a model, a training run, or anything that is not to be
@@ -178,20 +148,11 @@ def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
     """
     if any((output_dir / name).exists() for name in (WEIGHTS, "train_config.yaml", BEST_NAME)):
         raise ValueError(f"--output_dir {output_dir} holds a model; an evaluation needs a folder of its own")
-    # Partial results are removed last: beside them, the rest is what was being written.
-    unfinished = (output_dir / PARTIAL_RESULTS).exists()
-    ours = (PARTIAL_RESULTS, *OWNED_BY_EVALUATION) if unfinished else ()
-    if _is_occupied(output_dir, besides=ours) and not overwrite:
-        raise ValueError(
-            f"--output_dir {output_dir} already holds files; name another folder, or replace what an evaluation left "
-            "in it with --overwrite_output_dir"
-        )
+    _check_unoccupied(output_dir, OWNED_BY_EVALUATION, "an evaluation", overwrite=overwrite)
 
 
 def check_calibration_dir(output_dir: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder for a calibrated model that holds something, or a training run, which is never replaced.
-
-    What a calibration left that was interrupted is not refused: the same command goes on with it.
+    """The same for a calibrated model, which replaces a model but never a training run.
 
     Raises:
         ValueError: if the path is a file, or the folder holds a training run, or anything that is not to be replaced.
@@ -200,12 +161,16 @@ def check_calibration_dir(output_dir: Path, *, overwrite: bool) -> None:
         raise ValueError(
             f"--output_dir {output_dir} holds a training run; a calibrated model needs a folder of its own"
         )
+    _check_unoccupied(output_dir, OWNED_BY_CALIBRATION, "a calibration", overwrite=overwrite)
+
+
+def _check_unoccupied(output_dir: Path, owned: Collection[str], who: str, *, overwrite: bool) -> None:
+    # Partial results are removed last: beside them, the rest is what was being written.
     unfinished = (output_dir / PARTIAL_RESULTS).exists()
-    ours = (PARTIAL_RESULTS, *OWNED_BY_CALIBRATION) if unfinished else ()
-    if _is_occupied(output_dir, besides=ours) and not overwrite:
+    if _is_occupied(output_dir, besides=(PARTIAL_RESULTS, *owned) if unfinished else ()) and not overwrite:
         raise ValueError(
-            f"--output_dir {output_dir} already holds files; name another folder, or replace what a calibration left "
-            "in it with --overwrite_output_dir"
+            f"--output_dir {output_dir} already holds files; name another folder, or replace what {who} left in it "
+            "with --overwrite_output_dir"
         )
 
 
@@ -231,7 +196,7 @@ def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
 
 LOCK_NAME = ".run.lock"
 OWNER_NAME = ".run.owner.json"
-"""Who has the lock. Windows does not let other processes read a locked file, so this is another one."""
+"""Who has the lock; Windows does not let other processes read a locked file."""
 PATIENCE = 0.5
 """Seconds to try for: the owner may be ending, or be another process that only looks (`is_locked`)."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)

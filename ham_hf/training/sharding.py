@@ -1,11 +1,11 @@
 """Sharded weights (FSDP2) and the other engines of accelerate: what is prepared, and what is refused.
 
-An attack makes as many passes as its rows need, so every process makes another number of them, and a collective inside
-a pass would hang. All attacks of an update, and all validation, therefore run with *gathered* weights: each process
-holds the whole network for that long and frees it again before the training forward, which gathers layer by layer as
-usual. Sharded at rest are weights, gradients and the optimizer's state.
+Every process makes another number of passes in an attack, so a collective inside a pass would hang. All attacks of an
+update, and all validation, therefore run with *gathered* weights: each process holds the whole network for that long
+and frees it before the training forward, which gathers layer by layer. Sharded at rest are weights, gradients and the
+optimizer's state.
 
-Checkpoints hold whole tensors, in the same form as those of one process: a run may go on with another engine.
+Checkpoints hold whole tensors, as those of one process do: a run may continue with another engine.
 """
 
 from __future__ import annotations
@@ -30,21 +30,18 @@ if TYPE_CHECKING:
     from ham_hf.training.config import TrainingConfig
 
 _DDP, _FSDP = shown_path("accelerate/ddp.yaml"), shown_path("accelerate/fsdp.yaml")
-_WAY_OUT = f"use {_DDP} or {_FSDP}"
+_INSTEAD = f"use {_DDP} or {_FSDP}"
 
 
 def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
-    """What the launcher says about sharding, checked; None if weights are not to be sharded.
-
-    Args:
-        environment: variables that ``accelerate launch`` sets.
+    """What the launcher says about sharding; None if weights are not to be sharded.
 
     Raises:
         ValueError: if the launcher asks for an engine, or an option of one, that this training cannot use.
     """
     for name, why in REFUSED.items():
         if is_on(environment, name):
-            raise ValueError(f"accelerate launch asks for {why} ({name}=true); {_WAY_OUT}")
+            raise ValueError(f"accelerate launch asks for {why} ({name}=true); {_INSTEAD}")
     if not is_on(environment, "ACCELERATE_USE_FSDP"):
         return None
     if environment.get("FSDP_VERSION", "1") != "2":
@@ -61,7 +58,7 @@ def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullySharded
             f"go with FSDP here; set it to 'no', or use {_DDP} with --torch_compile"
         )
     if not hasattr(FSDPModule, "set_reshard_after_forward"):
-        raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, say 2.8; or {_WAY_OUT.split(' or ')[0]}")
+        raise ValueError(f"FSDP needs a newer torch than {torch.__version__}, say 2.8; or {_INSTEAD.split(' or ')[0]}")
     try:
         plugin = FullyShardedDataParallelPlugin()
     except ValueError as error:
@@ -83,16 +80,12 @@ def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the accelerator shards the weights of what it prepares."""
+    """Whether the accelerator shards weights."""
     return bool(accelerator.is_fsdp2)
 
 
 def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
     """Refuse settings that need whole weights at every update.
-
-    Args:
-        config: settings of the training loop.
-        uses_fawa: whether weights are averaged once per epoch; see `TrainingConfig.uses_fawa`.
 
     Raises:
         ValueError: naming the setting.
@@ -107,10 +100,10 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
         f"--awp_gamma {config.awp_gamma}": (config.awp_gamma is not None, "leave it out"),
         "--torch_compile": (config.torch_compile, "leave it out"),
     }
-    for what, (asked_for, way_out) in refused.items():
+    for what, (asked_for, fix) in refused.items():
         if asked_for:
             raise ValueError(
-                f"{what} needs whole weights at every update, and FSDP shards them; {way_out}, or launch with {_DDP}"
+                f"{what} needs whole weights at every update, and FSDP shards them; {fix}, or launch with {_DDP}"
             )
 
 
@@ -147,10 +140,7 @@ def _sharded_parts(module: nn.Module) -> list[FSDPModule]:
 
 @contextmanager
 def gathered(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Hold the whole network on every process: inside, no pass over it waits for another process.
-
-    Call it on all processes. Inside, take gradients of inputs only. Without sharding it does nothing.
-    """
+    """Hold the whole network on every process, for gradients of inputs; call it on all processes."""
     parts = _sharded_parts(module)
     if not parts:
         yield

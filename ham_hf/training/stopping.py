@@ -1,8 +1,7 @@
 """How a run is stopped from outside: signals, a time limit, and the end of its launcher.
 
-SIGTERM and SIGUSR1 are what schedulers send before they take a machine away. While it trains, a run that is asked to
-stop finishes its update, saves and leaves with `EXIT_REQUEUE`; at any other time there is nothing to save, and it
-leaves at once with the same status. A second signal ends the process at once.
+Schedulers send SIGTERM or SIGUSR1 before they take a machine away. A run that trains finishes its update, saves and
+exits with `EXIT_REQUEUE`; at any other time it exits at once with the same status. So does a second signal.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-"""Exit status (EX_TEMPFAIL) of a run that was stopped and goes on with ``--resume_from_checkpoint latest``."""
+"""Exit status (EX_TEMPFAIL) of a run that was stopped and continues with ``--resume_from_checkpoint latest``."""
 
 SAME_REQUEST_SECONDS = 3.0
 """Signals this close together are one request: a scheduler signals all processes, and a launcher passes it on."""
@@ -30,7 +29,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 class TrainingStopped(Exception):  # noqa: N818 (it is no error)
-    """Training ended early because somebody asked for it; everything up to here is in a checkpoint."""
+    """Training ended early on request; everything up to here is in a checkpoint."""
 
 
 class _StopNow(SystemExit):
@@ -38,12 +37,7 @@ class _StopNow(SystemExit):
 
 
 class StopRequests:
-    """Who has asked this process to stop.
-
-    Args:
-        max_hours: hours after which the process asks itself to; None: never. They count from here.
-        environment: variables of the process; they tell whether it has a launcher.
-    """
+    """Requests to stop this process: by a signal, after ``max_hours`` from here, or as its launcher ended."""
 
     def __init__(self, max_hours: float | None = None, environment: Mapping[str, str] = os.environ) -> None:
         self._max_hours, self._since = max_hours, time.perf_counter()
@@ -67,10 +61,10 @@ class StopRequests:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, signals are only noted: whoever runs there calls this object at moments at which it can stop.
+        """Inside, signals are only noted: training calls this object where it can stop.
 
         Raises:
-            SystemExit: at the end, if a signal came and nobody stopped for it.
+            SystemExit: at the end, if a signal came and training did not stop for it.
         """
         self._deferring = True
         try:
@@ -97,14 +91,10 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[StopRequests]:
-    """Take requests to stop, and turn a stop into one line that says how to go on.
-
-    Args:
-        output_dir: output folder, for the line.
-        max_hours: see `StopRequests`.
+    """Take requests to stop, and turn a stop into one line that says how to continue.
 
     Raises:
-        SystemExit: with `EXIT_REQUEUE`, instead of `TrainingStopped`, and where a signal finds nothing to save.
+        SystemExit: with `EXIT_REQUEUE`, for `TrainingStopped` and where a signal finds nothing to save.
     """
     requests = StopRequests(max_hours)
     heard = SIGNALS

@@ -1,7 +1,4 @@
-"""Trackers: TensorBoard, trackio and Weights & Biases, through accelerate; what a run is called there and goes on in.
-
-accelerate leaves out a tracker whose package is missing without a word, so that is checked here before training.
-"""
+"""Trackers: TensorBoard, trackio and Weights & Biases, through accelerate, which ignores one that is not installed."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ LOGS_NAME = "logs"
 """Folder in the output folder of what trackers write there."""
 WANDB_ID_NAME = "wandb_run_id.txt"
 MAX_TRACKED_CLASSES = 200
-"""With more classes, trackers get no number of each: nobody can look at that many curves."""
+"""With more classes, trackers get no number of each."""
 
 
 def chosen_trackers(report_to: Sequence[str]) -> tuple[str, ...]:
@@ -49,20 +46,19 @@ def chosen_trackers(report_to: Sequence[str]) -> tuple[str, ...]:
 
 
 def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, Any], *, step: int) -> None:
-    """Begin a run in every tracker of the accelerator, or go on with the one that an interrupted run began.
+    """Begin a run in every tracker of the accelerator, or continue the one that an interrupted run began.
 
-    TensorBoard goes on in its folder, where updates after ``step`` are replaced; trackio in the run of the same name;
-    Weights & Biases in the run whose id is in the output folder, where updates that it has already stay as they are.
+    TensorBoard continues in its folder, where updates after ``step`` are replaced; trackio in the run of the same
+    name; Weights & Biases in the run whose id is in the output folder, where updates that it has stay as they are.
 
     Args:
         accelerator: made with the names of the trackers.
         folder: output folder of the run.
-        config: settings of the run by name; ``run_name`` (None: the folder's name), ``project`` and
-            ``trackio_space_id`` among them.
-        step: updates done before; above 0 for a run that goes on.
+        config: settings of the run by name.
+        step: updates done before.
 
     Raises:
-        ValueError: if a tracker cannot begin: nobody is logged in, the network is away, the disk is full.
+        ValueError: if a tracker cannot begin: no login, no network, a full disk.
     """
     names = [str(name) for name in accelerator.log_with]
     if not names:
@@ -101,7 +97,7 @@ def _wandb_id(logs: Path, *, new: bool) -> str:
 
 
 def track(accelerator: Accelerator, numbers: Mapping[str, object], *, step: int) -> None:
-    """Pass numbers to the trackers; what is no number is left out. Whatever fails in them is worth less than a run."""
+    """Pass numbers to the trackers; other values are left out, and an exception in a tracker is logged."""
     plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
     try:
         accelerator.log(plain, step=step)
@@ -112,14 +108,7 @@ def track(accelerator: Accelerator, numbers: Mapping[str, object], *, step: int)
 def track_test_results(
     accelerator: Accelerator, summaries: Mapping[str, FairnessSummary], class_names: Sequence[str], *, step: int
 ) -> None:
-    """Pass the results on the test split to the trackers, as ``test/EVALUATION/...``.
-
-    Args:
-        accelerator: with its trackers.
-        summaries: by name of the evaluation: clean, pgd-20, verdict, ...
-        class_names: in label order.
-        step: updates that the run has done.
-    """
+    """Pass the results on the test split, by name of the evaluation, to the trackers, as ``test/EVALUATION/...``."""
     numbers: dict[str, object] = {}
     for name, summary in summaries.items():
         numbers |= {
@@ -145,7 +134,7 @@ def class_numbers(prefix: str, values: Sequence[object], class_names: Sequence[s
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """Part from the trackers and the other processes; one that fails now has everything but its last words."""
+    """End the trackers and the process group; a tracker that fails now is logged."""
     try:
         accelerator.end_training()
     except Exception:

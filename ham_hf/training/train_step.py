@@ -10,11 +10,6 @@ Invariants held here:
 - A process without a row to train on joins every collective with a forward that changes nothing. If no process has
   one, the update is skipped: parameters, momentum, averages and BatchNorm stay as they were.
 - Every random stream is derived from (seed, epoch, step, rank), so a resumed run repeats the uninterrupted one.
-
-`PassCounter` counts the passes over the network, whatever asked for them. The unit is one forward of one image: a
-forward costs 1, a gradient of the input 2 (forward included), a training pass 3 (forward, gradients of input and
-parameters): a count of arithmetic, not of time. Attacks that also compute the gradient of the parameters, as published
-code often does, would pay 3 for a step; none here does.
 """
 
 from __future__ import annotations
@@ -23,7 +18,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +26,12 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import Attack, evaluation_mode, predicted
 from ham_hf.data import PixelBatch
-from ham_hf.methods import Method, OuterBatch, statistics_dtype
+from ham_hf.methods import Batch, Method, TrainingRows, statistics_dtype
 from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.config import TrainingConfig
 from ham_hf.training.method_state import MethodState
+from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part, memory_format_of
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
@@ -61,14 +56,14 @@ class Totals:
 
     Attributes:
         loss: losses of the updates.
-        updates: updates that were made, skipped ones excluded; ``loss / updates`` is the mean loss.
+        updates: updates that were made, skipped ones excluded.
         overflows: updates that were skipped as a gradient overflowed in float16.
         hard: hard examples.
         mined: examples that mining looked at.
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
-        stops: requests to stop, of all processes.
-        passes: passes over the network; see `PassCounter`.
+        stops: requests to stop.
+        passes: passes over the network; see `ham_hf.training.passes`.
     """
 
     loss: float = 0.0
@@ -82,41 +77,31 @@ class Totals:
     passes: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
-        """The sums over the updates of both."""
         return Totals(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Work:
-    """One accumulation step of an update after its inner maximization.
-
-    Attributes:
-        number: position in the update.
-        x: clean images of the whole batch.
-        y: their labels.
-        batch: the rows to train on.
-        weight: (T, E) weight of each term and example; divided by the global divisor once that is known.
-    """
+    """One accumulation step: its number, the batch, the rows to train on, and the share (T, E) of each in the loss."""
 
     number: int
-    x: Tensor
-    y: Tensor
-    batch: OuterBatch
-    weight: Tensor
+    batch: Batch
+    rows: TrainingRows
+    share: Tensor
 
 
 class TrainStep:
     """Makes updates of one model.
 
     Args:
-        model: what ``accelerator.prepare`` made of the pixel model.
-        optimizer: what it made of the optimizer.
+        model: what ``accelerator.prepare`` made of the pixel model; likewise ``optimizer``.
+        optimizer: see ``model``.
         objective: training method.
         attack: attack of the inner maximization.
         accelerator: the accelerator.
         config: settings of the training loop.
         class_counts: (num_classes,) number of training images of each class.
-        ema: moving average to update after every update that was made.
+        ema: moving average of weights that follows every update.
     """
 
     def __init__(
@@ -168,11 +153,12 @@ class TrainStep:
             NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
         """
         place = (epoch, step)
+        to_attack = [self._to_attack(batch, number, place) for number, batch in enumerate(batches)]
         with gathered(self.accelerator, self.module):
-            outer = self._inner_maximization(batches, place)
-            self._preview(batches, outer, place)
-            self._note_clean(batches, outer, place)
-        works, divisor = self._weigh(batches, outer, epoch)
+            chosen = self.objective.rows_of_update(self.attacked, to_attack)
+            self._preview(chosen, place)
+            self._note_clean(to_attack, chosen, step)
+        works, divisor = self._weigh(to_attack, chosen)
         scaled = self.accelerator.scaler is not None
         before = [buffer.clone() for buffer in self.module.buffers()] if scaled else []
         with self._perturbed_weights(works, place) as ascent_size:
@@ -222,63 +208,55 @@ class TrainStep:
         found = torch.cat([sums[: len(mine)], divisor.amax()[None]]).tolist()
         return dict(zip([*mine, "weight"], found, strict=True)), sums[len(mine) :]
 
-    def _inner_maximization(self, batches: Sequence[PixelBatch], place: tuple[int, int]) -> list[OuterBatch]:
+    def _to_attack(self, batch: PixelBatch, number: int, place: tuple[int, int]) -> Batch:
+        """One accumulation step of an update, with the random stream of its place."""
         rank = self.accelerator.process_index
-        return self.objective.outer_batches(
-            self.attacked,
-            [
-                (
-                    batch.x.contiguous(memory_format=self.memory_format),
-                    batch.y,
-                    make_generator(batch.x.device, self.config.seed, Stream.ATTACK, *place, rank, number),
-                )
-                for number, batch in enumerate(batches)
-            ],
+        return Batch(
+            x=batch.x.contiguous(memory_format=self.memory_format),
+            y=batch.y,
             attack=self.attack,
             epoch=place[0],
             states=self.method_state.states,
+            generator=make_generator(batch.x.device, self.config.seed, Stream.ATTACK, *place, rank, number),
         )
 
-    def _preview(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
+    def _preview(self, chosen: Sequence[TrainingRows], place: tuple[int, int]) -> None:
         """Show the class rule the training logits of all rows before it weighs them, if it asks for them."""
         rule, num_classes = self.objective.weights, self.method_state.num_classes
         if rule is None or not rule.wants_preview:
             return
         sums = []
-        for number, (source, batch) in enumerate(zip(batches, outer, strict=True)):
-            logits = source.x.new_zeros(0, num_classes)
-            if len(batch.y):
+        for number, rows in enumerate(chosen):
+            logits = rows.x.new_zeros(0, num_classes)
+            if len(rows.y):
                 with torch.no_grad(), preserved_buffers(self.module):
-                    logits = self._training_forward(self.module, batch, number, place)
-            labels = batch.adversarial_y
+                    logits = self._training_forward(self.module, rows, number, place)
+            labels = rows.adversarial_y
             sums.append(rule.preview(logits[: len(labels)], labels, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
         rule.before_update(self.method_state.states[rule.name], total)
 
-    def _note_clean(self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], place: tuple[int, int]) -> None:
+    def _note_clean(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows], step: int) -> None:
         """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""
-        if place[1] % CLEAN_EVERY or outer[0].wrong_at_start is None:
+        if step % CLEAN_EVERY or chosen[0].wrong_at_start is None:
             return
         with evaluation_mode(self.module), torch.no_grad():
             for batch in batches:
-                logits = self.attacked(batch.x.contiguous(memory_format=self.memory_format))
-                self.method_state.note_clean(batch.y, predicted(logits) != batch.y)
+                self.method_state.note_clean(batch.y, predicted(self.attacked(batch.x)) != batch.y)
 
-    def _weigh(
-        self, batches: Sequence[PixelBatch], outer: Sequence[OuterBatch], epoch: int
-    ) -> tuple[list[_Work], Tensor]:
+    def _weigh(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows]) -> tuple[list[_Work], Tensor]:
         """Weights of all rows, divided by the sums over all processes (invariant 3), and those sums (T,)."""
-        states = self.method_state.states
-        weighed = [self.objective.weigh(batch, epoch=epoch, states=states) for batch in outer]
+        epoch, states = batches[0].epoch, self.method_state.states
+        weighed = [self.objective.weigh(rows, epoch=epoch, states=states) for rows in chosen]
         dtype = self.method_state.log.dtype
         divisor = self.accelerator.reduce(torch.stack([part.to(dtype) for _, part in weighed]).sum(0), "sum")
         # Where nothing is trained on there is nothing to divide either.
         safe = torch.where(divisor > 0, divisor, 1)
         works = []
-        for number, (source, batch, (weight, _)) in enumerate(zip(batches, outer, weighed, strict=True)):
+        for number, (batch, rows, (weight, _)) in enumerate(zip(batches, chosen, weighed, strict=True)):
             share = weight / safe.to(weight.dtype)[:, None]
-            works.append(_Work(number=number, x=source.x, y=source.y, batch=batch, weight=share))
-            self.method_state.note(source.y, batch, share)
+            works.append(_Work(number=number, batch=batch, rows=rows, share=share))
+            self.method_state.note(batch.y, rows, share)
         return works, divisor
 
     @contextmanager
@@ -303,10 +281,10 @@ class TrainStep:
         """Examples of this process: all, hard ones, and those that mining looked at."""
         seen, hard, mined = self.method_state.log.new_zeros(3).unbind()
         for work in works:
-            seen += len(work.y)
-            if work.batch.hard is not None:
-                hard += work.batch.hard.sum()
-                mined += len(work.y)
+            seen += len(work.batch.y)
+            if work.rows.hard is not None:
+                hard += work.rows.hard.sum()
+                mined += len(work.batch.y)
         return {"seen": seen, "hard": hard, "mined": mined}
 
     def _gradient_size(self) -> Tensor:
@@ -321,31 +299,32 @@ class TrainStep:
         """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
         losses, observed = [], []
         for work in works:
+            batch, rows = work.batch, work.rows
             last = work.number == len(works) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                if len(work.batch.y):
-                    logits = self._training_forward(self.model, work.batch, work.number, place)
-                    loss = (self.objective.losses(logits, work.batch) * work.weight).sum()
+                if len(rows.y):
+                    logits = self._training_forward(self.model, rows, work.number, place)
+                    loss = (self.objective.losses(logits, rows) * work.share).sum()
                 else:
-                    logits = work.x.new_zeros(0, self.method_state.num_classes)
-                    loss = self._idle_forward(work.x)
+                    logits = batch.x.new_zeros(0, self.method_state.num_classes)
+                    loss = self._idle_forward(batch.x)
                 if loss.requires_grad:
                     # DDP averages over processes; the division by the global sums wants their sum.
                     self.accelerator.backward(loss * self.accelerator.num_processes)
             losses.append(loss.detach())
-            observed.append(self.method_state.observe(logits, work.batch, work.y, epoch=place[0]))
+            observed.append(self.method_state.observe(logits, rows, batch.y, epoch=batch.epoch))
         return torch.stack(losses).sum(), torch.stack(observed).sum(0)
 
-    def _training_forward(self, model: nn.Module, batch: OuterBatch, number: int, place: tuple[int, int]) -> Tensor:
+    def _training_forward(self, model: nn.Module, rows: TrainingRows, number: int, place: tuple[int, int]) -> Tensor:
         """Logits (R, num_classes) of the rows in training mode."""
         # Dropout and stochastic depth draw from torch's global streams.
         torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
         model.train()
-        # BatchNorm refuses to normalize a single value; a copy whose logits nobody uses leaves the row's normalization
+        # BatchNorm refuses to normalize a single value; a copy whose logits are dropped leaves the row's normalization
         # and gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
-        rows = batch.x if len(batch.x) > 1 else batch.x.repeat(2, 1, 1, 1)
-        logits: Tensor = model(rows)
-        return logits[: len(batch.x)]
+        x = rows.x if len(rows.x) > 1 else rows.x.repeat(2, 1, 1, 1)
+        logits: Tensor = model(x)
+        return logits[: len(rows.x)]
 
     def _idle_forward(self, x: Tensor) -> Tensor:
         """A loss that moves nothing, for a process without a row to train on."""
@@ -395,37 +374,3 @@ class TrainStep:
             parts = torch.split(agreed, [buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
-
-
-FORWARD, INPUT_GRADIENT, TRAINING = 1, 2, 3
-
-
-class PassCounter:
-    """Counts the passes of this process over some modules, in forwards of one image.
-
-    A module that is deep-copied later brings along a counter of its own, which nothing reads.
-    """
-
-    def __init__(self) -> None:
-        self._passes = 0
-
-    def watch(self, module: nn.Module) -> None:
-        """Count every call of ``module``, whose first argument is a batch (N, C, H, W)."""
-        module.register_forward_pre_hook(self._count)
-
-    def take(self) -> int:
-        """The passes since the last call."""
-        passes, self._passes = self._passes, 0
-        return passes
-
-    # A compiled network would trace the counter, and be compiled anew at every number.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x: Tensor = inputs[0]
-        if not torch.is_grad_enabled():
-            cost = FORWARD
-        elif module.training:
-            cost = TRAINING
-        else:
-            cost = INPUT_GRADIENT if x.requires_grad else FORWARD
-        self._passes += cost * len(x)

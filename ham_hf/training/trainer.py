@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -13,12 +13,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
-from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, TrainingStream
+from ham_hf.data import ImageData, PixelBatch
 from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
@@ -33,16 +32,17 @@ from ham_hf.training.checkpoint import (
     rewind,
 )
 from ham_hf.training.config import TrainingConfig
-from ham_hf.training.data_order import batch_requests, epoch_order, training_class_counts
+from ham_hf.training.data_order import UpdateLayout, training_class_counts
 from ham_hf.training.log import RunLog
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
 from ham_hf.training.resume import (
+    Progress,
     agreed_checkpoint,
     anywhere,
     changeable,
-    changes_on_the_way,
     check_same_run,
     keep_update_size,
+    note_changes,
     run_plan,
 )
 from ham_hf.training.run_folder import RunFiles
@@ -68,46 +68,6 @@ from ham_hf.training.validation import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Progress:
-    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
-
-    Attributes:
-        step: updates done, skipped ones included.
-        skipped_updates: updates skipped because no process had a row to train on.
-        overflowed_updates: updates skipped because a gradient overflowed in float16.
-        loss_scale: state of the scaler of the loss (``mixed_precision`` fp16); None without one.
-        seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
-        passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
-            the run began before they were counted. See `ham_hf.training.train_step.PassCounter`.
-        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
-        averaged_epochs: epochs that went into the fairness-gated average.
-        since_log: sums since the last line of the log.
-        validation_due: epoch whose end was reached, but not yet validated, when the run was stopped; else None.
-        best: state of the best validation so far; None before the first.
-        history: one record per validation.
-        plan: what has to stay the same for a resumed run to continue this one.
-        changeable: the settings that a resumed run may change although they can change numbers, as they are.
-        changes: what was changed of them on the way, one sentence per resumption that did so.
-    """
-
-    step: int = 0
-    skipped_updates: int = 0
-    overflowed_updates: int = 0
-    loss_scale: dict[str, Any] | None = None
-    seconds: float = 0.0
-    passes: float | None = 0.0
-    class_log: list[list[float]] = field(default_factory=list)
-    averaged_epochs: int = 0
-    since_log: dict[str, float] = field(default_factory=dict)
-    validation_due: int | None = None
-    best: dict[str, Any] | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    plan: dict[str, Any] = field(default_factory=dict)
-    changeable: dict[str, Any] = field(default_factory=dict)
-    changes: list[str] = field(default_factory=list)
-
-
 class Trainer:
     """Adversarial training of one model.
 
@@ -119,17 +79,15 @@ class Trainer:
         config: settings of the training loop.
         accelerator: from one CPU process to many nodes.
         eval_batch_size: images per batch and process when validating.
-        plan_besides: what else a run that goes on has to share, by the name of its setting, in JSON types.
-        after_save: called on the main process after every checkpoint; what goes wrong in it is logged, and training
-            goes on.
+        plan_besides: what else a run that continues has to share, by the name of its setting, in JSON types.
+        after_save: called on the main process after every checkpoint; an exception in it is logged.
 
     Attributes:
-        config: those settings; a run that goes on with another number of processes has the accumulation that keeps
-            the size of its updates (`keep_update_size`).
+        config: those settings, with the accumulation that keeps the size of the updates of a run that continues.
 
     Raises:
         ValueError: if the training split is smaller than one update's batch, no accumulation keeps the size of the
-            updates of a run that goes on, or a setting needs whole weights and they are sharded.
+            updates of a run that continues, or a setting needs whole weights and they are sharded.
     """
 
     def __init__(
@@ -152,19 +110,25 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
+        self.layout = UpdateLayout(
+            batch_size=config.per_device_train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            world=accelerator.num_processes,
+            rank=accelerator.process_index,
+            seed=config.seed,
+        )
         self._count_updates()
         self._warn_of_late_starts()
         if is_sharded(accelerator):
             check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
-        self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
-        gated = config.uses_fawa(objective)
-        self.gated = GatedAverage(model, config.fawa_decay, config.fawa_threshold) if gated else None
+        self.average = self._average_of(model)
         if config.torch_compile:
             # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
             model.compile(dynamic=True)
-        optimizer, self.scheduler = self._optimization_of(model)
+        optimizer = create_optimizer(model, config)
+        self.scheduler = create_scheduler(optimizer, config, updates_per_epoch=self.updates_per_epoch)
         wrapped, self.optimizer = prepare(accelerator, model, optimizer)
         self.train_step = TrainStep(
             wrapped,
@@ -174,52 +138,32 @@ class Trainer:
             accelerator,
             config,
             class_counts=training_class_counts(data.train, objective, self.num_classes),
-            ema=self.ema,
+            ema=self.average if isinstance(self.average, ModelEmaV3) else None,
         )
         self.method_state = self.train_step.method_state
         self.module, self.passes = self.train_step.module, self.train_step.passes
-        if self.averaged_module is not None:
-            self.passes.watch(self.averaged_module)
+        if self.average is not None:
+            self.passes.watch(cast(nn.Module, self.average.module))
         self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
 
     def _count_updates(self) -> None:
-        """How many examples an update takes, and how many updates there are in an epoch and in all."""
-        config, num_examples = self.config, len(self.data.train)
-        self.per_update = (
-            config.per_device_train_batch_size * self.accelerator.num_processes * config.gradient_accumulation_steps
-        )
-        self.updates_per_epoch = num_examples // self.per_update
+        """How many updates there are in an epoch and in all."""
+        config, num_examples, per_update = self.config, len(self.data.train), self.layout.per_update
+        self.updates_per_epoch = num_examples // per_update
         if not self.updates_per_epoch:
             raise ValueError(
-                f"the training split has {num_examples} examples, fewer than the {self.per_update} of one update "
+                f"the training split has {num_examples} examples, fewer than the {per_update} of one update "
                 "(--per_device_train_batch_size x processes x --gradient_accumulation_steps); lower one of them"
             )
         planned = config.num_train_epochs * self.updates_per_epoch
         self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
 
-    def _optimization_of(self, model: nn.Module) -> tuple[torch.optim.Optimizer, Scheduler]:
-        """The optimizer of the settings and its schedule."""
+    def _average_of(self, model: nn.Module) -> ModelEmaV3 | GatedAverage | None:
+        """The average of weights that the settings ask for; there is one at most."""
         config = self.config
-        optimizer = create_optimizer(
-            model,
-            config.optimizer,
-            learning_rate=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            decay_norm_and_bias=config.decay_norm_and_bias,
-            layer_decay=config.layer_decay,
-        )
-        scheduler = create_scheduler(
-            optimizer,
-            config.lr_scheduler_type,
-            num_epochs=config.num_train_epochs,
-            updates_per_epoch=self.updates_per_epoch,
-            drops=config.lr_drops,
-            warmup_epochs=config.warmup_epochs,
-            min_learning_rate=config.min_learning_rate,
-            step_unit=config.lr_step_unit,
-        )
-        return optimizer, scheduler
+        if config.uses_fawa(self.objective):
+            return GatedAverage(model, config.fawa_decay, config.fawa_threshold)
+        return None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
@@ -269,7 +213,7 @@ class Trainer:
                 self._train_epoch(self.progress.step // self.updates_per_epoch, stop)
         finally:
             self.log.close()
-        if self.gated is not None and not self.gated.updates:
+        if isinstance(self.average, GatedAverage) and not self.average.updates:
             logger.warning(
                 "no epoch had a worst held-out class of --fawa_threshold %s: the weights are no average",
                 self.config.fawa_threshold,
@@ -284,15 +228,21 @@ class Trainer:
             self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
             self._add_passes(self._passes_of_all_processes())
-        batches = self._batches(epoch, first)
+        batches = self.layout.batches(
+            self.data.train,
+            epoch=epoch,
+            first_update=first,
+            class_probabilities=self.method_state.class_probabilities(),
+            device=self.accelerator.device,
+        )
         last = min((epoch + 1) * self.updates_per_epoch, self.total_steps)
-        way_out = smaller_batch(
+        fix = smaller_batch(
             self.config.per_device_train_batch_size,
             self.config.gradient_accumulation_steps,
             may_change=not self.objective.depends_on_split,
         )
         while self.progress.step < last:
-            with explain_out_of_memory(way_out):
+            with explain_out_of_memory(fix):
                 stopping = self._one_update(epoch, batches, stop)
             if stopping:
                 # Validation can take longer than there is time: the run begins with it when it goes on.
@@ -372,32 +322,39 @@ class Trainer:
         since = time.perf_counter()
         record: dict[str, Any] = {"epoch": epoch}
         record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
-        if self.gated is not None and self.progress.step % self.updates_per_epoch == 0:
+        if isinstance(self.average, GatedAverage) and self.progress.step % self.updates_per_epoch == 0:
             # Not where max_steps cuts an epoch short: a longer run may go on with it.
-            record["averaged"] = self._update_gated_average(self.gated)
-        score = float(self.progress.step)
+            robust = self._held_out(self.module).robust
+            record["averaged"] = self.average.update(self.module, [entry.accuracy for entry in robust.per_class])
+            self.progress.averaged_epochs = self.average.updates
+        step = self.progress.step
+        score = float(step)
         if self.data.validation is not None:
             held_out = self._held_out(self.selected_module)
             record |= held_out_record(held_out)
             score = selection_score(held_out, self.config.selection_metric, last=score)
         self.progress.seconds += time.perf_counter() - since
         self._add_passes(self._passes_of_all_processes())
-        step = self.progress.step
         self.log.write("validation", step, record)
         self.progress.history.append({"step": step, **record})
+        self._select_if_best(score, epoch)
+
+    def _select_if_best(self, score: float, epoch: int) -> None:
+        """Keep the weights of now; of equal scores the later one, which was trained longer."""
         best = self.progress.best
         lost = anywhere(
             self.accelerator, best is not None and self.accelerator.is_main_process and self.files.selection_is_lost()
         )
         if lost:
             logger.error("the weights selected before are gone from %s: selecting anew", self.output_dir)
-        # Of equal scores the later one: it was trained longer.
-        if best is None or lost or score >= best["score"]:
-            self.progress.best = {"score": score, "metric": self.config.selection_metric, "step": step, "epoch": epoch}
-            weights = whole_state(self.selected_module.state_dict())
-            self._refuse_weights_not_finite(weights, epoch)
-            if self.accelerator.is_main_process:
-                self.files.select(weights, self.progress.best)
+        if best is not None and not lost and score < best["score"]:
+            return
+        step, metric = self.progress.step, self.config.selection_metric
+        self.progress.best = {"score": score, "metric": metric, "step": step, "epoch": epoch}
+        weights = whole_state(self.selected_module.state_dict())
+        self._refuse_weights_not_finite(weights, epoch)
+        if self.accelerator.is_main_process:
+            self.files.select(weights, self.progress.best)
 
     def _add_passes(self, passes: float) -> None:
         if self.progress.passes is not None:
@@ -421,30 +378,21 @@ class Trainer:
 
     @property
     def selected_module(self) -> nn.Module:
-        """The module that is validated and published: the average of weights if there is one."""
-        if self.gated is not None and self.gated.updates:
-            return self.gated.module
-        return self.module if self.ema is None else cast(nn.Module, self.ema.module)
-
-    def _update_gated_average(self, gated: GatedAverage) -> bool:
-        """Let the current weights into the fairness-gated average if their worst held-out class is good enough."""
-        robust = self._held_out(self.module).robust
-        passed = gated.update(self.module, [entry.accuracy for entry in robust.per_class])
-        self.progress.averaged_epochs = gated.updates
-        return passed
+        """The module that is validated and published: the average of weights if there is one by now."""
+        if self.average is None or (isinstance(self.average, GatedAverage) and not self.average.updates):
+            return self.module
+        return cast(nn.Module, self.average.module)
 
     def _held_out_sums(self, rule: ClassRule, *, epoch: int) -> Tensor:
         """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
-            held_out = self._held_out_part(f"--method {rule.name}")
-            return held_out.sums(
-                rule, self._as_attacked(self.module), loss=self.objective.loss, attack=self.attack, epoch=epoch
-            )
+            module, loss = self._as_attacked(self.module), self.objective.loss
+            return self._held_out_part.sums(rule, module, loss=loss, attack=self.attack, epoch=epoch)
 
     def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
         """Clean and robust accuracy of a module on the held-out part of train."""
         with gathered(self.accelerator, module):
-            return self._held_out_part("validation").accuracy(
+            return self._held_out_part.accuracy(
                 self._as_attacked(module),
                 replace(self.attack, num_steps=self.config.validation_num_steps),
                 with_verdict=self.config.selection_metric == "verdict",
@@ -455,9 +403,10 @@ class Trainer:
         scaled = module is self.module and self.accelerator.mixed_precision == "fp16"
         return attack_passes(module, "fp16") if scaled else module
 
-    def _held_out_part(self, what_for: str) -> HeldOutPart:
+    @property
+    def _held_out_part(self) -> HeldOutPart:
         if self.data.validation is None:
-            raise RuntimeError(f"{what_for} needs held-out images, and there are none")
+            raise RuntimeError("validation and class rules need held-out images, and there are none")
         return HeldOutPart(
             images=self.data.validation,
             num_classes=self.num_classes,
@@ -481,7 +430,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint = Checkpoint(
                 model=model,
-                averaged=self.averaged_module.state_dict() if self.averaged_module is not None else None,
+                averaged=None if self.average is None else self.average.module.state_dict(),
                 method=self.method_state.tensors(),
                 optimizer=optimizer,
                 state=asdict(self.progress),
@@ -497,12 +446,6 @@ class Trainer:
                 f"finish with the same command and --resume_from_checkpoint latest, which goes on from "
                 f"{self.files.kept()}"
             )
-
-    @property
-    def averaged_module(self) -> nn.Module | None:
-        """The average of weights that is kept, whether or not it is selected; None without one."""
-        average = self.gated or self.ema
-        return None if average is None else cast(nn.Module, average.module)
 
     def _after_save(self) -> None:
         if self.after_save is None:
@@ -539,31 +482,25 @@ class Trainer:
         progress = Progress(**{"passes": None, **checkpoint.state})
         check_same_run(path, progress.plan, self._plan())
         load_model(self.module, checkpoint.model)
-        if self.averaged_module is not None and checkpoint.averaged is not None:
-            self.averaged_module.load_state_dict(checkpoint.averaged)
-        if self.gated is not None:
-            self.gated.updates = progress.averaged_epochs
+        if self.average is not None and checkpoint.averaged is not None:
+            self.average.module.load_state_dict(checkpoint.averaged)
+        if isinstance(self.average, GatedAverage):
+            self.average.updates = progress.averaged_epochs
         self.method_state.load(checkpoint.method)
         load_optimizer(self.optimizer, checkpoint.optimizer)
         if progress.loss_scale is not None:
             # As run_plan holds the precision, this run scales its loss too.
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
-        now = changeable(self.config, self.accelerator)
-        changed = changes_on_the_way(progress.changeable, now)
-        complete = progress.step >= self.total_steps
-        if changed:
-            epoch = progress.step // self.updates_per_epoch + 1
-            later = f"the last, the run was started again with {changed}, and trained no more."
-            if not complete:
-                later = f"from epoch {epoch} on, the run had {changed}."
-            progress.changes.append(f"After update {progress.step}, {later}")
-            logger.warning("the run goes on with %s: the card will say so", changed)
-        if not complete:
-            progress.changeable = now
+        note_changes(
+            progress,
+            changeable(self.config, self.accelerator),
+            total_steps=self.total_steps,
+            updates_per_epoch=self.updates_per_epoch,
+        )
         self.progress = progress
         if self.accelerator.is_main_process:
             rewind(self.output_dir, path)
-            # The log is global: one process goes on from it, the others from zero.
+            # The log is global: one process continues it, the others begin at zero.
             self.method_state.log += torch.tensor(progress.class_log, dtype=torch.float64).to(self.method_state.log)
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
 
@@ -577,39 +514,6 @@ class Trainer:
             accelerator=self.accelerator,
             eval_batch_size=self.eval_batch_size,
             besides=self.plan_besides,
-        )
-
-    def _batches(self, epoch: int, first_update: int) -> Iterator[PixelBatch]:
-        """This process's batches of an epoch from an update on, in order."""
-        train, device = self.data.train, self.accelerator.device
-        if isinstance(train, TrainingStream):
-            return train.batches(
-                epoch=epoch,
-                first_update=first_update,
-                seed=self.config.seed,
-                per_update=self.per_update,
-                batch_size=self.config.per_device_train_batch_size,
-                world=self.accelerator.num_processes,
-                rank=self.accelerator.process_index,
-                device=device,
-            )
-        return train.batches(
-            self._requests(epoch)[first_update * self.config.gradient_accumulation_steps :], device=device
-        )
-
-    def _requests(self, epoch: int) -> list[BatchRequest]:
-        """This process's batches of an epoch, one per accumulation step, in order."""
-        order = epoch_order(
-            cast(Images, self.data.train).labels, self.config.seed, epoch, self.method_state.class_probabilities()
-        )
-        return batch_requests(
-            order,
-            batch_size=self.config.per_device_train_batch_size,
-            per_update=self.per_update,
-            world=self.accelerator.num_processes,
-            rank=self.accelerator.process_index,
-            seed=self.config.seed,
-            epoch=epoch,
         )
 
     def _class_log(self) -> Tensor:

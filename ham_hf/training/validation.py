@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import Workplace, evaluate, standard_attacks
-from ham_hf.methods import BaseLoss, ClassRule
+from ham_hf.methods import BaseLoss, Batch, ClassRule
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
 
@@ -30,15 +30,7 @@ class HeldOutAccuracy:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeldOutPart:
-    """The held-out images of a run, and how they are looked at: with the same batches on any number of processes.
-
-    Attributes:
-        images: the held-out part.
-        num_classes: number of classes.
-        accelerator: shares the batches out and adds sums up.
-        batch_size: images per batch and process.
-        seed: the run's seed.
-    """
+    """The held-out images of a run; any number of processes sees the same batches of ``batch_size``."""
 
     images: Images
     num_classes: int
@@ -47,12 +39,9 @@ class HeldOutPart:
     seed: int
 
     def accuracy(self, module: nn.Module, attack: Attack, *, with_verdict: bool = False) -> HeldOutAccuracy:
-        """Clean and PGD accuracy of a module; the same noise every time, so that epochs can be compared.
+        """Clean and PGD accuracy of an unwrapped module; the same noise every time, so that epochs can be compared.
 
-        Args:
-            module: the unwrapped pixel model.
-            attack: PGD.
-            with_verdict: also run CW with as many steps of the same length, which costs as much as PGD.
+        ``with_verdict`` also runs CW with as many steps of the same length, which costs as much as PGD.
         """
         results = evaluate(
             module,
@@ -67,15 +56,7 @@ class HeldOutPart:
         return HeldOutAccuracy(clean=clean, robust=robust, verdict=verdict)
 
     def sums(self, rule: ClassRule, module: nn.Module, *, loss: BaseLoss, attack: Attack, epoch: int) -> Tensor:
-        """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes.
-
-        Args:
-            rule: the class rule that asks.
-            module: the unwrapped pixel model with the current weights.
-            loss: of the method that trains, which the sums may use.
-            attack: the attack of the inner maximization.
-            epoch: 0-based epoch, for the noise.
-        """
+        """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes."""
         accelerator, device = self.accelerator, self.accelerator.device
         world, rank = accelerator.num_processes, accelerator.process_index
         every = list(enumerate(torch.split(torch.arange(len(self.images)), self.batch_size)))
@@ -85,16 +66,9 @@ class HeldOutPart:
         sums = []
         with evaluation_mode(module):
             for (number, _), batch in zip(mine, batches, strict=True):
-                found = rule.held_out_sums(
-                    module,
-                    batch.x,
-                    batch.y,
-                    attack=attack,
-                    loss=loss,
-                    num_classes=self.num_classes,
-                    generator=make_generator(device, self.seed, Stream.HELD_OUT, epoch, number),
-                )
-                sums.append(found * counts)
+                noise = make_generator(device, self.seed, Stream.HELD_OUT, epoch, number)
+                attacked = Batch(x=batch.x, y=batch.y, attack=attack, epoch=epoch, generator=noise)
+                sums.append(rule.held_out_sums(module, attacked, loss=loss, num_classes=self.num_classes) * counts)
         total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
         return total
 
@@ -118,12 +92,7 @@ def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
 
 
 def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> float:
-    """What weights are selected by; higher is better.
-
-    Args:
-        found: on the held-out part.
-        metric: ``selection_metric`` of the run.
-        last: the score of "last".
+    """What weights are selected by, of ``--selection_metric``; higher is better. ``last`` is the score of "last".
 
     Raises:
         ValueError: if ``metric`` is "verdict" and CW was not run.

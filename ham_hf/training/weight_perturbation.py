@@ -12,7 +12,7 @@ One update, in the order of the published code::
         optimizer.step()
 
 The authors take the direction from one ascent step of a copy of the model. Its length cancels, so the gradient at the
-weights themselves gives the same direction, without the copy.
+weights themselves gives the same direction.
 """
 
 from __future__ import annotations
@@ -30,10 +30,8 @@ _TINY = 1e-20
 def perturbable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that AWP moves: those that train, have more than one dimension and "weight" in the name.
 
-    Biases and the weights of normalization layers are therefore left alone. A parameter used twice is listed once.
-
     Raises:
-        ValueError: if there is none; weight perturbation would silently do nothing.
+        ValueError: if there is none.
     """
     found = [
         parameter
@@ -59,8 +57,7 @@ def awp_direction(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         parameters: at least one, each with the gradient of the loss (not of its negative) in ``.grad``.
 
     Returns:
-        New tensors in the shapes of the parameters; zeros where ``.grad`` is None, exactly zero, or not finite (the
-        weights must stay what they are for whoever then refuses the update).
+        New tensors in the shapes of the parameters; zeros where ``.grad`` is None, zero, or not finite.
     """
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in parameters]
     # A zero gradient needs no case of its own: 0 * (||w|| / 1e-20) is 0, and that factor is finite from bfloat16 up.
@@ -75,14 +72,8 @@ def awp_direction(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 def perturbed(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], gamma: float) -> Iterator[None]:
     """Add ``gamma * directions`` to the parameters in place, and subtract it on leaving, whatever happens.
 
-    The forward, the backward and the optimizer's step belong inside: the step, weight decay included, is made from
-    the perturbed weights, and subtracting afterwards (instead of putting old values back) keeps it. Without a step,
-    the weights come back up to rounding, not bit for bit.
-
-    Args:
-        parameters: what to perturb.
-        directions: one tensor per parameter, of its shape; see `awp_direction`.
-        gamma: size of the perturbation relative to the weights; the authors use 0.01 for PGD-AT, 0.005 for TRADES.
+    The optimizer's step belongs inside: it is made from the perturbed weights, and subtracting afterwards keeps it.
+    Without a step, the weights come back up to rounding. The authors use a gamma of 0.01 for PGD-AT, 0.005 for TRADES.
     """
     weights: list[Tensor] = list(parameters)
     moves = list(directions)
@@ -97,11 +88,7 @@ def perturbed(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], 
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer of the model back on leaving, whatever happens: running statistics of any kind of layer.
-
-    For forwards in training mode that are no training step, such as the one that finds the direction (the authors
-    make it with a copy of the model, whose buffers they throw away).
-    """
+    """Put every buffer of the model back on leaving, whatever happens: for forwards that are no training step."""
     buffers = list(model.buffers())
     kept = [buffer.clone() for buffer in buffers]
     try:

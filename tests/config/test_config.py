@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import string
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ham_hf.commands import page, push
 from ham_hf.config import (
     AttackConfig,
     ConfigError,
@@ -30,12 +32,16 @@ from ham_hf.config import (
     config_to_dict,
     config_to_yaml,
     load_train_config,
+    parse_calibrate_config,
     parse_evaluate_config,
     parse_train_config,
 )
 from ham_hf.methods import HAM, PGDAT, Method, available
+from ham_hf.settings import SettingsGroup
 
-GROUPS = ("data", "model", "attack", "training", "evaluation", "hub")
+
+def groups_of(config: TrainConfig) -> list[SettingsGroup]:
+    return [getattr(config, name) for name in ("data", "model", "attack", "training", "evaluation", "hub")]
 
 
 @pytest.fixture
@@ -50,11 +56,11 @@ def recipe(tmp_path):
     return write
 
 
-def message_of_exit(argv, capsys, parse=parse_train_config) -> str:
+def message_of_exit(argv, capsys, parse=parse_train_config, status=2) -> str:
     with pytest.raises(SystemExit) as caught:
         parse([str(word) for word in argv])
     captured = capsys.readouterr()
-    assert caught.value.code == 2
+    assert caught.value.code == status
     assert captured.out == ""
     assert "Traceback" not in captured.err
     assert captured.err.endswith("\n")
@@ -99,18 +105,15 @@ def test_defaults_are_the_documented_ones():
         ("--skip_corrupt --no_skip_corrupt", "data", "skip_corrupt", False),
         ("--no_decay_norm_and_bias", "training", "decay_norm_and_bias", False),
         ("--no-decay-norm-and-bias", "training", "decay_norm_and_bias", False),
-        ("--no_decay_norm_and_bias=false", "training", "decay_norm_and_bias", None),
         ("--lr_drops 60:0.1 90:1e-2", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
         ("--lr_drops=60:0.1", "training", "lr_drops", ((60, 0.1),)),
         ("--lr_drops", "training", "lr_drops", ()),
         ("--epsilon 4/255 --epsilon 2/255", "attack", "epsilon", 2 / 255),
         ("--dataset_name ../my-images", "data", "dataset_name", "../my-images"),
+        ("--norm l2 --epsilon 2 --step_size 1.5", "attack", "epsilon", 2.0),
     ],
 )
-def test_flags(argv, group, name, value, capsys):
-    if value is None and "--no_" in argv:
-        assert "--no_decay_norm_and_bias" in message_of_exit(argv.split(), capsys)
-        return
+def test_flags(argv, group, name, value):
     found = getattr(getattr(parse_train_config(argv.split()), group), name)
     assert found == value
     assert type(found) is type(value) or isinstance(found, tuple)
@@ -132,12 +135,6 @@ def test_values_of_model_args_are_yaml():
     }
     assert type(args["in_chans"]) is int
     assert args["flag"] is True
-
-
-def test_drops_are_pairs():
-    (drop,) = parse_train_config(["--lr_drops", "59:0.1"]).training.lr_drops
-    epoch, factor = drop
-    assert (epoch, factor, str(drop)) == (59, 0.1, "59:0.1")
 
 
 def test_method_chooses_the_objective_and_its_options():
@@ -268,219 +265,30 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
 
 # ------------------------------------------------------------------------------------------------------- bad input
 
-BAD_FLAGS = [
-    # wrong names
-    ("--learning_rat 0.1", ["learning_rat", "did you mean --learning_rate?"]),
-    ("--learning-rat=0.1", ["learning_rat", "did you mean --learning_rate?"]),
-    ("--lr 0.1", ["lr", "did you mean --learning_rate?"]),
-    ("--batch-size 3", ["batch_size", "did you mean --per_device_train_batch_size?"]),
-    ("--eps 8/255", ["eps", "did you mean --epsilon?"]),
-    ("-epsilon 8/255", ["epsilon"]),
-    ("--no_push_to_hubb", ["no_push_to_hubb"]),
-    ("--xyzzy 1", ["xyzzy"]),
-    ("--learn 0.1", ["learn", "did you mean --learning_rate?"]),
-    ("--epoch 3", ["'epoch'", "did you mean --num_train_epochs?"]),
-    ("--epochs 3", ["did you mean --num_train_epochs?"]),
-    ("--batch_size 3", ["did you mean --per_device_train_batch_size?"]),
-    ("--steps 7", ["did you mean --num_steps?"]),
-    ("--lr_decay 0.1", ["did you mean --lr_drops?"]),
-    ("--wd 0", ["did you mean --weight_decay?"]),
-    ("--opt sgd", ["did you mean --optimizer?"]),
-    ("--arch resnet18", ["did you mean --model_name?"]),
-    ("--model resnet18", ["did you mean --model_name?"]),
-    ("--dataset cifar10", ["did you mean --dataset_name?"]),
-    ("--dataset_id cifar10", ["did you mean --dataset_name?"]),
-    ("--bf16", ["did you mean --mixed_precision bf16?"]),
-    ("--fp16", ["did you mean --mixed_precision fp16?"]),
-    ("--gradient_accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
-    ("--grad_accum 2", ["did you mean --gradient_accumulation_steps?"]),
-    ("--accumulation 2", ["did you mean --gradient_accumulation_steps?"]),
-    ("--workers 2", ["did you mean --dataloader_num_workers?"]),
-    ("--warmup 5", ["did you mean --warmup_epochs?"]),
-    ("--private", ["did you mean --hub_private_repo?"]),
-    ("--easy 0.1", ["did you mean --easy_"]),
-    ("stray", ["unexpected word 'stray'"]),
-    ("--seed 1 2", ["unexpected word '2'"]),
-    # methods
-    ("--method hamm", ["--method hamm", "expected one of ", "did you mean ham?"]),
-    (
-        "--method pgd_at --mining_step 3",
-        ["--mining_step", "option of --method ham", "and the method is pgd_at"],
-    ),
-    (
-        "--class_margin cfa --class_rule_args cfa_lambda1=x cfa_start_epoch=0",
-        ["--class_rule_args: cfa_lambda1 'x'", "expected a number > 0", "cfa_start_epoch 0", ">= 1"],
-    ),
-    (
-        "--class_margin cfa --class_rule_args cfa_margin=false",
-        ["--class_margin cfa has no effect", "cfa_margin=False"],
-    ),
-    ("--class_weighting cfaa", ["--class_weighting cfaa", "one of cfa, cfol", "no method 'cfaa'"]),
-    ("--class_weighting cfa", ["weighs the terms of trades", "loss of this run is pgd_at"]),
-    ("--method dafa --class_margin cfa", ["--class_margin is an option of --method", "and the method is dafa"]),
-    ("--num_train_examples 9", ["--num_train_examples 9 has no effect without --dataset_streaming"]),
-    ("--shuffle_buffer_size 9", ["--shuffle_buffer_size 9 has no effect without --dataset_streaming"]),
-    ("--dataset_streaming --limit_train_examples 9", ["--limit_train_examples 9", "--max_steps"]),
-    ("--dataset_streaming --method cfol", ["--method cfol draws a class", "leave --dataset_streaming out"]),
-    ("--layer_decay 1.5", ["--layer_decay 1.5: expected a number in (0, 1]"]),
-    ("--awp_start_epoch 5", ["--awp_start_epoch 5 has no effect without --awp_gamma"]),
-    (
-        "--mixed_precision fp16 --attack_precision bf16",
-        ["--attack_precision bf16: the passes of --mixed_precision fp16 have its precision", "leave it at training"],
-    ),
-    ("--fawa on --ema_decay 0.9", ["--ema_decay 0.9", "--fawa on", "take --fawa off"]),
-    ("--method wat --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--method wat"]),
-    ("--fawa on --validation_fraction 0 --selection_metric last", ["--validation_fraction 0", "--fawa"]),
-    ("--method pgd_at --mining-step=3", ["--mining_step", "option of --method ham"]),
-    ("--mining_step 10", ["mining_step", "10", "--num_steps"]),
-    ("--mining_step 3 --num_steps 3", ["mining_step", "below --num_steps 3"]),
-    ("--mining_step -1", ["mining_step", "-1"]),
-    ("--mining_start_epoch -5", ["mining_start_epoch", "-5", ">= 0"]),
-    ("--easy_weight 1.5", ["--easy_weight 1.5", "[0, 1]"]),
-    ("--easy_weight 1 --easy_fraction 0", ["--easy_fraction 0", "(0, 1]"]),
-    ("--easy_fraction 0.3", ["--easy_fraction 0.3 has no effect with --easy_weight 0"]),
-    ("--stop_misclassified --mining_step 0", ["--stop_misclassified with --mining_step 0", "at least 1"]),
-    (
-        "--stop_misclassified --hard_weighting probability_move",
-        ["--stop_misclassified does not know --hard_weighting probability_move"],
-    ),
-    ("--keep_easy_fraction 0.3", ["--keep_easy_fraction is now --easy_weight", "--easy_fraction"]),
-    ("--method pgd_at --easy_weight 1", ["--easy_weight is an option of --method ham"]),
-    (
-        "--class_weighting hard_fraction --class_rule_args hard_fraction_low=1 hard_fraction_high=1",
-        ["hard_fraction_low 1", "[0, 1)", "hard_fraction_high 1", "> 1"],
-    ),
-    ("--method hard_fraction --hard_fraction_strength 0", ["--hard_fraction_strength 0", "> 0"]),
-    ("--class_margin hard_fraction", ["--class_margin hard_fraction", "hard_fraction has none to lend"]),
-    # types
-    ("--num_steps 2.5", ["--num_steps 2.5", "a whole number >= 1"]),
-    ("--num_steps ten", ["--num_steps ten", "a whole number"]),
-    ("--num_steps true", ["--num_steps true", "a whole number"]),
-    ("--num_steps=", ["--num_steps", "a whole number"]),
-    ("--num_steps 1e1", ["--num_steps 1e1", "a whole number"]),
-    ("--learning_rate fast", ["--learning_rate fast", "a number > 0"]),
-    ("--learning_rate nan", ["--learning_rate nan", "a number"]),
-    ("--learning_rate inf", ["--learning_rate inf", "a number"]),
-    ("--learning_rate 1e999", ["--learning_rate 1e999", "a number"]),
-    ("--epsilon 8/0", ["--epsilon 8/0", "the denominator is 0"]),
-    ("--epsilon 8/255/2", ["--epsilon 8/255/2", "a number"]),
-    ("--epsilon 0,1", ["--epsilon '0,1'", "a number"]),
-    ("--push_to_hub=perhaps", ["--push_to_hub perhaps", "true or false"]),
-    ("--skip_corrupt 1", ["unexpected word '1'"]),
-    ("--norm l2", ["--norm l2", "--epsilon"]),
-    ("--norm l2 --epsilon 0.5", ["--norm l2 needs its own --epsilon and --step_size"]),
-    ("--min_learning_rate 1e-4", ["--min_learning_rate 0.0001 has no effect with --lr_scheduler_type piecewise"]),
-    ("--beta 3", ["--beta 3.0 has no effect with --base_loss pgd_at"]),
-    ("--fawa_threshold 0.3", ["--fawa_threshold 0.3 has no effect without --fawa on"]),
-    ("--method cfa --fawa off --fawa_decay 0.3", ["--fawa_decay 0.3 has no effect without --fawa on"]),
-    ("--norm l3", ["--norm l3", "one of linf, l2"]),
-    ("--lr_drops 60", ["--lr_drops 60", "a list of EPOCH:FACTOR"]),
-    ("--lr_drops 60:0.1,90:0.01", ["--lr_drops", "a list of EPOCH:FACTOR"]),
-    ("--model_args in_chans", ["'in_chans'", "key=value"]),
-    ("--model_args in_chans=[1", ["in_chans=[1", "YAML"]),
-    ("--model_args a=1 a=2", ["--model_args", "a is set a second time"]),
-    ("--model_args 1x=2", ["--model_args", "1x"]),
-    ("--model_args x=!!python/name:os.system", ["x=!!python"]),
-    # missing values
-    ("--epsilon", ["--epsilon", "expected one argument"]),
-    ("--epsilon -8/255", ["--epsilon", "--name=VALUE"]),
-    ("--epsilon=-8/255", ["--epsilon -8/255", "> 0"]),
-    ("--output_dir=", ["--output_dir ''", "a text"]),
-    ("--config", ["--config", "expected one argument"]),
-    # ranges
-    ("--epsilon 8", ["--epsilon 8", "pixel units of [0, 1]", "did you mean 8/255?"]),
-    ("--step_size 2", ["--step_size 2", "did you mean 2/255?"]),
-    ("--eval_step_size 2", ["--eval_step_size 2", "did you mean 2/255?"]),
-    ("--epsilon 0", ["--epsilon 0", "> 0"]),
-    ("--num_steps 0", ["--num_steps 0", ">= 1"]),
-    ("--num_train_epochs -1", ["--num_train_epochs -1", ">= 1"]),
-    ("--num_train_epochs 0", ["--num_train_epochs 0", ">= 1"]),
-    ("--max_steps 0", ["--max_steps 0", ">= 1 or none"]),
-    ("--seed -1", ["--seed -1", "[0, 4294967295]"]),
-    ("--seed 4294967296", ["--seed 4294967296", "[0, 4294967295]"]),
-    ("--learning_rate -0.1", ["--learning_rate -0.1", "> 0"]),
-    ("--momentum 1", ["--momentum 1", "[0, 1)"]),
-    ("--ema_decay 1", ["--ema_decay 1", "(0, 1)"]),
-    ("--validation_fraction 1", ["--validation_fraction 1", "[0, 1)"]),
-    ("--test_fraction 0", ["--test_fraction 0", "(0, 1)"]),
-    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size 0", ">= 1"]),
-    ("--dataloader_num_workers -1", ["--dataloader_num_workers -1", ">= 0"]),
-    ("--warmup_epochs -1", ["--warmup_epochs -1", ">= 0"]),
-    # combinations
-    ("--push_to_hub", ["--push_to_hub", "--hub_model_id"]),
-    ("--hub_model_id me/x/y", ["--hub_model_id 'me/x/y'", "owner/name"]),
-    ("--hub_model_id me/" + 94 * "x", ["--hub_model_id", "at most 96"]),
-    ("--hub_model_id me--you", ["--hub_model_id 'me--you'"]),
-    ("--hub_model_id https://huggingface.co/me/x", ["--hub_model_id", "owner/name"]),
-    ("--hub_model_id me/x", ["--hub_model_id me/x has no effect without --push_to_hub"]),
-    ("--hub_space", ["--hub_space has no effect without --push_to_hub"]),
-    ("--hub_private_repo", ["--hub_private_repo has no effect without --push_to_hub"]),
-    ("--hub_revision v2", ["--hub_revision v2 has no effect without --push_to_hub"]),
-    ("--hub_strategy every_save", ["--hub_strategy every_save has no effect without --push_to_hub"]),
-    ("--validation_fraction 0", ["--validation_fraction 0", "--selection_metric last"]),
-    ("--lr_drops 90:0.1 60:0.01", ["--lr_drops 90:0.1 60:0.01", "increasing epochs"]),
-    ("--lr_drops 60:0.1 90:0.1", ["--lr_drops 60:0.1 90:0.1", "of --learning_rate itself"]),
-    ("--lr_drops 60:0", ["--lr_drops 60:0.0", "(0, 1]"]),
-    ("--lr_drops 60:nan", ["--lr_drops 60:nan", "(0, 1]"]),
-    ("--lr_drops -1:0.1", ["-1:0.1"]),
-    ("--min_learning_rate 0.2", ["--min_learning_rate 0.2", "--learning_rate, 0.1"]),
-    ("--autoattack_examples 100", ["--autoattack_examples 100", "--autoattack"]),
-    ("--resume_from_checkpoint latest --overwrite_output_dir", ["--resume_from_checkpoint", "--overwrite_output_dir"]),
-]
+BAD = yaml.safe_load((Path(__file__).parent / "bad_command_lines.yaml").read_text(encoding="utf-8"))
+READERS = {
+    "train": parse_train_config,
+    "evaluate": parse_evaluate_config,
+    "calibrate": parse_calibrate_config,
+    "push": push.main,
+    "page": page.main,
+}
 
 
-@pytest.mark.parametrize(("argv", "fragments"), BAD_FLAGS, ids=[argv for argv, _ in BAD_FLAGS])
-def test_bad_command_lines_end_with_status_2_and_say_why(argv, fragments, capsys):
-    message = message_of_exit(argv.split(), capsys)
-    assert ": error: " in message
+@pytest.mark.parametrize("row", BAD["command_lines"], ids=lambda row: f"{row[0]} {row[2]}")
+def test_bad_command_lines_end_with_a_status_and_say_why(row, tmp_path, capsys):
+    command, status, flags, *fragments = row
+    (tmp_path / "report.json").write_text("{}")
+    argv = [word.replace("{tmp}", str(tmp_path)).replace("{long}", 94 * "x") for word in flags.split()]
+    message = message_of_exit(argv, capsys, READERS[command], status=status)
+    assert "error: " in message
     for fragment in fragments:
         assert fragment in message
 
 
-BAD_YAML = [
-    ("learning_rat: 0.1", ["line 1", "learning_rat", "did you mean --learning_rate?"]),
-    ("seed: 1\nnum_steps: 0", ["line 2", "--num_steps 0", "a whole number >= 1"]),
-    ("seed: 1\nseed: 2", ["line 2", "seed is set a second time"]),
-    ("model_args: {a: 1, a: 2}", ["a is set a second time"]),
-    ("method: pgd_at\nmining_step: 3", ["line 2", "--mining_step", "option of --method ham", "method is pgd_at"]),
-    ("method: [ham]", ["line 1", "--method ham", "expected one of "]),
-    ("method: hamm", ["line 1", "--method hamm", "did you mean ham?"]),
-    ("num_steps: true", ["--num_steps true", "a whole number"]),
-    ("num_steps: 3.0", ["--num_steps 3.0", "a whole number"]),
-    ("num_steps: [3]", ["--num_steps 3", "a whole number"]),
-    ("num_steps:", ["--num_steps ''", "a whole number"]),
-    ("learning_rate: {a: 1}", ["--learning_rate {a: 1}", "a number"]),
-    ("skip_corrupt: 1", ["--skip_corrupt 1", "true or false"]),
-    ("model_name: null", ["--model_name null", "a text"]),
-    ("model_name:", ["--model_name", "a text"]),
-    ("lr_drops: 60:0.1", ["--lr_drops 60:0.1", "a list of EPOCH:FACTOR"]),
-    ("lr_drops: [[60, 0.1]]", ["--lr_drops", "a list of EPOCH:FACTOR"]),
-    ("model_args: [in_chans]", ["--model_args in_chans", "names with values"]),
-    ("model_args: {rate: 1e999}", ["--model_args", "names with values"]),
-    ("model_args: {[a]: 1}", ["--model_args", "a name must be a word"]),
-    ("epsilon: 8", ["--epsilon 8", "did you mean 8/255?"]),
-    ("config: other.yaml", ["there is no setting 'config'"]),
-    ("methd: ham", ["there is no setting 'methd'; did you mean --method?"]),
-    ("recipe: ham.yaml\nruns: {}", ["recipe.yaml plans a comparison: ham-hf compare --config"]),
-    ("- seed: 1", ["recipe.yaml", "'setting: value'"]),
-    ("just words", ["recipe.yaml", "'setting: value'"]),
-    ("", ["recipe.yaml", "'setting: value'"]),
-    ("# only a comment\n", ["recipe.yaml", "'setting: value'"]),
-    ("seed: [1\nnum_steps: 2", ["recipe.yaml, line 2", "not valid YAML"]),
-    ("seed: 1\n\tnum_steps: 2", ["recipe.yaml, line 2", "not valid YAML"]),
-    ("seed: 1\n---\nseed: 2", ["recipe.yaml", "not valid YAML"]),
-    ('seed: "\\UFFFFFFFF"', ["recipe.yaml", "not valid YAML"]),
-    ("seed: \x00", ["recipe.yaml", "not valid YAML"]),
-    ("? [a]\n: 1", ["recipe.yaml, line 1", "'setting: value'"]),
-    ("model_args: &a {x: 1}", ["'&'", "quote"]),
-    ("model_args: &a {x: *a}", ["'&'", "quote"]),
-    ("seed: !!python/object/apply:os.getpid []", ["'!'", "quote"]),
-    ("model_args: " + 600 * "[", ["recipe.yaml", "nested too deeply"]),
-]
-
-
-@pytest.mark.parametrize(("text", "fragments"), BAD_YAML, ids=[text[:40] for text, _ in BAD_YAML])
-def test_bad_recipes_name_file_line_and_reason(recipe, text, fragments, capsys):
+@pytest.mark.parametrize("row", BAD["recipes"], ids=lambda row: row[0][:40])
+def test_bad_recipes_name_file_line_and_reason(recipe, row, capsys):
+    text, *fragments = row
     path = recipe(text)
     message = message_of_exit(["--config", path], capsys)
     for fragment in fragments:
@@ -508,18 +316,13 @@ def test_everything_that_is_wrong_is_listed_at_once(recipe, capsys):
 
 
 def test_a_name_like_no_setting_gets_no_suggestion(capsys):
-    for word in ("--xyzzy", "--q", "--hub_token", "--label_smoothing"):
+    for word in ("--q", "--hub_token", "--label_smoothing"):
         assert "did you mean" not in message_of_exit([word, "1"], capsys), word
 
 
 def test_contradictions_of_several_groups_are_listed_at_once(capsys):
     message = message_of_exit(["--epsilon", "8", "--push_to_hub", "--autoattack_examples", "5"], capsys)
     assert "3 problems" in message
-
-
-def test_linf_limits_do_not_hold_under_l2():
-    attack = parse_train_config(["--norm", "l2", "--epsilon", "2", "--step_size", "1.5"]).attack
-    assert (attack.epsilon, attack.step_size) == (2.0, 1.5)
 
 
 def test_shortening_a_run_keeps_the_drops_that_are_no_longer_reached():
@@ -628,10 +431,6 @@ def test_print_config_writes_a_recipe_that_reads_back(capsys, recipe):
     assert load_train_config(recipe(captured.out)) == parse_train_config(argv)
 
 
-def test_print_config_of_a_bad_command_line_prints_nothing(capsys):
-    message_of_exit(["--print_config", "--epsilon", "8"], capsys)
-
-
 # ------------------------------------------------------------------------------------------------------ both ways
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
@@ -690,7 +489,7 @@ configs = st.builds(
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(config=configs)
 @example(config=TrainConfig(model=ModelConfig(model_args={"a": "nan", "b": ".5", "c": "1e-3", "d": -0.0, "e": ""})))
@@ -699,25 +498,19 @@ configs = st.builds(
         data=DataConfig(dataset_name="\x85", label_column="\ud800"), model=ModelConfig(model_args={"a": "\x85"})
     )
 )
-def test_yaml_and_back_is_the_same_configuration(config, recipe):
+def test_yaml_and_back_is_the_same_configuration_and_json_holds_it(config, recipe):
     text = config_to_yaml(config)
     again = load_train_config(recipe(text))
     assert again == config
     assert config_to_yaml(again) == text
-
-
-@settings(max_examples=50, deadline=None)
-@given(config=configs)
-def test_json_holds_every_setting(config):
     flat = config_to_dict(config)
     assert json.loads(json.dumps(flat)) == flat
     assert flat["method"] == config.method.name
-    for group in GROUPS:
-        owner = getattr(config, group)
-        for field in dataclasses.fields(owner):
-            value = getattr(owner, field.name)
-            if field.name not in ("lr_drops", "model_args"):
-                assert flat[field.name] == (list(value) if isinstance(value, tuple) else value)
+    values = {
+        field.name: getattr(owner, field.name) for owner in groups_of(config) for field in dataclasses.fields(owner)
+    }
+    for name in values.keys() - {"lr_drops", "model_args"}:
+        assert flat[name] == (list(values[name]) if isinstance(values[name], tuple) else values[name])
 
 
 def test_other_yaml_readers_see_the_same_values():
@@ -730,7 +523,7 @@ def test_other_yaml_readers_see_the_same_values():
 
 
 def test_names_are_unique_over_groups_and_methods():
-    listed = [field.name for group in GROUPS for field in dataclasses.fields(getattr(TrainConfig(), group))]
+    listed = [field.name for owner in groups_of(TrainConfig()) for field in dataclasses.fields(owner)]
     assert len(listed) == len(set(listed))
     for kind in available().values():
         assert not {field.name for field in dataclasses.fields(kind)} & {*listed, "config", "print_config", "method"}
@@ -746,7 +539,7 @@ junk_words = st.one_of(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(argv=st.lists(junk_words, max_size=6))
 def test_no_command_line_ends_in_a_traceback(argv, capsys):
@@ -801,13 +594,8 @@ def test_evaluation_settings():
     assert (config.attack.norm, config.attack.epsilon) == ("l2", 0.5)
     assert (config.evaluation.eval_num_steps, config.seed, config.model_revision) == (50, 3, "v1")
     assert config.use_cpu is True
-
-
-def test_threat_model_of_an_evaluation_is_left_to_the_model_unless_given():
-    attack = parse_evaluate_config(["m", "--dataset_name", "d"]).attack
-    assert (attack.norm, attack.epsilon) == (None, None)
-    attack = parse_evaluate_config(["m", "--dataset_name", "d", "--norm", "l2", "--epsilon", "2"]).attack
-    assert (attack.norm, attack.epsilon) == ("l2", 2.0)
+    left_to_the_model = parse_evaluate_config(["m", "--dataset_name", "d"]).attack
+    assert (left_to_the_model.norm, left_to_the_model.epsilon) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -826,28 +614,6 @@ def test_output_of_an_evaluation_is_named_after_the_model(model, folder):
     assert parse_evaluate_config([model, "--dataset_name=d", "--output_dir", "x/y"]).output_path.as_posix() == "x/y"
 
 
-@pytest.mark.parametrize(
-    ("argv", "fragments"),
-    [
-        ("", ["--model is required", "--dataset_name is required"]),
-        ("me/model", ["--dataset_name is required"]),
-        ("a b --dataset_name d", ["unexpected word 'b'"]),
-        ("a --model b --dataset_name d", ["unexpected word 'a'"]),
-        ("a --dataset_name d --norm linf --epsilon 8", ["did you mean 8/255?"]),
-        ("a --dataset_name d --norm linf --eval_step_size 2", ["did you mean 2/255?"]),
-        ("a --dataset_name d --mining_step 3", ["there is no setting 'mining_step'"]),
-        ("a --dataset_name d --eval_num_step 3", ["did you mean --eval_num_steps?"]),
-        ("a --dataset_name d --batch_size 3", ["did you mean --per_device_eval_batch_size?"]),
-        ("a --dataset_name d --num_steps 3", ["did you mean --eval_num_steps?"]),
-        ("--dataset_name d --model_name a", ["did you mean --model?"]),
-    ],
-)
-def test_bad_evaluations(argv, fragments, capsys):
-    message = message_of_exit(argv.split(), capsys, parse_evaluate_config)
-    for fragment in fragments:
-        assert fragment in message
-
-
 def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
     argv = ["me/model", "--dataset_name", "digits", "--epsilon", "2/255"]
     with pytest.raises(SystemExit):
@@ -856,15 +622,10 @@ def test_an_evaluation_prints_and_reads_its_settings(capsys, recipe):
     assert parse_evaluate_config(["--config", str(path)]) == parse_evaluate_config(argv)
 
 
-@pytest.mark.parametrize(
-    "written", ["60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"]
-)
 @pytest.mark.parametrize("flag", ["lr_drops", "epsilon", "num_steps", "fat_tau_epochs"])
-def test_what_is_no_number_is_refused_in_our_words(flag, written, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_train_config(["--method=fat", f"--{flag}", written])
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert f"--{flag} " in said
-    assert "expected" in said
-    assert not any(python in said for python in ("literal", "convert", "float", "str", "base 10"))
+def test_what_is_no_number_is_refused_in_our_words(flag, capsys):
+    for written in ("60-0.1", "60:", ":0.1", "sixty:0.1", "60:a tenth", "1/x", "x/2", "8//255", "ten"):
+        said = message_of_exit(["--method=fat", f"--{flag}", written], capsys)
+        assert f"--{flag} " in said
+        assert "expected" in said
+        assert not any(python in said for python in ("literal", "convert", "float", "str", "base 10"))

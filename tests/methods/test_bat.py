@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import math
-
-import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
-from ham_hf.methods import OuterBatch
+from ham_hf.methods import TrainingRows
 from ham_hf.methods.bat import BAT, BalanceLoss
-from ham_hf.settings import setting_problems
-from tests.support.golden_data import GOLDEN, golden_net
+from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
     attack_of,
+    exact,
     golden_batch,
+    golden_noise,
     golden_tensors,
     initial_states,
-    normal_noise,
+    rows_of,
     starting_at,
 )
 
 TENSORS, HYPER = golden_tensors("bat")
 
 
-def golden_batch_32():
-    batch = load_file(GOLDEN / "batch.safetensors")
-    return batch["x32_u8"].double() / 255, batch["y32"].long(), batch["noise_normal32"].double()
-
-
 def points(net, x, y, noise, attack):
     """First wrong and last correct points, from the rows of one attack."""
     bat = BAT()
     with starting_at(normal=noise):
-        batch = bat.outer_batch(net, x, y, attack=attack, epoch=0, states=initial_states(bat))
+        batch = rows_of(bat, net, x, y, attack=attack, epoch=0, states=initial_states(bat))
     wrong, correct, clean = batch.x.chunk(3)
     assert torch.equal(clean, x)
     assert torch.equal(batch.y, y)
@@ -46,25 +37,26 @@ def points(net, x, y, noise, attack):
 
 
 def test_each_point_is_the_authors_given_their_noise_for_it_and_so_are_loss_and_gradients():
-    (x, y, noise), net, bat = golden_batch_32(), golden_net(), BAT(beta=HYPER["beta"])
+    (x, y), noise = golden_batch(size=32), golden_noise("normal", size=32)
+    net, bat = golden_net(), BAT(beta=HYPER["beta"])
     _, correct = points(net, x, y, noise[0], attack_of(HYPER))
     wrong, _ = points(net, x, y, noise[1], attack_of(HYPER))
     for name, found in (("last_clean", correct), ("first_adv", wrong)):
         order = TENSORS[f"out/{name}_order"]
-        torch.testing.assert_close(found[order], TENSORS[f"out/{name}"], rtol=0, atol=1e-9)
+        exact(found[order], TENSORS[f"out/{name}"])
         assert torch.equal(y[order], TENSORS[f"out/{name}_y"])
-    batch = OuterBatch(x=torch.cat([wrong, correct, x]), y=y, weight=torch.ones(8, dtype=torch.float64))
+    batch = TrainingRows(x=torch.cat([wrong, correct, x]), y=y, weight=torch.ones(8, dtype=torch.float64))
     states = initial_states(bat)
     logits = assert_loss_and_gradients(bat, net, batch, epoch=0, states=states, tensors=TENSORS, prefix="out/")
     blocks = [("first_adv", "first_adv"), ("last_clean", "last_clean"), ("natural", "first_adv")]
     for found, (name, ordered_as) in zip(logits.chunk(3), blocks, strict=True):
         order = TENSORS[f"out/{ordered_as}_order"]
-        torch.testing.assert_close(found[order], TENSORS[f"out/logits_{name}"], rtol=0, atol=1e-9)
+        exact(found[order], TENSORS[f"out/logits_{name}"])
     weight, divisor = bat.weigh(batch, epoch=0, states=states)
     assert divisor.tolist() == [8.0] * 3
     terms = (weight * bat.losses(logits, batch)).sum(1) / divisor
     expected = [TENSORS[f"out/term_{name}"] for name in ("natural", "beta_robust", "uniform")]
-    torch.testing.assert_close(terms, torch.stack(expected), rtol=0, atol=1e-9)
+    exact(terms, torch.stack(expected))
 
 
 def alone(net, x, y, start, *, epsilon, size, num_steps):
@@ -90,19 +82,19 @@ def test_both_points_lie_on_one_path():
     x, y = golden_batch(64)
     net = golden_net()
     attack = Attack(threat_model=ThreatModel("linf", 0.02), num_steps=8, step_size=0.05)
-    wrong, correct = points(net, x, y, normal_noise(64), attack)
-    start = (x + 0.001 * normal_noise(64)).clamp(0, 1)
+    wrong, correct = points(net, x, y, golden_noise("normal", 64), attack)
+    start = (x + 0.001 * golden_noise("normal", 64)).clamp(0, 1)
     kinds = set()
     for i in range(len(y)):
         first, last, kind = alone(net, x[i], y[i], start[i], epsilon=0.02, size=0.05, num_steps=8)
-        torch.testing.assert_close(wrong[i], first, rtol=0, atol=1e-12)
-        torch.testing.assert_close(correct[i], last, rtol=0, atol=1e-12)
+        exact(wrong[i], first, 1e-12)
+        exact(correct[i], last, 1e-12)
         kinds.add(kind)
     assert kinds == {"plain", "at once", "never", "again"}
 
 
 def test_one_path_costs_no_more_than_the_second_of_the_two_published_attacks():
-    x, y, noise = golden_batch_32()
+    (x, y), noise = golden_batch(size=32), golden_noise("normal", size=32)
     net, rows = golden_net(), []
     net.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     with evaluation_mode(net):
@@ -119,51 +111,3 @@ def test_the_start_is_clipped():
     assert float(start.min()) == 0
     assert float(start.max()) == 1
     assert 0.3 < float((start != x).double().mean()) < 0.7
-
-
-def test_terms_by_hand():
-    torch.manual_seed(0)
-    logits, y = torch.randn(9, 4, dtype=torch.float64), torch.tensor([3, 0, 2])
-    terms = BalanceLoss().terms(logits, y)
-    for i in range(3):
-        wrong, correct, clean = (logits[block * 3 + i].softmax(0) for block in range(3))
-        assert float(terms[0, i]) == pytest.approx(-math.log(correct[y[i]]))
-        assert float(terms[1, i]) == pytest.approx(
-            sum(float(p * (p / q).log()) for p, q in zip(clean, wrong, strict=True))
-        )
-        uniform = sum(float(p * (4 * p).log()) for p in [*correct, *wrong])
-        assert float(terms[2, i]) == pytest.approx(uniform)
-
-
-def test_certain_predictions_stay_finite_in_single_and_half_precision():
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = torch.tensor([[300.0, -300.0], [-300.0, 300.0], [300.0, -300.0]], dtype=dtype).requires_grad_()
-        terms = BalanceLoss().terms(logits, torch.tensor([0]))
-        assert terms.dtype == torch.float32
-        (gradient,) = torch.autograd.grad(terms.sum(), logits)
-        assert torch.isfinite(terms).all()
-        assert torch.isfinite(gradient).all()
-
-
-@pytest.mark.parametrize("rows", [0, 5])
-def test_100_classes_and_no_rows(rows):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
-    x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
-    bat = BAT()
-    states = initial_states(bat, 100)
-    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
-    batch = bat.outer_batch(net, x, y, attack=attack, epoch=0, states=states)
-    weight, divisor = bat.weigh(batch, epoch=0, states=states)
-    assert len(batch.x) == 3 * rows
-    assert bat.num_terms == len(weight) == 3
-    assert divisor.tolist() == [rows] * 3
-    losses = bat.losses(net(batch.x), batch)
-    assert losses.shape == (3, rows)
-    assert torch.isfinite(losses).all()
-
-
-def test_options_out_of_range_are_refused():
-    (problem,) = setting_problems(BAT(beta=-1.0))
-    assert problem == "--beta -1.0: expected a number >= 0"
-    assert setting_problems(BAT()) == []

@@ -17,12 +17,13 @@ from ham_hf.methods import HAM, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
 from ham_hf.training.train_step import CLEAN_EVERY
 from tests.support.golden_data import golden_case, golden_net
+from tests.support.method_checks import exact, rows_of
 from tests.support.nets import group_norm_net, pixel_batch
 from tests.support.training import trainer
 from tests.support.updates import train_step
 
 K, M, BETA = 5, 2, 3.0
-SPLITS = {"one batch": [24], "three batches": [8, 8, 8], "uneven": [4, 13, 7], "packed": [8, 8, 8]}
+SPLITS = {"one batch": [24], "uneven": [4, 13, 7], "packed": [8, 8, 8]}
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=K, step_size=0.01)
 
 
@@ -100,12 +101,12 @@ def assert_is(case, found, loss):
     assert totals.loss == pytest.approx(loss.item(), abs=1e-10)
     gradients = torch.autograd.grad(loss, list(case[0].parameters()))
     for old, new, gradient in zip(case[0].parameters(), after, gradients, strict=True):
-        torch.testing.assert_close(old - new, gradient, rtol=0, atol=1e-9)
+        exact(old - new, gradient)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kinds", [False, True], ids=["two kinds", "three kinds"])
-@pytest.mark.parametrize("w", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("w", [0.0, 0.4])
 @pytest.mark.parametrize("base_loss", ["pgd_at", "trades", "mart"])
 def test_an_update_is_the_sum_over_its_examples(case, base_loss, w, kinds, split):
     beta = {} if base_loss == "pgd_at" else {"beta": BETA}
@@ -128,7 +129,7 @@ def test_an_update_is_the_sum_over_its_examples(case, base_loss, w, kinds, split
     assert not ham.depends_on_split
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", ["uneven", "packed"])
 @pytest.mark.parametrize("base_loss", ["pgd_at", "trades", "mart"])
 def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_nothing(case, base_loss, split):
     """Class 3 was not seen in the epoch before, and class 2 is not in this update."""
@@ -190,7 +191,7 @@ def test_trades_trains_on_no_adversarial_image_of_a_dropped_example(case):
     ham = HAM(mining_start_epoch=0, mining_step=M, base_loss="trades")
     net, x, y, _ = case
     states = {"ham": ham.initial_state(torch.full((4,), 6.0, dtype=torch.float64))}
-    batch = ham.outer_batch(net, x, y, attack=ATTACK, epoch=0, states=states)
+    batch = rows_of(ham, net, x, y, attack=ATTACK, epoch=0, states=states)
     hard = int(batch.hard.sum())
     assert 0 < hard < len(y)
     assert len(batch.x) == hard + len(y)
@@ -224,9 +225,7 @@ def test_three_kinds_make_no_pass_that_they_do_not_need(case):
     _, counted = expected_loss(net, case, "pgd_at", 1.0, kinds=True)
     rows = []
     net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    mined = mine_three_kinds(
-        net, x, y, threat_model=ATTACK.threat_model, num_steps=K, step_size=0.01, mining_step=M, start=start
-    )
+    mined = mine_three_kinds(net, x, y, attack=ATTACK, mining_step=M, start=start)
     assert rows == [24] * (M + 1) + [counted[1]] * (K - M)
     assert torch.equal(mined.wrong_at_start, net(start).argmax(1) != y)
     assert len(mined.attacked) == counted[1]
@@ -237,9 +236,8 @@ def test_three_kinds_make_no_pass_that_they_do_not_need(case):
 @pytest.mark.parametrize("mining_step", [0, 6])
 def test_three_kinds_need_a_step_that_tells(case, mining_step):
     net, x, y, _ = case
-    common = {"threat_model": ATTACK.threat_model, "num_steps": K, "step_size": 0.01}
     with pytest.raises(ValueError, match=r"1\.\.num_steps=5"):
-        mine_three_kinds(net, x, y, mining_step=mining_step, **common)
+        mine_three_kinds(net, x, y, attack=ATTACK, mining_step=mining_step)
 
 
 def test_what_is_wrong_at_the_start_and_right_at_the_mining_step_stays_of_the_first_kind():
@@ -247,17 +245,8 @@ def test_what_is_wrong_at_the_start_and_right_at_the_mining_step_stays_of_the_fi
     case, net = golden_case("ham_m3"), golden_net()
     down = lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none")  # noqa: E731
     x, y = case.x[:20], (net(case.x[:20]).argmax(1) + torch.arange(20) % 2) % 10
-    mined = mine_three_kinds(
-        net,
-        x,
-        y,
-        threat_model=ThreatModel("linf", 0.2),
-        num_steps=8,
-        step_size=0.05,
-        mining_step=4,
-        start=x,
-        loss_fn=down,
-    )
+    attack = Attack(threat_model=ThreatModel("linf", 0.2), num_steps=8, step_size=0.05)
+    mined = mine_three_kinds(net, x, y, attack=attack, mining_step=4, start=x, loss_fn=down)
     mended = mined.wrong_at_start & (mined.early.logits.argmax(1) == y)
     assert mended.any()
     assert torch.equal(mined.hard, mined.wrong_at_start | (mined.early.logits.argmax(1) != y))

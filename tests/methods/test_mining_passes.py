@@ -9,7 +9,7 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import ConfigError, parse_train_config
 from ham_hf.methods import HAM
 from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import golden_batch
+from tests.support.method_checks import exact, golden_batch, rows_of
 from tests.support.nets import group_norm_net
 from tests.support.updates import updated
 
@@ -44,7 +44,7 @@ def test_a_packed_update_is_the_update(options, monkeypatch):
     assert plain[1].hard == packed[1].hard
     assert packed[1].loss == pytest.approx(plain[1].loss, abs=1e-10)
     for name, value in plain[0].items():
-        torch.testing.assert_close(packed[0][name], value, rtol=0, atol=1e-9)
+        exact(packed[0][name], value)
 
 
 def test_packing_fills_the_passes():
@@ -87,7 +87,7 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
     for epoch, expected in enumerate([separate, in_step if hard_fraction > 0.5 else separate]):
         objective.before_epoch(states["ham"], epoch=epoch)
         rows.clear()
-        batch = objective.outer_batch(net, x, y, attack=attack, epoch=epoch, states=states)
+        batch = rows_of(objective, net, x, y, attack=attack, epoch=epoch, states=states)
         assert rows == expected
         objective.after_update(states["ham"], objective.observe(batch.early_logits, y, epoch=epoch))
 

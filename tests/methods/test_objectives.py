@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import HAM, PGDAT, Method, available
+from ham_hf.methods import HAM, PGDAT, available
 from ham_hf.mining import mine_hard_examples
 from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import every_method
+from tests.support.method_checks import every_method, exact, rows_of
 
 METHODS = every_method()
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
@@ -24,18 +20,9 @@ def case():
     return golden_case("ham_m3")
 
 
-def outer(objective, case, epoch=5):
+def outer(method, case, epoch=5):
     net = golden_net()
-    generator = torch.Generator().manual_seed(3)
-    states = initial_states(objective)
-    return net, objective.outer_batch(
-        net, case.x, case.y, attack=ATTACK, epoch=epoch, states=states, generator=generator
-    )
-
-
-def initial_states(objective, num_classes=10):
-    counts = torch.full((num_classes,), 10.0, dtype=torch.float64)
-    return {part.name: part.initial_state(counts) for part in objective.parts}
+    return net, rows_of(method, net, case.x, case.y, attack=ATTACK, epoch=epoch, seed=3)
 
 
 def mined_alike(net, case, **options):
@@ -52,45 +39,13 @@ def mined_alike(net, case, **options):
     )
 
 
-def test_methods_are_found_by_name_and_a_new_one_needs_only_a_class():
-    assert available()["ham"] is HAM
-    assert available()["pgd_at"] is PGDAT
-
-    @dataclass(frozen=True, kw_only=True)
-    class MadeUp(HAM):
-        name: ClassVar[str] = "made_up"
-
-    try:
-        assert available()["made_up"] is MadeUp
-    finally:
-        MadeUp.name = "gone"
-
-
-def test_pgd_at_trains_on_every_row_alike(case):
-    _, batch = outer(PGDAT(), case)
-    assert len(batch.x) == len(case.y)
-    assert batch.weight.tolist() == [1.0] * len(case.y)
-    assert batch.hard is None
-
-
-def test_ham_is_pgd_at_before_mining_starts(case):
+def test_ham_mines_from_its_first_epoch_on(case):
     ham = HAM(mining_start_epoch=4, mining_step=2)
-    _, warm = outer(ham, case, epoch=3)
-    _, plain = outer(PGDAT(), case)
-    assert torch.equal(warm.x, plain.x)
-    assert warm.hard is None
+    assert outer(ham, case, epoch=3)[1].hard is None
     assert ham.warmup_epochs == 4
     net, mining = outer(ham, case, epoch=4)
     assert torch.equal(mining.x, mined_alike(net, case).x_adv)
     assert mining.weight.tolist() == [1.0] * len(mining.y)
-
-
-def test_losses_are_the_cross_entropy_of_each_row(case):
-    net, batch = outer(HAM(mining_start_epoch=0, mining_step=2), case)
-    logits = net(batch.x)
-    torch.testing.assert_close(
-        HAM().losses(logits, batch).mean(), F.cross_entropy(logits, case.y[batch.hard]), rtol=0, atol=1e-12
-    )
 
 
 @pytest.mark.parametrize("easy_weight", [0.4, 1.0])
@@ -122,7 +77,7 @@ def test_weight_by_margin(case):
 def test_weight_by_probability_move(case):
     net, batch = outer(HAM(mining_start_epoch=0, mining_step=2, hard_weighting="probability_move"), case)
     move = mined_alike(net, case, track_moves=True).largest_move
-    torch.testing.assert_close(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), rtol=0, atol=1e-12)
+    exact(batch.weight, 0.5 + 0.5 * torch.tanh(5 * move - 4), 1e-12)
     assert (batch.weight.argsort() == move.argsort()).all()
 
 
@@ -130,16 +85,9 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
     easy = golden_case("ham_alleasy")
     some = {"easy_weight": 1, "easy_fraction": 0.3}
     for options in ({"hard_weighting": "margin"}, {"hard_weighting": "probability_move"}, some):
-        net = golden_net()
         ham = HAM(mining_start_epoch=0, mining_step=0, **options)
-        batch = ham.outer_batch(
-            net,
-            easy.x,
-            easy.y,
-            attack=Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001),
-            epoch=0,
-            states=initial_states(ham),
-        )
+        attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=2, step_size=0.001)
+        batch = rows_of(ham, golden_net(), easy.x, easy.y, attack=attack)
         assert not batch.hard.any()
         assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
 
@@ -155,7 +103,6 @@ def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         HAM(**options).check(num_steps=10)
     HAM(mining_step=9).check(num_steps=10)
-    assert issubclass(HAM, Method)
 
 
 @pytest.mark.parametrize("label", METHODS)

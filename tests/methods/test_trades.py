@@ -7,53 +7,26 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, pgd
-from ham_hf.methods import HAM, MART, TRADES, MartLoss, TradesLoss
+from ham_hf.methods import HAM, MartLoss, TradesLoss
+from ham_hf.methods.bat import BalanceLoss
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
-    assert_loss_and_gradients,
-    attack_of,
+    exact,
     golden_batch,
-    golden_tensors,
+    golden_noise,
     initial_states,
-    normal_noise,
+    rows_of,
     starting_at,
 )
 
 
-@pytest.mark.parametrize(("name", "objective"), [("trades", TRADES(beta=6.0)), ("mart", MART(beta=5.0))])
-def test_attack_loss_and_gradients_are_the_authors(name, objective):
-    tensors, hyper = golden_tensors(name)
-    x, y = golden_batch(hyper["rows"])
-    net, states = golden_net(), initial_states(objective)
-    with starting_at(normal=normal_noise(hyper["rows"])):
-        batch = objective.outer_batch(net, x, y, attack=attack_of(hyper), epoch=0, states=states)
-    torch.testing.assert_close(batch.x, torch.cat([tensors["out/x_adv"], x]), rtol=0, atol=1e-9)
-    logits = assert_loss_and_gradients(objective, net, batch, epoch=0, states=states, tensors=tensors, prefix="out/")
-    expected = torch.cat([tensors["out/logits_adv"], tensors["out/logits_natural"]])
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
-
-
-def test_terms_by_hand():
-    torch.manual_seed(0)
-    logits, y = torch.randn(10, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 1])
-    trades, mart = TradesLoss().terms(logits, y), MartLoss().terms(logits, y)
-    for i in range(5):
-        p_adv, p = logits[i].softmax(0), logits[5 + i].softmax(0)
-        divergence = sum(float(p[j] * (p[j].log() - p_adv[j].log())) for j in range(4))
-        assert float(trades[0, i]) == pytest.approx(-float(p[y[i]].log()))
-        assert float(trades[1, i]) == pytest.approx(divergence)
-        runner_up = max(float(p_adv[j]) for j in range(4) if j != y[i])
-        boosted = -float(p_adv[y[i]].log()) - float(torch.tensor(1 - runner_up).log())
-        assert float(mart[0, i]) == pytest.approx(boosted, abs=1e-3)
-        assert float(mart[1, i]) == pytest.approx(divergence * (1 - float(p[y[i]])), abs=1e-6)
-
-
-@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss()])
-def test_certain_predictions_stay_finite_in_single_and_half_precision(loss):
-    logits = torch.tensor([[90.0, -90.0], [-90.0, 90.0], [90.0, -90.0], [90.0, -90.0]])
+@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss(), BalanceLoss()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("size", [90.0, 300.0])
+def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size):
+    logits = size * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]] * 2)
     for dtype in (torch.float32, torch.bfloat16):
         given = logits.to(dtype).requires_grad_()
-        terms = loss.terms(given, torch.tensor([0, 0]))
+        terms = loss.terms(given, torch.zeros(2 if loss.name == "bat" else 3, dtype=torch.long))
         assert terms.dtype == torch.float32
         assert torch.isfinite(terms).all()
         (gradient,) = torch.autograd.grad(terms.sum(), given)
@@ -67,8 +40,8 @@ def test_ham_mines_with_the_attack_of_the_loss_and_trains_on_pairs(base_loss, be
     ham = HAM(mining_start_epoch=0, mining_step=3, base_loss=base_loss, beta=beta)
     states = initial_states(ham)
     attack = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0028)
-    with starting_at(normal=normal_noise()):
-        batch = ham.outer_batch(net, x, y, attack=attack, epoch=0, states=states)
+    with starting_at(normal=golden_noise("normal", 32)):
+        batch = rows_of(ham, net, x, y, attack=attack, epoch=0, states=states)
     with evaluation_mode(net):
         clean = net(x).softmax(1).detach()
 
@@ -79,36 +52,17 @@ def test_ham_mines_with_the_attack_of_the_loss_and_trains_on_pairs(base_loss, be
     options = {"threat_model": attack.threat_model, "step_size": 0.0028}
     if base_loss == "trades":
         options["loss_fn"] = divergence
-    early = pgd(net, x, y, num_steps=3, start=x + 0.001 * normal_noise(), **options)
+    early = pgd(net, x, y, num_steps=3, start=x + 0.001 * golden_noise("normal", 32), **options)
     with evaluation_mode(net):
         hard = net(early).argmax(1) != y
     assert 0 < hard.sum() < 32
     assert torch.equal(batch.hard, hard)
-    full = pgd(net, x, y, num_steps=10, start=x + 0.001 * normal_noise(), **options)
+    full = pgd(net, x, y, num_steps=10, start=x + 0.001 * golden_noise("normal", 32), **options)
     everything = base_loss == "trades"
     clean_rows = x if everything else x[hard]
-    torch.testing.assert_close(batch.x, torch.cat([full[hard], clean_rows]), rtol=0, atol=1e-12)
+    exact(batch.x, torch.cat([full[hard], clean_rows]), 1e-12)
     assert torch.equal(batch.y, y if everything else y[hard])
     weight, divisor = ham.weigh(batch, epoch=0, states=states)
     in_second = hard if everything else torch.ones_like(batch.y)
     assert weight.tolist() == [[1.0] * len(batch.y), (beta * in_second).tolist()]
     assert divisor.tolist() == [len(batch.y)] * 2
-
-
-def test_one_forward_takes_both_images():
-    trades = TRADES()
-    x, y = golden_batch(8)
-    net = golden_net()
-    states = initial_states(trades)
-    batch = trades.outer_batch(
-        net,
-        x,
-        y,
-        attack=Attack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01),
-        epoch=0,
-        states=states,
-        generator=torch.Generator().manual_seed(0),
-    )
-    assert len(batch.x) == 16
-    assert torch.equal(batch.x[8:], x)
-    assert trades.losses(net(batch.x), batch).shape == (2, 8)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, TradesLoss, available
+from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, Batch, TradesLoss, available
 from tests.support.golden_data import GOLDEN
 
 
@@ -22,23 +22,24 @@ def golden_tensors(name):
     ]
 
 
-def golden_batch(rows=32):
-    """The first 16x16 images of the golden batch in float64, with their labels."""
+def golden_batch(rows=None, size=16):
+    """The first images of the golden batch (16 x 16 or 32 x 32) in float64, with their labels."""
     batch = load_file(GOLDEN / "batch.safetensors")
-    return batch["x16_u8"][:rows].double() / 255, batch["y16"][:rows].long()
+    return batch[f"x{size}_u8"][:rows].double() / 255, batch[f"y{size}"][:rows].long()
 
 
-def uniform_noise(rows=32):
-    return load_file(GOLDEN / "batch.safetensors")["noise_uniform16"][:rows].double()
+def golden_noise(kind, rows=None, size=16):
+    """Recorded noise: "uniform" is scaled already, "normal" has standard deviation 1."""
+    return load_file(GOLDEN / "batch.safetensors")[f"noise_{kind}{size}"][:rows].double()
 
 
-def normal_noise(rows=32):
-    return load_file(GOLDEN / "batch.safetensors")["noise_normal16"][:rows].double()
+def exact(found, expected, tolerance=1e-9):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @contextmanager
 def starting_at(*, uniform=None, normal=None):
-    """Make attacks start with recorded noise: ``uniform`` is scaled already, ``normal`` has standard deviation 1."""
+    """Make attacks start with recorded noise; see `golden_noise`."""
     with ExitStack() as stack:
         if uniform is not None:
             start = lambda self, x, generator=None: (x + uniform).clamp(0, 1)  # noqa: E731
@@ -63,32 +64,32 @@ def initial_states(objective, num_classes=10):
     return {part.name: part.initial_state(counts) for part in objective.parts}
 
 
-def update_loss(objective, net, batch, *, epoch, states):
+def rows_of(method, net, x, y, *, attack, epoch=0, states=None, seed=None):
+    """The rows to train on of one batch; without states, those of the beginning."""
+    states = initial_states(method) if states is None else states
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    batch = Batch(x=x, y=y, attack=attack, epoch=epoch, states=states, generator=generator)
+    return method.rows_to_train_on(net, batch)
+
+
+def update_loss(method, net, rows, *, epoch, states):
     """Loss of an update, every block of images forwarded on its own in training mode, as the authors do."""
     net.train()
-    num_adversarial, each = len(batch.adversarial_y), len(batch.y)
-    blocks = [batch.x[:num_adversarial], *batch.x[num_adversarial:].split(each)]
+    num_adversarial, each = len(rows.adversarial_y), len(rows.y)
+    blocks = [rows.x[:num_adversarial], *rows.x[num_adversarial:].split(each)]
     logits = torch.cat([net(images) for images in blocks if len(images)])
-    weight, divisor = objective.weigh(batch, epoch=epoch, states=states)
-    return ((weight * objective.losses(logits, batch)).sum(1) / divisor).sum(), logits
+    weight, divisor = method.weigh(rows, epoch=epoch, states=states)
+    return ((weight * method.losses(logits, rows)).sum(1) / divisor).sum(), logits
 
 
-def assert_loss_and_gradients(objective, net, batch, *, epoch, states, tensors, prefix, tolerance=1e-9):
-    loss, logits = update_loss(objective, net, batch, epoch=epoch, states=states)
-    torch.testing.assert_close(loss, tensors[f"{prefix}loss"], rtol=0, atol=tolerance)
-    gradients = dict(
-        zip(
-            [name for name, _ in net.named_parameters()],
-            torch.autograd.grad(loss, list(net.parameters()), retain_graph=True),
-            strict=True,
-        )
-    )
-    expected = {
-        key.removeprefix(f"{prefix}grad/"): v for key, v in tensors.items() if key.startswith(f"{prefix}grad/")
-    }
-    assert gradients.keys() == expected.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance)
+def assert_loss_and_gradients(method, net, rows, *, epoch, states, tensors, prefix, tolerance=1e-9):
+    loss, logits = update_loss(method, net, rows, epoch=epoch, states=states)
+    exact(loss, tensors[f"{prefix}loss"], tolerance)
+    gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+    names = {f"{prefix}grad/{name}" for name, _ in net.named_parameters()}
+    assert names == {name for name in tensors if name.startswith(f"{prefix}grad/")}
+    for (name, _), gradient in zip(net.named_parameters(), gradients, strict=True):
+        exact(gradient, tensors[f"{prefix}grad/{name}"], tolerance)
     return logits.detach()
 
 

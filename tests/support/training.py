@@ -74,6 +74,7 @@ def config(folder, **changes):
         logging_steps=2,
         save_steps=4,
         save_total_limit=None,
+        validation_num_steps=3,
         use_cpu=True,
         disable_tqdm=True,
     )

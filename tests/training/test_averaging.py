@@ -80,25 +80,6 @@ def test_average_is_the_authors_from_the_first_epoch_that_passes():
     assert 2 <= passes < len(accuracies)
 
 
-def test_an_epoch_that_fails_leaves_the_average_alone():
-    first = batch_norm_net()
-    average = GatedAverage(first, decay=0.5, threshold=0.3)
-    assert average.update(first, PASSING)
-    assert not average.update(moved(first, 1), FAILING)
-    assert_same_state(average.module, first.state_dict(), rtol=0, atol=0)
-    assert average.updates == 1
-
-
-def test_the_first_epoch_that_passes_is_copied_whatever_came_before():
-    models = [moved(batch_norm_net(), seed) for seed in range(3)]
-    average = GatedAverage(batch_norm_net(), decay=0.9, threshold=0.3)
-    assert [average.update(models[0], FAILING), average.update(models[1], FAILING)] == [False, False]
-    assert average.updates == 0
-    assert_same_state(average.module, models[1].state_dict(), rtol=0, atol=0)
-    assert average.update(models[2], PASSING)
-    assert_same_state(average.module, models[2].state_dict(), rtol=0, atol=0)
-
-
 def test_the_threshold_itself_passes_and_a_class_without_example_does_not_count():
     model = batch_norm_net()
     average = GatedAverage(model, decay=0.5, threshold=0.3)

@@ -129,7 +129,7 @@ def test_a_variable_is_in_one_list_only():
         environment.DEVICE,
         environment.ROUNDING,
     )
-    names = [name for known in (*lists, environment.RECORDED, environment.HARMLESS) for name in known]
+    names = [name for known in (*lists, environment.RECORDED, *environment.HARMLESS.values()) for name in known]
     assert len(names) == len(set(names))
     assert environment.fate("ACCELERATE_FP8_BACKEND") == "fixed"
     assert environment.fate("CUDA_VISIBLE_DEVICES") == "device"
@@ -141,8 +141,10 @@ def test_what_an_ordinary_launch_sets_is_no_warning(processes, subprocess_env, t
     script = tmp_path / "create.py"
     script.write_text(
         "import os\n"
-        "from ham_hf.training.launch import create_accelerator, set_up_logging\n"
-        "set_up_logging()\n"
+        "from ham_hf.terminal import set_up_logging\n"
+        "from ham_hf.training.environment import process_rank\n"
+        "from ham_hf.training.launch import create_accelerator\n"
+        "set_up_logging(process_rank())\n"
         # One write each: print writes text and newline apart, which two processes may interleave.
         "os.write(1, b'%d\\n' % create_accelerator(use_cpu=True).num_processes)\n"
     )

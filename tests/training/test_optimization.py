@@ -11,23 +11,26 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from ham_hf.config import LearningRateDrop, TrainingConfig
 from ham_hf.models import PixelModel
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
 
 
-def rates(kind, *, epochs=6, updates=4, unit="epoch", drops=(), warmup=0.0, floor=0.0):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    scheduler = create_scheduler(
-        optimizer,
-        kind,
-        num_epochs=epochs,
-        updates_per_epoch=updates,
-        drops=drops,
+def rates(kind, *, epochs=6, updates=4, unit="epoch", drops=(), warmup=0.0, floor=0.0, steps=None):
+    """The learning rate of every update, or of some, set in this order."""
+    config = TrainingConfig(
+        lr_scheduler_type=kind,
+        num_train_epochs=epochs,
+        lr_step_unit=unit,
+        lr_drops=tuple(LearningRateDrop(*drop) for drop in drops),
         warmup_epochs=warmup,
         min_learning_rate=floor,
-        step_unit=unit,
+        learning_rate=0.4,
     )
-    return [set_learning_rate(scheduler, epoch=step // updates, step=step) for step in range(epochs * updates)]
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    scheduler = create_scheduler(optimizer, config, updates_per_epoch=updates)
+    every = range(epochs * updates) if steps is None else steps
+    return [set_learning_rate(scheduler, epoch=step // updates, step=step) for step in every]
 
 
 def test_drops_of_the_paper():
@@ -38,8 +41,8 @@ def test_drops_of_the_paper():
 
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 def test_drops_fall_on_the_first_update_of_their_epoch(unit):
-    found = rates("piecewise", drops=((2, 0.1), (4, 0.5)), unit=unit)
-    assert found == pytest.approx([0.4] * 8 + [0.04] * 8 + [0.2] * 8)
+    found = rates("piecewise", drops=((2, 0.5), (4, 0.1)), unit=unit)
+    assert found == pytest.approx([0.4] * 8 + [0.2] * 8 + [0.04] * 8)
 
 
 def test_cosine_by_epoch_and_by_step():
@@ -66,33 +69,27 @@ def test_warmup_never_trains_at_rate_zero(kind, unit):
 
 
 def test_rate_is_a_function_of_time_alone():
-    whole = rates("cosine", unit="step", warmup=1)
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    scheduler = create_scheduler(
-        optimizer,
-        "cosine",
-        num_epochs=6,
-        updates_per_epoch=4,
-        drops=(),
-        warmup_epochs=1,
-        min_learning_rate=0.0,
-        step_unit="step",
-    )
-    assert set_learning_rate(scheduler, epoch=4, step=17) == pytest.approx(whole[17])
+    options = {"unit": "step", "warmup": 1}
+    assert rates("cosine", steps=[17], **options) == pytest.approx([rates("cosine", **options)[17]])
+
+
+def optimizer_of(model, name="adamw", **changes):
+    settings = {"learning_rate": 0.2, "weight_decay": 0.05, "decay_norm_and_bias": False, **changes}
+    return create_optimizer(model, TrainingConfig(optimizer=name, **settings))
 
 
 def test_decay_of_norm_and_bias_is_a_choice():
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
-    options = {"learning_rate": 0.1, "momentum": 0.8, "weight_decay": 0.01}
-    everything = create_optimizer(net, "momentum", decay_norm_and_bias=True, **options)
+    options = {"momentum": 0.8, "weight_decay": 0.01}
+    everything = optimizer_of(net, "momentum", decay_norm_and_bias=True, **options)
     assert [group["weight_decay"] for group in everything.param_groups] == [0.01]
     assert everything.param_groups[0]["momentum"] == 0.8
     assert not everything.param_groups[0]["nesterov"]
-    filtered = create_optimizer(net, "momentum", decay_norm_and_bias=False, **options)
+    filtered = optimizer_of(net, "momentum", **options)
     sizes = {group["weight_decay"]: len(group["params"]) for group in filtered.param_groups}
     assert sizes == {0.0: 3, 0.01: 1}
     with pytest.raises(ValueError, match=r"--optimizer momentun"):
-        create_optimizer(net, "momentun", decay_norm_and_bias=True, **options)
+        optimizer_of(net, "momentun")
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "resnet18_cifar"])
@@ -100,10 +97,9 @@ def test_layer_decay_reaches_the_layers_of_the_network_inside_the_pixel_model(na
     """With timm's own scales, under every schedule; the classifier has the full rate."""
     net = timm.create_model(name, num_classes=3)
     model = PixelModel(net, (0.5,) * 3, (0.25,) * 3)
-    options = {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.05, "decay_norm_and_bias": False}
-    optimizer = create_optimizer(model, "adamw", layer_decay=0.5, **options)
-    schedule = {"num_epochs": 4, "updates_per_epoch": 2, "min_learning_rate": 0.0, "step_unit": "step"}
-    scheduler = create_scheduler(optimizer, "piecewise", drops=[(1, 0.1)], warmup_epochs=0.0, **schedule)
+    optimizer = optimizer_of(model, layer_decay=0.5)
+    schedule = TrainingConfig(num_train_epochs=4, lr_step_unit="step", lr_drops=(LearningRateDrop(1, 0.1),))
+    scheduler = create_scheduler(optimizer, schedule, updates_per_epoch=2)
     by_parameter = {id(parameter): name for name, parameter in net.named_parameters()}
     expected = {}
     for group in param_groups_layer_decay(net, layer_decay=0.5):
@@ -120,24 +116,13 @@ def test_layer_decay_reaches_the_layers_of_the_network_inside_the_pixel_model(na
 
 
 def test_layer_decay_keeps_the_choice_of_what_is_decayed():
-    net = timm.create_model("test_vit", num_classes=3)
-    options = {"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.05, "layer_decay": 0.5}
+    model = PixelModel(timm.create_model("test_vit", num_classes=3), (0.5,) * 3, (0.25,) * 3)
     for everything in (True, False):
-        optimizer = create_optimizer(
-            PixelModel(net, (0.5,) * 3, (0.25,) * 3), "adamw", decay_norm_and_bias=everything, **options
-        )
+        optimizer = optimizer_of(model, decay_norm_and_bias=everything, layer_decay=0.5)
         biases = [group["weight_decay"] for group in optimizer.param_groups for p in group["params"] if p.ndim == 1]
         assert set(biases) == ({0.05} if everything else {0.0})
 
 
 def test_layer_decay_of_a_network_without_known_layers_is_refused():
     with pytest.raises(ValueError, match=r"--layer_decay 0\.5: timm does not say what the layers of Linear are"):
-        create_optimizer(
-            nn.Linear(2, 2),
-            "adamw",
-            learning_rate=0.1,
-            momentum=0.9,
-            weight_decay=0.0,
-            decay_norm_and_bias=True,
-            layer_decay=0.5,
-        )
+        optimizer_of(nn.Linear(2, 2), layer_decay=0.5)

@@ -7,17 +7,17 @@ import copy
 import pytest
 import torch
 
-from ham_hf.methods import HAM, PGDAT
+from ham_hf.methods import PGDAT
+from ham_hf.training.passes import PassCounter
+from ham_hf.training.resume import Progress
 from ham_hf.training.stopping import TrainingStopped
-from ham_hf.training.train_step import PassCounter
-from ham_hf.training.trainer import Progress
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
 from tests.support.training import ATTACK, HAM_FROM_1, image_data, log_of, make_net, trainer
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 3}, {"awp_gamma": 0.01}], ids=str)
 def test_forwards_and_gradients_of_a_whole_run_are_counted(tmp_path, changes):
-    run = trainer(tmp_path, HAM(mining_start_epoch=1, mining_step=1), ema_decay=None, **changes)
+    run = trainer(tmp_path, HAM_FROM_1, ema_decay=None, num_train_epochs=2, **changes)
     yardstick = Yardstick(run.module)
     progress = run.fit()
     yardstick.close()

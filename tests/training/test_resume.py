@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ham_hf.methods import HAM
 from ham_hf.training.checkpoint import list_checkpoints
-from ham_hf.training.data_order import batch_requests
+from ham_hf.training.data_order import UpdateLayout
 from tests.support.training import log_of, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
@@ -27,8 +27,16 @@ def stopped(tmp_path_factory):
     return list_checkpoints(folder)[-1]
 
 
+@pytest.fixture(scope="module")
+def rates(tmp_path_factory):
+    """Learning rates in the log of a run that was not stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    trainer(folder).fit()
+    return [record["learning_rate"] for record in log_of(folder) if record["type"] == "train"]
+
+
 @pytest.mark.parametrize(("batch_size", "asked_for", "needed"), [(4, 1, 2), (2, 1, 4), (8, 4, 1), (4, 2, 2)])
-def test_accumulation_keeps_the_size_of_an_update(stopped, tmp_path, caplog, batch_size, asked_for, needed):
+def test_accumulation_keeps_the_size_of_an_update(stopped, rates, tmp_path, caplog, batch_size, asked_for, needed):
     changes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": asked_for}
     with caplog.at_level(logging.INFO, "ham_hf"):
         run = trainer(tmp_path / "run", resume_from_checkpoint=str(stopped), **changes)
@@ -37,19 +45,15 @@ def test_accumulation_keeps_the_size_of_an_update(stopped, tmp_path, caplog, bat
     assert (said in caplog.text) == (needed != asked_for)
     run.resume()
     assert (run.progress.step, run.total_steps) == (4, 18)
-    rates = [record["learning_rate"] for record in log_of(stopped.parent) if record["type"] == "train"]
     run.fit()
-    whole = trainer(tmp_path / "whole")
-    whole.fit()
-    rates += [record["learning_rate"] for record in log_of(tmp_path / "run") if record["type"] == "train"]
-    expected = [record["learning_rate"] for record in log_of(tmp_path / "whole") if record["type"] == "train"]
-    assert rates == expected
+    log = [*log_of(stopped.parent), *log_of(tmp_path / "run")]
+    assert [record["learning_rate"] for record in log if record["type"] == "train"] == rates
 
 
 def test_a_new_run_takes_what_it_is_given(tmp_path):
     run = trainer(tmp_path / "run", resume_from_checkpoint="latest", gradient_accumulation_steps=3)
     assert run.config.gradient_accumulation_steps == 3
-    assert run.per_update == 24
+    assert run.layout.per_update == 24
 
 
 @pytest.mark.parametrize(
@@ -96,9 +100,8 @@ def test_update_trains_on_the_same_examples_however_they_are_dealt_out(world, ba
     for update in range(3):
         dealt = []
         for rank in range(world):
-            requests = batch_requests(
-                order, batch_size=batch_size, per_update=32, world=world, rank=rank, seed=0, epoch=0
-            )
+            layout = UpdateLayout(batch_size=batch_size, accumulation=steps, world=world, rank=rank, seed=0)
+            requests = layout.requests(order, epoch=0)
             assert len(requests) == 3 * steps
             for request in requests[update * steps : (update + 1) * steps]:
                 dealt += request.indices.tolist()

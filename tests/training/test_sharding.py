@@ -22,7 +22,7 @@ from ham_hf.training.sharding import (
 )
 from tests.conftest import ROOT
 from tests.support.nets import group_norm_net
-from tests.support.recipe_runs import CONFIGURED, recipe_module
+from tests.support.recipe_runs import CONFIGURED
 from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
@@ -132,12 +132,3 @@ def test_every_launch_configuration_says_what_it_is_for():
         settings = yaml.safe_load(text)
         # The precision is a setting of the recipe, which wins; another one here would only mislead.
         assert settings["mixed_precision"] == "no"
-
-
-def test_recipe_refuses_another_engine_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module("train_ham.py").main(["--use_cpu", f"--output_dir={tmp_path}/run"])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("error: accelerate launch asks for DeepSpeed")
-    assert not (tmp_path / "run/train_config.yaml").exists()

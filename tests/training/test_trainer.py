@@ -18,6 +18,7 @@ from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.methods import HAM, PGDAT
 from ham_hf.metrics import ClassAccuracy
 from ham_hf.training.checkpoint import list_checkpoints, load_best
+from ham_hf.training.data_order import epoch_order
 from ham_hf.training.log import RunLog
 from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
@@ -114,7 +115,7 @@ def test_selected_weights_are_those_of_the_best_validation(finished):
     assert state["score"] == max(scores)
     assert state["step"] == max(r["step"] for r in progress.history if r["robust_accuracy"] == max(scores))
     if state["step"] == progress.step:
-        assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+        assert all(torch.equal(weights[key], value) for key, value in run.average.module.state_dict().items())
 
 
 @pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"])
@@ -135,16 +136,8 @@ def test_selection_metric(tmp_path, monkeypatch, metric):
 
     monkeypatch.setattr(run, "_held_out", held_out)
     best = run.fit().best
-    assert (
-        best["epoch"]
-        == {
-            "robust_accuracy": 0,
-            "worst_class": 1,
-            "robust_plus_worst": 1,
-            "verdict": 2,
-            "last": 2,
-        }[metric]
-    )
+    epochs = {"robust_accuracy": 0, "worst_class": 1, "robust_plus_worst": 1, "verdict": 2, "last": 2}
+    assert best["epoch"] == epochs[metric]
     assert load_best(tmp_path / "run")[1] == best
 
 
@@ -199,21 +192,25 @@ def test_max_steps_ends_in_mid_epoch_with_validation_and_checkpoint(tmp_path):
     assert [record["step"] for record in progress.history] == [6, 8]
 
 
+def requests_of(run, epoch):
+    return run.layout.requests(epoch_order(run.data.train.labels, run.config.seed, epoch), epoch)
+
+
 def test_every_example_is_seen_at_most_once_per_epoch_in_an_order_of_its_own(tmp_path):
     run = trainer(tmp_path / "run")
-    epochs = [torch.cat([request.indices for request in run._requests(epoch)]) for epoch in (0, 1)]
+    epochs = [torch.cat([request.indices for request in requests_of(run, epoch)]) for epoch in (0, 1)]
     for order in epochs:
         assert len(order) == 48
         assert len(order.unique()) == 48
     assert not torch.equal(*epochs)
-    assert torch.equal(epochs[0], torch.cat([r.indices for r in trainer(tmp_path / "other")._requests(0)]))
-    seeds = [request.seed for epoch in (0, 1) for request in run._requests(epoch)]
+    assert torch.equal(epochs[0], torch.cat([r.indices for r in requests_of(trainer(tmp_path / "other"), 0)]))
+    seeds = [request.seed for epoch in (0, 1) for request in requests_of(run, epoch)]
     assert len(set(seeds)) == len(seeds)
 
 
 def test_accumulation_takes_the_same_examples_as_a_larger_batch(tmp_path):
-    large = trainer(tmp_path / "a", per_device_train_batch_size=16)._requests(0)
-    small = trainer(tmp_path / "b", gradient_accumulation_steps=2)._requests(0)
+    large = requests_of(trainer(tmp_path / "a", per_device_train_batch_size=16), 0)
+    small = requests_of(trainer(tmp_path / "b", gradient_accumulation_steps=2), 0)
     assert len(small) == 2 * len(large)
     assert torch.equal(torch.cat([r.indices for r in large]), torch.cat([r.indices for r in small]))
 
@@ -245,39 +242,45 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     assert run.progress.step >= 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "data", "message"),
-    [
-        ({"seed": 3}, None, r"seed 0 -> 3"),
-        ({"ema_decay": None}, None, "ema_decay 0.9 -> None"),
-        ({"learning_rate": 0.2, "weight_decay": 0.1}, None, r"learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1"),
-        ({"optimizer": "adamw"}, None, r"optimizer momentum -> adamw"),
-        ({}, image_data(46), r"num_train_examples 50 -> 46"),
-        ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, None, "there is no such folder; expected latest or"),
-    ],
-)
-def test_checkpoint_of_another_run_is_refused(finished, tmp_path, changes, data, message):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    run = trainer(folder, data=data, **({"resume_from_checkpoint": "latest"} | changes))
+OTHERS = [
+    ({"changes": {"seed": 3}}, r"seed 0 -> 3"),
+    ({"changes": {"ema_decay": None}}, "ema_decay 0.9 -> None"),
+    (
+        {"changes": {"learning_rate": 0.2, "weight_decay": 0.1}},
+        r"learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1",
+    ),
+    ({"changes": {"optimizer": "adamw"}}, r"optimizer momentum -> adamw"),
+    ({"changes": {"resume_from_checkpoint": "nowhere/checkpoint-3"}}, "there is no such folder; expected latest or"),
+    # Rates of no single command: 2 epochs of a cosine, then the last 2 of one of 4.
+    (
+        {"changes": {"num_train_epochs": 4}},
+        "num_train_epochs 3 -> 4; --lr_scheduler_type cosine ends with the last epoch",
+    ),
+    ({"data": image_data(46)}, r"num_train_examples 50 -> 46"),
+    ({"data": replace(image_data(), image_size=16)}, "image_size 8 -> 16"),
+    ({"data": replace(image_data(), revision="b" * 40)}, "dataset .*None.* -> .*bbbb"),
+    ({"method": HAM(mining_start_epoch=1, mining_step=2)}, r"ham.mining_step 1 -> 2"),
+    ({"method": PGDAT()}, "method ham -> pgd_at"),
+    ({"attack": replace(ATTACK, threat_model=ThreatModel("linf", 0.06))}, r"epsilon 0.05 -> 0.06"),
+    ({"net": nn.Sequential(*make_net()[:-1], nn.Linear(8, 4, bias=False))}, "parameter_shapes"),
+    ({"besides": {"model_args": {"drop_path_rate": 0.1}}}, "model_args None -> .*drop_path_rate"),
+]
+
+
+@pytest.mark.faults(quick=True)
+@pytest.mark.parametrize(("other", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
+def test_checkpoint_of_another_run_is_refused(finished, other, message):
+    run = Trainer(
+        other.get("net") or make_net(),
+        other.get("data") or image_data(),
+        other.get("method") or HAM_FROM_1,
+        other.get("attack") or ATTACK,
+        config(finished[0], **{"resume_from_checkpoint": "latest", **other.get("changes", {})}),
+        Accelerator(cpu=True),
+        plan_besides=other.get("besides"),
+    )
     with pytest.raises(ValueError, match=message):
         run.resume()
-
-
-def test_another_method_attack_or_network_is_another_run(finished):
-    folder = finished[0]
-    settings = config(folder, resume_from_checkpoint="latest")
-    wider = nn.Sequential(*make_net()[:-1], nn.Linear(8, 4, bias=False))
-    stronger = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.02)
-    for net, objective, attack, message in (
-        (make_net(), HAM(mining_start_epoch=1, mining_step=2), ATTACK, r"ham.mining_step 1 -> 2"),
-        (make_net(), PGDAT(), ATTACK, "method ham -> pgd_at"),
-        (make_net(), HAM_FROM_1, stronger, r"epsilon 0.05 -> 0.06"),
-        (wider, HAM_FROM_1, ATTACK, "parameter_shapes"),
-    ):
-        run = Trainer(net, image_data(), objective, attack, settings, Accelerator(cpu=True))
-        with pytest.raises(ValueError, match=message):
-            run.resume()
 
 
 def test_resuming_an_older_checkpoint_forgets_what_came_after_it(finished, tmp_path):
@@ -356,10 +359,10 @@ def test_averaged_weights_follow_the_updates(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.train_step.__class__, "__call__", spy)
         run.fit()
-    for key, value in run.ema.module.state_dict().items():
+    for key, value in run.average.module.state_dict().items():
         torch.testing.assert_close(value, average[key], rtol=1e-5, atol=1e-6)
     weights, _ = load_best(tmp_path / "run")
-    assert all(torch.equal(weights[key], value) for key, value in run.ema.module.state_dict().items())
+    assert all(torch.equal(weights[key], value) for key, value in run.average.module.state_dict().items())
 
 
 def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):
@@ -422,25 +425,6 @@ def test_lines_that_wait_are_written_before_a_run_stops(finished, tmp_path, monk
     with pytest.raises(TrainingStopped):
         run.fit(lambda: full.clear() or full.append(False) or "a request" if run.progress.step == 4 else None)
     assert [record["step"] for record in log_of(folder)] == [2, 4]
-
-
-@pytest.mark.faults(quick=True)
-@pytest.mark.parametrize(
-    ("change", "besides", "said"),
-    [
-        ({"image_size": 16}, {}, "image_size 8 -> 16"),
-        ({"revision": "b" * 40}, {}, "dataset .*None.* -> .*bbbb"),
-        ({}, {"model_args": {"drop_path_rate": 0.1}}, "model_args None -> .*drop_path_rate"),
-    ],
-)
-def test_a_run_goes_on_with_its_own_images_and_network_alone(finished, tmp_path, change, besides, said):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    settings = config(folder, resume_from_checkpoint="latest")
-    data = replace(image_data(), **change)
-    run = Trainer(make_net(), data, HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True), plan_besides=besides)
-    with pytest.raises(ValueError, match=f"belongs to a run with other settings: .*{said}"):
-        run.resume()
 
 
 @pytest.mark.faults(quick=True)
@@ -513,17 +497,6 @@ def test_bf16_keeps_pixels_and_weights_in_float32(tmp_path, request):
     assert (torch.float32, torch.bfloat16) in seen
     assert all(value.dtype != torch.bfloat16 for value in run.module.state_dict().values())
     assert progress.history[-1]["clean_accuracy"] > 0.2
-
-
-def test_another_end_of_a_schedule_that_depends_on_it_is_refused(finished, tmp_path):
-    """Rates of no single command: 2 epochs of a cosine, then the last 2 of one of 4."""
-    folder, _, _ = finished
-    shutil.copytree(folder, tmp_path / "run")
-    longer = trainer(tmp_path / "run", num_train_epochs=4, resume_from_checkpoint="latest")
-    with pytest.raises(
-        ValueError, match="num_train_epochs 3 -> 4; --lr_scheduler_type cosine ends with the last epoch"
-    ):
-        longer.resume()
 
 
 @pytest.mark.parametrize("schedule", ["piecewise", "constant"])

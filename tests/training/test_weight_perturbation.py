@@ -6,7 +6,6 @@ import copy
 import json
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
@@ -104,19 +103,14 @@ def test_direction_has_the_length_of_the_weight_and_points_along_the_gradient(dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_parameter_without_gradient_is_not_moved(dtype):
-    weights = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for _ in range(3)]
-    weights[1].grad = torch.zeros_like(weights[1])
-    weights[2].grad = torch.ones_like(weights[2])
+def test_without_a_gradient_a_parameter_is_not_moved(dtype):
+    weights = [nn.Parameter(torch.ones(2, 3, dtype=dtype)) for _ in range(6)]
+    for weight, value in zip(weights[1:], (0.0, float("inf"), float("nan"), 1.0, 1.0), strict=True):
+        weight.grad = torch.full_like(weight, value)
+    torch.nn.init.zeros_(weights[5])
     directions = awp_direction(weights)
-    assert [bool(direction.any()) for direction in directions] == [False, False, True]
+    assert [bool(direction.any()) for direction in directions] == [False] * 4 + [True, False]
     assert all(direction.isfinite().all() and direction.dtype == dtype for direction in directions)
-
-
-def test_a_weight_of_zero_is_not_moved():
-    weight = nn.Parameter(torch.zeros(2, 2))
-    weight.grad = torch.ones_like(weight)
-    assert torch.equal(awp_direction([weight])[0], torch.zeros(2, 2))
 
 
 def test_perturbed_subtracts_what_it_added_and_keeps_a_step_made_inside():
@@ -140,12 +134,11 @@ def norm_act_net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, momentum=None))
 
 
-def timm_net():
-    # Made of BatchNormAct2d; without dropout, so that two forwards agree.
-    return timm.create_model("regnetx_002", num_classes=4).double()
+def other_statistics_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True))
 
 
-@pytest.mark.parametrize("make", [batch_norm_net, norm_act_net, timm_net])
+@pytest.mark.parametrize("make", [batch_norm_net, norm_act_net, other_statistics_net])
 def test_preserved_buffers_normalize_with_the_batch_and_come_back(make):
     torch.manual_seed(0)
     net = make().double().train()
@@ -157,18 +150,8 @@ def test_preserved_buffers_normalize_with_the_batch_and_come_back(make):
     assert before.keys() == dict(net.named_buffers()).keys()
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     net(x)
-    assert not any(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-
-
-@pytest.mark.parametrize("layer", [EvoNorm2dB0(4), nn.InstanceNorm2d(4, track_running_stats=True)])
-def test_other_layers_with_running_statistics_are_preserved_too(layer):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), layer).train()
-    before = copy.deepcopy(dict(net.named_buffers()))
-    with preserved_buffers(net):
-        net(torch.rand(6, 3, 8, 8)).sum().backward()
-    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-    net(torch.rand(6, 3, 8, 8))
-    assert any(not torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    changing = [name for name in before if "num_batches" not in name or make is not other_statistics_net]
+    assert not any(torch.equal(net.get_buffer(name), before[name]) for name in changing)
 
 
 def test_buffers_come_back_after_an_exception():
@@ -177,12 +160,3 @@ def test_buffers_come_back_after_an_exception():
     with pytest.raises(ZeroDivisionError), preserved_buffers(net):
         net(torch.rand(2, 3, 4, 4))
     assert int(net.num_batches_tracked) == 0
-
-
-def test_a_gradient_that_is_not_finite_moves_nothing():
-    weights = [nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
-    for weight, value in zip(weights, (1.0, float("inf"), float("nan")), strict=True):
-        weight.grad = torch.full_like(weight, value)
-    first, *others = awp_direction(weights)
-    torch.testing.assert_close(first, torch.ones(2, 2))
-    assert all(torch.equal(other, torch.zeros(2, 2)) for other in others)

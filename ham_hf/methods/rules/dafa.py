@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods.base_loss import TradesOrPGDAT
+from ham_hf.methods.base import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of

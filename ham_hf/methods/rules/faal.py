@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of

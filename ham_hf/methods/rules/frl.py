@@ -11,14 +11,15 @@ weights and radii to float32, and knows no class without a held-out image; ours 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack, pgd, predicted
+from ham_hf.attacks import Attack, predicted
 from ham_hf.methods.base import Method
+from ham_hf.methods.batch import Batch
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
 from ham_hf.methods.losses import BaseLoss, TradesLoss
 from ham_hf.methods.rule_method import method_of
@@ -55,23 +56,13 @@ class FRLRule(RadiusRule, WeightRule):
     def wants_held_out(self, epoch: int) -> bool:
         return True
 
-    def held_out_sums(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        loss: BaseLoss,
-        num_classes: int,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def held_out_sums(self, model: nn.Module, batch: Batch, *, loss: BaseLoss, num_classes: int) -> Tensor:
         """Count images, images right when clean, and images right after PGD-20.
 
         PGD takes steps of epsilon / 4. The last count is by its prediction alone, also where the clean one is wrong.
         """
-        ball = attack.threat_model
-        x_adv = pgd(model, x, y, threat_model=ball, num_steps=20, step_size=ball.epsilon / 4, generator=generator)
+        x, y, epsilon = batch.x, batch.y, batch.attack.threat_model.epsilon
+        x_adv = replace(batch.attack, num_steps=20, step_size=epsilon / 4)(model, x, y, generator=batch.generator)
         with torch.no_grad():
             right = [predicted(model(images)) == y for images in (x, x_adv)]
         return class_sums(torch.stack([torch.ones_like(right[0]), *right], 1), y, num_classes).T

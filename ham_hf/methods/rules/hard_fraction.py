@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import predicted
-from ham_hf.methods.base_loss import BuiltOnLoss
+from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack
-from ham_hf.methods.base_loss import TradesOrPGDAT
+from ham_hf.methods.base import TradesOrPGDAT
+from ham_hf.methods.batch import Batch
 from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
@@ -45,25 +45,11 @@ class WATRule(WeightRule):
         """True after every epoch, that is, before every epoch but the first."""
         return epoch > 0
 
-    def held_out_sums(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        y: Tensor,
-        *,
-        attack: Attack,
-        loss: BaseLoss,
-        num_classes: int,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def held_out_sums(self, model: nn.Module, batch: Batch, *, loss: BaseLoss, num_classes: int) -> Tensor:
         """Count the images, and sum the loss under its own attack."""
-        x_adv = attack(
-            model,
-            x,
-            y,
-            start=loss.start(x, attack.threat_model, generator),
-            loss_fn=loss.attack_loss(model, x),
-        )
+        x, y, attack = batch.x, batch.y, batch.attack
+        start = loss.start(x, attack.threat_model, batch.generator)
+        x_adv = attack(model, x, y, start=start, loss_fn=loss.attack_loss(model, x))
         with torch.no_grad():
             terms = loss.terms(model(loss.rows(x_adv, x)), y)
         cost = sum(scale * term for scale, term in zip(loss.scales, terms, strict=True))

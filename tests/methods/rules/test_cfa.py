@@ -11,12 +11,11 @@ from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
     attack_of,
+    exact,
     golden_batch,
     golden_tensors,
     initial_states,
-    normal_noise,
-    starting_at,
-    update_loss,
+    rows_of,
 )
 
 TENSORS, HYPER = golden_tensors("cfa")
@@ -46,29 +45,20 @@ def test_class_radius_and_beta_follow_the_authors_rules(rule, when):
         assert of_class is None
         assert expected.tolist() == pytest.approx([HYPER["epsilon"]] * 10)
     else:
-        torch.testing.assert_close(of_class[0], expected, rtol=0, atol=1e-9)
+        exact(of_class[0], expected)
         assert of_class[1].tolist() == [HYPER["step_size"]] * 10
     weight = cfa.rule.class_weight(state, cfa.loss, epoch=epoch)
     fraction = TENSORS[f"out/rule/{rule}/{when}/class_beta_fraction"]
     # Ours are relative to the scales (1, beta) of the two terms.
-    torch.testing.assert_close(weight[1] * HYPER["beta"], fraction, rtol=0, atol=1e-9)
-    torch.testing.assert_close(weight[0], 1 - fraction, rtol=0, atol=1e-9)
+    exact(weight[1] * HYPER["beta"], fraction)
+    exact(weight[0], 1 - fraction)
 
 
-def test_trades_attack_loss_and_gradients_are_the_authors():
-    cfa, net = CFA(**OPTIONS), golden_net()
-    states = states_of(cfa, TENSORS["in/class_robust_acc"][0])
-    x, y = golden_batch(HYPER["rows"])
-    with starting_at(normal=normal_noise(HYPER["rows"])):
-        batch = cfa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
-    torch.testing.assert_close(batch.x[: len(y)], TENSORS["out/ccm_ccr_trades/x_adv"], rtol=0, atol=1e-9)
-    prefix = "out/ccm_ccr_trades/"
-    logits = assert_loss_and_gradients(cfa, net, batch, epoch=10, states=states, tensors=TENSORS, prefix=prefix)
-    torch.testing.assert_close(logits[: len(y)], TENSORS[f"{prefix}robust_logits"], rtol=0, atol=1e-9)
-    counts = cfa.rule.observe(logits[: len(y)], y, epoch=10)
-    logged = TENSORS[f"{prefix}log/class_robust_acc"]
-    # Their accuracy of a class is C correct / N, right for balanced batches only; ours is correct / count.
-    torch.testing.assert_close(counts[:, 0] * 10 / len(y), logged, rtol=0, atol=1e-9)
+def test_accuracy_of_a_class_is_of_its_own_count_where_the_authors_take_balanced_batches():
+    y, logits = golden_batch(HYPER["rows"])[1], TENSORS["out/ccm_ccr_trades/robust_logits"]
+    counts = CFA().rule.observe(logits, y, epoch=10)
+    logged = TENSORS["out/ccm_ccr_trades/log/class_robust_acc"]
+    exact(counts[:, 0] * 10 / len(y), logged)
     assert not torch.allclose(counts[:, 0] / counts[:, 1].clamp(min=1), logged)
 
 
@@ -87,7 +77,7 @@ def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
         loss = torch.nn.functional.cross_entropy(net(adversarial), y)
         (gradient,) = torch.autograd.grad(loss, adversarial)
         stepped = (stepped + HYPER["step_size"] * gradient.sign()).clamp(x - radius, x + radius).clamp(0, 1)
-    torch.testing.assert_close(stepped, TENSORS["out/ccm_at/x_adv"], rtol=0, atol=1e-9)
+    exact(stepped, TENSORS["out/ccm_at/x_adv"])
     ours = theirs
     net.eval()
     for _ in range(HYPER["num_steps"]):
@@ -96,8 +86,8 @@ def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
     start = lambda self, images, generator=None: theirs  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThreatModel, "random_start", start)
-        batch = cfa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
-    torch.testing.assert_close(batch.x, ours, rtol=0, atol=1e-12)
+        batch = rows_of(cfa, net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
+    exact(batch.x, ours, 1e-12)
     # On the authors' images the loss and its gradient are the authors'.
     same = type(batch)(x=TENSORS["out/ccm_at/x_adv"], y=y, weight=batch.weight)
     assert_loss_and_gradients(cfa, golden_net(), same, epoch=10, states=states, tensors=TENSORS, prefix="out/ccm_at/")
@@ -125,29 +115,6 @@ def test_parts_can_be_switched():
             state = states_of(cfa, torch.full((10,), 0.3, dtype=torch.float64))["cfa"]
             assert (cfa.rule.class_attack(state, attack, epoch=1) is not None) is margin
             assert (cfa.rule.class_weight(state, cfa.loss, epoch=1) is not None) is regularization
-
-
-def test_without_its_parts_it_is_the_base_loss():
-    x, y = golden_batch(16)
-    net, losses = golden_net(), []
-    for objective in (CFA(cfa_margin=False, cfa_regularization=False), TRADES()):
-        states = initial_states(objective)
-        generator = torch.Generator().manual_seed(1)
-        batch = objective.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=20, states=states, generator=generator)
-        losses.append(update_loss(objective, golden_net(), batch, epoch=20, states=states)[0])
-    assert torch.equal(*losses)
-
-
-def test_ham_lends_it_the_mining_step_of_the_whole_batch():
-    ham = HAM(mining_start_epoch=0, mining_step=2, class_margin="cfa", class_rule_args={"cfa_start_epoch": 1})
-    ham.check(num_steps=10)
-    states = initial_states(ham)
-    x, y = golden_batch(64)
-    net = golden_net()
-    generator = torch.Generator().manual_seed(2)
-    batch = ham.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=0, states=states, generator=generator)
-    assert len(batch.early_logits) == 64 > len(batch.y) > 0
-    assert torch.equal(batch.early_logits.argmax(1) != y, batch.hard)
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ham_hf.methods import HAM, PGDAT, BaseLoss, OuterBatch, TradesLoss
+from ham_hf.methods import HAM, BaseLoss, TradesLoss, TrainingRows
 from ham_hf.methods.rules.cfol import CFOL, CFOLRule
-from ham_hf.settings import setting_problems
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import attack_of, golden_batch, golden_tensors, initial_states, update_loss
+from tests.support.method_checks import attack_of, exact, golden_tensors, initial_states
 
 TENSORS, HYPER = golden_tensors("cfol")
 OPTIONS = {"cfol_gamma": HYPER["gamma"], "cfol_eta": HYPER["eta"]}
 COUNTS = TENSORS["in/dataset_targets"].bincount(minlength=10).double()
 ATTACK = attack_of({"epsilon": 0.024, "step_size": 0.0022, "num_steps": 3})
-
-
-def exact(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def observed(cfol, y, wrong):
@@ -59,20 +53,6 @@ def test_sampler_is_frozen_for_an_epoch_where_the_authors_go_on():
     assert not torch.allclose(total, TENSORS["out/uniform_sample/w"][6])
 
 
-def test_sequential_updates_are_the_authors():
-    cfol = CFOL(**OPTIONS)
-    state = cfol.rule.initial_state(COUNTS)
-    for y, wrong, expected in zip(
-        TENSORS["in/batch_y"][0].split(1),
-        TENSORS["in/batch_wrong"][0].split(1),
-        TENSORS["out/sequential_update/w"],
-        strict=True,
-    ):
-        cfol.rule.after_update(state, observed(cfol, y, wrong))
-        exact(state["log_weight"], expected)
-        cfol.rule.before_epoch(state, epoch=1)
-
-
 @pytest.mark.parametrize("base", ["uniform", "empirical"])
 def test_weights_divide_by_the_base_and_are_the_authors(base):
     cfol = CFOL(cfol_as="weight", cfol_base=base, **OPTIONS)
@@ -81,7 +61,7 @@ def test_weights_divide_by_the_base_and_are_the_authors(base):
     batches = zip(TENSORS["in/batch_y"], TENSORS["in/batch_wrong"], TENSORS["in/batch_loss"], strict=True)
     for number, (y, wrong, terms) in enumerate(batches):
         exact(state["log_weight"], TENSORS[f"out/{base}_reweight/w"][number])
-        batch = OuterBatch(x=torch.zeros(32, 1, 1, 1), y=y, weight=torch.ones(32, dtype=torch.float64))
+        batch = TrainingRows(x=torch.zeros(32, 1, 1, 1), y=y, weight=torch.ones(32, dtype=torch.float64))
         weight, divisor = cfol.weigh(batch, epoch=0, states={"cfol": state})
         exact(weight[0] / 10, TENSORS[f"out/{base}_reweight/batch_weight"][number])
         exact((weight[0] * terms).sum() / divisor[0], TENSORS[f"out/{base}_reweight/weighted_loss_mean"][number])
@@ -119,18 +99,6 @@ def test_classes_without_training_images_are_never_drawn(base, num_classes):
             assert float(weight[0].sum()) == pytest.approx(num_classes - 1)
 
 
-def test_nothing_misclassified_is_pgd_at():
-    x, y = golden_batch(16)
-    losses = []
-    for objective in (CFOL(), CFOL(cfol_as="weight"), PGDAT()):
-        states, net = initial_states(objective), golden_net()
-        generator = torch.Generator().manual_seed(1)
-        batch = objective.outer_batch(net, x, y, attack=ATTACK, epoch=0, states=states, generator=generator)
-        losses.append(update_loss(objective, net, batch, epoch=0, states=states)[0])
-    exact(losses[0], losses[2])
-    exact(losses[1], losses[2])
-
-
 def test_others_borrow_it_as_a_weight():
     ham = HAM(mining_start_epoch=0, mining_step=1, class_weighting="cfol", class_rule_args={"cfol_eta": 0.1})
     ham.check(num_steps=3)
@@ -138,20 +106,3 @@ def test_others_borrow_it_as_a_weight():
     assert CFOLRule.lent(cfol_as="sampler") == CFOLRule()
     states = initial_states(ham)
     assert [rule.class_probabilities(states[rule.name]) for rule in ham.rules] == [None]
-    ham.weights.after_update(states["cfol"], torch.arange(10.0).double())
-    x, y = golden_batch(64)
-    generator = torch.Generator().manual_seed(1)
-    batch = ham.outer_batch(golden_net(), x, y, attack=ATTACK, epoch=0, states=states, generator=generator)
-    weight, divisor = ham.weigh(batch, epoch=0, states=states)
-    log_weight = 0.1 * torch.arange(10.0).double() / 0.1
-    expected = 10 * (0.05 + 0.5 * log_weight.exp() / log_weight.exp().sum())
-    exact(weight[0], expected[batch.y])
-    assert 0 < float(divisor) == len(batch.y) < 64
-
-
-def test_options_out_of_range_are_refused():
-    assert setting_problems(CFOL()) == []
-    wrong = {"cfol_gamma": 0.0, "cfol_eta": 0.0, "cfol_as": "loss", "cfol_base": "prior"}
-    for option, value in wrong.items():
-        (problem,) = setting_problems(CFOL(**{option: value}))
-        assert f"--{option} {value!r}" in problem

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.methods import DAFA, HAM, PGDAT
-from ham_hf.methods.rules.dafa import dafa_weights
+from ham_hf.methods import DAFA, PGDAT, Batch
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
-    assert_loss_and_gradients,
     attack_of,
+    exact,
     golden_batch,
+    golden_noise,
     golden_tensors,
     initial_states,
-    normal_noise,
-    starting_at,
+    rows_of,
     update_loss,
 )
 
@@ -41,7 +39,7 @@ def test_class_weights_are_the_authors_but_for_negative_ones(table, scale):
     probabilities, labels = TENSORS[f"in/probs_{table}"], TENSORS[f"in/labels_{table}"].long()
     expected = TENSORS[f"out/class_weights/{table}/lambda{scale}"]
     found = weights_from(probabilities, labels, scale, probabilities.shape[1])
-    torch.testing.assert_close(found, expected.clamp(min=0), rtol=0, atol=1e-9)
+    exact(found, expected.clamp(min=0))
     assert float(expected.sum()) == pytest.approx(len(expected))
 
 
@@ -51,20 +49,15 @@ def state_with(weight):
     return states
 
 
-def test_trades_attack_loss_and_gradients_are_the_authors():
+def test_radii_and_sums_of_probabilities_are_the_authors():
     weight = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
-    dafa, states, net = DAFA(dafa_start_epoch=1), state_with(weight), golden_net()
-    x, y = golden_batch(HYPER["rows"])
-    inner = dafa.attack_on(y, attack_of(HYPER), epoch=1, states=states)
-    torch.testing.assert_close(inner.threat_model.epsilon, TENSORS["out/eps_per_example"], rtol=0, atol=1e-12)
-    torch.testing.assert_close(inner.step_size, TENSORS["out/step_per_example"], rtol=0, atol=1e-12)
-    with starting_at(normal=normal_noise(HYPER["rows"])):
-        batch = dafa.outer_batch(net, x, y, attack=attack_of(HYPER), epoch=1, states=states)
-    torch.testing.assert_close(batch.x[: len(y)], TENSORS["out/trades/x_adv"], rtol=0, atol=1e-9)
-    logits = assert_loss_and_gradients(dafa, net, batch, epoch=1, states=states, tensors=TENSORS, prefix="out/trades/")
-    memory = dafa.rule.observe(logits[: len(y)], y, epoch=0)[:, :-1]
-    expected = torch.zeros(10, 10, dtype=torch.float64).index_add_(0, y, TENSORS["out/trades/memory_probs"])
-    torch.testing.assert_close(memory, expected, rtol=0, atol=1e-9)
+    dafa, states, (x, y) = DAFA(dafa_start_epoch=1), state_with(weight), golden_batch(HYPER["rows"])
+    batch = dafa.with_class_radii(Batch(x=x, y=y, attack=attack_of(HYPER), epoch=1, states=states))
+    exact(batch.attack.threat_model.epsilon, TENSORS["out/eps_per_example"], 1e-12)
+    exact(batch.attack.step_size, TENSORS["out/step_per_example"], 1e-12)
+    theirs = TENSORS["out/trades/memory_probs"]
+    memory = dafa.rule.observe(theirs.log(), y, epoch=0)[:, :-1]
+    exact(memory, torch.zeros(10, 10, dtype=torch.float64).index_add_(0, y, theirs))
 
 
 def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_alone():
@@ -73,18 +66,16 @@ def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_al
     x, y = golden_batch(HYPER["rows"])
     epsilon, step = HYPER["epsilon"], HYPER["step_size"]
     eps_c, step_c = (weight[y] * value for value in (epsilon, step))
-    theirs = x + 0.001 * normal_noise(HYPER["rows"])
+    theirs = x + 0.001 * golden_noise("normal", HYPER["rows"])
     for _ in range(HYPER["num_steps"]):
         sign = input_gradient(net, theirs, y).sign()
         for size, radius in ((step_c.view(-1, 1, 1, 1), eps_c.view(-1, 1, 1, 1)), (step, epsilon)):
             theirs = (theirs + size * sign).clamp(x - radius, x + radius).clamp(0, 1)
     assert len(theirs) == len(y)
-    batch = dafa.outer_batch(
-        net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
-    )
+    batch = rows_of(dafa, net, x, y, attack=attack_of(HYPER), epoch=1, states=states, seed=0)
     ours_of_theirs = type(batch)(x=theirs, y=y, weight=batch.weight)
     loss, _ = update_loss(dafa, net, ours_of_theirs, epoch=1, states=states)
-    torch.testing.assert_close(loss, TENSORS["out/pgd/loss"], rtol=0, atol=1e-9)
+    exact(loss, TENSORS["out/pgd/loss"])
     # Ours stays in the class's own ball, theirs in the common one.
     largest = (batch.x - x).abs().flatten(1).amax(1)
     assert (largest <= eps_c + 1e-12).all()
@@ -92,15 +83,11 @@ def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_al
     assert ((theirs - x).abs() <= epsilon + 1e-12).all()
 
 
-def test_plain_until_it_starts():
-    for base_loss in ("pgd_at", "trades"):
-        dafa = DAFA(base_loss=base_loss, dafa_start_epoch=5)
-        states = initial_states(dafa)
-        assert dafa.warmup_epochs == 5
-        assert dafa.rule.class_attack(states["dafa"], attack_of(HYPER), epoch=4) is None
-        assert dafa.rule.class_weight(states["dafa"], dafa.loss, epoch=4) is None
-        shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
-        assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
+def test_only_the_epoch_before_the_weights_is_observed():
+    dafa = DAFA(dafa_start_epoch=5)
+    assert dafa.warmup_epochs == 5
+    shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
+    assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
@@ -120,44 +107,6 @@ def test_nothing_observed_changes_nothing():
     assert state["weight"].tolist() == [1.0] * 10
 
 
-def test_weights_by_pairs():
-    similarity = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.05, 0.05, 0.9]], dtype=torch.float64)
-    expected = [1.0, 1.0, 1.0]
-    for weak, strong in ((0, 1), (0, 2), (1, 2)):
-        passed = float(similarity[weak, strong] * similarity[strong, strong])
-        expected[weak] += 1.5 * passed
-        expected[strong] -= 1.5 * passed
-    assert dafa_weights(similarity, 1.5).tolist() == pytest.approx(expected)
-
-
-def test_ham_borrows_weights_and_radii():
-    weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
-    ham = HAM(
-        mining_start_epoch=0,
-        mining_step=2,
-        class_weighting="dafa",
-        class_margin="dafa",
-        class_rule_args={"dafa_start_epoch": 1},
-    )
-    ham.check(num_steps=10)
-    assert [part.name for part in ham.parts] == ["ham", "dafa"]
-    states = initial_states(ham)
-    states["dafa"]["weight"] = weight
-    x, y = golden_batch(64)
-    net = golden_net()
-    batch = ham.outer_batch(
-        net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
-    )
-    assert 0 < len(batch.y) < 64
-    rows = batch.hard.nonzero().squeeze(1)
-    assert ((batch.x - x[rows]).abs().flatten(1).amax(1) <= weight[y[rows]] * HYPER["epsilon"] + 1e-12).all()
-    logits = net(batch.x)
-    weights, divisor = ham.weigh(batch, epoch=1, states=states)
-    loss = (weights * ham.losses(logits, batch)).sum() / divisor
-    expected = (F.cross_entropy(logits, batch.y, reduction="none") * weight[batch.y]).mean()
-    torch.testing.assert_close(loss.squeeze(), expected, rtol=0, atol=1e-12)
-
-
 def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
     combined = PGDAT(class_weighting="dafa", class_margin="dafa", class_rule_args={"dafa_start_epoch": 1})
@@ -167,8 +116,15 @@ def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     for objective in (combined, own):
         states = initial_states(objective)
         states["dafa"]["weight"] = weight
-        batch = objective.outer_batch(
-            net, x, y, attack=attack_of(HYPER), epoch=1, states=states, generator=torch.Generator().manual_seed(0)
+        batch = rows_of(
+            objective,
+            net,
+            x,
+            y,
+            attack=attack_of(HYPER),
+            epoch=1,
+            states=states,
+            seed=0,
         )
         found.append((batch.x, *objective.weigh(batch, epoch=1, states=states)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

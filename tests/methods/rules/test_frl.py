@@ -7,19 +7,18 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.methods import HAM, PGDAT, TRADES
+from ham_hf.methods import HAM, PGDAT, Batch
 from ham_hf.methods.rules.frl import FRL
-from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
-    assert_loss_and_gradients,
     attack_of,
+    exact,
     golden_batch,
+    golden_noise,
     golden_tensors,
     initial_states,
-    normal_noise,
+    rows_of,
     starting_at,
-    uniform_noise,
     update_loss,
 )
 
@@ -32,10 +31,6 @@ OPTIONS = {
     "frl_limit": HYPER["lim"],
 }
 ATTACK = attack_of(HYPER)
-
-
-def exact(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def make(variant):
@@ -76,23 +71,6 @@ def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
             exact(of_class[0], expected)
 
 
-@pytest.mark.parametrize("variant", ["rw", "rw_rm"])
-def test_attack_loss_and_gradients_are_the_authors(variant):
-    frl, net = make(variant), golden_net()
-    *_, (epoch, states) = epochs(frl, HYPER["loss_epoch"] + 1)
-    x, y = golden_batch(HYPER["rows"])
-    with starting_at(normal=normal_noise(HYPER["rows"])):
-        batch = frl.outer_batch(net, x, y, attack=ATTACK, epoch=epoch, states=states)
-    trades, _ = golden_tensors("trades")
-    expected = TENSORS["out/rw_rm_batch/x_adv"] if variant == "rw_rm" else trades["out/x_adv"][: len(y)]
-    exact(batch.x[: len(y)], expected, 1e-8)
-    prefix = f"out/{variant}_batch/"
-    # The authors round the weights to float32.
-    assert_loss_and_gradients(
-        frl, net, batch, epoch=epoch, states=states, tensors=TENSORS, prefix=prefix, tolerance=1e-7
-    )
-
-
 def test_step_is_of_the_largest_radius_of_all_classes_where_the_authors_take_the_batch():
     frl, net = make("rw_rm"), golden_net()
     *_, (epoch, states) = epochs(frl)
@@ -102,19 +80,19 @@ def test_step_is_of_the_largest_radius_of_all_classes_where_the_authors_take_the
     rows = (y != radius.argmax()).nonzero().squeeze(1)
     theirs = float(radius[y[rows]].max()) / 4
     assert theirs < float(step[0])
-    with starting_at(normal=normal_noise(64)):
-        whole = frl.outer_batch(net, x, y, attack=ATTACK, epoch=epoch, states=states)
-    with starting_at(normal=normal_noise(64)[rows]):
-        part = frl.outer_batch(net, x[rows], y[rows], attack=ATTACK, epoch=epoch, states=states)
+    with starting_at(normal=golden_noise("normal", 64)):
+        whole = rows_of(frl, net, x, y, attack=ATTACK, epoch=epoch, states=states)
+    with starting_at(normal=golden_noise("normal", 64)[rows]):
+        part = rows_of(frl, net, x[rows], y[rows], attack=ATTACK, epoch=epoch, states=states)
     exact(part.x[: len(rows)], whole.x[rows])
 
 
 def test_held_out_counts_by_hand():
     frl, net = FRL(), golden_net()
     x, y = golden_batch(32)
-    with starting_at(uniform=uniform_noise()):
-        sums = frl.rule.held_out_sums(net, x, y, attack=ATTACK, loss=frl.loss, num_classes=10, generator=None)
-    x_adv = (x + uniform_noise()).clamp(0, 1)
+    with starting_at(uniform=golden_noise("uniform", 32)):
+        sums = frl.rule.held_out_sums(net, Batch(x=x, y=y, attack=ATTACK, epoch=0), loss=frl.loss, num_classes=10)
+    x_adv = (x + golden_noise("uniform", 32)).clamp(0, 1)
     epsilon = HYPER["epsilon"]
     for _ in range(20):
         x_adv = (
@@ -165,22 +143,6 @@ def test_classes_without_held_out_images_count_as_average(num_classes):
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-def test_fair_classes_leave_trades():
-    x, y = golden_batch(16)
-    losses, generator = [], torch.Generator()
-    for objective in (FRL(frl_margin=False, beta=6.0), TRADES(beta=6.0)):
-        states, net = initial_states(objective), golden_net()
-        if objective.name == "frl":
-            objective.rule.after_held_out(
-                states["frl"], torch.tensor([[9.0], [7.0], [4.0]]).expand(3, 10).double(), epoch=0
-            )
-        batch = objective.outer_batch(
-            net, x, y, attack=ATTACK, epoch=0, states=states, generator=generator.manual_seed(1)
-        )
-        losses.append(update_loss(objective, golden_net(), batch, epoch=0, states=states)[0])
-    exact(*losses)
-
-
 def test_ham_borrows_weights_and_radii():
     ham = HAM(mining_start_epoch=0, mining_step=3, base_loss="trades", class_weighting="frl", class_margin="frl")
     ham.check(num_steps=10)
@@ -188,8 +150,8 @@ def test_ham_borrows_weights_and_radii():
     states["frl"]["multipliers"][:, 3] = torch.tensor([0.4, 0.2], dtype=torch.float64)
     states["frl"]["radius"][3] = 0.5
     x, y = golden_batch(64)
-    with starting_at(normal=normal_noise(64)):
-        batch = ham.outer_batch(golden_net(), x, y, attack=ATTACK, epoch=0, states=states)
+    with starting_at(normal=golden_noise("normal", 64)):
+        batch = rows_of(ham, golden_net(), x, y, attack=ATTACK, epoch=0, states=states)
     num_hard, hard_y = int(batch.hard.sum()), y[batch.hard]
     assert torch.equal(batch.adversarial_y, hard_y)
     moved = (batch.x[:num_hard] - x[batch.hard]).abs().flatten(1).amax(1)
@@ -216,13 +178,3 @@ def test_what_has_no_meaning_is_refused():
     with pytest.raises(ValueError, match="--class_weighting frl weighs the terms of trades"):
         PGDAT(class_weighting="frl").check(num_steps=10)
     PGDAT(class_margin="frl").check(num_steps=10)
-    for option, value in (
-        ("frl_limit", 1.0),
-        ("frl_limit", 0.0),
-        ("frl_bound", -0.1),
-        ("frl_rate1", 0.0),
-        ("beta", -1.0),
-    ):
-        (problem,) = setting_problems(FRL(**{option: value}))
-        assert f"--{option} {value}" in problem
-    assert setting_problems(FRL()) == []

@@ -7,19 +7,16 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import evaluation_mode, pgd
-from ham_hf.methods import BASE_LOSSES, HAM, PGDAT, OuterBatch
+from ham_hf.methods import BASE_LOSSES, Batch
 from ham_hf.methods.rules.wat import WAT, hedge_weights, mean_costs
-from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
-    assert_loss_and_gradients,
     attack_of,
+    exact,
     golden_batch,
+    golden_noise,
     golden_tensors,
-    initial_states,
-    normal_noise,
     starting_at,
-    update_loss,
 )
 
 TENSORS, HYPER = golden_tensors("wat")
@@ -27,24 +24,13 @@ OPTIONS = {"beta": HYPER["beta"], "wat_eta": HYPER["eta"]}
 ATTACK = attack_of(HYPER)
 
 
-def exact(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-
-
 def held_out(wat, net, slices, loss=None):
     x, y = golden_batch(HYPER["rows"])
     sums = []
     for rows in slices:
-        with starting_at(normal=normal_noise(HYPER["rows"])[rows]), evaluation_mode(net):
-            found = wat.rule.held_out_sums(
-                net,
-                x[rows],
-                y[rows],
-                attack=ATTACK,
-                loss=loss or wat.loss,
-                num_classes=10,
-                generator=torch.Generator().manual_seed(0),
-            )
+        with starting_at(normal=golden_noise("normal", HYPER["rows"])[rows]), evaluation_mode(net):
+            batch = Batch(x=x[rows], y=y[rows], attack=ATTACK, epoch=1, generator=torch.Generator().manual_seed(0))
+            found = wat.rule.held_out_sums(net, batch, loss=loss or wat.loss, num_classes=10)
         sums.append(found)
     return torch.stack(sums).sum(0)
 
@@ -58,6 +44,7 @@ def test_weights_of_the_arms_are_the_authors_over_epochs():
 def test_costs_accumulate_over_epochs():
     wat = WAT(wat_eta=0.3)
     state = wat.rule.initial_state(torch.ones(2, dtype=torch.float64))
+    assert [wat.rule.wants_held_out(epoch) for epoch in range(3)] == [False, True, True]
     assert state["weight"].tolist() == [1.0] * 3
     assert wat.rule.class_weight(state, wat.loss, epoch=0).tolist() == [[2.0, 2.0], [2.0, 2.0]]
     for sums in ([[4.0, 1.0], [8.0, 5.0]], [[4.0, 1.0], [4.0, 1.5]]):
@@ -82,26 +69,14 @@ def test_held_out_costs_differ_from_the_authors_by_their_sizes_alone():
     assert not torch.allclose(ours, theirs)
 
 
-def test_attack_loss_and_gradients_are_the_authors():
-    wat, net = WAT(**OPTIONS), golden_net()
-    states = initial_states(wat)
-    states["wat"]["weight"] = TENSORS["out/weights_after_epoch"][HYPER["loss_epoch"]]
-    x, y = golden_batch(HYPER["rows"])
-    with starting_at(normal=normal_noise(HYPER["rows"])):
-        batch = wat.outer_batch(net, x, y, attack=ATTACK, epoch=4, states=states)
-    exact(batch.x[: len(y)], golden_tensors("trades")[0]["out/x_adv"][: len(y)])
-    assert_loss_and_gradients(wat, net, batch, epoch=4, states=states, tensors=TENSORS, prefix="out/batch/")
-
-
 @pytest.mark.parametrize("name", ["pgd_at", "mart"])
 def test_cost_is_the_loss_of_the_run_under_its_own_attack(name):
     loss, net = BASE_LOSSES[name](beta=5.0), golden_net()
     x, y = golden_batch(HYPER["rows"])
-    generator = torch.Generator().manual_seed(0)
     if name == "mart":
-        start = x + 0.001 * normal_noise(HYPER["rows"])
+        start = x + 0.001 * golden_noise("normal", HYPER["rows"])
     else:
-        start = ATTACK.threat_model.random_start(x, generator)
+        start = ATTACK.threat_model.random_start(x, torch.Generator().manual_seed(0))
     x_adv = pgd(net, x, y, threat_model=ATTACK.threat_model, num_steps=10, step_size=0.0028, start=start)
     adversarial, clean = net(x_adv), net(x)
     if name == "pgd_at":
@@ -127,47 +102,3 @@ def test_classes_without_held_out_images_cost_the_average(num_classes):
     assert weight.shape == (2, num_classes)
     assert torch.isfinite(weight).all()
     assert float(state["weight"].sum()) == pytest.approx(num_classes)
-
-
-def test_held_out_images_are_asked_for_after_every_epoch():
-    assert [WAT().rule.wants_held_out(epoch) for epoch in range(3)] == [False, True, True]
-
-
-def test_begins_with_twice_the_loss_and_takes_updates_without_rows():
-    wat, plain = WAT(base_loss="pgd_at"), PGDAT()
-    x, y = golden_batch(16)
-    losses = []
-    for objective in (wat, plain):
-        states, net = initial_states(objective), golden_net()
-        generator = torch.Generator().manual_seed(1)
-        batch = objective.outer_batch(net, x, y, attack=ATTACK, epoch=0, states=states, generator=generator)
-        losses.append(update_loss(objective, net, batch, epoch=0, states=states)[0])
-    exact(losses[0], 2 * losses[1])
-    empty = OuterBatch(x=x[:0], y=y[:0], weight=x.new_zeros(0))
-    weight, divisor = wat.weigh(empty, epoch=0, states=initial_states(wat))
-    assert weight.shape == (1, 0)
-    assert divisor.tolist() == [0.0]
-
-
-def test_ham_borrows_weights_for_its_hard_examples():
-    ham = HAM(mining_start_epoch=0, mining_step=3, class_weighting="wat", class_rule_args={"wat_eta": 0.2})
-    ham.check(num_steps=10)
-    states = initial_states(ham)
-    sums = torch.stack([torch.ones(10), torch.arange(10.0)]).double()
-    ham.weights.after_held_out(states["wat"], sums, epoch=1)
-    x, y = golden_batch(64)
-    generator = torch.Generator().manual_seed(1)
-    batch = ham.outer_batch(golden_net(), x, y, attack=ATTACK, epoch=1, states=states, generator=generator)
-    loss, logits = update_loss(ham, golden_net(), batch, epoch=1, states=states)
-    arms = (0.2 * torch.tensor([*range(10), 4.5], dtype=torch.float64)).exp()
-    arms *= 10 / arms.sum()
-    expected = ((arms[:10] + arms[10])[batch.y] * F.cross_entropy(logits, batch.y, reduction="none")).mean()
-    assert 0 < len(batch.y) < 64
-    exact(loss, expected)
-
-
-def test_options_out_of_range_are_refused():
-    assert setting_problems(WAT()) == []
-    for option, value in (("wat_eta", -0.1), ("base_loss", "mart")):
-        (problem,) = setting_problems(WAT(**{option: value}))
-        assert f"--{option} {value!r}" in problem

@@ -1,4 +1,6 @@
-"""Registration of our networks when timm is imported, so that ``import ham_hf`` need not import timm and torch.
+"""Imports that wait, so that ``import ham_hf`` and ``--help`` import neither torch nor timm.
+
+`names_on_demand` lets a package offer names whose modules are imported when a name is first used.
 
 `register_networks` registers immediately if timm is already imported. Otherwise a finder at the front of
 ``sys.meta_path`` waits for ``import timm``, lets Python import it, and then imports `ham_hf.models.cifar_nets`, which
@@ -14,12 +16,33 @@ from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     # Not at run time: importlib.abc takes longer to import than all the rest.
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 NETWORKS = "ham_hf.models.cifar_nets"
+
+
+def names_on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package.
+
+    Args:
+        package: its ``__name__``.
+        homes: the names that it offers, by the full name of the module that each comes from. No module of the package
+            may have such a name: its import would take the name's place.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:  # noqa: ANN401 (any of the names)
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(home_of[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get
 
 
 class _AfterTimm:

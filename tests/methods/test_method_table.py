@@ -1,0 +1,334 @@
+"""Every method with numbers of its authors in one table: their images, loss and gradients; and what all methods share.
+
+What is special to a method is tested in its own file, PGD-AT and HAM also as whole updates in
+tests/training/test_train_step.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ham_hf.attacks import Attack, ThreatModel
+from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods.rules.hard_fraction import HardFraction
+from ham_hf.settings import setting_problems
+from tests.support.golden_data import golden_net
+from tests.support.method_checks import (
+    assert_loss_and_gradients,
+    attack_of,
+    exact,
+    golden_batch,
+    golden_noise,
+    golden_tensors,
+    initial_states,
+    rows_of,
+    starting_at,
+    update_loss,
+)
+
+
+@dataclass(frozen=True)
+class Authors:
+    """One method against the numbers of its authors.
+
+    Attributes:
+        file: golden file.
+        method: with the authors' options.
+        prefix: of the numbers in the file.
+        x_adv: golden file and name of the adversarial images.
+        start: noise of the start of the attack.
+        epoch: 0-based epoch.
+        state: gives the class state from the file: name of the tensor, and its value.
+        size: of the images in pixels.
+        x_tolerance: absolute, of images.
+        tolerance: absolute, of loss and gradients.
+        step_size: name of the hyper-parameter.
+        attacks_alike: False where the published attack is another one; loss and gradients are of its images.
+    """
+
+    file: str
+    method: Method
+    prefix: str = "out/"
+    x_adv: tuple[str, str] | None = None
+    start: str = "normal"
+    epoch: int = 0
+    state: Callable[[dict], tuple[str, torch.Tensor]] | None = None
+    size: int = 16
+    x_tolerance: float = 1e-9
+    tolerance: float = 1e-9
+    step_size: str = "step_size"
+    attacks_alike: bool = True
+
+
+def hyper_of(file):
+    return golden_tensors(file)[1]
+
+
+def faal(mode, base_loss, **changes):
+    """With the weights of the authors' solver; ours are in rules/test_faal.py."""
+    return Authors(
+        "faal",
+        FAAL(base_loss=base_loss, beta=6.0, faal_radius=hyper_of("faal")["r"]),
+        f"out/{mode}/",
+        state=lambda tensors: ("weight", 10 * tensors[f"out/{mode}/weights_float32"].double()),
+        **{"x_adv": ("trades", "out/x_adv"), "step_size": "kl_step_size", **changes},
+    )
+
+
+def frl(variant, **changes):
+    """After the held-out errors of the epochs before; the authors round weights to float32."""
+    hyper = hyper_of("frl")
+    options = {"frl_bound": "bound0", "frl_rate1": "rate1", "frl_rate2": "rate2", "frl_limit": "lim", "beta": "beta"}
+    return Authors(
+        "frl",
+        FRL(frl_margin=variant == "rw_rm", **{name: hyper[theirs] for name, theirs in options.items()}),
+        f"out/{variant}_batch/",
+        epoch=hyper["loss_epoch"],
+        x_tolerance=1e-8,
+        tolerance=1e-7,
+        **changes,
+    )
+
+
+def gairat(function):
+    options = {"gairat_lambda": hyper_of("gairat")["Lambda"], "gairat_start_epoch": 3}
+    method = GAIRAT(gairat_function=function.lower(), **options)
+    return Authors("gairat", method, f"out/{function}/", ("pgd_at", "out/x_adv"), start="uniform", epoch=3)
+
+
+def fat(tau):
+    method = FAT(fat_tau_epochs=tuple(range(tau)), fat_omega=0.0)
+    return Authors("fat", method, f"out/tau{tau}/", start="uniform", epoch=2, size=32)
+
+
+CFA_, DAFA_, WAT_ = (hyper_of(name) for name in ("cfa", "dafa", "wat"))
+CASES = {
+    "trades": Authors("trades", TRADES(beta=6.0)),
+    "mart": Authors("mart", MART(beta=5.0)),
+    "cfa": Authors(
+        "cfa",
+        CFA(
+            cfa_lambda1=CFA_["lambda_1"],
+            cfa_lambda2=CFA_["lambda_2"],
+            cfa_start_epoch=CFA_["begin"],
+            beta=CFA_["beta"],
+        ),
+        "out/ccm_ccr_trades/",
+        epoch=10,
+        state=lambda tensors: ("robust_accuracy", tensors["in/class_robust_acc"][0]),
+    ),
+    "dafa": Authors(
+        "dafa",
+        DAFA(dafa_start_epoch=1),
+        "out/trades/",
+        epoch=1,
+        state=lambda tensors: (
+            "weight",
+            tensors[f"out/class_weights/{DAFA_['loss_table']}/lambda{DAFA_['loss_lambda']}"],
+        ),
+    ),
+    "wat": Authors(
+        "wat",
+        WAT(beta=WAT_["beta"], wat_eta=WAT_["eta"]),
+        "out/batch/",
+        ("trades", "out/x_adv"),
+        epoch=4,
+        state=lambda tensors: ("weight", tensors["out/weights_after_epoch"][WAT_["loss_epoch"]]),
+    ),
+    "frl": frl("rw", x_adv=("trades", "out/x_adv")),
+    "frl-margin": frl("rw_rm"),
+    "faal-pgd_at": faal("AT", "pgd_at", start="uniform", x_adv=None, step_size="step_size"),
+    "faal-trades": faal("TRADES", "trades"),
+    # The authors attack the KL term here too; ours is the attack of MART, the cross-entropy.
+    "faal-mart": faal("MART", "mart", attacks_alike=False),
+    **{f"gairat-{function.lower()}": gairat(function) for function in ("Tanh", "Sigmoid", "Discrete")},
+    **{f"fat-tau{tau}": fat(tau) for tau in hyper_of("fat")["taus"]},
+}
+
+
+def state_of(case, tensors):
+    """Class state of the method when the authors took their numbers."""
+    states = initial_states(case.method)
+    if case.file == "frl":
+        for epoch in range(case.epoch + 1):
+            right = 1 - tensors["in/class_clean_error"][epoch]
+            sums = torch.stack([torch.ones(10), right, right - tensors["in/class_bndy_error"][epoch]])
+            case.method.rule.after_held_out(states["frl"], sums, epoch=epoch)
+    elif case.state is not None:
+        name, value = case.state(tensors)
+        states[case.method.name][name] = value.clone()
+    return states
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_images_loss_and_gradients_are_the_authors(label):
+    case = CASES[label]
+    tensors, hyper = golden_tensors(case.file)
+    count = hyper.get("rows")
+    (x, y), noise = golden_batch(count, case.size), golden_noise(case.start, count, case.size)
+    net, states = golden_net(), state_of(case, tensors)
+    attack = attack_of(hyper, step_size=hyper[case.step_size])
+    with starting_at(**{case.start: noise}):
+        rows = rows_of(case.method, net, x, y, attack=attack, epoch=case.epoch, states=states)
+    # FAT's authors return rows in the order in which they stop.
+    order = tensors.get(f"{case.prefix}order", torch.arange(len(y)))
+    file, name = case.x_adv or (case.file, f"{case.prefix}x_adv")
+    theirs = golden_tensors(file)[0][name][: len(y)]
+    assert torch.equal(rows.y, y)
+    assert torch.equal(rows.x[len(y) :], x if case.method.loss.paired else x[:0])
+    if case.attacks_alike:
+        exact(rows.x[order], theirs, case.x_tolerance)
+    else:
+        assert not torch.allclose(rows.x[: len(y)], theirs)
+        rows = replace(rows, x=torch.cat([theirs, x]))
+    common = {"epoch": case.epoch, "states": states, "tensors": tensors, "prefix": case.prefix}
+    logits = assert_loss_and_gradients(case.method, net, rows, tolerance=case.tolerance, **common)
+    for known in {f"{case.prefix}logits_adv", f"{case.prefix}robust_logits"} & tensors.keys():
+        exact(logits[: len(y)], tensors[known])
+    if f"{case.prefix}weights" in tensors and case.file == "gairat":
+        exact(rows.weight / rows.weight.mean(), tensors[f"{case.prefix}weights"])
+
+
+def fair(states, method):
+    """Held-out results in which all classes are alike."""
+    method.rule.after_held_out(states["frl"], torch.tensor([[9.0], [7.0], [4.0]]).expand(3, 10).double(), epoch=0)
+
+
+def unequal(states, method):
+    """Margins that differ from class to class."""
+    method.rule.before_update(states["faal"], torch.arange(10.0).double())
+
+
+@pytest.mark.parametrize(
+    ("method", "plain", "epoch", "prepare", "factor"),
+    [
+        (CFA(cfa_margin=False, cfa_regularization=False), TRADES(), 20, None, 1),
+        (CFOL(), PGDAT(), 0, None, 1),
+        (CFOL(cfol_as="weight"), PGDAT(), 0, None, 1),
+        (DAFA(base_loss="pgd_at", dafa_start_epoch=5), PGDAT(), 4, None, 1),
+        (DAFA(dafa_start_epoch=5), TRADES(), 4, None, 1),
+        (FAAL(base_loss="trades", faal_radius=0.0), TRADES(), 0, unequal, 1),
+        (FRL(frl_margin=False, beta=6.0), TRADES(beta=6.0), 0, fair, 1),
+        # One weight of the class and one of the average, as published.
+        (WAT(base_loss="pgd_at"), PGDAT(), 0, None, 2),
+        (GAIRAT(gairat_start_epoch=4), PGDAT(), 3, None, 1),
+        (HAM(mining_start_epoch=4), PGDAT(), 3, None, 1),
+        (HardFraction(), PGDAT(), 0, None, 1),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_before_it_begins_a_method_is_its_base_loss(method, plain, epoch, prepare, factor):
+    x, y = golden_batch(8)
+    attack = attack_of(hyper_of("trades"), num_steps=2)
+    losses = []
+    for one in (method, plain):
+        states, net = initial_states(one), golden_net()
+        if prepare is not None and one is method:
+            prepare(states, one)
+        rows = rows_of(one, net, x, y, attack=attack, epoch=epoch, states=states, seed=1)
+        losses.append(update_loss(one, net, rows, epoch=epoch, states=states)[0])
+    exact(losses[0], factor * losses[1], 1e-6 if method.name == "faal" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "state"),
+    [
+        ("cfol", {"log_weight": torch.arange(10.0).double()}),
+        ("dafa", {"weight": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)}),
+        ("faal", {"weight": torch.linspace(2, 0, 10, dtype=torch.float64)}),
+        ("hard_fraction", {"weight": torch.linspace(0.5, 1.5, 10, dtype=torch.float64)}),
+        ("wat", {"weight": torch.linspace(0.5, 1.5, 11, dtype=torch.float64)}),
+    ],
+)
+def test_ham_weighs_its_hard_examples_by_the_rule_that_it_borrows(rule, state):
+    """The weights themselves are the authors', see above; none of these rules divides by them."""
+    ham = HAM(mining_start_epoch=0, mining_step=2, class_weighting=rule)
+    ham.check(num_steps=10)
+    assert [part.name for part in ham.parts] == ["ham", rule]
+    states = initial_states(ham)
+    states[rule] |= state
+    x, y = golden_batch(64)
+    attack = attack_of(hyper_of("trades"))
+    rows = rows_of(ham, golden_net(), x, y, attack=attack, epoch=80, states=states, seed=0)
+    # Class rules then observe the whole batch at the mining step, as the hard rows say nothing of a class.
+    assert torch.equal(rows.early_logits.argmax(1) != y, rows.hard)
+    assert 0 < len(rows.y) < len(rows.early_logits) == 64
+    of_class = ham.weights.class_weight(states[rule], ham.loss, epoch=80)
+    assert of_class.amax() > of_class.amin()
+    loss, logits = update_loss(ham, golden_net(), rows, epoch=80, states=states)
+    exact(loss, (of_class[0][rows.y] * F.cross_entropy(logits, rows.y, reduction="none")).mean())
+
+
+@pytest.mark.parametrize("rule", ["cfa", "dafa"])
+def test_ham_attacks_with_the_radii_of_the_rule_that_it_borrows(rule):
+    ham = HAM(mining_start_epoch=0, mining_step=2, class_margin=rule)
+    states = initial_states(ham)
+    states[rule][{"cfa": "robust_accuracy", "dafa": "weight"}[rule]] = torch.linspace(0.5, 1, 10, dtype=torch.float64)
+    x, y = golden_batch(64)
+    attack = attack_of(hyper_of("trades"))
+    rows = rows_of(ham, golden_net(), x, y, attack=attack, epoch=80, states=states, seed=0)
+    radius, _ = ham.radii.class_attack(states[rule], attack, epoch=80)
+    hard = rows.hard.nonzero().squeeze(1)
+    moved = (rows.x - x[hard]).abs().flatten(1).amax(1)
+    assert (moved <= radius[y[hard]] + 1e-12).all()
+    assert (moved > 0.99 * radius[y[hard]]).sum() > len(hard) / 2
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize(
+    "method",
+    [
+        BAT(),
+        GAIRAT(gairat_start_epoch=0),
+        FAT(class_margin="cfa", class_weighting="dafa"),
+        FAAL(),
+        WAT(base_loss="pgd_at"),
+        CFOL(cfol_as="weight"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_100_classes_most_of_them_absent_and_no_rows(method, rows):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 100))
+    x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
+    method.check(num_steps=10)
+    states = initial_states(method, 100)
+    for part in method.parts:
+        part.before_epoch(states[part.name], epoch=70)
+    attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
+    found = rows_of(method, net, x, y, attack=attack, epoch=70, states=states)
+    weight, divisor = method.weigh(found, epoch=70, states=states)
+    losses = method.losses(net(found.x), found)
+    assert losses.shape == weight.shape == (method.num_terms, rows)
+    assert weight.dtype == torch.float32
+    assert torch.isfinite(losses).all()
+    assert torch.isfinite(weight).all()
+    assert (divisor > 0).all() == (rows > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (BAT, {"beta": -1.0}),
+        (CFOL, {"cfol_gamma": 0.0, "cfol_eta": 0.0, "cfol_as": "loss", "cfol_base": "prior"}),
+        (FAAL, {"faal_radius": -0.5, "base_loss": "awp"}),
+        (FAT, {"fat_omega": -0.1, "fat_tau_epochs": (0.5,)}),
+        (FRL, {"frl_limit": 1.0, "frl_bound": -0.1, "frl_rate1": 0.0, "beta": -1.0}),
+        (GAIRAT, {"gairat_function": "cosine", "gairat_start_epoch": -1, "gairat_lambda": float("nan")}),
+        (HardFraction, {"hard_fraction_high": 1.0}),
+        (WAT, {"wat_eta": -0.1, "base_loss": "mart"}),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_options_out_of_range_are_refused(kind, wrong):
+    assert setting_problems(kind()) == []
+    for option, value in wrong.items():
+        (problem,) = setting_problems(kind(**{option: value}))
+        assert problem.startswith(f"--{option} "), problem
+        assert "expected" in problem
