@@ -31,7 +31,8 @@ from ham_hf.evaluation.partial_results import remove_partial_results
 from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
-from ham_hf.hub import PushError, check_pull_request, check_write_access, limit_waiting, push_evaluation
+from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.breakdown_tables import breakdown_tables

@@ -1,4 +1,4 @@
-"""Errors that explain themselves: what failed, which setting helps, how to continue, and the exit status.
+"""Explain errors: what failed, which setting helps, how to continue, and the exit status.
 
 Exit statuses: 2 for an error with a message (`clean_exit`), 130 for Ctrl-C (`explain_interrupt`).
 """
@@ -26,7 +26,7 @@ _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "can
 
 
 class FaultError(RuntimeError):
-    """Something around the run failed; the message says what, and how to continue."""
+    """The run cannot continue; the message says what failed, and how to resume."""
 
 
 class MemoryExhaustedError(RuntimeError):
@@ -35,14 +35,7 @@ class MemoryExhaustedError(RuntimeError):
 
 @contextmanager
 def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors that explain themselves into their message and exit status 2, without a traceback.
-
-    Args:
-        *kinds: classes of such errors; other exceptions pass.
-
-    Raises:
-        SystemExit: instead of an exception of these kinds.
-    """
+    """Exit with status 2 and the message of an exception of these kinds, without a traceback; others pass."""
     try:
         yield
     except kinds as error:
@@ -52,16 +45,12 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def explain_interrupt(output_dir: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that says how to continue, and exit status 130.
-
-    Raises:
-        SystemExit: instead of KeyboardInterrupt.
-    """
+    """Turn Ctrl-C into one line that says how to continue, and exit status 130."""
     try:
         yield
     except KeyboardInterrupt:
         sys.stderr.write(
-            f"interrupted; go on from the last checkpoint in {output_dir} with the same command and "
+            f"interrupted; continue from the last checkpoint in {output_dir} with the same command and "
             "--resume_from_checkpoint latest\n"
         )
         raise SystemExit(130) from None
@@ -71,14 +60,11 @@ def explain_interrupt(output_dir: Path) -> Iterator[None]:
 def explain_faults(
     *, num_processes: int, way_on: str = "the same command and --resume_from_checkpoint latest"
 ) -> Iterator[None]:
-    """Explain how to continue when a data-loading process or another process of the run is gone.
+    """Raise FaultError for an error of torch that means a data-loading process or another process is gone.
 
     Args:
         num_processes: processes of the run.
         way_on: how to continue.
-
-    Raises:
-        FaultError: instead of what torch raises.
     """
     try:
         yield
@@ -87,24 +73,20 @@ def explain_faults(
         if text[0].startswith("DataLoader worker"):
             raise FaultError(
                 f"a process that decodes images is gone ({text[0]}), most often for lack of memory: lower "
-                f"--dataloader_num_workers, and go on with {way_on}"
+                f"--dataloader_num_workers, and continue with {way_on}"
             ) from error
         if num_processes > 1 and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise FaultError(
                 f"another process of the run is gone or did not answer within --ddp_timeout ({text[0][:200]}); what "
                 "stopped it is in its own output. If it was still downloading or decoding the dataset, which the "
-                f"others wait for, give a longer --ddp_timeout. Go on with {way_on}"
+                f"others wait for, give a longer --ddp_timeout. Continue with {way_on}"
             ) from error
         raise
 
 
 @contextmanager
 def explain_unfinished(output_dir: Path) -> Iterator[None]:
-    """Explain what is missing when the results cannot be written, and how to get it without training again.
-
-    Raises:
-        FaultError: instead of the error of the file system.
-    """
+    """Raise FaultError, naming what is missing, if the results cannot be written; no training has to be repeated."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -127,14 +109,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(way_out: str) -> Iterator[None]:
-    """Name settings that need less memory when it runs out.
-
-    Args:
-        way_out: what to change; ends a sentence.
-
-    Raises:
-        MemoryExhaustedError: instead of the error of the allocator.
-    """
+    """Raise MemoryExhaustedError for an allocator's error; ``way_out`` says which settings need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -145,17 +120,11 @@ def explain_out_of_memory(way_out: str) -> Iterator[None]:
 
 
 def smaller_batch(batch_size: int, accumulation_steps: int, *, may_change: bool) -> str:
-    """Flags that train with smaller batches and the same number of images per update.
-
-    Args:
-        batch_size: images per process and batch.
-        accumulation_steps: batches per update.
-        may_change: whether the run may continue with other batches.
-    """
+    """Flags for smaller batches and the same images per update; with ``may_change`` False, why there are none."""
     if not may_change:
         return (
-            f"an update of this method depends on its batches of {batch_size}: go on with --resume_from_checkpoint "
-            "latest on a device with more memory, or begin anew with a smaller --per_device_train_batch_size or "
+            f"an update of this method depends on its batches of {batch_size}: continue with --resume_from_checkpoint "
+            "latest on a device with more memory, or start again with a smaller --per_device_train_batch_size or "
             "--mixed_precision bf16"
         )
     factor = next((number for number in range(2, batch_size + 1) if batch_size % number == 0), None)

@@ -25,22 +25,16 @@ class DamagedError(ValueError):
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path`` in one step; a reader sees the old file or the new one, also after a crash.
-
-    Line breaks stay as they are.
-
-    Raises:
-        OSError: if it cannot be written; ``path`` is as it was.
-    """
+    """Write ``text`` as UTF-8 in one step: a reader sees the old file or the new one, also after a crash or error."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to; after the block, flush the file and rename it to ``path``.
+    """Give a temporary path to write to; after the block, flush the file and rename it to ``path``.
 
-    After an error in the block the temporary file is removed and ``path`` is as it was.
+    An error in the block removes the temporary file and leaves ``path`` as it was.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -60,16 +54,12 @@ def replace(part: Path, path: Path) -> None:
 
 
 def parse_json(text: str) -> Any:  # noqa: ANN401 (whatever the text holds)
-    """Parse JSON without ``NaN`` and ``Infinity``, which Python accepts and JSON does not have.
+    """Parse JSON, or raise ValueError, also for ``NaN`` and ``Infinity``, which Python accepts."""
 
-    Raises:
-        ValueError: if ``text`` is not JSON.
-    """
-    return json.loads(text, parse_constant=_refuse_constant)
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
 
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    return json.loads(text, parse_constant=refuse)
 
 
 def sha256(path: Path) -> str:
@@ -109,7 +99,7 @@ def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[st
     Args:
         folder: what `write_checksums` was called for.
         required: files that have to be listed.
-        known: files that have to be listed if they exist. Other unlisted files are ignored.
+        known: files that have to be listed if they exist; other unlisted files are ignored.
 
     Raises:
         DamagedError: naming the first file that is missing, unlisted or changed.
@@ -123,13 +113,10 @@ def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[st
     for line in text.splitlines():
         match = _LINE.fullmatch(line)
         if match is None:
-            raise DamagedError(f"{CHECKSUMS} holds a line that is no checksum")
+            raise DamagedError(f"{CHECKSUMS} holds a line that is not a checksum")
         listed[match[2]] = match[1]
-    for name in required:
+    for name in (*required, *(name for name in known if (folder / name).exists())):
         if name not in listed:
-            raise DamagedError(f"{CHECKSUMS} does not list {name}")
-    for name in known:
-        if name not in listed and (folder / name).exists():
             raise DamagedError(f"{CHECKSUMS} does not list {name}")
     for name, expected in listed.items():
         try:

@@ -1,36 +1,20 @@
-"""The Hub: check write access before training, push a finished folder, limit how long a request may take.
+"""Use the Hub: check write access before training, push a finished folder, limit how long a request may take.
 
-Everything is complete on disk before the first byte is sent. A push only reads the folder, and repeating one is safe:
-the Hub skips files that it already has, so a failed push loses nothing. Messages and logs never contain the token.
-
-huggingface_hub retries a failed request up to five times, 1, 2, 4, 8 and 8 seconds apart. By default its client waits
-forever for an answer, and sleeps through any ``Retry-After``, even a day. `limit_waiting` bounds both (the values are
-our choice), so a single request takes at most six time-outs and 23 seconds.
+A push reads files that are complete on disk and changes none. Repeating one is safe: the Hub skips files that it has.
+Messages and logs never contain the token.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import threading
-import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from json import JSONDecodeError
 from pathlib import Path
-from typing import Any, TypeVar
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-    constants,
-    get_session,
-    get_token,
-    hf_hub_download,
-    set_client_factory,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -38,9 +22,21 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
+from ham_hf.hub_requests import (
+    ACCESS_ERRORS,
+    CONFLICTS,
+    PUSH_ERRORS,
+    RETRIED_STATUS,
+    STRANGE_ANSWERS,
+    AskedToWaitError,
+    limit_waiting,
+    retry,
+    status_of,
+    without_token,
+)
 from ham_hf.invocation import command
 from ham_hf.reporting.card import IMAGES
 from ham_hf.reporting.card import without_images as card_without_images
@@ -49,7 +45,6 @@ from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files,
 from ham_hf.reporting.report import REPORT_NAME, read_report
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 DEFAULT_REVISION = "main"
 REQUIRED = ("model.safetensors", "config.json")
@@ -68,37 +63,17 @@ ARTEFACTS = (
     "rgb/config.json",
     "rgb/model.safetensors",
 )
-"""The files of an output folder that are published. Checkpoints, which hold optimizer state as pickles, are not."""
+"""Published files of an output folder. Checkpoints, which hold optimizer state as pickles, stay local."""
 EVALUATION_NAME = "EVALUATION.md"
 EVALUATED = (REPORT_NAME, EVALUATION_NAME, "figures/*.png", ".eval_results/*.yaml")
-"""Likewise of the folder of an evaluation."""
+"""Published files of an evaluation's folder."""
 
-RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
-CONFLICTS = (409, 412)
-"""Another commit got in between. A repeated push reads the new state and commits on top of it."""
-
-SILENCE_LIMIT = 60.0
-"""Seconds within which a server must send or take at least one byte; a request with its own limit keeps that."""
-WAIT_LIMIT = 60
-"""Longest wait in seconds that a server may ask for."""
 MAX_RESULT_BYTES = 200_000_000
-"""Largest report or table of predictions that is fetched to be compared (our choice): a stranger may name any."""
-
-# huggingface_hub uses httpx or httpx2, depending on the version; its error derives from the base class of either.
-NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
-STRANGE_ANSWERS = (LookupError, TypeError, AttributeError, JSONDecodeError)
-"""What huggingface_hub raises when something else than a Hub answers, for example the login page of a network."""
-ACCESS_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, *STRANGE_ANSWERS)
-# RuntimeError: the transfer library (hf_xet); ValueError: metadata in README.md that the Hub refuses.
-PUSH_ERRORS: tuple[type[Exception], ...] = (*ACCESS_ERRORS, RuntimeError, ValueError)
+"""Largest report or table of predictions that a comparison downloads from an unknown repository (our choice)."""
 
 
 class PushError(RuntimeError):
     """A push failed for good; the message names the folder and the command that pushes it again."""
-
-
-class AskedToWaitError(OSError):
-    """The Hub asks for a longer wait than ``WAIT_LIMIT``."""
 
 
 def check_write_access(
@@ -106,11 +81,17 @@ def check_write_access(
 ) -> str:
     """Check before training that the finished model can be pushed; create the repository and branch if missing.
 
-    ``repo_id`` is "user/name", or "name" for one of the user's own. With ``space``, a Space of that name has to be
-    free, or one that this package wrote. Returns the full "user/name".
+    Args:
+        repo_id: "user/name", or "name" for one of the user's own.
+        private: whether the repository must be private.
+        revision: branch to push to.
+        space: whether a Space of that name must be free, or one that this package wrote.
+
+    Returns:
+        The full "user/name".
 
     Raises:
-        ValueError: saying what to fix, if a push could not work.
+        ValueError: if a push could not work; the message names the fix.
     """
     if not repo_id:
         raise ValueError("--push_to_hub needs --hub_model_id, the repository to push to, for example user/my-model")
@@ -128,13 +109,13 @@ def check_write_access(
     limit_waiting()
     api = HfApi()
     try:
-        full_id = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id)
-        if private and not _retry(lambda: api.model_info(full_id).private):
+        full_id = retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id)
+        if private and not retry(lambda: api.model_info(full_id).private):
             raise ValueError(
                 f"--hub_private_repo: {full_id} exists and is public. Make it private in its settings on the Hub, "
                 "choose another --hub_model_id, or drop --hub_private_repo"
             )
-        _retry(lambda: _create_branch(api, full_id, revision))
+        retry(lambda: _create_branch(api, full_id, revision))
         if space:
             _check_space(api, full_id)
     except ACCESS_ERRORS as error:
@@ -143,23 +124,19 @@ def check_write_access(
 
 
 def _check_space(api: HfApi, repo_id: str) -> None:
-    """Reject a Space of the model's name that serves another purpose, or that is public while the model is private.
-
-    Raises:
-        ValueError: saying what to do.
-    """
+    """Reject a Space of the model's name that serves another purpose, or that is public while the model is private."""
     try:
-        found = _retry(lambda: api.space_info(repo_id))
+        found = retry(lambda: api.space_info(repo_id))
     except RepositoryNotFoundError:
         return
     tags = found.card_data.get("tags") if found.card_data else None
-    # One that a push made and did not get to fill has its first commit alone.
-    if SPACE_TAG not in (tags or ()) and len(_retry(lambda: api.list_repo_commits(repo_id, repo_type="space"))) > 1:
+    # A push that failed before it filled a new Space left one with its first commit alone.
+    if SPACE_TAG not in (tags or ()) and len(retry(lambda: api.list_repo_commits(repo_id, repo_type="space"))) > 1:
         raise ValueError(
             f"--hub_space: there is a Space {repo_id} that this package did not write. Rename it on the Hub, choose "
             "another --hub_model_id, or drop --hub_space"
         )
-    if not found.private and _retry(lambda: api.model_info(repo_id)).private:
+    if not found.private and retry(lambda: api.model_info(repo_id)).private:
         raise ValueError(
             f"--hub_space: the Space {repo_id} is public and the model is private. Make the Space private in its "
             "settings on the Hub, or drop --hub_space"
@@ -177,63 +154,78 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTEFACTS`` of an output folder to branch ``revision`` of an existing repository "user/name".
+    """Push the ``ARTEFACTS`` of an output folder.
 
-    Makes up to ``attempts`` tries when the server or the connection fails, or another commit gets in between.
-    Of a dataset that is not public, no images are pushed, unless ``publish_images``: none in ``report.html`` and the
-    card, and no figure of them; those in the folder keep them. With ``space``, the page goes into a static Space of
-    the same name after that, as private as the model is. ``private`` only goes into the command that a failed push
-    names. Returns the URL of the commit, or of the last one if nothing has changed since.
+    Args:
+        folder: what to push; it stays as it is.
+        repo_id: an existing repository "user/name".
+        private: whether the command that an error names makes a private repository.
+        revision: branch.
+        commit_message: of the commit.
+        attempts: tries when the server or the connection fails, or somebody else commits meanwhile.
+        publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
+            without them, and no figure of them is pushed.
+        space: put the page into a static Space of the same name too, as private as the model.
+
+    Returns:
+        The URL of the commit, or of the last one if nothing has changed since.
 
     Raises:
         FileNotFoundError: if the folder lacks the model or its configuration; with ``space``, the page.
         PushError: if the push failed.
     """
     folder = Path(folder)
-    for name in (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of a training run")
+    _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     limit_waiting()
-    withheld = not publish_images and _withholds_images(folder)
-    replaced = _without_images(folder) if withheld else {}
-
-    def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
-        if replaced:
-            HfApi().create_commit(
-                repo_id,
-                [CommitOperationAdd(name, data) for name, data in replaced.items()],
-                revision=revision,
-                commit_message=f"{commit_message}: {', '.join(replaced)}",
-            )
-        with warnings.catch_warnings():
-            # predictions.parquet belongs to the model.
-            warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
-            return HfApi().upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                allow_patterns=[name for name in ARTEFACTS if name not in replaced],
-                ignore_patterns=list(IMAGES) if withheld else None,
-            )
-
+    withheld = _withheld(folder, publish_images=publish_images)
+    upload = partial(_upload, folder, repo_id, withheld, revision=revision, commit_message=commit_message)
     place = repo_id
     try:
-        commit = _retry(upload, attempts, also=CONFLICTS)
+        commit = retry(upload, attempts, also=CONFLICTS)
         logger.info("Pushed %s to %s", folder, commit.commit_url)
         if space:
             place = f"the Space {repo_id}"
-            _push_space(folder, repo_id, page=replaced.get(PAGE_NAME), attempts=attempts)
+            _push_space(folder, repo_id, page=withheld.get(PAGE_NAME), attempts=attempts)
     except PUSH_ERRORS as error:
         again = _push_command(
             folder, repo_id, revision, hub_private_repo=private, publish_images=publish_images, hub_space=space
         )
         raise PushError(
-            f"pushing {folder} to {place} failed: {_without_token(error)}\nThe folder {folder.resolve()} is "
+            f"pushing {folder} to {place} failed: {without_token(error)}\nThe folder {folder.resolve()} is "
             f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
             f"with:\n    {again}"
         ) from None
     return str(commit.commit_url)
+
+
+def _upload(
+    folder: Path, repo_id: str, withheld: Mapping[str, bytes | None], *, revision: str, commit_message: str
+) -> CommitInfo:
+    replaced = {name: data for name, data in withheld.items() if data is not None}
+    if replaced:
+        HfApi().create_commit(
+            repo_id,
+            [CommitOperationAdd(name, data) for name, data in replaced.items()],
+            revision=revision,
+            commit_message=f"{commit_message}: {', '.join(replaced)}",
+        )
+    with warnings.catch_warnings():
+        # predictions.parquet belongs to the model.
+        warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
+        return HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            allow_patterns=[name for name in ARTEFACTS if name not in replaced],
+            ignore_patterns=[name for name in withheld if name not in replaced],
+        )
+
+
+def _require(folder: Path, names: Iterable[str], kind: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of {kind}")
 
 
 def _push_command(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
@@ -243,17 +235,16 @@ def _push_command(folder: Path, repo_id: str, revision: str, **flags: bool) -> s
 
 
 def space_url(repo_id: str) -> str:
-    """Where the page of a pushed model is."""
+    """URL of the page of a pushed model."""
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
 def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int) -> None:
-    """The page of a folder, or ``page`` in its place, into the Space of the model's name, made if it is missing."""
+    """Put ``page``, or the page of the folder, into the Space of the model's name; create the Space if missing."""
     api = HfApi()
     html = (page or (folder / PAGE_NAME).read_bytes()).decode()
-    operations = [
-        CommitOperationAdd(name, data) for name, data in space_files(html, read_report(folder), repo_id).items()
-    ]
+    files = space_files(html, read_report(folder), repo_id)
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
 
     def upload() -> None:
         private = api.model_info(repo_id).private
@@ -261,50 +252,45 @@ def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int
         _check_space(api, repo_id)
         api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
 
-    _retry(upload, attempts, also=CONFLICTS)
+    retry(upload, attempts, also=CONFLICTS)
     logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
 
 
-def _without_images(folder: Path) -> dict[str, bytes]:
-    """Page and card of a folder without images of the dataset, as far as they show any, by name."""
-    replaced = {}
-    for name, strip in (
-        (PAGE_NAME, without_images),
-        (CARD_NAME, card_without_images),
-        (EVALUATION_NAME, card_without_images),
-    ):
-        text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
-        if strip(text) != text:
-            replaced[name] = strip(text).encode()
-    return replaced
+def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
+    """What is not pushed as it is, because it shows images of a dataset that is not known to be public.
 
-
-def _withholds_images(folder: Path) -> bool:
-    """Return whether a folder's images must stay local: it shows some, and the dataset is not known to be public."""
+    Returns:
+        The page and the cards without images, by name, and None for images.
+    """
     page = folder / PAGE_NAME
     shown = [name for name in IMAGES if (folder / name).is_file()]
     shown += [PAGE_NAME] if page.is_file() and has_images(page.read_text(encoding="utf-8")) else []
-    if not shown or _has_public_images(folder):
-        return False
+    if publish_images or not shown or _has_public_images(folder):
+        return {}
     logger.warning(
         "images of the dataset (%s) are not pushed, as it is not known to be public; --publish_images pushes them",
         ", ".join(shown),
     )
-    return True
+    withheld: dict[str, bytes | None] = dict.fromkeys(IMAGES)
+    for name in (PAGE_NAME, CARD_NAME, EVALUATION_NAME):
+        text = (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else ""
+        stripped = without_images(text) if name == PAGE_NAME else card_without_images(text)
+        if stripped != text:
+            withheld[name] = stripped.encode()
+    return withheld
 
 
 def _has_public_images(folder: Path) -> bool:
-    """Return whether the dataset of a run is public: the bundled digits, or an open dataset on the Hub."""
+    """Whether the dataset of a run is public: the bundled digits, or an open dataset on the Hub."""
     try:
         dataset = read_report(folder).dataset
     except (OSError, ValueError):
         return False
     if dataset.hub_id is None:
         return dataset.name == "digits"
-    hub_id = dataset.hub_id
     try:
-        # Without a token: what somebody sees who is not logged in.
-        found = _retry(lambda: HfApi(token=False).dataset_info(hub_id))
+        # Without a token: as anybody sees it.
+        found = retry(partial(HfApi(token=False).dataset_info, dataset.hub_id))
     except ACCESS_ERRORS:
         return False
     return not (found.private or found.gated)
@@ -313,12 +299,12 @@ def _has_public_images(folder: Path) -> bool:
 def try_push(
     folder: str | Path, repo_id: str, *, revision: str = DEFAULT_REVISION, commit_message: str = "Upload model"
 ) -> bool:
-    """Push once in the middle of a run; on failure only warn, as the next save pushes again. True if it worked."""
+    """Push once during a run. On failure only warn, as the next save pushes again. True if it worked."""
     try:
         push_folder(folder, repo_id, revision=revision, commit_message=commit_message, attempts=1)
     except PushError as error:
         reason = str(error).partition("\n")[0]  # the other lines are about a finished folder
-        logger.warning("Training goes on, the next save pushes again: %s", reason)
+        logger.warning("Training continues, the next save pushes again: %s", reason)
         return False
     return True
 
@@ -326,35 +312,32 @@ def try_push(
 def download_file(
     repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
 ) -> None:
-    """Fetch a file of a model on the Hub into a folder, to change it there.
+    """Download a file of a model on the Hub into a folder, to change it there.
 
     Args:
         repo_id: "user/name".
         name: path inside of the repository, and of the folder.
         folder: where to.
         revision: branch, tag or commit.
-        required: False: a file that the repository does not have is left out.
+        required: False skips a file that the repository does not have.
 
     Raises:
-        ValueError: if there is no such repository or required file, or it cannot be had.
+        ValueError: if the download fails, or there is no such repository or required file.
     """
     limit_waiting()
     try:
-        _retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
+        retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
         if isinstance(error, EntryNotFoundError) and not required:
             return
         raise ValueError(
             f"could not get {name} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME of a model "
-            f"that this package pushed ({_without_token(error)})"
+            f"that this package pushed ({without_token(error)})"
         ) from None
 
 
 def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
-    """Push some files of a folder as one commit; the others of the repository stay.
-
-    Returns:
-        The URL of the commit.
+    """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay.
 
     Raises:
         PushError: if the push failed.
@@ -369,19 +352,19 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
         allow_patterns=list(names),
     )
     try:
-        return str(_retry(upload, attempts=3, also=CONFLICTS).commit_url)
+        return str(retry(upload, attempts=3, also=CONFLICTS).commit_url)
     except PUSH_ERRORS as error:
         raise PushError(
-            f"pushing to {repo_id} failed: {_without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
+            f"pushing to {repo_id} failed: {without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
             "same command again"
         ) from None
 
 
 def check_pull_request(repo_id: str) -> None:
-    """Check before an evaluation that its pull request can be opened; nothing is changed on the Hub.
+    """Check before an evaluation that its pull request can be opened; changes nothing on the Hub.
 
     Raises:
-        ValueError: saying what to fix, if there is no token that the Hub accepts, or no such repository.
+        ValueError: if there is no token that the Hub accepts, or no such repository; the message names the fix.
     """
     if get_token() is None:
         raise ValueError(
@@ -390,12 +373,12 @@ def check_pull_request(repo_id: str) -> None:
         )
     limit_waiting()
     try:
-        _retry(lambda: HfApi().whoami())
-        _retry(lambda: HfApi().model_info(repo_id))
+        retry(lambda: HfApi().whoami())
+        retry(lambda: HfApi().model_info(repo_id))
     except ACCESS_ERRORS as error:
-        if _status(error) == 404:
+        if status_of(error) == 404:
             raise ValueError(
-                f"--create_pr: there is no model {repo_id} on the Hub, or it is not for this token"
+                f"--create_pr: there is no model {repo_id} on the Hub, or the token may not read it"
             ) from None
         raise ValueError(_access_problem(repo_id, DEFAULT_REVISION, error)) from None
 
@@ -410,9 +393,9 @@ def push_evaluation(
 ) -> str:
     """Push the ``EVALUATED`` files of a folder to a model's repository, as one commit or one pull request.
 
-    A repository whose ``report.json`` is of more than an evaluation, such as of a training run, keeps it and its
-    figures: the files then go into its folder ``evaluation``. For images the rule is that of `push_folder`. A pull
-    request is tried once: one whose answer is lost may have been opened, and a second one would be somebody's work.
+    A repository with the ``report.json`` of more than an evaluation keeps it and its figures; the files then go into
+    its folder ``evaluation``. Images follow the rule of `push_folder`. A pull request is tried once, as one whose
+    answer got lost may be open already.
 
     Returns:
         The URL of the pull request or commit.
@@ -422,23 +405,20 @@ def push_evaluation(
         PushError: if the push failed.
     """
     folder = Path(folder)
-    for name in (REPORT_NAME, EVALUATION_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of an evaluation")
+    _require(folder, (REPORT_NAME, EVALUATION_NAME), "an evaluation")
     limit_waiting()
-    withheld = not publish_images and _withholds_images(folder)
-    replaced = _without_images(folder) if withheld else {}
+    withheld = _withheld(folder, publish_images=publish_images)
     found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
 
-    def upload() -> Any:  # noqa: ANN401 (the client's CommitInfo)
+    def upload() -> CommitInfo:
         place = "evaluation/" if _keeps_its_report(repo_id, revision) else ""
         operations = [
             CommitOperationAdd(
                 path_in_repo=name if name.startswith(EVAL_RESULTS) else place + name,
-                path_or_fileobj=replaced.get(name) or str(folder / name),
+                path_or_fileobj=withheld.get(name) or str(folder / name),
             )
             for name in found
-            if not (withheld and name in IMAGES)
+            if withheld.get(name, b"") is not None
         ]
         return HfApi().create_commit(
             repo_id,
@@ -449,11 +429,11 @@ def push_evaluation(
         )
 
     try:
-        commit = _retry(upload, 1 if create_pr else 3, also=CONFLICTS)
+        commit = retry(upload, 1 if create_pr else 3, also=CONFLICTS)
     except PUSH_ERRORS as error:
         again = _push_command(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
         raise PushError(
-            f"pushing the evaluation to {repo_id} failed: {_without_token(error)}\nIt is complete in "
+            f"pushing the evaluation to {repo_id} failed: {without_token(error)}\nIt is complete in "
             f"{folder.resolve()}. {_advice(error)}Push it again with:\n    {again}"
         ) from None
     return str(commit.pr_url or commit.commit_url)
@@ -470,33 +450,15 @@ def _keeps_its_report(repo_id: str, revision: str) -> bool:
     return report.training is not None or report.calibration is not None
 
 
-def start_push(folder: str | Path, repo_id: str, *, patience: float, **options: str) -> threading.Thread:
-    """Run `try_push` on a thread, and return when it ends or after ``patience`` seconds.
-
-    The other processes of a run wait for this one at the next update, and give up after ``--ddp_timeout``: a slow push
-    must not block them. The thread is a daemon, so a run that ends or is stopped does not wait for it either.
-    """
-    push = threading.Thread(target=try_push, args=(folder, repo_id), kwargs=options, daemon=True)
-    push.start()
-    push.join(patience)
-    return push
-
-
-def has_ended(push: threading.Thread | None, *, patience: float | None) -> bool:
-    """Wait for ``push``, if there is one, at most ``patience`` seconds (None: no limit); True if it has ended."""
-    if push is not None:
-        push.join(patience)
-    return push is None or not push.is_alive()
-
-
 class SavePushes:
-    """The pushes of a run's saves: one at a time, each on a thread.
+    """Push the saves of a run one at a time, each on a daemon thread, which a run that stops does not wait for.
 
     Args:
         folder: output folder of the run.
         repo_id: "user/name".
         revision: branch to push to.
-        patience: seconds to wait for a push, each time.
+        patience: seconds to wait for a push, each time. The other processes of a run wait for this one at the next
+            update, and give up after ``--ddp_timeout``.
     """
 
     def __init__(self, folder: str | Path, repo_id: str, *, revision: str, patience: float) -> None:
@@ -504,121 +466,60 @@ class SavePushes:
         self._last: threading.Thread | None = None
 
     def push(self, export: Callable[[], object], *, commit_message: str) -> None:
-        """Push what ``export`` writes into the folder; while an earlier push is under way, write and push nothing."""
-        if not has_ended(self._last, patience=self.patience):
+        """Push what ``export`` writes into the folder; while an earlier push is running, write and push nothing."""
+        if not self.wait(self.patience):
             logger.warning("an earlier push is still under way: the next save pushes again")
             return
         export()
-        self._last = start_push(
-            self.folder, self.repo_id, patience=self.patience, revision=self.revision, commit_message=commit_message
-        )
+        options = {"revision": self.revision, "commit_message": commit_message}
+        self._last = threading.Thread(target=try_push, args=(self.folder, self.repo_id), kwargs=options, daemon=True)
+        self._last.start()
+        self.wait(self.patience)
 
-    def wait(self) -> None:
-        """Wait for the last push to end."""
-        has_ended(self._last, patience=None)
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for the last push to end, at most ``seconds`` (None: no limit); True if it has ended."""
+        if self._last is not None:
+            self._last.join(seconds)
+        return self._last is None or not self._last.is_alive()
 
 
 def download_results(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch ``report.json`` and, where there is one, ``predictions.parquet`` of a model on the Hub, as they are now.
+    """Download ``report.json`` and ``predictions.parquet``, if there is one, of a model on the Hub, from one commit.
 
-    Both are of one commit. In offline mode they come from the Hub's cache.
+    In offline mode they come from the Hub's cache.
 
     Returns:
-        The folder that they are in, in the Hub's cache.
+        Their folder in the Hub's cache.
 
     Raises:
-        ValueError: if that fails, or a file has more than ``MAX_RESULT_BYTES``.
+        ValueError: if the download fails, or a file has more than ``MAX_RESULT_BYTES``.
     """
     limit_waiting()
     names, commit = [REPORT_NAME], revision
     try:
         if not constants.HF_HUB_OFFLINE:
-            found = _retry(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+            found = retry(lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
             sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
             names, commit = [REPORT_NAME, *({PREDICTIONS_NAME} & {*sizes})], found.sha
             for name in names:
                 if sizes.get(name, 0) > MAX_RESULT_BYTES:
                     raise ValueError(f"{name} has {sizes[name]:,} bytes, more than {MAX_RESULT_BYTES:,}")
-        paths = [_retry(partial(hf_hub_download, repo_id, name, revision=commit)) for name in names]
+        paths = [retry(partial(hf_hub_download, repo_id, name, revision=commit)) for name in names]
     except PUSH_ERRORS as error:
         raise ValueError(
             f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
-            f"pushed ({_without_token(error)})"
+            f"pushed ({without_token(error)})"
         ) from None
     return Path(paths[0]).parent
 
 
-def limit_waiting() -> None:
-    """Apply ``SILENCE_LIMIT`` and ``WAIT_LIMIT`` to every later request of huggingface_hub; repeating it is harmless.
-
-    ``datasets`` and ``timm`` use the same client. Transfers by the library hf_xet have their own limits.
-    """
-    client: Any = get_session()  # an httpx or httpx2 client, depending on the version
-    hooks, same = client.event_hooks, {"follow_redirects": client.follow_redirects, "timeout": client.timeout}
-    if _limit_silence not in hooks["request"]:
-        limited = {"request": [*hooks["request"], _limit_silence], "response": [*hooks["response"], _limit_wait]}
-        set_client_factory(lambda: type(client)(event_hooks=limited, **same))
-
-
-def asked_wait(headers: Mapping[str, str]) -> int | None:
-    """Seconds that the headers ``Retry-After`` (unless it is a date) and ``RateLimit`` ask to wait, or None."""
-    limit = parse_ratelimit_headers(headers)
-    waits = [limit.reset_in_seconds] if limit is not None and limit.remaining == 0 else []
-    after = {name.lower(): value for name, value in headers.items()}.get("retry-after", "").strip()
-    return max([*waits, int(after)] if after.isascii() and after.isdigit() else waits, default=None)
-
-
-def _limit_silence(request: Any) -> None:  # noqa: ANN401 (of httpx or httpx2)
-    # A default of the client would not do: some calls pass None, which overrides it.
-    limits = request.extensions.get("timeout", {})
-    phases = ("connect", "read", "write", "pool")
-    request.extensions["timeout"] = {phase: limits.get(phase) or SILENCE_LIMIT for phase in phases}
-
-
-def _limit_wait(response: Any) -> None:  # noqa: ANN401
-    wait = asked_wait(response.headers) if response.status_code in (429, 503) else None
-    if wait is not None and wait > WAIT_LIMIT:
-        raise AskedToWaitError(
-            f"status {response.status_code}, the Hub asks to come back in {wait} s, which is longer than the "
-            f"{WAIT_LIMIT} s that a run waits for"
-        )
-
-
 def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
+    # Not with exist_ok, which hides that the token may not write.
     try:
         api.create_branch(repo_id, branch=branch)
     except HfHubHTTPError as error:
-        if error.response.status_code != 409:  # it exists; without write access the answer is 403 either way
+        if status_of(error) != 409:
             raise
-
-
-def _retry(action: Callable[[], T], attempts: int = 3, also: Collection[int] = ()) -> T:
-    """Call ``action`` again after temporary failures and statuses in ``also``, after 1, 2, 4 ... s or as asked."""
-    for attempt in range(1, attempts):
-        try:
-            return action()
-        except NETWORK_ERRORS as error:  # noqa: PERF203 (trying again is the point)
-            if not (_is_temporary(error) or _status(error) in also):
-                raise
-            asked = asked_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else None
-            wait = min(max(2 ** (attempt - 1), asked or 0), WAIT_LIMIT)
-            logger.warning("The Hub did not do it (%s); trying again in %d s", _without_token(error), wait)
-            time.sleep(wait)
-    return action()
-
-
-def _status(error: Exception) -> int | None:
-    return int(error.response.status_code) if isinstance(error, HfHubHTTPError) else None
-
-
-def _is_temporary(error: Exception) -> bool:
-    """True for a busy server and a lost connection; False for a refusal and for an unreadable local file."""
-    if isinstance(error, HfHubHTTPError):
-        return _status(error) in RETRIED_STATUS
-    if isinstance(error, (OfflineModeIsEnabled, AskedToWaitError)):
-        return False
-    # Other built-in OSErrors are about local files.
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__ != "builtins"
 
 
 def _advice(error: Exception) -> str:
@@ -627,12 +528,12 @@ def _advice(error: Exception) -> str:
         401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
         403: "The token may not write there: get the rights, or take another --hub_model_id. ",
         404: "There is no such repository or branch now: the command below makes it again. ",
-    }.get(_status(error) or 0, "")
+    }.get(status_of(error) or 0, "")
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
-    """Explain ``error``, raised by a request before training, and how to fix it."""
-    push, hub, status = "--push_to_hub:", constants.ENDPOINT, _status(error)
+    """Explain an error of a request before training, and how to fix it."""
+    push, hub, status = "--push_to_hub:", constants.ENDPOINT, status_of(error)
     without = f"train without --push_to_hub and push the folder later with {command('push')}"
     if isinstance(error, OfflineModeIsEnabled):
         return f"{push} HF_HUB_OFFLINE is set. Unset it, or {without}"
@@ -654,12 +555,4 @@ def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
         problem = f"{push} {hub} is not working. Try again later, or {without}"
     else:
         problem = f"--hub_model_id {repo_id}, --hub_revision {revision}: the Hub refused"
-    return f"{problem}. ({_without_token(error)})"
-
-
-def _without_token(error: Exception) -> str:
-    """The text of ``error`` with everything that is or looks like an access token masked."""
-    message = f"{type(error).__name__}: {error}"
-    if token := get_token():
-        message = message.replace(token, "***")
-    return re.sub(r"\bhf_\w{8,}", "hf_***", message)
+    return f"{problem}. ({without_token(error)})"

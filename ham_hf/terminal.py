@@ -22,9 +22,9 @@ def replace_what_cannot_be_shown() -> None:
 
 
 def show(text: str) -> None:
-    """Print text on standard output; if it cannot be written (a closed pipe, a full disk), say so and continue.
+    """Print text on standard output; if that fails (a closed pipe, a full disk), warn and continue.
 
-    The text is in files as well, and the next steps, such as a push, matter more.
+    The text is in files too, and the next steps, such as a push, matter more.
     """
     if sys.stdout is None:  # a process without a console
         return
@@ -85,5 +85,5 @@ def _discard_output() -> None:
 
 
 def printable(text: str) -> str:
-    """Text that may hold untrusted names, without terminal commands and characters that reverse text."""
+    """Replace terminal commands and characters that reverse text by "?", as text may hold untrusted names."""
     return "".join(character if character in "\n\t" or character.isprintable() else "?" for character in text)

@@ -14,9 +14,9 @@ from accelerate import Accelerator
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.data.shards import StreamError
 from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
@@ -32,7 +32,8 @@ from ham_hf.faults import (
     explain_out_of_memory,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, limit_waiting, push_folder, space_url
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
+from ham_hf.hub_requests import limit_waiting
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable

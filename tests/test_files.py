@@ -57,7 +57,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(
 
 @pytest.mark.parametrize("text", ["NaN", "[1, Infinity]", '{"a": -Infinity}'])
 def test_numbers_that_json_does_not_have_are_errors(text: str) -> None:
-    with pytest.raises(ValueError, match="is no number of JSON"):
+    with pytest.raises(ValueError, match="is not a JSON number"):
         parse_json(text)
 
 

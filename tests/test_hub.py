@@ -23,8 +23,9 @@ from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import read_report, write_report
+from tests.conftest import ROOT
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
-from tests.support.hub_server import Hub, hub_environment
+from tests.support.hub_server import BOTH_WAYS, Hub, hub_environment, use_hub
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
 TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}
@@ -71,26 +72,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-@pytest.fixture(params=["pipeline", "single commit"])
+@pytest.fixture
 def hub(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
 ) -> Iterator[Hub]:
-    """A Hub that this process talks to as "me", by both ways in which huggingface_hub uploads a folder."""
-    home = tmp_path / "hf_home"
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "single commit")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    """A Hub that this process talks to as "me"."""
+    pipeline = getattr(request, "param", None) == "pipeline"
     with Hub(TOKENS, read_only={READER}) as server:
-        point_to(monkeypatch, server.url)
+        use_hub(server, monkeypatch, tmp_path / "hf_home", WRITER, pipeline=pipeline)
         yield server
-
-
-def point_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 @pytest.fixture(scope="session")
@@ -189,24 +179,22 @@ def test_a_push_that_could_not_work_is_refused_before_training(
 def test_an_unreachable_hub_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with Hub() as gone:
         pass
-    point_to(monkeypatch, gone.url)
+    monkeypatch.setattr(constants, "ENDPOINT", gone.url)
     with pytest.raises(ValueError, match=rf"cannot reach {gone.url}.*train without --push_to_hub"):
         check_write_access("robust", private=False)
 
 
 @pytest.mark.faults(quick=True)
-@pytest.mark.parametrize("hub", ["single commit"], indirect=True)
-def test_offline_mode_is_named(hub: Hub, tmp_path: Path) -> None:
-    script = "from ham_hf.hub import check_write_access; check_write_access('robust', private=False)"
-    done = run_python(script, {**hub_environment(hub, tmp_path, token=WRITER), "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 1
-    assert "ValueError: --push_to_hub: HF_HUB_OFFLINE is set" in done.stderr
+def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="--push_to_hub: HF_HUB_OFFLINE is set"):
+        check_write_access("robust", private=False)
     assert hub.log == []
 
 
 def test_a_busy_hub_is_asked_again_and_then_named(hub: Hub, waits: list[float]) -> None:
     hub.fail("repos/create", status=503, times=1)
-    hub.drop("branch/main", times=1)
+    hub.disturb("drop", "branch/main", times=1)
     assert check_write_access("robust", private=False) == "me/robust"
     assert waits[:2] == [1, 1]
     hub.fail("repos/create", status=503, times=10)
@@ -214,6 +202,7 @@ def test_a_busy_hub_is_asked_again_and_then_named(hub: Hub, waits: list[float]) 
         check_write_access("robust", private=False)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("private", [False, True])
 def test_push_publishes_the_artefacts_and_nothing_else(hub: Hub, folder: Path, private: bool) -> None:
     repo_id = check_write_access("robust", private=private)
@@ -332,6 +321,7 @@ def test_push_to_a_branch_leaves_main_alone(hub: Hub, folder: Path) -> None:
     assert set(hub.model("me/robust").tree("main")) == {".gitattributes"}
 
 
+@BOTH_WAYS
 def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=False)
     first = push_folder(folder, repo_id)
@@ -344,6 +334,7 @@ def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
     assert len(hub.model("me/robust").history()) == 3
 
 
+@BOTH_WAYS
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("fault", ["503", "drop", "lose_reply"])
 @pytest.mark.parametrize("request_", ["validate-yaml", "preupload", "commit"])
@@ -352,10 +343,8 @@ def test_faults_in_the_middle_of_a_push_lose_nothing(hub: Hub, folder: Path, req
     pattern = f"POST .*/{request_}"
     if fault == "503":
         hub.fail(pattern, status=503)
-    elif fault == "drop":
-        hub.drop(pattern)
     else:
-        hub.lose_reply(pattern)
+        hub.disturb(fault, pattern)
     before = content(folder)
     push_folder(folder, repo_id)
     assert hub.faults[0].times == 0
@@ -369,7 +358,7 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(
 ) -> None:
     repo_id = check_write_access("robust", private=False, revision="v1")
     before = content(folder)
-    hub.drop("POST .*/commit/", times=1000)
+    hub.disturb("drop", "POST .*/commit/", times=1000)
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, revision="v1")
     command = f"ham-hf push {folder} --hub_model_id me/robust --hub_revision v1"
@@ -391,14 +380,6 @@ def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub,
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, private=True)
     assert str(caught.value).endswith(f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo")
-
-
-def test_lost_rights_are_not_tried_again(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repo_id = check_write_access("robust", private=False)
-    monkeypatch.setenv("HF_TOKEN", READER)
-    with pytest.raises(PushError, match="403"):
-        push_folder(folder, repo_id)
-    assert sum(request.path.endswith("/preupload/main") for request in hub.log) == 1
 
 
 def test_metadata_that_the_hub_refuses_is_a_push_error(hub: Hub, folder: Path) -> None:
@@ -452,13 +433,7 @@ print(model.pretrained_cfg["label_names"][3])
 """
 
 
-def run_python(script: str, environment: dict[str, str], *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    root = Path(__file__).resolve().parents[1]
-    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("hub", ["single commit"], indirect=True)
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [False, True])
 def test_plain_timm_loads_the_pushed_model(hub: Hub, folder: Path, tmp_path: Path, private: bool) -> None:
     hub.lfs_threshold = 100_000
@@ -468,7 +443,8 @@ def test_plain_timm_loads_the_pushed_model(hub: Hub, folder: Path, tmp_path: Pat
     save_file({"x": x}, tmp_path / "x.safetensors")
     logits = tmp_path / "logits.safetensors"
     environment = hub_environment(hub, tmp_path, token=WRITER if private else None)
-    done = run_python(LOAD, environment, tmp_path / "x.safetensors", logits)
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "x.safetensors"), str(logits)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "three"
     saved = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

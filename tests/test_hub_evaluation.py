@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, constants, parse_eval_result_entries
+from huggingface_hub import HfApi, parse_eval_result_entries
 
 from ham_hf.commands import push
 from ham_hf.config import parse_evaluate_config
@@ -19,7 +19,7 @@ from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.report import RunReport, read_report, write_report
 from tests.support.example_report import make_examples, make_report, with_dataset
-from tests.support.hub_server import Hub, Repo
+from tests.support.hub_server import Hub, Repo, use_hub
 
 pytestmark = pytest.mark.slow
 
@@ -29,14 +29,8 @@ SAID = "<!-- images of the dataset -->"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub that this process talks to as "me", with a model and a dataset of somebody else."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
     with Hub({"hf_writer": "me"}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        use_hub(server, monkeypatch, tmp_path / "hf_home", "hf_writer")
         server.repos["model", "you/theirs"] = Repo("model", "you/theirs", private=False)
         server.repos["dataset", "you/open"] = Repo("dataset", "you/open", private=False)
         yield server

@@ -18,20 +18,11 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
 from ham_hf import hub as ham_hub
-from ham_hf import training_run
-from ham_hf.hub import (
-    SILENCE_LIMIT,
-    PushError,
-    asked_wait,
-    check_write_access,
-    has_ended,
-    limit_waiting,
-    push_folder,
-    start_push,
-    try_push,
-)
+from ham_hf import hub_requests, training_run
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, try_push
+from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source
-from tests.support.hub_server import Blob, Hub, Repo
+from tests.support.hub_server import BOTH_WAYS, Blob, Hub, Repo, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
@@ -48,28 +39,19 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seconds
 
 
-@pytest.fixture(params=["pipeline", "single commit"])
+@pytest.fixture
 def hub(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
 ) -> Iterator[Hub]:
-    """A Hub that this process talks to as "me", by both ways in which huggingface_hub uploads a folder."""
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "single commit")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    """A Hub that this process talks to as "me", and that it soon stops waiting for."""
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2, raising=False)
-    monkeypatch.setattr(ham_hub, "SILENCE_LIMIT", 0.2)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(hub_requests, "SILENCE_LIMIT", 0.2)
+    pipeline = getattr(request, "param", None) == "pipeline"
     with Hub({TOKEN: "me"}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        use_hub(server, monkeypatch, tmp_path / "hf_home", TOKEN, pipeline=pipeline)
         yield server
-
-
-single = pytest.mark.parametrize("hub", ["single commit"], indirect=True)
 
 
 @pytest.fixture
@@ -101,17 +83,18 @@ FAULTS: dict[str, Callable[[Hub, str], None]] = {
     "500": refuse(500),
     "502": refuse(502),
     "503": refuse(503),
-    "reset": lambda hub, pattern: hub.drop(pattern, times=ALWAYS),
-    "lost answer": lambda hub, pattern: hub.lose_reply(pattern, times=ALWAYS),
-    "hanging": lambda hub, pattern: hub.hang(pattern, times=ALWAYS),
+    "reset": lambda hub, pattern: hub.disturb("drop", pattern, times=ALWAYS),
+    "lost answer": lambda hub, pattern: hub.disturb("lose_reply", pattern, times=ALWAYS),
+    "hanging": lambda hub, pattern: hub.disturb("hang", pattern, times=ALWAYS),
 }
-WAY_OUT = {"401": "renew HF_TOKEN", "403": "get the rights", "429 for a day": "86400 s", "429 by budget": "3000 s"}
+ADVICE = {"401": "renew HF_TOKEN", "403": "get the rights", "429 for a day": "86400 s", "429 by budget": "3000 s"}
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "lost answer"])  # which is no failure
 def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
     hub: Hub, folder: Path, waits: list[float], fault: str
@@ -124,7 +107,7 @@ def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
     message = str(caught.value)
     assert f"The folder {folder} is complete and unchanged" in message
     assert message.endswith(f"    ham-hf push {folder} --hub_model_id me/robust")
-    assert WAY_OUT.get(fault, "") in message
+    assert ADVICE.get(fault, "") in message
     assert content(folder) == before
     # Bounded: how often, and how long in between, whether huggingface_hub waits or we do.
     commits = ALWAYS - hub.faults[-1].times
@@ -138,6 +121,7 @@ def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
     assert hub.model("me/robust").tree()["model.safetensors"].data == (folder / "model.safetensors").read_bytes()
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("fault", ["409", "412", "429", "500", "502", "503", "reset", "lost answer", "hanging"])
 def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[float], fault: str) -> None:
     repo_id = check_write_access("robust", private=False)
@@ -149,6 +133,7 @@ def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[floa
         assert any(7 <= wait <= 8 for wait in waits)  # what the server asked for; huggingface_hub adds a second
 
 
+@BOTH_WAYS
 def test_a_commit_of_somebody_else_in_between_stays(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=False)
     repo = hub.model("me/robust")
@@ -164,16 +149,6 @@ def test_a_commit_of_somebody_else_in_between_stays(hub: Hub, folder: Path) -> N
     assert [found.title for found in repo.history()] == ["Upload model", "notes", "initial commit"]
 
 
-@single
-def test_nobody_there(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Hub() as gone:
-        pass
-    monkeypatch.setattr(constants, "ENDPOINT", gone.url)
-    with pytest.raises(PushError, match=r"refused.*\n.*complete and unchanged"):
-        push_folder(folder, "me/robust")
-
-
-@single
 @pytest.mark.parametrize("fault", FAULTS)
 def test_access_is_checked_in_bounded_time(hub: Hub, waits: list[float], fault: str) -> None:
     FAULTS[fault](hub, "POST /api/repos/create")
@@ -185,10 +160,9 @@ def test_access_is_checked_in_bounded_time(hub: Hub, waits: list[float], fault: 
         assert waits == [7, 7]
 
 
-@single
 def test_a_call_that_turns_its_time_limit_off_still_has_one(hub: Hub) -> None:
     check_write_access("robust", private=False)
-    hub.hang("GET /api/models/me/robust", times=ALWAYS)
+    hub.disturb("hang", "GET /api/models/me/robust", times=ALWAYS)
     since = time.monotonic()
     with pytest.raises(ValueError, match="cannot reach"):
         check_write_access("robust", private=True)  # asks whether it is private, without a limit
@@ -199,7 +173,7 @@ def test_a_request_without_a_time_limit_gets_ours_and_one_with_a_limit_keeps_it(
     limit_waiting()
     limit_waiting()  # once is enough, twice the same
     client = get_session()
-    assert sum(hook.__module__ == "ham_hf.hub" for hook in client.event_hooks["request"]) == 1
+    assert sum(hook.__module__ == "ham_hf.hub_requests" for hook in client.event_hooks["request"]) == 1
     for given, seconds in ((None, SILENCE_LIMIT), (5, 5)):
         request = client.build_request("GET", "http://localhost", timeout=given)
         for hook in client.event_hooks["request"]:
@@ -237,28 +211,29 @@ def test_the_wait_that_a_server_asks_for(headers: dict[str, str], seconds: int |
 # A push beside the training, which other processes wait for
 
 
-def test_a_quick_push_has_ended_when_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: list[str] = []
-    monkeypatch.setattr(
-        ham_hub, "try_push", lambda folder, repo_id, **options: pushed.append(options["commit_message"])
-    )
-    push = None
+def test_a_quick_push_has_ended_when_training_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(ham_hub, "try_push", lambda *_, **options: done.append(options["commit_message"]))
+    pushes = SavePushes("folder", "me/robust", revision="main", patience=30)
     for number in range(3):
-        assert has_ended(push, patience=0)
-        push = start_push("folder", "me/robust", patience=30, revision="main", commit_message=f"Step {number}")
-        assert pushed == [f"Step {done}" for done in range(number + 1)]
+        pushes.push(lambda: done.append("export"), commit_message=f"Step {number}")
+        assert done == [word for step in range(number + 1) for word in ("export", f"Step {step}")]
 
 
-def test_a_slow_push_goes_on_beside_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
+def test_a_slow_push_runs_beside_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, exported = threading.Event(), list[int]()
     monkeypatch.setattr(ham_hub, "try_push", lambda *_, **__: release.wait())
+    pushes = SavePushes("folder", "me/robust", revision="main", patience=0.05)
     since = time.monotonic()
-    push = start_push("folder", "me/robust", patience=0.05)
+    for number in range(2):
+        pushes.push(lambda number=number: exported.append(number), commit_message="")
     assert time.monotonic() - since < 10
-    assert push.daemon  # the end of the process does not wait for it
-    assert not has_ended(push, patience=0.05)
+    assert exported == [0]  # the second save neither writes nor pushes
+    assert pushes._last is not None
+    assert pushes._last.daemon  # the end of the process does not wait for it
+    assert not pushes.wait(0.05)
     release.set()
-    assert has_ended(push, patience=None)
+    assert pushes.wait()
 
 
 # A whole training
@@ -312,7 +287,7 @@ def test_training_goes_on_whatever_the_hub_does(
     assert stop.value.code == 2
     assert set(met) == {*FAULTS, "none"}
     assert met == {fault: fault == "none" for fault in met}
-    assert caplog.text.count("Training goes on, the next save pushes again") == len(FAULTS)
+    assert caplog.text.count("Training continues, the next save pushes again") == len(FAULTS)
     trained, expected = (load_file(path / "model.safetensors") for path in (folder, undisturbed))
     assert all(trained[name].equal(expected[name]) for name in expected)
     said = capsys.readouterr()
@@ -343,10 +318,9 @@ def published(hub: Hub, folder: Path) -> Hub:
     return hub
 
 
-READING = {**FAULTS, "cut": lambda hub, pattern: hub.cut(pattern, times=ALWAYS)}
+READING = {**FAULTS, "cut": lambda hub, pattern: hub.disturb("cut", pattern, times=ALWAYS)}
 
 
-@single
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("fault", [fault for fault in READING if fault not in ("409", "412")])
 def test_a_model_that_cannot_be_read_is_an_error_that_names_it(published: Hub, fault: str, file: str) -> None:
@@ -357,7 +331,6 @@ def test_a_model_that_cannot_be_read_is_an_error_that_names_it(published: Hub, f
     assert "fc.weight" in resolve_source("hf-hub:me/robust").read_weights()
 
 
-@single
 @pytest.mark.parametrize("fault", ["429", "reset", "lost answer", "hanging", "cut"])
 def test_a_download_with_a_fault_that_passes_is_whole(published: Hub, folder: Path, fault: str) -> None:
     READING[fault](published, "GET .*model.safetensors")

@@ -108,7 +108,7 @@ def outcome(parse: Callable[[list[str]], object], argv: list[str]) -> object:
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(50, 500)
+@examples(30, 500)
 def test_any_configuration_is_read_or_refused(count: int, tmp_path: Path) -> None:
     recipe, again = tmp_path / "recipe.yaml", tmp_path / "again.yaml"
     accepted = 0
@@ -130,7 +130,7 @@ def test_any_configuration_is_read_or_refused(count: int, tmp_path: Path) -> Non
     assert accepted > 0  # not everything was refused
 
 
-@examples(50, 500)
+@examples(30, 500)
 def test_any_value_of_a_setting_is_read_or_refused(count: int) -> None:
     """One flag that there is, with one value: a refusal names it."""
 
@@ -335,7 +335,7 @@ RUN = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@examples(8, 200)
+@examples(4, 200)
 def test_any_dataset_trains_a_step_or_is_refused_by_name(
     count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ RUN = [
 
 def passing(hub: Hub) -> None:
     hub.fail("POST .*/commit/", status=503)
-    hub.drop("POST .*/commit/")
+    hub.disturb("drop", "POST .*/commit/")
 
 
 def failing_in_the_end(hub: Hub) -> None:

@@ -1,9 +1,8 @@
 """Any image-classification dataset as batches of pixels in [0, 1] and labels.
 
-`loading` opens a dataset and makes it ready: `sources` finds its files, `columns` its splits, columns and classes,
-`parts` and `splits` hold out what is held out, `provenance` records it, `decoding` and `augment` make pixels, `pixels`
-hands them out in batches. `streaming` and `shards` do so for training data that is never stored; `worker_signals`
-protects decoding processes. `in_memory` takes datasets that somebody has in Python.
+`dataset` opens a dataset and prepares it: `sources` finds its files, `columns` chooses splits, columns and classes,
+`splits` holds images out, `provenance` records it, `decoding` and `augment` make pixels, and `pixels` makes batches of
+them. `streaming` and `shards` read training data without a local copy; `in_memory` takes datasets in Python.
 """
 
 from __future__ import annotations

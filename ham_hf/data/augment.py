@@ -22,15 +22,9 @@ PixelTransform = Callable[[Image.Image], Tensor]
 
 
 def random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pad every image with ``padding`` zeros on each side and cut a window of the old size at a random place.
+    """Pad images (N, C, H, W) with zeros on each side and cut a window of the old size at a random place.
 
-    Args:
-        x: (N, C, H, W), any dtype, any device.
-        padding: pixels added on each side, >= 0.
-        generator: CPU generator; two numbers per image are drawn.
-
-    Returns:
-        (N, C, H, W), contiguous, dtype and device of ``x``.
+    Draws two numbers per image from the CPU ``generator``. The result is contiguous.
     """
     num_images, _, height, width = x.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, num_images), generator=generator).to(x.device)
@@ -41,30 +35,19 @@ def random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
 
 
 def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left-right with probability 1/2.
-
-    Args:
-        x: (N, C, H, W), any dtype, any device.
-        generator: CPU generator; one number per image is drawn.
-
-    Returns:
-        (N, C, H, W), dtype and device of ``x``.
-    """
+    """Mirror each image of (N, C, H, W) left-right with probability 1/2, by one number of the CPU ``generator``."""
     flipped = torch.rand(len(x), generator=generator) < 0.5
     return torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
 
 
 def augment_batch(x: Tensor, augmentation: str, seed: int) -> Tensor:
-    """Batched augmentation of square images; the pad-crop pads an eighth of the side (4 pixels at 32).
+    """Augment a batch of square images; the pad-crop pads an eighth of the side (4 pixels at 32).
 
     Args:
-        x: (N, C, S, S), any dtype, any device.
-        augmentation: ``crop``, ``crop_flip``, or ``none`` and ``timm``, which change nothing here (timm's
-            transform has already been applied to the single images).
+        x: (N, C, S, S), any dtype, any device; the result has the same.
+        augmentation: ``crop``, ``crop_flip``, or ``none`` and ``timm``, which change nothing here (timm's transform
+            works on single images, before).
         seed: of all random numbers.
-
-    Returns:
-        (N, C, S, S), dtype and device of ``x``.
     """
     generator = torch.Generator().manual_seed(seed)
     if augmentation in ("crop", "crop_flip"):
@@ -96,13 +79,9 @@ def isolated_rng() -> Iterator[None]:
 
 
 def seed_for_example(seed: int, index: int) -> None:
-    """Seed Python's, numpy's and torch's (CPU) global generators from (request seed, example).
+    """Seed Python's, numpy's and torch's (CPU) global generators from the batch's seed and the example's position.
 
     timm's transforms draw from all three. Call it inside ``isolated_rng``.
-
-    Args:
-        seed: of the batch, >= 0.
-        index: position of the example in its split.
     """
     words = np.random.SeedSequence([seed, index]).generate_state(3)
     random.seed(int(words[0]))

@@ -1,8 +1,8 @@
-"""Which images of a folder belong to which split and class: by the names of folders, and by nothing else.
+"""Sort the images of a folder into splits and classes, by the names of folders alone.
 
-Only a folder at the top that is named like a split (``train``, ``val``, ``test``, ...) and holds class folders is a
-split. No word in the name of a class or a file decides anything. Every image file is in exactly one split and class,
-or refused, or counted in a note with an example.
+A split is a folder at the top that is named like one (``train``, ``val``, ``test``, ...) and holds class folders.
+Words in the names of classes and files do not matter. Every image file is in exactly one split and class, or raises
+an error, or is counted in a note with an example.
 """
 
 from __future__ import annotations
@@ -41,16 +41,11 @@ class ClassFolders:
 
     Attributes:
         splits: of each split the paths of its images relative to the folder, sorted, each with its class.
-        notes: what is not read, each with its number and an example.
+        notes: what is left out, each with its number and an example.
     """
 
     splits: Mapping[str, tuple[tuple[str, str], ...]]
     notes: tuple[str, ...]
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes of all splits, sorted."""
-        return sorted({name for images in self.splits.values() for _, name in images})
 
     def as_dataset(self, file_of: Mapping[str, str]) -> datasets.DatasetDict:
         """Images and labels; images stay in their files.
@@ -58,18 +53,23 @@ class ClassFolders:
         Args:
             file_of: where the file of each path is.
         """
-        names = self.class_names
+        names = sorted({name for images in self.splits.values() for _, name in images})
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         place = {name: number for number, name in enumerate(names)}
         splits = datasets.DatasetDict()
         for split, images in self.splits.items():
-            files = pa.array([file_of[path] for path, _ in images], pa.string())
-            bytes_of = pa.nulls(len(files), pa.binary())
-            stored = pa.StructArray.from_arrays([bytes_of, files], names=["bytes", "path"])
             labels = pa.array([place[name] for _, name in images], pa.int64())
+            stored = images_in_files([file_of[path] for path, _ in images])
             table = pa.table({"image": stored, "label": labels}, schema=features.arrow_schema)
             splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
         return splits
+
+
+def images_in_files(files: Sequence[str]) -> pa.StructArray:
+    """A column of images that stay in their files."""
+    return pa.StructArray.from_arrays(
+        [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())], names=["bytes", "path"]
+    )
 
 
 def list_files(root: Path) -> tuple[list[str], list[str]]:
@@ -110,16 +110,16 @@ def sort_into_classes(paths: Iterable[str], split_of: Mapping[str, str] | None =
     """Put every image file into its split and class.
 
     An image's class is the folder that it is in. Class folders may lie in further folders, all equally deep, if that
-    leaves their names unique. A folder at the top that alone holds everything is looked into.
+    leaves their names unique. A single folder at the top counts as the root.
 
     Args:
         paths: relative paths of all files, with ``/``.
-        split_of: splits of files as the dataset's README.md has them; files that are not among them are left to the
-            caller. None: folders decide.
+        split_of: the split of each file that the dataset's README.md names; other files are ignored. None: folders
+            decide.
 
     Raises:
         ValueError: for an image without a class folder, class folders at different depths, two class folders or two
-            split folders with one name, a file that is listed twice, and a name that is no Unicode.
+            split folders with one name, a file that is listed twice, and a name that is not Unicode.
     """
     listed = sorted(paths)
     refuse_repeated(listed)
@@ -155,27 +155,18 @@ def note_unnamed_images(files: Mapping[str, str]) -> list[str]:
 
 
 def refuse_repeated(listed: Sequence[str]) -> None:
-    """Refuse a file that is listed twice, and a name that is no Unicode.
-
-    Raises:
-        ValueError: naming one.
-    """
+    """Raise ValueError naming a file that is listed twice or whose name is not Unicode."""
     twice = [path for path, count in Counter(listed).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} files are listed twice, such as {shown(twice[0])}: list each once")
-    # As Python names files whose names are no UTF-8.
+    # Python's form of names that are not UTF-8.
     odd = [path for path in listed if any("\ud800" <= letter <= "\udfff" for letter in path)]
     if odd:
         raise ValueError(f"{len(odd)} file names are not Unicode, such as {shown(odd[0])}: rename the files")
 
 
 def common_folder(paths: Sequence[str], depth: int = 3) -> tuple[str, ...]:
-    """Folders that lead to the one that holds splits or classes: the only one, that is no split, over and over.
-
-    Args:
-        paths: of the files that are read.
-        depth: parts that are left of every path, at least: split or class, and file, with the folder itself.
-    """
+    """Folders that all paths begin with and that are not splits; at least ``depth`` parts of each path remain."""
     start: tuple[str, ...] = ()
     while paths:
         below = [PurePosixPath(path).parts[len(start) :] for path in paths]
@@ -187,7 +178,7 @@ def common_folder(paths: Sequence[str], depth: int = 3) -> tuple[str, ...]:
 
 
 def split_name(folder: str) -> str | None:
-    """The split that a folder's name stands for; None if it stands for none."""
+    """The split that a folder is named like; None if there is none."""
     return SPLIT_OF_FOLDER.get(folder.lower())
 
 
@@ -287,7 +278,7 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
 
 
 def note(paths: Sequence[str], what: str) -> list[str]:
-    """How many files something is the matter with, and an example; empty without any."""
+    """Number of files, what is wrong with them, and an example; empty without files."""
     return [f"{len(paths)} {what}, such as {shown(paths[0])}"] if paths else []
 
 

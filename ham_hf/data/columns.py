@@ -1,16 +1,13 @@
-"""Which splits, columns and classes of a dataset are used.
+"""Choose splits, columns and classes of a dataset by rules; error messages name the setting that overrides each.
 
-Everything here is cheap: no image is decoded. Every choice follows a rule and can be overridden by a setting that the
-error messages name.
+No image is decoded here.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ham_hf.data.declarations import Declarations, FileClasses
+from ham_hf.data.decoding import EncodedImages
+from ham_hf.data.shards import SplitFiles
 
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
@@ -30,18 +29,17 @@ def choose_splits(
     test_split: str | None,
     has_labels: Callable[[str], bool] = lambda split: True,
 ) -> tuple[str, str | None]:
-    """Names of the split to train on and of the one to test on.
+    """Names of the split to train on and of the one to test on; None: the test part is held out of train.
 
-    Train is ``train``, or the only split. Test is the first labeled one there is of test, validation, valid, val and
-    dev; None means that it has to be held out of train. Where there is both a test and a validation split with labels,
-    validation is not used: selection has its own part of train. Benchmarks such as ImageNet-1k keep the labels of
-    their test split to themselves; there the test is on validation.
+    Train is ``train``, or the only split. Test is the first one of test, validation, valid, val and dev that has
+    labels; ImageNet-1k, for example, has none for its test split. Selection takes its own part of train, so a
+    validation split beside a test split is not used.
 
     Args:
         names: of the splits there are.
         train_split: as asked for; None = by the rule.
         test_split: likewise.
-        has_labels: whether a split has any labels; asked only where there is a choice.
+        has_labels: whether a split has any labels; called only where there is a choice.
 
     Raises:
         ValueError: if a named split does not exist, the rule does not apply, or both are the same.
@@ -55,7 +53,7 @@ def choose_splits(
     if test_split is None:
         candidates = [name for name in TEST_SPLITS if name in names and name != train_split]
         if len(candidates) > 1:
-            # Where none has labels, the first one says so when it is read.
+            # If none has labels, reading the first one raises.
             candidates = [name for name in candidates if has_labels(name)] or candidates
         return train_split, candidates[0] if candidates else None
     if test_split not in names:
@@ -114,45 +112,51 @@ def choose_label_column(features: datasets.Features, label_column: str | None) -
             found = f"several label columns, {_listed(classes)}" if classes else "no label column"
             unusable = [name for name in LABEL_COLUMNS if name in features and name not in usable]
             if unusable and not classes:
-                # A pandas column of integers with a gap becomes floats, so this is how labels often arrive.
+                # A pandas column of integers with a gap becomes floats.
                 kind = getattr(features[unusable[0]], "dtype", features[unusable[0]])
                 found += f" ({unusable[0]!r} is {kind}, and labels are integers, strings or booleans: convert it)"
             raise ValueError(
                 f"the dataset has {found}; name one of its columns {_listed(features)} with --label_column"
             )
         return named[0]
-    if label_column not in features:
-        raise ValueError(_unknown("--label_column", label_column, features))
-    if not _is_label(features[label_column]):
-        raise ValueError(
-            f"--label_column {label_column}: expected one class label, integer, string or boolean per image, got "
-            f"{features[label_column]}"
-        )
-    return label_column
+    return categories("--label_column", label_column, features)
 
 
-def choose_group_column(features: datasets.Features, group_column: str) -> str:
-    """The named column of groups, if there is one of class labels, integers, strings or booleans.
+def categories(flag: str, column: str, features: datasets.Features) -> str:
+    """The column that ``flag`` names, if it holds class labels, integers, strings or booleans.
 
     Raises:
-        ValueError: listing the columns, or saying of what kind it is.
+        ValueError: listing the columns there are, or giving the kind of this one.
     """
-    if group_column not in features:
-        raise ValueError(_unknown("--group_column", group_column, features))
-    if not _is_label(features[group_column]):
+    if column not in features:
+        raise ValueError(_unknown(flag, column, features))
+    if not _is_label(features[column]):
         raise ValueError(
-            f"--group_column {group_column}: expected one class label, integer, string or boolean per image, got "
-            f"{features[group_column]}"
+            f"{flag} {column}: expected one class label, integer, string or boolean per image, got {features[column]}"
         )
-    return group_column
+    return column
 
 
-def label_column_of(features: datasets.Features, label_column: str | None) -> str | None:
-    """What `choose_label_column` chooses; None where it would raise."""
-    try:
-        return choose_label_column(features, label_column)
-    except ValueError:
-        return None
+def labeled(
+    splits: Mapping[str, datasets.Dataset] | Mapping[str, SplitFiles], label_column: str | None
+) -> Callable[[str], bool]:
+    """Tell of a split, by its name, whether any of its examples, or of a stream the first one, has a label.
+
+    A split without the column counts as labeled, so that an error names it.
+    """
+
+    def has_labels(split: str) -> bool:
+        rows = splits[split]
+        try:
+            column = choose_label_column(rows.features, label_column)
+        except ValueError:
+            return True
+        if isinstance(rows, SplitFiles):
+            first = next(rows.rows([column], 0, 0, 1), None)
+            return first is None or not is_unlabeled(first[column])
+        return not all(map(is_unlabeled, rows[column][:]))
+
+    return has_labels
 
 
 def _is_label(feature: object) -> bool:
@@ -161,19 +165,19 @@ def _is_label(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and LABEL_DTYPES.fullmatch(feature.dtype) is not None
 
 
-def encoded_column(splits: datasets.DatasetDict, split: str, column: str) -> datasets.Dataset:
-    """The image column of a split alone, named ``image`` and left encoded: ``{"bytes": ..., "path": ...}``.
-
-    Raises:
-        ValueError: if the split does not have the column.
-    """
+def encoded_images(
+    splits: Mapping[str, datasets.Dataset], column: str, in_chans: int, split: str, rows: Tensor, labels: Tensor
+) -> EncodedImages:
+    """The images at these (M,) rows of a split whose labels are ``labels`` (N,), not decoded."""
     _check_column(splits, split, column, "--image_column")
-    encoded = splits[split].select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return encoded if column == "image" else encoded.rename_column(column, "image")
+    images = splits[split].select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if column != "image":
+        images = images.rename_column(column, "image")
+    return EncodedImages(images=images, split=split, rows=rows, labels=labels[rows], in_chans=in_chans)
 
 
 def read_labels(
-    splits: datasets.DatasetDict,
+    splits: Mapping[str, datasets.Dataset],
     column: str,
     train_split: str,
     test_split: str | None,
@@ -181,9 +185,8 @@ def read_labels(
 ) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
     """Labels of train and test as 0..C-1, and the names of the classes.
 
-    The classes are those that a ``ClassLabel`` declares, whether or not each has an example; for integers, strings
-    and booleans they are the sorted distinct values in train. Where ``declared`` has the declarations of the single
-    files, each file's labels count that file's names.
+    The classes are all that a ``ClassLabel`` declares; for integers, strings and booleans, the sorted distinct values
+    in train. Labels of files with their own declarations in ``declared`` are matched by name.
 
     Returns:
         (N,) int64 labels of train, (M,) int64 labels of test or None, C class names.
@@ -208,12 +211,11 @@ def read_labels(
     test = _label_values(splits, column, test_split, of_test)
     row = next((row for row, value in enumerate(test) if value not in index_of), None)
     if row is not None:
-        ends = list(accumulate(file.num_rows for file, _ in of_test))
         lists = ""
         if of_test:
-            file, names = of_test[bisect_right(ends, row)]
-            train_files = declared.files.get(train_split) or ()
-            lists = f" ({train_files[0].file} declares {_listed(classes)}, {file.file} {_listed(names)})"
+            file, names = [pair for pair in of_test for _ in range(pair[0].num_rows)][row]
+            first = declared.files[train_split][0].file
+            lists = f" ({first} declares {_listed(classes)}, {file.file} {_listed(names)})"
         raise ValueError(
             f"split {test_split!r}, row {row}: label {test[row]!r} does not occur in split {train_split!r}{lists}; "
             "choose other splits with --train_split and --test_split, or another --label_column"
@@ -222,12 +224,12 @@ def read_labels(
 
 
 def is_unlabeled(value: object) -> bool:
-    """Whether a label stands for none: missing, or -1 as benchmarks have it that keep their labels secret."""
+    """Whether a label is missing, or negative as in benchmarks that keep their labels secret."""
     return value is None or (isinstance(value, int) and value < 0)
 
 
 def _label_values(
-    splits: datasets.DatasetDict,
+    splits: Mapping[str, datasets.Dataset],
     column: str,
     split: str,
     of_files: Sequence[tuple[FileClasses, tuple[str, ...]]],
@@ -246,33 +248,43 @@ def _label_values(
         )
     feature = splits[split].features[column]
     if not isinstance(feature, datasets.ClassLabel):
-        if of_files and not isinstance(values[0], int):
+        if not of_files:
+            return list(values)
+        if not isinstance(values[0], int):
             raise ValueError(
                 f"split {split!r}, column {column!r}: {of_files[0][0].file} or another file declares class names, and "
                 f"the labels are {getattr(feature, 'dtype', feature)} in others; store them in one way"
             )
-        if not of_files:
-            return list(values)
-    sections = [(file.num_rows, names) for file, names in of_files] or [(len(values), tuple(feature.names))]
-    if sum(rows for rows, _ in sections) != len(values):
-        raise ValueError(
-            f"split {split!r} has {len(values)} examples and its files have {sum(rows for rows, _ in sections)}: "
-            "files changed since they were prepared; delete the copy in the cache of datasets (HF_DATASETS_CACHE)"
-        )
-    named: list[Any] = []
-    for rows, names in sections:
-        part = values[len(named) : len(named) + rows]
-        outside = next((row for row, value in enumerate(part) if value >= len(names)), None)
-        if outside is not None:
+    names = names_of_rows(f"split {split!r}", feature, len(values), of_files)
+    for row, value in enumerate(values):
+        if value >= len(names[row]):
             raise ValueError(
-                f"split {split!r}, row {len(named) + outside}: label {part[outside]}, and column {column!r} declares "
-                f"{len(names)} classes (0 to {len(names) - 1}); repair it or choose another --label_column"
+                f"split {split!r}, row {row}: label {value}, and column {column!r} declares {len(names[row])} classes "
+                f"(0 to {len(names[row]) - 1}); repair it or choose another --label_column"
             )
-        named += [names[value] for value in part]
-    return named
+    return [names[row][value] for row, value in enumerate(values)]
 
 
-def _check_column(splits: datasets.DatasetDict, split: str, column: str, flag: str) -> None:
+def names_of_rows(
+    where: str, feature: datasets.ClassLabel, num_rows: int, of_files: Sequence[tuple[FileClasses, tuple[str, ...]]]
+) -> Sequence[tuple[str, ...]]:
+    """The names that the label of each row of a split counts: those of its file, else the feature's.
+
+    Raises:
+        ValueError: if the files have another number of rows; the message begins with ``where``.
+    """
+    if not of_files:
+        return [tuple(feature.names)] * num_rows
+    names = [names for file, names in of_files for _ in range(file.num_rows)]
+    if len(names) != num_rows:
+        raise ValueError(
+            f"{where} has {num_rows} examples and its files have {len(names)}: files changed since they were "
+            "prepared; delete the copy in the cache of datasets (HF_DATASETS_CACHE)"
+        )
+    return names
+
+
+def _check_column(splits: Mapping[str, datasets.Dataset], split: str, column: str, flag: str) -> None:
     if column not in splits[split].features:
         raise ValueError(
             f"split {split!r} has no column {column!r}, only {_listed(splits[split].features)}; choose other splits "

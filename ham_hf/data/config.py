@@ -51,8 +51,8 @@ class DataConfig(SettingsGroup):
         if self.dataset_streaming:
             if self.limit_train_examples is not None:
                 yield (
-                    f"--limit_train_examples {self.limit_train_examples}: a stratified part of a stream would have to "
-                    "be looked for in all of it; shorten the run with --max_steps, or leave --dataset_streaming out"
+                    f"--limit_train_examples {self.limit_train_examples}: a stratified part of a stream needs a pass "
+                    "over all of it; shorten the run with --max_steps, or leave --dataset_streaming out"
                 )
         else:
             yield from self.idle(["num_train_examples", "shuffle_buffer_size"], "--dataset_streaming")

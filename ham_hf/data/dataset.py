@@ -42,23 +42,23 @@ FEW_PER_CLASS = 5  # held-out images, on average
 
 @dataclass(frozen=True, kw_only=True)
 class TestData:
-    """Images made ready to evaluate on.
+    """Images ready to evaluate on.
 
     Attributes:
-        name: as given: Hub id, folder or ``digits``.
+        name: Hub id, folder or ``digits``, as given.
         config_name: configuration that was opened; as given for local data.
         revision: commit of the Hub dataset if known, else as given.
-        test: looked at once, at the end.
+        test: used once, at the end.
         class_names: C names, in label order.
         image_size: side S of the square images, in pixels.
         in_chans: channels of the images, 1 or 3.
         augmentation: of the training images: none, crop, crop_flip or timm.
-        num_skipped: images left out because they cannot be read, in all splits.
+        num_skipped: unreadable images of all splits, which are left out.
         test_split_origin: name of the test split, or how it was held out of train.
-        provenance: what decided which images these are, to find them again; None for data made by hand.
-        notes: what of the dataset is not read, each with its number and an example.
-        num_test_in_train: test images whose pixels are those of an image of train or validation; None if that was not
-            checked, because images are decoded as they are needed or training images are not read.
+        provenance: what decides which images these are, to find them again; None for data given in Python.
+        notes: what of the dataset is left out, each with its number and an example.
+        num_test_in_train: test images with the pixels of an image of train or validation; None if unknown, because
+            images are not all decoded beforehand.
         groups: of the test images, where a column of groups was named.
     """
 
@@ -82,7 +82,7 @@ class TestData:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(TestData):
-    """A dataset made ready for training and evaluation.
+    """A dataset ready for training and evaluation.
 
     Attributes:
         train: without the held-out parts; the only part that is augmented. It may be a stream.
@@ -106,7 +106,7 @@ class ImageData(TestData):
 def load_test_data(
     config: DataConfig, inputs: Preprocessing, trained: TrainedOn, *, group_column: str | None = None
 ) -> TestData:
-    """Open what a finished model is evaluated on; see `ham_hf.data.evaluation_data.evaluation_part` for which images.
+    """Open the images to evaluate a finished model on; `ham_hf.data.evaluation_data.evaluation_part` says which.
 
     Args:
         config: says which data.
@@ -126,8 +126,8 @@ def load_test_data(
     logger.info("%d images to test on (%s)", len(images), part.origin)
     return TestData(
         name=config.dataset_name,
-        config_name=part.config_name,
-        revision=part.revision,
+        config_name=part.source.config_name,
+        revision=part.source.revision,
         test=images,
         class_names=part.class_names,
         image_size=geometry.image_size,
@@ -135,7 +135,7 @@ def load_test_data(
         augmentation="none",
         num_skipped=len(part.encoded) - len(images),
         test_split_origin=part.origin,
-        notes=part.notes,
+        notes=part.source.notes,
         groups=None if part.groups is None else part.groups.only(torch.isin(part.encoded.rows, rows)),
     )
 
@@ -143,15 +143,15 @@ def load_test_data(
 def load_image_data(
     config: DataConfig, inputs: Preprocessing, *, seed: int, image_size: int | None = None
 ) -> ImageData:
-    """Open a dataset, choose splits, columns and classes, and make its images ready.
+    """Open a dataset, choose splits, columns and classes, and prepare its images.
 
     The order is: hold a test part out of train if there is no test split, apply the limits, hold the validation part
-    out of train, and only then decode. Unreadable images are left out last, so which part an example belongs to does
-    not depend on them. The test part and the limited test set are the same for every ``seed``.
+    out of train, decode, leave out unreadable images. So the part of an example does not depend on unreadable ones.
+    The test part and the limited test set are the same for every ``seed``.
 
-    ``cache_images`` says where pixels are: ``ram`` decodes every image once into memory; ``none`` decodes batch by
-    batch in workers; ``auto`` caches each split of at most 4 GiB, on the accelerator if that takes no more than a
-    quarter of its free memory, and streams train for timm's augmentation, which needs the original pixels.
+    ``cache_images``: ``ram`` decodes every image once into memory; ``none`` decodes batch by batch in workers;
+    ``auto`` caches each split of at most 4 GiB, on the accelerator if it takes at most a quarter of the free memory,
+    and decodes train in workers for timm's augmentation, which needs the original pixels.
 
     Args:
         config: which data, what is held out, and how it is read.
@@ -180,13 +180,13 @@ def load_image_data(
     }
     images = {part: found for part, (found, _, _) in ready.items()}
     repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
-    _say_what_is_there(images, parts)
-    # Of a stream, images that are at hand anyway: the held-out part of train, or a sample of it.
+    _report_sizes(images, parts)
+    # Of a stream, the images that are read already: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
     return ImageData(
         name=config.dataset_name,
-        config_name=parts.config_name,
-        revision=parts.revision,
+        config_name=parts.source.config_name,
+        revision=parts.source.revision,
         train=images["train"] if parts.shards is None else _stream(parts, geometry, config, augmentation),
         validation=images.get("validation"),
         test=images["test"],
@@ -202,7 +202,7 @@ def load_image_data(
         test_split_origin=parts.test_split_origin,
         crop_mode=inputs.crop_mode,
         provenance=_provenance(parts, config, seed),
-        notes=parts.notes,
+        notes=parts.source.notes,
         num_test_in_train=repeated,
     )
 
@@ -213,7 +213,6 @@ def _check_channels(in_chans: int) -> None:
 
 
 def _geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
-    """How images are brought to the size."""
     small = image_size <= SMALL_IMAGE_SIZE and image_size != inputs.image_size
     return EvalTransform(
         image_size,
@@ -237,7 +236,7 @@ def _stream(parts: Parts, geometry: EvalTransform, config: DataConfig, augmentat
     )
 
 
-def _say_what_is_there(images: Mapping[str, Images], parts: Parts) -> None:
+def _report_sizes(images: Mapping[str, Images], parts: Parts) -> None:
     """Log the numbers of images, and warn of classes without one and of a small held-out part."""
     for part in images:
         if part != "sample":
@@ -258,22 +257,15 @@ def _say_what_is_there(images: Mapping[str, Images], parts: Parts) -> None:
 
 
 def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
-    commit = parts.revision if re.fullmatch(r"[0-9a-f]{40}", parts.revision or "") else None
-    known = parts.fingerprint
+    revision, known = parts.source.revision or "", parts.fingerprint
+    names = ("validation_fraction", "test_fraction", "limit_train_examples", "num_train_examples", "skip_corrupt")
     return Provenance(
         dataset=plain_name(config.dataset_name),
         seed=seed,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        limit_train_examples=config.limit_train_examples,
-        num_train_examples=config.num_train_examples,
-        skip_corrupt=config.skip_corrupt,
-        config_name=parts.config_name,
-        revision=commit,
-        train_split=parts.train_split,
-        test_split=parts.test_split,
-        image_column=parts.image_column,
-        label_column=parts.label_column,
+        **{name: getattr(config, name) for name in names},
+        config_name=parts.source.config_name,
+        revision=revision if re.fullmatch(r"[0-9a-f]{40}", revision) else None,
+        **parts.chosen._asdict(),
         dataset_streaming=parts.shards is not None,
         num_images=parts.num_images,
         fingerprint=known.labels if known else None,
@@ -294,7 +286,7 @@ def _own_size(parts: Iterable[EncodedImages]) -> int | None:
 
 
 def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
-    """The augmentation that a setting stands for, checked against the cache; see `load_image_data`."""
+    """Resolve ``auto``, and check the augmentation against the cache; see `load_image_data`."""
     if augmentation == "auto":
         small = "none" if dataset_name == DIGITS else "crop_flip"
         augmentation = small if image_size <= SMALL_IMAGE_SIZE else "timm"
@@ -331,7 +323,7 @@ def _make_ready(
         encoded = encoded.subset(readable)
     else:
         if skip_corrupt:
-            logger.info("looking for unreadable ones in %d images of %r", len(encoded), encoded.split)
+            logger.info("checking %d images of %r for unreadable ones", len(encoded), encoded.split)
             digests = []  # in any order
             encoded = encoded.subset(
                 for_each_image(
@@ -366,7 +358,7 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
 
 def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
     if part == "train" and len(labels) <= len(class_names):
-        return  # As few as that train nothing: they are there for an evaluation, and some classes have to be absent.
+        return  # An evaluation asked for so few that some classes have to be absent.
     absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()
     if absent:
         names = ", ".join(repr(class_names[index]) for index in absent[:5])

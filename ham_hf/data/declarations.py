@@ -1,8 +1,8 @@
-"""The class names that parquet files declare, each for itself.
+"""Read the class names that each parquet file declares.
 
-``datasets`` takes the declaration of the first file, or of the dataset's README.md, for all of them, and labels are
-numbers: where another file counts the same names in another order, or counts fewer, its labels would change their
-meaning. Here every file's declaration is read, and labels are matched by name.
+``datasets`` applies the declaration of the first file, or of the dataset's README.md, to all files. Labels are
+numbers, so those of a file with another order or fewer names would change their meaning. This module reads every
+file's declaration; labels are then matched by name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,18 +33,12 @@ class RepeatedNameError(ValueError):
 
 
 class StreamError(ValueError):
-    """A file cannot be read, or the stream broke in mid-run; the message names file and row."""
+    """A file cannot be read, or the stream broke during the run; the message names file and row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileClasses:
-    """What one parquet file declares.
-
-    Attributes:
-        file: its path or URL.
-        num_rows: its rows.
-        names: class names in label order, of each column that declares them.
-    """
+    """Path or URL of a parquet file, its number of rows, and its class names in label order, of each column."""
 
     file: str
     num_rows: int
@@ -63,38 +58,34 @@ class Declarations:
     files: Mapping[str, tuple[FileClasses, ...]] = field(default_factory=dict)
 
     def class_names(self, column: str, train_split: str) -> tuple[str, ...] | None:
-        """The classes of a column: README.md's, else those of the training file that declares the most.
-
-        Returns:
-            The names in label order; None if neither declares any.
+        """The classes of a column in label order: README.md's, else of the training file with the most; None without.
 
         Raises:
-            ValueError: if a training file declares a name that is not among them; both lists are named.
+            ValueError: if a training file declares another name; both lists are named.
         """
-        declared = [
-            (file.file, file.names[column]) for file in self.files.get(train_split, ()) if column in file.names
-        ]
-        if column in self.readme:
-            declared.insert(0, (README, self.readme[column]))
-            first = 0
-        elif declared:
-            first = max(range(len(declared)), key=lambda number: len(declared[number][1]))
-        else:
+        files = self.files.get(train_split, ())
+        declared = [(file.file, file.names[column]) for file in files if column in file.names]
+        if not declared and column not in self.readme:
             return None
-        where, names = declared[first]
+        widest = max(declared, key=lambda found: len(found[1]), default=None)
+        where, names = (README, self.readme[column]) if widest is None or column in self.readme else widest
         for file, others in declared:
-            if not set(others) <= set(names):
-                raise ValueError(disagreement(column, where, names, file, others))
+            new = [name for name in others if name not in names]
+            if new:
+                raise ValueError(
+                    f"column {column!r}: {where} declares the {len(names)} classes {listed(names)}, and {file} the "
+                    f"{len(others)} classes {listed(others)}: {listed(new)} of the second are none of the first; "
+                    "declare the same names in both, or choose another --label_column"
+                )
         return names
 
     def row_names(self, column: str, split: str, train_split: str) -> list[tuple[FileClasses, tuple[str, ...]]]:
         """Files of a split with the names that their labels count; empty if nothing is declared.
 
-        A file that declares none is taken to count as the whole dataset does, which is warned of unless README.md
-        says so.
+        A file without names counts those of the whole dataset; unless README.md has them, this is warned of.
 
         Raises:
-            ValueError: as `class_names` does, or if others do not agree on what such a file may count.
+            ValueError: as `class_names` does, or if the files disagree on the names of a file without any.
         """
         common = self.class_names(column, train_split)
         files = self.files.get(split, ())
@@ -111,8 +102,8 @@ class Declarations:
                     "so it is not known what its labels count; declare the names in every file, or in README.md"
                 )
             logger.warning(
-                "%d of %d files of split %r declare no class names in column %r, such as %s: their labels are taken "
-                "to count the names that other files declare",
+                "%d of %d files of split %r declare no class names in column %r, such as %s: their labels are "
+                "read with the names that other files declare",
                 len(silent),
                 len(files),
                 split,
@@ -128,20 +119,10 @@ class Declarations:
             for column, names in declared.items():
                 ways.setdefault(column, []).append(names)
         return {
-            column: datasets.ClassLabel(names=list(found[max(range(len(found)), key=lambda way: len(found[way]))]))
+            column: datasets.ClassLabel(names=list(max(found, key=lambda names: len(tuple(names)))))
             for column, found in ways.items()
             if len(set(found)) > 1
         }
-
-
-def disagreement(column: str, first: str, names: Sequence[str], second: str, others: Sequence[str]) -> str:
-    """Message about two declarations that cannot be matched by name."""
-    new = [name for name in others if name not in set(names)]
-    return (
-        f"column {column!r}: {first} declares the {len(names)} classes {listed(names)}, and {second} the "
-        f"{len(others)} classes {listed(others)}: {listed(new)} of the second are none of the first; declare the "
-        "same names in both, or choose another --label_column"
-    )
 
 
 def names_in(features: datasets.Features | None) -> dict[str, tuple[str, ...]]:
@@ -154,45 +135,55 @@ def names_in(features: datasets.Features | None) -> dict[str, tuple[str, ...]]:
 
 
 def read_file_classes(files: Sequence[str], version: str) -> tuple[FileClasses, ...]:
-    """What each parquet file declares; of files elsewhere it is kept in the cache of ``datasets``.
-
-    Args:
-        files: paths or URLs.
-        version: tells one version of them from another.
-    """
+    """What each parquet file declares; for files elsewhere it is kept in the cache of ``datasets``, per version."""
 
     def found() -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
             yield from pool.map(_declared, files)
 
-    if not any("://" in file for file in files):
-        return tuple(map(_file_classes, files, found()))
-    features = datasets.Features({"rows": datasets.Value("int64"), "names": datasets.Value("string")})
-    key = "\n".join(["ham_hf class names", *files, version])
-    kept = datasets.Dataset.from_generator(
-        found, features=features, fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32]
+    rows: Iterable[dict[str, Any]] = found()
+    if any("://" in file for file in files):
+        features = datasets.Features({"rows": datasets.Value("int64"), "names": datasets.Value("string")})
+        rows = cached(["class names", *files, version], features, found)
+    names = [(row["rows"], json.loads(row["names"]).items()) for row in rows]
+    return tuple(
+        FileClasses(file=file, num_rows=num_rows, names={column: tuple(classes) for column, classes in declared})
+        for file, (num_rows, declared) in zip(files, names, strict=True)
     )
-    return tuple(map(_file_classes, files, kept))
-
-
-def _file_classes(file: str, row: Mapping[str, Any]) -> FileClasses:
-    names = {column: tuple(found) for column, found in json.loads(row["names"]).items()}
-    return FileClasses(file=file, num_rows=row["rows"], names=names)
 
 
 def _declared(file: str) -> dict[str, Any]:
+    with naming(file), fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
+        _refuse_repeated_names(file, parquet.schema_arrow)
+        names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
+        return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Turn any error into a `StreamError` that names the file which cannot be read."""
     try:
-        with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
-            _refuse_repeated_names(file, parquet.schema_arrow)
-            names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
-            return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
-    except RepeatedNameError:
+        yield
+    except (RepeatedNameError, StreamError):
         raise
     except Exception as error:
         # Network, Hub, file format: dozens of exception types.
         raise StreamError(
             f"{file} cannot be read ({type(error).__name__}: {error}); if it is whole, the same command tries again"
         ) from error
+
+
+def cached(
+    key: Sequence[str], features: datasets.Features, rows: Callable[[], Iterator[dict[str, Any]]]
+) -> datasets.Dataset:
+    """What ``rows`` yields, on disk in the cache of ``datasets``; made once for a key."""
+    fingerprint = hashlib.sha256("\n".join(["ham_hf", *key]).encode()).hexdigest()[:32]
+    try:
+        return datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, StreamError):
+            raise error.__cause__ from None
+        raise
 
 
 def _refuse_repeated_names(file: str, schema: pa.Schema) -> None:
@@ -203,8 +194,8 @@ def _refuse_repeated_names(file: str, schema: pa.Schema) -> None:
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise RepeatedNameError(
-                f"column {column!r}: {file} declares {counts[twice[0]]} classes called {twice[0]!r}, which nothing "
-                "could tell apart: give each a name of its own"
+                f"column {column!r}: {file} declares {counts[twice[0]]} classes called {twice[0]!r}: give each "
+                "a unique name"
             )
 
 

@@ -1,9 +1,8 @@
-"""From encoded images to uint8 pixels: decoding, channels, geometry.
+"""Turn encoded images into uint8 pixels: decoding, channels, geometry.
 
-What training sees is what a user of the published model sees who opens an image as timm does,
-``Image.open(f).convert("RGB")`` (or ``"L"``), and applies timm's evaluation transform. In particular the alpha channel
-is dropped, not composited. Two corrections to that: EXIF orientation is applied, as ``datasets`` does, and 16-bit
-gray is scaled to 8 bits, where Pillow would clip it to white.
+Training gets the pixels that a user of the published model gets by timm's way, ``Image.open(f).convert("RGB")`` (or
+``"L"``) and timm's evaluation transform; so the alpha channel is dropped, not composited. Two corrections: EXIF
+orientation is applied, as ``datasets`` does, and 16-bit gray is scaled to 8 bits, where Pillow would clip it to white.
 """
 
 from __future__ import annotations
@@ -64,11 +63,7 @@ class EncodedImages:
         return encoded
 
     def decode(self, position: int, encoded: Mapping[str, Any] | None) -> Image.Image:
-        """Decode what ``read`` gave for ``position`` to a PIL image of mode L or RGB.
-
-        Raises:
-            CorruptImageError: if it cannot be read.
-        """
+        """Decode what ``read`` gave for ``position`` to a PIL image of mode L or RGB, or raise CorruptImageError."""
         return decode_or_explain(encoded, self.in_chans, where=f"split {self.split!r}, row {int(self.rows[position])}")
 
     def subset(self, keep: Tensor) -> EncodedImages:
@@ -76,25 +71,16 @@ class EncodedImages:
         return replace(self, rows=self.rows[keep], labels=self.labels[keep])
 
 
-def open_encoded(encoded: Mapping[str, Any] | None) -> Image.Image:
-    """Open an encoded image (header only) from its bytes or its file.
-
-    Raises:
-        ValueError: if there are neither bytes nor a path.
-    """
+def _opened(encoded: Mapping[str, Any] | None) -> Image.Image:
+    """Open an encoded image (header only) from its bytes or its file."""
     if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ValueError("the image is missing")
     return Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"]))
 
 
-def decode_image(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Image:
-    """Decode to mode L (``in_chans`` 1) or RGB (3), upright.
-
-    Raises:
-        ValueError: if the pixels have no defined range (32-bit integers, floats) or there is no image.
-        OSError: and others of Pillow, if the data is damaged.
-    """
-    with open_encoded(encoded) as image:
+def _decoded(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Image:
+    """An image of mode L (``in_chans`` 1) or RGB (3), upright; Pillow raises nearly anything on damaged data."""
+    with _opened(encoded) as image:
         image.load()
         file_format, upright = image.format, image
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
@@ -110,15 +96,10 @@ def decode_image(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Imag
 
 
 def decode_or_explain(encoded: Mapping[str, Any] | None, in_chans: int, *, where: str) -> Image.Image:
-    """`decode_image`, with ``where`` the image is in the message.
-
-    Raises:
-        CorruptImageError: if it cannot be read.
-    """
+    """Decode to mode L (``in_chans`` 1) or RGB (3), upright, or raise CorruptImageError naming ``where`` it is."""
     try:
-        return decode_image(encoded, in_chans)
+        return _decoded(encoded, in_chans)
     except Exception as error:
-        # Pillow's decoders raise nearly anything on damaged data, not only OSError.
         file = f", {encoded['path']}" if encoded and encoded["path"] else ""
         raise CorruptImageError(
             f"{where}{file}: the image cannot be read ({type(error).__name__}: {error}); repair it, or leave such "
@@ -129,8 +110,8 @@ def decode_or_explain(encoded: Mapping[str, Any] | None, in_chans: int, *, where
 class EvalTransform:
     """Evaluation geometry of timm: PIL image to uint8 (C, S, S), pixel for pixel as timm makes it.
 
-    An image that has the size already is left as it is, exactly, if ``crop_pct`` is 1. A class, not a closure: worker
-    processes that do not fork get it by pickle.
+    An image of that size stays exactly as it is if ``crop_pct`` is 1. A class, not a closure: worker processes that do
+    not fork get it by pickle.
 
     Args:
         image_size: S, in pixels.
@@ -177,7 +158,7 @@ def common_size(images: EncodedImages) -> int | None:
     for chunk in _chunks(len(images)):
         for encoded in images.read(chunk):
             try:
-                with open_encoded(encoded) as image:
+                with _opened(encoded) as image:
                     sides.add(image.size)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 continue  # Decoding reports it, with its row.
@@ -216,7 +197,7 @@ def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], No
 
 
 def content_digest(image: Image.Image) -> bytes:
-    """What equal pixels have in common, and others do not: 16 bytes."""
+    """16 bytes that tell images of other mode, size or pixels apart."""
     start = f"{image.mode} {image.size}".encode()
     return hashlib.blake2b(start + image.tobytes(), digest_size=16).digest()
 
@@ -224,11 +205,11 @@ def content_digest(image: Image.Image) -> bytes:
 def decode_all(
     images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
 ) -> tuple[Tensor, Tensor, list[bytes]]:
-    """Decode all images into one tensor; of each, its digest is held in memory besides.
+    """Decode all images into one tensor.
 
     Returns:
-        (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and the M digests of
-        the images at their own size (`content_digest`).
+        (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and `content_digest` of
+        the M images at their own size.
     """
     pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
     digests = [b""] * len(images)

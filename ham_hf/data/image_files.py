@@ -1,12 +1,12 @@
-"""Datasets of image files: class folders, or tables with labels beside images; in a folder, zip archives, or the Hub.
+"""Read image files in a folder, zip archives or the Hub: class folders, or tables with labels beside the images.
 
 ``datasets`` puts files into splits by words anywhere in their paths, and names the classes of archives by the folder
-that an archive is in. Here the files are listed anew. An archive is a folder of its own name, without ``.zip``.
+that an archive is in. This module lists the files itself and treats an archive as a folder of its name, without
+``.zip``.
 
 In a table beside the images (``metadata.csv``, ``metadata.jsonl``, ``metadata.parquet``), a row names its image by a
-path from the table's folder. Only a folder at the top that is named like a split is a split, or what the dataset's
-README.md says; no word in the name of a file or of a deeper folder decides anything. Every row is read or refused, and
-images without a row are counted in a note with an example.
+path from the table's folder. The dataset's README.md decides the splits, else folders at the top that are named like
+splits. A row without its image is an error; images without a row are counted in a note with an example.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import datasets
@@ -34,6 +34,7 @@ from ham_hf.data.class_folders import (
     METADATA_NAMES,
     common_folder,
     folder_of_split,
+    images_in_files,
     is_hidden,
     is_image_name,
     list_files,
@@ -57,7 +58,7 @@ class ImageFiles:
         where: of each path, relative and with ``/``, the file or URL.
         download: from URLs to files, in order; None for files of this machine.
         split_of: splits of files as the dataset's README.md declares them; None if it does not.
-        notes: what is not read, each with its number and an example.
+        notes: what is left out, each with its number and an example.
     """
 
     where: Mapping[str, str]
@@ -80,11 +81,7 @@ def files_of_folder(root: Path) -> ImageFiles:
 
 
 def holds_images(files: ImageFiles) -> bool:
-    """Whether the files of a folder of this machine are images, themselves or in zip archives, rather than other data.
-
-    Raises:
-        ValueError: for an archive that cannot be read.
-    """
+    """Whether local files are images, themselves or in zip archives, rather than other data."""
     visible = [path for path in files.where if not is_hidden(path)]
     images = sum(map(is_image_name, visible))
     data = [path for path in visible if path.lower().endswith(DATA_EXTENSIONS)]
@@ -108,22 +105,19 @@ def files_of_builder(
     if "://" in root:
         settings = datasets.DownloadConfig(token=builder.token)
         manager = datasets.DownloadManager(dataset_name=builder.dataset_name, download_config=settings)
-        where = {path: f"{root}/{path}" for path in list_repository(root)}
-        files = ImageFiles(where=where, download=manager.download)
+        files = ImageFiles(where={path: f"{root}/{path}" for path in list_repository(root)}, download=manager.download)
     else:
         files = files_of_folder(Path(root))
     if not splits_declared:
         return files
     path_of = {file: path for path, file in files.where.items()}
-    split_of = {}
-    for split, declared in builder.config.data_files.items():
-        for file in map(str, declared):
-            split_of[path_of.get(file, file)] = str(split)
+    declared = builder.config.data_files.items()
+    split_of = {path_of.get(str(file), str(file)): str(split) for split, found in declared for file in found}
     where = {**files.where, **{path: path for path in split_of if path not in files.where}}
     others = [path for path in where if is_image_name(path) and not is_hidden(path) and path not in split_of]
     unread = others if only_configuration else []
     notes = note(unread, "image files are in no data_files of README.md and are not read")
-    return ImageFiles(where=where, download=files.download, split_of=split_of, notes=(*files.notes, *notes))
+    return replace(files, where=where, split_of=split_of, notes=(*files.notes, *notes))
 
 
 def list_repository(root: str) -> list[str]:
@@ -136,17 +130,16 @@ def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str
     """Images with labels, by tables where there are any, else by class folders; and notes on what is not read.
 
     Raises:
-        ValueError: as `sort_into_classes` and `read_image_tables` do, for an archive that cannot be unpacked, and if
-            there is no image.
+        ValueError: as `sort_into_classes` does, for an archive or a table that cannot be read, tables that do not fit
+            together, a row whose image is missing or has two rows, and if there is no image.
     """
     files = _unpacked(files)
-    paths = list(files.where)
-    usable = paths if files.split_of is None else [path for path in paths if path in files.split_of]
+    usable = files.where if files.split_of is None else [path for path in files.where if path in files.split_of]
     tables = [path for path in usable if PurePosixPath(path).name in METADATA_NAMES and not is_hidden(path)]
     if tables:
-        splits, notes = read_image_tables(paths, tables, files.split_of, files.fetch)
+        splits, notes = _read_tables(files, tables)
     else:
-        found = sort_into_classes(paths, files.split_of)
+        found = sort_into_classes(files.where, files.split_of)
         images = [path for of_split in found.splits.values() for path, _ in of_split]
         splits, notes = found.as_dataset(files.fetch(images)), list(found.notes)
     if not splits:
@@ -169,12 +162,11 @@ def _unpacked(files: ImageFiles) -> ImageFiles:
     split_of = None if files.split_of is None else dict(files.split_of)
     for archive, file in files.fetch(archives).items():
         root = _unpack(archive, file)
-        folder = archive[: -len(".zip")]
-        for path in list_files(root)[0]:
-            where[f"{folder}/{path}"] = str(root / path)
-            if split_of is not None and archive in split_of:
-                split_of[f"{folder}/{path}"] = split_of[archive]
-    return ImageFiles(where=where, download=files.download, split_of=split_of, notes=files.notes)
+        unpacked = {f"{archive[: -len('.zip')]}/{path}": str(root / path) for path in list_files(root)[0]}
+        where |= unpacked
+        if split_of is not None and archive in split_of:
+            split_of |= dict.fromkeys(unpacked, split_of[archive])
+    return replace(files, where=where, split_of=split_of)
 
 
 def _unpack(archive: str, file: str) -> Path:
@@ -211,38 +203,23 @@ def _explained(archive: str) -> Iterator[None]:
 
 
 NAME = "file_name"
-Fetch = Callable[[Sequence[str]], Mapping[str, str]]
-"""From paths in a dataset to files on this machine."""
 
 
-def read_image_tables(
-    paths: Sequence[str], tables: Sequence[str], split_of: Mapping[str, str] | None, fetch: Fetch
-) -> tuple[datasets.DatasetDict, list[str]]:
-    """Every image that a row names, with the other columns of its table; images stay in their files.
-
-    Args:
-        paths: relative paths of all files, with ``/``.
-        tables: those of them that are tables.
-        split_of: splits of files as README.md has them; None: folders at the top decide.
-        fetch: see `Fetch`.
-
-    Raises:
-        ValueError: for a table that cannot be read or has no column of file names, tables with columns of different
-            types or classes, a row whose image is not there, an image with two rows, and rows for images beside the
-            split folders.
-    """
-    contents = {table: _read(table, file) for table, file in fetch(sorted(tables)).items()}
+def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.DatasetDict, list[str]]:
+    """Every image that a row of ``tables`` names, with the other columns of its table; images stay in their files."""
+    split_of = files.split_of
+    contents = {table: _read(table, file) for table, file in files.fetch(sorted(tables)).items()}
     column = _image_column(contents)
     table = _joined(contents)
     images = [path for name, content in contents.items() for path in _images_of(name, content[column].to_pylist())]
     refuse_repeated(images)
-    missing = sorted(set(images) - set(paths))
+    missing = sorted(set(images) - files.where.keys())
     if missing:
         raise ValueError(
             f"{len(missing)} rows of {' and '.join(map(shown, contents))} name images that are not there, such as "
             f"{shown(missing[0])}: a name is a path from the table's folder, and an archive is a folder of its name"
         )
-    others = set(paths if split_of is None else split_of) - set(images)
+    others = set(files.where if split_of is None else split_of) - set(images)
     unlisted = sorted(path for path in others if is_image_name(path) and not is_hidden(path))
     notes = note(unlisted, f"image files have no row in {' or '.join(map(shown, contents))} and are not read")
     splits = _splits_by_folder(images, list(contents)) if split_of is None else [split_of.get(path) for path in images]
@@ -258,13 +235,9 @@ def read_image_tables(
     found = datasets.DatasetDict()
     for split in dict.fromkeys(split for split in splits if split is not None):
         rows = [row for row, own in enumerate(splits) if own == split]
-        files = fetch([images[row] for row in rows])
-        stored = pa.StructArray.from_arrays(
-            [pa.nulls(len(rows), pa.binary()), pa.array([files[images[row]] for row in rows], pa.string())],
-            names=["bytes", "path"],
-        )
-        others = table.take(rows).drop_columns([column])
-        whole = others.add_column(0, image, stored).cast(features.arrow_schema)
+        fetched = files.fetch([images[row] for row in rows])
+        stored = images_in_files([fetched[images[row]] for row in rows])
+        whole = table.take(rows).drop_columns([column]).add_column(0, image, stored).cast(features.arrow_schema)
         found[split] = datasets.Dataset(datasets.table.InMemoryTable(whole))
     return found, notes
 
@@ -323,7 +296,7 @@ def _images_of(table: str, names: Sequence[object]) -> list[str]:
     for row, name in enumerate(names):
         path = posixpath.normpath(posixpath.join(posixpath.dirname(table), name)) if isinstance(name, str) else ".."
         if path == ".." or path.startswith(("../", "/")):
-            raise ValueError(f"{shown(table)}, row {row}: {name!r} is no path to an image of this dataset")
+            raise ValueError(f"{shown(table)}, row {row}: {name!r} is not a path to an image of this dataset")
         found.append(path)
     return found
 

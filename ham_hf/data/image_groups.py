@@ -1,4 +1,4 @@
-"""Groups of images by another column than the label, to ask whether robustness is fair over them too."""
+"""Group images by a column other than the label, to measure whether robustness is fair over these groups too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from ham_hf.data.columns import choose_group_column, is_unlabeled
+from ham_hf.data.columns import categories, is_unlabeled, names_of_rows
 from ham_hf.data.declarations import FileClasses
 
 logger = logging.getLogger(__name__)
@@ -60,23 +60,16 @@ def read_groups(
 ) -> ImageGroups:
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
-    Groups are the names that a ``ClassLabel`` declares, else the sorted values that occur. Where ``of_files`` has the
-    names that each file's labels count (`ham_hf.data.declarations`), those decide.
+    Groups are the names that a ``ClassLabel``, or each file in ``of_files``, declares, else the sorted values.
 
     Raises:
         ValueError: if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
     """
-    feature = split.features[choose_group_column(split.features, column)]
+    feature = split.features[categories("--group_column", column, split.features)]
     stored = split[column][:]
     values = [stored[row] for row in rows.tolist()]
     if isinstance(feature, datasets.ClassLabel):
-        counted = [names for file, names in of_files for _ in range(file.num_rows)]
-        counted = counted or [tuple(feature.names)] * len(stored)
-        if len(counted) != len(stored):
-            raise ValueError(
-                f"--group_column {column}: the split has {len(stored)} examples and its files have {len(counted)}: "
-                "files changed since they were prepared; delete the copy in the cache of datasets (HF_DATASETS_CACHE)"
-            )
+        counted = names_of_rows(f"--group_column {column}: the split", feature, len(stored), of_files)
         named = [
             None if is_unlabeled(value) or value >= len(counted[row]) else counted[row][value]
             for row, value in zip(rows.tolist(), values, strict=True)
@@ -109,13 +102,12 @@ def make_groups(
     Raises:
         ValueError: if there are more than `MAX_GROUPS` groups.
     """
-    order: Sequence[str | int | bool] = (
-        list(names)
-        if names is not None
-        else sorted(
-            {value for value in values if value is not None}, key=lambda value: (isinstance(value, str), value)
-        )
-    )
+    order: Sequence[str | int | bool]
+    if names is not None:
+        order = names
+    else:
+        present = {value for value in values if value is not None}
+        order = sorted(present, key=lambda value: (isinstance(value, str), value))
     if len(order) > MAX_GROUPS:
         raise ValueError(
             f"--group_column {column}: {len(order)} different values, at most {MAX_GROUPS} can be groups; "

@@ -1,7 +1,6 @@
-"""Datasets that somebody has in Python, as the data of a run: torch's and those of the datasets library.
+"""Use datasets that exist in Python, torch's or those of the datasets library, as the data of a run.
 
-Every image is read once and kept as bytes, as it would come from a file; pixels of float tensors are rounded to
-multiples of 1/255.
+Every image is read once and kept as bytes; pixels of float tensors are rounded to multiples of 1/255.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ham_hf.data.splits import stratified_split
 logger = logging.getLogger(__name__)
 
 NAME = "given-in-python"
-"""What stands for the name of such a dataset in reports."""
+"""Name of such a dataset in reports."""
 
 
 class Examples(Protocol):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -12,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng, seed_for_example
 from ham_hf.data.decoding import CorruptImageError, EncodedImages
-from ham_hf.data.workers import shield_worker, start_method
 
 
 class BatchRequest(NamedTuple):
@@ -103,11 +107,7 @@ class StreamedPixels:
         self._num_workers = num_workers
 
     def load(self, request: BatchRequest) -> Tensor:
-        """(B, C, S, S) uint8 on the CPU; depends on the request alone.
-
-        Raises:
-            CorruptImageError: if an image cannot be read.
-        """
+        """(B, C, S, S) uint8 on the CPU; depends on the request alone."""
         pixels = []
         positions = request.indices.tolist()
         with isolated_rng():
@@ -122,19 +122,9 @@ class StreamedPixels:
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
         """See ``PixelStore``."""
         num_workers = min(self._num_workers, len(requests))
-        loader = DataLoader(
-            _Requests(self, requests),
-            batch_size=None,
-            num_workers=num_workers,
-            multiprocessing_context=start_method(num_workers),
-            pin_memory=can_pin(device),
-            # Its own generator: by default a loader draws from, and so advances, torch's global one.
-            generator=torch.Generator(),
-            worker_init_fn=shield_worker,
-        )
-        for batch in loader:
-            if isinstance(batch, CorruptImageError):
-                raise batch
+        # Workers get the number of a request, as they have the requests already.
+        load = partial(_load_numbered, self, requests)
+        for batch in done_by_workers(load, range(len(requests)), num_workers, device):
             yield batch.to(device, non_blocking=True)
 
 
@@ -173,28 +163,77 @@ class Images:
             yield PixelBatch(x=to_unit_interval(pixels), y=labels, indices=request.indices)
 
 
-class _Requests(Dataset[Tensor | CorruptImageError]):
-    """Requests by number, for a DataLoader. Errors travel as values, to keep their message free of tracebacks."""
+def _load_numbered(pixels: StreamedPixels, requests: Sequence[BatchRequest], number: int) -> Tensor:
+    return pixels.load(requests[number])
 
-    def __init__(self, pixels: StreamedPixels, requests: Sequence[BatchRequest]) -> None:
-        self._pixels = pixels
-        self._requests = requests
 
-    def __len__(self) -> int:
-        return len(self._requests)
+class _Tasks(Dataset[Any]):
+    """What a DataLoader does with each task. Errors travel as values, so that their message holds no traceback."""
 
-    def __getitem__(self, number: int) -> Tensor | CorruptImageError:
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self._work = work
+
+    def __getitem__(self, task: object) -> object:
         try:
-            return self._pixels.load(self._requests[number])
+            return self._work(task)
         except CorruptImageError as error:
             return error
 
 
-def transform_example(transform: PixelTransform, image: Image.Image, seed: int, index: int) -> Tensor:
-    """(C, S, S) uint8 of a random transform, which depends on (seed of the batch, example) alone.
+def done_by_workers(
+    work: Callable[[Any], Any], tasks: Iterable[object], num_workers: int, device: torch.device
+) -> Iterator[Any]:
+    """Yield what ``work`` makes of each task, in order, on the CPU.
 
-    Call it inside `isolated_rng`.
+    Args:
+        work: decodes; does not touch a device.
+        tasks: arguments of its calls.
+        num_workers: processes that decode; 0 decodes in the calling one.
+        device: where batches go next.
+
+    Raises:
+        CorruptImageError: if an image cannot be read.
     """
+    loader = DataLoader(
+        _Tasks(work),
+        sampler=tasks,
+        batch_size=None,
+        num_workers=num_workers,
+        # Python 3.14 would start them by forkserver, which imports torch again in each worker, for every epoch.
+        multiprocessing_context="fork" if num_workers > 0 and sys.platform == "linux" else None,
+        pin_memory=can_pin(device),
+        # Its own generator: by default a loader draws from, and so advances, torch's global one.
+        generator=torch.Generator(),
+        worker_init_fn=_shield_worker,
+    )
+    for found in loader:
+        if isinstance(found, CorruptImageError):
+            raise found
+        yield found
+
+
+def _shield_worker(worker_id: int) -> None:
+    """Let a worker outlive a signal to all processes of a run, which needs it to reach its checkpoint.
+
+    SIGTERM of the process that started the worker still ends it.
+    """
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS, Windows: no way to see who sent it
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def transform_example(transform: PixelTransform, image: Image.Image, seed: int, index: int) -> Tensor:
+    """(C, S, S) uint8, by the seed of the batch and the example's position; call it inside `isolated_rng`."""
     seed_for_example(seed, index)
     return transform(image)
 

@@ -1,8 +1,7 @@
-"""What a model was trained on: recorded with it, recognized in a copy, and its held-out images found again.
+"""Record what a model was trained on, recognize it in a copy, and find its held-out images again.
 
-A run records where its images came from, every setting that decided which of them were held out, and fingerprints of
-the training split: one of its labels, one of the pixels of a few of its images. `Provenance.loading_settings` are the
-arguments with which `ham_hf.data.load_image_data` gives the very same validation part again.
+The record has the source of the images, every setting that decides which of them are held out, and two fingerprints of
+the training split: one of its labels, one of the pixels of a few images.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch import Tensor
 from ham_hf.data.decoding import CorruptImageError, EncodedImages, decode_or_explain
 
 SAMPLED_IMAGES = 16
-"""Images whose pixels are part of a fingerprint, evenly spread over the split. Our choice: a moment's work."""
+"""Images whose pixels are part of a fingerprint, evenly spread over the split (our choice)."""
 STREAMED = "the training split was streamed, so its labels were not read before training"
 
 
@@ -100,21 +99,14 @@ class Provenance:
             dataset_name: where the data is now: a Hub id or a folder. A folder has no revision.
         """
         on_hub = not Path(dataset_name).expanduser().exists() and dataset_name == self.dataset
+        others = {"dataset", "config_name", "revision", "num_images"}
         return {
             "dataset_name": dataset_name,
             "dataset_config_name": self.config_name,
             "dataset_revision": self.revision if on_hub else None,
-            "train_split": self.train_split,
-            "test_split": self.test_split,
-            "image_column": self.image_column,
-            "label_column": self.label_column,
-            "validation_fraction": self.validation_fraction,
-            "test_fraction": self.test_fraction,
-            "limit_train_examples": self.limit_train_examples,
-            "dataset_streaming": self.dataset_streaming,
-            "num_train_examples": self.num_train_examples,
-            "skip_corrupt": self.skip_corrupt,
-            "seed": self.seed,
+            **{
+                name: value for name, value in asdict(self).items() if name not in others and "fingerprint" not in name
+            },
         }
 
     def is_of(self, found: Fingerprint) -> bool:
@@ -182,34 +174,25 @@ def read_provenance(record: object) -> Provenance:
         missing = sorted(names - (record.keys() if isinstance(record, Mapping) else set()))
         raise ValueError(f"trained_on should be an object with the keys {', '.join(missing)}")
     for name in sorted(names):
-        kinds, (lowest, limit) = _KINDS[name]
-        value = record[name]
-        fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
-        if fits and isinstance(value, int | float):
-            fits = math.isfinite(value) and lowest <= value < limit
+        kinds = get_args(_KINDS[name]) or (_KINDS[name],)
+        value, (least, limit) = record[name], _BOUNDS.get(name, (-math.inf, math.inf))
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if isinstance(value, bool):
+            fits = bool in kinds
+        elif fits and isinstance(value, int | float):
+            fits = math.isfinite(value) and least <= value < limit
         if not fits:
             raise ValueError(f"trained_on.{name} is not what this package writes: {ascii(value)[:80]}")
     return Provenance(**{name: record[name] for name in names})
 
 
-_NONE, _ANY = type(None), (-math.inf, math.inf)
-_KINDS: dict[str, tuple[tuple[type, ...], tuple[float, float]]] = {
-    "dataset": ((str,), _ANY),
-    "config_name": ((str, _NONE), _ANY),
-    "revision": ((str, _NONE), _ANY),
-    "train_split": ((str,), _ANY),
-    "test_split": ((str, _NONE), _ANY),
-    "image_column": ((str,), _ANY),
-    "label_column": ((str,), _ANY),
-    "seed": ((int,), (0, 2**63)),
-    "validation_fraction": ((int, float), (0, 1)),
-    "test_fraction": ((int, float), (0, 1)),
-    "limit_train_examples": ((int, _NONE), (1, 2**63)),
-    "dataset_streaming": ((bool,), _ANY),
-    "num_train_examples": ((int, _NONE), (1, 2**63)),
-    "skip_corrupt": ((bool,), _ANY),
-    "num_images": ((int,), (1, 2**63)),
-    "fingerprint": ((str, _NONE), _ANY),
-    "fingerprint_missing": ((str, _NONE), _ANY),
-    "image_fingerprint": ((str, _NONE), _ANY),
+_KINDS = get_type_hints(Provenance)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63),
+    "validation_fraction": (0, 1),
+    "test_fraction": (0, 1),
+    "limit_train_examples": (1, 2**63),
+    "num_train_examples": (1, 2**63),
+    "num_images": (1, 2**63),
 }
+"""Least value, and what the value stays below."""

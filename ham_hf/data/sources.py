@@ -1,4 +1,4 @@
-"""Where the examples come from: the digits, a local folder or the Hub, with a local copy or as a stream.
+"""Open the digits, a local folder or a dataset of the Hub, with a local copy or as a stream.
 
 The digits come with the package, so the first run needs neither network nor download. They are the test part of
 "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998; CC BY
@@ -13,8 +13,10 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import datasets
 import fsspec
@@ -28,9 +30,11 @@ import yaml
 from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, list_files, note
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
+from ham_hf.data.shards import SplitFiles
 from ham_hf.hub_ids import is_hub_id
 
 logger = logging.getLogger(__name__)
+Split = TypeVar("Split", datasets.Dataset, SplitFiles)
 
 DIGITS = "digits"
 MAX_README_BYTES = 2**22
@@ -42,74 +46,52 @@ class CacheError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(Generic[Split]):
     """An opened dataset.
 
     Attributes:
-        splits: every split, by name.
+        splits: every split, by name: its rows, or the files that a stream reads.
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
-        notes: what of it is not read, each with its number and an example.
+        notes: what of it is left out, each with its number and an example.
         declared: the class names that its files declare.
     """
 
-    splits: datasets.DatasetDict
-    config_name: str | None
-    revision: str | None
+    splits: Mapping[str, Split]
+    config_name: str | None = None
+    revision: str | None = None
     notes: tuple[str, ...] = ()
     declared: Declarations = field(default_factory=Declarations)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StreamedSource:
-    """A dataset opened without a local copy.
-
-    Attributes:
-        splits: every split, by name.
-        files: of each split the parquet files or tar archives, in order; paths or URLs.
-        versions: of each split what tells one version of its files from another.
-        config_name: the configuration that was opened; as given for local data.
-        revision: its commit, if known, else the revision asked for; None for local data.
-        declared: the class names that its files declare.
-    """
-
-    splits: Mapping[str, datasets.IterableDataset]
-    files: Mapping[str, tuple[str, ...]]
-    versions: Mapping[str, str]
-    config_name: str | None
-    revision: str | None
-    declared: Declarations
-
-
-def open_source(name: str, config_name: str | None, revision: str | None) -> Source:
+def open_source(name: str, config_name: str | None, revision: str | None) -> Source[datasets.Dataset]:
     """Open ``digits``, a local folder (parquet, class folders, ``save_to_disk``) or a dataset of the Hub.
 
-    An existing folder goes before a dataset of the Hub with the same name.
+    An existing folder wins over a dataset of the Hub with the same name.
 
     Raises:
-        ValueError: if it cannot be opened; the message names the setting and the way out, the cause is kept.
+        ValueError: if it cannot be opened; the message names the setting and the fix, the cause is kept.
     """
     local = is_local(name, config_name, revision)
     if name == DIGITS:
-        return Source(splits=_digits(), config_name=None, revision=None)
+        return Source(splits=_digits())
     folder = Path(name).expanduser()
-    try:
+    with _explained(name, config_name, revision, local=local):
         if local and _is_saved(folder):
             saved = datasets.load_from_disk(str(folder))
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
-            return Source(splits=splits, config_name=config_name, revision=None)
-        if local and config_name is None and not _declares_configs(str(folder)):
+            return Source(splits=splits, config_name=config_name)
+        if local and config_name is None and not _declared_configs(str(folder)):
             files = files_of_folder(folder)
             if holds_images(files):
                 if not any(map(is_image_name, files.where)):
                     check_cache()  # archives are unpacked there
                 splits, notes = read_image_files(files)
-                return Source(splits=splits, config_name=None, revision=None, notes=notes)
+                return Source(splits=splits, notes=notes)
         check_cache()
         # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
         builder = _builder(name, config_name, revision, local=local)
         opened, commit = _opened(builder, config_name, revision, local=local)
-        _check_names_in_readme(str(builder.base_path))
         configs = _declared_configs(str(builder.base_path))
         declares = any("data_files" in own for own in configs if own.get("config_name") == builder.config.name)
         images = _reads_image_files(builder)
@@ -123,19 +105,61 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         declared = _declarations(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    except Exception as error:
-        # Network, Hub, file format: dozens of exception types, and all of them end the run.
-        raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
     if not local:
         _refuse_files_of_this_machine(name, splits)
     return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread), declared=declared)
 
 
+def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> Source[SplitFiles]:
+    """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
+
+    Raises:
+        ValueError: if it cannot be opened or has another layout; the message names the fix.
+    """
+    local = is_local(name, config_name, revision)
+    if name == DIGITS:
+        raise _not_streamed(name, "the digits of the package")
+    if local and _is_saved(Path(name).expanduser()):
+        raise _not_streamed(name, "a folder written by save_to_disk")
+    with _explained(name, config_name, revision, local=local, passing=StreamError):
+        check_cache()
+        builder = _builder(name, config_name, revision, local=local)
+        _refuse_repeated_files(builder)
+        _note_unread_files(builder)
+        declared = _declarations(builder)
+        streams = builder.as_streaming_dataset()
+    if not _kinds(builder) & STREAMED_BUILDERS:
+        raise _not_streamed(name, f"read by datasets' {type(builder).__mro__[1].__name__}")
+    splits = {
+        str(split): SplitFiles(
+            split=str(split),
+            files=tuple(map(str, files)),
+            version=str(files.origin_metadata),
+            stream=streams[str(split)],
+            num_rows=tuple(file.num_rows for file in declared.files[str(split)]) if declared.files else None,
+        )
+        for split, files in builder.config.data_files.items()
+    }
+    opened, commit = _opened(builder, config_name, revision, local=local)
+    return Source(splits=splits, config_name=opened, revision=commit, declared=declared)
+
+
+def _not_streamed(name: str, layout: str) -> ValueError:
+    return ValueError(
+        f"--dataset_streaming: --dataset_name {name} is {layout}, and only parquet files and WebDataset archives "
+        "(.tar) are streamed; leave it out, or convert the dataset (push_to_hub writes parquet)"
+    )
+
+
+def _kinds(builder: datasets.DatasetBuilder) -> set[str]:
+    """Names of the builder's class and its bases."""
+    return {kind.__name__ for kind in type(builder).__mro__}
+
+
 def _reads_image_files(builder: datasets.DatasetBuilder) -> bool:
     """Whether a builder reads image files and README.md asks for nothing but splits."""
-    kinds = {kind.__name__ for kind in type(builder).__mro__}
     asked = ("drop_labels", "drop_metadata", "metadata_filenames", "filters")
-    return "ImageFolder" in kinds and all(getattr(builder.config, option, None) is None for option in asked)
+    return "ImageFolder" in _kinds(builder) and all(getattr(builder.config, option, None) is None for option in asked)
 
 
 def _front_matter(base: str) -> str:
@@ -160,11 +184,7 @@ def _declared_configs(base: str) -> list[dict[str, object]]:
 
 
 def _check_names_in_readme(base: str) -> None:
-    """Refuse class names of README.md that YAML reads as something else: no is False, 1.10 is 1.1, 007 is 7.
-
-    Raises:
-        ValueError: naming one.
-    """
+    """Reject class names of README.md that YAML reads as something else: no is False, 1.10 is 1.1, 007 is 7."""
     front = _front_matter(base)
     written, read = (list(_leaves(yaml.load(front, loader))) for loader in (yaml.BaseLoader, yaml.SafeLoader))  # noqa: S506
     for name, value in zip(written, read, strict=True):
@@ -184,16 +204,8 @@ def _leaves(node: object, of_names: bool = False) -> Iterator[object]:
         yield node
 
 
-def _declares_configs(base: str) -> bool:
-    return bool(_declared_configs(base))
-
-
 def _refuse_repeated_files(builder: datasets.DatasetBuilder) -> None:
-    """Refuse a file that is listed twice.
-
-    Raises:
-        ValueError: naming the file and its splits.
-    """
+    """Raise ValueError naming a file that is listed twice, and its splits."""
     splits_of: dict[str, list[str]] = {}
     for split, files in (builder.config.data_files or {}).items():
         for file in files:
@@ -207,7 +219,7 @@ def _refuse_repeated_files(builder: datasets.DatasetBuilder) -> None:
 
 
 def _note_unread_files(builder: datasets.DatasetBuilder) -> list[str]:
-    """Say which files of the kinds that are read no split has, unless another configuration may have them."""
+    """Warn of files that could be read and are in no split, unless another configuration may have them."""
     base, listed = str(builder.base_path).rstrip("/"), builder.config.data_files or {}
     if not listed:
         return []
@@ -233,17 +245,13 @@ def _note_unread_files(builder: datasets.DatasetBuilder) -> list[str]:
 
 
 def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
-    """Class names that the parquet files of a builder declare, each for itself, and README.md.
+    """Class names that README.md and each parquet file of a builder declare.
 
-    Where they differ, the builder is told the widest declaration, which every file's labels fit into.
+    Where they differ, the builder gets the widest declaration, which every file's labels fit into.
     """
-    kinds = {kind.__name__ for kind in type(builder).__mro__}
-    readme = names_in(builder.info.features)
-    if "Parquet" not in kinds or not builder.config.data_files:
-        return Declarations(readme=readme)
-    data_files = builder.config.data_files
+    data_files = (builder.config.data_files or {}) if "Parquet" in _kinds(builder) else {}
     declared = Declarations(
-        readme=readme,
+        readme=names_in(builder.info.features),
         files={
             str(split): read_file_classes(list(map(str, files)), str(files.origin_metadata))
             for split, files in data_files.items()
@@ -260,11 +268,7 @@ def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
 
 
 def check_cache() -> None:
-    """Refuse a cache of ``datasets`` that cannot be written, before it is blamed on the data.
-
-    Raises:
-        ValueError: naming the folder and the variables that choose it.
-    """
+    """Raise CacheError if the cache of ``datasets`` cannot be written, before the data is blamed for it."""
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,51 +281,10 @@ def check_cache() -> None:
         ) from error
 
 
-def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> StreamedSource:
-    """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
-
-    Raises:
-        ValueError: if it cannot be opened or has another layout; the message names the way out.
-    """
-    local = is_local(name, config_name, revision)
-    layout = "the digits of the package" if name == DIGITS else ""
-    if local and _is_saved(Path(name).expanduser()):
-        layout = "a folder written by save_to_disk"
-    if not layout:
-        try:
-            check_cache()
-            builder = _builder(name, config_name, revision, local=local)
-            _check_names_in_readme(str(builder.base_path))
-            _refuse_repeated_files(builder)
-            _note_unread_files(builder)
-            declared = _declarations(builder)
-            splits = builder.as_streaming_dataset()
-        except StreamError:
-            raise
-        except Exception as error:
-            raise ValueError(_explain(error, name, config_name, revision, local=local)) from error
-        kinds = {kind.__name__ for kind in type(builder).__mro__}
-        layout = "" if kinds & STREAMED_BUILDERS else f"read by datasets' {type(builder).__mro__[1].__name__}"
-    if layout:
-        raise ValueError(
-            f"--dataset_streaming: --dataset_name {name} is {layout}, and only parquet files and WebDataset archives "
-            "(.tar) are streamed; leave it out, or convert the dataset (push_to_hub writes parquet)"
-        )
-    files = {str(split): tuple(map(str, found)) for split, found in builder.config.data_files.items()}
-    versions = {str(split): str(found.origin_metadata) for split, found in builder.config.data_files.items()}
-    opened, commit = _opened(builder, config_name, revision, local=local)
-    return StreamedSource(
-        splits=splits, files=files, versions=versions, config_name=opened, revision=commit, declared=declared
-    )
-
-
 def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
-    """Refuse a dataset of the Hub whose rows name files outside of the cache instead of holding images.
+    """Reject a dataset of the Hub whose rows name files outside of the cache instead of holding images.
 
-    They would be read, and a few are drawn in a figure that is published.
-
-    Raises:
-        ValueError: naming split, row and file.
+    Training would read them, and a published figure shows some.
     """
     caches = {datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE}
     caches |= {
@@ -373,8 +336,11 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _builder(name: str, config_name: str | None, revision: str | None, *, local: bool) -> datasets.DatasetBuilder:
+    """The builder of ``datasets`` for it, nothing prepared."""
     path = str(Path(name).expanduser().resolve()) if local else name
-    return datasets.load_dataset_builder(path, config_name, revision=revision)
+    builder = datasets.load_dataset_builder(path, config_name, revision=revision)
+    _check_names_in_readme(str(builder.base_path))
+    return builder
 
 
 def _opened(
@@ -386,9 +352,21 @@ def _opened(
     return builder.config.name, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else revision
 
 
-def _explain(error: Exception, name: str, config_name: str | None, revision: str | None, *, local: bool) -> str:
-    if isinstance(error, CacheError):
-        return str(error)
+@contextmanager
+def _explained(
+    name: str, config_name: str | None, revision: str | None, *, local: bool, passing: type[Exception] = CacheError
+) -> Iterator[None]:
+    """Turn any error into a ValueError that names the setting and the fix; CacheError and ``passing`` have both."""
+    try:
+        yield
+    except (CacheError, passing):
+        raise
+    except Exception as error:
+        # Network, Hub, file format: dozens of exception types, and all of them end the run.
+        raise ValueError(_explanation(error, name, config_name, revision, local=local)) from error
+
+
+def _explanation(error: Exception, name: str, config_name: str | None, revision: str | None, *, local: bool) -> str:
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]

@@ -1,11 +1,12 @@
-"""Which examples make up train, validation and test: stratified, seeded held-out parts and subsets."""
+"""Choose the examples of train, validation and test: stratified, seeded held-out parts and subsets."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -15,33 +16,36 @@ from ham_hf.data.columns import (
     choose_image_column,
     choose_label_column,
     choose_splits,
-    encoded_column,
-    is_unlabeled,
-    label_column_of,
+    encoded_images,
+    labeled,
     read_labels,
 )
 from ham_hf.data.config import DataConfig
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.provenance import Fingerprint, fingerprint_of
 from ham_hf.data.shards import Shards, SplitFiles, count_rows, held_out_rows, read_whole
-from ham_hf.data.sources import Source, StreamedSource, open_source, open_streamed_source
+from ham_hf.data.sources import Source, open_source, open_streamed_source
 
+logger = logging.getLogger(__name__)
+
+SAMPLED_FILES = 8
+STATISTICS_EXAMPLES = 2_000
+"""Training images at most that the mean and the standard deviation of the channels are of."""
 TEST_SEED = 0
-"""Seed of everything that is tested on. It is not a run's own: none may be tested on what another was trained on, and
-runs of several seeds are compared on the same images."""
+"""Seed of every test part, whatever a run's own seed: so no run is tested on what another was trained on, and runs of
+several seeds are compared on the same images."""
 
 
 def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:
     """Positions of ``size`` examples in which every class has its share, to within one example.
 
     Shares are rounded by largest remainder, so they add up to ``size``; a class with a share below one example may
-    be left out. For one seed, the examples drawn of a class are the first of a fixed order: a larger draw from a
-    class contains every smaller one.
+    be left out. For one seed, a larger draw from a class contains every smaller one.
 
     Args:
         labels: (N,) int64 classes, >= 0.
         size: number of examples, at least 1; N or more selects all.
-        seed: of the draw; the result depends on nothing else.
+        seed: of the draw.
 
     Returns:
         (min(size, N),) int64 positions, ascending.
@@ -60,14 +64,13 @@ def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Split examples into a kept and a held-out part; every class gives its share, to within one example.
 
-    The held-out part has ``round(fraction * N)`` examples, at least one. No class is starved: the last example of
-    a class is always kept, so a class with a single example is never held out and the held-out part may be smaller
-    by the number of such classes.
+    The held-out part has ``round(fraction * N)`` examples, at least one. The last example of a class is always kept,
+    so there may be fewer by the number of classes with a single example.
 
     Args:
         labels: (N,) int64 classes, >= 0.
         fraction: share of the examples to hold out, in (0, 1).
-        seed: of the draw; the result depends on nothing else.
+        seed: of the draw.
 
     Returns:
         Positions of the kept and of the held-out examples, int64, each ascending; together all N, without overlap.
@@ -112,11 +115,13 @@ def _rank_in_class(labels: Tensor, seed: int) -> Tensor:
     return rank
 
 
-logger = logging.getLogger(__name__)
+class Chosen(NamedTuple):
+    """What of an opened dataset is used; ``test_split`` is None if the test part is held out of ``train_split``."""
 
-SAMPLED_FILES = 8
-STATISTICS_EXAMPLES = 2_000
-"""Training images at most that the mean and the standard deviation of the channels are of."""
+    train_split: str
+    test_split: str | None
+    image_column: str
+    label_column: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,200 +129,135 @@ class Parts:
     """The parts of a dataset, not decoded.
 
     Attributes:
+        source: the opened dataset.
+        chosen: its splits and columns.
         encoded: ``test``, ``validation`` if there is one, and ``train`` or, of a stream, ``sample``: some training
             images for statistics.
-        shards: the training split, if it is read as a stream.
         class_names: C names, in label order.
         test_split_origin: name of the test split, or how it was held out of train.
-        config_name: configuration that was opened; as given for local data.
-        revision: commit of the Hub dataset if known, else as given.
-        train_split: split that train and validation are of.
-        test_split: split of test; None if it was held out of ``train_split``.
-        image_column: column of the images.
-        label_column: column of the labels.
-        num_images: examples of ``train_split``.
-        fingerprint: of ``train_split``; None for a stream, whose labels are not read.
-        notes: what of the dataset is not read, each with its number and an example.
+        num_images: examples of the training split.
+        shards: the training split, if it is read as a stream.
+        fingerprint: of the training split; None for a stream, whose labels are not read.
     """
 
+    source: Source[datasets.Dataset] | Source[SplitFiles]
+    chosen: Chosen
     encoded: dict[str, EncodedImages]
-    shards: Shards | None
     class_names: tuple[str, ...]
     test_split_origin: str
-    config_name: str | None
-    revision: str | None
-    train_split: str
-    test_split: str | None
-    image_column: str
-    label_column: str
     num_images: int
-    fingerprint: Fingerprint | None
-    notes: tuple[str, ...] = ()
+    shards: Shards | None = None
+    fingerprint: Fingerprint | None = None
 
 
-def stored_labels(source: Source, label_column: str | None) -> Callable[[str], bool]:
-    """Tells of a split, by its name, whether its examples have labels; one without the column is not passed over."""
-
-    def has_labels(split: str) -> bool:
-        column = label_column_of(source.splits[split].features, label_column)
-        return column is None or not all(map(is_unlabeled, source.splits[split][column][:]))
-
-    return has_labels
-
-
-def streamed_labels(splits: Mapping[str, SplitFiles], label_column: str | None) -> Callable[[str], bool]:
-    """`stored_labels` of a stream, by the first example of a split."""
-
-    def has_labels(split: str) -> bool:
-        column = label_column_of(splits[split].stream.features, label_column)
-        first = None if column is None else next(iter(splits[split].rows([column], 0, 0, 1)), None)
-        return first is None or not is_unlabeled(first[str(column)])
-
-    return has_labels
+def _choose(source: Source[datasets.Dataset] | Source[SplitFiles], config: DataConfig) -> Chosen:
+    has_labels = labeled(source.splits, config.label_column)
+    train, test = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
+    features = source.splits[train].features
+    return Chosen(
+        train_split=train,
+        test_split=test,
+        image_column=choose_image_column(features, config.image_column),
+        label_column=choose_label_column(features, config.label_column),
+    )
 
 
-def split_files(source: StreamedSource) -> dict[str, SplitFiles]:
-    """The files of each split of a stream."""
-    return {
-        split: SplitFiles(split=split, files=source.files[split], version=source.versions[split], stream=stream)
-        for split, stream in source.splits.items()
-    }
-
-
-def encoded_images(
-    splits: datasets.DatasetDict, column: str, in_chans: int, split: str, rows: Tensor, labels: Tensor
-) -> EncodedImages:
-    """The images at these (M,) rows of a split whose labels are ``labels`` (N,), not decoded."""
-    images = encoded_column(splits, split, column)
-    return EncodedImages(images=images, split=split, rows=rows, labels=labels[rows], in_chans=in_chans)
+def held_out_origin(split: str, fraction: float) -> str:
+    """How reports name a test part that was held out of a split."""
+    return f"held out of {split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
 
 
 def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
-    """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part.
-
-    Args:
-        config: says which data, and what is held out of it.
-        in_chans: channels to decode to, 1 or 3.
-        seed: of the validation part and of the limited training set.
-
-    Raises:
-        ValueError: for anything that does not fit; the message names the setting.
-    """
+    """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part."""
     source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
-    has_labels = stored_labels(source, config.label_column)
-    train_name, test_name = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
-    features = source.splits[train_name].features
-    images = choose_image_column(features, config.image_column)
-    label_column = choose_label_column(features, config.label_column)
-    labels, test_labels, class_names = read_labels(source.splits, label_column, train_name, test_name, source.declared)
-
-    encoded = partial(encoded_images, source.splits, images, in_chans)
+    chosen = _choose(source, config)
+    train, test = chosen.train_split, chosen.test_split
+    labels, test_labels, class_names = read_labels(source.splits, chosen.label_column, train, test, source.declared)
+    encoded = partial(encoded_images, source.splits, chosen.image_column, in_chans)
     train_rows = torch.arange(len(labels))
-    fingerprint, test_split = fingerprint_of(encoded(train_name, train_rows, labels), class_names), test_name
-    if test_name is None or test_labels is None:
+    fingerprint = fingerprint_of(encoded(train, train_rows, labels), class_names)
+    if test is None or test_labels is None:
         train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
-        origin = f"held out of {train_name} ({100 * config.test_fraction:g} %, stratified, seed {TEST_SEED})"
-        test_name, test_labels = train_name, labels
+        origin = held_out_origin(train, config.test_fraction)
+        test, test_labels = train, labels
     else:
-        test_rows, origin = torch.arange(len(test_labels)), test_name
-    train_rows = limit_rows(labels, train_rows, "--limit_train_examples", config.limit_train_examples, seed)
-    test_rows = limit_rows(test_labels, test_rows, "--limit_test_examples", config.limit_test_examples, TEST_SEED)
-    parts = {"test": encoded(test_name, test_rows, test_labels)}
+        test_rows, origin = torch.arange(len(test_labels)), test
+    train_rows = limit_rows(labels, train_rows, config.limit_train_examples, seed)
+    test_rows = limit_rows(test_labels, test_rows, config.limit_test_examples, TEST_SEED)
+    parts = {"test": encoded(test, test_rows, test_labels)}
     if config.validation_fraction != 0:
         train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", config.validation_fraction, seed)
-        parts["validation"] = encoded(train_name, rows, labels)
-    parts["train"] = encoded(train_name, train_rows, labels)
+        parts["validation"] = encoded(train, rows, labels)
+    parts["train"] = encoded(train, train_rows, labels)
     return Parts(
+        source=source,
+        chosen=chosen,
         encoded=parts,
-        shards=None,
         class_names=class_names,
         test_split_origin=origin,
-        config_name=source.config_name,
-        revision=source.revision,
-        train_split=train_name,
-        test_split=test_split,
-        image_column=images,
-        label_column=label_column,
         num_images=len(labels),
         fingerprint=fingerprint,
-        notes=source.notes,
     )
 
 
 def split_stream(config: DataConfig, in_chans: int) -> Parts:
     """Leave train where it is; read test and the held-out part of train into the cache of ``datasets``.
 
-    Held out is the first part of every file, so that only that has to be read. It is not stratified, and the same for
-    every seed. Without a validation part, training images for statistics are read from the beginnings of a few files.
-
-    Args:
-        config: says which data, and what is held out of it.
-        in_chans: channels to decode to, 1 or 3.
-
-    Raises:
-        ValueError: for anything that does not fit; the message names the setting.
+    The held-out part is the beginning of every file, so nothing else has to be read. It is not stratified, and it is
+    the same for every seed. Without a validation part, the images for statistics are the first ones of a few files.
     """
     source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
-    splits, fraction = split_files(source), config.validation_fraction
-    has_labels = streamed_labels(splits, config.label_column)
-    train_name, test_name = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
-    features = source.splits[train_name].features
-    images = choose_image_column(features, config.image_column)
-    labels = choose_label_column(features, config.label_column)
-    classes = _declared_classes(source, train_name, labels)
-    if test_name is None:
-        raise ValueError(_ONLY_SPLIT.format(split=train_name))
-    splits |= {
-        split: _naming_classes(splits[split], [names for _, names in found], labels, classes)
-        for split in (train_name, test_name)
-        if (found := source.declared.row_names(labels, split, train_name))
-    }
-    train = splits[train_name]
-    num_rows = count_rows(train, config.num_train_examples)
-    num_held_out = _held_out_of_files(num_rows, fraction)
-    kept = datasets.Features({images: datasets.Image(), labels: classes})
-    logger.info("reading all of split %r", test_name)
-    read = {test_name: read_whole(splits[test_name], kept)}
+    chosen, fraction = _choose(source, config), config.validation_fraction
+    train, test, label_column = chosen.train_split, chosen.test_split, chosen.label_column
+    classes = _declared_classes(source, train, label_column)
+    if test is None:
+        raise ValueError(
+            f"--dataset_streaming: split {train!r} is the only one, and a test part is not held out of a stream; "
+            "choose a dataset with a test or validation split, or leave --dataset_streaming out"
+        )
+    splits = dict(source.splits)
+    for split in (train, test):
+        names = tuple(names for _, names in source.declared.row_names(label_column, split, train))
+        if names:
+            splits[split] = replace(
+                splits[split], label_column=label_column, class_names=tuple(classes.names), file_names=names
+            )
+    num_rows = count_rows(splits[train], config.num_train_examples)
+    num_held_out = held_out_rows(num_rows, fraction)
+    if fraction and not any(num_held_out):
+        raise ValueError(
+            f"--validation_fraction {fraction:g} of {sum(num_rows)} examples in {len(num_rows)} files leaves none to "
+            "hold out: use a larger fraction"
+        )
+    kept = datasets.Features({chosen.image_column: datasets.Image(), label_column: classes})
+    logger.info("reading all of split %r", test)
+    read = {test: read_whole(splits[test], kept)}
     first_rows = dict(enumerate(num_held_out)) if fraction else _first_rows_sampled(num_rows)
-    logger.info("reading the held-out part of split %r", train_name)
-    read[train_name] = read_whole(train, kept, first_rows)
-    dataset = datasets.DatasetDict(read)
-    first_labels, test_labels, class_names = read_labels(dataset, labels, train_name, test_name)
+    logger.info("reading the held-out part of split %r", train)
+    read[train] = read_whole(splits[train], kept, first_rows)
+    labels, test_labels, class_names = read_labels(read, label_column, train, test)
     assert test_labels is not None  # noqa: S101 (there is a test split)
-    test_rows = limit_rows(
-        test_labels, torch.arange(len(test_labels)), "--limit_test_examples", config.limit_test_examples, TEST_SEED
-    )
-    encoded = partial(encoded_images, dataset, images, in_chans)
+    test_rows = limit_rows(test_labels, torch.arange(len(test_labels)), config.limit_test_examples, TEST_SEED)
+    encoded = partial(encoded_images, read, chosen.image_column, in_chans)
     return Parts(
+        source=source,
+        chosen=chosen,
         encoded={
-            "test": encoded(test_name, test_rows, test_labels),
-            "validation" if fraction else "sample": encoded(train_name, torch.arange(len(first_labels)), first_labels),
+            "test": encoded(test, test_rows, test_labels),
+            "validation" if fraction else "sample": encoded(train, torch.arange(len(labels)), labels),
         },
+        class_names=class_names,
+        test_split_origin=test,
+        num_images=sum(num_rows),
         shards=Shards(
-            source=train,
-            image_column=images,
-            label_column=labels,
+            source=splits[train],
+            image_column=chosen.image_column,
+            label_column=label_column,
             num_rows=num_rows,
             num_held_out=num_held_out,
             num_classes=len(class_names),
         ),
-        class_names=class_names,
-        test_split_origin=test_name,
-        config_name=source.config_name,
-        revision=source.revision,
-        train_split=train_name,
-        test_split=test_name,
-        image_column=images,
-        label_column=labels,
-        num_images=sum(num_rows),
-        fingerprint=None,
     )
-
-
-_ONLY_SPLIT = (
-    "--dataset_streaming: split {split!r} is the only one, and a test part is not held out of a stream; choose a "
-    "dataset with a test or validation split, or leave --dataset_streaming out"
-)
 
 
 def _first_rows_sampled(num_rows: Sequence[int]) -> dict[int, int]:
@@ -326,7 +266,7 @@ def _first_rows_sampled(num_rows: Sequence[int]) -> dict[int, int]:
     return {file: min(num_rows[file], -(-STATISTICS_EXAMPLES // len(sampled))) for file in sampled}
 
 
-def _declared_classes(source: StreamedSource, split: str, column: str) -> datasets.ClassLabel:
+def _declared_classes(source: Source[SplitFiles], split: str, column: str) -> datasets.ClassLabel:
     names = source.declared.class_names(column, split)
     classes = source.splits[split].features[column] if names is None else datasets.ClassLabel(names=list(names))
     if not isinstance(classes, datasets.ClassLabel):
@@ -338,26 +278,6 @@ def _declared_classes(source: StreamedSource, split: str, column: str) -> datase
     return classes
 
 
-def _naming_classes(
-    files: SplitFiles,
-    names: Sequence[tuple[str, ...]],
-    label_column: str,
-    classes: datasets.ClassLabel,
-) -> SplitFiles:
-    """The files, reading labels by the names that each declares."""
-    return replace(files, label_column=label_column, class_names=tuple(classes.names), file_names=tuple(names))
-
-
-def _held_out_of_files(num_rows: Sequence[int], fraction: float) -> tuple[int, ...]:
-    found = held_out_rows(num_rows, fraction)
-    if fraction != 0 and not any(found):
-        raise ValueError(
-            f"--validation_fraction {fraction:g} of {sum(num_rows)} examples in {len(num_rows)} files leaves none to "
-            "hold out: use a larger fraction"
-        )
-    return found
-
-
 def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     try:
         kept, held_out = stratified_split(labels[rows], fraction, seed)
@@ -366,18 +286,13 @@ def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: in
     return rows[kept], rows[held_out]
 
 
+def limit_rows(labels: Tensor, rows: Tensor, limit: int | None, seed: int) -> Tensor:
+    """A stratified part of the (M,) ``rows`` of a split, at most ``limit``."""
+    return rows if limit is None else rows[stratified_subset(labels[rows], limit, seed)]
+
+
 def named_labels(labels: Tensor, class_names: Sequence[str], order: Sequence[str] | None) -> Tensor:
     """The (N,) labels as places in another order of the same class names; as they are if the names differ."""
     if order is None or not set(class_names) <= set(order):
         return labels
     return torch.tensor([order.index(name) for name in class_names])[labels]
-
-
-def limit_rows(labels: Tensor, rows: Tensor, flag: str, limit: int | None, seed: int) -> Tensor:
-    """A stratified part of the (M,) ``rows`` of a split, at most ``limit``; the message of an error names ``flag``."""
-    if limit is None:
-        return rows
-    try:
-        return rows[stratified_subset(labels[rows], limit, seed)]
-    except ValueError as error:
-        raise ValueError(f"{flag} {limit}: {error}") from error

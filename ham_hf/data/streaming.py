@@ -10,10 +10,10 @@ The order of an epoch is a function of (seed, epoch) and of what an update takes
 - Every update takes the same number of examples from each lane. A process reads the lanes that its part of the update
   comes from; where the number of processes divides that of lanes, a lane is read by one process.
 
-So every process has equally many examples, each example comes at most once in an epoch, and a resumed run, also one
-with another number of processes, goes on with the very examples that the uninterrupted one would have seen. It reads
-again what is in the buffer at that place, row groups of parquet files and archives from their beginning, and decodes
-none of what came before.
+So every process has equally many examples, each example comes at most once in an epoch, and a resumed run, also with
+another number of processes, continues with the examples that the uninterrupted one would have seen. It reads again
+what the buffer holds at that place, row groups of parquet files and archives from their beginning, and decodes nothing
+that came before.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError, decode_or_explain
-from ham_hf.data.pixels import PixelBatch, can_pin, to_unit_interval, transform_example
-from ham_hf.data.shards import Example, Shards, StreamError
-from ham_hf.data.workers import shield_worker, start_method
+from ham_hf.data.pixels import PixelBatch, done_by_workers, to_unit_interval, transform_example
+from ham_hf.data.shards import Example, Shards
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
 logger = logging.getLogger(__name__)
@@ -56,13 +55,7 @@ def num_lanes(per_update: int, num_files: int) -> int:
 
 
 def buffer_order(length: int, buffer_size: int, generator: torch.Generator) -> Tensor:
-    """Order (length,) in which a shuffle buffer gives 0, 1, ...: entry t is less than ``t + buffer_size``.
-
-    Args:
-        length: examples that pass through the buffer.
-        buffer_size: examples that it holds.
-        generator: CPU generator.
-    """
+    """Order (length,) in which a shuffle buffer gives 0, 1, ...: entry t is less than ``t + buffer_size``."""
     size = min(buffer_size, length)
     held, order = list(range(size)), []
     for incoming, draw in enumerate(torch.rand(length, generator=generator, dtype=torch.float64).tolist(), size):
@@ -77,13 +70,7 @@ def buffer_order(length: int, buffer_size: int, generator: torch.Generator) -> T
 
 
 class Stretch(NamedTuple):
-    """Consecutive examples of one file.
-
-    Attributes:
-        file: its number.
-        start: first row.
-        stop: row after the last.
-    """
+    """Rows ``start`` to ``stop`` of the file of a number."""
 
     file: int
     start: int
@@ -107,12 +94,7 @@ def lane_stretches(shards: Shards, whole: int, lanes: int, generator: torch.Gene
 
 
 class Request(NamedTuple):
-    """A batch that is read and not yet decoded.
-
-    Attributes:
-        examples: of the batch.
-        seed: of the augmentation.
-    """
+    """The examples of a batch, not yet decoded, and the seed of its augmentation."""
 
     examples: list[Example]
     seed: int
@@ -158,7 +140,7 @@ class TrainingStream:
         return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
 
     def plan(self, per_update: int) -> list[Any]:
-        """What a run that continues this one must share to see the same examples; JSON types."""
+        """What a resumed run must share to get the same examples; JSON types."""
         return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
 
     def batches(
@@ -190,23 +172,10 @@ class TrainingStream:
             CorruptImageError: if an image cannot be read, unless ``skip_corrupt``.
         """
         requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
-        # Reading is a thread of this process, which only waits for files and network; decoding is done by workers.
+        # A thread reads, as it only waits for files and network; workers decode.
         with closing(_read_ahead(requests, READ_AHEAD)) as ready:
-            loader = DataLoader(
-                self._decoder,
-                sampler=_Once(ready),
-                batch_size=None,
-                num_workers=self._num_workers,
-                multiprocessing_context=start_method(self._num_workers),
-                pin_memory=can_pin(device),
-                # Its own generator: by default a loader draws from, and so advances, torch's global one.
-                generator=torch.Generator(),
-                worker_init_fn=shield_worker,
-            )
-            for found in loader:
-                if isinstance(found, CorruptImageError):
-                    raise found
-                (pixels, labels, indices), request_seed = found
+            for batch, request_seed in done_by_workers(self._decoder, ready, self._num_workers, device):
+                pixels, labels, indices = batch
                 pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
                 yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
 
@@ -240,13 +209,7 @@ class TrainingStream:
 
 
 def _read_lane(shards: Shards, stretches: Sequence[Stretch], order: Tensor) -> Generator[list[Example], None, None]:
-    """Examples of a lane for one update after the other.
-
-    Args:
-        shards: the files.
-        stretches: what the lane reads.
-        order: (updates, examples), places in the lane.
-    """
+    """The examples of a lane, one list per update; ``order`` (updates, examples) has their places in the lane."""
     wanted = torch.zeros(sum(stretch.stop - stretch.start for stretch in stretches), dtype=torch.bool)
     wanted[order.flatten()] = True
 
@@ -274,20 +237,14 @@ def _read_lane(shards: Shards, stretches: Sequence[Stretch], order: Tensor) -> G
             yield batch
 
 
-class _Decoder(Dataset[Any]):
-    """Requests to batches of pixels, for a DataLoader. Errors travel as values, without traceback in their message."""
+class _Decoder:
+    """From requests to batches of pixels. Knows no `Shards`: a process that is not forked gets it by pickle."""
 
     def __init__(self, shards: Shards, transform: PixelTransform, in_chans: int, *, skip_corrupt: bool) -> None:
         self._offsets, self._files, self._split = shards.offsets, shards.source.files, shards.source.split
         self._transform, self._in_chans, self._skip_corrupt = transform, in_chans, skip_corrupt
 
-    def __getitem__(self, request: Request) -> tuple[DecodedBatch, int] | CorruptImageError:
-        try:
-            return self._decode(request), request.seed
-        except CorruptImageError as error:
-            return error
-
-    def _decode(self, request: Request) -> DecodedBatch:
+    def __call__(self, request: Request) -> tuple[DecodedBatch, int]:
         pixels: list[Tensor] = []
         kept: list[Example] = []
         errors: list[CorruptImageError] = []
@@ -310,25 +267,13 @@ class _Decoder(Dataset[Any]):
         again = range(len(request.examples) - len(kept))
         pixels += [pixels[number % len(kept)] for number in again]
         kept += [kept[number % len(kept)] for number in again]
-        return DecodedBatch(
-            torch.stack(pixels),
-            torch.tensor([example.label for example in kept]),
-            torch.tensor([example.number for example in kept]),
-        )
+        labels = torch.tensor([example.label for example in kept])
+        numbers = torch.tensor([example.number for example in kept])
+        return DecodedBatch(torch.stack(pixels), labels, numbers), request.seed
 
     def _where(self, index: int) -> str:
         file = max(number for number, offset in enumerate(self._offsets) if offset <= index)
         return f"split {self._split!r}, {self._files[file]}, row {index - self._offsets[file]}"
-
-
-class _Once:
-    """An iterator as the sampler of a DataLoader, which asks for it once."""
-
-    def __init__(self, items: Iterator[Request]) -> None:
-        self._items = items
-
-    def __iter__(self) -> Iterator[Request]:
-        return self._items
 
 
 def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:

@@ -37,4 +37,10 @@ __all__ = [
     "standard_attacks",
 ]
 
-__getattr__ = names_on_demand(__name__, {"ham_hf.evaluation.robustness": __all__})
+__getattr__ = names_on_demand(
+    __name__,
+    {
+        "ham_hf.evaluation.batch_sharing": ["Workplace"],
+        "ham_hf.evaluation.robustness": [name for name in __all__ if name != "Workplace"],
+    },
+)

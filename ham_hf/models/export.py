@@ -100,7 +100,7 @@ def export_for_timm(
     ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
     function; an argument that would break the equality (another activation, say) keeps it under its own name. The
     files appear in ``folder`` only after the comparison has passed, each of them at once. A network for gray images
-    is written a second time, into ``rgb/`` (`ham_hf.models.rgb_form`), where it has that form.
+    is written a second time, into ``rgb/``, where it has that form.
 
     Args:
         backbone: a timm module made by ``create_backbone`` (or ``timm.create_model`` of timm 1.0.31 and later, which

@@ -89,7 +89,7 @@ def pushed(hub, environment, tmp_path_factory):
     made = python(MAKE_DATASET, environment, source)
     assert made.returncode == 0, made.stderr[-2000:]
     hub.fail(r"POST /api/models/me/sky/commit/", status=503, times=1)
-    hub.drop(r"POST /api/models/me/sky/commit/", times=1)
+    hub.disturb("drop", r"POST /api/models/me/sky/commit/", times=1)
     folder = tmp_path_factory.mktemp("train") / "run"
     command = launch_command(
         "train_ham.py",

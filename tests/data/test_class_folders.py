@@ -14,7 +14,7 @@ import torch
 
 from ham_hf.data.class_folders import sort_into_classes
 from ham_hf.data.sources import open_source
-from tests.support.example_images import encode, load, noise, write_parquet
+from tests.support.example_images import encode, grays, load, noise, write_parquet
 
 SPLIT_NAMES = {
     "train": ["train", "Training", "TRAIN"],
@@ -30,11 +30,6 @@ STEMS = [
     "{}#1", "test{}", "a::b{}", "~{}", "{} copy",
 ]  # fmt: skip
 ENDINGS = [".png", ".PNG", ".Png", ".jpg", ".JPEG", ".Jpg", ".webp", ".bmp", ".tif", ".GIF"]
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 class Tree:
@@ -116,7 +111,7 @@ class Tree:
         self.refused = defect is not None
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_every_image_of_200_trees_is_accounted_for(
     seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,7 +220,7 @@ def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 files are listed twice, such as 'cat/1\.png'"):
         sort_into_classes(["cat/1.png", "dog/1.png", "cat/1.png"])
-    folder = Path(write_parquet(tmp_path / "set", train=load_rows(6)))
+    folder = Path(write_parquet(tmp_path / "set", train=grays(6)))
     card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*\n"
     (folder / "README.md").write_text(f"---\n{card}  - split: test\n    path: data/train*\n---\n")
     for streaming in (False, True):
@@ -233,17 +228,11 @@ def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
             load(str(folder), dataset_streaming=streaming)
 
 
-def load_rows(count: int) -> datasets.Dataset:
-    from tests.support.example_images import grays
-
-    return grays(count)
-
-
 def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("train", "more"):
-        load_rows(10).to_parquet(folder / f"{name}.parquet")
+        grays(10).to_parquet(folder / f"{name}.parquet")
     data = load(str(folder), validation_fraction=0)
     assert len(data.train) + len(data.test) == 10
     assert "1 files belong to no split by their names and are not read, such as 'more.parquet'" in caplog.text
@@ -275,7 +264,7 @@ def test_the_order_of_images_is_that_of_their_paths(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder: Any = write_parquet(tmp_path / "set", train=load_rows(6))
+    folder: Any = write_parquet(tmp_path / "set", train=grays(6))
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     for streaming in (False, True):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 from sklearn.datasets import load_digits
 
-import ham_hf
 from ham_hf.data.sources import DIGITS_FILE, open_source, read_digits
 
 
@@ -34,10 +30,3 @@ def test_the_file_is_small_and_has_its_licence_beside_it():
     text = DIGITS_FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
     for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):
         assert part in text
-
-
-def test_the_package_imports_neither_scikit_learn_nor_scipy():
-    sources = list(Path(ham_hf.__file__).parent.rglob("*.py"))
-    assert len(sources) > 100
-    imported = re.compile(r"^ *(?:from|import) (?:sklearn|scipy)", re.MULTILINE)
-    assert not [path for path in sources if imported.search(path.read_text(encoding="utf-8"))]

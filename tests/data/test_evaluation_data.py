@@ -8,31 +8,9 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 
-from ham_hf.data import BatchRequest, DataConfig, Images, load_test_data
-from ham_hf.data.dataset import TestData
 from ham_hf.data.evaluation_data import TrainedOn, choose_evaluation_split
-from ham_hf.models import Preprocessing
-from tests.support.example_images import dataset, gray, grays, load, write_parquet
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def evaluated(folder: str, trained: TrainedOn | None = None, **options: Any) -> TestData:
-    config = DataConfig(dataset_name=folder, dataloader_num_workers=0, **options)
-    inputs = Preprocessing(
-        image_size=8, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
-    )
-    return load_test_data(config, inputs, trained or TrainedOn())
-
-
-def values(images: Images) -> list[int]:
-    (batch,) = images.batches([BatchRequest(torch.arange(len(images)), None)], device=torch.device("cpu"))
-    return (batch.x[:, 0, 0, 0] * 255).round().int().tolist()
+from tests.support.example_images import dataset, gray, gray_values, grays, load, load_to_evaluate, write_parquet
 
 
 @pytest.mark.parametrize(
@@ -70,17 +48,17 @@ def test_splits_that_cannot_be_chosen(names: list[str], test_split: str | None, 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_only_or_named_split_is_taken_whole(streaming: bool, tmp_path: Path) -> None:
     only = write_parquet(tmp_path / "only", test=grays(20))
-    data = evaluated(only, dataset_streaming=streaming)
-    assert (values(data.test), data.test_split_origin) == (list(range(20)), "test")
+    data = load_to_evaluate(only, dataset_streaming=streaming)
+    assert (gray_values(data.test), data.test_split_origin) == (list(range(20)), "test")
     both = write_parquet(tmp_path / "both", validation=grays(6), test=grays(20, first=100))
-    assert values(evaluated(both, dataset_streaming=streaming).test) == list(range(100, 120))
-    named = evaluated(both, test_split="validation", dataset_streaming=streaming)
-    assert (values(named.test), named.test_split_origin) == (list(range(6)), "validation")
-    limited = evaluated(both, limit_test_examples=4, dataset_streaming=streaming)
+    assert gray_values(load_to_evaluate(both, dataset_streaming=streaming).test) == list(range(100, 120))
+    named = load_to_evaluate(both, test_split="validation", dataset_streaming=streaming)
+    assert (gray_values(named.test), named.test_split_origin) == (list(range(6)), "validation")
+    limited = load_to_evaluate(both, limit_test_examples=4, dataset_streaming=streaming)
     assert len(limited.test) == 4
     with_train = write_parquet(tmp_path / "train", train=grays(9, 3), test=grays(6, first=50))
-    data = evaluated(with_train, dataset_streaming=streaming)
-    assert (values(data.test), data.class_names) == (list(range(50, 56)), ("c0", "c1", "c2"))
+    data = load_to_evaluate(with_train, dataset_streaming=streaming)
+    assert (gray_values(data.test), data.class_names) == (list(range(50, 56)), ("c0", "c1", "c2"))
 
 
 def record_of(folder: str, **options: Any) -> TrainedOn:
@@ -99,29 +77,29 @@ def test_a_renamed_copy_of_the_training_data_gives_the_held_out_part(
     train = dataset([gray(i) for i in range(41)], labels, label_feature=datasets.ClassLabel(names=names))
     folder = write_parquet(tmp_path / "set", train=train)
     trained = record_of(folder, test_fraction=0.3)
-    expected = values(load(folder, test_fraction=0.3).test)
-    assert values(evaluated(folder, trained, dataset_streaming=streaming).test) == expected
+    expected = gray_values(load(folder, test_fraction=0.3).test)
+    assert gray_values(load_to_evaluate(folder, trained, dataset_streaming=streaming).test) == expected
     moved = datasets.ClassLabel(names=["c2", "c0", "c1"])
     again = [moved.str2int(names[label]) for label in labels]
     copy = dataset([gray(i) for i in range(41)], again, label_feature=moved)
-    data = evaluated(write_parquet(tmp_path / "copy", test=copy), trained, dataset_streaming=streaming)
-    assert values(data.test) == expected
+    data = load_to_evaluate(write_parquet(tmp_path / "copy", test=copy), trained, dataset_streaming=streaming)
+    assert gray_values(data.test) == expected
     assert data.test_split_origin == "held out of test (30 %, stratified, seed 0)"
     assert "is set, which the model was trained on" in caplog.text
     with pytest.raises(ValueError, match=r"--test_fraction 0.5 would test on images .* with --test_fraction 0.3"):
-        evaluated(folder, trained, test_fraction=0.5, dataset_streaming=streaming)
+        load_to_evaluate(folder, trained, test_fraction=0.5, dataset_streaming=streaming)
 
 
 def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "set", train=grays(40), test=grays(8, first=100))
     trained = record_of(folder)
-    assert values(evaluated(folder, trained).test) == list(range(100, 108))
+    assert gray_values(load_to_evaluate(folder, trained).test) == list(range(100, 108))
     with pytest.raises(ValueError, match=r"split 'train' holds the 40 images of set that the model was trained on"):
-        evaluated(folder, trained, test_split="train")
+        load_to_evaluate(folder, trained, test_split="train")
     shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(ValueError, match=r"it was tested on split 'test': choose that or another with --test_split"):
-        evaluated(str(tmp_path / "copy"), trained, test_split="train")
-    assert len(evaluated(folder, TrainedOn(), test_split="train").test) == 40
+        load_to_evaluate(str(tmp_path / "copy"), trained, test_split="train")
+    assert len(load_to_evaluate(folder, TrainedOn(), test_split="train").test) == 40
 
 
 def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_classes(tmp_path: Path) -> None:
@@ -130,17 +108,17 @@ def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_clas
 
     trained = record_of(write_parquet(tmp_path / "set", train=by_class(0)))
     other = write_parquet(tmp_path / "other", test=by_class(100))
-    assert len(evaluated(other, trained).test) == 20
+    assert len(load_to_evaluate(other, trained).test) == 20
     same = write_parquet(tmp_path / "same", test=by_class(0))
-    assert len(evaluated(same, trained).test) == 4
+    assert len(load_to_evaluate(same, trained).test) == 4
 
 
 def test_models_of_earlier_versions_are_known_by_the_name_of_their_data(tmp_path: Path) -> None:
     folder = write_parquet(tmp_path / "set", train=grays(40))
     old = TrainedOn(dataset="set", test_fraction=0.3)
-    assert len(evaluated(folder, old).test) == 12
-    assert len(evaluated(folder, TrainedOn(dataset="another", test_fraction=0.3)).test) == 40
+    assert len(load_to_evaluate(folder, old).test) == 12
+    assert len(load_to_evaluate(folder, TrainedOn(dataset="another", test_fraction=0.3)).test) == 40
     streamed = load(write_parquet(tmp_path / "far", train=grays(40), test=grays(6)), dataset_streaming=True)
     assert streamed.provenance is not None
     with pytest.raises(ValueError, match="that the model was trained on"):
-        evaluated(str(tmp_path / "far"), TrainedOn(record=streamed.provenance), test_split="train")
+        load_to_evaluate(str(tmp_path / "far"), TrainedOn(record=streamed.provenance), test_split="train")

@@ -20,11 +20,6 @@ from ham_hf.data.sources import open_source
 from tests.support.example_images import encode, load, noise
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write(root: Path, files: Mapping[str, bytes]) -> str:
     for path, content in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +122,8 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path: Path) -> None:
             {"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("./a.png", "y")])},
             r"listed twice, such as 'a\.png",
         ),
-        ({"metadata.csv": table([("../b.png", "x")])}, r"'metadata.csv', row 0: '\.\./b\.png' is no path"),
-        ({"metadata.csv": table([("/etc/b.png", "x")])}, "row 0: '/etc/b.png' is no path"),
+        ({"metadata.csv": table([("../b.png", "x")])}, r"'metadata.csv', row 0: '\.\./b\.png' is not a path"),
+        ({"metadata.csv": table([("/etc/b.png", "x")])}, "row 0: '/etc/b.png' is not a path"),
         ({"metadata.csv": b"name,label\na.png,x\n"}, "has no column 'file_name' .* only 'name', 'label'"),
         ({"metadata.jsonl": b"{"}, "the table 'metadata.jsonl' cannot be read"),
         (

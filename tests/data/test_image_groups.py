@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
 
-from ham_hf.data import DataConfig, load_test_data
-from ham_hf.data.dataset import TestData
-from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.data.image_groups import MAX_GROUPS, ImageGroups, make_groups
-from ham_hf.models import Preprocessing
-from tests.support.example_images import dataset, gray, write_parquet
+from tests.support.example_images import dataset, gray, load_to_evaluate, write_parquet
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def evaluated(folder: str, column: str | None, **options: Any) -> TestData:
-    config = DataConfig(dataset_name=folder, label_column="label", dataloader_num_workers=0, **options)
-    inputs = Preprocessing(image_size=8, in_chans=1, interpolation="bicubic", crop_pct=1.0, mean=(0.5,), std=(0.25,))
-    return load_test_data(config, inputs, TrainedOn(), group_column=column)
-
-
+LABELED = {"label_column": "label"}
 LIGHT = datasets.ClassLabel(names=["dark", "dusk", "noon"])
 COLUMNS = {
     "site": (["b", "a", "b", None, "a", "b"], None, ("a", "b", "(missing)"), [1, 0, 1, 2, 0, 1]),
@@ -52,7 +36,9 @@ def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
 def test_groups_of_each_kind_of_column(
     column: str, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = evaluated(folder_with_columns(tmp_path / "set"), column, dataset_streaming=streaming)
+    data = load_to_evaluate(
+        folder_with_columns(tmp_path / "set"), group_column=column, **LABELED, dataset_streaming=streaming
+    )
     _, _, names, groups = COLUMNS[column]
     assert data.groups is not None
     assert (data.groups.column, data.groups.names, data.groups.of_image.tolist()) == (column, names, groups)
@@ -64,17 +50,21 @@ def test_groups_of_each_kind_of_column(
 @pytest.mark.parametrize("streaming", [False, True])
 def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path) -> None:
     folder = folder_with_columns(tmp_path / "set", damaged=1)
-    whole = evaluated(folder, "site", dataset_streaming=streaming, skip_corrupt=True)
+    whole = load_to_evaluate(folder, group_column="site", **LABELED, dataset_streaming=streaming, skip_corrupt=True)
     assert whole.num_skipped == 1
     assert whole.groups is not None
     assert whole.groups.of_image.tolist() == [1, 1, 2, 0, 1]
     assert len(whole.test) == 5
-    limited = evaluated(
-        folder_with_columns(tmp_path / "more"), "light", dataset_streaming=streaming, limit_test_examples=2
+    limited = load_to_evaluate(
+        folder_with_columns(tmp_path / "more"),
+        group_column="light",
+        **LABELED,
+        dataset_streaming=streaming,
+        limit_test_examples=2,
     )
     assert limited.groups is not None
     assert len(limited.groups.of_image) == len(limited.test) == 2
-    assert evaluated(folder, None, skip_corrupt=True).groups is None
+    assert load_to_evaluate(folder, **LABELED, skip_corrupt=True).groups is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -91,7 +81,7 @@ def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path)
 def test_columns_that_are_no_groups(column: str, message: str, streaming: bool, tmp_path: Path) -> None:
     folder = folder_with_columns(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
-        evaluated(folder, column, dataset_streaming=streaming)
+        load_to_evaluate(folder, group_column=column, **LABELED, dataset_streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -101,7 +91,7 @@ def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming: 
         light = datasets.ClassLabel(names=names)
         split = dataset([gray(number), gray(10 + number)], [0, 1]).add_column("light", [0, 1], feature=light)
         split.to_parquet(tmp_path / "data" / f"test-{number}.parquet")
-    groups = evaluated(str(tmp_path), "light", dataset_streaming=streaming).groups
+    groups = load_to_evaluate(str(tmp_path), group_column="light", **LABELED, dataset_streaming=streaming).groups
     assert groups is not None
     assert groups.values() == ["dark", "noon", "noon", "dark"]
 

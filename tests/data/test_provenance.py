@@ -21,11 +21,6 @@ from ham_hf.models.export import export_for_timm
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 def write_folders(root: Path, *, count: int = 12) -> str:
     for label in range(3):
         (root / "train" / f"c{label}").mkdir(parents=True)
@@ -60,11 +55,8 @@ def export(data: ImageData, folder: Path) -> Any:
     return load_pixel_model(str(folder))
 
 
-CASES: list[dict[str, Any]] = [
-    {},
-    {"validation_fraction": 0.3, "test_fraction": 0.4, "seed": 7},
-    {"limit_train_examples": 20, "validation_fraction": 0.25, "seed": 3},
-]
+FRACTIONS: dict[str, Any] = {"validation_fraction": 0.3, "test_fraction": 0.4, "seed": 7}
+LIMITED: dict[str, Any] = {"limit_train_examples": 20, "validation_fraction": 0.25, "seed": 3}
 
 
 def values(data: ImageData) -> list[tuple[bytes, int]]:
@@ -76,8 +68,9 @@ def values(data: ImageData) -> list[tuple[bytes, int]]:
     return [(x.numpy().tobytes(), int(y)) for x, y in zip(batch.x, batch.y, strict=True)]
 
 
-@pytest.mark.parametrize("options", CASES)
-@pytest.mark.parametrize("layout", ["folders", "parquet", "test split"])
+@pytest.mark.parametrize(
+    ("layout", "options"), [("folders", FRACTIONS), ("folders", LIMITED), ("parquet", {}), ("test split", LIMITED)]
+)
 def test_validation_images_are_found_again_from_config_json(
     options: dict[str, Any], layout: str, tmp_path: Path
 ) -> None:

@@ -21,20 +21,6 @@ from ham_hf.data.columns import read_labels
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 from tests.support.hub_server import Blob, Hub, Repo, hub_environment
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_folders(root: Path, *folders: str, count: int = 5) -> str:
-    for folder in folders:
-        (root / folder).mkdir(parents=True)
-        for index in range(count):
-            noise(index).save(root / folder / f"{index}.png")
-    return str(root)
-
-
 # Splits
 
 
@@ -247,20 +233,6 @@ def test_empty_split(tmp_path: Path) -> None:
 # Folders
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    data = load(write_folders(tmp_path / "plain", "cat", "dog"))
-    assert data.class_names == ("cat", "dog")
-    assert data.test_split_origin.startswith("held out of train")
-    data = load(write_folders(tmp_path / "split", "train/cat", "train/dog", "test/cat", "test/dog"))
-    assert data.class_names == ("cat", "dog")
-    assert (data.test_split_origin, len(data.test)) == ("test", 10)
-
-
-def test_saved_dataset(tmp_path: Path) -> None:
-    grays(10).save_to_disk(tmp_path / "set")
-    assert load(str(tmp_path / "set")).class_names == ("c0", "c1")
-
-
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.parquet").touch()
@@ -377,6 +349,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield hub
 
 
+@pytest.mark.slow
 def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], list[Any] | tuple[str, str]]] = [
         ({"dataset_name": "me/one"}, ["default", hub.repos["dataset", "me/one"].refs["main"], 8, 10, ["c0", "c1"]]),

@@ -18,9 +18,10 @@ import torch
 
 import ham_hf.data.streaming
 from ham_hf.data import ImageData, TrainingStream
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.pixels import PixelBatch
-from ham_hf.data.shards import SplitFiles, StreamError, count_rows, held_out_rows
+from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.methods import FAAL, HAM
 from ham_hf.training.data_order import training_class_counts
@@ -28,11 +29,6 @@ from tests.support.example_images import dataset, encode, gray, grays, load, noi
 
 CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def write_files(folder: Path, train: list[datasets.Dataset], **splits: Any) -> str:
@@ -152,8 +148,7 @@ def test_epochs_differ_and_seeds_differ_and_pixels_and_labels_belong_to_the_numb
     assert labels.items() <= expected.items()
 
 
-@pytest.mark.parametrize("augmentation", ["timm", "crop_flip"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("augmentation", "workers"), [("timm", 0), ("crop_flip", 2)])
 def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
     tmp_path: Path, augmentation: str, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights
 from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -102,7 +101,7 @@ def run_nodes(nodes, env, folder, *arguments):
 
 @pytest.fixture(scope="module")
 def on_one_node(tmp_path_factory, subprocess_env):
-    """The folder of a run of two processes on one machine, and the weights it ends with."""
+    """The folder of a run of two processes on one machine."""
     folder = tmp_path_factory.mktemp("one") / "run"
     done = subprocess.run(
         [*CONFIGURED["cpu.yaml"], *RUN, f"--output_dir={folder}"],
@@ -112,20 +111,13 @@ def on_one_node(tmp_path_factory, subprocess_env):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, load_file(folder / "model.safetensors")
-
-
-def assert_equal(folder, on_one_node):
-    _, expected = on_one_node
-    found = load_file(folder / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    return folder
 
 
 def test_two_nodes_end_with_the_weights_of_one(nodes, on_one_node, tmp_path, subprocess_env):
     printed = run_nodes(nodes, subprocess_env, tmp_path / "run")
     assert "2 process(es) on cpu" in printed[0]
-    assert_equal(tmp_path / "run", on_one_node)
+    assert_same_weights(tmp_path / "run", on_one_node, "model.safetensors")
 
 
 def test_cut_cable_stops_both_ends_and_the_run_goes_on(nodes, on_one_node, tmp_path, subprocess_env):
@@ -151,7 +143,7 @@ def test_cut_cable_stops_both_ends_and_the_run_goes_on(nodes, on_one_node, tmp_p
     nodes[1].ip("link", "set", CABLE, "up")
     printed = run_nodes(nodes, subprocess_env, folder, "--resume_from_checkpoint=latest")
     assert "resuming from" in printed[0]
-    assert_equal(folder, on_one_node)
+    assert_same_weights(folder, on_one_node, "model.safetensors")
 
 
 @pytest.mark.parametrize("resume", [False, True], ids=["new_run", "resumed"])
@@ -160,7 +152,7 @@ def test_folders_that_are_not_shared_are_refused(nodes, tmp_path, subprocess_env
     folder, logs = tmp_path / "disk/run", [tmp_path / "0.log", tmp_path / "1.log"]
     folder.parent.mkdir()
     if resume:
-        shutil.copytree(on_one_node[0], folder)
+        shutil.copytree(on_one_node, folder)
     own_disk = ["unshare", "-m", "bash", "-c", f'mount -t tmpfs none {folder.parent} && exec "$@"', "own_disk"]
     if subprocess.run([*own_disk, "true"], capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")

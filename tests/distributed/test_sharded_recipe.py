@@ -6,12 +6,11 @@ import shutil
 import subprocess
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights
 from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -35,18 +34,12 @@ def run(command, env, folder, *arguments):
     return done.stderr
 
 
-def assert_equal(folder, expected):
-    found, wanted = (load_file(where / "model.safetensors") for where in (folder, expected))
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], value) for name, value in wanted.items())
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_sharded_recipe_publishes_the_model_of_whole_copies(tmp_path, subprocess_env, precision):
     for name, command in (("whole", WHOLE), ("sharded", SHARDED)):
         run(command, subprocess_env, tmp_path / name, f"--mixed_precision={precision}")
     whole, sharded = (tmp_path / name for name in ("whole", "sharded"))
-    assert_equal(sharded, whole)
+    assert_same_weights(sharded, whole, "model.safetensors")
     one, two = (read_report(folder / "report.json") for folder in (whole, sharded))
     assert two.results["clean"].summary.average == one.results["clean"].summary.average
     assert (sharded / "README.md").is_file()
@@ -55,5 +48,5 @@ def test_sharded_recipe_publishes_the_model_of_whole_copies(tmp_path, subprocess
     shutil.copytree(sharded / "checkpoint-15", resumed / "checkpoint-15")
     said = run(WHOLE, subprocess_env, resumed, "--resume_from_checkpoint=latest", f"--mixed_precision={precision}")
     assert f"resuming from {resumed / 'checkpoint-15'}" in said
-    assert_equal(resumed, whole)
+    assert_same_weights(resumed, whole, "model.safetensors")
     assert [path.name for path in list_checkpoints(sharded)] == ["checkpoint-15", "checkpoint-22"]

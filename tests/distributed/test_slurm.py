@@ -10,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights
 from tests.support.recipe_runs import CONFIGURED, SMALL
 
 pytestmark = pytest.mark.faults
@@ -92,9 +91,7 @@ def test_job_saves_when_its_time_is_up_and_goes_on_in_the_next(cluster, tmp_path
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = load_file(whole / "model.safetensors")
-    found = load_file(folder / "model.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert_same_weights(folder, whole, "model.safetensors")
 
 
 def test_job_that_fails_stays_out_of_the_queue(cluster, tmp_path):

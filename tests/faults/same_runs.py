@@ -1,12 +1,28 @@
-"""What must not differ between a run that nothing happened to and one that went on after a fault."""
+"""Disturb a run, and compare it with one that nothing happened to."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from ham_hf.training.trainer import Trainer
+
+FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")
+
+
+def before_updates(run: Trainer, actions: Mapping[int, Callable[[], object]]) -> None:
+    """Do something as updates begin, by update."""
+    update = run.train_step
+
+    def disturbed(batches, **where):
+        actions.get(where["step"], lambda: None)()
+        return update(batches, **where)
+
+    run.train_step = disturbed
 
 
 def assert_same_weights(ours: Path, theirs: Path, *names: str) -> None:

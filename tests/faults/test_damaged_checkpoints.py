@@ -47,13 +47,6 @@ def flip(path):
         file.write(content)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Checkpoints 4, 8, 12, 16 and 18."""
-    folder = tmp_path_factory.mktemp("runs") / "full"
-    return folder, trainer(folder).fit()
-
-
 @pytest.fixture
 def cut_off(undisturbed, tmp_path):
     """The same run, cut off after update 17."""

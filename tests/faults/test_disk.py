@@ -13,12 +13,11 @@ import pytest
 from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
-from tests.faults.same_runs import assert_same_weights, timeless_log
+from tests.faults.same_runs import FINAL, assert_same_weights, before_updates, timeless_log
 from tests.support.recipe_runs import SMALL, recipe_module
 from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
-FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")
 
 
 class Disk:
@@ -52,24 +51,6 @@ def disk(tmp_path):
         pytest.skip("only root may mount a small disk")
     yield Disk(path)
     subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Checkpoints after updates 4, 8, 12, 16 and 18; validations after 6, 12 and 18."""
-    folder = tmp_path_factory.mktemp("runs") / "full"
-    return folder, trainer(folder).fit()
-
-
-def before_updates(run, actions):
-    """Do things as updates begin: ``actions`` by update."""
-    update = run.train_step
-
-    def disturbed(batches, **where):
-        actions.get(where["step"], lambda: None)()
-        return update(batches, **where)
-
-    run.train_step = disturbed
 
 
 def errors(caplog):

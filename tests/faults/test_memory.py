@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ham_hf import training_run
 from ham_hf.faults import MemoryExhaustedError, smaller_batch
+from tests.faults.same_runs import before_updates
 from tests.support.recipe_runs import SMALL, recipe_module
 from tests.support.training import trainer
 
@@ -29,22 +30,11 @@ def of_the_accelerator():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 2 GiB\nof it")
 
 
-def before_update(run, step, action):
-    update = run.train_step
-
-    def disturbed(batches, **where):
-        if where["step"] == step:
-            action()
-        return update(batches, **where)
-
-    run.train_step = disturbed
-
-
 @pytest.mark.parametrize("exhaust", [of_the_allocator, of_python, of_the_accelerator])
 def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
     folder = tmp_path / "run"
     run = trainer(folder)
-    before_update(run, 6, exhaust)
+    before_updates(run, {6: exhaust})
     with pytest.raises(MemoryExhaustedError, match="out of memory") as error:
         run.fit()
     assert "of it" not in str(error.value)
@@ -90,7 +80,7 @@ def test_other_errors_keep_their_own_words(tmp_path):
         raise RuntimeError("shapes do not match")
 
     run = trainer(tmp_path / "run")
-    before_update(run, 0, other)
+    before_updates(run, {0: other})
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
         run.fit()
 

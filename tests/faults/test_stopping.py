@@ -16,39 +16,18 @@ from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
 from tests.conftest import ROOT
-from tests.faults.same_runs import assert_same_weights, timeless_log
+from tests.faults.same_runs import FINAL, assert_same_weights, before_updates, timeless_log
 from tests.support.recipe_runs import SMALL, recipe_module
 from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
-FINAL = ("checkpoint-18/model.safetensors", "checkpoint-18/averaged.safetensors", "checkpoint-best/model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """3 epochs of 6 updates."""
-    folder = tmp_path_factory.mktemp("runs") / "full"
-    return folder, trainer(folder).fit()
-
-
-def before_update(run, step, action):
-    """Do something as one update begins."""
-    update = run.train_step
-
-    def disturbed(batches, **where):
-        if where["step"] == step:
-            action()
-        return update(batches, **where)
-
-    run.train_step = disturbed
-
-
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("at", [3, 4, 16, 17])
+@pytest.mark.parametrize(("at", "number"), list(zip([3, 4, 16, 17], SIGNALS * 2, strict=True)))
 def test_signal_saves_after_the_update_and_the_run_goes_on_bit_for_bit(undisturbed, tmp_path, capsys, number, at):
     folder = tmp_path / "run"
     run = trainer(folder)
-    before_update(run, at, lambda: os.kill(os.getpid(), number))
+    before_updates(run, {at: lambda: os.kill(os.getpid(), number)})
     with pytest.raises(SystemExit) as exit_, stop_requests(folder) as stop, stop.deferred():
         run.fit(stop)
     stopped_at = at + 1

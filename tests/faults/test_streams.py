@@ -69,8 +69,8 @@ def test_a_stumbling_server_changes_nothing_and_a_lost_one_ends_the_run_with_a_w
     # Footers and held-out images are in the cache by now: what is asked for is training.
     hub.fail("GET .*train-", status=503, times=2)
     hub.fail("GET .*train-", status=500, times=1)
-    hub.cut("GET .*train-", times=1)
-    hub.drop("GET .*train-", times=1)
+    hub.disturb("cut", "GET .*train-", times=1)
+    hub.disturb("drop", "GET .*train-", times=1)
     stumbled = train(tmp_path / "stumbled", env)
     assert stumbled.returncode == 0, stumbled.stderr[-3000:]
     assert not any(fault.times for fault in hub.faults)

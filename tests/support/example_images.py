@@ -9,9 +9,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from ham_hf.data import DataConfig, ImageData, load_image_data
+from ham_hf.data import BatchRequest, DataConfig, ImageData, Images, TestData, load_image_data, load_test_data
+from ham_hf.data.evaluation_data import TrainedOn
 from ham_hf.models import Preprocessing
 
 
@@ -76,3 +79,25 @@ def load(dataset_name: str, **options: Any) -> ImageData:
     )
     seed = options.pop("seed", 0)
     return load_image_data(DataConfig(dataset_name=dataset_name, **options), inputs, seed=seed, image_size=image_size)
+
+
+def load_to_evaluate(
+    folder: str, trained: TrainedOn | None = None, *, group_column: str | None = None, **options: Any
+) -> TestData:
+    """``load_test_data`` with the small values that a model would give."""
+    config = DataConfig(dataset_name=folder, dataloader_num_workers=0, **options)
+    inputs = Preprocessing(
+        image_size=8, in_chans=3, interpolation="bicubic", crop_pct=1.0, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    return load_test_data(config, inputs, trained or TrainedOn(), group_column=group_column)
+
+
+def everything(images: Images) -> Tensor:
+    """All pixels of a split, in order, without augmentation."""
+    (batch,) = images.batches([BatchRequest(torch.arange(len(images)), None)], device=torch.device("cpu"))
+    return batch.x
+
+
+def gray_values(images: Images) -> list[int]:
+    """Gray values of a split, which name its examples."""
+    return (everything(images)[:, 0, 0, 0] * 255).round().int().tolist()

@@ -30,8 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
+BOTH_WAYS = pytest.mark.parametrize("hub", ["pipeline", "single commit"], indirect=True)
+"""huggingface_hub uploads a folder in two ways."""
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 API = re.compile(r"^/api/(models|datasets|spaces)/([^/]+)/([^/]+)(?:/(.*))?$")
 RESOLVE = re.compile(r"^/(?:(datasets|spaces)/)?([^/]+)/([^/]+)/(?:resolve|raw)/(.+)$")
@@ -50,6 +54,22 @@ def hub_environment(hub: Hub, folder: Path, *, token: str | None) -> dict[str, s
         "OMP_NUM_THREADS": "1",
     }
     return environment | ({"HF_TOKEN": token} if token else {})
+
+
+def use_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, home: Path, token: str, *, pipeline: bool = False) -> None:
+    """Make this process use the Hub with a token; ``pipeline`` is the first of the ways to upload a folder."""
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_DISABLE_XET": not pipeline,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
 
 
 class RefusalError(Exception):
@@ -196,17 +216,9 @@ class Hub:
     def fail(self, pattern: str, *, status: int, times: int = 1, headers: Mapping[str, str] | None = None) -> None:
         self.faults.append(Fault(pattern, "status", times, status, headers or {}))
 
-    def drop(self, pattern: str, *, times: int = 1) -> None:
-        self.faults.append(Fault(pattern, "drop", times))
-
-    def lose_reply(self, pattern: str, *, times: int = 1) -> None:
-        self.faults.append(Fault(pattern, "lose_reply", times))
-
-    def hang(self, pattern: str, *, times: int = 1) -> None:
-        self.faults.append(Fault(pattern, "hang", times))
-
-    def cut(self, pattern: str, *, times: int = 1) -> None:
-        self.faults.append(Fault(pattern, "cut", times))
+    def disturb(self, kind: str, pattern: str, *, times: int = 1) -> None:
+        """A fault of a kind without settings: drop, lose_reply, hang or cut."""
+        self.faults.append(Fault(pattern, kind, times))
 
     def before(self, pattern: str, action: Callable[[], object], *, times: int = 1) -> None:
         self.faults.append(Fault(pattern, "first", times, action=action))
@@ -422,7 +434,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def api(self, kind: str, namespace: str, name: str, rest: str, body: bytes) -> None:
         action, _, rest = rest.partition("/")
-        changes = action in ("preupload", "commit", "branch", "tag", "settings", "discussions")
+        changes = action in ("preupload", "commit", "branch")
         # Whoever may read may open a pull request.
         write = changes and self.command != "GET" and not self.query.get("create_pr")
         repo = self.repo(kind, namespace, name, write=write)
@@ -438,8 +450,6 @@ class _Handler(BaseHTTPRequestHandler):
             "commit": lambda: self.commit(repo, unquote(rest), body),
             "commits": lambda: self.send(200, [commit_info(commit) for commit in repo.history(rest)]),
             "branch": lambda: self.branch(repo, unquote(rest), json.loads(body or b"{}")),
-            "tag": lambda: self.tag(repo, unquote(rest), json.loads(body or b"{}")),
-            "settings": lambda: self.settings(repo, json.loads(body)),
         }.get(action)
         if handler is None:
             raise RefusalError(404, f"no api route {self.command} {action}")
@@ -515,16 +525,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(400, f"Invalid reference for a branch: {name}")
         repo.refs[name] = repo.resolve(wanted.get("startingPoint", "main"))
         self.send(201, {})
-
-    def tag(self, repo: Repo, revision: str, wanted: dict[str, Any]) -> None:
-        if wanted["tag"] in repo.tags:
-            raise RefusalError(409, "Tag reference exists already")
-        repo.tags[wanted["tag"]] = repo.resolve(revision)
-        self.send(201, {})
-
-    def settings(self, repo: Repo, wanted: dict[str, Any]) -> None:
-        repo.private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
-        self.send(200, {"private": repo.private})
 
 
 def now() -> str:
