@@ -203,14 +203,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class _LogitCheck:
-    """Lets batches through whose labels the model has logits for.
-
-    Args:
-        model: the model.
-
-    Attributes:
-        num_classes: number of logits; 0 before the first batch.
-    """
+    """Passes batches on whose labels the model has logits for; ``num_classes`` is 0 before the first one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.num_classes = model, 0
