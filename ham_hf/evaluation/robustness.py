@@ -179,8 +179,8 @@ def evaluate_batches(
 ) -> dict[str, AttackResult]:
     """`evaluate` on batches that come one by one and are seen once, in this process alone.
 
-    ``batches`` are on the device of the model; their ``indices`` place the examples in the results, which are in the order
-    of the batches.
+    ``batches`` are on the device of the model; their ``indices`` place the examples in the results, which are in the
+    order of the batches.
     """
     attacker = _BatchAttacker(model, attacks, WorkingSize(sys.maxsize), seed)
     outcomes, labels, indices = [], [], []

@@ -91,7 +91,7 @@ class Verdicts:
 def verdicts_of(
     results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
 ) -> Verdicts:
-    """What the results of one evaluation, by name, say of each image; "clean" has to cover every image of an attack."""
+    """What the results of one evaluation say of each image; "clean" has to cover every image of an attack."""
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
     for name, result in results.items():

@@ -265,7 +265,7 @@ def _config(
 
 
 def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> int:
-    """Compare what plain timm loads from ``folder`` with the trained network, on pixels; returns its number of parameters.
+    """Compare what plain timm loads with the trained network, on pixels, and return its number of parameters.
 
     Raises:
         RuntimeError: if the logits of the trained network are not finite, or differ.

@@ -107,7 +107,7 @@ def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> N
 
 
 def check_shifted_logits(original: PixelModel, folded: PixelModel, shifts: Tensor, image_size: int) -> None:
-    """Compare a folded model with the original plus ``shifts`` (num_classes,), both in evaluation mode, on random pixels.
+    """Compare a folded model with the original plus ``shifts`` (num_classes,) on random pixels, in evaluation mode.
 
     Raises:
         HeadError: if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
