@@ -28,9 +28,10 @@ from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable
 from ham_hf.models.origin import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
-from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.report import results_table, text_table
-from ham_hf.reporting.run_report import calibrated_report, write_calibration
+from ham_hf.reporting.class_examples import run_examples
+from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.run_report import calibrated_report, write_run
+from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir
 
@@ -127,18 +128,10 @@ def _publish(job: _Job, found: _Found) -> None:
     report = calibrated_report(
         job.report(found.results), found.calibration, exported, job.origin, model_license=model_license
     )
-    strip = example_strip(
+    examples = run_examples(
         found.shifted, data.test, config.evaluation, found.results, threat_model=job.threat_model, seed=config.seed
     )
-    of_classes = class_examples(
-        found.shifted,
-        data.test,
-        config.evaluation,
-        found.results,
-        threat_model=job.threat_model,
-        seed=config.seed,
-    )
-    write_calibration(report, folder, results=found.results, examples=strip, of_classes=of_classes)
+    write_run(report, folder, results=found.results, examples=examples)
     remove_partial_results(folder)
     sentence = exchange_sentence(found.calibration)
     show(f"{sentence}\n\n{text_table(results_table(report))}\n\neverything is in {folder}\n")

@@ -16,18 +16,19 @@ from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.leaderboard import write_leaderboard
-from ham_hf.comparison.pairs import PAIRED_METRICS, verdicts_beside
+from ham_hf.comparison.pairs import PAIRED_METRICS, Run, verdicts_beside
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.row_names import public_word
-from ham_hf.comparison.table import Comparison, MissingRun, Row, Run, compare
+from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
 from ham_hf.faults import clean_exit
 from ham_hf.files import atomic_write
 from ham_hf.hub import download_results
 from ham_hf.invocation import command
 from ham_hf.reporting.class_examples import read_examples
-from ham_hf.reporting.page import PAGE_NAME, PageComparison, PageRow, PageRun, page_html
-from ham_hf.reporting.report import plain_text, read_report
+from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
+from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import make_folder
 
@@ -93,7 +94,7 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     try:
         failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from the last checkpoint of each run\n")
+        sys.stderr.write("interrupted; the same command resumes each run from its last checkpoint\n")
         raise SystemExit(130) from None
     runs, missing = collect(plan.runs, failed)
     if not runs and any(run.failed for run in failed):
@@ -193,25 +194,27 @@ def _no_download(source: str, revision: str | None) -> Path:
     raise ValueError(f"{source}: there is no such folder; a page is made of folders, so download the model first")
 
 
-def _page_comparison(comparison: Comparison) -> PageComparison:
+def _page_comparison(comparison: Comparison) -> dict[str, object]:
     """A comparison as the page shows it: the evaluations that are of the same images under the same attack."""
-    return PageComparison(
-        baseline=comparison.names.get(comparison.baseline or "", ""),
-        rows={
-            title: tuple(_page_row(comparison, row, name) for row in comparison.rows if name in row.attacks)
+    return {
+        "baseline": plain_text(comparison.names.get(comparison.baseline or "", ""), 120),
+        "rows": {
+            title: [_page_row(comparison, row, name) for row in comparison.rows if name in row.attacks]
             for name, title in comparison.attacks.items()
             if name in comparison.comparable
         },
-    )
+    }
 
 
-def _page_row(comparison: Comparison, row: Row, name: str) -> PageRow:
+def _page_row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     found, paired = row.attacks[name], comparison.pairs.found.get(row.label, {}).get(name)
+    differences = {} if paired is None else {one: getattr(paired.differences, one) for one in PAIRED_METRICS}
     unpaired = comparison.pairs.unpaired
-    return PageRow(
-        label=comparison.names[row.label],
-        seeds=found.seeds,
-        values={metric: getattr(found, metric).values for metric in PAIRED_METRICS},
-        differences={metric: getattr(paired.differences, metric) for metric in PAIRED_METRICS if paired is not None},
-        note=unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label) or "",
-    )
+    note = unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label)
+    return {
+        "label": plain_text(comparison.names[row.label], 120),
+        "seeds": found.seeds,
+        "values": {metric: rounded(getattr(found, metric).values) for metric in PAIRED_METRICS},
+        "differences": {metric: rounded([one.mean, one.low, one.high]) for metric, one in differences.items()},
+        "note": plain_text(note, 300) if note else "",
+    }

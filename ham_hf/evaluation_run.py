@@ -35,10 +35,11 @@ from ham_hf.hub import PushError, check_pull_request, check_write_access, push_e
 from ham_hf.hub_requests import limit_waiting
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
-from ham_hf.reporting.breakdown_tables import breakdown_tables
-from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.report import RunReport, results_table, text_table
+from ham_hf.reporting.class_examples import run_examples
+from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import evaluation_report, write_evaluation
+from ham_hf.reporting.tables import breakdown_tables, results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes
 from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
@@ -254,15 +255,13 @@ def _write(
     report = job.report(results, corrupted)
     with clean_exit(CorruptImageError, OSError):
         images, settings, seed = data.test, config.evaluation, config.seed
-        examples = example_strip(job.model, images, settings, results, threat_model=threat_model, seed=seed)
-        of_classes = class_examples(job.model, images, settings, results, threat_model=threat_model, seed=seed)
+        examples = run_examples(job.model, images, settings, results, threat_model=threat_model, seed=seed)
         write_evaluation(
             report,
             config.output_path,
             results=results,
             examples=examples,
             command=shell_command(config),
-            of_classes=of_classes,
             groups=data.groups,
         )
     remove_partial_results(config.output_path)

@@ -17,7 +17,7 @@ from ham_hf.data.provenance import Provenance, read_provenance
 from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.models import LoadedModel
 from ham_hf.models.pixel_model import imagenet_synsets
-from ham_hf.reporting.report import plain_text
+from ham_hf.reporting.formats import plain_text
 
 logger = logging.getLogger(__name__)
 

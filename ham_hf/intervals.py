@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ham_hf.metrics import wilson_interval
+from ham_hf.metrics import FairnessSummary, num_worst, wilson_interval
 
 Floats = NDArray[np.float64]
 
@@ -117,13 +117,19 @@ def fairness_intervals(
     )
 
 
+def intervals_of(summary: FairnessSummary) -> FairnessIntervals:
+    """Intervals of the fairness numbers of a summary."""
+    entries = summary.per_class
+    return fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
+
+
 _STD = 2
 
 
 def spread_numbers(accuracies: Floats) -> Floats:
     """Worst 30 %, gap, std and NSD (4, ...) of class accuracies (..., C); NSD is NaN where all are 0."""
     ascending = np.sort(accuracies, axis=-1)
-    kept = max(1, -(-30 * accuracies.shape[-1] // 100))  # as in ham_hf.metrics.mean_of_worst
+    kept = num_worst(accuracies.shape[-1])
     mean, std = accuracies.mean(-1), accuracies.std(-1)
     nsd = std / np.where(mean > 0, mean, np.nan)
     return np.stack([ascending[..., :kept].mean(-1), ascending[..., -1] - ascending[..., 0], std, nsd])

@@ -86,11 +86,11 @@ def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[f
         raise ValueError(f"expected 0 <= correct <= count and count > 0, got correct={correct}, count={count}")
     z = Z_95 if level == 0.95 else NormalDist().inv_cdf((1 + level) / 2)
     share, z2 = correct / count, z**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     # At 0 and at count the exact bound is 0 and 1; rounding would leave it just inside.
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    high = 1.0 if correct == count else min(1.0, centre + half)
+    low = 0.0 if correct == 0 else max(0.0, center - half)
+    high = 1.0 if correct == count else min(1.0, center + half)
     return low, high
 
 
@@ -169,10 +169,14 @@ def summarize(flags: Tensor, labels: Tensor, num_classes: int) -> FairnessSummar
 
 def mean_of_worst(accuracies: Sequence[float], percent: int) -> float:
     """Mean of the ceil(percent * C / 100) smallest of C class accuracies (at least one)."""
-    ascending = sorted(accuracies)
+    kept = num_worst(len(accuracies), percent)
+    return sum(sorted(accuracies)[:kept]) / kept
+
+
+def num_worst(num_classes: int, percent: int = 30) -> int:
+    """ceil(percent * C / 100), at least 1."""
     # Integer arithmetic: 30 % of 10 classes is 3, whatever 0.3 * 10 rounds to.
-    kept = max(1, -(-percent * len(ascending) // 100))
-    return sum(ascending[:kept]) / kept
+    return max(1, -(-percent * num_classes // 100))
 
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:

@@ -39,16 +39,18 @@ from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable
 from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
-from ham_hf.reporting.class_examples import class_examples, example_strip
-from ham_hf.reporting.report import RunReport, results_table, text_table
+from ham_hf.reporting.class_examples import run_examples
+from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
     training_report,
     training_section,
     write_config,
-    write_training,
+    write_run,
 )
+from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launch import (
@@ -372,12 +374,15 @@ def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
         calibration=found.calibration,
         notes=overflow_notes(trained.progress),
     )
-    shown = (run.selected, data.test, config.evaluation, found.results)
-    examples = example_strip(*shown, threat_model=run.threat_model, seed=config.training.seed)
-    of_classes = class_examples(*shown, threat_model=run.threat_model, seed=config.training.seed)
-    write_training(
-        report, run.folder, results=found.results, examples=examples, repo_id=run.repo_id, of_classes=of_classes
+    examples = run_examples(
+        run.selected,
+        data.test,
+        config.evaluation,
+        found.results,
+        threat_model=run.threat_model,
+        seed=config.training.seed,
     )
+    write_run(report, run.folder, results=found.results, examples=examples, repo_id=run.repo_id)
     remove_partial_results(run.folder)
     return report
 

@@ -13,7 +13,7 @@ from ham_hf.config import EvaluationConfig, ThreatConfig
 from ham_hf.evaluation import AttackResult
 from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
-from ham_hf.reporting.class_examples import example_strip
+from ham_hf.reporting.class_examples import run_examples
 from ham_hf.training.log import read_log
 from tests.support.nets import TensorImages
 
@@ -172,13 +172,14 @@ def test_shown_images_are_of_the_worst_classes():
     linf = ThreatModel("linf", 0.1)
     weak = [0, 5, 7]
     results = outcome(labels, ~torch.isin(labels, torch.tensor(weak)))
-    strip = example_strip(net, images, config, results, threat_model=linf, seed=0)
+    strip = run_examples(net, images, config, results, threat_model=linf, seed=0).strip
     assert strip.labels.tolist() == [*weak, 1, 2, 4, 6, 8]
     assert 0 < (strip.adversarial - strip.clean).abs().max() <= 0.1 + 1e-6
     few = TensorImages(torch.rand(2, 1, 4, 4), torch.tensor([1, 1]))
     alone = outcome(few.labels, torch.tensor([True, False]))
     for found in (alone, {"clean": alone["clean"]}):
-        assert example_strip(net, few, config, found, threat_model=linf, seed=0).labels.tolist() == [1]
+        strip = run_examples(net, few, config, found, threat_model=linf, seed=0).strip
+        assert strip.labels.tolist() == [1]
 
 
 def test_log_line_that_was_cut_off_is_left_out(tmp_path):

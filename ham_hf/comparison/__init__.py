@@ -1,5 +1,1 @@
-"""Several methods and seeds in one frame: what to run, running it, and one table and two figures of what came out.
-
-`plan` reads ``compare.yaml``, `runs` runs and collects, `numbers` aggregates over seeds, `facts` says what the rows
-share, `text` and `plots` write. No module knows the name of a method.
-"""
+"""Several methods and seeds side by side: run them or read them, and write tables, figures and a leaderboard."""

@@ -1,4 +1,4 @@
-"""Facts of runs beside their numbers, as text: settings, budget, environment, and how they differ."""
+"""Settings, budget and environment of runs as text, and how they differ."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.assembly import group_settings
 from ham_hf.config.yaml_file import exact_fraction
 from ham_hf.methods import available
+from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.method_text import gates_averaging
-from ham_hf.reporting.report import AttackReport, RunReport, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.settings import settings_of
 
 NOT_THE_RUN = frozenset(
@@ -27,20 +28,20 @@ NOT_THE_RUN = frozenset(
         "ddp_timeout", "max_train_hours",
     }
 )  # fmt: skip
-"""Settings that change where a run leaves things and how it is shown, and none of its numbers."""
+"""Settings that change no number of a run."""
 _OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
-"""Settings of an evaluation that differ between seeds, or are said already."""
+"""Settings of an evaluation that differ between seeds or are shown elsewhere."""
 
 Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 """By title: each value that a run has, with the labels of the rows that have it."""
 
 
 def run_settings(config: Mapping[str, object], *, without: Collection[str] = ()) -> dict[str, object]:
-    """Return the settings that decide a run's numbers, as JSON values: two runs with equal ones are repetitions.
+    """Return the settings that decide a run's numbers, as JSON values: runs with equal ones are repetitions.
 
-    Reports written before a setting existed are read with that setting's default, which reproduces the old behavior.
-    Batch size and accumulation count by their product, as a run may continue with another pair.
+    Reports written before a setting existed get its default, which reproduces the old behavior. Batch size and
+    accumulation count by their product, as a run may be resumed with another pair.
     """
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
     if isinstance(plain.get("method"), str):
@@ -71,7 +72,7 @@ def setting_text(value: object) -> str:
 
 @functools.cache
 def _defaults(method: str) -> str:
-    """Every setting's default as JSON; a method that is not installed has no options that are known."""
+    """Every setting's default as JSON; the options of a method that is not installed are unknown."""
     everything = config_to_dict(TrainConfig())
     known = [setting.name for group in group_settings(TrainConfig).values() for setting in group]
     values = {name: everything[name] for name in known}
@@ -93,7 +94,7 @@ def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
 
 
 def budget(report: RunReport) -> dict[str, str]:
-    """Facts that must be equal for numbers to be comparable; fewer are known of a model that was only evaluated."""
+    """Facts that must be equal for numbers to be comparable; fewer of a model that was only evaluated."""
     dataset, model, config, training = report.dataset, report.model, report.config, report.training
     # Local paths are not published, as in the model card.
     name = dataset.hub_id or dataset.name.rstrip("/").rpartition("/")[2]
@@ -147,7 +148,7 @@ def _attack_settings(attack: AttackReport) -> list[str]:
 
 
 def _averaging(report: RunReport) -> str:
-    """Of what the evaluated weights are an average: a method may average where another one does not."""
+    """How the evaluated weights were averaged: a method may average where another one does not."""
     config = report.config
     if gates_averaging(config):
         if not report.passed_gate():
@@ -171,7 +172,7 @@ def _optimizer(settings: Mapping[str, object]) -> str:
             f"{' '.join(schedule)} by {setting_text(settings.get('lr_step_unit'))}",
             f"weight decay {setting_text(settings.get('weight_decay'))}",
             f"precision {setting_text(settings.get('mixed_precision'))}",
-            # Reports from before there was a choice do not say it: attacks ran as the training did.
+            # Older reports do not have it: attacks ran in the precision of training.
             f"of attacks in training {setting_text(settings.get('attack_precision', 'training'))}",
         ]
     )

@@ -1,7 +1,7 @@
-"""The runs of a comparison: run what is not done yet, each through the ordinary trainer, and read what there is.
+"""Run the unfinished runs of a comparison, each through the ordinary trainer, and collect all that have a report.
 
-A run prints into ``<run folder>.log``. Its folder is locked while it runs (`ham_hf.training.run_folder`): no two
-comparisons train in one folder, even if the first was killed and left its children behind.
+A run prints into ``<run folder>.log``. Its folder is locked while it runs (`ham_hf.training.run_folder`), so two
+comparisons never train in one folder, even if the first was killed and left its children running.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from types import FrameType
 
 from ham_hf.comparison.differences import differences, run_settings
 from ham_hf.comparison.existing import running_elsewhere
-from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.plan import PlannedRun
-from ham_hf.comparison.table import MissingRun, Run
+from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.settings import settings_of
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0
-"""How long an interrupted run may take to stop before it is killed; its checkpoints are safe either way."""
+"""How long an interrupted run may take to stop before it is killed; its checkpoints survive that."""
 SHOWN_LOG_LINES = 3
 
 
@@ -242,7 +242,7 @@ def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
 
 
 def _next_ready(waiting: deque[PlannedRun], running: Sequence[PlannedRun]) -> PlannedRun | None:
-    """Take out the first run that waits for the weights of no other; None if all do."""
+    """Remove and return the first run that needs no weights of an unfinished run; None if all do."""
     busy = {run.folder for run in (*waiting, *running)}
     for run in waiting:
         if run.weights_from not in busy:
@@ -296,7 +296,7 @@ def _failure(child: _Child) -> str:
 
 
 def _stop(children: Sequence[_Child]) -> None:
-    """Interrupt the running ones, as Ctrl-C would; kill those that do not stop, or all at a second Ctrl-C."""
+    """Interrupt the runs, as Ctrl-C would; kill those that do not stop, or all of them at a second Ctrl-C."""
     # What a shell runs in the background ignores Ctrl-C, and so does what it starts.
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     _signal(children, signal.SIGTERM if ignored else signal.SIGINT)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ham_hf.comparison.differences import run_settings, setting_text
-from ham_hf.comparison.pairs import verdicts_beside
+from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.row_names import public_word
-from ham_hf.comparison.table import MissingRun, Run
+from ham_hf.comparison.table import MissingRun
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.hub_ids import split_revision
-from ham_hf.reporting.report import REPORT_NAME, RunReport, plain_text, read_report
+from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
 from ham_hf.training.run_folder import is_locked
 
 NOT_THERE = "(none)"
@@ -46,8 +47,8 @@ class ExistingRuns:
 
     Attributes:
         found: every finished run.
-        missing: what a comparison's folder holds of runs without a report, and what could not be had of a list.
-        baseline: that of the comparisons among the sources; None if there is none, or not one.
+        missing: runs without a report in a comparison's folder, and entries of a list that could not be read.
+        baseline: that of the comparisons among the sources; None if they have none, or several.
     """
 
     found: tuple[FoundRun, ...]
@@ -64,7 +65,7 @@ def read_runs(
         sources: folders with a ``report.json``, folders of comparisons, and Hub ids ``OWNER/NAME[@REVISION]``; each
             may have ``LABEL=`` before it, which is then what its row is called.
         download: fetches the results of a Hub id and revision, and returns the folder that they are in.
-        listed: sources that are listed as missing, with the reason, where they cannot be had.
+        listed: sources that become missing runs, with the reason, if they cannot be read.
 
     Raises:
         ValueError: naming every other source that is none of these, or has no report that can be read. A run in the
@@ -127,11 +128,10 @@ def read_list(path: str | Path) -> list[str]:
 
 
 def label_runs(found: Sequence[FoundRun]) -> list[Run]:
-    """Find out which of the given runs are repetitions of one another, and what to call them.
+    """Group runs into rows, and name the rows.
 
-    Runs with equal settings but for seed and folder are one row. It is called by its label or, without one, by its
-    method (a model that was only evaluated: by its name). Rows that would have the same name also get the settings in
-    which they differ.
+    Runs whose settings differ only in seed and folder are one row, named by its label or, without one, by its method
+    (a model that was only evaluated: by its name). Rows of equal name also show the settings in which they differ.
     """
     groups: dict[tuple[str, str], list[FoundRun]] = {}
     for run in found:
@@ -173,7 +173,7 @@ def _seed(source: str, report: RunReport) -> int:
 
 
 def running_elsewhere(label: str, seed: int) -> MissingRun:
-    """A run that another process is running."""
+    """The entry of a run that another process is running."""
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
@@ -256,7 +256,7 @@ def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
             values = json.loads(written.read_text(encoding="utf-8"))
             labels, baseline = [str(row["label"]) for row in values["rows"]], values["baseline"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to go on without") from error
+            raise ValueError(f"{written} is not a comparison ({error!r}): delete it to continue without it") from error
 
     def order(place: Path) -> tuple[int, str, int]:
         label = place.resolve().parent.name

@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ham_hf.comparison.table import Comparison
 from ham_hf.reporting.figures import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
-from ham_hf.reporting.report import plain_text
+from ham_hf.reporting.formats import plain_text
 
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<")

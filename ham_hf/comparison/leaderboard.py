@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ham_hf.comparison.differences import budget, conditions, environment, evaluations
-from ham_hf.comparison.pairs import PAIRED_METRICS
+from ham_hf.comparison.pairs import PAIRED_METRICS, Run
 from ham_hf.comparison.row_names import public_source, public_text
-from ham_hf.comparison.table import Comparison, Row, Run
+from ham_hf.comparison.table import Comparison, Row
 from ham_hf.files import atomic_write
 from ham_hf.hub_ids import split_revision
+from ham_hf.reporting.formats import percent, percent_ends, plain_text, signed_points
 from ham_hf.reporting.page import render_page
-from ham_hf.reporting.report import percent, plain_text
 
 LEADERBOARD_NAME = "leaderboard.html"
 HUB = "https://huggingface.co"
@@ -200,23 +200,20 @@ def _number(entry: Entry, name: str, metric: str) -> dict[str, object]:
     """Mean, ends of the interval and each seed of one number, in percent of the axis and as text."""
     mean = _mean(entry, name, metric)
     found = [evaluations(run.report)[name] for run in entry.runs]
-    ends: list[tuple[float, float]] = []
-    for one in found:
-        if metric == "average":
-            ends.append((one.summary.average_low, one.summary.average_high))
-        elif one.intervals is not None:
-            ends.append(getattr(one.intervals, metric))
-    low, high = (
-        (statistics.fmean(side) for side in zip(*ends, strict=True)) if len(ends) == len(found) else (None,) * 2
-    )
+    if metric == "average":
+        ends = [(one.summary.average_low, one.summary.average_high) for one in found]
+    else:
+        ends = [getattr(one.intervals, metric) for one in found if one.intervals is not None]
+    known = len(ends) == len(found)
+    low, high = (statistics.fmean(side) for side in zip(*ends, strict=True)) if known else (0.0, 0.0)
     values = [getattr(one.summary, metric) for one in found]
     return {
         "title": TITLES[metric],
         "text": percent(mean),
-        "ends": "" if low is None or high is None else f"{percent(low)}–{percent(high)}",
+        "ends": percent_ends((low, high)) if known else "",
         "mean": _place(mean),
-        "low": None if low is None else _place(low),
-        "high": None if high is None else _place(high),
+        "low": _place(low) if known else None,
+        "high": _place(high) if known else None,
         "seeds": [_place(value) for value in values] if len(values) > 1 else [],
     }
 
@@ -264,8 +261,7 @@ def _paired(comparison: Comparison, row: Row) -> list[str]:
         shown = []
         for metric in PAIRED_METRICS:
             one = getattr(found.differences, metric)
-            ends = f"{100 * one.low:+.1f} to {100 * one.high:+.1f}"
-            shown.append(f"{TITLES[metric].lower()} {100 * one.mean:+.1f} ({ends})")
+            shown.append(f"{TITLES[metric].lower()} {signed_points(one.mean, one.low, one.high)}")
         lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
     return lines
 

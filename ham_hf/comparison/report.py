@@ -15,11 +15,10 @@ from pathlib import Path
 from ham_hf.comparison.differences import evaluations, setting_text
 from ham_hf.comparison.pairs import PAIRED_METRICS
 from ham_hf.comparison.row_names import public_source, public_text, public_value
-from ham_hf.comparison.table import METRICS, AttackRow, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.table import METRICS, Comparison, MissingRun, Row, Spread
 from ham_hf.files import atomic_write
-from ham_hf.pairing import Difference
-from ham_hf.reporting.card import text
-from ham_hf.reporting.report import percent, plain_text
+from ham_hf.reporting.formats import Markdown, code, markdown_table, percent, plain_text, ratio, signed_points
+from ham_hf.reporting.formats import markdown_text as text
 
 SCHEMA_VERSION = 1
 MEBIBYTE = 2**20
@@ -157,7 +156,7 @@ def comparison_csv(comparison: Comparison) -> str:
 
 
 def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequence[str] = ()) -> str:
-    """Tables to read: one per evaluation, one of the cost, and then what one has to know of the runs."""
+    """Tables to read: one per evaluation and one of the cost, then how to read them and what the runs share."""
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
         note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
@@ -198,7 +197,7 @@ def without_figures(comparison: Comparison) -> list[str]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """What has to be said before any number, each in a line: that budgets or code differ."""
+    """Warnings that stand before any number: budgets or code differ."""
     notes = []
     if comparison.unequal:
         titles = ", ".join(text(title) for title in comparison.unequal)
@@ -230,7 +229,7 @@ def _shared(comparison: Comparison, command: str) -> str:
             for commit, rows in by_commit.items()
         ]
     seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
-    return "\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {_code(command)}"])
+    return "\n".join([*lines, f"- Seeds: {', '.join(map(str, seeds))}", f"- Command: {code(command, 2000)}"])
 
 
 def _how_to_read(comparison: Comparison) -> str:
@@ -248,8 +247,7 @@ def _how_to_read(comparison: Comparison) -> str:
 
 
 def _baseline_name(comparison: Comparison) -> str:
-    baseline = str(comparison.baseline)
-    return text(comparison.names.get(baseline, baseline))
+    return text(comparison.names[str(comparison.baseline)])
 
 
 def _pairs_section(comparison: Comparison) -> str:
@@ -261,29 +259,22 @@ def _pairs_section(comparison: Comparison) -> str:
     for label, found in pairs.found.items():
         if "verdict" in found:
             paired = found["verdict"].differences
-            cells = [_difference(getattr(paired, metric)) for metric in PAIRED_METRICS]
-            values = ", ".join(f"{value:.2g}" for value in paired.p_values)
-            rows.append([names[label], ", ".join(map(str, found["verdict"].seeds)), *cells, values])
-    titles = ["", "Seeds", *(METRIC_TITLES[metric] for metric in PAIRED_METRICS), "McNemar p"]
+            row = {"": names[label], "Seeds": Markdown(", ".join(map(str, found["verdict"].seeds)))}
+            for metric in PAIRED_METRICS:
+                difference = getattr(paired, metric)
+                row[METRIC_TITLES[metric]] = signed_points(difference.mean, difference.low, difference.high)
+            rows.append(row | {"McNemar p": Markdown(", ".join(f"{value:.2g}" for value in paired.p_values))})
     parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
     if rows:
         parts += [
             "On the same images, in percentage points, with 95 % intervals; p of each seed.",
-            _table(titles, rows),
+            markdown_table(rows),
         ]
     if pairs.unpaired:
-        listed = [f"- {text(_named(label, names))}: {text(reason, 300)}" for label, reason in pairs.unpaired.items()]
+        reasons = pairs.unpaired.items()
+        listed = [f"- {text(names.get(label, label))}: {text(reason, 300)}" for label, reason in reasons]
         parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
     return "\n\n".join(parts) if len(parts) > 1 else ""
-
-
-def _named(label: str, names: Mapping[str, str]) -> str:
-    """A row's short name; what is not a row alone stays as it is."""
-    return names.get(label, label)
-
-
-def _difference(difference: Difference) -> str:
-    return f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def _heading(comparison: Comparison, attack: str) -> str:
@@ -302,11 +293,11 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
         "name": name,
         "seeds": row.seeds,
         "settings": public_value(dict(row.settings)),
-        "attacks": {name: _attack_values(numbers) for name, numbers in row.attacks.items()},
+        "attacks": {name: asdict(numbers) for name, numbers in row.attacks.items()},
         "price": row.price,
-        "passes": _spread_values(row.passes),
-        "training_seconds": _spread_values(row.seconds),
-        "peak_memory_bytes": _spread_values(row.peak_memory_bytes),
+        "passes": asdict(row.passes) if row.passes else None,
+        "training_seconds": asdict(row.seconds) if row.seconds else None,
+        "peak_memory_bytes": asdict(row.peak_memory_bytes) if row.peak_memory_bytes else None,
         "runs": [
             {
                 "seed": run.seed,
@@ -319,58 +310,37 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
     }
 
 
-def _attack_values(numbers: AttackRow) -> dict[str, object]:
-    return {
-        "seeds": numbers.seeds,
-        "num_examples": numbers.num_examples,
-        **{metric: _spread_values(getattr(numbers, metric)) for metric in METRICS},
-        "rho": numbers.rho,
-        "image_variances": numbers.image_variances,
-        "per_class": numbers.per_class,
-    }
-
-
-def _spread_values(spread: Spread | None) -> dict[str, object] | None:
-    return None if spread is None else {"mean": spread.mean, "std": spread.std, "values": spread.values}
-
-
 def _columns(name: str, spread: Spread | None) -> dict[str, object]:
     """CSV writes None as nothing, and floats so that they read back equal."""
     return {f"{name}_mean": spread and spread.mean, f"{name}_std": spread and spread.std}
 
 
 def _attack_table(comparison: Comparison, attack: str) -> str:
-    rows: list[list[str]] = []
-    names, with_rho = comparison.names, comparison.baseline is not None
+    rows = []
     for row in comparison.rows:
         numbers = row.attacks.get(attack)
-        if numbers is None:
-            rows.append([names[row.label], "0", *["–"] * (len(METRICS) + with_rho)])
-            continue
-        cells = []
+        cells = {"": comparison.names[row.label], "Seeds": str(0 if numbers is None else len(numbers.seeds))}
         for metric in METRICS:
-            digits = _ratio if metric == "nsd" else percent
-            shown = _cell(getattr(numbers, metric), digits)
-            cells.append(f"**{shown}**" if comparison.is_bold(row.label, attack, metric) else shown)
-        rho = "–" if numbers.rho is None else f"{numbers.rho:+.2f}"
-        rows.append([names[row.label], str(len(numbers.seeds)), *cells, *([rho] if with_rho else [])])
-    return _table(["", "Seeds", *(METRIC_TITLES[metric] for metric in METRICS), *(["ρ"] if with_rho else [])], rows)
+            shown = _cell(getattr(numbers, metric, None), ratio if metric == "nsd" else percent)
+            bold = numbers is not None and comparison.is_bold(row.label, attack, metric)
+            cells[METRIC_TITLES[metric]] = Markdown(f"**{shown}**") if bold else shown
+        if comparison.baseline is not None:
+            cells["ρ"] = "–" if numbers is None or numbers.rho is None else f"{numbers.rho:+.2f}"
+        rows.append(cells)
+    return markdown_table(rows)
 
 
 def _cost_table(comparison: Comparison) -> str:
-    names = comparison.names
     priced = any(row.price is not None for row in comparison.rows)
-    rows = [
-        [
-            names[row.label],
-            str(len(row.seeds)),
-            *([("–" if row.price is None else f"{row.price:.2f}")] if priced else []),
-            _cell(row.seconds, lambda seconds: f"{seconds:.1f}"),
-            _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}"),
-        ]
-        for row in comparison.rows
-    ]
-    return _table(["", "Seeds", *(["Price"] if priced else []), "Training, seconds", "Peak memory, MiB"], rows)
+    rows = []
+    for row in comparison.rows:
+        cells = {"": comparison.names[row.label], "Seeds": str(len(row.seeds))}
+        if priced:
+            cells["Price"] = "–" if row.price is None else f"{row.price:.2f}"
+        cells["Training, seconds"] = _cell(row.seconds, lambda seconds: f"{seconds:.1f}")
+        cells["Peak memory, MiB"] = _cell(row.peak_memory_bytes, lambda size: f"{size / MEBIBYTE:.0f}")
+        rows.append(cells)
+    return markdown_table(rows)
 
 
 def _cost_note(comparison: Comparison) -> str:
@@ -415,28 +385,12 @@ def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[st
 
 
 def _harmless(value: str) -> str:
-    """A text for a CSV cell that no spreadsheet computes."""
+    """Text for a CSV cell that no spreadsheet takes for a formula."""
     value = plain_text(value, 200)
     return f"'{value}" if value[0] in "=+-@" else value
-
-
-def _code(command: str) -> str:
-    """A command as a code span, as long as it is."""
-    return f"`{plain_text(command, 2000).replace('`', chr(39))}`"
 
 
 def _cell(spread: Spread | None, digits: Callable[[float], str]) -> str:
     if spread is None:
         return "–"
     return digits(spread.mean) if spread.std is None else f"{digits(spread.mean)} ± {digits(spread.std)}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first cell of a row is its label, the others are ours."""
-    lines = [titles, *([text(row[0]), *row[1:]] for row in rows)]
-    cells = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([cells[0], "|---|" + "---:|" * (len(titles) - 1), *cells[1:]])

@@ -1,6 +1,6 @@
-"""What a comparison calls things in its files: rows by short names that stay different, and no place of this machine.
+"""Names in a comparison's files: short and distinct names of rows, and paths that say nothing about this machine.
 
-A comparison is made to be shown. Absolute paths name users and servers: only their last part is written.
+A comparison is made to be shown, and absolute paths name users and servers: only their last part is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.reporting.report import plain_text
+from ham_hf.reporting.formats import plain_text
 
 MAX_NAME = 40
 _START = r"(?:~\w*/|/(?!/)|(?<!\w)[A-Za-z]:[/\\])"

@@ -1,10 +1,8 @@
 """Finished runs -> one comparison: mean and spread over seeds of every number, side by side.
 
-Runs with one label are one row, and differ in their seed alone. Spread is the *sample* standard deviation over
-seeds (divisor n - 1); a single seed has none. What the rows do not share (images, epochs, budget of the attack ...) is
-listed, as a table of unequal runs reads like a table of equal ones.
-
-Noise of a number that comes from having few test images: what one more right answer could have changed.
+Runs with one label are one row, and differ only in their seed. Spread is the *sample* standard deviation over seeds
+(divisor n - 1); a single seed has none. A comparison also lists what the rows do not share (images, epochs, budget of
+the attack ...): a table of unequal runs would look like one of equal runs.
 """
 
 from __future__ import annotations
@@ -12,33 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
-from ham_hf.comparison.pairs import PAIRED_METRICS, JudgedRun, Pairs, pair_rows
+from ham_hf.comparison.pairs import PAIRED_METRICS, Pairs, Run, pair_rows
 from ham_hf.comparison.row_names import short_names
-from ham_hf.evaluation.verdicts import Verdicts
-from ham_hf.metrics import FairnessSummary
-from ham_hf.reporting.report import RunReport
+from ham_hf.metrics import FairnessSummary, num_worst
 
 METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
 LOWER_IS_BETTER = frozenset({"nsd"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
-
-    ``verdicts`` is what it kept of each image, None of a run from before that was kept.
-    """
-
-    label: str
-    seed: int
-    report: RunReport
-    source: str
-    verdicts: Verdicts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +46,9 @@ class MissingRun:
 class Spread:
     """Mean and sample standard deviation of ``values``, one per seed; ``std`` is None of a single value."""
 
-    values: tuple[float, ...]
     mean: float
     std: float | None
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +64,8 @@ class AttackRow:
         nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
             baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
-        image_variances: variance of a run's number that comes from having few test images, by metric, mean over
-            the runs; NSD has none (`ham_hf.comparison.table`).
+        image_variances: variance of a run's number from the finite test set, by metric, mean over the runs; NSD has
+            none (`image_variances`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
     """
 
@@ -180,9 +162,9 @@ class Comparison:
         )
 
     def is_bold(self, label: str, attack: str, metric: str) -> bool:
-        """Whether a number stands out: where runs kept their predictions, by paired tests against the baseline.
+        """Whether tables show a number in bold: by paired tests against the baseline where runs kept predictions.
 
-        Else, and for NSD, for which there is no paired test, if the row is the `best` beyond the noise.
+        Without predictions, and for NSD, which has no paired test: if the row is the `best` beyond the noise.
         """
         if self.pairs.found and metric in PAIRED_METRICS:
             paired = self.pairs.found.get(label, {}).get(attack)
@@ -267,27 +249,7 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     class_names = {run.report.dataset.class_names for run in runs}
     different = _different_settings(by_label)
     return Comparison(
-        rows=tuple(
-            Row(
-                label=label,
-                runs=tuple(members),
-                attacks=_attack_rows(members, base),
-                seconds=_spread([run.report.training.seconds for run in members if run.report.training]),
-                passes=_passes(members),
-                price=_price(_passes(members), base_passes),
-                peak_memory_bytes=_spread(
-                    [
-                        run.report.training.peak_memory_bytes
-                        for run in members
-                        if run.report.training and run.report.training.peak_memory_bytes is not None
-                    ]
-                ),
-                settings={
-                    name: value for name, value in run_settings(members[0].report.config).items() if name in different
-                },
-            )
-            for label, members in by_label.items()
-        ),
+        rows=tuple(_row(label, members, base, base_passes, different) for label, members in by_label.items()),
         attacks=titles,
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
@@ -296,38 +258,47 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
         comparable=comparable,
         missing=(*missing, *_absent(by_label, missing)),
         pairs=pair_rows(
-            {label: list(map(_judged, members)) for label, members in by_label.items()},
+            by_label,
             baseline=baseline,
             titles={name: title for name, title in titles.items() if name in comparable},
         ),
     )
 
 
-def _judged(run: Run) -> JudgedRun:
-    return JudgedRun(seed=run.seed, report=run.report, verdicts=run.verdicts)
-
-
-def _spread(values: Sequence[float]) -> Spread | None:
-    if not values:
-        return None
+def _spread(values: Sequence[float]) -> Spread:
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(values=tuple(values), mean=statistics.fmean(values), std=std)
 
 
+def _known_spread(values: Iterable[float | None]) -> Spread | None:
+    """Spread of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return _spread(known) if known else None
+
+
 def _passes(members: Sequence[Run]) -> Spread | None:
     """Passes of the runs of a row, if all of them were trained here and counted them."""
-    counts = [run.report.training.passes if run.report.training else None for run in members]
-    return _spread([count for count in counts if count is not None]) if None not in counts else None
+    counts = [None if run.report.training is None else run.report.training.passes for run in members]
+    return _known_spread(counts) if None not in counts else None
 
 
-def _price(passes: Spread | None, base: Spread | None) -> float | None:
-    return passes.mean / base.mean if passes is not None and base is not None and base.mean else None
-
-
-def _sure(values: Sequence[float]) -> Spread:
-    spread = _spread(values)
-    assert spread is not None, "no run"  # noqa: S101 (a row exists because a run does)
-    return spread
+def _row(
+    label: str, members: Sequence[Run], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
+) -> Row:
+    """One row; ``base`` and ``base_passes`` are the baseline's, ``different`` the settings that are not shared."""
+    trained = [run.report.training for run in members if run.report.training is not None]
+    passes = _passes(members)
+    settings = run_settings(members[0].report.config)
+    return Row(
+        label=label,
+        runs=tuple(members),
+        attacks=_attack_rows(members, base),
+        seconds=_known_spread(training.seconds for training in trained),
+        passes=passes,
+        price=passes.mean / base_passes.mean if passes and base_passes and base_passes.mean else None,
+        peak_memory_bytes=_known_spread(training.peak_memory_bytes for training in trained),
+        settings={name: value for name, value in settings.items() if name in different},
+    )
 
 
 def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
@@ -337,9 +308,9 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
         having = [run for run in runs if name in evaluations(run.report)]
         summaries = [evaluations(run.report)[name].summary for run in having]
         variances = [image_variances(summary) for summary in summaries]
-        average = _sure([summary.average for summary in summaries])
-        worst = _sure([summary.worst_class for summary in summaries])
-        nsd = [summary.nsd for summary in summaries if summary.nsd is not None]
+        average = _spread([summary.average for summary in summaries])
+        worst = _spread([summary.worst_class for summary in summaries])
+        nsd = [summary.nsd for summary in summaries]
         reference = base.get(name)
         rho = None
         if reference is not None and reference.worst_class.mean > 0:
@@ -350,8 +321,8 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
             num_examples=tuple(summary.num_examples for summary in summaries),
             average=average,
             worst_class=worst,
-            worst_30_percent=_sure([summary.worst_30_percent for summary in summaries]),
-            nsd=_spread(nsd) if len(nsd) == len(summaries) else None,
+            worst_30_percent=_spread([summary.worst_30_percent for summary in summaries]),
+            nsd=_known_spread(nsd) if None not in nsd else None,
             rho=rho,
             image_variances={
                 metric: statistics.fmean(variance[metric] for variance in variances) for metric in variances[0]
@@ -374,7 +345,7 @@ def _class_mean(accuracies: Sequence[float | None]) -> float | None:
 
 
 def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
-    """An entry for every seed that one row has and another lacks without a word."""
+    """An entry for every seed that one row has and another lacks without an entry."""
     seeds = sorted({run.seed for runs in by_label.values() for run in runs})
     known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
     known |= {(run.label, run.seed) for run in missing}
@@ -394,14 +365,13 @@ def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
 
 
 def image_variances(summary: FairnessSummary) -> dict[str, float]:
-    """Binomial variance of one run's accuracies, by metric; that of NSD is not known and has no entry.
+    """Binomial variance of one run's accuracies, by metric (our choice); NSD has no entry.
 
-    ``p (1 - p) / n`` of the n images that the number is made of: all of them (average), those of the worst class, and
-    for the mean of the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is
-    taken as given. Our choice.
+    ``p (1 - p) / n`` of the n images behind the number: all (average), those of the worst class, and for the mean of
+    the k worst classes the sum over these classes, divided by ``k^2``. Which classes are the worst is taken as given.
     """
     classes = sorted((entry.accuracy, entry.count) for entry in summary.per_class if entry.accuracy is not None)
-    kept = max(1, -(-30 * len(classes) // 100))  # as in ham_hf.metrics.mean_of_worst
+    kept = num_worst(len(classes))
     return {
         "average": _variance(summary.average, summary.num_examples),
         "worst_class": _variance(*classes[0]),

@@ -1,4 +1,4 @@
-"""What a report says beside the classes: accuracy by groups of another column, and on corrupted images."""
+"""Accuracy by groups of a column and on corrupted images, as a report holds them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import Verdicts
-from ham_hf.intervals import FairnessIntervals, fairness_intervals
+from ham_hf.intervals import FairnessIntervals, intervals_of
 from ham_hf.metrics import FairnessSummary, count_per_class, mean_of_worst, summarize
 
 
@@ -123,9 +123,7 @@ def group_report(verdicts: Verdicts) -> GroupReport | None:
         if not bool(seen.any()):
             continue
         summary = summarize(verdicts.right(name)[seen], groups.of_image[seen], len(groups.names))
-        entries = summary.per_class
-        intervals = fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
-        results[name] = GroupAccuracy(summary=summary, intervals=intervals)
+        results[name] = GroupAccuracy(summary=summary, intervals=intervals_of(summary))
     return GroupReport(column=groups.column, names=groups.names, num_missing=groups.num_missing, results=results)
 
 

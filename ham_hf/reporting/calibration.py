@@ -1,4 +1,4 @@
-"""What a report says of a calibration, in numbers and in words."""
+"""The calibration in a report: its numbers, and the sentences that the card says about it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint
-
-LOGIT_ADJUSTMENT = """\
-@inproceedings{menon2021longtail,
-  title     = {Long-Tail Learning via Logit Adjustment},
-  author    = {Menon, Aditya Krishna and Jayasumana, Sadeep and Rawat, Ankit Singh and Jain, Himanshu and Veit, Andreas and Kumar, Sanjiv},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021}
-}"""  # noqa: E501
-LOGIT_ADJUSTMENT_PAPER = ("https://arxiv.org/abs/2007.07314", "Long-Tail Learning via Logit Adjustment")
-"""Its link and title."""
+from ham_hf.reporting.formats import percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +17,15 @@ class CalibrationReport:
         fairness: F that the shifts are for, in [0, 1].
         max_average_drop: the drop that F was chosen by; None if F was given.
         shifts: number added to the logit of each class, in the order of the dataset's classes.
-        factors: what the found shift of each class was multiplied by, as few images tell less.
+        factors: factor that shrank the shift of each class: few images say less.
         counts: images of each class that the shifts were found on.
         frontier: average and worst classes under the attack of the search for several F, cross-fitted.
         attack: the attack of the search; JSON values only.
-        images: which images the shifts were found on, to follow "found on".
+        images: the images that the shifts were found on, in words that follow "found on".
         seen_in_training: whether the model was trained on them.
         seconds: duration.
         passes: most image passes that the search took (forward 1, gradient of the input 2).
-        tags: of the card of the model that was calibrated.
+        tags: tags of the calibrated model's card.
     """
 
     fairness: float
@@ -89,17 +80,17 @@ def calibration_report(
 
 
 def exchange_sentence(report: CalibrationReport) -> str:
-    """What was given for what, in one sentence."""
+    """What the shifts cost and gained, in one sentence."""
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
         return "Fairness 0 leaves the model as it was: nothing was given and nothing gained."
     lost = 100 * (before.average - after.average)
-    averages = f"{_percent(before.average)} % before, {_percent(after.average)} % after"
+    averages = f"{percent(before.average)} % before, {percent(after.average)} % after"
     price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
     return (
-        f"Fairness {report.fairness:g} took the worst class from {_percent(before.worst_class)} % to "
-        f"{_percent(after.worst_class)} % and the worst 30 % of the classes from "
-        f"{_percent(before.worst_30_percent)} % to {_percent(after.worst_30_percent)} %, {price} ({averages}), "
+        f"Fairness {report.fairness:g} took the worst class from {percent(before.worst_class)} % to "
+        f"{percent(after.worst_class)} % and the worst 30 % of the classes from "
+        f"{percent(before.worst_30_percent)} % to {percent(after.worst_30_percent)} %, {price} ({averages}), "
         "counted on images that the shifts were not found on."
     )
 
@@ -113,26 +104,3 @@ def training_images_note(report: CalibrationReport) -> str | None:
         "often right than on new ones, and not equally so in every class, so the shifts may be wrong for new images "
         "and the frontier is too good."
     )
-
-
-def frontier_rows(report: CalibrationReport) -> list[dict[str, str]]:
-    """The frontier as rows of a table, in percent with 95 % intervals."""
-    return [
-        {
-            "Fairness": f"{point.fairness:g}" + (" (this model)" if point.fairness == report.fairness else ""),
-            "Average": _with_interval(point.average, point.average_low, point.average_high),
-            "Worst class": _with_interval(point.worst_class, point.worst_class_low, point.worst_class_high),
-            "Worst 30 %": _with_interval(
-                point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high
-            ),
-        }
-        for point in report.frontier
-    ]
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    return f"{_percent(value)} ({_percent(low)}–{_percent(high)})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -6,9 +6,8 @@ print ``Markdown``, which only the filters here make; a plain string is an error
 
 from __future__ import annotations
 
-import json
+import functools
 import re
-from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,11 +17,22 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
 from ham_hf.hub_ids import is_hub_id, split_revision
-from ham_hf.reporting.breakdown_tables import corrupted_class_rows, corruption_rows, each_group_rows, group_rows
-from ham_hf.reporting.calibration import LOGIT_ADJUSTMENT, LOGIT_ADJUSTMENT_PAPER, exchange_sentence, frontier_rows
+from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.eval_results import model_index
+from ham_hf.reporting.formats import (
+    Markdown,
+    code,
+    fraction_text,
+    literal,
+    markdown_table,
+    markdown_text,
+    percent,
+    plain_text,
+    verbatim,
+)
 from ham_hf.reporting.method_text import (
-    citations,
+    CITATIONS,
+    cited_methods,
     combined_with,
     method_began,
     method_rows,
@@ -31,12 +41,14 @@ from ham_hf.reporting.method_text import (
     option_text,
     papers,
 )
-from ham_hf.reporting.report import (
-    RunReport,
-    TrainingReport,
-    fraction_text,
-    percent,
-    plain_text,
+from ham_hf.reporting.report import RunReport, TrainingReport
+from ham_hf.reporting.tables import (
+    class_rows,
+    corrupted_class_rows,
+    corruption_rows,
+    each_group_rows,
+    frontier_rows,
+    group_rows,
     results_table,
 )
 
@@ -72,14 +84,6 @@ TRAINING_SETTINGS = (
     ("Mixed precision", "mixed_precision"),
     ("Precision of the attack in training", "attack_precision"),
 )
-MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
-"""Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
-
-
-class Markdown(str):
-    """Text that can go into a card as it is."""
-
-    __slots__ = ()
 
 
 def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, model_license: str) -> Path:
@@ -110,13 +114,13 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
             "selection": _selection(report, report.training),
         }
     path = folder / "README.md"
-    path.write_text(_template().render(context), encoding="utf-8")
+    path.write_text(_template(_template_source()).render(context), encoding="utf-8")
     return path
 
 
 def evaluation_section(report: RunReport, folder: Path | None = None) -> str:
     """The card's evaluation part alone (threat model, results, per-class table, figures that exist in ``folder``)."""
-    template = _template()
+    template = _template(_template_source())
     context = _context(report, folder, repo_id=None, model_license="")
     return "".join(template.blocks["evaluation"](template.new_context(context))).strip() + "\n"
 
@@ -131,7 +135,7 @@ def evaluation_document(report: RunReport, folder: str | Path, *, command: str) 
     """
     version = report.environment.versions.get("ham_hf", "unknown")
     opening = (
-        f"# Robustness of {text(_model_name(report), 120)} on {text(report.dataset.title)}\n\n"
+        f"# Robustness of {markdown_text(_model_name(report), 120)} on {markdown_text(report.dataset.title)}\n\n"
         f"**{_headline(report)}**\n\n"
         f"Model {_hub_link(_model_name(report))}, architecture {code(report.model.architecture)}, measured on "
         f"{_dataset_link(report)} by ham_hf {code(version)} on {code(report.created)}:\n\n"
@@ -174,36 +178,8 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
     )
 
 
-def text(value: object, max_length: int = 60) -> Markdown:
-    """Escape ``value`` for running text and table cells: no markup, no HTML, no line breaks, no autolinks."""
-    escaped = MARKUP.sub(r"\\\1", plain_text(value, max_length))
-    return Markdown(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-
-
-def code(value: object) -> Markdown:
-    """``value`` as a code span, for running text (not for tables, whose pipes code spans do not protect)."""
-    return Markdown(f"`{verbatim(value)}`")
-
-
-def verbatim(value: object, max_length: int = 60) -> Markdown:
-    """``value`` for the inside of a fenced code block."""
-    return Markdown(plain_text(value, max_length).replace("`", "'"))
-
-
-def literal(value: str | float) -> Markdown:
-    """``value`` as a Python literal, for the inside of a fenced code block."""
-    return Markdown(json.dumps(verbatim(value) if isinstance(value, str) else value, ensure_ascii=False))
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> Markdown:
-    """Rows with equal keys as a Markdown table, every cell escaped."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    cells = ["| " + " | ".join(text(cell) for cell in line) + " |" for line in lines]
-    alignment = "|---|" + "---:|" * (len(lines[0]) - 1)
-    return Markdown("\n".join([cells[0], alignment, *cells[1:]]))
-
-
-def _template() -> Template:
+@functools.cache
+def _template(source: str) -> Template:
     environment = Environment(
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -213,18 +189,18 @@ def _template() -> Template:
         autoescape=False,  # noqa: S701 (escaping is for Markdown, by the filters, enforced by ``finalize``)
     )
     environment.filters |= {
-        "text": text,
+        "text": markdown_text,
         "code": code,
         "verbatim": verbatim,
         "literal": literal,
-        "table": table,
+        "table": markdown_table,
         "percent": lambda share: Markdown(percent(share)),
         "thousands": lambda number: Markdown(f"{number:,}"),
         "number": lambda number: Markdown(f"{number:g}"),
         "interval": lambda ends: Markdown(" to ".join(map(percent, ends))),
         "numbers": lambda numbers: Markdown(", ".join(f"{number:.4g}" for number in numbers)),
     }
-    return environment.from_string(_template_source())
+    return environment.from_string(source)
 
 
 def _template_source() -> str:
@@ -252,12 +228,14 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
             raise ValueError(f"the card's loading line needs the full repository id, user/name, got {repo_id}")
     metadata = card_metadata(report, repo_id=repo_id, model_license=model_license)
     reference = report.reference_attack()
-    class_rows = _class_rows(report)
-    shown = class_rows if len(class_rows) <= MAX_CLASS_ROWS else class_rows[:SHOWN_CLASS_ROWS]
+    classes = class_rows(report)
+    shown = classes if len(classes) <= MAX_CLASS_ROWS else classes[:SHOWN_CLASS_ROWS]
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
     name = report.model.name
     norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
+    cited = [] if report.training is None and report.calibration is not None else cited_methods(report.config)
+    cited += [] if report.calibration is None else ["logit_adjustment"]
     return {
         "report": report,
         "metadata": Markdown(metadata.to_yaml()),
@@ -270,8 +248,10 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "method_began": _method_began(report),
         "combined_with": combined_with(report.config),
         "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
-        "papers": [Markdown(f"[{text(title, 150)}]({link})") for link, title in _papers(report).items()],
-        "citations": [Markdown(entry) for entry in _citations(report)],
+        "papers": [
+            Markdown(f"[{markdown_text(title, 150)}]({link})") for link, title in papers(cited, report.results).items()
+        ],
+        "citations": [Markdown(CITATIONS[name]) for name in cited],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
         "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
@@ -286,9 +266,9 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "verdict_attacks": ", ".join(attack.title for attack in report.results.values() if attack.name != "clean"),
         "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
-        "num_tested_classes": len(class_rows),
+        "num_tested_classes": len(classes),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
-        "hidden_classes": len(class_rows) - len(shown),
+        "hidden_classes": len(classes) - len(shown),
         "figures": [(title, Markdown(path)) for title, path in _figures(report) if _is_there(folder, path)],
         "example_figure": _is_there(folder, IMAGES[0]),
         "example_image": _is_there(folder, IMAGES[1]),
@@ -305,12 +285,6 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         **_calibration(report),
         "version": report.environment.versions.get("ham_hf", "unknown"),
     }
-
-
-def _citations(report: RunReport) -> list[str]:
-    """Entries for the method, if the model was trained here, and for class shifts, if it has them."""
-    entries = [] if report.training is None and report.calibration is not None else list(citations(report.config))
-    return [*entries, LOGIT_ADJUSTMENT] if report.calibration is not None else entries
 
 
 def _calibration(report: RunReport) -> dict[str, object]:
@@ -354,7 +328,7 @@ def _headline(report: RunReport) -> Markdown:
     robust, clean = report.verdict or report.reference_attack(), report.results.get("clean")
     parts = []
     if robust is not None:
-        worst = text(report.dataset.class_names[robust.summary.worst_class_index], 40)
+        worst = markdown_text(report.dataset.class_names[robust.summary.worst_class_index], 40)
         parts.append(f"Robust accuracy {percent(robust.summary.average)} %")
         parts.append(f"worst class {percent(robust.summary.worst_class)} % ({worst})")
     if clean is not None:
@@ -373,13 +347,6 @@ def _dataset_link(report: RunReport) -> Markdown:
     return Markdown(f"[{shown}](https://huggingface.co/datasets/{hub_id})") if is_hub_id(hub_id or "") else shown
 
 
-def _papers(report: RunReport) -> dict[str, str]:
-    """Link and title of each paper: of the training, if it was here, of class shifts, and of the attacks."""
-    config = report.config if report.training is not None or report.calibration is None else {}
-    shifts = dict([LOGIT_ADJUSTMENT_PAPER]) if report.calibration is not None else {}
-    return papers(config, ()) | shifts | papers({}, report.results)
-
-
 def _figures(report: RunReport) -> tuple[tuple[str, str], ...]:
     """Title and path of the figures, in the order of the card."""
     attack = report.reference_attack()
@@ -391,26 +358,6 @@ def _figures(report: RunReport) -> tuple[tuple[str, str], ...]:
 
 def _is_there(folder: Path | None, path: str) -> bool:
     return folder is not None and (folder / path).is_file()
-
-
-def _class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
-    order_by = report.verdict or report.reference_attack() or next(iter(report.results.values()))
-    rows = []
-    for index in report.worst_first():
-        if not order_by.summary.per_class[index].count:
-            continue
-        row = {
-            "Class": plain_text(report.dataset.class_names[index], 40),
-            "Images": str(max(attack.summary.per_class[index].count for attack in report.results.values())),
-        }
-        for attack in report.entries():
-            entry = attack.summary.per_class[index]
-            row[attack.title] = "–"
-            if entry.accuracy is not None and entry.low is not None and entry.high is not None:
-                row[attack.title] = f"{percent(entry.accuracy)} ({percent(entry.low)}–{percent(entry.high)})"
-        rows.append(row)
-    return rows
 
 
 def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[str, str]]:
@@ -469,7 +416,7 @@ def _selection(report: RunReport, training: TrainingReport) -> Markdown:
     """One sentence on how the weights were selected."""
     if training.selection_metric == "last":
         return Markdown("The weights are those after the last step.")
-    rule = SELECTION_RULES.get(training.selection_metric, text(training.selection_metric))
+    rule = SELECTION_RULES.get(training.selection_metric, markdown_text(training.selection_metric))
     which = "" if training.selected_epoch is None else f" of epoch {training.selected_epoch + 1}"
     return Markdown(
         f"The weights are those{which} with {rule} on {report.dataset.num_validation} images held out of the training "

@@ -1,9 +1,8 @@
-"""Test images that say most about a class: the ones most easily broken and the ones that hold, before and after.
+"""Test images that say most about a class, before and after an attack: the most easily broken and the most robust.
 
-They need the model and the data, so a run makes them while it has both, and keeps them in ``examples.parquet``: one
-row per image with three pictures, PNGs as they are where those fit, else JPEGs of a smaller size. The page is made of
-that file again without either. The file stays where it was written: images of a dataset are not for everybody
-(`ham_hf.hub`).
+A run makes them while it has the model and the data, and keeps them in ``examples.parquet``: one row per image with
+three pictures, PNGs if they fit, else smaller JPEGs. The page can then be made again from that file alone. The file is
+not pushed: images of a dataset may be private (`ham_hf.hub`).
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ExampleStrip:
-    """A few test images before and after the attack, and what the model says of them.
+    """A few test images before and after the attack, and what the model says of them; on the CPU.
 
     Attributes:
         clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
@@ -66,7 +65,7 @@ class ExampleStrip:
         labels: (N,) true classes.
         clean_predictions: (N,) predicted classes of ``clean``.
         adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
-        attack: title of the attack, for the figure.
+        attack: title of the attack.
     """
 
     clean: Tensor
@@ -115,30 +114,18 @@ class ClassExamples:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AttackedImages:
-    """N chosen images, on the CPU.
+class RunExamples:
+    """Images of one run: those of the figure, and those of the page (None without an attack)."""
 
-    Attributes:
-        rows: (N,) which rows of the verdicts they are.
-        kinds: N times ``WEAK`` or ``STRONG``.
-        clean: (N, C, H, W) pixels in [0, 1].
-        attacked: (N, C, H, W) pixels in [0, 1].
-        attacked_predictions: (N,) classes, -1 for logits that are not finite.
-    """
-
-    rows: Tensor
-    kinds: Sequence[str]
-    clean: Tensor
-    attacked: Tensor
-    attacked_predictions: Tensor
+    strip: ExampleStrip
+    of_classes: ClassExamples | None
 
 
 def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
-    """Rows of the verdicts to show, and of which kind each is, class by class.
+    """Rows of the verdicts to show, and the kind of each, class by class; empty without an attack.
 
-    Of the classes (with more than ``MAX_CLASSES``: of those where the smallest share withstood), the images with the
-    smallest and with the largest margin under attack among those that are right when clean, up to ``NUM_PER_KIND``
-    each. An image is not shown twice. Empty without an attack.
+    Of each class (at most the ``MAX_CLASSES`` with the smallest share that withstood): the images with the smallest
+    and with the largest margin under attack among those that are right when clean, up to ``NUM_PER_KIND`` each.
     """
     usable = (verdicts.clean == verdicts.labels) & verdicts.judged & ~verdicts.margins_attacked.isnan()
     chosen = list[tuple[int, str]]()
@@ -152,9 +139,9 @@ def choose_images(verdicts: Verdicts) -> list[tuple[int, str]]:
 
 
 def worst_classes(verdicts: Verdicts) -> list[int]:
-    """The classes with an image that was attacked, the one with the smallest share that withstood first.
+    """The classes that have attacked images, the one with the smallest share that withstood first.
 
-    Without an attack, those with the smallest share that is right.
+    Without an attack: by the share that is right.
     """
     attacked = bool(verdicts.judged.any())
     counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)
@@ -166,7 +153,7 @@ def worst_classes(verdicts: Verdicts) -> list[int]:
     return [label for _, label in sorted(shares)]
 
 
-def example_strip(
+def run_examples(
     model: nn.Module,
     images: Images,
     config: EvaluationConfig,
@@ -174,56 +161,36 @@ def example_strip(
     *,
     threat_model: ThreatModel,
     seed: int,
-) -> ExampleStrip:
-    """Images of the classes that withstood the attacks of ``results`` least, the worst first, for the figure.
+) -> RunExamples:
+    """Attack a few test images again with the evaluation's PGD, from other random starts.
 
-    Of each class the first image, before and after the evaluation's PGD.
+    The figure gets the first image of each of the classes that withstood the attacks of ``results`` least, the worst
+    first; the page the most easily broken images of each class and the ones that hold (`choose_images`).
     """
-    worst = worst_classes(verdicts_of(results, ()))[:NUM_EXAMPLES_SHOWN]
-    firsts = torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])
     attack = standard_attacks(config.attack(threat_model))[0]
-    return _attacked_by(model, images, [firsts], attack, seed)
 
+    def attacked(batches: Sequence[Tensor]) -> ExampleStrip:
+        return _attacked(model, images, batches, attack, seed)
 
-def class_examples(
-    model: nn.Module,
-    images: Images,
-    config: EvaluationConfig,
-    results: Mapping[str, AttackResult],
-    *,
-    threat_model: ThreatModel,
-    seed: int,
-) -> ClassExamples | None:
-    """The most easily broken images of each class and the ones that hold, for the page; None without an attack.
-
-    They are chosen by the verdicts of ``results`` and attacked again with its PGD, from other random starts.
-    """
     verdicts = verdicts_of(results, ())
+    worst = worst_classes(verdicts)[:NUM_EXAMPLES_SHOWN]
+    strip = attacked([torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])])
     chosen = choose_images(verdicts)
     if not chosen:
-        return None
-    rows = torch.tensor([row for row, _ in chosen])
-    batches = torch.split(verdicts.positions[rows], config.per_device_eval_batch_size)
-    attack = standard_attacks(config.attack(threat_model))[0]
-    found = _attacked_by(model, images, batches, attack, seed)
-    shown = AttackedImages(
-        rows=rows,
-        kinds=[kind for _, kind in chosen],
-        clean=found.clean,
-        attacked=found.adversarial,
-        attacked_predictions=found.adversarial_predictions,
-    )
-    return encode_examples(shown, verdicts, attack=found.attack)
+        return RunExamples(strip=strip, of_classes=None)
+    positions = verdicts.positions[torch.tensor([row for row, _ in chosen])]
+    found = attacked(torch.split(positions, config.per_device_eval_batch_size))
+    return RunExamples(strip=strip, of_classes=encode_examples(found, chosen, verdicts))
 
 
-def _attacked_by(
+def _attacked(
     model: nn.Module,
     images: Images,
     batches: Sequence[Tensor],
     attack: NamedAttack,
     seed: int,
 ) -> ExampleStrip:
-    """The images at these positions, batch by batch, before and after the attack; on the CPU."""
+    """The images at these positions before and after the attack, batch by batch."""
     device = next(model.parameters()).device
     parts = []
     requests = [BatchRequest(positions, None) for positions in batches]
@@ -249,15 +216,18 @@ def _attacked_by(
     )
 
 
-def encode_examples(images: AttackedImages, verdicts: Verdicts, *, attack: str) -> ClassExamples:
-    """The images as PNGs where these fit into ``MAX_TOTAL_BYTES``, else as the largest JPEGs of ``SIDES`` that do."""
+def encode_examples(images: ExampleStrip, chosen: Sequence[tuple[int, str]], verdicts: Verdicts) -> ClassExamples:
+    """The images as PNGs where these fit into ``MAX_TOTAL_BYTES``, else as the largest JPEGs of ``SIDES`` that do.
+
+    ``chosen`` says of each image which row of the verdicts it is, and of which kind.
+    """
     side = max(images.clean.shape[-2:])
-    # Of larger ones PNGs never fit, and take long to find that out.
+    # PNGs of larger images never fit, and take long to find that out.
     tries = [(side, "PNG")] if side <= 2 * SIDES[-1] else []
-    found = ClassExamples(attack=attack, examples=())
+    found = ClassExamples(attack=images.attack, examples=())
     for limit, form in [*tries, *((limit, "JPEG") for limit in SIDES if limit <= side)]:
-        examples = tuple(_encode(images, verdicts, index, limit, form) for index in range(len(images.rows)))
-        found = ClassExamples(attack=attack, examples=examples)
+        examples = tuple(_encode(images, index, *chosen[index], verdicts, limit, form) for index in range(len(chosen)))
+        found = ClassExamples(attack=images.attack, examples=examples)
         if sum(len(e.clean) + len(e.attacked) + len(e.difference) for e in examples) <= MAX_TOTAL_BYTES:
             break
     return found
@@ -294,19 +264,20 @@ def read_examples(folder: str | Path) -> ClassExamples | None:
     return ClassExamples(attack=str(attack), examples=examples)
 
 
-def _encode(images: AttackedImages, verdicts: Verdicts, index: int, side: int, form: str) -> ClassExample:
-    row = int(images.rows[index])
-    clean, attacked = images.clean[index].float(), images.attacked[index].float()
+def _encode(
+    images: ExampleStrip, index: int, row: int, kind: str, verdicts: Verdicts, side: int, form: str
+) -> ClassExample:
+    clean, attacked = images.clean[index].float(), images.adversarial[index].float()
     difference = attacked - clean
     largest = float(difference.abs().max())
     enlargement = 0.5 / largest if largest > 0 else 1.0
     return ClassExample(
         label=int(verdicts.labels[row]),
         position=int(verdicts.positions[row]),
-        kind=images.kinds[index],
+        kind=kind,
         margin=float(verdicts.margins_attacked[row]),
         clean_prediction=int(verdicts.clean[row]),
-        attacked_prediction=int(images.attacked_predictions[index]),
+        attacked_prediction=int(images.adversarial_predictions[index]),
         enlargement=enlargement,
         clean=picture(clean, side, form),
         attacked=picture(attacked, side, form),

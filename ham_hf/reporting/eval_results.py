@@ -1,7 +1,7 @@
 """Results of a report in the two forms that the Hub reads: ``model-index`` in the card, and ``.eval_results/*.yaml``.
 
-The second is what model pages and leaderboards of benchmarks are made of; the client writes it since version 1.31, our
-lowest. It names a dataset of the Hub, so results on local images are in the card alone.
+Model pages and leaderboards of benchmarks show the second form. It names a dataset of the Hub, so results on local
+images are in the card alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from ham_hf.files import atomic_write
-from ham_hf.reporting.report import AttackReport, RunReport, fraction_text, plain_text
+from ham_hf.reporting.formats import fraction_text, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport
 
 EVAL_RESULTS = ".eval_results"
 

@@ -1,8 +1,8 @@
 """The figures of a report: accuracy and treatment of classes, training curves, confusion, examples, frontier.
 
 Every function returns a matplotlib ``Figure`` made without pyplot, so nothing global is touched and no display is
-needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are data: they are
-cleaned, cut, and never read as mathematical notation.
+needed. Colors are those of Okabe and Ito, which color-blind readers can tell apart. Class names are cleaned and cut,
+and never parsed as mathematical notation.
 """
 
 from __future__ import annotations
@@ -23,15 +23,24 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from ham_hf.evaluation.calibration import FrontierPoint
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ExampleStrip
+from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.method_text import trained_method
-from ham_hf.reporting.report import AttackReport, RunReport, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport
 
 DPI = 110
 BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
 MAX_NAMED_CLASSES = 120
 MAX_CELL_TEXT_CLASSES = 20
+PANEL_INCHES = (5.2, 3.7, 3.0, 2.7, 2.5)
+"""Width of each panel when there are one, two, three, four, five of them."""
+BAR_INCHES = 0.13
+"""Height of the color bars."""
+UNKNOWN = "#CCCCCC"
+SMALLEST_RANGE = 0.01
+"""Half the range of a scale around 1 at the least, so that rounding is not shown as a difference."""
 
 
 def save_figures(
@@ -98,8 +107,7 @@ def per_class_figure(report: RunReport) -> Figure:
     entries = order_by.summary.per_class
     classes = [index for index in report.worst_first() if entries[index].count]
     named = len(classes) <= MAX_NAMED_CLASSES
-    row_height = 0.30 if len(classes) <= 30 else 0.17
-    height = 1.3 + row_height * len(classes) if named else 9.0
+    height = 1.3 + _row_inches(len(classes)) * len(classes) if named else 9.0
     figure = Figure(figsize=(7.2, max(height, 2.4)), layout="constrained")
     axes = figure.add_subplot()
     for number, (result, color, marker) in enumerate(series):
@@ -114,8 +122,7 @@ def per_class_figure(report: RunReport) -> Figure:
     axes.set_ylim(len(classes) - 0.4, -0.6)
     if named:
         names = [f"{plain_text(report.dataset.class_names[index], 28)} ({entries[index].count})" for index in classes]
-        size = 10 if row_height > 0.2 else 8
-        axes.set_yticks(range(len(classes)), labels=names, fontsize=size, parse_math=False)
+        _name_rows(axes, names)
         axes.set_ylabel("class (images)")
     else:
         axes.set_ylabel(f"{len(classes)} classes, worst first")
@@ -258,6 +265,14 @@ def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_i
     return figure
 
 
+def _row_inches(num_classes: int) -> float:
+    return 0.30 if num_classes <= 30 else 0.17
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), labels=names, fontsize=10 if len(names) <= 30 else 8, parse_math=False)
+
+
 def _class_points(
     axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str, small: bool
 ) -> None:
@@ -306,15 +321,6 @@ def _mark_epochs(axes: Axes, report: RunReport) -> None:
         axes.axvline(selected, color=GRAY, linewidth=1.2, linestyle="--", zorder=1, label="selected epoch")
 
 
-PANEL_INCHES = (5.2, 3.7, 3.0, 2.7, 2.5)
-"""Width of each panel when there are one, two, three, four, five of them."""
-BAR_INCHES = 0.13
-"""Height of the color bars."""
-UNKNOWN = "#CCCCCC"
-SMALLEST_RANGE = 0.01
-"""Half the range of a scale around 1 at the least, so that rounding is not shown as a difference."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
     """One quantity of each class in each epoch.
@@ -342,11 +348,9 @@ def class_treatment_figure(report: RunReport) -> Figure | None:
     panels = class_treatments(report)
     if not panels:
         return None
-    attack = report.verdict or report.reference_attack() or next(iter(report.results.values()))
     order = report.worst_first()
     named = len(order) <= MAX_NAMED_CLASSES
-    row_height = 0.30 if len(order) <= 30 else 0.17
-    height = max(2.3, row_height * len(order)) if named else 7.4
+    height = max(2.3, _row_inches(len(order)) * len(order)) if named else 7.4
     width = 2.4 + PANEL_INCHES[len(panels) - 1] * len(panels)
     figure = Figure(figsize=(width, height + 1.6), layout="constrained")
     all_axes, bars = figure.subplots(2, len(panels), squeeze=False, height_ratios=(height, BAR_INCHES))
@@ -356,11 +360,9 @@ def class_treatment_figure(report: RunReport) -> Figure | None:
         axes.set_xlim(left=first + 0.5)
         axes.set_xlabel(f"epoch (not shown: 1 to {first}, all classes alike)" if first else "epoch")
     if named:
-        names = [plain_text(report.dataset.class_names[index], 28) for index in order]
-        size = 10 if row_height > 0.2 else 8
-        all_axes[0].set_yticks(range(len(order)), labels=names, fontsize=size, parse_math=False)
+        _name_rows(all_axes[0], [plain_text(report.dataset.class_names[index], 28) for index in order])
     counted = "classes" if named else f"{len(order)} classes"
-    all_axes[0].set_ylabel(f"{counted}, worst first ({attack.title})", parse_math=False)
+    all_axes[0].set_ylabel(f"{counted}, worst first ({report.ordering_entry().title})", parse_math=False)
     figure.suptitle("What training did to each class", fontsize=11)
     return figure
 
@@ -440,38 +442,20 @@ def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-_COLORS = {"worst_class": "#D55E00", "worst_30_percent": "#0072B2"}
-_LABELS = {"worst_class": "worst class", "worst_30_percent": "mean of the worst 30 %"}
-
-
 def frontier_figure(report: CalibrationReport) -> Figure:
     """Average (across) against worst classes (up), one point per F with 95 % intervals; the chosen F is filled."""
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    averages = [100 * point.average for point in report.frontier]
-    across = [
-        [max(0.0, 100 * (point.average - point.average_low)) for point in report.frontier],
-        [max(0.0, 100 * (point.average_high - point.average)) for point in report.frontier],
-    ]
-    for name, color in _COLORS.items():
-        values = [100 * getattr(point, name) for point in report.frontier]
-        low = [100 * getattr(point, f"{name}_low") for point in report.frontier]
-        high = [100 * getattr(point, f"{name}_high") for point in report.frontier]
-        # Percent are rounded once, when drawn: an end that touches its value must not be drawn backwards.
-        below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
-        above = [max(0.0, end - value) for value, end in zip(values, high, strict=True)]
+    averages, across = _with_bars(report.frontier, "average")
+    for name, label, color, below in (
+        ("worst_class", "worst class", VERMILLION, True),
+        ("worst_30_percent", "mean of the worst 30 %", BLUE, False),
+    ):
+        values, bars = _with_bars(report.frontier, name)
         axes.errorbar(
-            averages,
-            values,
-            xerr=across,
-            yerr=[below, above],
-            fmt="none",
-            color=color,
-            linewidth=1.0,
-            capsize=2,
-            alpha=0.3,
+            averages, values, xerr=across, yerr=bars, fmt="none", color=color, linewidth=1.0, capsize=2, alpha=0.3
         )
-        axes.plot(averages, values, "-o", color=color, markerfacecolor="white", label=_LABELS[name])
+        axes.plot(averages, values, "-o", color=color, markerfacecolor="white", label=label)
         for point, average, value in zip(report.frontier, averages, values, strict=True):
             if point.fairness == report.fairness:
                 axes.plot([average], [value], "o", color=color)
@@ -479,7 +463,7 @@ def frontier_figure(report: CalibrationReport) -> Figure:
                 f"{point.fairness:g}",
                 (average, value),
                 textcoords="offset points",
-                xytext=(5, 5) if name == "worst_30_percent" else (5, -11),
+                xytext=(5, -11) if below else (5, 5),
                 fontsize=8,
                 color=color,
                 parse_math=False,
@@ -494,3 +478,14 @@ def frontier_figure(report: CalibrationReport) -> Figure:
     axes.set_title(f"What fairness costs: held-out images under CW-{steps}, by fairness F", fontsize=11)
     axes.legend(loc="lower left", frameon=False)
     return figure
+
+
+def _with_bars(points: Sequence[FrontierPoint], name: str) -> tuple[list[float], list[list[float]]]:
+    """One number of each point in percent, and how far its interval reaches below and above.
+
+    Percent are rounded once, when drawn: an end that touches its value must not be drawn backwards.
+    """
+    values, low, high = ([100 * getattr(point, f"{name}{end}") for point in points] for end in ("", "_low", "_high"))
+    below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
+    above = [max(0.0, end - value) for value, end in zip(values, high, strict=True)]
+    return values, [below, above]

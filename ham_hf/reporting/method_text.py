@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from importlib.resources import files
 
 from ham_hf.methods import Method, available
 from ham_hf.reporting.report import TrainingReport
@@ -16,132 +17,11 @@ LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
 """Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
 
-CITATIONS = {
-    "ham": """\
-@article{lin2025ham,
-  title   = {Hard Adversarial Example Mining for Improving Robust Fairness},
-  author  = {Lin, Chenhao and Ji, Xiang and Yang, Yulong and Li, Qian and Zhao, Z. and Peng, Z. and Wang, Run and \
-Fang, Liming and Shen, Chao},
-  journal = {IEEE Transactions on Information Forensics and Security},
-  volume  = {20},
-  pages   = {350--363},
-  year    = {2025},
-  note    = {arXiv:2308.01823}
-}""",
-    "pgd_at": """\
-@inproceedings{madry2018towards,
-  title     = {Towards Deep Learning Models Resistant to Adversarial Attacks},
-  author    = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2018}
-}""",
-    "trades": """\
-@inproceedings{zhang2019theoretically,
-  title     = {Theoretically Principled Trade-off between Robustness and Accuracy},
-  author    = {Zhang, Hongyang and Yu, Yaodong and Jiao, Jiantao and Xing, Eric and El Ghaoui, Laurent and Jordan, \
-Michael},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2019}
-}""",
-    "mart": """\
-@inproceedings{wang2020improving,
-  title     = {Improving Adversarial Robustness Requires Revisiting Misclassified Examples},
-  author    = {Wang, Yisen and Zou, Difan and Yi, Jinfeng and Bailey, James and Ma, Xingjun and Gu, Quanquan},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2020}
-}""",
-    "fat": """\
-@inproceedings{zhang2020attacks,
-  title     = {Attacks Which Do Not Kill Training Make Adversarial Learning Stronger},
-  author    = {Zhang, Jingfeng and Xu, Xilie and Han, Bo and Niu, Gang and Cui, Lizhen and Sugiyama, Masashi and \
-Kankanhalli, Mohan},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2020}
-}""",
-    "gairat": """\
-@inproceedings{zhang2021geometry,
-  title     = {Geometry-aware Instance-reweighted Adversarial Training},
-  author    = {Zhang, Jingfeng and Zhu, Jianing and Niu, Gang and Han, Bo and Sugiyama, Masashi and \
-Kankanhalli, Mohan},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2021}
-}""",
-    "frl": """\
-@inproceedings{xu2021robust,
-  title     = {To be Robust or to be Fair: Towards Fairness in Adversarial Training},
-  author    = {Xu, Han and Liu, Xiaorui and Li, Yaxin and Jain, Anil and Tang, Jiliang},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2021}
-}""",
-    "bat": """\
-@inproceedings{sun2023improving,
-  title     = {Improving Robust Fairness via Balance Adversarial Training},
-  author    = {Sun, Chunyu and Xu, Chenye and Yao, Chengyuan and Liang, Siyuan and Wu, Yichao and Liang, Ding and \
-Liu, Xianglong and Liu, Aishan},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2023}
-}""",
-    "wat": """\
-@inproceedings{li2023wat,
-  title     = {{WAT}: Improve the Worst-class Robustness in Adversarial Training},
-  author    = {Li, Boqi and Liu, Weiwei},
-  booktitle = {AAAI Conference on Artificial Intelligence},
-  year      = {2023}
-}""",
-    "cfa": """\
-@inproceedings{wei2023cfa,
-  title     = {{CFA}: Class-wise Calibrated Fair Adversarial Training},
-  author    = {Wei, Zeming and Wang, Yifei and Guo, Yiwen and Wang, Yisen},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2023}
-}""",
-    "cfol": """\
-@article{pethick2023revisiting,
-  title   = {Revisiting adversarial training for the worst-performing class},
-  author  = {Pethick, Thomas and Chrysos, Grigorios and Cevher, Volkan},
-  journal = {Transactions on Machine Learning Research},
-  year    = {2023}
-}""",
-    "dafa": """\
-@inproceedings{lee2024dafa,
-  title     = {{DAFA}: Distance-Aware Fair Adversarial Training},
-  author    = {Lee, Hyungyu and Lee, Saehyung and Jang, Hyemi and Park, Junsung and Bae, Ho and Yoon, Sungroh},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2024}
-}""",
-    "faal": """\
-@inproceedings{zhang2024towards,
-  title     = {Towards Fairness-Aware Adversarial Learning},
-  author    = {Zhang, Yanghao and Zhang, Tianle and Mu, Ronghui and Huang, Xiaowei and Ruan, Wenjie},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2024}
-}""",
-    "awp": """\
-@inproceedings{wu2020adversarial,
-  title     = {Adversarial Weight Perturbation Helps Robust Generalization},
-  author    = {Wu, Dongxian and Xia, Shu-Tao and Wang, Yisen},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2020}
-}""",
-}
-"""BibTeX of each method by its name, and of adversarial weight perturbation."""
-
-PAPERS = {
-    "ham": "https://arxiv.org/abs/2308.01823",
-    "pgd_at": "https://arxiv.org/abs/1706.06083",
-    "trades": "https://arxiv.org/abs/1901.08573",
-    "mart": "https://openreview.net/forum?id=rklOg6EFwS",
-    "fat": "https://arxiv.org/abs/2002.11242",
-    "gairat": "https://arxiv.org/abs/2010.01736",
-    "frl": "https://arxiv.org/abs/2010.06121",
-    "bat": "https://arxiv.org/abs/2209.07534",
-    "wat": "https://arxiv.org/abs/2302.04025",
-    "cfa": "https://arxiv.org/abs/2303.14460",
-    "cfol": "https://arxiv.org/abs/2302.08872",
-    "dafa": "https://arxiv.org/abs/2401.12532",
-    "faal": "https://arxiv.org/abs/2402.17729",
-    "awp": "https://arxiv.org/abs/2004.05884",
-}
+_BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding="utf-8")
+_ENTRIES = re.findall(r"^% (\w+): (\S+)\n(@.*?^\})", _BIBLIOGRAPHY, re.DOTALL | re.MULTILINE)
+CITATIONS = {name: entry for name, _, entry in _ENTRIES}
+"""BibTeX of each method by its name, of adversarial weight perturbation ("awp") and of class shifts."""
+PAPERS = {name: link for name, link, _ in _ENTRIES}
 """Where each of them can be read; the Hub makes a tag of a link to arXiv."""
 ATTACK_PAPERS = {
     "pgd": (PAPERS["pgd_at"], "Towards Deep Learning Models Resistant to Adversarial Attacks"),
@@ -264,14 +144,12 @@ def selected_too_early(config: Mapping[str, object], training: TrainingReport) -
     return tuple(sentences)
 
 
-def papers(config: Mapping[str, object], attacks: Iterable[str]) -> dict[str, str]:
-    """Link and title of the papers of the method, what was combined with it, and the attacks, each once.
+def papers(cited: Iterable[str], attacks: Iterable[str]) -> dict[str, str]:
+    """Link and title of each paper, once: of the entries of ``CITATIONS`` called so, and of the attacks.
 
-    Args:
-        config: a report's settings.
-        attacks: names of evaluations, such as "pgd-20".
+    ``attacks`` are names of evaluations, such as "pgd-20".
     """
-    found = {PAPERS[name]: _title_of(CITATIONS[name]) for name in _cited(config) if name in PAPERS}
+    found = {PAPERS[name]: _title_of(CITATIONS[name]) for name in cited}
     kinds = [name.split("-")[0] for name in attacks]
     return found | dict(ATTACK_PAPERS[kind] for kind in kinds if kind in ATTACK_PAPERS)
 
@@ -319,13 +197,9 @@ def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
     return {name: (first, words[name]) for name, first in method.start_epochs(start).items()}
 
 
-def citations(config: Mapping[str, object]) -> list[str]:
-    """BibTeX of the method, its base loss and what was combined with it, each once."""
-    return [CITATIONS[name] for name in _cited(config)]
-
-
-def _cited(config: Mapping[str, object]) -> list[str]:
-    names = [config.get("method"), *(config.get(setting) for setting in ("base_loss", *LENDERS))]
+def cited_methods(config: Mapping[str, object]) -> list[str]:
+    """Names in ``CITATIONS`` of the method, its base loss and what was combined with it, each once."""
+    names = [config.get(setting) for setting in ("method", "base_loss", *LENDERS)]
     names.append("awp" if config.get("awp_gamma") is not None else None)
     names.append("cfa" if gates_averaging(config) else None)
     return [name for name in dict.fromkeys(map(str, names)) if name in CITATIONS]

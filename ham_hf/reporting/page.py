@@ -1,8 +1,8 @@
-"""``report.html``: one self-contained page on which a person sees which class fails and why.
+"""``report.html``: one self-contained page that shows which class fails and why.
 
-Everything is in the file: style, script, numbers as JSON, images as data URIs. Nothing is requested from anywhere,
-which a content security policy in the page enforces: only the page's own style and script, by their hashes. Class
-names are data: the template escapes them, and the script sets them as text.
+The file holds everything: style, script, numbers as JSON, images as data URIs. A content security policy in the page
+forbids every request, and every style and script but the page's own, by their hashes. Class names are data: the
+template escapes them, and the script sets them as text.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.files import atomic_write
-from ham_hf.pairing import Difference
-from ham_hf.reporting.breakdown_tables import corruption_rows, each_group_rows, group_rows
 from ham_hf.reporting.class_examples import ClassExamples
-from ham_hf.reporting.report import AttackReport, RunReport, evaluation_title, percent, plain_text
+from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
+from ham_hf.reporting.report import AttackReport, RunReport
+from ham_hf.reporting.tables import corruption_rows, each_group_rows, group_rows
 
 PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
-"""Says in a Space that it is one of ours, and may be written again."""
+"""Marks a Space that ham_hf made and may overwrite."""
 MAX_PAGE_BYTES = 2_000_000
 MAX_NAME_LENGTH = 200
 MAX_CURVE_POINTS = 60
@@ -61,33 +61,6 @@ class PageRun:
     examples: ClassExamples | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageRow:
-    """One row of a comparison under one evaluation.
-
-    Attributes:
-        label: what to call it.
-        seeds: of its runs.
-        values: by metric (``average``, ``worst_class``, ``worst_30_percent``), the number of each run, in [0, 1].
-        differences: by metric, row minus baseline on the same images; empty where they cannot be paired.
-        note: why there is no paired difference; empty where there is one.
-    """
-
-    label: str
-    seeds: tuple[int, ...]
-    values: Mapping[str, tuple[float, ...]]
-    differences: Mapping[str, Difference]
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageComparison:
-    """Several runs against a baseline: its label, and the rows by title of the evaluation."""
-
-    baseline: str
-    rows: Mapping[str, tuple[PageRow, ...]]
-
-
 def write_page(
     report: RunReport, folder: str | Path, *, verdicts: Verdicts | None, examples: ClassExamples | None
 ) -> Path:
@@ -98,24 +71,21 @@ def write_page(
     return path
 
 
-def page_html(runs: Sequence[PageRun], comparison: PageComparison | None = None) -> str:
+def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None = None) -> str:
     """The page of one run or several; images of later runs are left out where it would exceed ``MAX_PAGE_BYTES``.
 
     Args:
         runs: at least one; the page opens with the first.
-        comparison: how they compare; None leaves that part out.
+        comparison: how they compare, as ``page.js`` reads it: ``baseline`` and, under ``rows``, by title of the
+            evaluation the label, seeds, values, differences and note of each row; None leaves it out.
 
     Raises:
         ValueError: if there is no run.
     """
     if not runs:
         raise ValueError("a page needs at least one run, got none")
-    data = {
-        "runs": [_run_values(run) for run in runs],
-        "comparison": None if comparison is None else _comparison_values(comparison),
-    }
     images = [_image_values(run.examples) for run in runs]
-    numbers = script_json(data)
+    numbers = script_json({"runs": [_run_values(run) for run in runs], "comparison": comparison})
     while True:
         html = _render(runs, numbers, images)
         filled = [index for index, entry in enumerate(images) if entry is not None]
@@ -235,7 +205,7 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
         ("Dataset", plain_text(report.dataset.name, 120)),
         ("Classes", f"{len(report.dataset.class_names):,}"),
         ("Test images", f"{report.dataset.num_test:,}"),
-        ("Threat model", f"{_norm(report.threat_model.norm)}, ε = {_length(report.threat_model.epsilon)}"),
+        ("Threat model", f"{norm_text(report.threat_model.norm)}, ε = {fraction_text(report.threat_model.epsilon)}"),
     ]
     method = report.config.get("method") if report.training is not None else None
     if method:
@@ -248,19 +218,18 @@ def _headline(report: RunReport) -> list[dict[str, str]]:
     rows = []
     for entry in report.entries():
         summary = entry.summary
-        worst_30 = entry.intervals.worst_30_percent if entry.intervals else None
-        worst = entry.intervals.worst_class if entry.intervals else None
+        known = entry.intervals
         rows.append(
             {
                 "title": entry.title,
                 "images": f"{summary.num_examples:,}",
                 "average": percent(summary.average),
-                "average_ends": _ends((summary.average_low, summary.average_high)),
+                "average_ends": percent_ends((summary.average_low, summary.average_high)),
                 "worst": percent(summary.worst_class),
-                "worst_ends": _ends(worst),
+                "worst_ends": percent_ends(known.worst_class if known else None),
                 "worst_name": plain_text(report.dataset.class_names[summary.worst_class_index], MAX_NAME_LENGTH),
                 "worst_30": percent(summary.worst_30_percent),
-                "worst_30_ends": _ends(worst_30),
+                "worst_30_ends": percent_ends(known.worst_30_percent if known else None),
             }
         )
     return rows
@@ -279,10 +248,6 @@ def _breakdowns(report: RunReport) -> list[tuple[str, list[dict[str, str]]]]:
         constants = plain_text(report.corruptions.constants)
         tables.append((f"Accuracy in percent on corrupted images, constants of {constants}", corruption_rows(report)))
     return tables
-
-
-def _ends(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else "–".join(map(percent, ends))
 
 
 def _run_values(run: PageRun) -> dict[str, object]:
@@ -305,9 +270,9 @@ def _entry_values(report: RunReport, entry: AttackReport, verdicts: Verdicts | N
         "settings": _settings_text(entry),
         "images": entry.summary.num_examples,
         "subset": report.is_subset(entry),
-        "average": _rounded([entry.summary.average, entry.summary.average_low, entry.summary.average_high]),
+        "average": rounded([entry.summary.average, entry.summary.average_low, entry.summary.average_high]),
         "classes": [
-            [found.count, found.correct, *_rounded([found.low, found.high])] for found in entry.summary.per_class
+            [found.count, found.correct, *rounded([found.low, found.high])] for found in entry.summary.per_class
         ],
         "taken": _taken_for(entry, verdicts),
     }
@@ -362,27 +327,22 @@ def _wrong_predictions(verdicts: Verdicts, name: str) -> Tensor:
 
 def _curve_values(report: RunReport) -> dict[str, object] | None:
     """Validations of a training: epochs from 1, accuracies, and the hard fraction of each class, as far as known."""
-    history = report.training.history if report.training is not None else ()
-    if not history or report.training is None:
+    if report.training is None or not report.training.history:
         return None
+    history = report.training.history
     step = math.ceil(len(history) / MAX_CURVE_POINTS)
     # Counted from the end, so that the last one is there.
     lines = history[::-1][::step][::-1]
     hard = [_numbers(line.get("hard_per_class")) for line in lines]
-    selected = report.training.selected_step
     return {
         "steps": [line.get("step") for line in lines],
-        "epochs": [_counted_from_one(line.get("epoch")) for line in lines],
+        "epochs": [int(epoch) + 1 if isinstance(epoch := line.get("epoch"), (int, float)) else None for line in lines],
         "clean": _numbers([line.get("clean_accuracy") for line in lines]),
         "robust": _numbers([line.get("robust_accuracy") for line in lines]),
         "worst": _numbers([line.get("worst_class") for line in lines]),
         "hard": hard if any(hard) else None,
-        "selected": selected,
+        "selected": report.training.selected_step,
     }
-
-
-def _counted_from_one(epoch: object) -> int | None:
-    return int(epoch) + 1 if isinstance(epoch, (int, float)) else None
 
 
 def _numbers(values: object) -> list[float | None] | None:
@@ -403,9 +363,9 @@ def _frontier_values(report: RunReport) -> dict[str, object] | None:
         "points": [
             {
                 "fairness": point.fairness,
-                "average": _rounded([point.average, point.average_low, point.average_high]),
-                "worst": _rounded([point.worst_class, point.worst_class_low, point.worst_class_high]),
-                "worst30": _rounded([point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high]),
+                "average": rounded([point.average, point.average_low, point.average_high]),
+                "worst": rounded([point.worst_class, point.worst_class_low, point.worst_class_high]),
+                "worst30": rounded([point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high]),
                 "correct": list(point.correct),
             }
             for point in found.frontier
@@ -437,29 +397,8 @@ def _image_values(examples: ClassExamples | None) -> dict[str, object] | None:
     }
 
 
-def _comparison_values(comparison: PageComparison) -> dict[str, object]:
-    return {
-        "baseline": plain_text(comparison.baseline, 120),
-        "rows": {
-            title: [
-                {
-                    "label": plain_text(row.label, 120),
-                    "seeds": list(row.seeds),
-                    "values": {metric: _rounded(values) for metric, values in row.values.items()},
-                    "differences": {
-                        metric: _rounded([found.mean, found.low, found.high])
-                        for metric, found in row.differences.items()
-                    },
-                    "note": plain_text(row.note, 300) if row.note else "",
-                }
-                for row in rows
-            ]
-            for title, rows in comparison.rows.items()
-        },
-    }
-
-
-def _rounded(values: Sequence[float | None]) -> list[float | None]:
+def rounded(values: Sequence[float | None]) -> list[float | None]:
+    """Shares as a page holds them, with six decimals."""
     return [None if value is None else round(value, 6) for value in values]
 
 
@@ -472,22 +411,13 @@ def _settings_text(entry: AttackReport) -> str:
         return plain_text(f"right on the clean image and never broken by {listed}", 300)
     parts = []
     if "norm" in settings:
-        parts.append(_norm(str(settings["norm"])))
+        parts.append(norm_text(str(settings["norm"])))
     for key, before in (("epsilon", "ε = "), ("step_size", "steps of ")):
         value = settings.get(key)
         if isinstance(value, (int, float)):
-            parts.append(f"{before}{_length(float(value))}")
+            parts.append(f"{before}{fraction_text(float(value))}")
     if isinstance(settings.get("num_steps"), int):
         parts.append(f"{settings['num_steps']} steps")
     if entry.name == "clean":
         return "images as they are"
     return plain_text(", ".join(parts), 300) if parts else ""
-
-
-def _norm(norm: str) -> str:
-    return {"linf": "L∞", "l2": "L2"}.get(norm, plain_text(norm))
-
-
-def _length(value: float) -> str:
-    steps = value * 255
-    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"

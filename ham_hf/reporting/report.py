@@ -1,45 +1,31 @@
-"""RunReport: what was run, on what, and what came out; ``report.json`` in both directions.
+"""RunReport: what was run, on what, and the results; write and read ``report.json``.
 
-A report holds everything the figures and the model card need, so that both can be made again from ``report.json``
-alone. It holds no secret: tokens never enter it, and of the environment only variables that change how numbers are
-computed.
+A report holds everything that the figures and the model card need, so both can be made again from ``report.json``
+alone. It holds no secret: tokens never enter it, and of the environment only the variables that change numbers do.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import re
-import shutil
-import subprocess
 import sys
 import types
 import typing
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ham_hf import __version__
-from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.files import atomic_write, parse_json
-from ham_hf.hub_ids import is_hub_id
-from ham_hf.intervals import FairnessIntervals, fairness_intervals
-from ham_hf.metrics import FairnessSummary, confusion_matrix, summarize
+from ham_hf.intervals import FairnessIntervals
+from ham_hf.metrics import FairnessSummary
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.calibration import CalibrationReport
-from ham_hf.training.environment import recorded
+from ham_hf.reporting.environment import Environment
+from ham_hf.reporting.formats import evaluation_title, plain_text
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
-MAX_CONFUSION_CLASSES = 200
-"""Above this number of classes the confusion matrix is left out: it grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +79,13 @@ class DatasetReport:
         test_split_origin: where the test images come from.
         num_skipped: number of corrupt images that were skipped.
         augmentation: augmentation during training.
-        trained_on: what the model was trained on and how its validation part is found again, as ``config.json`` has
-            it (`ham_hf.data.provenance.Provenance`); None if that is not known.
-        num_test_in_train: test images that are training or validation images too, pixel for pixel; None: not checked.
-        notes: what of the dataset was not read, each with its number and an example.
-        class_order: how the model's classes and the dataset's were brought together: ``by name``, ``assumed`` (in the
-            same order, as names say nothing), or ``subset`` (by name, over those classes of the model alone that the
-            dataset has); None if it is not known.
-        num_model_classes: classes that the model tells apart; None if it is not known.
+        trained_on: training images and validation part, as in ``config.json`` (`ham_hf.data.provenance.Provenance`);
+            None if unknown.
+        num_test_in_train: test images that are also training or validation images, pixel for pixel; None: unchecked.
+        notes: what was not read of the dataset, each with its number and an example.
+        class_order: how the model's classes were matched with the dataset's: ``by name``, ``assumed`` (same order, no
+            common names), or ``subset`` (by name, only the classes that the dataset has); None if unknown.
+        num_model_classes: classes of the model; None if unknown.
     """
 
     name: str
@@ -122,7 +107,7 @@ class DatasetReport:
 
     @property
     def title(self) -> str:
-        """The Hub id, or the last part of a local path: where it lies on this machine is nobody's business."""
+        """The Hub id, or the last part of a local path: paths stay private."""
         return self.hub_id or plain_text(Path(self.name).name)
 
 
@@ -143,7 +128,7 @@ class AttackReport:
         settings: settings of the attack, JSON values only; of the verdict, which attacks it is of.
         summary: per-class accuracy and fairness numbers.
         confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
-            ``MAX_CONFUSION_CLASSES`` classes, and of the verdict, which is of several attacks.
+            200 classes, and of the verdict, which is of several attacks.
         seconds: duration.
         intervals: of the fairness numbers; None in reports from before there were any.
     """
@@ -165,7 +150,7 @@ class AttackReport:
 
     @property
     def title(self) -> str:
-        """Name for tables and figures: "Clean", "PGD-20", "CW-20", "AutoAttack"; a foreign attack's own."""
+        """See `evaluation_title`."""
         return evaluation_title(self.name)
 
 
@@ -186,8 +171,7 @@ class TrainingReport:
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
             (`ham_hf.training.train_step`); None if unknown.
-        changes: what was changed on the way, one sentence per resumption that did so; empty if one command with the
-            settings of the report repeats the run.
+        changes: one sentence per resumption with other settings; empty if the report's settings repeat the run.
     """
 
     num_train_epochs: int
@@ -207,32 +191,6 @@ class TrainingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Environment:
-    """Software and hardware of the run.
-
-    Attributes:
-        python: version of Python.
-        platform: operating system and processor.
-        versions: versions of packages by name.
-        device: what computed.
-        num_processes: number of processes.
-        num_threads: threads of a process.
-        commit: commit of the source checkout, None outside of one.
-        variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
-            `ham_hf.training.environment`.
-    """
-
-    python: str
-    platform: str
-    versions: Mapping[str, str]
-    device: str
-    num_processes: int
-    num_threads: int
-    commit: str | None
-    variables: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """Everything that is known about one run.
 
@@ -246,13 +204,13 @@ class RunReport:
         environment: software and hardware.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
-        notes: sentences that a reader of the numbers has to know, one fact each (what was assumed, left out or changed
-            on the way); the card lists them.
-        verdict: the headline: right on the clean image and never broken by any attack, of the images that every attack
-            saw; None without an attack, and in reports from before there was one.
-        calibration: class shifts that are folded into the evaluated model; None if there are none.
-        groups: accuracy by groups of another column than the label; None if none was named.
-        corruptions: accuracy on corrupted images; None if it was not asked for.
+        notes: sentences that a reader of the numbers must know (what was assumed, left out or changed); the card lists
+            them.
+        verdict: the headline: right on the clean image and under every attack, of the images that all attacks saw;
+            None without an attack, and in older reports.
+        calibration: class shifts folded into the evaluated model, if any.
+        groups: accuracy by the groups of a column, if one was named.
+        corruptions: accuracy on corrupted images, if measured.
 
     Raises:
         ValueError: if there is no result, or a free-form value is not JSON (NaN and infinity are not).
@@ -287,21 +245,18 @@ class RunReport:
         return (*([] if self.verdict is None else [self.verdict]), *self.results.values())
 
     def reference_attack(self) -> AttackReport | None:
-        """The attack that headlines and per-class figures show: the strongest of those on the whole test set.
-
-        A model is as robust as the strongest attack says, and which one that is differs from model to model.
-        """
+        """The attack of headlines and per-class figures: the strongest on the whole test set, else on a part of it."""
         attacks = [attack for attack in self.results.values() if attack.name != "clean"]
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)
 
-    def worst_first(self) -> list[int]:
-        """Class indices in the order of tables and figures: by the verdict, else under the reference attack.
+    def ordering_entry(self) -> AttackReport:
+        """The entry that classes are ordered by: the verdict, else the reference attack, else the first evaluation."""
+        return self.verdict or self.reference_attack() or next(iter(self.results.values()))
 
-        Classes without images there are last.
-        """
-        order_by = self.verdict or self.reference_attack() or next(iter(self.results.values()))
-        entries = order_by.summary.per_class
+    def worst_first(self) -> list[int]:
+        """Class indices in the order of tables and figures, by `ordering_entry`; classes without images are last."""
+        entries = self.ordering_entry().summary.per_class
         return sorted(
             range(len(entries)), key=lambda index: (not entries[index].count, entries[index].accuracy or 0.0)
         )
@@ -321,135 +276,6 @@ class RunReport:
     def is_subset(self, attack: AttackReport) -> bool:
         """True if ``attack`` saw only a part of the test images."""
         return attack.summary.num_examples < self.dataset.num_test
-
-
-def evaluation_title(name: str) -> str:
-    """Name of an evaluation for tables and figures; that of a foreign attack stays as it is."""
-    fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
-    return fixed.get(name, name.upper() if re.fullmatch(r"(pgd|cw)-\d+", name) else name)
-
-
-def utc_now() -> str:
-    """Current UTC time to the second, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def hub_dataset_id(name: str) -> str | None:
-    """``name`` if it is the id of a Hub dataset, None for "digits" and for a local path."""
-    return name if is_hub_id(name) and name != "digits" and not Path(name).exists() else None
-
-
-def attack_report(
-    *,
-    name: str,
-    settings: Mapping[str, object],
-    flags: Tensor,
-    predictions: Tensor,
-    labels: Tensor,
-    seconds: float,
-    num_classes: int,
-) -> AttackReport:
-    """Summarize the per-example outcome of one evaluation.
-
-    Args:
-        name: "clean", "pgd-20", ...
-        settings: settings of the attack, JSON values only.
-        flags: (N,) bool, True where the example stayed correctly classified.
-        predictions: (N,) integers in [0, num_classes), under attack; -1 for logits that are not finite.
-        labels: (N,) integers in [0, num_classes).
-        seconds: duration.
-        num_classes: C.
-
-    Raises:
-        ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
-    """
-    summary = summarize(flags, labels, num_classes)
-    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
-        raise ValueError(
-            f"{name}: expected {len(labels)} predictions in [0, {num_classes}), got shape {tuple(predictions.shape)} "
-            f"with values {int(predictions.min())}..{int(predictions.max())}; has the model as many outputs as the "
-            "dataset has classes?"
-        )
-    confusion = None
-    if num_classes <= MAX_CONFUSION_CLASSES:
-        confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())
-    return AttackReport(
-        name=name,
-        settings=settings,
-        summary=summary,
-        confusion=confusion,
-        seconds=seconds,
-        intervals=intervals_of(summary),
-    )
-
-
-def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
-    """The verdict on the images that every attack saw; None without an attack.
-
-    Args:
-        verdicts: of each image.
-        seconds: duration of all attacks together.
-    """
-    judged = verdicts.judged
-    if not bool(judged.any()):
-        return None
-    summary = summarize(verdicts.withstood[judged], verdicts.labels[judged], len(verdicts.class_names))
-    return AttackReport(
-        name="verdict",
-        settings={"attacks": list(verdicts.attacks)},
-        summary=summary,
-        confusion=None,
-        seconds=seconds,
-        intervals=intervals_of(summary),
-    )
-
-
-def intervals_of(summary: FairnessSummary) -> FairnessIntervals:
-    """Intervals of the fairness numbers of a summary."""
-    entries = summary.per_class
-    return fairness_intervals([entry.correct for entry in entries], [entry.count for entry in entries])
-
-
-def environment(*, device: torch.device, num_processes: int) -> Environment:
-    """Describe the software and hardware of this process."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors")
-    versions = {package.replace("-", "_"): version(package) for package in packages}
-    device_name = device.type
-    if device.type != "cpu":
-        # Apple's has no name.
-        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
-        device_name = name_of(device) if name_of is not None else device.type
-    return Environment(
-        python=platform.python_version(),
-        platform=platform.platform(),
-        versions={"ham_hf": __version__, **versions},
-        device=device_name,
-        num_processes=num_processes,
-        num_threads=torch.get_num_threads(),
-        commit=source_commit(Path(__file__).resolve().parents[2]),
-        variables=recorded(),
-    )
-
-
-def source_commit(root: Path) -> str | None:
-    """Commit of the checkout at ``root``, with "-dirty" if tracked or new files differ; None if it is no checkout.
-
-    ``root`` itself must be the checkout: an installed package may lie inside somebody else's repository.
-    """
-    git = shutil.which("git")
-    if git is None or not (root / ".git").exists():
-        return None
-    answers = []
-    for question in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
-        try:
-            answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
-        except subprocess.TimeoutExpired:  # a checkout on a slow file system: not worth a report
-            return None
-        if answer.returncode:
-            return None
-        answers.append(answer.stdout.strip())
-    commit, changes = answers
-    return f"{commit}-dirty" if changes else commit
 
 
 def write_report(report: RunReport, folder: str | Path) -> Path:
@@ -491,87 +317,8 @@ def read_report(path: str | Path) -> RunReport:
     return report
 
 
-def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
-    """One row per evaluation, the verdict first, column title to text; accuracies in percent, NSD as a ratio.
-
-    The number after ± is half the 95 % interval. Class names are cleaned (``plain_text``) but not escaped.
-
-    Args:
-        report: a finished run.
-        intervals: also show the 95 % intervals of the fairness numbers, which make the table wide.
-    """
-    rows = []
-    for attack in report.entries():
-        summary = attack.summary
-        known = attack.intervals if intervals else None
-        half = (summary.average_high - summary.average_low) / 2
-        worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
-        rows.append(
-            {
-                "Evaluation": attack.title,
-                "Images": f"{summary.num_examples} of {report.dataset.num_test}"
-                if report.is_subset(attack)
-                else f"{summary.num_examples}",
-                "Average": f"{percent(summary.average)} ± {percent(half)}",
-                "Macro": percent(summary.macro_average),
-                "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
-                "Worst 10 %": percent(summary.worst_10_percent),
-                "Worst 30 %": percent(summary.worst_30_percent) + interval_text(known, "worst_30_percent"),
-                "Gap": percent(summary.gap) + interval_text(known, "gap"),
-                "Std": percent(summary.std) + interval_text(known, "std"),
-                "NSD": "–"
-                if summary.nsd is None
-                else f"{summary.nsd:.3f}{interval_text(known, 'nsd', digits=lambda end: f'{end:.3f}')}",
-            }
-        )
-    return rows
-
-
-def interval_text(
-    intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = lambda end: f"{100 * end:.1f}"
-) -> str:
-    """The two ends to put behind a number, as " (7.1–12.9)" in percent; nothing where they are not known."""
-    ends = None if intervals is None else getattr(intervals, name)
-    return "" if ends is None else f" ({'–'.join(map(digits, ends))})"
-
-
-def text_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Align rows with equal keys as plain text, for a terminal; the empty string for no rows."""
-    if not rows:
-        return ""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def percent(share: float) -> str:
-    """A share in [0, 1] as percent with one decimal, without the sign: 0.5312 -> "53.1"."""
-    return f"{100 * share:.1f}"
-
-
-def fraction_text(value: float) -> str:
-    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
-    steps = value * 255
-    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
-
-
-def plain_text(value: object, max_length: int = 60) -> str:
-    """Text of unknown origin (class names, dataset names) as one visible line.
-
-    Control, format (bidirectional and zero-width), surrogate and unassigned characters go, runs of white space
-    become one space, and what exceeds ``max_length`` characters is cut and marked with an ellipsis.
-    """
-    visible = "".join(
-        " " if c.isspace() else c for c in str(value) if c.isspace() or unicodedata.category(c)[0] != "C"
-    )
-    line = " ".join(visible.split())
-    if len(line) > max_length:
-        line = line[: max_length - 1].rstrip() + "…"
-    return line or "(empty)"
-
-
 def _check_classes(attack: AttackReport, num_classes: int) -> None:
-    """Refuse numbers of other classes than the dataset has; reports are read from anywhere."""
+    """Raise ValueError unless the numbers are of the dataset's classes; reports come from anywhere."""
     summary = attack.summary
     if attack.intervals is not None:
         values = (getattr(attack.intervals, field.name) for field in fields(attack.intervals))
@@ -586,7 +333,7 @@ def _check_classes(attack: AttackReport, num_classes: int) -> None:
 
 
 def _json_values(values: Mapping[str, object], where: str) -> dict[str, object]:
-    """What ``values`` become when written and read back, so that a report equals the one read from its file."""
+    """``values`` as they read back from JSON, so that a report equals the one read from its file."""
     try:
         plain: dict[str, object] = json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError) as error:

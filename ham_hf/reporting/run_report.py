@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
+from ham_hf.hub_ids import is_hub_id
+from ham_hf.intervals import intervals_of
+from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.models.origin import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_document, write_card
-from ham_hf.reporting.class_examples import ClassExamples, ExampleStrip, picture, write_examples
+from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
+from ham_hf.reporting.environment import environment
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import selected_too_early
@@ -37,11 +42,6 @@ from ham_hf.reporting.report import (
     RunReport,
     ThreatModelReport,
     TrainingReport,
-    attack_report,
-    environment,
-    hub_dataset_id,
-    utc_now,
-    verdict_report,
     write_report,
 )
 from ham_hf.training.environment import rounding
@@ -51,25 +51,76 @@ from ham_hf.training.resume import Progress
 logger = logging.getLogger(__name__)
 
 
-def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dict[str, AttackReport]:
-    """Results of attacks in the form of the report."""
-    return {
-        name: attack_report(
-            name=name,
-            settings=result.settings,
-            flags=result.flags,
-            predictions=result.predictions,
-            labels=result.labels,
-            seconds=result.seconds,
-            num_classes=num_classes,
+MAX_CONFUSION_CLASSES = 200
+"""Above this number of classes the confusion matrix is left out: it grows with the square."""
+
+
+def attack_report(result: AttackResult, num_classes: int) -> AttackReport:
+    """Summarize the outcome of one evaluation.
+
+    Raises:
+        ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
+    """
+    labels, predictions = result.labels, result.predictions
+    summary = summarize(result.flags, labels, num_classes)
+    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+        raise ValueError(
+            f"{result.name}: expected {len(labels)} predictions in [0, {num_classes}), got shape "
+            f"{tuple(predictions.shape)} with values {int(predictions.min())}..{int(predictions.max())}; has the "
+            "model as many outputs as the dataset has classes?"
         )
-        for name, result in results.items()
-    }
+    confusion = None
+    if num_classes <= MAX_CONFUSION_CLASSES:
+        confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())
+    return AttackReport(
+        name=result.name,
+        settings=result.settings,
+        summary=summary,
+        confusion=confusion,
+        seconds=result.seconds,
+        intervals=intervals_of(summary),
+    )
+
+
+def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dict[str, AttackReport]:
+    """Summarize every evaluation, by name."""
+    return {name: attack_report(result, num_classes) for name, result in results.items()}
+
+
+def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
+    """Summarize the verdict on the images that every attack saw; None without an attack.
+
+    Args:
+        verdicts: of each image.
+        seconds: duration of all attacks together.
+    """
+    judged = verdicts.judged
+    if not bool(judged.any()):
+        return None
+    summary = summarize(verdicts.withstood[judged], verdicts.labels[judged], len(verdicts.class_names))
+    return AttackReport(
+        name="verdict",
+        settings={"attacks": list(verdicts.attacks)},
+        summary=summary,
+        confusion=None,
+        seconds=seconds,
+        intervals=intervals_of(summary),
+    )
 
 
 def verdict_of(results: Mapping[str, AttackResult], class_names: Sequence[str]) -> AttackReport | None:
-    """The verdict in the form of the report; None without an attack."""
+    """The verdict of these results; None without an attack."""
     return verdict_report(verdicts_of(results, class_names), seconds=sum(found.seconds for found in results.values()))
+
+
+def hub_dataset_id(name: str) -> str | None:
+    """``name`` if it is the id of a Hub dataset, None for "digits" and for a local path."""
+    return name if is_hub_id(name) and name != "digits" and not Path(name).exists() else None
+
+
+def utc_now() -> str:
+    """Current UTC time to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def dataset_report(data: TestData) -> DatasetReport:
@@ -199,57 +250,6 @@ def write_config(config: TrainConfig, folder: Path) -> None:
     (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
 
 
-def write_training(
-    report: RunReport,
-    folder: Path,
-    *,
-    results: Mapping[str, AttackResult],
-    examples: ExampleStrip,
-    repo_id: str | None,
-    of_classes: ClassExamples | None = None,
-) -> None:
-    """Predictions, report, figures, card and page of a training run whose model and log are in ``folder`` already.
-
-    ``of_classes`` are the images of the page.
-    """
-    # Before the report, which says that a run is finished.
-    train_log = [record for record in read_log(folder / "metrics.jsonl") if record["type"] == "train"]
-    verdicts = _write_numbers(report, folder, results, examples, train_log=train_log)
-    _write_card(report, folder, examples, repo_id=repo_id)
-    _write_page(report, folder, verdicts, of_classes)
-
-
-def _write_numbers(
-    report: RunReport,
-    folder: Path,
-    results: Mapping[str, AttackResult],
-    examples: ExampleStrip,
-    *,
-    train_log: Sequence[Mapping[str, Any]] = (),
-    groups: ImageGroups | None = None,
-) -> Verdicts:
-    """Predictions, report and figures; returns the predictions."""
-    verdicts = verdicts_of(results, report.dataset.class_names, groups)
-    write_verdicts(verdicts, folder)
-    write_report(report, folder)
-    save_figures(report, folder, examples=examples, train_log=train_log)
-    return verdicts
-
-
-def _write_card(report: RunReport, folder: Path, examples: ExampleStrip, *, repo_id: str | None) -> None:
-    """The card, the image that its code opens, and the results as the Hub reads them."""
-    image = examples.clean[0].float().cpu()
-    (folder / "image.png").write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
-    write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
-    write_eval_results(report, folder)
-
-
-def _write_page(report: RunReport, folder: Path, verdicts: Verdicts, of_classes: ClassExamples | None) -> None:
-    if of_classes is not None:
-        write_examples(of_classes, folder)
-    write_page(report, folder, verdicts=verdicts, examples=of_classes)
-
-
 def evaluation_report(
     config: EvaluateConfig | CalibrateConfig,
     loaded: LoadedModel,
@@ -299,26 +299,6 @@ def evaluation_report(
     )
 
 
-def write_evaluation(
-    report: RunReport,
-    folder: Path,
-    *,
-    results: Mapping[str, AttackResult],
-    examples: ExampleStrip,
-    command: str,
-    of_classes: ClassExamples | None = None,
-    groups: ImageGroups | None = None,
-) -> None:
-    """Predictions, report, figures, page, ``EVALUATION.md`` and the results as the Hub reads them.
-
-    ``command`` are the words that measure it again.
-    """
-    verdicts = _write_numbers(report, folder, results, examples, groups=groups)
-    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command=command), encoding="utf-8")
-    write_eval_results(report, folder, suffix="-evaluation")
-    _write_page(report, folder, verdicts, of_classes)
-
-
 def calibrated_report(
     evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
@@ -347,15 +327,63 @@ def calibrated_report(
     return replace(evaluated, model=model, config=config, calibration=calibration, notes=notes)
 
 
-def write_calibration(
+def write_run(
     report: RunReport,
     folder: Path,
     *,
     results: Mapping[str, AttackResult],
-    examples: ExampleStrip,
-    of_classes: ClassExamples | None = None,
+    examples: RunExamples,
+    repo_id: str | None = None,
 ) -> None:
-    """Predictions, report, figures, page and card of a calibrated model that is in ``folder`` already."""
-    verdicts = _write_numbers(report, folder, results, examples)
-    _write_card(report, folder, examples, repo_id=None)
-    _write_page(report, folder, verdicts, of_classes)
+    """Predictions, report, figures, card and page of a model that is in ``folder`` already, with its log if any.
+
+    Args:
+        report: of its training or calibration.
+        folder: of the model.
+        results: what ``report`` was made of.
+        examples: images of the figure, the card and the page.
+        repo_id: "user/name" on the Hub for the card, if it is known.
+    """
+    _write_numbers(report, folder, results, examples)
+    image = examples.strip.clean[0].float().cpu()
+    (folder / "image.png").write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
+    write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
+    write_eval_results(report, folder)
+
+
+def write_evaluation(
+    report: RunReport,
+    folder: Path,
+    *,
+    results: Mapping[str, AttackResult],
+    examples: RunExamples,
+    command: str,
+    groups: ImageGroups | None = None,
+) -> None:
+    """Predictions, report, figures, page, ``EVALUATION.md`` and the results as the Hub reads them.
+
+    ``command`` are the words that measure it again.
+    """
+    _write_numbers(report, folder, results, examples, groups=groups)
+    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command=command), encoding="utf-8")
+    write_eval_results(report, folder, suffix="-evaluation")
+
+
+def _write_numbers(
+    report: RunReport,
+    folder: Path,
+    results: Mapping[str, AttackResult],
+    examples: RunExamples,
+    *,
+    groups: ImageGroups | None = None,
+) -> None:
+    """Predictions, report, figures and page; the log is read first, as the report says that a run is finished."""
+    log = folder / "metrics.jsonl"
+    train_log = [line for line in read_log(log) if line["type"] == "train"] if report.training is not None else []
+    verdicts = verdicts_of(results, report.dataset.class_names, groups)
+    write_verdicts(verdicts, folder)
+    write_report(report, folder)
+    save_figures(report, folder, examples=examples.strip, train_log=train_log)
+    if examples.of_classes is not None:
+        write_examples(examples.of_classes, folder)
+    write_page(report, folder, verdicts=verdicts, examples=examples.of_classes)

@@ -136,7 +136,7 @@ def test_calibrated_timm_network_has_the_shifts_in_its_bias() -> None:
     with torch.no_grad():
         torch.testing.assert_close(found.model(x), model(x) + found.shifts, rtol=1e-5, atol=1e-5)
     assert [point.fairness for point in found.frontier] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert "1 <" in str(found)
+    assert "1 (this model)" in str(found)
 
 
 def test_calibrating_any_other_model_wraps_it_and_0_changes_nothing() -> None:

@@ -17,7 +17,7 @@ from ham_hf.evaluation.verdicts import (
     verdicts_of,
     write_verdicts,
 )
-from ham_hf.reporting.report import verdict_report
+from ham_hf.reporting.run_report import verdict_report
 
 NAMES = ("cat", "dog", 'Vögel, \n"x"')
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])

@@ -17,12 +17,11 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import read_verdicts, verdicts_of, write_verdicts
 from ham_hf.metrics import wilson_interval
-from ham_hf.reporting.breakdown_tables import breakdown_tables, each_group_rows, group_rows
 from ham_hf.reporting.breakdowns import corruption_report, group_report
-from ham_hf.reporting.card import evaluation_section
 from ham_hf.reporting.page import PageRun, page_html
 from ham_hf.reporting.report import read_report, write_report
-from tests.support.example_report import make_report
+from ham_hf.reporting.tables import breakdown_tables, each_group_rows, group_rows
+from tests.support.documents import with_breakdowns
 from tests.support.nets import group_norm_net
 
 HOSTILE = "<b>*x*|</b>"
@@ -86,23 +85,16 @@ def test_worst_30_percent_is_left_out_of_few_groups():
     assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
 
 
-def corrupted_results(labels):
+def test_corruption_numbers_are_means_of_counts():
+    labels = torch.arange(80) % 8  # classes 8 and 9 have no image
     generator = torch.Generator().manual_seed(1)
-    return [
+    results = [
         CorruptionResult(
-            name=name,
-            severity=severity,
-            flags=torch.rand(len(labels), generator=generator) < 0.9 - severity / 10,
-            seconds=2.0,
+            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
         )
         for name in ("fog", "snow")
         for severity in (1, 5)
     ]
-
-
-def test_corruption_numbers_are_means_of_counts():
-    labels = torch.arange(80) % 8  # classes 8 and 9 have no image
-    results = corrupted_results(labels)
     found = corruption_report(results, labels, 10, constants="CIFAR-10-C")
     assert (found.names, found.severities) == (("fog", "snow"), (1, 5))
     assert found.counts == (10,) * 8 + (0, 0)
@@ -123,10 +115,7 @@ def test_corruption_numbers_are_means_of_counts():
 
 @pytest.fixture
 def report():
-    _, verdicts = made_up()
-    labels = torch.arange(80) % 10
-    corruptions = corruption_report(corrupted_results(labels), labels, 10, constants="CIFAR-10-C (meant for 32 px)")
-    return dataclasses.replace(make_report(verdict=True), groups=group_report(verdicts), corruptions=corruptions)
+    return with_breakdowns()
 
 
 def test_report_reads_back_equal_and_old_ones_have_neither(report, tmp_path):
@@ -151,23 +140,12 @@ def test_report_whose_numbers_do_not_fit_is_refused(part, report, tmp_path):
         read_report(path)
 
 
-def test_evaluation_section_and_page_show_both(report):
-    section = evaluation_section(report)
-    assert "### By site" in section
-    assert "images have no value there and are a group of their own" in section
-    assert "### Common corruptions" in section
-    assert f"Mean corruption accuracy {100 * report.corruptions.mean:.1f}" in section
-    assert "| fog |" in section
-    assert "| mean of 2 |" in section
-    assert HOSTILE not in section
+def test_page_and_terminal_show_both(report):
     page = page_html([PageRun(label="run", report=report)])
     assert "Each group by site" in page
     assert "<td>–</td>" in page
     assert HOSTILE not in page
-    plain = evaluation_section(make_report(verdict=True))
-    assert "### By" not in plain
-    assert "corruptions" not in plain.lower()
-    assert [len(table) for table in breakdown_tables(report)] == [4, 4, 4]
+    assert [len(table) for table in breakdown_tables(report)] == [3, 4, 4]
 
 
 def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path):

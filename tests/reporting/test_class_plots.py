@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from PIL import Image
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import CFA
@@ -143,32 +141,6 @@ def test_names_are_those_of_the_accuracies(class_names: tuple[str, ...]) -> None
     assert names == [name.rpartition(" (")[0] for name in counted]
     assert [label for axes in others for label in axes.get_yticklabels()] == []
     assert first.get_ylabel() == "classes, worst first (CW-20)"
-
-
-@pytest.mark.parametrize(
-    ("class_names", "treatment", "num_epochs"),
-    [
-        (DIGITS, EVERYTHING, 12),
-        (("no", "yes"), {"class_weight": 0}, 1),
-        (LONG_NAMES, EVERYTHING, 120),
-        (tuple(str(index) for index in range(150)), EVERYTHING, 120),
-    ],
-    ids=["10", "2", "100", "150"],
-)
-def test_figure_is_of_readable_size(
-    tmp_path: Path, class_names: tuple[str, ...], treatment: dict[str, int], num_epochs: int
-) -> None:
-    report = make_report(class_names=class_names, treatment=treatment, num_epochs=num_epochs, num_test=3000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        save_figures(report, tmp_path, examples=None, train_log=())
-    with Image.open(tmp_path / "figures/class_treatment.png") as image:
-        assert 500 <= image.width <= 1500
-        assert 350 <= image.height <= 2300
-    first = next(iter(panels(report).values()))
-    if len(class_names) == 150:
-        assert not first.get_yticklabels()
-        assert first.get_ylabel() == "150 classes, worst first (CW-20)"
 
 
 def test_a_report_of_the_first_release_shows_its_hard_shares() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from huggingface_hub import parse_eval_result_entries
 
 from ham_hf.config import parse_evaluate_config
 from ham_hf.evaluation_run import shell_command
-from ham_hf.reporting.card import evaluation_document, write_card
+from ham_hf.reporting.card import evaluation_document
 from ham_hf.reporting.eval_results import write_eval_results
-from ham_hf.reporting.method_text import CITATIONS, PAPERS
 from tests.support.example_report import make_report, with_dataset, with_model
 
 
@@ -37,23 +35,6 @@ def test_local_images_have_no_results_on_the_hub(tmp_path: Path) -> None:
     assert not (tmp_path / ".eval_results").exists()
 
 
-def test_card_links_papers_data_and_weights(tmp_path: Path) -> None:
-    report = with_dataset(make_report(), hub_id="uoft-cs/cifar10", name="uoft-cs/cifar10")
-    report = with_model(report, base_model="timm/resnet18.a1_in1k")
-    report = dataclasses.replace(report, config={**report.config, "class_margin": "cfa", "base_loss": "trades"})
-    text = write_card(report, tmp_path, repo_id=None, model_license="mit").read_text()
-    for method in ("ham", "trades", "cfa", "pgd_at"):
-        assert text.count(f"({PAPERS[method]})") == 1, method
-    assert "(https://arxiv.org/abs/1608.04644)" in text
-    assert "2003.01690" not in text, "AutoAttack was not run"
-    assert "[`uoft-cs/cifar10`](https://huggingface.co/datasets/uoft-cs/cifar10)" in text
-    assert "[`timm/resnet18.a1_in1k`](https://huggingface.co/timm/resnet18.a1_in1k)" in text
-
-
-def test_every_method_that_is_cited_has_a_paper_to_link() -> None:
-    assert set(PAPERS) == set(CITATIONS)
-
-
 def test_an_evaluation_names_model_headline_and_command(tmp_path: Path) -> None:
     (tmp_path / "patients").mkdir()
     words = [str(tmp_path / "patients"), "--dataset_name=digits", "--eval_num_steps=5", "--output_dir=/secret/place"]
@@ -61,8 +42,6 @@ def test_an_evaluation_names_model_headline_and_command(tmp_path: Path) -> None:
     assert command.endswith("patients --dataset_name=digits --eval_num_steps=5")
     assert str(tmp_path) not in command
     report = with_model(make_report(trained=False), name=str(tmp_path / "patients"))
-    lines = evaluation_document(report, tmp_path, command=command).splitlines()
-    assert lines[0] == "# Robustness of patients on digits"
-    assert lines[2].startswith("**Robust accuracy ")
-    assert command in lines
-    assert not any("secret" in line or str(tmp_path) in line for line in lines)
+    text = evaluation_document(report, tmp_path, command=command)
+    assert "secret" not in text
+    assert str(tmp_path) not in text

@@ -23,12 +23,12 @@ from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.reporting.class_examples import (
     MAX_CLASSES,
     MAX_TOTAL_BYTES,
-    AttackedImages,
     ClassExamples,
+    ExampleStrip,
     choose_images,
-    class_examples,
     encode_examples,
     read_examples,
+    run_examples,
     write_examples,
 )
 from ham_hf.reporting.page import MAX_PAGE_BYTES, PageRun, has_images, page_html, without_images
@@ -70,14 +70,16 @@ def made_up_verdicts(num_images: int = 60, num_classes: int = 10, *, seed: int =
 def made_up_examples(verdicts: Verdicts, *, side: int = 8, channels: int = 1) -> ClassExamples:
     chosen = choose_images(verdicts)
     clean = torch.rand(len(chosen), channels, side, side, generator=torch.Generator().manual_seed(0))
-    images = AttackedImages(
-        rows=torch.tensor([row for row, _ in chosen]),
-        kinds=[kind for _, kind in chosen],
+    rows = torch.tensor([row for row, _ in chosen])
+    images = ExampleStrip(
         clean=clean,
-        attacked=(clean + 0.1).clamp(0, 1),
-        attacked_predictions=torch.zeros(len(chosen), dtype=torch.long),
+        adversarial=(clean + 0.1).clamp(0, 1),
+        labels=verdicts.labels[rows],
+        clean_predictions=verdicts.clean[rows],
+        adversarial_predictions=torch.zeros(len(chosen), dtype=torch.long),
+        attack="PGD-20",
     )
-    return encode_examples(images, verdicts, attack="PGD-20")
+    return encode_examples(images, chosen, verdicts)
 
 
 def test_names_are_data_and_only_our_script_may_run() -> None:
@@ -210,13 +212,14 @@ def test_a_run_makes_images_of_its_own_model() -> None:
         for name in ("clean", "pgd-2")
     }
     config = EvaluationConfig(eval_num_steps=2)
-    found = class_examples(net, images, config, results, threat_model=ThreatModel("linf", 0.1), seed=0)
+    found = run_examples(net, images, config, results, threat_model=ThreatModel("linf", 0.1), seed=0).of_classes
     assert found is not None
     assert found.attack == "PGD-2"
     assert {e.label for e in found.examples} == set(predictions[predictions == labels].tolist())
     assert all(e.clean_prediction == e.label == int(labels[e.position]) for e in found.examples)
     only_clean = {"clean": results["clean"]}
-    assert class_examples(net, images, config, only_clean, threat_model=ThreatModel("linf", 0.1), seed=0) is None
+    clean = run_examples(net, images, config, only_clean, threat_model=ThreatModel("linf", 0.1), seed=0)
+    assert clean.of_classes is None
 
 
 def test_the_command_makes_a_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

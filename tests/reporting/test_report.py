@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ham_hf.reporting.report import (
-    AttackReport,
-    attack_report,
-    environment,
-    hub_dataset_id,
-    plain_text,
-    read_report,
-    results_table,
-    source_commit,
-    text_table,
-    write_report,
-)
-from tests.support.example_report import DIGITS, make_report
+from ham_hf.reporting.environment import environment, source_commit
+from ham_hf.reporting.formats import plain_text, text_table
+from ham_hf.reporting.report import AttackReport, read_report, write_report
+from ham_hf.reporting.run_report import attack_report, hub_dataset_id
+from ham_hf.reporting.tables import results_table
+from tests.support.example_report import DIGITS, attack_result, make_report
 
 HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "NaN", "猫", "a [\n b ]", *DIGITS[:3])
 
@@ -125,11 +119,10 @@ def test_values_that_are_not_json_are_refused_early(value: object) -> None:
         dataclasses.replace(make_report().training, history=({"loss": value},))
 
 
-def make_attack_report(**changes) -> AttackReport:
-    labels = torch.tensor([0, 0, 1, 1])
-    predictions = torch.tensor([0, 1, 1, 1])
-    values = {"name": "pgd-20", "settings": {"steps": (1, 2)}, "flags": predictions == labels, "seconds": 1.0}
-    return attack_report(**{**values, "predictions": predictions, "labels": labels, "num_classes": 2, **changes})
+def make_attack_report(predictions: Sequence[int] = (0, 1, 1, 1)) -> AttackReport:
+    labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor(predictions)
+    flags = torch.tensor([True, False, True, True])
+    return attack_report(attack_result("pgd-20", {"steps": (1, 2)}, flags, predicted, labels), 2)
 
 
 def test_attack_report_counts() -> None:
@@ -144,7 +137,7 @@ def test_attack_report_counts() -> None:
 def test_predictions_outside_of_the_classes_are_refused(predictions: list[int]) -> None:
     """A prediction of a third class would silently be counted in another row of the confusion matrix."""
     with pytest.raises(ValueError, match=r"predictions in \[0, 2\)"):
-        make_attack_report(predictions=torch.tensor(predictions))
+        make_attack_report(predictions)
 
 
 def test_reference_attack_prefers_autoattack_on_the_whole_test_set() -> None:

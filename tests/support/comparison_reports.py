@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ham_hf.comparison.table import Run
+from ham_hf.comparison.pairs import Run
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.metrics import summarize_counts
-from ham_hf.reporting.report import RunReport, attack_report, verdict_report
-from tests.support.example_report import DIGITS, make_report
+from ham_hf.reporting.report import RunReport
+from ham_hf.reporting.run_report import attack_report, verdict_report
+from tests.support.example_report import DIGITS, attack_result, make_report
 
 NAMES = ("a", "b", "c", "d")
 COUNT = 100
@@ -73,15 +74,8 @@ def judged_run(label, correct, *, seed=0, count=COUNT, swap=0, kept=True):
     )
     counts = [count] * len(NAMES)
     report = run_report({"clean": (counts, counts), "pgd-20": (correct, counts)}, seed=seed, class_names=NAMES)
-    attack = attack_report(
-        name="pgd-20",
-        settings=settings,
-        flags=right,
-        predictions=verdicts.attacked["pgd-20"],
-        labels=labels,
-        seconds=1.0,
-        num_classes=len(NAMES),
-    )
+    result = attack_result("pgd-20", settings, right, verdicts.attacked["pgd-20"], labels)
+    attack = attack_report(result, len(NAMES))
     report = dataclasses.replace(
         report,
         results=dict(report.results) | {"pgd-20": attack},

@@ -7,21 +7,38 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ham_hf.evaluation import AttackResult
+from ham_hf.intervals import intervals_of
 from ham_hf.metrics import summarize_counts
+from ham_hf.reporting.environment import Environment
 from ham_hf.reporting.figures import ExampleStrip
 from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,
-    Environment,
     ModelReport,
     RunReport,
     ThreatModelReport,
     TrainingReport,
-    attack_report,
-    intervals_of,
 )
+from ham_hf.reporting.run_report import attack_report
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def attack_result(
+    name: str, settings: Mapping[str, object], flags: torch.Tensor, predictions: torch.Tensor, labels: torch.Tensor
+) -> AttackResult:
+    """One evaluation of N images, without margins."""
+    return AttackResult(
+        name=name,
+        settings=dict(settings),
+        flags=flags,
+        predictions=predictions,
+        margins=torch.zeros(len(labels)),
+        labels=labels,
+        indices=torch.arange(len(labels)),
+        seconds=1.5,
+    )
 
 
 def make_attack(
@@ -35,15 +52,8 @@ def make_attack(
     flags = torch.rand(num_examples, generator=generator) < chance
     wrong = (labels + torch.randint(1, num_classes, (num_examples,), generator=generator)) % num_classes
     settings = {} if name == "clean" else {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255}
-    return attack_report(
-        name=name,
-        settings={**settings, "seed": 0},
-        flags=flags,
-        predictions=torch.where(flags, labels, wrong),
-        labels=labels,
-        seconds=1.5,
-        num_classes=num_classes,
-    )
+    predictions = torch.where(flags, labels, wrong)
+    return attack_report(attack_result(name, {**settings, "seed": 0}, flags, predictions, labels), num_classes)
 
 
 def make_verdict(results: Mapping[str, AttackReport]) -> AttackReport:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ham_hf.comparison.table import Comparison, MissingRun, Run, compare
-from ham_hf.reporting.report import RunReport, ThreatModelReport, intervals_of
+from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.table import Comparison, MissingRun, compare
+from ham_hf.intervals import intervals_of
+from ham_hf.reporting.report import RunReport, ThreatModelReport
 from tests.support.comparison_reports import even, run_report
 from tests.support.example_report import DIGITS
 

@@ -1,11 +1,25 @@
-"""Tables of what a report says beside the classes: groups of another column, and corrupted images."""
+"""The tables of a report as rows for `ham_hf.reporting.formats`: results, classes, groups, corruptions, the frontier.
+
+Accuracies are in percent, intervals are 95 % ones. Names are cleaned (``plain_text``) but not escaped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ham_hf.evaluation.calibration import Calibration
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
-from ham_hf.reporting.report import RunReport, evaluation_title, interval_text, percent, plain_text
+from ham_hf.reporting.calibration import CalibrationReport
+from ham_hf.reporting.formats import (
+    class_cell,
+    evaluation_title,
+    interval_text,
+    percent,
+    percent_with_ends,
+    plain_text,
+    ratio,
+)
+from ham_hf.reporting.report import RunReport
 
 MAX_GROUP_ROWS = 50
 """Groups that a table lists; of more, the weakest."""
@@ -13,8 +27,51 @@ FEW_GROUPS = 3
 """Up to here, the worst 30 % of the groups is the worst group."""
 
 
+def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
+    """One row per evaluation, the verdict first; the number after ± is half the interval of the average.
+
+    Args:
+        report: a finished run.
+        intervals: also show the intervals of the fairness numbers, which make the table wide.
+    """
+    rows = []
+    for attack in report.entries():
+        summary = attack.summary
+        known = attack.intervals if intervals else None
+        half = (summary.average_high - summary.average_low) / 2
+        worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
+        seen = f"{summary.num_examples} of {report.dataset.num_test}"
+        nsd = "–" if summary.nsd is None else ratio(summary.nsd) + interval_text(known, "nsd", digits=ratio)
+        rows.append(
+            {
+                "Evaluation": attack.title,
+                "Images": seen if report.is_subset(attack) else f"{summary.num_examples}",
+                "Average": f"{percent(summary.average)} ± {percent(half)}",
+                "Macro": percent(summary.macro_average),
+                "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
+                "Worst 10 %": percent(summary.worst_10_percent),
+                "Worst 30 %": percent(summary.worst_30_percent) + interval_text(known, "worst_30_percent"),
+                "Gap": percent(summary.gap) + interval_text(known, "gap"),
+                "Std": percent(summary.std) + interval_text(known, "std"),
+                "NSD": nsd,
+            }
+        )
+    return rows
+
+
+def class_rows(report: RunReport) -> list[dict[str, str]]:
+    """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
+    rows = []
+    for index in report.worst_first():
+        if report.ordering_entry().summary.per_class[index].count:
+            images = max(attack.summary.per_class[index].count for attack in report.results.values())
+            row = {"Class": plain_text(report.dataset.class_names[index], 40), "Images": str(images)}
+            rows.append(row | {entry.title: class_cell(entry.summary.per_class[index]) for entry in report.entries()})
+    return rows
+
+
 def group_rows(found: GroupReport) -> list[dict[str, str]]:
-    """One row per evaluation: worst group, worst 30 % where it says more, and gap, with 95 % intervals."""
+    """One row per evaluation: worst group, worst 30 % where it says more, and gap, with intervals."""
     rows = []
     for name, result in found.results.items():
         summary, intervals = result.summary, result.intervals
@@ -32,21 +89,16 @@ def group_rows(found: GroupReport) -> list[dict[str, str]]:
 
 
 def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
-    """One row per group with images, the worst by the first evaluation first, with 95 % Wilson intervals."""
+    """One row per group with images, the worst by the first evaluation first, with Wilson intervals."""
     first = next(iter(found.results.values())).summary.per_class
     clean = found.results["clean"].summary.per_class
     present = [index for index, entry in enumerate(clean) if entry.count]
     present.sort(key=lambda index: (first[index].accuracy is None, first[index].accuracy))
-    rows = []
-    for index in present[:MAX_GROUP_ROWS]:
-        row = {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(clean[index].count)}
-        for name, result in found.results.items():
-            entry = result.summary.per_class[index]
-            row[evaluation_title(name)] = "–"
-            if entry.accuracy is not None and entry.low is not None and entry.high is not None:
-                row[evaluation_title(name)] = f"{percent(entry.accuracy)} ({percent(entry.low)}–{percent(entry.high)})"
-        rows.append(row)
-    return rows
+    return [
+        {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(clean[index].count)}
+        | {evaluation_title(name): class_cell(one.summary.per_class[index]) for name, one in found.results.items()}
+        for index in present[:MAX_GROUP_ROWS]
+    ]
 
 
 def corruption_rows(report: RunReport) -> list[dict[str, str]]:
@@ -118,3 +170,18 @@ def breakdown_tables(report: RunReport) -> list[list[dict[str, str]]]:
     """The tables of groups and of corruptions that there are, for a terminal."""
     tables = [] if report.groups is None else [group_rows(report.groups), each_group_rows(report.groups)]
     return tables if report.corruptions is None else [*tables, corruption_rows(report)]
+
+
+def frontier_rows(found: CalibrationReport | Calibration) -> list[dict[str, str]]:
+    """One row per point of the frontier, with intervals."""
+    return [
+        {
+            "Fairness": f"{point.fairness:g}" + (" (this model)" if point.fairness == found.fairness else ""),
+            "Average": percent_with_ends(point.average, point.average_low, point.average_high),
+            "Worst class": percent_with_ends(point.worst_class, point.worst_class_low, point.worst_class_high),
+            "Worst 30 %": percent_with_ends(
+                point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high
+            ),
+        }
+        for point in found.frontier
+    ]

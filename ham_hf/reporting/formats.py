@@ -1,0 +1,135 @@
+"""How reports write numbers, and text of unknown origin; plain-text and Markdown tables of rows with equal keys.
+
+Rows are mappings of column title to cell. Class names, dataset names and settings are data: `plain_text` makes one
+visible line of them, and Markdown takes nothing else than `Markdown`, which only the functions here make.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+
+from ham_hf.intervals import FairnessIntervals
+from ham_hf.metrics import ClassAccuracy
+
+MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
+"""Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
+
+
+class Markdown(str):
+    """Text that can go into a Markdown document as it is."""
+
+    __slots__ = ()
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as percent with one decimal, without the sign: 0.5312 -> "53.1"."""
+    return f"{100 * share:.1f}"
+
+
+def ratio(value: float) -> str:
+    """A ratio, such as NSD, with three decimals."""
+    return f"{value:.3f}"
+
+
+def percent_ends(ends: tuple[float, float] | None) -> str:
+    """The ends of an interval, as "50.0–56.2" in percent; nothing where they are not known."""
+    return "" if ends is None else "–".join(map(percent, ends))
+
+
+def percent_with_ends(value: float, low: float, high: float) -> str:
+    """A share and the ends of its interval, as "53.1 (50.0–56.2)" in percent."""
+    return f"{percent(value)} ({percent(low)}–{percent(high)})"
+
+
+def class_cell(entry: ClassAccuracy) -> str:
+    """The accuracy of a class with its interval, in percent; a dash where it has no example."""
+    if entry.accuracy is None or entry.low is None or entry.high is None:
+        return "–"
+    return percent_with_ends(entry.accuracy, entry.low, entry.high)
+
+
+def interval_text(intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = percent) -> str:
+    """The two ends to put behind a number, as " (7.1–12.9)" in percent; nothing where they are not known."""
+    ends = None if intervals is None else getattr(intervals, name)
+    return "" if ends is None else f" ({'–'.join(map(digits, ends))})"
+
+
+def signed_points(mean: float, low: float, high: float) -> str:
+    """A difference and its interval in percentage points, as "+1.2 (-0.3 to +2.7)"."""
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def fraction_text(value: float) -> str:
+    """A length in pixel units the way the field writes it: "8/255" where it is that, else the number."""
+    steps = value * 255
+    return f"{round(steps)}/255" if steps > 0.5 and abs(steps - round(steps)) < 1e-6 else f"{value:g}"
+
+
+def norm_text(norm: str) -> str:
+    """A norm as "L∞" or "L2"; an unknown one as it is."""
+    return {"linf": "L∞", "l2": "L2"}.get(norm, plain_text(norm))
+
+
+def evaluation_title(name: str) -> str:
+    """Name of an evaluation for tables and figures: "Clean", "PGD-20", "AutoAttack"; a foreign attack's own."""
+    fixed = {"clean": "Clean", "autoattack": "AutoAttack", "verdict": "Verdict"}
+    return fixed.get(name, name.upper() if re.fullmatch(r"(pgd|cw)-\d+", name) else name)
+
+
+def plain_text(value: object, max_length: int = 60) -> str:
+    """Text of unknown origin (class names, dataset names) as one visible line.
+
+    Control, format (bidirectional and zero-width), surrogate and unassigned characters go, runs of white space
+    become one space, and what exceeds ``max_length`` characters is cut and marked with an ellipsis.
+    """
+    visible = "".join(
+        " " if c.isspace() else c for c in str(value) if c.isspace() or unicodedata.category(c)[0] != "C"
+    )
+    line = " ".join(visible.split())
+    if len(line) > max_length:
+        line = line[: max_length - 1].rstrip() + "…"
+    return line or "(empty)"
+
+
+def markdown_text(value: object, max_length: int = 60) -> Markdown:
+    """Escape ``value`` for running text and table cells: no markup, no HTML, no line breaks, no autolinks."""
+    escaped = MARKUP.sub(r"\\\1", plain_text(value, max_length))
+    return Markdown(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def code(value: object, max_length: int = 60) -> Markdown:
+    """``value`` as a code span, for running text (not for tables, whose pipes code spans do not protect)."""
+    return Markdown(f"`{verbatim(value, max_length)}`")
+
+
+def verbatim(value: object, max_length: int = 60) -> Markdown:
+    """``value`` for the inside of a fenced code block."""
+    return Markdown(plain_text(value, max_length).replace("`", "'"))
+
+
+def literal(value: str | float) -> Markdown:
+    """``value`` as a Python literal, for the inside of a fenced code block."""
+    return Markdown(json.dumps(verbatim(value) if isinstance(value, str) else value, ensure_ascii=False))
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> Markdown:
+    """Rows as a Markdown table; every cell that is not `Markdown` already is escaped."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    shown = [f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines]
+    return Markdown("\n".join([shown[0], "|---|" + "---:|" * (len(lines[0]) - 1), *shown[1:]]))
+
+
+def _markdown_cell(cell: str) -> str:
+    return cell if isinstance(cell, Markdown) or not cell else markdown_text(cell)
+
+
+def text_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Align rows as plain text, for a terminal; the empty string for no rows."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
