@@ -322,7 +322,9 @@ def _method_listings() -> dict[tuple[str, ...], str]:
     for name, options in method_settings().items():
         for known in options:
             users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
-    titles = {(name,): f"--method {name}: {kind.summary}" for name, kind in available_methods().items()}
+    titles: dict[tuple[str, ...], str] = {
+        (name,): f"--method {name}: {kind.summary}" for name, kind in available_methods().items()
+    }
     titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
     listings = {}
     for names, title in titles.items():

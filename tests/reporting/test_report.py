@@ -121,8 +121,7 @@ def test_values_that_are_not_json_are_refused_early(value: object) -> None:
 
 def make_attack_report(predictions: Sequence[int] = (0, 1, 1, 1)) -> AttackReport:
     labels, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor(predictions)
-    flags = torch.tensor([True, False, True, True])
-    return attack_report(attack_result("pgd-20", {"steps": (1, 2)}, flags, predicted, labels), 2)
+    return attack_report(attack_result("pgd-20", {"steps": (1, 2)}, predicted, labels), 2)
 
 
 def test_attack_report_counts() -> None:

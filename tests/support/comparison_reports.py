@@ -74,7 +74,7 @@ def judged_run(label, correct, *, seed=0, count=COUNT, swap=0, kept=True):
     )
     counts = [count] * len(NAMES)
     report = run_report({"clean": (counts, counts), "pgd-20": (correct, counts)}, seed=seed, class_names=NAMES)
-    result = attack_result("pgd-20", settings, right, verdicts.attacked["pgd-20"], labels)
+    result = attack_result("pgd-20", settings, verdicts.attacked["pgd-20"], labels)
     attack = attack_report(result, len(NAMES))
     report = dataclasses.replace(
         report,

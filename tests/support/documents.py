@@ -101,7 +101,7 @@ def with_breakdowns() -> RunReport:
     results = {}
     for name in ("clean", "pgd-20"):
         flags = torch.rand(80, generator=generator) < 0.7
-        results[name] = attack_result(name, {}, flags, torch.where(flags, labels, (labels + 1) % 10), labels)
+        results[name] = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 10), labels)
     groups = make_groups("site", [["a", "b", None, "<b>*x*|</b>"][number % 7 % 4] for number in range(80)])
     corrupted = [
         CorruptionResult(

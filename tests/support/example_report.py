@@ -26,13 +26,12 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def attack_result(
-    name: str, settings: Mapping[str, object], flags: torch.Tensor, predictions: torch.Tensor, labels: torch.Tensor
+    name: str, settings: Mapping[str, object], predictions: torch.Tensor, labels: torch.Tensor
 ) -> AttackResult:
     """One evaluation of N images, without margins."""
     return AttackResult(
         name=name,
         settings=dict(settings),
-        flags=flags,
         predictions=predictions,
         margins=torch.zeros(len(labels)),
         labels=labels,
@@ -53,7 +52,7 @@ def make_attack(
     wrong = (labels + torch.randint(1, num_classes, (num_examples,), generator=generator)) % num_classes
     settings = {} if name == "clean" else {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255}
     predictions = torch.where(flags, labels, wrong)
-    return attack_report(attack_result(name, {**settings, "seed": 0}, flags, predictions, labels), num_classes)
+    return attack_report(attack_result(name, {**settings, "seed": 0}, predictions, labels), num_classes)
 
 
 def make_verdict(results: Mapping[str, AttackReport]) -> AttackReport:
