@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ham_hf import ThreatModel, calibrate, evaluate, summarize
 from ham_hf.api.loader import HeldImages
 from ham_hf.attacks import margin_loss, pgd, unsaturated_cross_entropy
+from ham_hf.evaluation import calibration
 from ham_hf.models import PixelModel
 from tests.support.nets import batch_norm_net, group_norm_net
 
@@ -126,7 +127,9 @@ def _held_out(side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(80, 3, side, side, generator=torch.Generator().manual_seed(1)), torch.arange(80) % 4
 
 
-def test_calibrated_timm_network_has_the_shifts_in_its_bias() -> None:
+def test_calibrated_timm_network_has_the_shifts_in_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(calibration, "NUM_WARM_ROUNDS", 1)
     backbone = timm.create_model("resnet18_cifar", num_classes=4, **NARROW)
     model = PixelModel(backbone, (0.5,) * 3, (0.25,) * 3).eval()
     x, y = _held_out(8)
