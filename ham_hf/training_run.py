@@ -41,6 +41,7 @@ from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
@@ -88,29 +89,28 @@ WAY_OUT = (
 class Run:
     """A run that is checked and put together.
 
-    Attributes:
-        config: its settings; the accumulation is that of this number of processes.
-        accelerator: what it runs on.
-        data: its images.
-        preprocessing: what goes with the model.
+        Attributes:
+            config: its settings; the accumulation is that of this number of processes.
+            accelerator: what it runs on.
+            data: its images.
+        preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
         selected: takes the selected weights; the trainer changes forward and device of its own network.
-        trainer: trains the model.
-        held_out: images to find class shifts on; None if none are asked for.
-        base_model: Hub id of the pretrained weights, if it starts from such.
-        repo_id: repository to push to; None on the other processes, and if nothing is pushed.
-        pushes: those of its saves.
+            trainer: trains the model.
+            held_out: images to find class shifts on; None if none are asked for.
+            base_model: Hub id of the pretrained weights, if it starts from such.
+            repo_id: repository to push to; None on the other processes, and if nothing is pushed.
     """
 
     config: TrainConfig
     accelerator: Accelerator
     data: ImageData
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     selected: PixelModel
     trainer: Trainer
-    held_out: HeldOut | None
-    base_model: str | None
-    repo_id: str | None
-    pushes: SavePushes
+    held_out: HeldOut | None = None
+    base_model: str | None = None
+    repo_id: str | None = None
+    pushes: SavePushes | None = None
 
     @property
     def folder(self) -> Path:
@@ -310,6 +310,12 @@ def fit(run: Run, stop: StopRequests) -> Trained:
 
 
 def evaluate(run: Run) -> Evaluated:
+    """`measure`; faults end the process with their messages."""
+    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
+        return measure(run)
+
+
+def measure(run: Run) -> Evaluated:
     """Class shifts for the selected weights, from held-out images, if asked for; then the test split, once."""
     config, calibration, record = run.config, None, None
     place = Workplace(
@@ -319,63 +325,66 @@ def evaluate(run: Run) -> Evaluated:
         output_dir=run.folder,
         show_progress=not config.training.disable_tqdm,
     )
-    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
-        weights, best = load_best(run.folder)
-        run.selected.load_state_dict(weights)
-        if run.held_out is not None:
-            calibration = set_dial(
-                run.selected,
-                run.held_out,
-                config.calibration,
-                threat_model=run.threat_model,
-                place=place,
-            )
-            record = fold_into(run.selected, calibration)
-        results = evaluate_on_test(
-            run.selected.to(run.accelerator.device).to(memory_format=run.trainer.train_step.memory_format),
-            run.data,
-            config.evaluation,
-            threat_model=run.threat_model,
-            place=place,
+    weights, best = load_best(run.folder)
+    run.selected.load_state_dict(weights)
+    if run.held_out is not None:
+        calibration = set_dial(
+            run.selected, run.held_out, config.calibration, threat_model=run.threat_model, place=place
         )
+        record = fold_into(run.selected, calibration)
+    results = evaluate_on_test(
+        run.selected.to(run.accelerator.device).to(memory_format=run.trainer.train_step.memory_format),
+        run.data,
+        config.evaluation,
+        threat_model=run.threat_model,
+        place=place,
+    )
     return Evaluated(best, results, calibration, record)
 
 
 def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
-    """Model, report, card and figures into the output folder, and the table onto the terminal; on the main process."""
-    config, data, folder = run.config, run.data, run.folder
-    run.pushes.wait()
-    with clean_exit(FaultError), explain_unfinished(folder):
-        exported = export_model(run.selected, config, data, run.preprocessing, calibration=found.record)
-        model = model_section(config.model.model_name, exported, run.preprocessing, base_model=run.base_model)
-        training = training_section(
-            trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
-        )
-        report = training_report(
-            config,
-            model,
-            training,
-            data,
-            found.results,
-            run.accelerator,
-            calibration=found.calibration,
-            notes=overflow_notes(trained.progress),
-        )
-        examples = run_examples(
-            run.selected,
-            data.test,
-            config.evaluation,
-            found.results,
-            threat_model=run.threat_model,
-            seed=config.training.seed,
-        )
-        write_run(report, folder, results=found.results, examples=examples, repo_id=run.repo_id)
-        remove_partial_results(folder)
+    """`write_files` and the table onto the terminal; on the main process."""
+    if run.pushes is not None:
+        run.pushes.wait()
+    with clean_exit(FaultError), explain_unfinished(run.folder):
+        report = write_files(run, trained, found)
     summaries = {attack.name: attack.summary for attack in report.entries()}
-    track_test_results(run.accelerator, summaries, data.class_names, step=trained.progress.step)
+    track_test_results(run.accelerator, summaries, run.data.class_names, step=trained.progress.step)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
-    show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
+    show(text_table(results_table(report)) + f"\n\neverything is in {run.folder}\n")
+
+
+def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
+    """Model, report, card and figures into the output folder."""
+    config, data, preprocessing = run.config, run.data, run.preprocessing
+    assert preprocessing is not None  # noqa: S101 (timm can build the network)
+    exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
+    model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
+    training = training_section(
+        trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
+    )
+    report = training_report(
+        config,
+        model,
+        training,
+        data,
+        found.results,
+        run.accelerator,
+        calibration=found.calibration,
+        notes=overflow_notes(trained.progress),
+    )
+    examples = run_examples(
+        run.selected,
+        data.test,
+        config.evaluation,
+        found.results,
+        threat_model=run.threat_model,
+        seed=config.training.seed,
+    )
+    write_run(report, run.folder, results=found.results, examples=examples, repo_id=run.repo_id)
+    remove_partial_results(run.folder)
+    return report
 
 
 def export_model(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ham_hf.evaluation.config import pixel_unit_problems
+from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.settings import SettingsGroup, setting
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(SettingsGroup):
+class AttackConfig(ThreatConfig):
     """The threat model, which evaluation shares, and the PGD attack of training."""
 
     norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
