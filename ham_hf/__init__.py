@@ -2,12 +2,12 @@
 
 `ThreatModel`, `pgd` and `mine_hard_examples` attack, `adversarial_loss` is the loss of one batch, `evaluate`,
 `summarize` and `calibrate` measure and mend fairness, `load_pixel_model` loads a published model, `train` is the
-whole trainer. Importing the package imports none of them, neither torch nor timm; each comes when it is first used.
+whole trainer. Importing the package imports neither torch nor timm; each name is imported when it is first used.
 Our CIFAR networks are registered with timm, whichever of the two is imported first.
 
 The modules, in the order in which data flows: `config`; `data`; `models`; `attacks`, `mining` and `precision`;
-`methods`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `runs` puts stages
-together for the recipes, `comparison` compares runs, `api` holds the functions named above.
+`methods`, the training methods; `training`; `evaluation` and `metrics`; `reporting`; `hub`. `commands` read command
+lines, whose stages are in `training_run` and its like; `comparison` compares runs, `api` holds the functions above.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Comparisons and pages from their command lines: run what is not done, or read existing runs, and write of them.
+"""A comparison, and a page of finished runs, from their command lines.
 
-`run_comparison` writes tables and figures, `run_page` report.html.
+`run_comparison` runs what is not done, or reads existing runs, and writes tables and figures; `run_page` writes
+report.html.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
     """Run or read what ``options`` ask for, and write the comparison; ``argv`` is what was typed.
 
     Raises:
-        SystemExit: status 2 if the plan is refused, 1 if a run failed, 130 after Ctrl-C.
+        SystemExit: status 2 if the plan is rejected, 1 if a run failed, 130 after Ctrl-C.
     """
     with clean_exit(ValueError, OSError):
         if options.config is not None:

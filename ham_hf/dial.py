@@ -250,10 +250,7 @@ def fold_into(model: PixelModel, report: CalibrationReport) -> dict[str, object]
 def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: int) -> Tensor:
     """Shifts (num_classes,) float32 in the order of the model's own logits; 0 for classes that the dataset lacks.
 
-    Args:
-        aligned: what `ham_hf.fitting.align_classes` made of the model.
-        shifts: in the order of the dataset's classes.
-        num_classes: number of the model's logits.
+    ``aligned`` is what `ham_hf.fitting.align_classes` made of the model; ``shifts`` are in the order of the dataset.
     """
     found = torch.tensor(shifts)
     if not isinstance(aligned, ReorderedLogits):
@@ -278,13 +275,7 @@ def folded(loaded: LoadedModel, shifts: Tensor) -> LoadedModel:
 
 
 def calibration_record(original: PixelModel, report: CalibrationReport, shifts: Tensor) -> dict[str, object]:
-    """What ``config.json`` keeps of a calibration: enough to undo it.
-
-    Args:
-        original: the model without the shifts.
-        report: of the calibration.
-        shifts: (C,) in the order of the model's logits.
-    """
+    """What ``config.json`` keeps of a calibration, enough to undo it; ``shifts`` (C,) in the model's order."""
     return {
         "fairness": report.fairness,
         "shifts": shifts.tolist(),
@@ -306,13 +297,7 @@ def export_calibrated(
 ) -> ExportInfo:
     """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
 
-    Args:
-        config: names model and output folder.
-        loaded: the original model.
-        report: of the calibration.
-        shifts: (C,) in the order of the model's logits.
-        class_names: of the dataset, in the order of the model's logits; for a model that does not name its own.
-        model_license: of the weights.
+    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits.
 
     Raises:
         HeadError: if they differ; nothing of the export is left then.

@@ -49,7 +49,7 @@ logger = logging.getLogger("ham_hf.evaluate")
 
 ConfigT = TypeVar("ConfigT", EvaluateConfig, CalibrateConfig)
 
-WAY_ON = "the same command"
+RESUMED_BY = "the same command"
 NOT_THE_NUMBERS = frozenset(
     {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
      "hub_model_id", "publish_images", "dataloader_num_workers"}
@@ -149,7 +149,7 @@ def refusals() -> Iterator[None]:
     """End the process with a message for what is rejected before the work begins."""
     with clean_exit(ValueError):
         world = launched_processes()
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=WAY_ON):
+    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=RESUMED_BY):
         yield
 
 
@@ -158,7 +158,7 @@ def faults_of_work(memory_advice: str) -> Iterator[None]:
     """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
-        explain_faults(num_processes=launched_processes(), way_on=WAY_ON),
+        explain_faults(num_processes=launched_processes(), way_on=RESUMED_BY),
         explain_out_of_memory(memory_advice),
     ):
         yield
@@ -197,18 +197,6 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         show(f"pushed to {url}\n")
 
 
-def check_push(config: EvaluateConfig) -> None:
-    """Refuse a push that could not work, before anything is computed.
-
-    Raises:
-        ValueError: saying what to fix.
-    """
-    if config.hub.create_pr:
-        check_pull_request(str(config.repo_id))
-    else:
-        check_write_access(config.repo_id, private=False)
-
-
 def shell_command(config: EvaluateConfig) -> str:
     """The words that measure the same again, without where things lie on this machine."""
     settings = config_to_dict(config)
@@ -224,7 +212,10 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig]
     """Everything that can be refused, before anything is written."""
     accelerator = begin(config, check_evaluation_dir)
     if config.hub.push_to_hub and accelerator.is_main_process:
-        check_push(config)
+        if config.hub.create_pr:
+            check_pull_request(str(config.repo_id))
+        else:
+            check_write_access(config.repo_id, private=False)
     foreign = load_foreign_attacks(config.more.foreign_attack)
     loaded = load_pixel_model(config.model, revision=config.model_revision)
     chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)

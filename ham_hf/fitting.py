@@ -140,7 +140,6 @@ class AlignedModel(NamedTuple):
     """A model with its logits in the order of a dataset's classes.
 
     Attributes:
-        model: the model.
         class_order: ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
             their logits are attacked and decided over; ``assumed``: names do not match, the orders are assumed equal.
     """

@@ -41,6 +41,7 @@ from ham_hf.models.source import resolve_source
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,
@@ -77,7 +78,7 @@ FAULTS = (
     FaultError,
     OSError,
 )
-"""What may go wrong on the way and says itself what to do."""
+"""Faults whose messages say what to do."""
 WAY_OUT = (
     "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
     "memory; --resume_from_checkpoint latest trains nothing again"
@@ -88,29 +89,28 @@ WAY_OUT = (
 class Run:
     """A run that is checked and put together.
 
-    Attributes:
-        config: its settings; the accumulation is that of this number of processes.
-        accelerator: what it runs on.
-        data: its images.
-        preprocessing: what goes with the model.
-        selected: takes the selected weights; the trainer changes the forward and the place of its own network.
-        trainer: trains the model.
-        held_out: images to find class shifts on; None if none are asked for.
-        base_model: Hub id of the pretrained weights, if it starts from such.
-        repo_id: repository to push to; None on the other processes, and if nothing is pushed.
-        pushes: those of its saves.
+        Attributes:
+            config: its settings; the accumulation is that of this number of processes.
+            accelerator: what it runs on.
+            data: its images.
+        preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
+        selected: takes the selected weights; the trainer changes forward and device of its own network.
+            trainer: trains the model.
+            held_out: images to find class shifts on; None if none are asked for.
+            base_model: Hub id of the pretrained weights, if it starts from such.
+            repo_id: repository to push to; None on the other processes, and if nothing is pushed.
     """
 
     config: TrainConfig
     accelerator: Accelerator
     data: ImageData
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     selected: PixelModel
     trainer: Trainer
-    held_out: HeldOut | None
-    base_model: str | None
-    repo_id: str | None
-    pushes: SavePushes
+    held_out: HeldOut | None = None
+    base_model: str | None = None
+    repo_id: str | None = None
+    pushes: SavePushes | None = None
 
     @property
     def folder(self) -> Path:
@@ -140,7 +140,7 @@ class Evaluated(NamedTuple):
 
 
 def run_training(config: TrainConfig) -> None:
-    """Run one training in its output folder, with a handler for signals, and say how to resume after Ctrl-C."""
+    """Run one training with its output folder locked and signals handled; after Ctrl-C say how to resume."""
     limit_waiting()
     if config.training.disable_tqdm:
         hide_progress_bars()
@@ -171,7 +171,7 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
 
 
 def check_settings(config: TrainConfig) -> None:
-    """Refuse what can be refused without data, network or other processes.
+    """Reject what can be rejected without data, network or other processes.
 
     Raises:
         ValueError: naming the setting.
@@ -188,7 +188,7 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig, lock: RunLock) -> Run:
-    """Load data and model and put the trainer together; nothing is written yet but the lock.
+    """Lock the output folder, load data and model, and make the trainer; nothing else is written yet.
 
     Raises:
         ValueError: for everything that does not fit together.
@@ -270,7 +270,7 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
 
 
 def begin(run: Run) -> None:
-    """Take up the checkpoint that is named, if one is, and write the configuration: from here on there is a run."""
+    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run."""
     training = run.config.training
     run.trainer.resume()
     if run.accelerator.is_main_process:
@@ -310,6 +310,12 @@ def fit(run: Run, stop: StopRequests) -> Trained:
 
 
 def evaluate(run: Run) -> Evaluated:
+    """`measure`; faults end the process with their messages."""
+    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
+        return measure(run)
+
+
+def measure(run: Run) -> Evaluated:
     """Class shifts for the selected weights, from held-out images, if asked for; then the test split, once."""
     config, calibration, record = run.config, None, None
     place = Workplace(
@@ -319,63 +325,66 @@ def evaluate(run: Run) -> Evaluated:
         output_dir=run.folder,
         show_progress=not config.training.disable_tqdm,
     )
-    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
-        weights, best = load_best(run.folder)
-        run.selected.load_state_dict(weights)
-        if run.held_out is not None:
-            calibration = set_dial(
-                run.selected,
-                run.held_out,
-                config.calibration,
-                threat_model=run.threat_model,
-                place=place,
-            )
-            record = fold_into(run.selected, calibration)
-        results = evaluate_on_test(
-            run.selected.to(run.accelerator.device).to(memory_format=run.trainer.train_step.memory_format),
-            run.data,
-            config.evaluation,
-            threat_model=run.threat_model,
-            place=place,
+    weights, best = load_best(run.folder)
+    run.selected.load_state_dict(weights)
+    if run.held_out is not None:
+        calibration = set_dial(
+            run.selected, run.held_out, config.calibration, threat_model=run.threat_model, place=place
         )
+        record = fold_into(run.selected, calibration)
+    results = evaluate_on_test(
+        run.selected.to(run.accelerator.device).to(memory_format=run.trainer.train_step.memory_format),
+        run.data,
+        config.evaluation,
+        threat_model=run.threat_model,
+        place=place,
+    )
     return Evaluated(best, results, calibration, record)
 
 
 def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
-    """Model, report, card and figures into the output folder, and the table onto the terminal; on the main process."""
-    config, data, folder = run.config, run.data, run.folder
-    run.pushes.wait()
-    with clean_exit(FaultError), explain_unfinished(folder):
-        exported = export_model(run.selected, config, data, run.preprocessing, calibration=found.record)
-        model = model_section(config.model.model_name, exported, run.preprocessing, base_model=run.base_model)
-        training = training_section(
-            trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
-        )
-        report = training_report(
-            config,
-            model,
-            training,
-            data,
-            found.results,
-            run.accelerator,
-            calibration=found.calibration,
-            notes=overflow_notes(trained.progress),
-        )
-        examples = run_examples(
-            run.selected,
-            data.test,
-            config.evaluation,
-            found.results,
-            threat_model=run.threat_model,
-            seed=config.training.seed,
-        )
-        write_run(report, folder, results=found.results, examples=examples, repo_id=run.repo_id)
-        remove_partial_results(folder)
+    """`write_files` and the table onto the terminal; on the main process."""
+    if run.pushes is not None:
+        run.pushes.wait()
+    with clean_exit(FaultError), explain_unfinished(run.folder):
+        report = write_files(run, trained, found)
     summaries = {attack.name: attack.summary for attack in report.entries()}
-    track_test_results(run.accelerator, summaries, data.class_names, step=trained.progress.step)
+    track_test_results(run.accelerator, summaries, run.data.class_names, step=trained.progress.step)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
-    show(text_table(results_table(report)) + f"\n\neverything is in {folder}\n")
+    show(text_table(results_table(report)) + f"\n\neverything is in {run.folder}\n")
+
+
+def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
+    """Model, report, card and figures into the output folder."""
+    config, data, preprocessing = run.config, run.data, run.preprocessing
+    assert preprocessing is not None  # noqa: S101 (timm can build the network)
+    exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
+    model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
+    training = training_section(
+        trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
+    )
+    report = training_report(
+        config,
+        model,
+        training,
+        data,
+        found.results,
+        run.accelerator,
+        calibration=found.calibration,
+        notes=overflow_notes(trained.progress),
+    )
+    examples = run_examples(
+        run.selected,
+        data.test,
+        config.evaluation,
+        found.results,
+        threat_model=run.threat_model,
+        seed=config.training.seed,
+    )
+    write_run(report, run.folder, results=found.results, examples=examples, repo_id=run.repo_id)
+    remove_partial_results(run.folder)
+    return report
 
 
 def export_model(

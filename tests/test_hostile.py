@@ -40,7 +40,7 @@ from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 from tests.support.example_report import make_report
-from tests.support.hub_server import Blob, Hub, Repo, hub_environment, use_hub
+from tests.support.hub_server import Hub, hub_environment, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = pytest.mark.faults(quick=True)
@@ -187,10 +187,10 @@ def test_a_hostile_configuration_is_refused_by_name(
 ) -> None:
     (folder / "bomb.bin").write_bytes(pickle.dumps(Bomb(folder / "unpickled")))
     write_config(folder, changes, cfg)
-    since = time.monotonic()
+    since = time.process_time()
     with pytest.raises(ValueError, match=message) as caught:
         load_pixel_model(str(folder))
-    assert time.monotonic() - since < 30  # not for minutes, not until the memory is full
+    assert time.process_time() - since < 30  # not for minutes, not until the memory is full
     assert str(folder) in str(caught.value)
     assert len(str(caught.value)) < 1000
     assert not (folder / "unpickled").exists()
@@ -340,12 +340,8 @@ def test_a_repository_of_pickles_is_refused_by_name(
     write_config(folder, {}, {"file": pickled, "hf_hub_filename": pickled, "custom_load": "hf"})
     mark = tmp_path / "unpickled"
     with Hub({"hf_test": "me"}) as hub:
-        repo = hub.repos["model", "evil/model"] = Repo("model", "evil/model", private=False)
-        tree = {
-            "config.json": Blob((folder / "config.json").read_bytes(), lfs=False),
-            pickled: Blob(pickle.dumps(Bomb(mark)), lfs=False),
-        }
-        repo.refs["main"] = repo.add_commit(tree, None)
+        files = {"config.json": (folder / "config.json").read_bytes(), pickled: pickle.dumps(Bomb(mark))}
+        hub.add("model", "evil/model", files)
         use_hub(hub, monkeypatch, tmp_path / "hf_home", "hf_test")
         with pytest.raises(SystemExit) as stop:
             recipe_module("evaluate.py").main(
@@ -399,12 +395,10 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
     card = yaml.safe_dump({"dataset_info": {"features": features._to_yaml_list()}})
     with Hub({"hf_test": "me"}) as hub:
         for name in ("honest", "rogue", "liar"):
-            repo = hub.repos["dataset", f"evil/{name}"] = Repo("dataset", f"evil/{name}", private=False)
-            blob = Blob((tmp_path / f"{name}.parquet").read_bytes(), lfs=False)
-            tree = {"data/train-0.parquet": blob}
+            files = {"data/train-0.parquet": (tmp_path / f"{name}.parquet").read_bytes()}
             if name == "liar":
-                tree["README.md"] = Blob(f"---\n{card}---\n".encode(), lfs=False)
-            repo.refs["main"] = repo.add_commit(tree, None)
+                files["README.md"] = f"---\n{card}---\n".encode()
+            hub.add("dataset", f"evil/{name}", files)
         script = (
             "from ham_hf.data.sources import open_source, open_streamed_source\n"
             "for name, row in (('honest', None), ('rogue', 9), ('liar', 0)):\n"

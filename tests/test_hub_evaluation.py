@@ -19,7 +19,7 @@ from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.report import RunReport, read_report, write_report
 from tests.support.example_report import make_examples, make_report, with_dataset
-from tests.support.hub_server import Hub, Repo, use_hub
+from tests.support.hub_server import Hub, use_hub
 
 pytestmark = pytest.mark.slow
 
@@ -31,8 +31,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub that this process talks to as "me", with a model and a dataset of somebody else."""
     with Hub({"hf_writer": "me"}) as server:
         use_hub(server, monkeypatch, tmp_path / "hf_home", "hf_writer")
-        server.repos["model", "you/theirs"] = Repo("model", "you/theirs", private=False)
-        server.repos["dataset", "you/open"] = Repo("dataset", "you/open", private=False)
+        server.add("model", "you/theirs", {})
+        server.add("dataset", "you/open", {})
         yield server
 
 

@@ -22,7 +22,7 @@ from ham_hf import hub_requests, training_run
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, try_push
 from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source
-from tests.support.hub_server import BOTH_WAYS, Blob, Hub, Repo, use_hub
+from tests.support.hub_server import BOTH_WAYS, Blob, Hub, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
@@ -311,9 +311,7 @@ def test_training_goes_on_whatever_the_hub_does(
 
 @pytest.fixture
 def published(hub: Hub, folder: Path) -> Hub:
-    repo = hub.repos["model", "me/robust"] = Repo("model", "me/robust", private=False)
-    tree = {name: Blob(data, lfs=False) for name, data in content(folder).items()}
-    repo.refs["main"] = repo.add_commit(tree, None)
+    hub.add("model", "me/robust", content(folder))
     limit_waiting()  # as the recipes do
     return hub
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ham_hf.comparison.pairs import compare_paired, mcnemar
 from ham_hf.intervals import fairness_intervals, worst_class_interval
 from ham_hf.metrics import summarize_counts, wilson_interval
-from ham_hf.pairing import compare_paired, mcnemar
 from tests.benchmarks.coverage import COUNTS, PROFILES, coverage, worst_class_coverage
 
 

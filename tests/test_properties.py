@@ -165,10 +165,10 @@ def test_bombs_of_aliases_and_nesting_do_not_hang(tmp_path: Path) -> None:
     for name, text in bombs.items():
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(text)
-        since = time.monotonic()
+        since = time.process_time()
         found = outcome(parse_train_config, [f"--config={recipe}"])
         assert found is None
-        assert time.monotonic() - since < 30, name
+        assert time.process_time() - since < 30, name
 
 
 @pytest.mark.faults(quick=True)

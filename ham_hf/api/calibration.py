@@ -28,7 +28,8 @@ from ham_hf.evaluation.calibration import (
 from ham_hf.evaluation.calibration import calibrate as find_shifts
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.models.head import SHIFTED_LOGITS_TOLERANCE, HeadError, fold_shifts
-from ham_hf.reporting.formats import percent, text_table
+from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.tables import frontier_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,19 +65,11 @@ class CalibratedModel:
         return self.calibration.frontier
 
     def __str__(self) -> str:
-        """The frontier as a table; the setting that the shifts are of is marked."""
-        rows = [
-            {
-                "Fairness": f"{point.fairness:g}" + (" <" if point.fairness == self.calibration.fairness else ""),
-                "Average": _share(point.average, point.average_low, point.average_high),
-                "Worst class": _share(point.worst_class, point.worst_class_low, point.worst_class_high),
-                "Worst 30 %": _share(point.worst_30_percent, point.worst_30_percent_low, point.worst_30_percent_high),
-            }
-            for point in self.frontier
-        ]
+        """The frontier as a table; the point of the shifts is marked."""
         num = sum(self.calibration.counts)
         where = "folded into the head's bias" if self.folded else "added by a wrapper"
-        return f"CW on {num} held-out images, percent with 95 % intervals; shifts {where}\n\n{text_table(rows)}"
+        title = f"CW on {num} held-out images, percent with 95 % intervals; shifts {where}"
+        return f"{title}\n\n{text_table(frontier_rows(self.calibration))}"
 
     __repr__ = __str__
 
@@ -166,7 +159,3 @@ def _shifted(model: nn.Module, shifts: Tensor, tried: Tensor) -> tuple[nn.Module
     wrapper = ShiftedLogits(original, len(shifts)).eval()
     wrapper.shift.copy_(shifts)
     return wrapper, False
-
-
-def _share(value: float, low: float, high: float) -> str:
-    return f"{percent(value)} ({percent(low)}–{percent(high)})"

@@ -21,7 +21,7 @@ from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_att
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.reporting.breakdowns import GroupReport, group_report
-from ham_hf.reporting.formats import interval_text, percent, plain_text, text_table
+from ham_hf.reporting.formats import class_cell, interval_text, percent, percent_with_ends, plain_text, text_table
 from ham_hf.reporting.report import AttackReport
 from ham_hf.reporting.run_report import attack_reports, verdict_of
 from ham_hf.reporting.tables import each_group_rows, group_rows
@@ -81,7 +81,7 @@ class EvaluationReport:
         return {
             "Evaluation": entry.title,
             "Images": str(summary.num_examples),
-            "Average": f"{percent(summary.average)} ({percent(summary.average_low)}–{percent(summary.average_high)})",
+            "Average": percent_with_ends(summary.average, summary.average_low, summary.average_high),
             "Worst class": f"{percent(summary.worst_class)}{interval_text(entry.intervals, 'worst_class')} {worst}",
             "Worst 30 %": percent(summary.worst_30_percent) + interval_text(entry.intervals, "worst_30_percent"),
             "Gap": percent(summary.gap) + interval_text(entry.intervals, "gap"),
@@ -97,11 +97,9 @@ class EvaluationReport:
             row = {"Class": plain_text(self.class_names[index], 30), "Images": str(headline[index].count)}
             for entry in self.entries:
                 found = entry.summary.per_class[index]
-                if found.accuracy is None or found.low is None or found.high is None:
-                    row[entry.title] = "–"
-                    continue
-                ends = f" ({percent(found.low)}–{percent(found.high)})" if entry is self.entries[0] else ""
-                row[entry.title] = percent(found.accuracy) + ends
+                row[entry.title] = class_cell(found)
+                if entry is not self.entries[0] and found.accuracy is not None:
+                    row[entry.title] = percent(found.accuracy)
             rows.append(row)
         return rows
 
@@ -204,14 +202,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class _LogitCheck:
-    """Lets batches through whose labels the model has logits for.
-
-    Args:
-        model: the model.
-
-    Attributes:
-        num_classes: number of logits; 0 before the first batch.
-    """
+    """Passes batches on whose labels the model has logits for; ``num_classes`` is 0 before the first one."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.num_classes = model, 0

@@ -17,12 +17,7 @@ Loader: TypeAlias = Iterable[Any] | Images
 
 
 class HeldImages(Images):
-    """Images that are in memory as they came, of any size, in float32.
-
-    Args:
-        x: (N, C, H, W) in [0, 1], on the CPU.
-        labels: (N,) int64.
-    """
+    """Images ``x`` (N, C, H, W) in [0, 1] with ``labels`` (N,) int64, in memory as they came, on the CPU."""
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.x, self.labels = x, labels

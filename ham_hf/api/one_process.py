@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 class OneProcess:
-    """What evaluation asks of an ``accelerate.Accelerator``, without the state that one keeps for the whole process.
-
-    Args:
-        device: where the model is.
-    """
+    """What evaluation asks of an ``accelerate.Accelerator``, without its state for the whole process."""
 
     num_processes, process_index = 1, 0
     is_main_process = is_local_main_process = True

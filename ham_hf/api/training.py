@@ -24,33 +24,20 @@ from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
-from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.class_examples import run_examples
-from ham_hf.reporting.run_report import (
-    model_section,
-    overflow_notes,
-    training_report,
-    training_section,
-    write_config,
-    write_run,
-)
-from ham_hf.training.checkpoint import check_resume_name, load_best, save_weights
-from ham_hf.training.launch import create_accelerator, launched_processes, peak_memory_bytes
-from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
+from ham_hf.reporting.run_report import write_config
+from ham_hf.training.checkpoint import save_weights
+from ham_hf.training.launch import launched_processes, peak_memory_bytes
+from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, clear_output_dir
 from ham_hf.training.stopping import StopRequests, stop_requests
-from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
+from ham_hf.training.trackers import end_training, start_trackers, track_test_results
 from ham_hf.training.trainer import Trainer
-from ham_hf.training_run import export_model
+from ham_hf.training_run import Run, Trained, check_settings, measure, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -115,15 +102,7 @@ def train(
         stop_requests(folder, settings.training.max_train_hours) as stop,
         RunLock(folder) as lock,
     ):
-        accelerator = create_accelerator(
-            use_cpu=settings.training.use_cpu,
-            mixed_precision=settings.training.mixed_precision,
-            trackers=chosen_trackers(settings.training.report_to),
-            logging_dir=folder / LOGS_NAME,
-            ddp_timeout=settings.training.ddp_timeout,
-        )
-        if accelerator.is_main_process:
-            lock.acquire()
+        accelerator = start_accelerator(settings, lock)
         with accelerator.main_process_first():
             data = _data(settings, train, test, class_names, model)
         settings, network, preprocessing = _network(settings, model, data)
@@ -153,20 +132,27 @@ def _run(
         accelerator,
         eval_batch_size=settings.evaluation.per_device_eval_batch_size,
     )
-    settings = replace(settings, training=trainer.config)
+    run = Run(
+        config=replace(settings, training=trainer.config),
+        accelerator=accelerator,
+        data=data,
+        preprocessing=preprocessing,
+        selected=cast(PixelModel, selected),
+        trainer=trainer,
+    )
     trainer.resume()
     if accelerator.is_main_process:
-        if settings.training.overwrite_output_dir:
+        if run.config.training.overwrite_output_dir:
             clear_output_dir(folder, OWNED_BY_TRAINING)
             (folder / LOADING_NAME).unlink(missing_ok=True)
         if data.name != NAME and preprocessing is not None:
-            write_config(settings, folder)
+            write_config(run.config, folder)
     accelerator.wait_for_everyone()
-    start_trackers(accelerator, folder, config_to_dict(settings), step=trainer.progress.step)
+    start_trackers(accelerator, folder, config_to_dict(run.config), step=trainer.progress.step)
     with stop.deferred():
         trainer.fit(stop)
     accelerator.wait_for_everyone()
-    return _finished(settings, trainer, selected, preprocessing, data)
+    return _finished(run)
 
 
 def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
@@ -197,14 +183,7 @@ def _check(settings: TrainConfig, train: Examples | None, test: Examples | None)
         raise ValueError(
             "fairness: this call trains; make the result fairer with ham_hf.calibrate, on held-out images"
         )
-    chosen_trackers(settings.training.report_to)
-    check_optimizer(settings.training.optimizer)
-    if settings.evaluation.autoattack:
-        require_autoattack()
-    folder, resume_from = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
-    if resume_from is not None:
-        check_resume_name(folder, resume_from)
-    check_output_dir(folder, overwrite=settings.training.overwrite_output_dir, resume_from=resume_from)
+    check_settings(settings)
 
 
 @contextmanager
@@ -303,74 +282,26 @@ def _network(
     )
 
 
-def _finished(
-    settings: TrainConfig,
-    trainer: Trainer,
-    selected: nn.Module,
-    preprocessing: Preprocessing | None,
-    data: ImageData,
-) -> TrainedModel:
+def _finished(run: Run) -> TrainedModel:
     """The selected weights, evaluated on the test set and written."""
-    folder, threat_model, accelerator = (
-        Path(settings.training.output_dir),
-        settings.attack.threat_model,
-        trainer.accelerator,
-    )
-    weights, best = load_best(folder)
-    selected.load_state_dict(weights)
-    results = evaluate_on_test(
-        selected.to(accelerator.device).to(memory_format=trainer.train_step.memory_format),
-        data,
-        settings.evaluation,
-        threat_model=threat_model,
-        place=Workplace(
-            accelerator=accelerator,
-            batch_size=settings.evaluation.per_device_eval_batch_size,
-            seed=settings.training.seed,
-            output_dir=folder,
-            show_progress=not settings.training.disable_tqdm,
-        ),
-    )
-    report = report_of(results, data.class_names, threat_model)
+    accelerator, data, progress = run.accelerator, run.data, run.trainer.progress
+    found = measure(run)
+    report = report_of(found.results, data.class_names, run.threat_model)
     summaries = {attack.name: attack.summary for attack in report.entries}
-    track_test_results(accelerator, summaries, data.class_names, step=trainer.progress.step)
+    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
     if accelerator.is_main_process:
-        if preprocessing is None:
-            _write_plain(selected, report, data, folder)
+        if run.preprocessing is None:
+            _write_plain(run.selected, report, data, run.folder)
+            remove_partial_results(run.folder)
         else:
-            _write_for_timm(settings, trainer, cast(PixelModel, selected), preprocessing, data, best, results)
-        remove_partial_results(folder)
+            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
     return TrainedModel(
-        model=selected.eval(),
+        model=run.selected.eval(),
         report=report,
-        folder=folder,
-        loads_with_timm=preprocessing is not None,
+        folder=run.folder,
+        loads_with_timm=run.preprocessing is not None,
         class_names=data.class_names,
     )
-
-
-def _write_for_timm(
-    settings: TrainConfig,
-    trainer: Trainer,
-    selected: PixelModel,
-    preprocessing: Preprocessing,
-    data: ImageData,
-    best: Mapping[str, Any],
-    results: Mapping[str, AttackResult],
-) -> None:
-    """Everything that a run of the command line leaves."""
-    folder, accelerator = Path(settings.training.output_dir), trainer.accelerator
-    exported = export_model(selected, settings, data, preprocessing)
-    model = model_section(settings.model.model_name, exported, preprocessing)
-    training = training_section(trainer.progress, best, peak_memory_bytes=peak_memory_bytes(accelerator.device))
-    report = training_report(
-        settings, model, training, data, results, accelerator, notes=overflow_notes(trainer.progress)
-    )
-    seed = settings.training.seed
-    examples = run_examples(
-        selected, data.test, settings.evaluation, results, threat_model=settings.attack.threat_model, seed=seed
-    )
-    write_run(report, folder, results=results, examples=examples)
 
 
 def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:

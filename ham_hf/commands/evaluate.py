@@ -9,8 +9,8 @@
 
 Writes report.json, predictions.parquet (every image: prediction and margin clean and under each attack, and the
 verdict), figures/, EVALUATION.md (the evaluation part of a model card) and, of a dataset on the Hub, .eval_results/.
---push_to_hub brings them into the model's repository, --create_pr as a pull request. Killed in the middle, the same
-command goes on where it stopped.
+--push_to_hub brings them into the model's repository, --create_pr as a pull request. After an interruption, the same
+command resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -6,15 +6,65 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ham_hf.comparison.differences import evaluations
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts, read_verdicts
-from ham_hf.pairing import PairedComparison, compare_paired
+from ham_hf.intervals import REPETITIONS
+from ham_hf.metrics import num_worst, summarize
 from ham_hf.reporting.report import RunReport
 
 PAIRED_METRICS = ("average", "worst_class", "worst_30_percent")
 _ERROR = 0.05
+_ENDS = (0.025, 0.975)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Other minus reference, with its 95 % interval; all in [-1, 1].
+
+    Attributes:
+        per_seed: the difference of each pair of runs.
+        mean: mean of ``per_seed``.
+        low: lower end of the interval of ``mean`` (percentile bootstrap).
+        high: upper end.
+    """
+
+    per_seed: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+
+    def is_sure(self) -> bool:
+        """Whether all pairs agree which model is better and the interval excludes 0."""
+        agree = all(value > 0 for value in self.per_seed) or all(value < 0 for value in self.per_seed)
+        return agree and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedComparison:
+    """What a paired test says of another model and a reference.
+
+    Attributes:
+        num_examples: images that both were judged on.
+        average: difference of the averages.
+        worst_class: difference on the class that is the reference's worst.
+        worst_30_percent: difference of the means of the classes that are the reference's worst 30 %.
+        only_reference: images that only the reference is right on, of each pair.
+        only_other: images that only the other model is right on, of each pair.
+        p_values: exact McNemar test of each pair (`mcnemar`).
+    """
+
+    num_examples: int
+    average: Difference
+    worst_class: Difference
+    worst_30_percent: Difference
+    only_reference: tuple[int, ...]
+    only_other: tuple[int, ...]
+    p_values: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,3 +202,128 @@ def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
             for metric in PAIRED_METRICS
         },
     )
+
+
+def mcnemar(only_reference: int, only_other: int) -> float:
+    """Two-sided p-value of McNemar's test, exact: the chance of so uneven a split if each side were as likely.
+
+    Args:
+        only_reference: images that only the reference is right on.
+        only_other: images that only the other model is right on.
+
+    Raises:
+        ValueError: if a count is negative.
+    """
+    if min(only_reference, only_other) < 0:
+        raise ValueError(f"expected counts >= 0, got {only_reference} and {only_other}")
+    num = only_reference + only_other
+    ways = total = 1
+    for index in range(min(only_reference, only_other)):
+        ways = ways * (num - index) // (index + 1)
+        total += ways
+    # Whole numbers until the last division, which rounds once.
+    return min(1.0, float(2 * total / (1 << num)))
+
+
+def compare_paired(
+    reference: Tensor,
+    other: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    repetitions: int = REPETITIONS,
+) -> PairedComparison:
+    """Compare two models on the same images, in one or several pairs of runs (one per training seed).
+
+    Averages: exact McNemar test per pair. All three differences: bootstrap of images within each class, the same
+    images for both models and all pairs. The worst classes are those of each pair's reference and are not chosen again
+    in each resample. They were chosen for being low, so the reference is a little better there than it looks, and
+    small gains in these classes are partly that. The intervals do not cover other training seeds: see ``per_seed``.
+
+    Args:
+        reference: (S, N) bool, right or not, one row per pair.
+        other: (S, N) bool, in the same order.
+        labels: (N,) in [0, num_classes).
+        num_classes: C.
+        seed: seed of the resampling.
+        repetitions: number of resamples.
+
+    Raises:
+        ValueError: if shapes differ or there is no image.
+    """
+    if reference.ndim != 2 or reference.shape != other.shape or reference.shape[1:] != labels.shape:
+        raise ValueError(
+            f"expected flags (pairs, images) of both models and labels (images,), got {tuple(reference.shape)}, "
+            f"{tuple(other.shape)} and {tuple(labels.shape)}"
+        )
+    pairs = range(len(reference))
+    worst = [_worst_first(flags, labels, num_classes) for flags in reference]
+    flags = np.concatenate([reference.numpy(), other.numpy()]).astype(np.int64)  # (2 S, N)
+    counts = np.bincount(labels.numpy(), minlength=num_classes)
+    seen = _class_sums(flags, labels.numpy(), counts)[None]
+    drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
+
+    def of_classes(classes: list[list[int]]) -> Difference:
+        """Difference of the mean over these classes of each pair."""
+        return _difference(*(_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)))
+
+    totals = [
+        (sums[..., len(reference) :] - sums[..., : len(reference)]).sum(1) / len(labels) for sums in (seen, drawn)
+    ]
+    only_reference = [int((reference[pair] & ~other[pair]).sum()) for pair in pairs]
+    only_other = [int((other[pair] & ~reference[pair]).sum()) for pair in pairs]
+    return PairedComparison(
+        num_examples=len(labels),
+        average=_difference(*totals),
+        worst_class=of_classes([classes[:1] for classes in worst]),
+        worst_30_percent=of_classes([classes[: num_worst(len(classes))] for classes in worst]),
+        only_reference=tuple(only_reference),
+        only_other=tuple(only_other),
+        p_values=tuple(mcnemar(*numbers) for numbers in zip(only_reference, only_other, strict=True)),
+    )
+
+
+def _difference(seen: NDArray[np.float64], drawn: NDArray[np.float64]) -> Difference:
+    """From the differences of S pairs: those seen (1, S), and resampled (repetitions, S)."""
+    low, high = np.quantile(drawn.mean(1), _ENDS)
+    values = tuple(seen[0].tolist())
+    return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
+
+
+def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:
+    """Classes that have images, by accuracy."""
+    per_class = summarize(flags, labels, num_classes).per_class
+    present = [index for index, entry in enumerate(per_class) if entry.accuracy is not None]
+    return sorted(present, key=lambda index: (per_class[index].accuracy, index))
+
+
+def _class_sums(flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(C, 2 S) right images of each class and run."""
+    return np.stack([np.bincount(labels, row, len(counts)) for row in flags], axis=1).astype(np.int64)
+
+
+def _resample(
+    flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64], *, seed: int, repetitions: int
+) -> NDArray[np.int64]:
+    """(repetitions, C, 2 S) right images when those of each class are drawn again.
+
+    Images with the same outcome in all runs count as one kind: how often a kind is drawn is multinomial.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = np.zeros((repetitions, len(counts), len(flags)), dtype=np.int64)
+    for label in counts.nonzero()[0]:
+        kinds, sizes = np.unique(flags[:, labels == label].T, axis=0, return_counts=True)
+        drawn[:, label] = generator.multinomial(counts[label], sizes / counts[label], repetitions) @ kinds
+    return drawn
+
+
+def _mean_difference(
+    sums: NDArray[np.int64], counts: NDArray[np.int64], classes: list[list[int]], pairs: int
+) -> NDArray[np.float64]:
+    """(repetitions, S) other minus reference, of the mean accuracy of some classes of each pair."""
+    columns = [
+        ((sums[:, chosen, pairs + pair] - sums[:, chosen, pair]) / counts[chosen]).mean(1)
+        for pair, chosen in enumerate(classes)
+    ]
+    return np.stack(columns, axis=1)

@@ -1,7 +1,7 @@
-"""Configuration: what is put together of the components' settings, the command line and recipe files.
+"""Configurations, from command lines and recipe files.
 
-`configs` puts the settings together, `yaml_file` turns text into values and back, `assembly` builds a configuration
-from parsed entries, `command_line` reads command lines.
+`configs` groups the components' settings, `yaml_file` turns text into values and back, `assembly` builds a
+configuration from parsed entries, `command_line` reads command lines.
 """
 
 from __future__ import annotations
@@ -11,13 +11,7 @@ from ham_hf.config.command_line import parse_calibrate_config, parse_evaluate_co
 from ham_hf.config.configs import CalibrateConfig, EvaluateConfig, TrainConfig, config_to_dict
 from ham_hf.config.yaml_file import config_to_yaml
 from ham_hf.data.config import DataConfig
-from ham_hf.evaluation.config import (
-    CalibrationConfig,
-    EvaluationConfig,
-    MoreEvaluationConfig,
-    ThreatConfig,
-    pixel_unit_problems,
-)
+from ham_hf.evaluation.config import CalibrationConfig, EvaluationConfig, MoreEvaluationConfig, ThreatConfig
 from ham_hf.hub_config import HubConfig
 from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError
@@ -44,5 +38,4 @@ __all__ = [
     "parse_calibrate_config",
     "parse_evaluate_config",
     "parse_train_config",
-    "pixel_unit_problems",
 ]

@@ -88,7 +88,7 @@ def _group_classes(config_class: type) -> dict[str, type]:
 
 
 def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required: Iterable[str] = ()) -> ConfigT:
-    """Make a configuration from what files (first) and flags (last, winning) say.
+    """Make a configuration from the entries of files (first) and flags (last; they win).
 
     Args:
         config_class: what to make.
@@ -96,8 +96,7 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
         required: names of settings that have to be given although they have a default.
 
     Raises:
-        ConfigError: naming everything that is wrong with the settings one by one or, if nothing is, with their
-            combination.
+        ConfigError: with every problem of a single setting or, if there is none, of their combination.
     """
     groups = group_settings(config_class)
     entries = with_current_names(entries)
@@ -122,13 +121,13 @@ def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required
             problems.append(f"{entry.origin}--{entry.name} {shown}: expected {known[entry.name].expected}{reason}")
     if problems:
         raise ConfigError(problems)
-    return _assemble(config_class, groups, method, values)
+    return _assemble(config_class, method, values)
 
 
 def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]:
     """The training method, and the entries that remain to be read for it.
 
-    When a flag replaces the method of a recipe, the recipe's options of its own method fall with it.
+    When a flag replaces the method of a recipe, the options of the recipe's method are dropped.
     """
     methods = available_methods()
 
@@ -148,11 +147,12 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
     rest = [entry for entry in entries if entry.name != "method"]
     if chosen is in_file:
         return chosen, rest
-    fallen = {known.name for known in settings_of(in_file)}
-    left_out = [entry.name for entry in rest if entry.origin and entry.name in fallen]
-    if left_out:
-        logger.info("--method %s replaces %s and its options %s", chosen.name, in_file.name, ", ".join(left_out))
-    return chosen, [entry for entry in rest if not (entry.origin and entry.name in fallen)]
+    options = {known.name for known in settings_of(in_file)}
+    dropped = [entry for entry in rest if entry.origin and entry.name in options]
+    if dropped:
+        names = ", ".join(entry.name for entry in dropped)
+        logger.info("--method %s replaces %s and its options %s", chosen.name, in_file.name, names)
+    return chosen, [entry for entry in rest if entry not in dropped]
 
 
 def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Method] | None) -> str:
@@ -176,28 +176,23 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def _assemble(
-    config_class: type[ConfigT],
-    groups: Mapping[str, tuple[Setting, ...]],
-    method: type[Method] | None,
-    values: Mapping[str, object],
-) -> ConfigT:
-    """Put values that are fine by themselves into their groups, and those into the configuration."""
+def _assemble(config_class: type[ConfigT], method: type[Method] | None, values: Mapping[str, object]) -> ConfigT:
+    """Put values that are valid by themselves into their groups, and those into the configuration."""
 
-    def given(settings: Iterable[Setting]) -> dict[str, Any]:
-        return {known.name: values[known.name] for known in settings if known.name in values}
+    def given(kind: type) -> dict[str, Any]:
+        return {known.name: values[known.name] for known in settings_of(kind) if known.name in values}
 
-    parts = given(groups[""])
+    parts = given(config_class)
     problems: list[str] = []
     for attribute, kind in _group_classes(config_class).items():
         try:
-            parts[attribute] = kind(**given(groups[attribute]))
+            parts[attribute] = kind(**given(kind))
         except ConfigError as error:  # noqa: PERF203 (every problem is wanted, not the first)
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
     if method is not None:
-        parts["method"] = method(**given(settings_of(method)))
+        parts["method"] = method(**given(method))
     return config_class(**parts)
 
 
@@ -206,13 +201,13 @@ KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
 
 
 def with_current_names(entries: Sequence[Entry]) -> list[Entry]:
-    """The settings as written, with those of earlier versions in a file put into today's words.
+    """Replace settings of earlier versions in a file by today's.
 
     ``keep_easy_fraction`` F was ``easy_weight`` 1 and ``easy_fraction`` F; 0 was ``easy_weight`` 0.
 
     Raises:
-        ConfigError: for ``keep_easy_as: clean`` with a fraction, which is gone; for an old name as a flag, or beside a
-            new one in the same file. Each names the setting that took its place.
+        ConfigError: naming the new setting, for ``keep_easy_as: clean`` with a fraction, for an old name as a flag,
+            and for one beside a new one in the same file.
     """
     old = {entry.name: entry for entry in entries if entry.name in KEPT_EASY}
     if not old:

@@ -36,13 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Screen(NamedTuple):
-    """What the first help screen of a command says.
-
-    Attributes:
-        command: its name.
-        about: what it does, in a sentence or two.
-        settings: those that are used most, in the order shown, each with a few words.
-    """
+    """The first help screen: the command's name, what it does, and the settings used most, each in a few words."""
 
     command: str
     about: str
@@ -141,7 +135,7 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
 
 
 def _warn_of_late_starts(config: TrainConfig) -> None:
-    """Warn of what begins after the last epoch; `--max_steps` may end a run before that, which the trainer knows."""
+    """Warn of what begins after the last epoch; the trainer knows whether `--max_steps` ends the run before that."""
     words = config.method.start_words(config.training.first_perturbed_epoch)
     for what, first in config.method.start_epochs(config.training.first_perturbed_epoch).items():
         if first >= config.training.num_train_epochs:
@@ -232,11 +226,7 @@ class _Parser(argparse.ArgumentParser):
             self.settings |= {known.name: known for known in new}
 
     def read(self, argv: Sequence[str]) -> tuple[list[Entry], Path | None, bool]:
-        """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration.
-
-        Raises:
-            ConfigError: when a word is neither a flag nor the value of one.
-        """
+        """Split ``argv`` into settings as written, the recipe's path, and whether to print the configuration."""
         namespace, extra = self.parse_known_args(self._canonical(argv))
         found = vars(namespace)
         recipe, print_config = found.pop("config", None), found.pop("print_config", False)
@@ -271,11 +261,7 @@ class _Parser(argparse.ArgumentParser):
         return words
 
     def help_on(self, topic: str) -> str:
-        """What ``--help TOPIC`` shows: the first screen for "", every setting for "all", else one method's options.
-
-        Raises:
-            ConfigError: when there is no such topic.
-        """
+        """What ``--help TOPIC`` shows: the first screen for "", every setting for "all", else one method's options."""
         if not topic:
             return self._first_screen()
         listings = _method_listings() if "method" in self.screen.settings else {}

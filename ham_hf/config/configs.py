@@ -1,4 +1,4 @@
-"""Configurations: what a training, an evaluation and a calibration put together of the settings of their components.
+"""The configurations of a training, an evaluation and a calibration, made of the settings of their components.
 
 A field's name is its flag (``--name``) and its YAML key; names are unique over all groups. Epsilon and step sizes
 are in pixel units, pixels being in [0, 1]. A field with a title is a group, whose class is the field's factory.
@@ -75,13 +75,13 @@ class TrainConfig:
             problems.append(
                 "--pack_hard_examples packs the batches of an update, and there is one: raise "
                 "--gradient_accumulation_steps, and lower --per_device_train_batch_size to keep the size of an update "
-                "(a run that goes on with more processes has fewer batches per update: give it fewer processes)"
+                "(a run that resumes with more processes has fewer batches per update: give it fewer processes)"
             )
         if problems:
             raise ConfigError(problems)
 
     def _method_problems(self) -> Iterator[str]:
-        """What is wrong with the method, with those it borrows from, and with the averages around it."""
+        """Problems of the method, of the rules that it borrows, and of averaged weights."""
         try:
             self.method.check(num_steps=self.attack.num_steps)
         except ValueError as error:
@@ -199,7 +199,7 @@ class CalibrateConfig(SettingsGroup):
         return Path("outputs", f"{Path(self.model.split(':')[-1]).resolve().name}-fair-{how}")
 
     def contradictions(self) -> Iterator[str]:
-        """No goal, settings of a split without one, an output folder that is the model's own, and lengths."""
+        """No goal, settings of a split without one, the model's own folder as output, and step sizes."""
         if not self.calibration.is_asked_for:
             yield "--fairness F (0 = as it is, 1 = all classes alike) or --max_average_drop is required"
             return

@@ -30,10 +30,10 @@ _TEXT_TAG, _LIST_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
 
 
 class Entry(NamedTuple):
-    """One setting as somebody wrote it.
+    """One setting as written.
 
     Attributes:
-        name: what was written for its name; may be no setting at all.
+        name: as written; may be unknown.
         node: its value, not yet read.
         origin: file and line, to begin a message with; empty for a flag.
     """
@@ -54,11 +54,7 @@ def list_node(texts: list[str]) -> yaml.Node:
 
 
 def mapping_node(flag: str, pairs: list[str]) -> yaml.Node:
-    """A flag's ``key=value`` words as a mapping node; the values are YAML.
-
-    Raises:
-        ConfigError: when a word has no ``=`` or its value is not YAML.
-    """
+    """A flag's ``key=value`` words as a mapping node; the values are YAML."""
     items = []
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -105,8 +101,8 @@ def read_value(known: Setting, node: yaml.Node) -> object:
     """Read the value of a setting.
 
     Raises:
-        ValueError: when the text is not of the setting's type or not in its range; says what was wrong only where
-            that is more than the expectation that the setting states of itself.
+        ValueError: when the text is not of the setting's type or not in its range; with a message only where it adds
+            something to `Setting.expected`.
     """
     value = _read(known, node)
     if not known.accepts(value):
@@ -212,8 +208,7 @@ def _number(text: str) -> float:
     try:
         above, below = float(numerator), float(denominator) if slash else 1.0
     except ValueError:
-        # Python's words are about strings and float, which nobody wrote.
-        raise ValueError from None
+        raise ValueError from None  # Python's message is about strings and float
     if below == 0:
         raise ValueError("the denominator is 0")
     value = above / below
@@ -248,7 +243,7 @@ def _untyped(node: yaml.Node) -> object:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
-    """Parse YAML without interpreting it. Anchors, aliases, tags and deep nesting, which nobody needs, are refused.
+    """Parse YAML without interpreting it; reject anchors, aliases, tags and deep nesting.
 
     The time that PyYAML takes grows with the square of the depth.
     """

@@ -37,22 +37,13 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*
 
 @dataclass(frozen=True, kw_only=True)
 class ClassFolders:
-    """The images of a folder.
-
-    Attributes:
-        splits: of each split the paths of its images relative to the folder, sorted, each with its class.
-        notes: what is left out, each with its number and an example.
-    """
+    """Of each split the relative paths of its images, sorted, each with its class; and notes on what is left out."""
 
     splits: Mapping[str, tuple[tuple[str, str], ...]]
     notes: tuple[str, ...]
 
     def as_dataset(self, file_of: Mapping[str, str]) -> datasets.DatasetDict:
-        """Images and labels; images stay in their files.
-
-        Args:
-            file_of: where the file of each path is.
-        """
+        """Images, which stay in their files, and labels; ``file_of`` says where the file of each path is."""
         names = sorted({name for images in self.splits.values() for _, name in images})
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         place = {name: number for number, name in enumerate(names)}

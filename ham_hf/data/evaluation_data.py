@@ -67,15 +67,7 @@ class _Opened(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPart:
-    """The images to evaluate on, not decoded.
-
-    Attributes:
-        source: the opened dataset.
-        encoded: the images.
-        class_names: names of the classes that their labels count.
-        origin: name of the split, or how the images were held out of it.
-        groups: of the images, where a column of groups was named.
-    """
+    """The images to evaluate on, not decoded; ``origin`` is their split, or how they were held out of it."""
 
     source: Source[datasets.Dataset] | Source[SplitFiles]
     encoded: EncodedImages

@@ -98,8 +98,8 @@ def files_of_builder(
 
     Args:
         builder: opened, nothing prepared.
-        splits_declared: whether the dataset's README.md says which files its configuration has.
-        only_configuration: whether no other configuration may have the remaining files.
+        splits_declared: whether README.md says which files the configuration has.
+        only_configuration: whether the remaining files cannot be another configuration's.
     """
     root = "/".join(part for part in (str(builder.base_path).rstrip("/"), builder.config.data_dir) if part)
     if "://" in root:

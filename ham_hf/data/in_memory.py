@@ -29,11 +29,9 @@ NAME = "given-in-python"
 class Examples(Protocol):
     """A dataset with a length whose items are (image, label), or rows of the datasets library."""
 
-    def __len__(self) -> int:
-        """Number of examples."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Any:  # noqa: ANN401 (a pair or a mapping)
-        """One example."""
+    def __getitem__(self, index: int) -> Any: ...  # noqa: ANN401 (a pair or a mapping)
 
 
 def image_data_from(

@@ -123,16 +123,7 @@ class SplitFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The files of the training split, and what of them is for training.
-
-    Attributes:
-        source: the files.
-        image_column: name of the image column.
-        label_column: name of the label column.
-        num_rows: examples of each file.
-        num_held_out: how many of them, the first ones, are not for training.
-        num_classes: classes that the labels tell apart.
-    """
+    """The files of the training split; the first ``num_held_out`` of each file's ``num_rows`` are not for training."""
 
     source: SplitFiles
     image_column: str

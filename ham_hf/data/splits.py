@@ -129,11 +129,8 @@ class Parts:
     """The parts of a dataset, not decoded.
 
     Attributes:
-        source: the opened dataset.
-        chosen: its splits and columns.
         encoded: ``test``, ``validation`` if there is one, and ``train`` or, of a stream, ``sample``: some training
             images for statistics.
-        class_names: C names, in label order.
         test_split_origin: name of the test split, or how it was held out of train.
         num_images: examples of the training split.
         shards: the training split, if it is read as a stream.

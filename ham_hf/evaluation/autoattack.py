@@ -90,35 +90,26 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    size, chosen = WorkingSize(place.batch_size), _chosen_examples(images.labels, num_examples)
-    labels = images.labels[chosen]
+    chosen = _chosen_examples(images.labels, num_examples)
     settings: dict[str, object] = {
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
         **{"seed": place.seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
     partial = keyed(place.kept(model, images), {"autoattack": settings, "batch_size": place.batch_size})
-    device = place.accelerator.device
-    adversary = _standard_adversary(
-        GuardedModel(PiecewiseModel(model, size)), threat_model, attacks, num_targets, device
-    )
-    predictions, margins, seconds, accuracy = labels.clone(), torch.zeros(len(labels)), 0.0, dict[str, float]()
+    size = WorkingSize(place.batch_size)
+    guarded = GuardedModel(PiecewiseModel(model, size))
+    adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
+    labels, accuracy = images.labels[chosen], dict[str, float]()
+    predictions, margins, seconds = labels.clone(), torch.zeros(len(labels)), 0.0
     with attack_mode(model):
         for name in ("clean", *attacks):
             left = (predictions == labels).nonzero().squeeze(1)
-            shared = SharedBatches(
-                f"autoattack-{name}",
-                torch.split(chosen[left], place.batch_size) if len(left) else [],
-                shape=(1, len(images)),
-                place=place,
-                partial=partial,
-            )
+            rows = torch.split(chosen[left], place.batch_size) if len(left) else []
+            shape = (1, len(images))
+            shared = SharedBatches(f"autoattack-{name}", rows, shape=shape, place=place, partial=partial)
             for number, batch in shared.of(images):
-                watch = StopWatch(device)
-                if name == "clean":
-                    logits = _classify(adversary, size, batch, checks=number == 0)
-                else:
-                    batch_seed = derive_seed(place.seed, Stream.AUTOATTACK, attacks.index(name), number)
-                    logits = _strike(adversary, name, size, batch, batch_seed)
+                watch = StopWatch(batch.x.device)
+                logits = _logits(adversary, name, size, batch, number=number, seed=place.seed)
                 margin = true_margins(logits, batch.y)
                 shared.add(number, Outcome(predicted(logits)[None], margin[None], torch.tensor([watch.lap()])))
             found = shared.gather()
@@ -202,6 +193,22 @@ def _standard_adversary(
     adversary.apgd.n_restarts = adversary.fab.n_restarts = adversary.apgd_targeted.n_restarts = 1
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = num_targets
     return adversary
+
+
+def _logits(
+    adversary: Any,  # noqa: ANN401
+    name: str,
+    size: WorkingSize,
+    batch: PixelBatch,
+    *,
+    number: int,
+    seed: int,
+) -> Tensor:
+    """Logits of the batch with this number as it is ("clean"), or as one of the attacks leaves it."""
+    if name == "clean":
+        return _classify(adversary, size, batch, checks=number == 0)
+    position = adversary.attacks_to_run.index(name)
+    return _strike(adversary, name, size, batch, derive_seed(seed, Stream.AUTOATTACK, position, number))
 
 
 def _classify(adversary: Any, size: WorkingSize, batch: PixelBatch, *, checks: bool) -> Tensor:  # noqa: ANN401

@@ -85,9 +85,6 @@ class SearchAttack(Attack):
     """The attack of the search, CW: PGD on the margin, one random start.
 
     Attributes:
-        threat_model: norm and radius.
-        step_size: length of a step in pixel units.
-        num_steps: number of steps.
         precision: "float32", or "bf16" or "fp16" for the attack's passes; what is counted as right is always float32.
     """
 
@@ -117,16 +114,11 @@ class FrontierPoint:
 
     Attributes:
         fairness: F.
-        average: share of all held-out images that are right.
-        average_low: lower end of its 95 % Wilson interval.
-        average_high: upper end.
-        worst_class: smallest class accuracy.
-        worst_class_low: lower end of its 95 % interval: the smallest of the lower ends of the classes' simultaneous
-            Wilson intervals (each at 1 - 0.05 / C), which all hold at once with 95 %.
-        worst_class_high: upper end, likewise.
-        worst_30_percent: mean of the worst 30 % of the classes.
-        worst_30_percent_low: the same of the lower ends, which bounds it as it grows with each class.
-        worst_30_percent_high: the same of the upper ends.
+        average: share of all held-out images that are right, with its 95 % Wilson interval.
+        worst_class: smallest class accuracy. Its interval is from the smallest lower to the smallest upper end of the
+            classes' simultaneous Wilson intervals (each at 1 - 0.05 / C), which all hold at once with 95 %.
+        worst_30_percent: mean of the worst 30 % of the classes; its interval is that of the same ends, which bounds
+            it as it grows with each class.
         correct: right images of each class.
     """
 
@@ -167,22 +159,12 @@ class Calibration:
     passes: int
     attack: Mapping[str, object]
 
-    def point(self, fairness: float | None = None) -> FrontierPoint:
-        """The frontier's point at F, by default the one of the shifts."""
-        wanted = self.fairness if fairness is None else fairness
-        return next(point for point in self.frontier if point.fairness == wanted)
-
 
 def check_held_out(labels: Tensor, class_names: Sequence[str], *, how: str) -> None:
     """Refuse to calibrate on too few images of a class; a class without any is fine.
 
-    Args:
-        labels: (N,) of the held-out images.
-        class_names: C names.
-        how: which setting gives more images.
-
     Raises:
-        ValueError: naming the classes and how many images each one lacks.
+        ValueError: naming the classes, how many images each one lacks, and ``how`` to get more.
     """
     counts = count_per_class(labels, len(class_names)).tolist()
     short = [(name, count) for name, count in zip(class_names, counts, strict=True) if 0 < count < MIN_IMAGES]
@@ -256,12 +238,7 @@ def calibrate(
 
 
 class ShiftedLogits(nn.Module):
-    """A classifier with a number added to the logits of each class.
-
-    Args:
-        model: maps pixels (N, C, H, W) to logits (N, num_classes); not copied.
-        num_classes: number of logits.
-    """
+    """A classifier with a number added to each of its ``num_classes`` logits; the model is not copied."""
 
     shift: Tensor
 

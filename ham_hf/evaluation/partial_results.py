@@ -66,13 +66,7 @@ class PartialResults:
         return replace(self, key=hashlib.sha256(text.encode()).hexdigest())
 
     def load(self, stage: str, number: int, rows: Tensor) -> Outcome | None:
-        """A finished batch, or None if there is none with these rows.
-
-        Args:
-            stage: what was done to the batch.
-            number: its number in the stage.
-            rows: (n,) int64, the positions that it has to hold.
-        """
+        """The finished batch of a stage, or None if there is none with these rows (n,) int64."""
         path = self._path(stage, number)
         try:
             read = json.loads(path.read_text(encoding="utf-8"))

@@ -179,17 +179,8 @@ def evaluate_batches(
 ) -> dict[str, AttackResult]:
     """`evaluate` on batches that come one by one and are seen once, in this process alone.
 
-    Args:
-        model: maps pixels to logits.
-        batches: on the device of the model; ``indices`` place the examples in the results, which are in the order of
-            the batches. Random starts are drawn per batch.
-        attacks: what to run beside "clean".
-        seed: seed of the random starts.
-
-    Raises:
-        ValueError: if there is no example, or a pixel outside [0, 1].
-        NonFiniteLogitsError: if the logits of an image as it is are not finite.
-        RuntimeError: the allocator's, if not even one image fits into memory.
+    ``batches`` are on the device of the model; their ``indices`` place the examples in the results, which are in the
+    order of the batches.
     """
     attacker = _BatchAttacker(model, attacks, WorkingSize(sys.maxsize), seed)
     outcomes, labels, indices = [], [], []
@@ -311,11 +302,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
-    """Refuse a model whose logits are not finite on images as they are.
-
-    Args:
-        model: the model, whose weights may tell why.
-        clean: (N,) predictions of `predict`.
+    """Reject a model whose logits are not finite on clean images, by its predictions (N,) of them.
 
     Raises:
         NonFiniteLogitsError: with the number of such images and the names of weights that are not finite.

@@ -25,15 +25,9 @@ def evaluate_on_test(
     place: Workplace,
     foreign: Sequence[ForeignAttack] = (),
 ) -> dict[str, AttackResult]:
-    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example.
+    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example of the test split.
 
-    Args:
-        model: the unwrapped pixel model, on the device and in the memory layout of images.
-        data: its test split.
-        config: which attacks.
-        threat_model: norm and radius.
-        place: where it runs.
-        foreign: attacks of other libraries to run too.
+    ``model`` is the unwrapped pixel model, on the device and in the memory layout of images.
     """
     results = evaluate(
         model,

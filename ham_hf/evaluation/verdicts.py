@@ -91,13 +91,7 @@ class Verdicts:
 def verdicts_of(
     results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
 ) -> Verdicts:
-    """What the results of one evaluation say of each image.
-
-    Args:
-        results: by name, "clean" among them, which has to cover every image that an attack saw.
-        class_names: names of the classes in label order.
-        groups: of the images of the split, if there are any.
-    """
+    """What the results of one evaluation say of each image; "clean" has to cover every image of an attack."""
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
     for name, result in results.items():
@@ -191,10 +185,7 @@ class MatchedVerdicts:
 def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") -> MatchedVerdicts:
     """The images that two models were judged on, by position and label, and what each was right on.
 
-    Args:
-        reference: of one model.
-        other: of the other model.
-        name: "verdict", "clean", or the name of an attack.
+    ``name`` is "verdict", "clean", or that of an attack.
 
     Raises:
         ValueError: if classes, attacks (their seed aside), positions, labels, or the images seen differ: a paired test

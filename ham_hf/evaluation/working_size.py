@@ -32,11 +32,9 @@ class WorkingSize:
         self.rows = rows
 
     def split(self, function: Callable[[slice], Tensor], num: int) -> Tensor:
-        """Results of ``function`` for ``num`` rows, in pieces that fit, put together in order.
+        """Results of ``function`` for ``num`` rows (>= 1), in pieces that fit, put together in order.
 
-        Args:
-            function: given which rows, returns one result per row, (n, ...).
-            num: number of rows, >= 1.
+        ``function`` is given which rows, and returns one result per row, (n, ...).
 
         Raises:
             RuntimeError: the allocator's, if a single row does not fit.

@@ -16,7 +16,7 @@ A method is one frozen dataclass in one file; its fields are its command-line op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -90,9 +90,7 @@ class Method(Stateful):
         words = {}
         for name, first in self.start_epochs(awp_start_epoch).items():
             part = next((part for part in self.parts if part.name == name), None)
-            option = "awp_start_epoch"
-            if part is not None:
-                option = next((field.name for field in fields(part) if field.name.endswith("_start_epoch")), "")
+            option = "awp_start_epoch" if part is None else part.start_option()
             flag = f"--{option} {first}" if name in (self.name, "awp") else f"--class_rule_args {option}={first}"
             words[name] = f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}"
         return words

@@ -36,7 +36,7 @@ class ClassRule(Stateful):
     uses_held_out: ClassVar[bool] = False
     """Whether the rule cannot do without held-out images."""
     uses_class_counts: ClassVar[bool] = False
-    """Whether `initial_state` looks at how many training images a class has; streams may not know it (NaN)."""
+    """Whether `initial_state` uses how many training images a class has; streams may not know it (NaN)."""
 
     @classmethod
     def lent(cls, **options: Any) -> ClassRule:  # noqa: ANN401 (fields of any type)
@@ -88,7 +88,7 @@ class WeightRule(ClassRule):
     weighs_losses: ClassVar[tuple[str, ...]] = tuple(BASE_LOSSES)
     """Names of the losses that the weights make sense for."""
     wants_preview: ClassVar[bool] = False
-    """Whether the rule looks at the rows of an update before it weighs them (`preview`)."""
+    """Whether the rule sees the rows of an update before it weighs them (`preview`)."""
     divides_by_class_weight: ClassVar[bool] = False
     """Whether a term is divided by the sum of its weights, class weights included; else by that of the examples'."""
 

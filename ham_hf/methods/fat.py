@@ -2,9 +2,9 @@
 
 Cross-entropy on examples that are wrong, but only just: the attack on an example ends tau steps after the model
 misclassifies it, and tau grows during training. As in the published code (zjfheart/Friendly-Adversarial-Training), a
-step is charged to tau only where the example is wrong before it, so one that becomes right again goes on for longer,
-and Gaussian noise is added at every step. Rows keep the order of the batch here; the published code returns them in
-the order in which they stop, which changes neither loss nor gradient.
+step is charged to tau only where the example is wrong before it, so one that becomes right again is attacked for
+longer, and Gaussian noise is added at every step. Rows keep the order of the batch here; the published code returns
+them in the order in which they stop, which changes neither loss nor gradient.
 
 Class radii of other methods (CFA's FAT variant) and class weights can be borrowed.
 """

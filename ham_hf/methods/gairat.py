@@ -45,11 +45,6 @@ class GAIRAT(Method):
         59, "first 0-based epoch with weights; the epochs before it are PGD-AT", at_least=0
     )
 
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs of plain PGD-AT."""
-        return self.gairat_start_epoch
-
     def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
         if batch.epoch < self.gairat_start_epoch:
             return super().inner_maximization(model, batch)

@@ -124,11 +124,6 @@ class HAM(BuiltOnLoss, Borrowing):
             )
 
     @property
-    def warmup_epochs(self) -> int:
-        """Epochs of the plain base loss before mining starts."""
-        return self.mining_start_epoch
-
-    @property
     def depends_on_split(self) -> bool:
         """True if part of the easy examples is chosen, which goes by their rank in a batch."""
         return self.easy_weight > 0 and self.easy_fraction < 1

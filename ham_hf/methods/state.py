@@ -7,7 +7,7 @@ update `Stateful.observe` on each batch, then `Stateful.after_update` with the s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -33,8 +33,15 @@ class Stateful:
 
     @property
     def warmup_epochs(self) -> int:
-        """Number of first epochs in which it changes nothing; 0 if there are none."""
-        return 0
+        """Number of first epochs in which it changes nothing: its `start_option`, or 0 without one."""
+        option = self.start_option()
+        epochs: int = getattr(self, option) if option else 0
+        return epochs
+
+    @classmethod
+    def start_option(cls) -> str:
+        """Name of the option that says when it begins; "" without one."""
+        return next((one.name for one in fields(cls) if one.name.endswith("_start_epoch")), "")
 
     def initial_state(self, class_counts: Tensor) -> State:
         """State at the beginning of a run, in the dtype and on the device of ``class_counts``.
@@ -71,6 +78,12 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> Tensor:
     """Sum of the values (N, ...) of each class (num_classes, ...), in float64 where the device has it."""
     sums = torch.zeros(num_classes, *values.shape[1:], dtype=statistics_dtype(values.device), device=values.device)
     return sums.index_add_(0, y, values.detach().to(sums.dtype))
+
+
+def class_counts(flags: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """Examples of each class that are flagged, and all (num_classes, 2); see `class_sums`."""
+    flags = flags.to(statistics_dtype(flags.device))
+    return class_sums(torch.stack([flags, torch.ones_like(flags)], 1), y, num_classes)
 
 
 def named_kinds(base: type[Kind]) -> dict[str, type[Kind]]:

@@ -265,13 +265,10 @@ def _config(
 
 
 def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> int:
-    """Compare what plain timm loads from ``folder`` with the trained network, on pixels.
-
-    Returns:
-        Number of parameters of what timm loads.
+    """Compare what plain timm loads with the trained network, on pixels, and return its number of parameters.
 
     Raises:
-        RuntimeError: if those of the trained network are not finite, or their logits differ.
+        RuntimeError: if the logits of the trained network are not finite, or differ.
     """
     loaded = _as_timm_loads(folder)
     published = PixelModel(loaded, loaded.pretrained_cfg["mean"], loaded.pretrained_cfg["std"], upsample)
@@ -364,9 +361,6 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
 
     Earlier versions recorded the number of classes a second time, in ``model_args``, which transformers refuses. The
     weights stay as they are, and the file is replaced only after timm has loaded the same network from the new one.
-
-    Args:
-        folder: holds ``config.json`` and ``model.safetensors``.
 
     Returns:
         What was changed, in words; empty if the folder was in order.

@@ -28,12 +28,9 @@ class HeadError(ValueError):
 
 
 def final_layers(backbone: nn.Module, num_classes: int) -> tuple[nn.Module, ...]:
-    """The layers that make the logits: of each head that timm names, the last Linear or Conv.
+    """The layers that make the logits: of each head that timm's ``get_classifier()`` names, the last Linear or Conv.
 
-    Args:
-        backbone: a timm classifier; its ``get_classifier()`` gives a layer, a module that ends in one (norm and
-            linear, MLP), or several of them in a tuple or list (distilled heads).
-        num_classes: number of logits.
+    A head may be a layer, a module that ends in one (norm and linear, MLP), or several of them (distilled heads).
 
     Raises:
         HeadError: naming the architecture and the head, where there is no such layer or it has no bias.
@@ -99,11 +96,6 @@ def fold_shifts(backbone: nn.Module, shifts: Tensor) -> None:
 def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> None:
     """Try on a copy whether a shift of the bias shifts the logits by as much; costs two passes over two images.
 
-    Args:
-        model: a pixel model; not changed.
-        num_classes: number of logits.
-        image_size: side of the images that it takes.
-
     Raises:
         HeadError: naming the architecture, where it does not.
     """
@@ -115,16 +107,10 @@ def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> N
 
 
 def check_shifted_logits(original: PixelModel, folded: PixelModel, shifts: Tensor, image_size: int) -> None:
-    """Compare the logits of a folded model with those of the original plus the shift, on random pixels.
-
-    Args:
-        original: model without the shift, in evaluation mode.
-        folded: model with the shift in its bias, in evaluation mode.
-        shifts: (num_classes,) what was folded.
-        image_size: side of the images that both take.
+    """Compare a folded model with the original plus ``shifts`` (num_classes,) on random pixels, in evaluation mode.
 
     Raises:
-        HeadError: if they differ by more than `SHIFTED_LOGITS_TOLERANCE`.
+        HeadError: if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
     """
     shape = (_TRIED_IMAGES, original.mean.shape[1], image_size, image_size)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))

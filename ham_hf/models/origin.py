@@ -42,11 +42,7 @@ class Origin:
 
 
 def read_origin(source: str, *, revision: str | None = None) -> Origin:
-    """Read card and ``config.json`` of a model.
-
-    Args:
-        source: as for `ham_hf.models.load_pixel_model`.
-        revision: likewise.
+    """Read card and ``config.json`` of a model, named as for `ham_hf.models.load_pixel_model`.
 
     Raises:
         ValueError: if there is no such model.

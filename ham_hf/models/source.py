@@ -169,9 +169,7 @@ def resolve_source(name: str) -> ModelSource:
 def fetch_card(name: str, hub_id: str | None) -> Path | None:
     """Path of the card, ``README.md``, of a model; None, with a line in the log, if it has none.
 
-    Args:
-        name: as for `resolve_source`.
-        hub_id: OWNER/NAME of the model on the Hub, if it is there.
+    ``name`` is as for `resolve_source`; ``hub_id`` is OWNER/NAME of the model on the Hub, if it is there.
     """
     prefix, colon, rest = name.partition(":")
     if colon and prefix == _FOLDER_PREFIX:

@@ -159,15 +159,19 @@ def _check_numbers(value: object, where: str, depth: int = 0) -> None:
         raise ValueError(f"{where} should hold numbers up to {MAX_NUMBER}, got {_shown(value)}")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER
+def _is_int(value: Any) -> bool:  # noqa: ANN401 (that is the question)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
+def _is_whole(value: Any) -> bool:  # noqa: ANN401
+    return _is_int(value) and 0 <= value <= MAX_NUMBER
 
 
-def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:  # noqa: ANN401 (that is the question)
+def _is_number(value: Any) -> bool:  # noqa: ANN401
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= MAX_NUMBER
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:  # noqa: ANN401
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(is_item, value))
 
 
@@ -263,8 +267,8 @@ class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **options)
 
     def _count(self, func: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        sizes = [value for value in args if isinstance(value, list | tuple) and all(_is_any_whole(n) for n in value)]
-        numbers = [abs(value) for value in args if _is_finite(value)]
+        sizes = [value for value in args if isinstance(value, list | tuple) and all(map(_is_int, value))]
+        numbers = [abs(v) for v in args if _is_int(v) or (isinstance(v, float) and math.isfinite(v))]
         # A shape is a list; without one, linspace, arange and eye make as many as one of their numbers says.
         items = math.prod(sizes[0]) if sizes else max([1, *numbers])
         dtype = options.get("dtype") or torch.get_default_dtype()
@@ -275,11 +279,3 @@ class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"the network it describes takes more than {self.max_bytes / 2**30:.3g} GiB or {self.max_tensors} "
                 "tensors, which its weights do not fill"
             )
-
-
-def _is_any_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -83,7 +83,7 @@ def exchange_sentence(report: CalibrationReport) -> str:
     """What the shifts cost and gained, in one sentence."""
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
-        return "Fairness 0 leaves the model as it was: nothing was given and nothing gained."
+        return "Fairness 0 leaves the model unchanged."
     lost = 100 * (before.average - after.average)
     averages = f"{percent(before.average)} % before, {percent(after.average)} % after"
     price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
@@ -100,7 +100,7 @@ def training_images_note(report: CalibrationReport) -> str | None:
     if not report.seen_in_training:
         return None
     return (
-        f"The class shifts were found on images that the model was trained on ({report.images}): there it is more "
-        "often right than on new ones, and not equally so in every class, so the shifts may be wrong for new images "
-        "and the frontier is too good."
+        f"The class shifts were found on images that the model was trained on ({report.images}): its accuracy on them "
+        "is higher than on new images, and not equally so in every class, so the shifts may be wrong for new images, "
+        "and the frontier is too optimistic."
     )

@@ -67,7 +67,7 @@ SHOWN_SHIFTS = 40
 SELECTION_RULES = {
     "robust_accuracy": "the highest robust accuracy",
     "worst_class": "the highest robust accuracy of the worst class",
-    "verdict": "the largest share of images that are right as they are and under both PGD and CW",
+    "verdict": "the largest share of images that are right when clean and under both PGD and CW",
     "robust_plus_worst": "the highest sum of the average and the worst-class robust accuracy",
 }
 TRAINING_SETTINGS = (
@@ -104,9 +104,7 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
     """
     folder = Path(folder)
     if report.training is None and report.calibration is None:
-        raise ValueError(
-            "the card describes how the model was made, and this report says of no training or calibration"
-        )
+        raise ValueError("the card describes how the model was made, and this report has no training or calibration")
     context = _context(report, folder, repo_id=repo_id, model_license=model_license)
     if report.training is not None:
         context |= {

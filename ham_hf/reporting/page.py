@@ -130,7 +130,7 @@ def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
     readme = (
         f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n\n"
         f"Accuracy of [{repo_id}](https://huggingface.co/{repo_id}) class by class, clean and under attack.\n"
-        "Made by ham_hf; the page asks for nothing from any network.\n"
+        "Made by ham_hf; the page makes no network request.\n"
     )
     page = html.replace('<footer class="quiet">', f'<footer class="quiet"><p>The model: {link}.</p> ', 1)
     return {"README.md": readme.encode(), "index.html": page.encode()}

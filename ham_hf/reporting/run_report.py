@@ -62,13 +62,13 @@ def attack_report(result: AttackResult, num_classes: int) -> AttackReport:
         ValueError: if shapes differ, a label or prediction is out of range, or there is no example.
     """
     labels, predictions = result.labels, result.predictions
-    summary = summarize(result.flags, labels, num_classes)
-    if predictions.shape != labels.shape or not -1 <= int(predictions.min()) <= int(predictions.max()) < num_classes:
+    if predictions.shape != labels.shape or bool(((predictions < -1) | (predictions >= num_classes)).any()):
         raise ValueError(
             f"{result.name}: expected {len(labels)} predictions in [0, {num_classes}), got shape "
             f"{tuple(predictions.shape)} with values {int(predictions.min())}..{int(predictions.max())}; has the "
             "model as many outputs as the dataset has classes?"
         )
+    summary = summarize(result.flags, labels, num_classes)
     confusion = None
     if num_classes <= MAX_CONFUSION_CLASSES:
         confusion = tuple(tuple(row) for row in confusion_matrix(predictions, labels, num_classes).tolist())

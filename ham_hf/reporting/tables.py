@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ham_hf.evaluation.calibration import Calibration
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.formats import (
@@ -171,7 +172,7 @@ def breakdown_tables(report: RunReport) -> list[list[dict[str, str]]]:
     return tables if report.corruptions is None else [*tables, corruption_rows(report)]
 
 
-def frontier_rows(found: CalibrationReport) -> list[dict[str, str]]:
+def frontier_rows(found: CalibrationReport | Calibration) -> list[dict[str, str]]:
     """One row per point of the frontier, with intervals."""
     return [
         {

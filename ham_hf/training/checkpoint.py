@@ -252,20 +252,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with its checksums.
-
-    Raises:
-        DamagedError: if it is not what was written, with file and reason.
-    """
+    """Compare a checkpoint with its checksums; DamagedError with file and reason if it is not what was written."""
     check_checksums(path, required=REQUIRED, known=(*REQUIRED, AVERAGED, BEST))
 
 
 def check_resume_name(output_dir: Path, resume_from: str) -> None:
-    """Refuse a checkpoint to resume from that is neither "latest" nor a folder.
-
-    Raises:
-        ValueError: naming the checkpoints that there are.
-    """
+    """Refuse, naming the checkpoints there are, one to resume from that is neither "latest" nor a folder."""
     if resume_from != "latest" and not Path(resume_from).is_dir():
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: there is no such folder; expected latest or the folder of a "
@@ -295,7 +287,7 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
                 damaged.append(f"{path.name}: {error}")
             else:
                 for reason in damaged:
-                    logger.warning("%s is damaged (%s); going on from %s", *reason.split(": ", 1), path.name)
+                    logger.warning("%s is damaged (%s); continuing from %s", *reason.split(": ", 1), path.name)
                 return path
         if damaged:
             raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ham_hf.evaluation.config import pixel_unit_problems
+from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.settings import SettingsGroup, setting
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(SettingsGroup):
+class AttackConfig(ThreatConfig):
     """The threat model, which evaluation shares, and the PGD attack of training."""
 
     norm: Literal["linf", "l2"] = setting("linf", "norm that bounds the perturbation")
@@ -77,7 +77,7 @@ class TrainingConfig(SettingsGroup):
     num_train_epochs: int = setting(120, "epochs", at_least=1)
     max_steps: int | None = setting(None, "stop after this many updates, whatever the epoch", at_least=1)
     max_train_hours: float | None = setting(
-        None, "save and stop after this many hours, to go on in another job (exit status 75)", above=0
+        None, "save and stop after this many hours, to continue in another job (exit status 75)", above=0
     )
     per_device_train_batch_size: int = setting(128, "training images per process and step", at_least=1)
     gradient_accumulation_steps: int = setting(1, "batches per update", at_least=1)

@@ -16,7 +16,7 @@ FIXED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps decides, not the launcher's {}",
     "ACCELERATE_MIXED_PRECISION": "--mixed_precision decides, not the launcher's {}",
     "ACCELERATE_DYNAMO_BACKEND": "--torch_compile decides, not the launcher's dynamo_backend {}",
-    "ACCELERATE_FP8_BACKEND": "--mixed_precision decides and knows no FP8: the launcher's fp8_backend {} is not used",
+    "ACCELERATE_FP8_BACKEND": "--mixed_precision decides and has no FP8: the launcher's fp8_backend {} is not used",
 }
 """Variables that a setting overrules, and what is said where they ask for something else."""
 
@@ -41,7 +41,7 @@ SHARDING = {
     ),
     "FSDP_IGNORED_MODULES": "fsdp_ignored_modules; nothing would sum the gradients of such a part over processes",
 }
-"""Variables of sharding that `ham_hf.training.sharding` looks at, and why it refuses an option that is on."""
+"""Variables of sharding that `ham_hf.training.sharding` reads, and why it refuses an option that is on."""
 
 LAYOUT = {
     "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": -1, "MASTER_PORT": 0,
@@ -159,11 +159,7 @@ def fate(name: str) -> str | None:
 
 
 def check_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse values that accelerate or torch would stumble over.
-
-    Raises:
-        ValueError: naming the variable, its value, what was expected and what to do.
-    """
+    """Refuse, by name and with the fix, values that accelerate or torch would fail on."""
     for name, least in LAYOUT.items():
         value = environment.get(name, str(least))
         if not re.fullmatch(r"\s*[-+]?[0-9]{1,9}\s*", value) or int(value) < least:
@@ -191,11 +187,7 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse variables that are set to neither yes nor no.
-
-    Raises:
-        ValueError: naming the variable, its value, what was expected and what to do.
-    """
+    """Refuse, by name and with the fix, variables that are set to neither yes nor no."""
     for name in names:
         value = environment.get(name, "no")
         if value.lower() not in _ON + _OFF:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods import ClassRule, Method, Stateful, TrainingRows, class_sums
+from ham_hf.methods import ClassRule, Method, Stateful, TrainingRows, class_counts, class_sums
 
 
 class MethodState:
@@ -80,28 +80,23 @@ class MethodState:
 
     def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
-        ones = torch.ones_like(y, dtype=self.log.dtype)
         if rows.hard is not None:
-            self.log[:2] += class_sums(torch.stack([rows.hard, ones], 1), y, self.num_classes).T
-        self.log[2] += class_sums(ones, y, self.num_classes)
+            self.log[:2] += class_counts(rows.hard, y, self.num_classes).T
+        self.log[2] += class_sums(torch.ones_like(y), y, self.num_classes)
         self.log[3 : 3 + len(share)] += class_sums(share.T, rows.y, self.num_classes).T
         if rows.wrong_at_start is not None:
             self.log[-3] += class_sums(rows.wrong_at_start, y, self.num_classes)
 
     def note_clean(self, y: Tensor, wrong: Tensor) -> None:
         """Log which images (N,) of labels ``y`` are misclassified without an attack, if the method compares by it."""
-        self.log[-2:] += class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, self.num_classes).T
+        self.log[-2:] += class_counts(wrong, y, self.num_classes).T
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs, but the log, which is spread over processes."""
         return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `tensors` gave.
-
-        Raises:
-            ValueError: if it belongs to another method or another number of classes.
-        """
+        """Load what `tensors` gave; ValueError if it is of another method or another number of classes."""
         own = self.tensors()
         if {name: value.shape for name, value in own.items()} != {k: v.shape for k, v in tensors.items()}:
             raise ValueError(

@@ -15,17 +15,10 @@ from ham_hf.training.config import TrainingConfig
 
 
 class PiecewiseScheduler(Scheduler):
-    """The learning rate times a factor that changes at given times, with a linear warm-up.
+    """The learning rate times a factor that changes at given times, with a linear warm-up of ``warmup_t``.
 
     timm's multi-step schedule multiplies by the same rate at every milestone; adversarial training papers use
-    drops such as 1/10, 1/100, 1/200 (HAM, GAIRAT).
-
-    Args:
-        optimizer: optimizer whose ``lr`` is scheduled.
-        drops: (time, factor) pairs with increasing times; from ``time`` on, the rate is ``factor`` times the
-            initial one.
-        warmup_t: length of the linear warm-up from 0, in the unit of the times.
-        t_in_epochs: whether times are epochs (else updates).
+    drops such as 1/10, 1/100, 1/200 (HAM, GAIRAT). ``drops`` are (time, factor) pairs, times in epochs or updates.
     """
 
     def __init__(
@@ -52,11 +45,7 @@ class PiecewiseScheduler(Scheduler):
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer that timm does not have.
-
-    Raises:
-        ValueError: naming the nearest ones.
-    """
+    """Refuse an optimizer that timm does not have, with a ValueError that names the nearest ones."""
     known = [str(optimizer) for optimizer in list_optimizers()]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or known

@@ -216,7 +216,7 @@ def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, u
         if complete:
             later = f"the last, the run was started again with {changed}, and trained no more."
         progress.changes.append(f"After update {progress.step}, {later}")
-        logger.warning("the run goes on with %s: the card will say so", changed)
+        logger.warning("the run continues with %s: the card will say so", changed)
     if not complete:
         progress.changeable = now
 
@@ -226,11 +226,7 @@ def _or_none(value: object) -> object:
 
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose plan is another one.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Refuse a checkpoint whose plan is another one, with a ValueError that names what differs."""
     if "num_train_epochs" in plan and "num_train_epochs" not in saved:
         logger.warning(
             "%s does not say for how many epochs its --lr_scheduler_type %s was meant: taking it to be the %d of now",

@@ -72,7 +72,7 @@ class RunFiles:
                 self._write_waiting(*self._waiting, checkpoint)
             save_checkpoint(self.output_dir, checkpoint, keep=self.keep)
         except CheckpointWriteError as error:
-            logger.error("%s; kept: %s; training goes on, and the next save tries again", error, self.kept())
+            logger.error("%s; kept: %s; training continues, and the next save tries again", error, self.kept())
             return error
         return None
 
@@ -133,7 +133,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | No
     if finished and not list_checkpoints(output_dir):
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: {output_dir} holds {' and '.join(finished)}, and no checkpoint "
-            "to go on from; name another --output_dir, or replace what is in it with --overwrite_output_dir instead"
+            "to continue from; name another --output_dir, or replace what is in it with --overwrite_output_dir instead"
         )
 
 
@@ -240,7 +240,7 @@ class RunLock:
                 raise _unwritable(folder, error) from error
             self.path.unlink(missing_ok=True)
             logger.warning(
-                "the file system of %s knows no locks (%s): see to it that no other run uses the folder",
+                "the file system of %s has no locks (%s): make sure that no other run uses the folder",
                 folder,
                 error.strerror,
             )
@@ -296,11 +296,7 @@ def _describe(owner: Path) -> str:
 
 
 def make_folder(folder: Path) -> None:
-    """Make an output folder, with those above it.
-
-    Raises:
-        OSError: naming the setting and what to do, where the system's message names neither.
-    """
+    """Make an output folder, with those above it; an OSError names the setting and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -85,11 +85,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
-    """Refuse settings that need whole weights at every update.
-
-    Raises:
-        ValueError: naming the setting.
-    """
+    """Refuse, by name, settings that need whole weights at every update."""
     if config.mixed_precision == "fp16":
         raise ValueError(
             f"--mixed_precision fp16 scales the loss, which was not tried with sharded weights; use bf16, or {_DDP}"

@@ -102,7 +102,7 @@ def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[
         heard = ()  # Python lets the main thread alone take signals.
         logger.info("this run is not in the main thread: a signal ends the process without a checkpoint")
     before = {number: signal.signal(number, requests.on_signal) for number in heard}
-    how = f"; the same command with --resume_from_checkpoint latest goes on (status {EXIT_REQUEUE})\n"
+    how = f"; the same command with --resume_from_checkpoint latest continues (status {EXIT_REQUEUE})\n"
     try:
         yield requests
     except TrainingStopped as stopped:

@@ -26,11 +26,7 @@ MAX_TRACKED_CLASSES = 200
 
 
 def chosen_trackers(report_to: Sequence[str]) -> tuple[str, ...]:
-    """The trackers that ``--report_to`` means: "all" is every one whose package is there, nothing means none.
-
-    Raises:
-        ValueError: naming the package to install, if a tracker has none.
-    """
+    """The trackers that ``--report_to`` means, "all" being those installed; ValueError for one that is not."""
     there = tuple(name for name in TRACKERS if importlib.util.find_spec(name) is not None)
     if "all" in report_to:
         if not there:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
 from ham_hf.data import ImageData, PixelBatch
-from ham_hf.evaluation import NonFiniteLogitsError, check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, Workplace, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
 from ham_hf.precision import attack_passes
@@ -195,7 +195,7 @@ class Trainer:
                 images, or the weights that were to be selected, are not.
             MemoryExhaustedError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
-                ones that cannot be written are logged, and training goes on.
+                ones that cannot be written are logged, and training continues.
         """
         self.log = RunLog(
             self.accelerator,
@@ -227,7 +227,7 @@ class Trainer:
             since = time.perf_counter()
             self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
-            self._add_passes(self._passes_of_all_processes())
+            self._count_passes()
         batches = self.layout.batches(
             self.data.train,
             epoch=epoch,
@@ -245,7 +245,7 @@ class Trainer:
             with explain_out_of_memory(fix):
                 stopping = self._one_update(epoch, batches, stop)
             if stopping:
-                # Validation can take longer than there is time: the run begins with it when it goes on.
+                # Validation can take longer than there is time: a run that continues begins with it.
                 self.progress.validation_due = epoch if self.progress.step == last else None
                 self._save_and_stop(stop() or "a request to another process")
             elif self.progress.step == last:
@@ -255,7 +255,7 @@ class Trainer:
 
     def _end_of_epoch(self, epoch: int) -> None:
         with explain_out_of_memory(
-            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest goes on"
+            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest continues"
         ):
             try:
                 self._validate(epoch)
@@ -291,7 +291,8 @@ class Trainer:
         totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
         elapsed = time.perf_counter() - since
         self.progress.seconds += elapsed
-        self._add_passes(totals.passes)
+        if self.progress.passes is not None:
+            self.progress.passes += totals.passes
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.updates + totals.overflows == 0
@@ -323,7 +324,7 @@ class Trainer:
         record: dict[str, Any] = {"epoch": epoch}
         record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
         if isinstance(self.average, GatedAverage) and self.progress.step % self.updates_per_epoch == 0:
-            # Not where max_steps cuts an epoch short: a longer run may go on with it.
+            # Not where max_steps cuts an epoch short: a longer run may continue it.
             robust = self._held_out(self.module).robust
             record["averaged"] = self.average.update(self.module, [entry.accuracy for entry in robust.per_class])
             self.progress.averaged_epochs = self.average.updates
@@ -334,7 +335,7 @@ class Trainer:
             record |= held_out_record(held_out)
             score = selection_score(held_out, self.config.selection_metric, last=score)
         self.progress.seconds += time.perf_counter() - since
-        self._add_passes(self._passes_of_all_processes())
+        self._count_passes()
         self.log.write("validation", step, record)
         self.progress.history.append({"step": step, **record})
         self._select_if_best(score, epoch)
@@ -356,14 +357,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.files.select(weights, self.progress.best)
 
-    def _add_passes(self, passes: float) -> None:
-        if self.progress.passes is not None:
-            self.progress.passes += passes
-
-    def _passes_of_all_processes(self) -> float:
-        """Passes since they were last added up, outside of updates."""
+    def _count_passes(self) -> None:
+        """Add up the passes of all processes since the last update."""
         passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
-        return float(self.accelerator.reduce(passes, "sum"))
+        total = float(self.accelerator.reduce(passes, "sum"))
+        if self.progress.passes is not None:
+            self.progress.passes += total
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Refuse to select weights that are not finite; without held-out images no logits have told so."""
@@ -410,9 +409,7 @@ class Trainer:
         return HeldOutPart(
             images=self.data.validation,
             num_classes=self.num_classes,
-            accelerator=self.accelerator,
-            batch_size=self.eval_batch_size,
-            seed=self.config.seed,
+            place=Workplace(accelerator=self.accelerator, batch_size=self.eval_batch_size, seed=self.config.seed),
         )
 
     def _save(self, *, ends_training: bool = False) -> None:
@@ -443,7 +440,7 @@ class Trainer:
             raise CheckpointWriteError(
                 f"training is at update {step} of {self.total_steps}, and checkpoint-{step} is missing: "
                 f"{problem or 'the main process could not write it'}; make room there, or make it writable, and "
-                f"finish with the same command and --resume_from_checkpoint latest, which goes on from "
+                f"finish with the same command and --resume_from_checkpoint latest, which continues from "
                 f"{self.files.kept()}"
             )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack, evaluation_mode
@@ -30,25 +29,19 @@ class HeldOutAccuracy:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeldOutPart:
-    """The held-out images of a run; any number of processes sees the same batches of ``batch_size``."""
+    """The held-out images of a run; any number of processes sees the same batches."""
 
     images: Images
     num_classes: int
-    accelerator: Accelerator
-    batch_size: int
-    seed: int
+    place: Workplace
 
     def accuracy(self, module: nn.Module, attack: Attack, *, with_verdict: bool = False) -> HeldOutAccuracy:
         """Clean and PGD accuracy of an unwrapped module; the same noise every time, so that epochs can be compared.
 
         ``with_verdict`` also runs CW with as many steps of the same length, which costs as much as PGD.
         """
-        results = evaluate(
-            module,
-            self.images,
-            standard_attacks(attack)[: 2 if with_verdict else 1],
-            Workplace(accelerator=self.accelerator, batch_size=self.batch_size, seed=self.seed),
-        )
+        attacks = standard_attacks(attack)[: 2 if with_verdict else 1]
+        results = evaluate(module, self.images, attacks, self.place)
         labels = self.images.labels
         right = [result.flags for result in results.values()]
         clean, robust = (summarize(flags, labels, self.num_classes) for flags in right[:2])
@@ -57,16 +50,16 @@ class HeldOutPart:
 
     def sums(self, rule: ClassRule, module: nn.Module, *, loss: BaseLoss, attack: Attack, epoch: int) -> Tensor:
         """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes."""
-        accelerator, device = self.accelerator, self.accelerator.device
+        accelerator, device = self.place.accelerator, self.place.accelerator.device
         world, rank = accelerator.num_processes, accelerator.process_index
-        every = list(enumerate(torch.split(torch.arange(len(self.images)), self.batch_size)))
+        every = list(enumerate(torch.split(torch.arange(len(self.images)), self.place.batch_size)))
         # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
         mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
         batches = self.images.batches([BatchRequest(indices, None) for _, indices in mine], device=device)
         sums = []
         with evaluation_mode(module):
             for (number, _), batch in zip(mine, batches, strict=True):
-                noise = make_generator(device, self.seed, Stream.HELD_OUT, epoch, number)
+                noise = make_generator(device, self.place.seed, Stream.HELD_OUT, epoch, number)
                 attacked = Batch(x=batch.x, y=batch.y, attack=attack, epoch=epoch, generator=noise)
                 sums.append(rule.held_out_sums(module, attacked, loss=loss, num_classes=self.num_classes) * counts)
         total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")

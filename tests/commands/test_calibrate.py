@@ -239,7 +239,6 @@ class TestOwnRun:
         out = f"--output_dir={tmp_path / 'out'}"
         assert "is the model's own folder" in refused(capsys, folder, "--fairness=1", f"--output_dir={folder}")
         assert "without --fairness or --max_average_drop" in refused(capsys, folder, out)
-        assert "exclude each other" in refused(capsys, folder, out, "--fairness=1", "--max_average_drop=0.1")
         again = refused(capsys, folder, out, "--fairness=1", "--calibration_split=train")
         assert "--calibration_split train is the training split" in again
         (tmp_path / "out").mkdir()

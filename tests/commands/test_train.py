@@ -177,9 +177,6 @@ def refused(capsys, *arguments, script="train_ham.py"):
         (["--model_args", "in_chans=1", "chanels=[8]"], ["--model_args", "chanels"]),
         (["--train_split=training"], ["--train_split", "training", "train"]),
         (["--resume_from_checkpoint=elsewhere"], ["--resume_from_checkpoint elsewhere"]),
-        (["--epsilon=8"], ["epsilon 8", "8/255"]),
-        (["--mining_step=3"], ["mining_step", "below --num_steps 3"]),
-        (["--method=pgd_at"], ["mining_step", "ham"]),
     ],
 )
 def test_bad_input_is_refused_before_training(tmp_path, capsys, arguments, fragments):

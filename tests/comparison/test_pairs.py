@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.pairs import mcnemar
 from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare
 from ham_hf.evaluation.verdicts import write_verdicts
-from ham_hf.pairing import mcnemar
 from ham_hf.reporting.report import write_report
 from tests.support.comparison_reports import judged_run
 

@@ -34,10 +34,12 @@ def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("augmentation", ["crop", "crop_flip"])
 @given(seed=st.integers(0, 2**63 - 1))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_equals_the_loop_over_images(dtype: torch.dtype, augmentation: str, seed: int) -> None:
     x = torch.randint(1, 256, (6, 2, 16, 16), generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = x.clone()
     out = augment_batch(x, augmentation, seed)
+    assert torch.equal(x, before)  # not changed in place
     assert out.dtype == dtype
     assert out.is_contiguous()
     assert torch.equal(out, naive_crop_flip(x, 2, seed, flip=augmentation == "crop_flip"))
@@ -57,13 +59,6 @@ def test_every_window_and_both_orientations_occur() -> None:
     flipped = (flips != x).flatten(1).any(1)
     assert torch.equal(flips[flipped], x[flipped].flip(-1))
     assert 900 < int(flipped.sum()) < 1100
-
-
-def test_input_is_not_changed_in_place() -> None:
-    x = torch.rand(8, 3, 16, 16)
-    before = x.clone()
-    augment_batch(x, "crop_flip", 3)
-    assert torch.equal(x, before)
 
 
 def draws() -> tuple[float, float, float]:

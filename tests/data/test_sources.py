@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from ham_hf.data.columns import read_labels
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
-from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.hub_server import Hub, hub_environment
 
 # Splits
 
@@ -300,24 +300,23 @@ def archive() -> bytes:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     folder = tmp_path_factory.mktemp("parquet")
     grays(10).to_parquet(folder / "a.parquet")
-    blob = Blob((folder / "a.parquet").read_bytes(), lfs=False)
+    rows = (folder / "a.parquet").read_bytes()
 
     def add(hub: Hub, name: str, *configs: str, private: bool = False) -> None:
-        tree = {f"{config}/{split}-0.parquet": blob for config in configs for split in ("train", "test")}
+        tree = {f"{config}/{split}-0.parquet": rows for config in configs for split in ("train", "test")}
         if len(configs) > 1:
             lines = [f"- config_name: {config}\n  data_dir: {config}" for config in configs]
-            tree["README.md"] = Blob("\n".join(["---", "configs:", *lines, "---"]).encode(), lfs=False)
+            tree["README.md"] = "\n".join(["---", "configs:", *lines, "---"]).encode()
         if name == "me/one":
-            tree["data/photos-0.parquet"] = blob  # in no split
-        repo = hub.repos["dataset", name] = Repo("dataset", name, private=private)
-        repo.refs["main"] = repo.add_commit(tree, None)
+            tree["data/photos-0.parquet"] = rows  # in no split
+        hub.add("dataset", name, tree, private=private)
 
     with Hub(tokens={"hf_me": "me", "hf_you": "you"}) as hub:
         add(hub, "me/one", "data")
         add(hub, "me/many", "small", "large")
         add(hub, "me/secret", "data", private=True)
         add(hub, "me/empty")
-        picture = Blob(encode(noise(0)), lfs=False)
+        picture = encode(noise(0))
         folders = {
             f"{split}/{name}/{word} [{number}] a:b 50%.PNG": picture
             for split in ("train", "test")
@@ -330,7 +329,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             "flat": {path.removeprefix("train/"): picture for path in folders if path.startswith("train/")},
             "tables": {
                 **{f"{split}/train_{number}.png": picture for split in ("train", "test") for number in range(4)},
-                "metadata.csv": Blob(TABLE.encode(), lfs=False),
+                "metadata.csv": TABLE.encode(),
             },
             "declared": {
                 **{
@@ -339,13 +338,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
                     for name in ("test", "train")
                     for number in range(3)
                 },
-                "README.md": Blob(DECLARED.encode(), lfs=False),
+                "README.md": DECLARED.encode(),
             },
-            "archives": {f"{split}.zip": Blob(archive(), lfs=False) for split in ("train", "test")},
+            "archives": {f"{split}.zip": archive() for split in ("train", "test")},
             "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
         }.items():
-            repo = hub.repos["dataset", f"me/{name}"] = Repo("dataset", f"me/{name}", private=False)
-            repo.refs["main"] = repo.add_commit(tree, None)
+            hub.add("dataset", f"me/{name}", tree)
         yield hub
 
 

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.distributed.legs import METHODS, RELAY, RELAY_METHOD, make_trainer, no_random_start, outcome
 from tests.distributed.worker import SCENARIOS, scenario_data
 from tests.support.nets import batch_norm_net, group_norm_net
-from tests.support.recipe_runs import CONFIGURED
+from tests.support.recipe_runs import CONFIGURED, finish
 from tests.support.training import log_of
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,7 @@ def results(folder, tmp_path_factory, subprocess_env):
         target = tmp_path_factory.mktemp("distributed") / f"{engine}.safetensors"
         where = folder / ("sharded" if engine == "sharded" else "relay")
         command = [*options, str(ROOT / "tests/distributed/worker.py"), str(target), str(where)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
+        finish(command, env)
         found[engine] = load_file(target)
         assert int(found[engine].pop("num_processes")) == COUNTS[engine]
     return found

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.support.method_checks import every_method
-from tests.support.recipe_runs import LAUNCH, PROCESSES
+from tests.support.recipe_runs import LAUNCH, PROCESSES, finish
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +19,7 @@ def results(tmp_path_factory, subprocess_env):
     for count, options in PROCESSES.items():
         folder = tmp_path_factory.mktemp("methods")
         command = [*LAUNCH, *options, str(ROOT / "tests/distributed/methods_worker.py"), str(folder)]
-        done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
+        finish(command, subprocess_env)
         found[count] = load_file(folder / "found.safetensors")
         assert int(found[count]["num_processes"]) == count
     return found

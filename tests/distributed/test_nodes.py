@@ -16,7 +16,7 @@ import pytest
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights
-from tests.support.recipe_runs import CONFIGURED, SMALL
+from tests.support.recipe_runs import CONFIGURED, SMALL, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -103,14 +103,7 @@ def run_nodes(nodes, env, folder, *arguments):
 def on_one_node(tmp_path_factory, subprocess_env):
     """The folder of a run of two processes on one machine."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    done = subprocess.run(
-        [*CONFIGURED["cpu.yaml"], *RUN, f"--output_dir={folder}"],
-        env=subprocess_env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    finish([*CONFIGURED["cpu.yaml"], *RUN, f"--output_dir={folder}"], subprocess_env)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 
 import pytest
 
@@ -11,7 +10,7 @@ from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights
-from tests.support.recipe_runs import CONFIGURED, SMALL
+from tests.support.recipe_runs import CONFIGURED, SMALL, finish
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 # Sharded weights are contiguous; rounding would differ with another layout.
@@ -27,11 +26,7 @@ SHARDED = [*CONFIGURED["fsdp.yaml"], "--num_processes=2", "--fsdp_min_num_params
 
 
 def run(command, env, folder, *arguments):
-    done = subprocess.run(
-        [*command, *RUN, f"--output_dir={folder}", *arguments], env=env, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return finish([*command, *RUN, f"--output_dir={folder}", *arguments], env).stderr
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -64,7 +64,7 @@ def test_damaged_newest_checkpoint_is_found_out(cut_off, name, damage, caplog):
         check_checkpoint(cut_off / "checkpoint-16")
     assert find_checkpoint(cut_off, "latest") == cut_off / "checkpoint-12"
     (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
-    assert re.fullmatch(r"checkpoint-16 is damaged \(.+\); going on from checkpoint-12", warning)
+    assert re.fullmatch(r"checkpoint-16 is damaged \(.+\); continuing from checkpoint-12", warning)
     assert name in warning or "SHA256SUMS" in warning
     with pytest.raises(ValueError, match=r"--resume_from_checkpoint .*checkpoint-16 .*damaged.*checkpoint-12.*latest"):
         find_checkpoint(cut_off, str(cut_off / "checkpoint-16"))

@@ -71,7 +71,7 @@ def test_disk_full_for_a_while(disk, undisturbed, caplog, space):
     said = [message for message in errors(caplog) if "checkpoint-8 could not be written" in message]
     assert re.search(r"No space left on device|needs about", said[0])
     assert re.search(r"it needs about \d+\.\d MB, and 0\.\d MB are free there", said[0])
-    assert re.search(r"kept: .*checkpoint-4; training goes on", said[0])
+    assert re.search(r"kept: .*checkpoint-4; training continues", said[0])
     assert progress.history == undisturbed[1].history
     assert load_best(folder)[1] == progress.best == undisturbed[1].best
     assert_same_weights(folder, undisturbed[0], *FINAL)
@@ -86,7 +86,7 @@ def test_disk_full_at_the_end(disk, undisturbed):
     with pytest.raises(
         CheckpointWriteError,
         match=r"at update 18 of 18, and checkpoint-18 is missing: .*make room.*--resume_from_checkpoint latest, which "
-        r"goes on from .*checkpoint-16",
+        r"continues from .*checkpoint-16",
     ):
         run.fit()
     disk.empty()

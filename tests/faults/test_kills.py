@@ -18,7 +18,7 @@ from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import check_checkpoint, list_checkpoints, step_of
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.support.recipe_runs import SMALL, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
 
 pytestmark = pytest.mark.slow
 
@@ -133,13 +133,9 @@ def test_kills_at_random_moments(tmp_path, subprocess_env, processes, kills):
             return [sys.executable, str(ROOT / "recipes" / "train_ham.py"), *arguments]
         return launch_command("train_ham.py", *arguments, processes=processes)
 
-    def finish(name):
-        done = subprocess.run(command(name), env=subprocess_env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-
-    finish("full")
+    finish(command("full"), subprocess_env, timeout=600)
     draw = random.Random(processes)
     found = kill_at_random(lambda: Program(command("killed"), subprocess_env), tmp_path / "killed", draw, kills)
     print(f"killed {kills} times, at updates {found}")
-    finish("killed")
+    finish(command("killed"), subprocess_env, timeout=600)
     assert_same_runs(tmp_path / "killed", tmp_path / "full")

@@ -18,7 +18,7 @@ from ham_hf.training.run_folder import LOCK_NAME
 from ham_hf.training.stopping import EXIT_REQUEUE
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.support.recipe_runs import SMALL, launch_command
+from tests.support.recipe_runs import SMALL, finish, launch_command
 
 pytestmark = pytest.mark.faults
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
@@ -82,16 +82,13 @@ def undisturbed(tmp_path_factory, subprocess_env):
     folders = {}
     for processes in (1, 2):
         folders[processes] = tmp_path_factory.mktemp("full") / str(processes)
-        subprocess.run(
-            command(folders[processes], processes), env=subprocess_env, check=True, capture_output=True, timeout=400
-        )
+        finish(command(folders[processes], processes), subprocess_env)
     return folders
 
 
 def finish_and_compare(folder: Path, full: Path, processes, env):
     """Whatever the launcher was told, the same command goes on to the same end."""
-    done = subprocess.run(command(folder, processes), env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = finish(command(folder, processes), env)
     assert "resuming from" in done.stderr
     assert_same_weights(folder, full, "checkpoint-44/model.safetensors", "model.safetensors")
     assert timeless_log(folder) == timeless_log(full)
@@ -116,7 +113,7 @@ def test_one_process_without_launcher_leaves_with_the_status_for_requeueing(
     status, said = run.end()
     assert status == EXIT_REQUEUE
     assert re.search(
-        rf"stopped by {number.name} after update \d+ of 44; saved in .*latest goes on \(status 75\)", said
+        rf"stopped by {number.name} after update \d+ of 44; saved in .*latest continues \(status 75\)", said
     )
     saved_beyond(folder, 7)
     finish_and_compare(folder, undisturbed[1], 1, subprocess_env)

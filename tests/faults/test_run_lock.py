@@ -98,7 +98,7 @@ def test_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplo
     monkeypatch.setattr(fcntl, "flock", refuse)
     with RunLock(tmp_path) as lock:
         lock.acquire()
-    assert "knows no locks (Function not implemented)" in caplog.text
+    assert "has no locks (Function not implemented)" in caplog.text
 
 
 def test_recipe_refuses_a_folder_in_use_and_leaves_it_alone(tmp_path, capsys):

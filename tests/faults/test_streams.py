@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights
 from tests.support.example_images import dataset, encode, noise
-from tests.support.hub_server import Blob, Hub, Repo, hub_environment
-from tests.support.recipe_runs import SMALL, launch_command
+from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import SMALL, finish, launch_command
 
 pytestmark = pytest.mark.faults
 
@@ -41,10 +41,9 @@ def hub(tmp_path):
         images = [encode(noise(100 * number + row, (40, 36)), "JPEG") for row in range(ROWS)]
         # Row groups of four, so that a file is read in several requests.
         dataset(images, [row % CLASSES for row in range(ROWS)]).to_parquet(tmp_path / "one.parquet", batch_size=4)
-        tree[f"data/{name}.parquet"] = Blob((tmp_path / "one.parquet").read_bytes(), lfs=False)
+        tree[f"data/{name}.parquet"] = (tmp_path / "one.parquet").read_bytes()
     with Hub(tokens={"hf_me": "me"}) as hub:
-        repo = hub.repos["dataset", "me/stream"] = Repo("dataset", "me/stream", private=False)
-        repo.refs["main"] = repo.add_commit(tree, None)
+        hub.add("dataset", "me/stream", tree)
         yield hub
 
 
@@ -123,8 +122,7 @@ def test_two_processes_and_then_one_see_every_example_once(env, tmp_path):
         command = launch_command("train_ham.py", *flags, *more, processes=processes)
         place = command.index(str(ROOT / "recipes" / "train_ham.py"))
         command[place : place + 1] = [str(script), str(tmp_path)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
+        finish(command, env, timeout=600)
 
     run(2, "--per_device_train_batch_size=2", "--max_steps=11")
     run(1, "--resume_from_checkpoint=latest")

@@ -84,20 +84,21 @@ def expected_loss(net, case, base_loss, w, *, kinds, of_class=None):
     return total / sum(weight), counted
 
 
-def updated(objective, case, sizes, *, epoch=0, prepare=lambda step: None):
-    net = copy.deepcopy(case[0])
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    step = train_step(
-        net, optimizer, objective, ATTACK, Accelerator(cpu=True), class_counts=torch.full((4,), 6), seed=0
-    )
+def updated(objective, case, sizes, *, epoch=0, number=1, attack=ATTACK, prepare=lambda step: None):
+    """Totals of one update of a copy of the network, its parameters after it, the step, and the rows of its passes."""
+    net, rows = copy.deepcopy(case[0]), []
+    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    optimizer, counts = torch.optim.SGD(net.parameters(), lr=1.0), torch.full((4,), 6)
+    step = train_step(net, optimizer, objective, attack, Accelerator(cpu=True), class_counts=counts, seed=0)
     prepare(step)
     parts = zip(case[1].split(sizes), case[2].split(sizes), strict=True)
-    totals = step([pixel_batch(x, y) for x, y in parts], epoch=epoch, step=0)
-    return totals, list(net.parameters()), step
+    # By default not update 0, which also looks at the clean images.
+    totals = step([pixel_batch(x, y) for x, y in parts], epoch=epoch, step=number)
+    return totals, list(net.parameters()), step, rows
 
 
 def assert_is(case, found, loss):
-    totals, after, _ = found
+    totals, after, *_ = found
     assert totals.loss == pytest.approx(loss.item(), abs=1e-10)
     gradients = torch.autograd.grad(loss, list(case[0].parameters()))
     for old, new, gradient in zip(case[0].parameters(), after, gradients, strict=True):
@@ -157,26 +158,12 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
     assert_is(case, updated(ham, case, SPLITS[split], epoch=1, prepare=prepare), loss)
 
 
-@pytest.mark.parametrize("split", ["three batches", "packed"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kinds", [False, True], ids=["two kinds", "three kinds"])
-def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kinds, split):
-    net, rows = case[0], []
-    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    _, counted = expected_loss(net, case, "pgd_at", 1.0, kinds=kinds)
-    rows.clear()
-    packed = split == "packed"
+def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kinds, packed):
+    _, counted = expected_loss(case[0], case, "pgd_at", 1.0, kinds=kinds)
     options = {"easy_weight": 1.0, "stop_misclassified": kinds, "pack_hard_examples": packed}
-    ham = HAM(mining_start_epoch=0, mining_step=M, **options)
-    step = train_step(
-        net,
-        torch.optim.SGD(net.parameters(), lr=0.0),
-        ham,
-        ATTACK,
-        Accelerator(cpu=True),
-        class_counts=torch.full((4,), 6),
-        seed=0,
-    )
-    step([pixel_batch(x, y) for x, y in zip(case[1].split(8), case[2].split(8), strict=True)], epoch=0, step=1)
+    *_, rows = updated(HAM(mining_start_epoch=0, mining_step=M, **options), case, [8, 8, 8])
     # Per batch two steps and a classification, then three steps of the hard rows; training passes of whole batches.
     assert rows[-3:] == [8, 8, 8]
     if packed:
@@ -203,19 +190,8 @@ def test_trades_with_nothing_hard_still_trains_on_the_clean_images(case):
     net, x, _, start = case
     y = net(x).argmax(1)
     ham = HAM(mining_start_epoch=0, mining_step=1, base_loss="trades")
-    case = (net, x, y, start)
     still = Attack(threat_model=ThreatModel("linf", 1e-9), num_steps=2, step_size=1e-9)
-    torch.manual_seed(0)
-    step = train_step(
-        copy.deepcopy(net),
-        torch.optim.SGD(net.parameters(), lr=1.0),
-        ham,
-        still,
-        Accelerator(cpu=True),
-        class_counts=torch.full((4,), 6),
-        seed=0,
-    )
-    totals = step([pixel_batch(x, y)], epoch=0, step=1)
+    totals, *_ = updated(ham, (net, x, y, start), [len(y)], attack=still)
     assert (totals.hard, totals.updates) == (0, 1)
     assert totals.loss == pytest.approx(F.cross_entropy(net(x), y).item(), abs=1e-12)
 
@@ -256,7 +232,7 @@ def test_what_is_wrong_at_the_start_and_right_at_the_mining_step_stays_of_the_fi
 def test_shares_of_the_kinds_are_logged_for_each_class_and_beside_them_what_is_wrong_when_clean(case):
     ham = HAM(mining_start_epoch=0, mining_step=M, stop_misclassified=True)
     net, x, y, start = case
-    step = updated(ham, case, [8, 8, 8])[2]
+    _, _, step, _ = updated(ham, case, [8, 8, 8], number=0)
     early = attacked(net, x, y, start, "pgd_at", M)
     wrong = net(start).argmax(1) != y
     later = net(early).argmax(1) != y
@@ -267,9 +243,8 @@ def test_shares_of_the_kinds_are_logged_for_each_class_and_beside_them_what_is_w
         assert record[f"{name}_fraction"] == pytest.approx(mask.double().mean().item()), name
         expected = [mask[y == c].double().mean().item() if (y == c).any() else None for c in range(4)]
         assert record[f"{name}_per_class"] == pytest.approx(expected), name
-    assert "start_wrong_fraction" not in updated(HAM(mining_start_epoch=0, mining_step=M), case, [24])[
-        2
-    ].method_state.epoch_record(torch.ones(4, 4), ATTACK, epoch=0)
+    _, _, step, _ = updated(HAM(mining_start_epoch=0, mining_step=M), case, [24])
+    assert "start_wrong_fraction" not in step.method_state.epoch_record(step.method_state.log, ATTACK, epoch=0)
 
 
 def test_the_history_has_the_shares_of_mining_epochs(tmp_path):

@@ -110,6 +110,7 @@ print(json.dumps({"logits": logits, "names": model.pretrained_cfg["label_names"]
 """
 
 
+@pytest.mark.slow
 def test_without_ham_hf_and_with_it(tmp_path):
     """resnet18_cifar through timm's own transform and model; the others need ``import ham_hf``."""
     backbone, wide = trained("resnet18_cifar"), trained("wideresnet28_10_cifar", **SMALL_WIDE)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 
 from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
 from ham_hf.models.export import repair_folder
 from tests.conftest import ROOT
 from tests.support.exports import FAMILIES, export, preprocessing, trained
-from tests.support.hub_server import Hub, hub_environment
+from tests.support.hub_server import Hub, hub_environment, use_hub
 from tests.support.recipe_runs import recipe_module
 
 
@@ -119,14 +119,9 @@ WRITER, READER = "hf_writer0123456789", "hf_reader0123456789"
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that this process talks to as "me"."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home" / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf_home" / "token"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("HF_TOKEN", WRITER)
     with Hub({WRITER: "me", READER: "me"}, read_only={READER}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        use_hub(server, monkeypatch, tmp_path / "hf_home", WRITER)
         yield server
 
 

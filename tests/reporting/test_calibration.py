@@ -18,7 +18,7 @@ def test_what_was_given_for_what():
         "53.3 %, for 1.0 points of the average (59.0 % before, 58.0 % after), counted on images that the shifts were "
         "not found on."
     )
-    assert "leaves the model as it was" in exchange_sentence(calibration(fairness=0.0))
+    assert "leaves the model unchanged" in exchange_sentence(calibration(fairness=0.0))
 
 
 def test_training_images_are_said_aloud():

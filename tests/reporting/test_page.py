@@ -261,20 +261,3 @@ def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
     mean, low, high = other["differences"]["average"]
     assert low <= mean <= high
     assert other["seeds"] == [0]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{tmp}/none"], "expected a folder with report.json"),
-        (["{tmp}", "--output", "{tmp}"], "is a folder; name a file"),
-        (["{tmp}", "--output", "{tmp}/none/page.html"], "there is no folder"),
-    ],
-)
-def test_what_cannot_be_done_is_said(
-    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        page_command.main([word.replace("{tmp}", str(tmp_path)) for word in words])
-    assert message in capsys.readouterr().err

@@ -161,20 +161,6 @@ def test_results_table_states_subsets_worst_class_and_interval() -> None:
     assert {line.index("±") for line in lines[1:]} == {lines[1].index("±")}
 
 
-def test_the_verdict_is_the_first_row_with_its_images_and_intervals() -> None:
-    report = make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, verdict=True)
-    rows = results_table(report, intervals=True)
-    assert [row["Evaluation"] for row in rows] == ["Verdict", "Clean", "PGD-20", "AutoAttack"]
-    assert rows[0]["Images"] == "100 of 360"
-    summary, intervals = report.verdict.summary, report.verdict.intervals
-    for title, name, digits in (("Worst 30 %", "worst_30_percent", 1), ("Gap", "gap", 1), ("Std", "std", 1)):
-        low, high = getattr(intervals, name)
-        assert rows[0][title] == f"{100 * getattr(summary, name):.{digits}f} ({100 * low:.1f}–{100 * high:.1f})"
-    low, high = intervals.nsd
-    assert rows[0]["NSD"] == f"{summary.nsd:.3f} ({low:.3f}–{high:.3f})"
-    assert "–" not in results_table(report)[0]["Gap"]
-
-
 def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.mps, "get_device_name", raising=False)
     assert environment(device=torch.device("mps"), num_processes=1).device == "mps"

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -133,17 +133,6 @@ def _wait(address: str, driver: subprocess.Popen[bytes]) -> None:
                 return
         time.sleep(0.1)
     raise AssertionError("chromedriver does not answer")
-
-
-def shoot(page: Path, folder: Path, widths: Sequence[int] = (1280, 800, 375)) -> list[Path]:
-    """Screenshots of a whole page at several widths, to be looked at."""
-    taken = []
-    with browser(folder / "profile") as window:
-        for width in widths:
-            window.open(page, width=width)
-            window.screenshot(folder / f"{page.stem}-{width}.png", full=True)
-            taken.append(folder / f"{page.stem}-{width}.png")
-    return taken
 
 
 def assert_quiet(window: Browser) -> None:

@@ -111,7 +111,7 @@ def with_breakdowns() -> RunReport:
         for severity in (1, 5)
     ]
     return dataclasses.replace(
-        with_model(make_report(trained=False, verdict=True), name="/home/me/strong"),
+        with_model(make_report(trained=False, verdict=True), name="/secret/home/strong"),
         groups=group_report(verdicts_of(results, tuple(map(str, range(10))), groups)),
         corruptions=corruption_report(corrupted, labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
     )
@@ -198,7 +198,7 @@ def comparison_variants() -> dict[str, Comparison]:
 
     part = {"clean": even([18] * 10), "pgd-20": even([11] * 10), "autoattack": ([2] * 10, [10] * 10)}
     evaluated = dataclasses.replace(last, report=dataclasses.replace(last.report, training=None))
-    failed = MissingRun(label="new", seed=0, reason="out of memory | *really* at /home/me/x.py", state="failed")
+    failed = MissingRun(label="new", seed=0, reason="out of memory | *really* at /secret/home/x.py", state="failed")
     return {
         "no baseline": compare(runs),
         "one seed": compare(three("own", [10, 12, 4])),

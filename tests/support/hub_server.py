@@ -223,6 +223,12 @@ class Hub:
     def before(self, pattern: str, action: Callable[[], object], *, times: int = 1) -> None:
         self.faults.append(Fault(pattern, "first", times, action=action))
 
+    def add(self, kind: str, name: str, files: Mapping[str, bytes], *, private: bool = False) -> Repo:
+        """A repository with one commit of these files."""
+        repo = self.repos[kind, name] = Repo(kind, name, private=private)
+        repo.refs["main"] = repo.add_commit({path: Blob(data, lfs=False) for path, data in files.items()}, None)
+        return repo
+
     def model(self, name: str) -> Repo:
         return self.repos["model", name]
 

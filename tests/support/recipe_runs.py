@@ -55,10 +55,14 @@ def launch_command(script: str, *arguments: str, processes: int = 1) -> list[str
 
 def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1, timeout: int = 300) -> str:
     """Run a recipe to its end and return what it printed."""
-    command = launch_command(script, *arguments, processes=processes)
+    return finish(launch_command(script, *arguments, processes=processes), env, timeout).stdout
+
+
+def finish(command: list[str], env: dict[str, str], timeout: int = 500) -> subprocess.CompletedProcess[str]:
+    """Run a program to its successful end."""
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done
 
 
 def recipe_module(script: str) -> ModuleType:

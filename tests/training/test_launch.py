@@ -253,4 +253,4 @@ def test_weights_selected_before_mining_are_told_in_log_report_and_card(tmp_path
     )
     assert read_report(folder).notes == (sentence,)
     assert sentence in caplog.text
-    assert "owe nothing to it" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "it had no effect on them" in (folder / "README.md").read_text(encoding="utf-8")

@@ -29,11 +29,20 @@ from ham_hf.training.validation import HeldOutAccuracy
 from tests.support.training import ATTACK, HAM_FROM_1, config, image_data, log_of, make_net, trainer
 
 
+class Untouchable:
+    """A test split: training never looks at it."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test split was asked for {name}")
+
+    __len__ = None
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One uninterrupted run: 3 epochs of 6 updates, the first epoch without mining."""
     folder = tmp_path_factory.mktemp("runs") / "full"
-    run = trainer(folder)
+    run = trainer(folder, data=replace(image_data(), test=Untouchable()))
     return folder, run.fit(), run
 
 
@@ -59,7 +68,7 @@ def test_log_says_what_happened(finished):
 
 
 def test_training_learns_robustly(tmp_path):
-    run = trainer(tmp_path / "run", num_train_epochs=25, ema_decay=None, save_steps=None)
+    run = trainer(tmp_path / "run", num_train_epochs=20, ema_decay=None, save_steps=None)
     untrained = run._held_out(run.module).robust
     last = run.fit().history[-1]
     assert untrained.average <= 0.3
@@ -120,7 +129,7 @@ def test_selected_weights_are_those_of_the_best_validation(finished):
 
 @pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"])
 def test_selection_metric(tmp_path, monkeypatch, metric):
-    run = trainer(tmp_path / "run", selection_metric=metric, save_steps=None)
+    run = trainer(tmp_path / "run", data=image_data(26), selection_metric=metric, save_steps=None)
     numbers = iter([(0.5, 0.1), (0.4, 0.3), (0.45, 0.2)])
 
     class Summary:
@@ -173,25 +182,6 @@ def test_without_a_held_out_part_the_last_weights_are_taken(tmp_path):
     assert "robust_accuracy" not in progress.history[0]
 
 
-def test_training_never_looks_at_the_test_split(tmp_path):
-    class Untouchable:
-        def __getattr__(self, name):
-            raise AssertionError(f"the test split was asked for {name}")
-
-        __len__ = None
-
-    data = replace(image_data(), test=Untouchable())
-    progress = trainer(tmp_path / "run", data=data, num_train_epochs=2).fit()
-    assert len(progress.history) == 2
-
-
-def test_max_steps_ends_in_mid_epoch_with_validation_and_checkpoint(tmp_path):
-    progress = trainer(tmp_path / "run", max_steps=8, save_steps=None).fit()
-    assert progress.step == 8
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6", "checkpoint-8"]
-    assert [record["step"] for record in progress.history] == [6, 8]
-
-
 def requests_of(run, epoch):
     return run.layout.requests(epoch_order(run.data.train.labels, run.config.seed, epoch), epoch)
 
@@ -217,12 +207,13 @@ def test_accumulation_takes_the_same_examples_as_a_larger_batch(tmp_path):
 
 def test_updates_that_nobody_needs_are_skipped_and_counted(tmp_path):
     # After enough warm-up nothing is misclassified under a zero perturbation any more.
+    settings = {"num_train_epochs": 14, "learning_rate": 0.2, "ema_decay": None, "save_steps": None}
     run = Trainer(
         make_net(),
-        image_data(),
+        image_data(validation=False),
         HAM(mining_start_epoch=10, mining_step=0),
         Attack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01),
-        config(tmp_path / "run", num_train_epochs=14, learning_rate=0.2, ema_decay=None, save_steps=None),
+        config(tmp_path / "run", selection_metric="last", **settings),
         Accelerator(cpu=True),
     )
     progress = run.fit()
@@ -303,9 +294,12 @@ def test_resuming_elsewhere_takes_the_best_weights_along(finished, tmp_path):
     assert load_best(tmp_path / "elsewhere")[1] == progress.best == finished[1].best
 
 
-def test_epoch_that_max_steps_cuts_keeps_its_counts(finished, tmp_path):
+def test_max_steps_ends_in_mid_epoch_and_a_longer_run_keeps_the_counts(finished, tmp_path):
     folder = tmp_path / "run"
-    trainer(folder, max_steps=8).fit()
+    progress = trainer(folder, max_steps=8, save_steps=None).fit()
+    assert progress.step == 8
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
+    assert [record["step"] for record in progress.history] == [6, 8]
     run = trainer(folder, resume_from_checkpoint="latest")
     run.resume()
     whole = {record["step"]: record["hard_per_class"] for record in finished[1].history}
@@ -514,7 +508,7 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
         assert torch.equal(longer.module.state_dict()[name], value)
     changed = "--num_train_epochs 2 instead of 1"
     assert progress.changes == [f"After update 6, from epoch 2 on, the run had {changed}."]
-    assert f"the run goes on with {changed}: the card will say so" in caplog.text
+    assert f"the run continues with {changed}: the card will say so" in caplog.text
     assert direct.progress.changes == []
     again = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
     again.resume()

@@ -20,7 +20,7 @@ from ham_hf.methods.base import TradesOrPGDAT
 from ham_hf.methods.class_rule import RadiusRule, WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
-from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.methods.state import State, class_counts
 from ham_hf.settings import setting
 
 
@@ -38,11 +38,6 @@ class CFARule(RadiusRule, WeightRule):
     cfa_start_epoch: int = setting(10, "first 0-based epoch that does so", at_least=1)
     cfa_lambda1: float = setting(0.5, "what is added to a class's robust accuracy to scale its radius", above=0)
     cfa_lambda2: float = setting(0.5, "the same for its KL weight", above=0)
-
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs of the plain base loss."""
-        return self.cfa_start_epoch
 
     @property
     def scales_radii(self) -> bool:
@@ -63,8 +58,7 @@ class CFARule(RadiusRule, WeightRule):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count correct and all examples of each class."""
-        correct = (predicted(logits) == y).to(statistics_dtype(logits.device))
-        return class_sums(torch.stack([correct, torch.ones_like(correct)], 1), y, logits.shape[1])
+        return class_counts(predicted(logits) == y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
         state["counts"] += sums

@@ -36,11 +36,6 @@ class DAFARule(RadiusRule, WeightRule):
         70, "first 0-based epoch with class weights; the epoch before it is observed", at_least=1
     )
 
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs of the plain base loss."""
-        return self.dafa_start_epoch
-
     def initial_state(self, class_counts: Tensor) -> State:
         """The weights, and the sums they are made of."""
         num_classes = len(class_counts)

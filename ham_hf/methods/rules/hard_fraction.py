@@ -23,7 +23,7 @@ from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
-from ham_hf.methods.state import State, class_sums, statistics_dtype
+from ham_hf.methods.state import State, class_counts
 from ham_hf.settings import setting
 
 
@@ -59,8 +59,7 @@ class HardFractionRule(WeightRule):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count wrong and all examples of each class."""
-        wrong = (predicted(logits) != y).to(statistics_dtype(logits.device))
-        return class_sums(torch.stack([wrong, torch.ones_like(wrong)], 1), y, logits.shape[1])
+        return class_counts(predicted(logits) != y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor) -> None:
         state["counts"] += sums
