@@ -9,10 +9,10 @@ import pytest
 from tests.house import measure
 
 # A ceiling against growth, not the goal: lower it with every change that removes code.
-MAX_LINES = 30_500
-MAX_MODULES = 150
-MAX_SINGLE_IMPORTERS = 12
-MAX_CLONES = 30
+MAX_LINES = 28_600
+MAX_MODULES = 152
+MAX_SINGLE_IMPORTERS = 10
+MAX_CLONES = 5
 
 
 @pytest.fixture(scope="module")
