@@ -1,6 +1,6 @@
 """Per-class accuracy and fairness numbers from per-example flags: plain tensors in, plain numbers out.
 
-Everything is computed from counts (invariant 6): nothing assumes balanced classes, and a class without an
+Everything is computed from counts: nothing assumes balanced classes, and a class without an
 example is reported as missing (``None``), never as 0 or NaN. Definitions and who uses them: NSD is ABSLD's
 (NeurIPS 2024), worst-class accuracy is the common measure of robust fairness (FRL, CFA, DAFA, HAM).
 """

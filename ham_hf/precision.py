@@ -1,4 +1,4 @@
-"""Attacks whose passes run in 16 bits while pixels, the perturbation and the loss stay float32 (invariant 1).
+"""Attacks whose passes run in 16 bits while pixels, the perturbation and the loss stay float32.
 
 An attack is nine tenths of what adversarial training costs, and a sign or a direction is all that a step takes from a
 gradient. So convolutions and matrix products of the attack may be coarser than those of the update.

@@ -1,4 +1,4 @@
-"""Random streams by name and position (invariant 5): no generator outlives the step it was made for.
+"""Random streams by name and position: no generator outlives the step it was made for.
 
 A stream depends only on the run's seed, what it is for, and where in the run it is used (epoch, step, rank), so a
 resumed run repeats the uninterrupted one and no random state needs to be saved.

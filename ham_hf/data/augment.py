@@ -1,7 +1,7 @@
 """Training augmentation: pad-crop and flip on batches of pixels, timm's own on single images.
 
 All randomness is drawn on the CPU from explicit seeds, so the same images come out on every device, in every
-worker process and after a resume (invariant 5).
+worker process and after a resume.
 """
 
 from __future__ import annotations

@@ -100,14 +100,14 @@ class Method(Stateful):
     def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
         """`rows_to_train_on` of each accumulation step of an update.
 
-        A method may move rows from one entry to another, but not ``hard`` and ``early_logits``.
+        A method may move rows from one entry to another, but not ``hard``, ``wrong_at_start`` and ``early_logits``.
         """
         return [self.rows_to_train_on(model, batch) for batch in batches]
 
     def rows_to_train_on(self, model: nn.Module, batch: Batch) -> TrainingRows:
         """Attack a batch with the radii of its classes, and choose the rows to train on.
 
-        The model is unwrapped, and left as it was found (invariant 2).
+        The model is unwrapped, and left as it was found (invariant 2 of `ham_hf.attacks`).
         """
         return self.inner_maximization(model, self.with_class_radii(batch))
 
@@ -140,7 +140,7 @@ class Method(Stateful):
         """Weight of each term and example (T, E), and this batch's part of each term's divisor (T,).
 
         The loss of an update is, summed over its terms, sum(weight * term) / sum(divisor), both sums over all
-        processes and accumulation steps (invariant 3).
+        processes and accumulation steps (`ham_hf.training.train_step`).
         """
         rule = self.weights
         of_class = None if rule is None else rule.class_weight(states[rule.name], self.loss, epoch=epoch)

@@ -5,11 +5,13 @@ method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
 borrows one (``--class_margin``, ``--class_weighting``). Besides the hooks of
 `ham_hf.methods.state`, in the order of a run:
 
-    wants_held_out, held_out_sums -> after_held_out   before an epoch, on held-out images
-    class_attack                                      every batch: radius and step of each class
+    wants_held_out, held_out_sums -> after_held_out   after `before_epoch`, on held-out images
+    class_probabilities                               every epoch, and again where a run resumes within it
+    class_attack                                      every batch, and for the log at the end of an epoch: radius and
+                                                      step of each class
     preview -> before_update                          every update, where `WeightRule.wants_preview`: sums over the
                                                       rows about to be trained on
-    class_weight                                      every update: weight of each class in each term of the loss
+    class_weight                                      every batch: weight of each class in each term of the loss
 
 The trainer adds sums over all batches and processes before a hook sees them.
 
@@ -63,7 +65,10 @@ class ClassRule(Stateful):
         """Take in the sums (S, num_classes) over all held-out images."""
 
     def class_probabilities(self, state: State) -> Tensor | None:
-        """Probability of each class (num_classes,) in the next epoch's draws; None takes every example once."""
+        """Probability of each class (num_classes,) in the draws of this epoch; None takes every example once.
+
+        Asked for again where a run resumes: only `before_epoch` and `after_held_out` may change it.
+        """
         return None
 
 

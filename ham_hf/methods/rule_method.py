@@ -52,7 +52,7 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
 
     Args:
         rule_kind: the rule.
-        loss: says which loss, and has its options.
+        loss: a method without a rule, which says on which loss (`Method.loss`) and has its options.
     """
     hints = get_type_hints(rule_kind)
     options = [(one.name, hints[one.name], _copy(one)) for one in fields(rule_kind)]

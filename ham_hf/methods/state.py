@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
-"""State of a method or class rule: named tensors on the device of the model, changed in place by its hooks."""
+"""State of a method or class rule: named tensors, which its hooks change or replace by others of the same shape."""
 States: TypeAlias = Mapping[str, State]
 """The state of every part of a method (`ham_hf.methods.base.Method.parts`), by the name of the part."""
 
@@ -27,7 +27,7 @@ class Stateful:
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
-    """One line for ``--help`` and the model card."""
+    """One line for ``--help`` and the model card; ends with the paper, "(Lin et al., 2025)", or with "(ours)"."""
     gates_averaging: ClassVar[bool] = False
     """Whether fairness-gated weight averaging belongs to the published method."""
 
@@ -40,13 +40,14 @@ class Stateful:
 
     @classmethod
     def start_option(cls) -> str:
-        """Name of the option that says when it begins; "" without one."""
+        """Name of the option that says when it begins, the first that ends in ``_start_epoch``; "" without one."""
         return next((one.name for one in fields(cls) if one.name.endswith("_start_epoch")), "")
 
     def initial_state(self, class_counts: Tensor) -> State:
         """State at the beginning of a run, in the dtype and on the device of ``class_counts``.
 
-        These are the numbers of training images of each class (num_classes,).
+        These are the numbers of training images of each class (num_classes,); a stream may not know them (NaN), unless
+        a class rule asks for them (`ham_hf.methods.class_rule.ClassRule.uses_class_counts`).
         """
         return {}
 
@@ -61,12 +62,12 @@ class Stateful:
         """Sums over examples with labels ``y`` (N,), of `observed_shape` whatever their number (also 0).
 
         ``logits`` (N, num_classes) are of adversarial images: of the training forward; from methods that mine, of the
-        whole batch at the mining step, as the hard rows alone would say nothing of a class.
+        whole batch at the mining step, as the hard rows alone would say nothing of a class. They may be not finite.
         """
         raise NotImplementedError(f"{self.name} observes nothing")
 
     def after_update(self, state: State, sums: Tensor) -> None:
-        """Take in the sums of `observe` over all examples of the update."""
+        """Take in the sums of `observe` over all examples of the update, also of one that is skipped."""
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

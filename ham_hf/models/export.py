@@ -1,4 +1,4 @@
-"""Write a trained backbone so that ``timm.create_model`` loads it, and check that it does (invariant 8).
+"""Write a trained backbone so that ``timm.create_model`` loads it, and check that it does.
 
 A network for gray images is written a second time in a form that takes RGB, for clients that give RGB to every
 network. Pillow's gray is a weighted sum of red, green and blue with weights that add up to 1. So a first layer that is

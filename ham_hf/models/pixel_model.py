@@ -1,7 +1,7 @@
 """Any timm backbone for any number of classes and image size, and the model that normalizes inside.
 
 Attacks, epsilon and data live in pixel space: a tensor ``x`` is (N, C, H, W) in [0, 1], and only
-:class:`PixelModel` knows mean and standard deviation (invariant 1).
+:class:`PixelModel` knows mean and standard deviation.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Preprocessing:
 class PixelModel(nn.Module):
     """A classifier of pixels: (N, C, H, W) in [0, 1] to (N, num_classes) logits.
 
-    The only place where pixels are normalized (invariant 1), in the precision of ``x``: under autocast the
+    The only place where pixels are normalized, in the precision of ``x``: under autocast the
     subtraction and division stay in float32, and only the backbone computes in bf16. Mean and standard deviation are
     buffers that follow the module to its device but are not part of the state dict, whose keys are those of the
     backbone behind ``backbone.``.

@@ -2,7 +2,7 @@
 
 Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
 (``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
-safetensors alone: a source that offers only pickled weights is rejected (invariant 8).
+safetensors alone: a source that offers only pickled weights is rejected.
 """
 
 from __future__ import annotations

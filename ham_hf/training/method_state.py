@@ -1,4 +1,4 @@
-"""The class state of a training method during a run, and what the method did to each class in an epoch.
+"""The state of a training method and its class rules during a run, and what the method did to each class in an epoch.
 
 The state is the same on every process: only sums over all processes change it. It goes into checkpoints whole.
 """
@@ -69,8 +69,8 @@ class MethodState:
     def after_update(self, observed: Tensor, *, epoch: int) -> None:
         """Hand the global sums of `observe` to the parts that they are for."""
         observing = self._observing(epoch)
-        parts = torch.split(observed, [math.prod(shape) for _, shape in observing])
-        for (part, shape), sums in zip(observing, parts, strict=True):
+        pieces = torch.split(observed, [math.prod(shape) for _, shape in observing])
+        for (part, shape), sums in zip(observing, pieces, strict=True):
             part.after_update(self.states[part.name], sums.view(shape))
 
     def _observing(self, epoch: int) -> list[tuple[Stateful, tuple[int, ...]]]:

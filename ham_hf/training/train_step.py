@@ -209,7 +209,7 @@ class TrainStep:
         return dict(zip([*mine, "weight"], found, strict=True)), sums[len(mine) :]
 
     def _to_attack(self, batch: PixelBatch, number: int, place: tuple[int, int]) -> Batch:
-        """One accumulation step of an update, with the random stream of its place."""
+        """One accumulation step of an update, with the random stream of its place: epoch and update."""
         rank = self.accelerator.process_index
         return Batch(
             x=batch.x.contiguous(memory_format=self.memory_format),
@@ -245,7 +245,7 @@ class TrainStep:
                 self.method_state.note_clean(batch.y, predicted(self.attacked(batch.x)) != batch.y)
 
     def _weigh(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows]) -> tuple[list[_Work], Tensor]:
-        """Weights of all rows, divided by the sums over all processes (invariant 3), and those sums (T,)."""
+        """Weights of all rows, divided by the sums over all processes, and those sums (T,)."""
         epoch, states = batches[0].epoch, self.method_state.states
         weighed = [self.objective.weigh(rows, epoch=epoch, states=states) for rows in chosen]
         dtype = self.method_state.log.dtype

@@ -1,4 +1,4 @@
-"""What is written loads with plain timm and computes what was trained (invariant 8)."""
+"""What is written loads with plain timm and computes what was trained."""
 
 from __future__ import annotations
 
