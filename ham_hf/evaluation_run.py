@@ -104,7 +104,7 @@ class Job(Generic[ConfigT]):
         )
 
     def evaluate(self, model: nn.Module, foreign: Sequence[ForeignAttack] = ()) -> dict[str, AttackResult]:
-        """Every attack on every test image, on a model with the same logits."""
+        """Every attack on the test images, AutoAttack perhaps on a part of them, on a model with the same logits."""
         return evaluate_on_test(
             model.to(self.accelerator.device).to(memory_format=torch.channels_last),
             self.data,

@@ -1,7 +1,7 @@
 """95 % intervals of fairness numbers, from the counts of each class.
 
 The smallest of several noisy numbers is lower than the number that is truly smallest, and a spread of noisy numbers
-is wider than the true spread. A percentile bootstrap adds the same error a second time, so there is none here.
+is wider than the true spread. A percentile bootstrap adds the same error a second time, so it is not used here.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class FairnessIntervals:
 def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple[float, float]:
     """Simultaneous 95 % interval of the smallest class accuracy.
 
-    Every class with an example gets its Wilson interval at 1 - 0.05 / C (Bonferroni); the smallest of the lower ends
-    and the smallest of the upper ends are the interval. It holds whichever class is the worst. Simulated coverage for
-    C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
+    Each of the C classes with an example gets its Wilson interval at 1 - 0.05 / C (Bonferroni); the smallest of the
+    lower ends and the smallest of the upper ends, which may be another class's, are the interval. It holds whichever
+    class is the worst; that of one class alone, in `ham_hf.metrics.ClassAccuracy`, is another one. Simulated
+    coverage for C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
 
     Args:
         correct: right examples of each class.

@@ -1,8 +1,8 @@
 """Per-class accuracy and fairness numbers from per-example flags: plain tensors in, plain numbers out.
 
-Everything is computed from counts: nothing assumes balanced classes, and a class without an
-example is reported as missing (``None``), never as 0 or NaN. Definitions and who uses them: NSD is ABSLD's
-(NeurIPS 2024), worst-class accuracy is the common measure of robust fairness (FRL, CFA, DAFA, HAM).
+Everything is computed from counts: nothing assumes balanced classes, and a class without an example is reported as
+missing (``None``), never as 0 or NaN. Definitions and who uses them: NSD is ABSLD's (NeurIPS 2024), worst-class
+accuracy is the common measure of robust fairness (FRL, CFA, DAFA, HAM).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class FairnessSummary:
 
 
 def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson, 1927): unlike the normal one, it stays in [0, 1].
+    """Confidence interval of a proportion at ``level`` (Wilson, 1927): unlike the normal one, it stays in [0, 1].
 
     Raises:
         ValueError: if ``count`` is not positive or ``correct`` lies outside [0, count].

@@ -100,6 +100,7 @@ def evaluate_autoattack(
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
     labels, accuracy = images.labels[chosen], dict[str, float]()
+    # All count as right until "clean" has looked at them.
     predictions, margins, seconds = labels.clone(), torch.zeros(len(labels)), 0.0
     with attack_mode(model):
         for name in ("clean", *attacks):
@@ -224,7 +225,7 @@ def _classify(adversary: Any, size: WorkingSize, batch: PixelBatch, *, checks: b
 
 
 def _strike(adversary: Any, name: str, size: WorkingSize, batch: PixelBatch, seed: int) -> Tensor:  # noqa: ANN401
-    """Logits of what one of the attacks makes of a batch; examples that withstand keep their label."""
+    """Logits of what one of the attacks makes of a batch; images that withstand are as they were."""
     guarded, x, y = _shown(adversary, batch)
     attack = {
         "apgd-ce": adversary.apgd,

@@ -1,8 +1,8 @@
 """Attacks of other libraries: any function ``attack(model, x, y) -> x_adv``, checked before it counts.
 
-The function is given the pixel model in evaluation mode and the images that are still right, and has to keep to the
-threat model of the evaluation by itself. What it returns is checked: an attack of another radius would give a number
-that looks like the others and is not comparable. Afterwards the model is as it was.
+The function is given the pixel model in evaluation mode and the images that are right as they are, and has to keep to
+the threat model of the evaluation by itself. What it returns is checked: an attack of another radius would give a
+number that looks like the others and is not comparable. Afterwards the model is as it was.
 """
 
 from __future__ import annotations

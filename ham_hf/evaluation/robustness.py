@@ -114,7 +114,7 @@ class AttackResult:
 
     @property
     def flags(self) -> Tensor:
-        """(N,) bool, CPU: right as it is and under the attack, which may leave an image alone and makes none right."""
+        """(N,) bool, CPU: right as it is and under the attack; one that is wrong as it is keeps that prediction."""
         return self.predictions == self.labels
 
 

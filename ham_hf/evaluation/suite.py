@@ -1,4 +1,4 @@
-"""The suite of attacks that a report holds: clean, PGD, CW and, if asked for, AutoAttack."""
+"""The suite of attacks that a report holds: clean, PGD, CW, foreign attacks and, if asked for, AutoAttack."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate_on_test(
     place: Workplace,
     foreign: Sequence[ForeignAttack] = (),
 ) -> dict[str, AttackResult]:
-    """Clean, PGD and CW accuracy, and AutoAttack if asked for, of every example of the test split.
+    """Clean, PGD, CW and foreign attacks on the whole test split; AutoAttack, if asked for, perhaps on a part.
 
     ``model`` is the unwrapped pixel model, on the device and in the memory layout of images.
     """

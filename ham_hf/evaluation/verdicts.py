@@ -4,9 +4,9 @@ One row per image: ``position`` in the test split as it was loaded, ``label``, `
 ``prediction_NAME`` of each attack (null where it did not see the image; -1 where the logits are not finite),
 ``margin_clean`` and ``margin_attacked`` (the logit of the true class minus the largest other one, the latter the
 smallest over the attacks; null where it is not a number) and ``verdict``: right on the clean image and never broken by
-any attack that saw it; null where some attack did not see this image. With groups (``--group_column``) there is one
-more column, ``group``: the name of the image's group, null where it has none. Class names, attacks with their settings
-and the column of the groups stand in the metadata of the file, with a schema version.
+any attack; null, and in no average, where some attack did not see the image. With groups (``--group_column``) there is
+one more column, ``group``: the name of the image's group, null where it has none. Class names, attacks with their
+settings and the column of the groups stand in the metadata of the file, with a schema version.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Verdicts:
         return self.attacked[name] != UNSEEN
 
     def right(self, name: str) -> Tensor:
-        """(N,) bool, right by "verdict", when "clean", or clean and under the attack of this name."""
+        """(N,) bool, right by "verdict", when "clean", or clean and under this attack; count it where `seen` only."""
         if name == "verdict":
             return self.withstood
         clean = self.clean == self.labels
@@ -91,7 +91,7 @@ class Verdicts:
 def verdicts_of(
     results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
 ) -> Verdicts:
-    """What the results of one evaluation say of each image; "clean" has to cover every image of an attack."""
+    """What the results of one evaluation say of each image; "clean" covers every attack's, indices ascending."""
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
     for name, result in results.items():

@@ -245,7 +245,7 @@ class RunReport:
         return (*([] if self.verdict is None else [self.verdict]), *self.results.values())
 
     def reference_attack(self) -> AttackReport | None:
-        """The attack of headlines and per-class figures: the strongest on the whole test set, else on a part of it."""
+        """Of figures and, without a verdict, the headline: the lowest average on all test images, else on any."""
         attacks = [attack for attack in self.results.values() if attack.name != "clean"]
         full = [attack for attack in attacks if not self.is_subset(attack)]
         return min(full or attacks, key=lambda attack: attack.summary.average, default=None)

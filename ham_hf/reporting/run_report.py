@@ -92,7 +92,7 @@ def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None
 
     Args:
         verdicts: of each image.
-        seconds: duration of all attacks together.
+        seconds: duration of all evaluations together, clean included.
     """
     judged = verdicts.judged
     if not bool(judged.any()):

@@ -28,7 +28,7 @@ FEW_GROUPS = 3
 
 
 def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
-    """One row per evaluation, the verdict first; the number after ± is half the interval of the average.
+    """One row per evaluation, the verdict first; the number after ± is half the width of the average's interval.
 
     Args:
         report: a finished run.
@@ -60,7 +60,7 @@ def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[st
 
 
 def class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with test images, the worst by the verdict (else under the reference attack) first."""
+    """One row per class with images in `RunReport.ordering_entry`, worst first. "Images": the most of all columns."""
     rows = []
     for index in report.worst_first():
         if report.ordering_entry().summary.per_class[index].count:
