@@ -96,16 +96,16 @@ class TrainConfig:
         except ValueError as error:
             yield str(error)
         if self.data.dataset_streaming:
-            own = [rule.name for rule in self.method.rules if rule.draws_classes]
+            own = [self.method.flag_of(rule) for rule in self.method.rules if rule.draws_classes]
             yield from (
-                f"--method {name} draws a class and then one of its images, which a stream cannot give; leave "
+                f"{flag} draws a class and then one of its images, which a stream cannot give; leave "
                 "--dataset_streaming out, or take another method"
-                for name in own
+                for flag in own
             )
-        held_out = [rule.name for rule in self.method.rules if rule.uses_held_out]
+        held_out = [self.method.flag_of(rule) for rule in self.method.rules if rule.uses_held_out]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):
-            who = f"--method {held_out[0]}" if held_out else "fairness-gated averaging (--fawa)"
+            who = held_out[0] if held_out else "fairness-gated averaging (--fawa)"
             yield f"--validation_fraction 0: {who} measures classes on held-out images; hold some out"
         if not averaged:
             yield from self.training.idle(["fawa_decay", "fawa_threshold"], "--fawa on")

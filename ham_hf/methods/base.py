@@ -75,6 +75,13 @@ class Method(Stateful):
         """The class rules, each once."""
         return tuple({rule.name: rule for rule in (self.radii, self.weights) if rule is not None}.values())
 
+    def flag_of(self, rule: ClassRule) -> str:
+        """How a command line asks for one of `rules`."""
+        if rule.name == self.name:
+            return f"--method {rule.name}"
+        borrowed = self.weights is not None and self.weights.name == rule.name
+        return f"--class_{'weighting' if borrowed else 'margin'} {rule.name}"
+
     @property
     def parts(self) -> tuple[Stateful, ...]:
         """Parts that may keep state, each of another name: this method and its class rules."""

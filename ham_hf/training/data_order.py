@@ -97,13 +97,13 @@ def training_class_counts(train: Images | TrainingStream, objective: Method, num
     """
     if not isinstance(train, TrainingStream):
         return count_per_class(train.labels, num_classes)
-    asking = [rule.name for rule in objective.rules if rule.uses_class_counts]
+    asking = [objective.flag_of(rule) for rule in objective.rules if rule.uses_class_counts]
     counts = train.shards.class_counts() if asking else None
     if counts is not None:
         return counts
     if asking:
         raise ValueError(
-            f"--method {asking[0]} needs the number of training images of each class, and of .tar archives it is not "
+            f"{asking[0]} needs the number of training images of each class, and of .tar archives it is not "
             "known before all are read; stream parquet files, or leave --dataset_streaming out"
         )
     return torch.full((num_classes,), torch.nan)
