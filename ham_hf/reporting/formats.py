@@ -16,6 +16,8 @@ from ham_hf.metrics import ClassAccuracy
 
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
+BLOCK = re.compile(r"^(\d{0,9})([-+.)](?=\s|$)|-(?=-)|=(?==|$))")
+"""What makes a line the item of a list, a rule or the underline of a heading."""
 
 
 class Markdown(str):
@@ -96,7 +98,7 @@ def plain_text(value: object, max_length: int = 60) -> str:
 
 def markdown_text(value: object, max_length: int = 60) -> Markdown:
     """Escape ``value`` for running text and table cells: no markup, no HTML, no line breaks, no autolinks."""
-    escaped = MARKUP.sub(r"\\\1", plain_text(value, max_length))
+    escaped = BLOCK.sub(r"\1\\\2", MARKUP.sub(r"\\\1", plain_text(value, max_length)))
     return Markdown(escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 

@@ -17,7 +17,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
@@ -231,6 +231,7 @@ def test_hostile_names_change_nothing_but_text(tmp_path: Path) -> None:
 
 @pytest.mark.faults(quick=True)
 @settings(max_examples=10, deadline=None)
+@example([*["a"] * 5, "=", "1.", "- -", "+ b", "2) c", "---", "-"])
 @given(
     st.lists(
         # hypothesis also tries words of our sources; the name of a method adds the method's own text.
