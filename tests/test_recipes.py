@@ -100,7 +100,12 @@ def test_control_is_alike_but_for_the_method(stem):
     assert control.method == PGDAT()
     ham, control = config_to_dict(ham), config_to_dict(control)
     options = {field.name for field in dataclasses.fields(PGDAT)}
-    assert {name for name in control.keys() - options if control[name] != ham[name]} == {"method", "output_dir"}
+    differ = {name for name in control.keys() - options if control[name] != ham[name]} - {"method", "output_dir"}
+    if stem.startswith("digits/"):
+        # There mining adds steps to the control's attack; elsewhere it spares some of them.
+        assert control["num_steps"] == ham["mining_step"]
+        differ -= {"num_steps"}
+    assert differ == set()
 
 
 @pytest.mark.parametrize("net", ["preactresnet18", "resnet18"])
