@@ -20,7 +20,7 @@ from ham_hf.dial import (
     shifts_of_logits,
 )
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation_run import Job, begin, faults_of_work, refusals, take_folder
 from ham_hf.faults import clean_exit
 from ham_hf.fitting import align_classes, num_logits, threat_model_of

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,19 +16,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import CalibrateConfig, EvaluateConfig, config_to_dict
+from ham_hf.config import CalibrateConfig, EvaluateConfig, EvaluationConfig, config_to_dict
 from ham_hf.config.yaml_file import setting_words
 from ham_hf.data import TestData, load_test_data
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
-from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError, robustness, standard_attacks
+from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
-from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
 from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
@@ -78,6 +76,40 @@ def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> N
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command resumes where it stopped\n")
         raise SystemExit(130) from None
+
+
+def evaluate_on_test(
+    model: nn.Module,
+    data: TestData,
+    config: EvaluationConfig,
+    *,
+    threat_model: ThreatModel,
+    place: Workplace,
+    foreign: Sequence[ForeignAttack] = (),
+) -> dict[str, AttackResult]:
+    """Clean, PGD, CW and foreign attacks on the whole test split; AutoAttack, if asked for, perhaps on a part.
+
+    ``model`` is the unwrapped pixel model, on the device and in the memory layout of images.
+    """
+    results = robustness.evaluate(
+        model,
+        data.test,
+        [
+            *standard_attacks(config.attack(threat_model)),
+            *(replace(attack, threat_model=threat_model) for attack in foreign),
+        ],
+        place,
+    )
+    if config.autoattack:
+        results["autoattack"] = evaluate_autoattack(
+            model,
+            data.test,
+            place,
+            num_classes=len(data.class_names),
+            threat_model=threat_model,
+            num_examples=config.autoattack_examples,
+        )
+    return results
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

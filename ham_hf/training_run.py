@@ -20,9 +20,8 @@ from ham_hf.data.provenance import plain_name
 from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
+from ham_hf.evaluation_run import evaluate_on_test
 from ham_hf.faults import (
     FaultError,
     MemoryExhaustedError,

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ham_hf.api.evaluation import count_logits, device_of
+from ham_hf.api.evaluation import count_logits, device_of, one_process
 from ham_hf.api.loader import Loader, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
-from ham_hf.api.one_process import one_process
 from ham_hf.attacks import ThreatModel, outside_inference_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation.batch_sharing import Workplace

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.api.loader import GroupReader, Loader, batches_of, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
-from ham_hf.api.one_process import one_process
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, outside_inference_mode
 from ham_hf.data import PixelBatch
 from ham_hf.data.image_groups import ImageGroups, make_groups
@@ -193,6 +194,29 @@ def chosen_attacks(
     if twice is not None:
         raise ValueError(f"two attacks are called {twice}: give each a name of its own")
     return [replace(one, threat_model=attack.threat_model) for one in chosen]
+
+
+class OneProcess:
+    """What evaluation asks of an ``accelerate.Accelerator``, without its state for the whole process."""
+
+    num_processes, process_index = 1, 0
+    is_main_process = is_local_main_process = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+def one_process(device: torch.device) -> Accelerator:
+    """An accelerator of this process alone, for evaluation and calibration."""
+    return cast(Accelerator, OneProcess(device))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -24,7 +24,7 @@ from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
-from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command

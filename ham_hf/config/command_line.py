@@ -27,8 +27,7 @@ from ham_hf.config.yaml_file import (
     read_yaml,
     text_node,
 )
-from ham_hf.invocation import command, program
-from ham_hf.recipe_files import find_recipe
+from ham_hf.invocation import command, find_recipe, program
 from ham_hf.settings import ConfigError, Setting
 from ham_hf.terminal import show
 

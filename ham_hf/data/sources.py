@@ -31,7 +31,7 @@ from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
 from ham_hf.data.shards import SplitFiles
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.hub_config import is_hub_id
 
 logger = logging.getLogger(__name__)
 Split = TypeVar("Split", datasets.Dataset, SplitFiles)

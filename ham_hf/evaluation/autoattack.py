@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
 from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
-from ham_hf.evaluation.partial_results import Outcome
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
@@ -95,7 +94,7 @@ def evaluate_autoattack(
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
         **{"seed": place.seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    partial = keyed(place.kept(model, images), {"autoattack": settings, "batch_size": place.batch_size})
+    key = place.key(model, images)
     size = WorkingSize(place.batch_size)
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
@@ -106,8 +105,14 @@ def evaluate_autoattack(
         for name in ("clean", *attacks):
             left = (predictions == labels).nonzero().squeeze(1)
             rows = torch.split(chosen[left], place.batch_size) if len(left) else []
-            shape = (1, len(images))
-            shared = SharedBatches(f"autoattack-{name}", rows, shape=shape, place=place, partial=partial)
+            shared = SharedBatches(
+                f"autoattack-{name}",
+                rows,
+                shape=(1, len(images)),
+                place=place,
+                key=key,
+                settings={"autoattack": settings},
+            )
             for number, batch in shared.of(images):
                 watch = StopWatch(batch.x.device)
                 logits = _logits(adversary, name, size, batch, number=number, seed=place.seed)

@@ -30,8 +30,7 @@ from tqdm.auto import tqdm
 from ham_hf.attacks import Attack, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
-from ham_hf.evaluation.partial_results import Outcome
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
@@ -272,7 +271,7 @@ class _Meter:
         self.model, self.images, self.attack = ShiftedLogits(model, num_classes), images, attack
         self.attacked = attack_passes(self.model, attack.precision)
         self.layout = memory_layout(model)
-        self.num_classes, self.place, self.partial = num_classes, place, place.kept(model, images)
+        self.num_classes, self.place, self.key = num_classes, place, place.key(model, images)
         self.halves = stratified_split(images.labels, 0.5, place.seed)
         self.size = WorkingSize(place.batch_size)
         self.known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
@@ -315,13 +314,13 @@ class _Meter:
     def _measure(self, half: int, shifts: tuple[float, ...]) -> Tensor:
         rows, labels = self.halves[half], self.images.labels
         self.model.shift.copy_(torch.tensor(shifts))
-        settings = {**self.attack.settings(self.place.seed), "batch_size": self.place.batch_size}
         shared = SharedBatches(
             "calibrating",
             torch.split(rows, self.place.batch_size),
             shape=(1, len(labels)),
             place=self.place,
-            partial=keyed(self.partial, {"calibration": settings, "half": half, "shifts": shifts}),
+            key=self.key,
+            settings={"calibration": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
         )
         offset = half * len(torch.split(self.halves[0], self.place.batch_size))
         for number, batch in shared.of(self.images):

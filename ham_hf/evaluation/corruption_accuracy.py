@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.corruptions import check_corruption, corrupt
-from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -62,16 +61,15 @@ def evaluate_corruptions(
     for name in names:
         for severity in severities:
             check_corruption(name, severity, num_channels=num_channels)
-    settings = {"corruptions": list(severities), "seed": place.seed, "batch_size": place.batch_size}
-    partial = keyed(place.kept(model, images), settings)
-    size, results = WorkingSize(place.batch_size), []
+    key, size, results = place.key(model, images), WorkingSize(place.batch_size), []
     for name in names:
         shared = SharedBatches(
             name,
             torch.split(torch.arange(len(images)), place.batch_size),
             shape=(len(severities), len(images)),
             place=place,
-            partial=partial,
+            key=key,
+            settings={"corruptions": list(severities), "seed": place.seed},
         )
         with evaluation_mode(model):
             for index, batch in shared.of(images):

@@ -35,9 +35,8 @@ from ham_hf.attacks import (
     unsaturated_cross_entropy,
 )
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
@@ -161,7 +160,8 @@ def evaluate(
         torch.split(every, place.batch_size),
         shape=(1 + len(attacks), len(images)),
         place=place,
-        partial=keyed(place.kept(model, images), {"results": settings, "batch_size": place.batch_size}),
+        key=place.key(model, images),
+        settings={"results": settings},
     )
     with evaluation_mode(model):
         for number, batch in shared.of(images):
