@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
 from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
 from ham_hf.evaluation.autoattack import require_autoattack
 from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results

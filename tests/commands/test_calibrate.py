@@ -13,8 +13,7 @@ import torch
 import yaml
 from timm.models import save_for_hf
 
-from ham_hf import calibration_run, dial
-from ham_hf.attacks import ThreatModel
+from ham_hf import calibration_run
 from ham_hf.commands import calibrate as command
 from ham_hf.config import parse_calibrate_config
 from ham_hf.data import BatchRequest, Images
@@ -22,7 +21,7 @@ from ham_hf.evaluation import calibration
 from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable, read_biases
-from ham_hf.reporting.calibration import calibration_report
+from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, load, noise, write_parquet
@@ -106,7 +105,7 @@ def record_of(folder) -> dict:
 
 def spy_on_images(monkeypatch) -> list:
     """Which images are read while the shifts are searched, as (images, rows)."""
-    read, searching, batches, calibrate = [], [], Images.batches, dial.calibrate
+    read, searching, batches, calibrate = [], [], Images.batches, calibration.calibrate
 
     def spied(images, requests, *, device):
         if searching:
@@ -121,7 +120,7 @@ def spy_on_images(monkeypatch) -> list:
             searching.clear()
 
     monkeypatch.setattr(Images, "batches", spied)
-    monkeypatch.setattr(dial, "calibrate", search)
+    monkeypatch.setattr(calibration, "calibrate", search)
     return read
 
 
@@ -257,29 +256,33 @@ class TestStranger:
         check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
-        found = calibration.Calibration(
+        report = CalibrationReport(
             fairness=0.0,
             shifts=(0.7, -0.7),
             factors=(1.0,) * 2,
             counts=(2, 2),
             frontier=(point,),
-            rounds=1,
             passes=1,
-            attack=calibration.SearchAttack(threat_model=ThreatModel(), step_size=0.01).settings(0),
+            attack={},
+            images="none",
+            seen_in_training=False,
+            max_average_drop=None,
+            seconds=0.0,
         )
-        report = calibration_report(found, images="none", seen_in_training=False, max_average_drop=None, seconds=0.0)
         config = parse_calibrate_config(words)
-        dial.export_calibrated(config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause")
+        calibration_run.export_calibrated(
+            config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause"
+        )
         new = load_pixel_model(str(tmp_path / "out"))
         x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             torch.testing.assert_close(new.model(x), original.model(x) + shifts, rtol=1e-5, atol=1e-5)
             if new.model.upsample == 1:
-                assert torch.equal(new.model(x), dial.folded(original, shifts).model(x))
+                assert torch.equal(new.model(x), calibration_run.folded(original, shifts).model(x))
         assert new.class_names == tuple(NAMES)
         cfg = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
         assert (cfg["license"], cfg["tag"]) == ("bsd-3-clause", "strong")
-        dial.restore_original(new)
+        calibration_run.restore_original(new)
         assert read_biases(new.model.backbone, 2) == read_biases(original.model.backbone, 2)
 
     def test_labels_are_matched_by_name(self, quick, colors, tmp_path):
@@ -307,7 +310,7 @@ class TestStranger:
 
     def test_classes_that_the_dataset_lacks_keep_zero(self):
         aligned = ReorderedLogits(torch.nn.Identity(), [2, 0])
-        assert dial.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
+        assert calibration_run.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
 
     def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
         stranger("test_resnet", tmp_path / "model")
