@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, EvaluationConfig, config_to_dict
 from ham_hf.config.yaml_file import setting_words
 from ham_hf.data import TestData, load_test_data
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult, NonFiniteLogitsError, robustness, standard_attacks
@@ -27,7 +27,14 @@ from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
-from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.faults import (
+    FaultError,
+    MemoryExhaustedError,
+    clean_exit,
+    explain_faults,
+    explain_interrupt,
+    explain_out_of_memory,
+)
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
 from ham_hf.hub_requests import limit_waiting
@@ -58,6 +65,7 @@ FAULTS = (
     NonFiniteLogitsError,
     MemoryExhaustedError,
     CorruptImageError,
+    StreamError,
     FaultError,
     ForeignAttackError,
     OSError,
@@ -70,12 +78,8 @@ def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> N
     limit_waiting()
     if config.disable_tqdm:
         hide_progress_bars()
-    try:
-        with RunLock(config.output_path) as lock:
-            run(config, lock)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command resumes where it stopped\n")
-        raise SystemExit(130) from None
+    with RunLock(config.output_path) as lock, explain_interrupt(f"{RESUMED_BY} resumes where it stopped"):
+        run(config, lock)
 
 
 def evaluate_on_test(
@@ -177,20 +181,21 @@ def take_folder(folder: Path, accelerator: Accelerator, lock: RunLock, owned: Se
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(way_on: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for what is rejected before the work begins."""
-    with clean_exit(ValueError):
-        world = launched_processes()
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=RESUMED_BY):
+    with (
+        clean_exit(ValueError, OSError, FaultError),
+        explain_faults(num_processes=launched_processes(), way_on=way_on),
+    ):
         yield
 
 
 @contextmanager
-def faults_of_work(memory_advice: str) -> Iterator[None]:
+def faults_of_work(memory_advice: str, way_on: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
-        explain_faults(num_processes=launched_processes(), way_on=RESUMED_BY),
+        explain_faults(num_processes=launched_processes(), way_on=way_on),
         explain_out_of_memory(memory_advice),
     ):
         yield

@@ -24,6 +24,9 @@ _LOST = re.compile(
 # The allocators of accelerators, Linux and Windows; torch has a class for the first only.
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
+FROM_CHECKPOINT = "the same command and --resume_from_checkpoint latest"
+"""How a training continues."""
+
 
 class FaultError(RuntimeError):
     """The run cannot continue; the message says what failed, and how to resume."""
@@ -44,22 +47,17 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def explain_interrupt(output_dir: Path) -> Iterator[None]:
+def explain_interrupt(way_on: str) -> Iterator[None]:
     """Turn Ctrl-C into one line that says how to continue, and exit status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"interrupted; continue from the last checkpoint in {output_dir} with the same command and "
-            "--resume_from_checkpoint latest\n"
-        )
+        sys.stderr.write(f"interrupted; {way_on}\n")
         raise SystemExit(130) from None
 
 
 @contextmanager
-def explain_faults(
-    *, num_processes: int, way_on: str = "the same command and --resume_from_checkpoint latest"
-) -> Iterator[None]:
+def explain_faults(*, num_processes: int, way_on: str = FROM_CHECKPOINT) -> Iterator[None]:
     """Raise FaultError for an error of torch that means a data-loading process or another process is gone.
 
     Args:
@@ -94,9 +92,8 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
         missing = [name for name in (*results, "report.html") if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
-            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with the "
-            "same command and --resume_from_checkpoint latest: it evaluates the trained weights, and trains nothing "
-            "again"
+            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with "
+            f"{FROM_CHECKPOINT}: it evaluates the trained weights, and trains nothing again"
         ) from error
 
 

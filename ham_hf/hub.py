@@ -32,7 +32,6 @@ from ham_hf.hub_requests import (
     RETRIED_STATUS,
     STRANGE_ANSWERS,
     AskedToWaitError,
-    limit_waiting,
     retry,
     status_of,
     without_token,
@@ -106,7 +105,6 @@ def check_write_access(
             "--push_to_hub needs a token with write access, and there is none: run `hf auth login`, set HF_TOKEN, or "
             "train without --push_to_hub"
         )
-    limit_waiting()
     api = HfApi()
     try:
         full_id = retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id)
@@ -161,7 +159,7 @@ def push_folder(
         repo_id: an existing repository "user/name".
         private: whether the command that an error names makes a private repository.
         revision: branch.
-        commit_message: of the commit.
+        commit_message: its first line.
         attempts: tries when the server or the connection fails, or somebody else commits meanwhile.
         publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
             without them, and no figure of them is pushed.
@@ -176,7 +174,6 @@ def push_folder(
     """
     folder = Path(folder)
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
-    limit_waiting()
     withheld = _withheld(folder, publish_images=publish_images)
     upload = partial(_upload, folder, repo_id, withheld, revision=revision, commit_message=commit_message)
     place = repo_id
@@ -187,14 +184,10 @@ def push_folder(
             place = f"the Space {repo_id}"
             _push_space(folder, repo_id, page=withheld.get(PAGE_NAME), attempts=attempts)
     except PUSH_ERRORS as error:
-        again = _push_command(
-            folder, repo_id, revision, hub_private_repo=private, publish_images=publish_images, hub_space=space
-        )
-        raise PushError(
-            f"pushing {folder} to {place} failed: {without_token(error)}\nThe folder {folder.resolve()} is "
-            f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
-            f"with:\n    {again}"
-        ) from None
+        flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
+        again = _push_again(folder, repo_id, revision, **flags)
+        state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
+        raise PushError(_push_problem(f"{folder} to {place}", error, state, again)) from None
     return str(commit.commit_url)
 
 
@@ -228,10 +221,11 @@ def _require(folder: Path, names: Iterable[str], kind: str) -> None:
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of {kind}")
 
 
-def _push_command(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
+def _push_again(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
     words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
     words += [f"--{flag}" for flag, given in flags.items() if given]
-    return shlex.join([*words, *(["--hub_revision", revision] if revision != DEFAULT_REVISION else [])])
+    words += [] if revision == DEFAULT_REVISION else ["--hub_revision", revision]
+    return f"Push it again with:\n    {shlex.join(words)}"
 
 
 def space_url(repo_id: str) -> str:
@@ -312,19 +306,11 @@ def try_push(
 def download_file(
     repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
 ) -> None:
-    """Download a file of a model on the Hub into a folder, to change it there.
-
-    Args:
-        repo_id: "user/name".
-        name: path inside of the repository, and of the folder.
-        folder: where to.
-        revision: branch, tag or commit.
-        required: False skips a file that the repository does not have.
+    """Download the file ``name`` of a model on the Hub to the same place in a folder.
 
     Raises:
-        ValueError: if the download fails, or there is no such repository or required file.
+        ValueError: if the download fails, or there is no such repository or ``required`` file.
     """
-    limit_waiting()
     try:
         retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
@@ -342,7 +328,6 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
     Raises:
         PushError: if the push failed.
     """
-    limit_waiting()
     upload = partial(
         HfApi().upload_folder,
         repo_id=repo_id,
@@ -354,10 +339,8 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
     try:
         return str(retry(upload, attempts=3, also=CONFLICTS).commit_url)
     except PUSH_ERRORS as error:
-        raise PushError(
-            f"pushing to {repo_id} failed: {without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
-            "same command again"
-        ) from None
+        problem = _push_problem(f"to {repo_id}", error, f"{repo_id} is as it was.", "Give the same command again")
+        raise PushError(problem) from None
 
 
 def check_pull_request(repo_id: str) -> None:
@@ -371,7 +354,6 @@ def check_pull_request(repo_id: str) -> None:
             "--create_pr needs a token, and there is none: run `hf auth login`, set HF_TOKEN, or evaluate without "
             "--push_to_hub"
         )
-    limit_waiting()
     try:
         retry(lambda: HfApi().whoami())
         retry(lambda: HfApi().model_info(repo_id))
@@ -406,7 +388,6 @@ def push_evaluation(
     """
     folder = Path(folder)
     _require(folder, (REPORT_NAME, EVALUATION_NAME), "an evaluation")
-    limit_waiting()
     withheld = _withheld(folder, publish_images=publish_images)
     found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
 
@@ -431,11 +412,9 @@ def push_evaluation(
     try:
         commit = retry(upload, 1 if create_pr else 3, also=CONFLICTS)
     except PUSH_ERRORS as error:
-        again = _push_command(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
-        raise PushError(
-            f"pushing the evaluation to {repo_id} failed: {without_token(error)}\nIt is complete in "
-            f"{folder.resolve()}. {_advice(error)}Push it again with:\n    {again}"
-        ) from None
+        again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
+        state = f"It is complete in {folder.resolve()}."
+        raise PushError(_push_problem(f"the evaluation to {repo_id}", error, state, again)) from None
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -494,7 +473,6 @@ def download_results(repo_id: str, revision: str | None = None) -> Path:
     Raises:
         ValueError: if the download fails, or a file has more than ``MAX_RESULT_BYTES``.
     """
-    limit_waiting()
     names, commit = [REPORT_NAME], revision
     try:
         if not constants.HF_HUB_OFFLINE:
@@ -522,13 +500,14 @@ def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
             raise
 
 
-def _advice(error: Exception) -> str:
-    """What to fix before pushing again, ending with a space; empty if nothing is known."""
-    return {
+def _push_problem(what: str, error: Exception, state: str, again: str) -> str:
+    """Explain an error of a push: what it left, what to fix if that is known, and how to push again."""
+    advice = {
         401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
         403: "The token may not write there: get the rights, or take another --hub_model_id. ",
         404: "There is no such repository or branch now: the command below makes it again. ",
     }.get(status_of(error) or 0, "")
+    return f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}"
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
