@@ -212,13 +212,10 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     )
     with faults_of_work(advice):
         results = job.evaluate(job.model, foreign)
-        channels = job.data.in_chans
-        names = chosen_corruptions(config.more.corruptions, num_channels=channels)
+        names = chosen_corruptions(config.more.corruptions, num_channels=job.data.in_chans)
         corrupted = []
         if names:
-            corrupted = evaluate_corruptions(
-                job.model, job.data.test, names, config.more.severities, job.place, num_channels=channels
-            )
+            corrupted = evaluate_corruptions(job.model, job.data.test, names, config.more.severities, job.place)
     is_main_process = job.accelerator.is_main_process
     if is_main_process:
         _write(job, results, corrupted)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
 from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
-from ham_hf.evaluation.corruptions import check_corruption, corrupt
+from ham_hf.evaluation.corruptions import corrupt
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -39,8 +39,6 @@ def evaluate_corruptions(
     names: Sequence[str],
     severities: Sequence[int],
     place: Workplace,
-    *,
-    num_channels: int,
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
@@ -50,7 +48,6 @@ def evaluate_corruptions(
         names: of the corruptions, see `ham_hf.evaluation.corruptions`.
         severities: 1 to 5.
         place: where it runs; its seed is that of the corruptions' noise.
-        num_channels: of the images.
 
     Returns:
         One result per corruption and severity, in the order given; the same on every process.
@@ -58,9 +55,6 @@ def evaluate_corruptions(
     Raises:
         ValueError: for an unknown corruption or severity.
     """
-    for name in names:
-        for severity in severities:
-            check_corruption(name, severity, num_channels=num_channels)
     key, size, results = place.key(model, images), WorkingSize(place.batch_size), []
     for name in names:
         shared = SharedBatches(

@@ -7,7 +7,6 @@ number that looks like the others and is not comparable. Afterwards the model is
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode
 from ham_hf.data.augment import isolated_rng
+from ham_hf.files import sha256
 
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(model, x, y)``: pixels (N, C, H, W) in [0, 1] and labels (N,) to adversarial pixels of the same shape."""
@@ -184,7 +184,7 @@ def foreign_attack(name: str, function: AttackFunction, *, source: str | None = 
         file = inspect.getsourcefile(function)
     except TypeError:  # an instance, or a function without source
         file = None
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+    digest = sha256(Path(file)) if file and Path(file).is_file() else None
     where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
     return ForeignAttack(name=name, function=function, source=source or where, sha256=digest)
 

@@ -77,13 +77,7 @@ class NamedAttack(Attack):
 
     def settings(self, seed: int) -> dict[str, object]:
         """What a report says of it; JSON types only."""
-        return {
-            **self.as_json(),
-            "loss": self.loss,
-            "random_start": True,
-            "restarts": 1,
-            "seed": seed,
-        }
+        return {**self.as_json(), "loss": self.loss, "random_start": True, "restarts": 1, "seed": seed}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -125,10 +119,7 @@ def standard_attacks(attack: Attack) -> tuple[NamedAttack, NamedAttack]:
 
 
 def evaluate(
-    model: nn.Module,
-    images: Images,
-    attacks: Sequence[NamedAttack | ForeignAttack],
-    place: Workplace,
+    model: nn.Module, images: Images, attacks: Sequence[NamedAttack | ForeignAttack], place: Workplace
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
@@ -171,11 +162,7 @@ def evaluate(
 
 
 def evaluate_batches(
-    model: nn.Module,
-    batches: Iterable[PixelBatch],
-    attacks: Sequence[NamedAttack | ForeignAttack],
-    *,
-    seed: int,
+    model: nn.Module, batches: Iterable[PixelBatch], attacks: Sequence[NamedAttack | ForeignAttack], *, seed: int
 ) -> dict[str, AttackResult]:
     """`evaluate` on batches that come one by one and are seen once, in this process alone.
 
