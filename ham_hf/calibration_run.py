@@ -110,10 +110,10 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeldOut:
-    """Images to calibrate on, with the data that they are of.
+    """Images to find the shifts on.
 
     Attributes:
-        images: images to find the shifts on.
+        images: those.
         data: the dataset; its test images are evaluated, its classes are those of ``images``.
         origin: which images these are, to follow "found on".
         seen_in_training: whether the model was trained on them.
@@ -266,13 +266,8 @@ def set_dial(
 ) -> CalibrationReport:
     """Find the shifts for held-out images; finished batches are kept in the output folder, as those of an evaluation.
 
-    Args:
-        model: the unwrapped pixel model with its logits in the order of the dataset's classes; moved to the device.
-        held_out: images to find them on.
-        config: what is asked for.
-        threat_model: norm and radius.
-        place: where it runs.
-        tags: of the card of the model.
+    The unwrapped pixel model has its logits in the order of the dataset's classes, and is moved to the device.
+    ``tags`` are those of its card.
     """
     model = model.to(place.accelerator.device).to(memory_format=torch.channels_last)
     since = time.perf_counter()

@@ -29,7 +29,6 @@ from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.faults import (
     FaultError,
-    MemoryExhaustedError,
     clean_exit,
     explain_faults,
     explain_interrupt,
@@ -63,7 +62,6 @@ NOT_THE_NUMBERS = frozenset(
 
 FAULTS = (
     NonFiniteLogitsError,
-    MemoryExhaustedError,
     CorruptImageError,
     StreamError,
     FaultError,

@@ -32,10 +32,6 @@ class FaultError(RuntimeError):
     """The run cannot continue; the message says what failed, and how to resume."""
 
 
-class MemoryExhaustedError(RuntimeError):
-    """Memory ran out; the message names settings that need less."""
-
-
 @contextmanager
 def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
     """Exit with status 2 and the message of an exception of these kinds, without a traceback; others pass."""
@@ -106,14 +102,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(way_out: str) -> Iterator[None]:
-    """Raise MemoryExhaustedError for an allocator's error; ``way_out`` says which settings need less memory."""
+    """Raise FaultError for an allocator's error; ``way_out`` says which settings need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise MemoryExhaustedError(f"out of memory ({first_line}); {way_out}") from error
+        raise FaultError(f"out of memory ({first_line}); {way_out}") from error
 
 
 def smaller_batch(batch_size: int, accumulation_steps: int, *, may_change: bool) -> str:

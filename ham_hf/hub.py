@@ -80,14 +80,8 @@ def check_write_access(
 ) -> str:
     """Check before training that the finished model can be pushed; create the repository and branch if missing.
 
-    Args:
-        repo_id: "user/name", or "name" for one of the user's own.
-        private: whether the repository must be private.
-        revision: branch to push to.
-        space: whether a Space of that name must be free, or one that this package wrote.
-
-    Returns:
-        The full "user/name".
+    ``private`` asks for a private repository, ``space`` for a Space of that name that is free or that this package
+    wrote. The full "user/name" is returned, also for the "name" of one of the user's own.
 
     Raises:
         ValueError: if a push could not work; the message names the fix.
@@ -152,11 +146,11 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTEFACTS`` of an output folder.
+    """Push the ``ARTEFACTS`` of an output folder, which stays as it is, to a branch of an existing repository.
 
     Args:
-        folder: what to push; it stays as it is.
-        repo_id: an existing repository "user/name".
+        folder: what to push.
+        repo_id: "user/name".
         private: whether the command that an error names makes a private repository.
         revision: branch.
         commit_message: its first line.
@@ -432,12 +426,8 @@ def _keeps_its_report(repo_id: str, revision: str) -> bool:
 class SavePushes:
     """Push the saves of a run one at a time, each on a daemon thread, which a run that stops does not wait for.
 
-    Args:
-        folder: output folder of the run.
-        repo_id: "user/name".
-        revision: branch to push to.
-        patience: seconds to wait for a push, each time. The other processes of a run wait for this one at the next
-            update, and give up after ``--ddp_timeout``.
+    Each time a push is waited for ``patience`` seconds at most: the other processes of a run wait for this one at the
+    next update, and give up after ``--ddp_timeout``.
     """
 
     def __init__(self, folder: str | Path, repo_id: str, *, revision: str, patience: float) -> None:
@@ -465,10 +455,7 @@ class SavePushes:
 def download_results(repo_id: str, revision: str | None = None) -> Path:
     """Download ``report.json`` and ``predictions.parquet``, if there is one, of a model on the Hub, from one commit.
 
-    In offline mode they come from the Hub's cache.
-
-    Returns:
-        Their folder in the Hub's cache.
+    Their folder in the Hub's cache is returned. In offline mode they come from there.
 
     Raises:
         ValueError: if the download fails, or a file has more than ``MAX_RESULT_BYTES``.

@@ -47,14 +47,7 @@ LAUNCH_FOLDER = "accelerate"
 
 
 class RecipeFile(NamedTuple):
-    """A file that comes with the package.
-
-    Attributes:
-        name: its path inside of the folder, without ``.yaml``; what ``--config`` takes.
-        summary: its first comment line.
-        use: the command it is for, or "launch" for a launch configuration.
-        path: where it is.
-    """
+    """A file that comes with the package: what ``--config`` takes, its first comment line, and what it is for."""
 
     name: str
     summary: str
@@ -69,14 +62,10 @@ def recipes_folder() -> Path:
 
 
 def find_recipe(written: str) -> Path:
-    """The file that ``--config`` means: a path as it is written, or the name of a recipe of `recipes_folder`.
+    """The file that ``--config`` means: the path ``written``, which may not exist, or a recipe of `recipes_folder`.
 
-    Args:
-        written: a path, or a name such as ``cifar10/preactresnet18_ham``, with or without ``.yaml``. A file or folder
-            of that path wins over a name.
-
-    Returns:
-        The recipe of that name if there is one, else ``written`` as a path, which may not exist.
+    A recipe is named as ``cifar10/preactresnet18_ham``, with or without ``.yaml``; an existing file or folder of that
+    path wins.
     """
     path = Path(written)
     if os.path.exists(written) or path.is_absolute() or ".." in path.parts:

@@ -131,18 +131,10 @@ def evaluate_autoattack(
 
 
 class GuardedModel(nn.Module):
-    """A model that shows finite logits and finite gradients to the attacks of others.
+    """A model that shows finite logits and finite gradients to the attacks of others, on images x with labels y.
 
     An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
     found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.
-
-    Args:
-        model: maps images to logits.
-
-    Attributes:
-        model: that model.
-        x: (N, C, H, W) images under attack.
-        y: (N,) their labels.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -42,18 +42,11 @@ def evaluate_corruptions(
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
-    Args:
-        model: the unwrapped pixel model.
-        images: the split.
-        names: of the corruptions, see `ham_hf.evaluation.corruptions`.
-        severities: 1 to 5.
-        place: where it runs; its seed is that of the corruptions' noise.
-
-    Returns:
-        One result per corruption and severity, in the order given; the same on every process.
+    The seed of ``place`` is that of the corruptions' noise. There is one result per corruption and severity, in the
+    order given; the same on every process.
 
     Raises:
-        ValueError: for an unknown corruption or severity.
+        ValueError: for an unknown corruption or severity (`ham_hf.evaluation.corruptions`).
     """
     key, size, results = place.key(model, images), WorkingSize(place.batch_size), []
     for name in names:

@@ -83,13 +83,9 @@ class ForeignAttack:
         }
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        """Attacked images, in ball and box.
+        """Attacked images, in ball and box, of ``x`` (N, C, H, W) in [0, 1] with labels ``y`` (N,).
 
-        Args:
-            model: maps pixels to logits; its modes, gradients and random states are restored.
-            x: (N, C, H, W) images in [0, 1].
-            y: (N,) labels.
-            seed: of the global random states while the function runs.
+        The model's modes and gradients are restored, and so are the global random states, which start from ``seed``.
 
         Raises:
             ForeignAttackError: if the result is no attack of this threat model, or the model was changed.

@@ -20,12 +20,9 @@ T = TypeVar("T")
 
 
 class WorkingSize:
-    """The largest number of images that went through a model at once, so far.
+    """The largest number of images (>= 1) that went through a model at once, so far; it begins with ``rows``.
 
     Each process has its own: others may have more memory left, and do not wait.
-
-    Args:
-        rows: images to begin with, >= 1.
     """
 
     def __init__(self, rows: int) -> None:
@@ -85,11 +82,7 @@ class PiecewiseModel(nn.Module):
 
     For attacks of others, which draw their noise for the whole batch. With more than one piece, activations are
     computed again for the gradient, so that those of one piece are held at a time; a gradient then costs about a
-    third more. Logits and gradients are those of the model.
-
-    Args:
-        model: maps images to logits; a row's logits do not depend on the other rows.
-        size: how many rows go at once.
+    third more. Logits and gradients are those of the model, in which a row does not depend on the others.
     """
 
     def __init__(self, model: nn.Module, size: WorkingSize) -> None:
