@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +23,8 @@ from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import read_report, write_report
 from tests.conftest import ROOT
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
-from tests.support.hub_server import BOTH_WAYS, Hub, hub_environment, use_hub
+from tests.support.hub_server import BOTH_WAYS, Hub, content, hub_environment, use_hub
+from tests.support.recipe_runs import finish
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
 TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}
@@ -62,14 +61,6 @@ ONE_IMAGE = ClassExamples(
         ),
     ),
 )
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that would have been waited for."""
-    seconds: list[float] = []
-    monkeypatch.setattr(time, "sleep", seconds.append)
-    return seconds
 
 
 @pytest.fixture
@@ -118,10 +109,6 @@ def folder(finished: dict[str, bytes], tmp_path: Path) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_published(hub: Hub, folder: Path, *, revision: str = "main") -> None:
@@ -334,24 +321,6 @@ def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
     assert len(hub.model("me/robust").history()) == 3
 
 
-@BOTH_WAYS
-@pytest.mark.faults(quick=True)
-@pytest.mark.parametrize("fault", ["503", "drop", "lose_reply"])
-@pytest.mark.parametrize("request_", ["validate-yaml", "preupload", "commit"])
-def test_faults_in_the_middle_of_a_push_lose_nothing(hub: Hub, folder: Path, request_: str, fault: str) -> None:
-    repo_id = check_write_access("robust", private=False)
-    pattern = f"POST .*/{request_}"
-    if fault == "503":
-        hub.fail(pattern, status=503)
-    else:
-        hub.disturb(fault, pattern)
-    before = content(folder)
-    push_folder(folder, repo_id)
-    assert hub.faults[0].times == 0
-    assert_published(hub, folder)
-    assert content(folder) == before
-
-
 @pytest.mark.faults(quick=True)
 def test_a_push_that_fails_for_good_says_how_to_repeat_it(
     hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
@@ -444,8 +413,7 @@ def test_plain_timm_loads_the_pushed_model(hub: Hub, folder: Path, tmp_path: Pat
     logits = tmp_path / "logits.safetensors"
     environment = hub_environment(hub, tmp_path, token=WRITER if private else None)
     command = [sys.executable, "-c", LOAD, str(tmp_path / "x.safetensors"), str(logits)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = finish(command, environment, cwd=ROOT)
     assert done.stdout.strip() == "three"
     saved = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():

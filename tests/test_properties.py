@@ -60,7 +60,8 @@ WORDS = st.sampled_from(
     ]
 )
 NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(-(10**40), 10**40)).map(str)
-VALUES = st.one_of(WORDS, NUMBERS, st.text(max_size=12))
+MARKS = st.text(alphabet="[]{}:,-&*!|>'\"#%@` \n\t?ab1e.", max_size=12)
+VALUES = st.one_of(WORDS, NUMBERS, MARKS, st.text(max_size=12))
 NEAR = st.sampled_from(NAMES).flatmap(
     lambda name: st.sampled_from([name[:-1], name.upper(), name + "s", f"no_{name}"])
 )

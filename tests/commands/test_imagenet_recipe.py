@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, noise
 from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.recipe_runs import finish
 
 pytestmark = pytest.mark.slow
 
@@ -93,16 +93,8 @@ def finished(tmp_path_factory):
         runs += [["evaluate.py", str(folder / "whole"), *evaluation, "--eval_num_steps=1", "--use_cpu"]]
         copied = [arguments("vit_small_patch16_pgd_at", "copied", "--max_steps=1")]
         for home, these in (("home_streamed", runs), ("home_copied", copied)):
-            done = subprocess.run(
-                [sys.executable, "-c", RUN],
-                input=json.dumps(these),
-                env=hub_environment(hub, folder / home, token="hf_me") | {"ACCELERATE_USE_CPU": "true"},
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
+            env = hub_environment(hub, folder / home, token="hf_me") | {"ACCELERATE_USE_CPU": "true"}
+            finish([sys.executable, "-c", RUN], env, input=json.dumps(these), cwd=ROOT)
     return folder
 
 
