@@ -19,7 +19,7 @@ from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import calibration
 from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
-from ham_hf.evaluation_run import Job, begin, faults_of_work, refusals, take_folder
+from ham_hf.evaluation_run import Job, begin, faults_of_work, make_job, refusals
 from ham_hf.faults import clean_exit
 from ham_hf.fitting import (
     ReorderedLogits,
@@ -58,12 +58,7 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
         "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
     ):
         found = set_dial(
-            job.model,
-            held_out,
-            config.calibration,
-            threat_model=job.threat_model,
-            place=job.place,
-            tags=origin.tags,
+            job.model, held_out, config.calibration, threat_model=job.threat_model, place=job.place, tags=origin.tags
         )
         shifts = shifts_of_logits(job.model, found.shifts, num_logits(loaded))
         shifted, _ = align_classes(folded(loaded, shifts), data.class_names)
@@ -94,17 +89,16 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
         check_foldable(loaded.model, num_classes=num_classes, image_size=image_size)
         held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
-    model, class_order = align_classes(loaded, held_out.data.class_names)
-    job = Job(
-        config=config,
-        accelerator=accelerator,
+    threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+    job = make_job(
+        config,
+        accelerator,
+        lock,
         loaded=loaded,
-        model=model,
-        class_order=class_order,
         data=held_out.data,
-        threat_model=threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size),
+        threat_model=threat_model,
+        owned=OWNED_BY_CALIBRATION,
     )
-    take_folder(config.output_path, accelerator, lock, OWNED_BY_CALIBRATION)
     return job, held_out, origin
 
 
@@ -366,11 +360,7 @@ def export_calibrated(
     name = complete_name(config.model, config.model_revision)
     # The network as it was trained, where it was published inside another one.
     backbone: Any = create_backbone(
-        name,
-        pretrained=True,
-        num_classes=len(shifts),
-        preprocessing=loaded.preprocessing,
-        model_args={},
+        name, pretrained=True, num_classes=len(shifts), preprocessing=loaded.preprocessing, model_args={}
     )
     original = loaded.model.cpu()
     write_biases(backbone, read_biases(original.backbone, len(shifts)))

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -27,13 +26,7 @@ from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
-from ham_hf.faults import (
-    FaultError,
-    clean_exit,
-    explain_faults,
-    explain_interrupt,
-    explain_out_of_memory,
-)
+from ham_hf.faults import FaultError, clean_exit, explain_faults, explain_interrupt, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
 from ham_hf.hub_requests import limit_waiting
@@ -60,14 +53,7 @@ NOT_THE_NUMBERS = frozenset(
 )  # fmt: skip
 """Settings that change nothing of what is measured."""
 
-FAULTS = (
-    NonFiniteLogitsError,
-    CorruptImageError,
-    StreamError,
-    FaultError,
-    ForeignAttackError,
-    OSError,
-)
+FAULTS = (NonFiniteLogitsError, CorruptImageError, StreamError, FaultError, ForeignAttackError, OSError)
 """Faults whose messages say what to do."""
 
 
@@ -170,12 +156,31 @@ def begin(config: EvaluateConfig | CalibrateConfig, check_folder: Callable[..., 
     return create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
 
 
-def take_folder(folder: Path, accelerator: Accelerator, lock: RunLock, owned: Sequence[str]) -> None:
-    """Lock the output folder and remove what is ``owned`` by an earlier run; every process waits for that."""
+def make_job(
+    config: ConfigT,
+    accelerator: Accelerator,
+    lock: RunLock,
+    *,
+    loaded: LoadedModel,
+    data: TestData,
+    threat_model: ThreatModel,
+    owned: Sequence[str],
+) -> Job[ConfigT]:
+    """Match the classes, lock the output folder and remove what is ``owned`` by an earlier run, on all processes."""
+    model, class_order = align_classes(loaded, data.class_names)
     if accelerator.is_main_process:
         lock.acquire()
-        clear_output_dir(folder, owned)
+        clear_output_dir(config.output_path, owned)
     accelerator.wait_for_everyone()
+    return Job(
+        config=config,
+        accelerator=accelerator,
+        loaded=loaded,
+        model=model,
+        class_order=class_order,
+        data=data,
+        threat_model=threat_model,
+    )
 
 
 @contextmanager
@@ -256,16 +261,8 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig]
         data = load_test_data(
             config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
         )
-    model, class_order = align_classes(loaded, data.class_names)
-    take_folder(config.output_path, accelerator, lock, OWNED_BY_EVALUATION)
-    job = Job(
-        config=config,
-        accelerator=accelerator,
-        loaded=loaded,
-        model=model,
-        class_order=class_order,
-        data=data,
-        threat_model=threat_model,
+    job = make_job(
+        config, accelerator, lock, loaded=loaded, data=data, threat_model=threat_model, owned=OWNED_BY_EVALUATION
     )
     return job, foreign
 

@@ -34,11 +34,7 @@ class CorruptionResult:
 
 
 def evaluate_corruptions(
-    model: nn.Module,
-    images: Images,
-    names: Sequence[str],
-    severities: Sequence[int],
-    place: Workplace,
+    model: nn.Module, images: Images, names: Sequence[str], severities: Sequence[int], place: Workplace
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
