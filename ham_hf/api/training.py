@@ -118,7 +118,7 @@ def _run(
     preprocessing: Preprocessing | None,
     data: ImageData,
 ) -> TrainedModel:
-    """Train, and write what was selected."""
+    """Train, evaluate the selected weights on the test set, and write."""
     # Made now, as the trainer changes the forward and the place of its own.
     selected = copy.deepcopy(network)
     trainer = Trainer(
@@ -144,7 +144,23 @@ def _run(
     with stop.deferred():
         trainer.fit(stop)
     accelerator.wait_for_everyone()
-    return _finished(run)
+    found, progress = measure(run), trainer.progress
+    report = report_of(found.results, data.class_names, run.threat_model)
+    summaries = {attack.name: attack.summary for attack in report.entries}
+    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
+    if accelerator.is_main_process:
+        if preprocessing is None:
+            _write_plain(run.selected, report, data, run.folder)
+            remove_partial_results(run.folder)
+        else:
+            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
+    return TrainedModel(
+        model=run.selected.eval(),
+        report=report,
+        folder=run.folder,
+        loads_with_timm=preprocessing is not None,
+        class_names=data.class_names,
+    )
 
 
 def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
@@ -271,28 +287,6 @@ def _network(
             mean=tuple(network.mean.flatten().tolist()),
             std=tuple(network.std.flatten().tolist()),
         ),
-    )
-
-
-def _finished(run: Run) -> TrainedModel:
-    """The selected weights, evaluated on the test set and written."""
-    accelerator, data, progress = run.accelerator, run.data, run.trainer.progress
-    found = measure(run)
-    report = report_of(found.results, data.class_names, run.threat_model)
-    summaries = {attack.name: attack.summary for attack in report.entries}
-    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
-    if accelerator.is_main_process:
-        if run.preprocessing is None:
-            _write_plain(run.selected, report, data, run.folder)
-            remove_partial_results(run.folder)
-        else:
-            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
-    return TrainedModel(
-        model=run.selected.eval(),
-        report=report,
-        folder=run.folder,
-        loads_with_timm=run.preprocessing is not None,
-        class_names=data.class_names,
     )
 
 

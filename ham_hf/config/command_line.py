@@ -249,8 +249,7 @@ class _Parser(argparse.ArgumentParser):
         switches = {f"--{known.name}" for known in self.settings.values() if known.kind is bool}
         words: list[str] = []
         for word in argv:
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else flag
+            flag, equals, value = with_underscores(word).partition("=")
             if flag in switches and equals:
                 words.append(_switched(flag, value))
             elif words and words[-1] in switches and word.lower() in _ON_OFF:
@@ -318,6 +317,13 @@ def _method_listings() -> dict[tuple[str, ...], str]:
         _add_flags(parser.add_argument_group(title), options)
         listings[names] = parser.format_help() if options else f"{title}\n"
     return listings
+
+
+def with_underscores(word: str) -> str:
+    """A word of a command line; a flag with ``_`` for ``-`` inside of its name."""
+    flag, equals, value = word.partition("=")
+    flag = flag.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else flag
+    return f"{flag}{equals}{value}"
 
 
 def _help_topic(argv: Sequence[str]) -> str | None:

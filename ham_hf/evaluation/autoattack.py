@@ -76,13 +76,8 @@ def evaluate_autoattack(
     the whole batch, so that the result is the same. The margin of an image that falls is that of the adversarial one;
     that of an image that withstands is the clean one, which the authors' attacks return where they do not succeed.
 
-    Args:
-        model: the unwrapped pixel model.
-        images: the split.
-        place: where it runs.
-        num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
-        threat_model: norm and radius.
-        num_examples: size of a stratified subset of the split, the same for every seed; None takes all of it.
+    With fewer than four logits of the unwrapped pixel model, the attacks that cannot exist are left out.
+    ``num_examples`` is the size of a stratified subset of the split, the same for every seed; None takes all of it.
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].

@@ -169,7 +169,7 @@ def calibrate(
         config: the fairness or the drop that is asked for, and the attack of the search.
         place: where it runs; its seed is that of the random starts and of the two halves. The shifts do not depend on
             the number of processes, and a repeated call after a kill finds the same ones sooner.
-        threat_model: norm and radius of the attack, whose steps are of a quarter of it.
+        threat_model: of the attack, whose steps are a quarter of its radius.
         num_classes: number of logits.
     """
     attack = SearchAttack(

@@ -164,7 +164,7 @@ def evaluate(
 def evaluate_batches(
     model: nn.Module, batches: Iterable[PixelBatch], attacks: Sequence[NamedAttack | ForeignAttack], *, seed: int
 ) -> dict[str, AttackResult]:
-    """`evaluate` on batches that come one by one and are seen once, in this process alone.
+    """`evaluate` on batches, one at least, that come one by one and are seen once, in this process alone.
 
     ``batches`` are on the device of the model; their ``indices`` place the examples in the results, which are in the
     order of the batches.
@@ -176,8 +176,6 @@ def evaluate_batches(
             outcomes.append(attacker(number, batch))
             labels.append(batch.y.cpu())
             indices.append(batch.indices)
-    if not outcomes:
-        raise ValueError("there is no example to evaluate on: the loader gave no batch")
     outcome = Outcome(
         torch.cat([outcome.predictions for outcome in outcomes], 1),
         torch.cat([outcome.margins for outcome in outcomes], 1),
