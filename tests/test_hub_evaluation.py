@@ -132,20 +132,6 @@ def test_a_pull_request_that_could_not_be_opened_is_refused(hub: Hub, monkeypatc
         check_pull_request("you/theirs")
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        ("resnet18.a1_in1k --push_to_hub", "--push_to_hub needs --hub_model_id"),
-        ("me/robust --create_pr", "--create_pr has no effect without --push_to_hub"),
-        ("me/robust --push_to_hub --hub_model_id=robust", "--hub_model_id 'robust': expected owner/name"),
-    ],
-)
-def test_impossible_pushes_are_refused(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_evaluate_config(["--dataset_name=digits", *words.split()])
-    assert problem in capsys.readouterr().err
-
-
 def test_the_repository_is_that_of_the_model() -> None:
     base = ["--dataset_name=digits", "--push_to_hub"]
     assert parse_evaluate_config(["hf-hub:you/theirs@v2", *base]).repo_id == "you/theirs"

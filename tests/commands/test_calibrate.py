@@ -295,13 +295,8 @@ class TestStranger:
                     for part in (model.fc.weight, model.fc.bias):
                         part.copy_(part.flip(0))
                 save_for_hf(model, folder / "model", model_config={"label_names": names}, safe_serialization=True)
-            run(
-                folder / "model",
-                "--fairness=1",
-                f"--dataset_name={colors}",
-                "--calibration_split=extra",
-                f"--output_dir={folder / 'out'}",
-            )
+            split = [f"--dataset_name={colors}", "--calibration_split=extra"]
+            run(folder / "model", "--fairness=1", *split, f"--output_dir={folder / 'out'}")
             found.append(record_of(folder / "out")["shifts"])
             assert load_pixel_model(str(folder / "out")).class_names == tuple(names)
         assert found[0] != [0.0, 0.0]
@@ -314,13 +309,8 @@ class TestStranger:
     def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
         stranger("test_resnet", tmp_path / "model")
         read = spy_on_images(monkeypatch)
-        run(
-            tmp_path / "model",
-            "--fairness=0.5",
-            f"--dataset_name={colors}",
-            "--calibration_split=extra",
-            f"--output_dir={tmp_path / 'out'}",
-        )
+        split = [f"--dataset_name={colors}", "--calibration_split=extra"]
+        run(tmp_path / "model", "--fairness=0.5", *split, f"--output_dir={tmp_path / 'out'}")
         inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
         geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
         geometry |= {"image_size": 32, "default_image_size": 32}
@@ -352,15 +342,8 @@ class TestStranger:
 
     def test_too_few_images(self, colors, tmp_path, capsys):
         stranger("test_resnet", tmp_path / "model")
-        message = refused(
-            capsys,
-            tmp_path / "model",
-            "--fairness=1",
-            f"--dataset_name={colors}",
-            "--calibration_split=extra",
-            "--limit_calibration_examples=30",
-            f"--output_dir={tmp_path / 'out'}",
-        )
+        split = [f"--dataset_name={colors}", "--calibration_split=extra", "--limit_calibration_examples=30"]
+        message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
         assert "'b' has 15 and lacks 5" in message
 
     def test_a_head_without_bias_is_refused_by_name(self, colors, tmp_path, capsys, monkeypatch):

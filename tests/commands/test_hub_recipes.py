@@ -93,23 +93,12 @@ def pushed(hub, environment, tmp_path_factory):
     hub.fail(r"POST /api/models/me/sky/commit/", status=503, times=1)
     hub.disturb("drop", r"POST /api/models/me/sky/commit/", times=1)
     folder = tmp_path_factory.mktemp("train") / "run"
-    command = launch_command(
-        "train_ham.py",
-        *SMALL,
-        "--dataset_name=me/skies",
-        "--model_args",
-        "layers=[1,1,1,1]",
-        "channels=[8,8,8,8]",
-        "--limit_train_examples=none",
-        "--limit_test_examples=none",
-        "--per_device_train_batch_size=32",
-        "--push_to_hub",
-        "--hub_model_id=sky",
-        "--hub_space",
-        "--hub_strategy=every_save",
-        "--save_steps=3",
-        f"--output_dir={folder}",
-    )
+    options = """
+        --dataset_name=me/skies --model_args layers=[1,1,1,1] channels=[8,8,8,8] --per_device_train_batch_size=32
+        --limit_train_examples=none --limit_test_examples=none --save_steps=3
+        --push_to_hub --hub_model_id=sky --hub_space --hub_strategy=every_save
+    """
+    command = launch_command("train_ham.py", *SMALL, *options.split(), f"--output_dir={folder}")
     return folder, finish(command, environment)
 
 

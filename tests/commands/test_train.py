@@ -267,15 +267,8 @@ def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
         pytest.skip("one process says it all")
     folder = tmp_path / "run"
     shutil.copytree(full, folder)
-    recipe_module("train_ham.py").main(
-        [
-            *SMALL,
-            f"--output_dir={folder}",
-            "--overwrite_output_dir",
-            "--max_steps=2",
-            "--per_device_train_batch_size=16",
-        ]
-    )
+    options = ["--overwrite_output_dir", "--max_steps=2", "--per_device_train_batch_size=16"]
+    recipe_module("train_ham.py").main([*SMALL, f"--output_dir={folder}", *options])
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2"]
     assert read_report(folder / "report.json").training.steps == 2
     capsys.readouterr()
@@ -285,30 +278,15 @@ def test_overwriting_replaces_the_run(finished, tmp_path, capsys):
 @pytest.mark.skipif("HAM_HF_CIFAR10" not in os.environ, reason="HAM_HF_CIFAR10 does not name a copy of CIFAR-10")
 def test_robust_accuracy_rises_on_cifar10(tmp_path, subprocess_env):
     folder = tmp_path / "cifar10"
-    launch(
-        "train_ham.py",
-        f"--dataset_name={os.environ['HAM_HF_CIFAR10']}",
-        "--model_name=resnet18_cifar",
-        "--model_args",
-        "layers=[1,1,1,1]",
-        "channels=[32,64,128,256]",
-        "--epsilon=2/255",
-        "--step_size=1/255",
-        "--num_steps=5",
-        "--mining_step=2",
-        "--mining_start_epoch=2",
-        "--limit_train_examples=12800",
-        "--limit_test_examples=500",
-        "--num_train_epochs=4",
-        "--per_device_train_batch_size=64",
-        "--lr_scheduler_type=cosine",
-        "--lr_step_unit=step",
-        "--validation_fraction=0.1",
-        f"--output_dir={folder}",
-        "--disable_tqdm",
-        env=subprocess_env | {"OMP_NUM_THREADS": "2"},
-        timeout=1800,
-    )
+    options = """
+        --model_name=resnet18_cifar --model_args layers=[1,1,1,1] channels=[32,64,128,256]
+        --epsilon=2/255 --step_size=1/255 --num_steps=5 --mining_step=2 --mining_start_epoch=2
+        --limit_train_examples=12800 --limit_test_examples=500 --validation_fraction=0.1 --num_train_epochs=4
+        --per_device_train_batch_size=64 --lr_scheduler_type=cosine --lr_step_unit=step --disable_tqdm
+    """
+    places = [f"--dataset_name={os.environ['HAM_HF_CIFAR10']}", f"--output_dir={folder}"]
+    env = subprocess_env | {"OMP_NUM_THREADS": "2"}
+    launch("train_ham.py", *places, *options.split(), env=env, timeout=1800)
     report = read_report(folder / "report.json")
     assert report.training.steps == 4 * 180
     robust = [line["robust_accuracy"] for line in report.training.history]

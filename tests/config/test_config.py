@@ -548,16 +548,6 @@ def test_the_model_to_evaluate_is_the_first_word_or_a_flag(argv):
     assert config.evaluation.autoattack is ("--autoattack" in argv)
 
 
-def test_evaluation_settings():
-    argv = "m --dataset_name d --norm l2 --epsilon 0.5 --eval_num_steps 50 --seed 3 --model-revision v1 --use_cpu"
-    config = parse_evaluate_config(argv.split())
-    assert (config.attack.norm, config.attack.epsilon) == ("l2", 0.5)
-    assert (config.evaluation.eval_num_steps, config.seed, config.model_revision) == (50, 3, "v1")
-    assert config.use_cpu is True
-    left_to_the_model = parse_evaluate_config(["m", "--dataset_name", "d"]).attack
-    assert (left_to_the_model.norm, left_to_the_model.epsilon) == (None, None)
-
-
 @pytest.mark.parametrize(
     ("model", "folder"),
     [
