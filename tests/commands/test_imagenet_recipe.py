@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, noise
-from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import finish
 
 pytestmark = pytest.mark.slow
@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
     tree = {}
     for name, examples in splits:
         examples.to_parquet(folder / "one.parquet")
-        tree[f"data/{name}.parquet"] = Blob((folder / "one.parquet").read_bytes(), lfs=False)
+        tree[f"data/{name}.parquet"] = (folder / "one.parquet").read_bytes()
 
     def arguments(recipe: str, name: str, *more: str) -> list[str]:
         net = [f"--model_name={NETS[recipe]}", f"--output_dir={folder / name}"]
@@ -82,8 +82,7 @@ def finished(tmp_path_factory):
 
     streamed = ("convnext_tiny_ham", "--dataset_streaming", "--shuffle_buffer_size=12")
     with Hub(tokens={"hf_me": "me"}) as hub:
-        repo = hub.repos["dataset", "ILSVRC/imagenet-1k"] = Repo("dataset", "ILSVRC/imagenet-1k", private=False)
-        repo.refs["main"] = repo.add_commit(tree, None)
+        hub.add("dataset", "ILSVRC/imagenet-1k", tree)
         runs = [
             arguments(streamed[0], "whole", *streamed[1:]),
             arguments(streamed[0], "parts", *streamed[1:], "--max_steps=3"),

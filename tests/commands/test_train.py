@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ham_hf import training_run
 from ham_hf.config import load_train_config
 from ham_hf.data import load_image_data
 from ham_hf.evaluation.verdicts import read_verdicts
-from ham_hf.hub import PushError
 from ham_hf.metrics import summarize
-from ham_hf.models import input_defaults, new_model
+from ham_hf.models import input_defaults, load_pixel_model, new_model
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import list_checkpoints, load_best
-from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME
-from tests.support.recipe_runs import SMALL, finish, launch, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, launch, launch_command, recipe_module
 
 pytestmark = pytest.mark.slow
 
@@ -85,30 +80,18 @@ def test_run_leaves_every_artefact(finished):
     assert str(folder) in printed
 
 
-def test_published_model_is_the_evaluated_one_and_needs_only_timm(finished, subprocess_env):
+def test_published_model_is_the_selected_one(finished):
     _, folder, _ = finished
     config = load_train_config(folder / "train_config.yaml")
     inputs = input_defaults(config.model.model_name, model_args=config.model.model_args)
     data = load_image_data(config.data, inputs, seed=config.training.seed)
     model, _ = new_model(config.model, data, seed=0)
     model.load_state_dict(load_best(folder)[0])
+    published = load_pixel_model(str(folder))
+    assert published.class_names == tuple("0123456789")
     x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    code = """
-import sys, json
-sys.modules["ham_hf"] = None
-import timm, torch
-model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-cfg = timm.data.resolve_model_data_config(model)
-x = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-x = torch.nn.functional.interpolate(x, size=cfg["input_size"][1:], mode="nearest")
-logits = model((x - cfg["mean"][0]) / cfg["std"][0])
-print(json.dumps({"logits": logits.tolist(), "names": model.pretrained_cfg["label_names"]}))
-"""
-    done = finish([sys.executable, "-c", code, str(folder)], subprocess_env)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["names"] == list("0123456789")
     with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(found["logits"]), model.eval()(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(published.model(x), model.eval()(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("finished", [1, 2], indirect=True, ids=["one_process", "two_processes"])
@@ -225,40 +208,6 @@ def test_existing_output_folder_is_not_overwritten(finished, capsys):
     message = refused(capsys, f"--output_dir={folder}")
     assert "--overwrite_output_dir" in message
     assert (folder / "report.json").stat().st_mtime_ns == before
-
-
-def test_everything_is_on_disk_before_the_push_and_stays_when_it_fails(tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "run"
-    recipe = recipe_module("train_ham.py")
-    pushed = []
-
-    def push_folder(path, repo_id, **_):
-        pushed.append({str(found.relative_to(path)) for found in path.rglob("*") if found.is_file()})
-        raise PushError("the line is down; python recipes/push.py pushes it again")
-
-    monkeypatch.setattr(training_run, "check_write_access", lambda repo_id, **_: f"me/{repo_id}")
-    monkeypatch.setattr(training_run, "push_folder", push_folder)
-    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--push_to_hub", "--hub_model_id=sky"]
-    with pytest.raises(SystemExit) as stop:
-        recipe.main([*SMALL, *options, f"--output_dir={folder}"])
-    assert stop.value.code == 2
-    assert "recipes/push.py" in capsys.readouterr().err
-    (before,) = pushed
-    assert {"model.safetensors", "config.json", "README.md", "report.json", "figures/per_class_accuracy.png"} <= before
-    # The lock is held until the end, and push_folder takes artefacts only.
-    after = {str(found.relative_to(folder)) for found in folder.rglob("*") if found.is_file()}
-    assert before == after | {LOCK_NAME, OWNER_NAME}
-    assert "hf-hub:me/sky" in (folder / "README.md").read_text()
-
-
-def test_tracker_gets_the_numbers(tmp_path, capsys):
-    folder = tmp_path / "run"
-    options = ["--max_steps=2", "--per_device_train_batch_size=16", "--report_to=tensorboard"]
-    recipe_module("train_ham.py").main([*SMALL, *options, f"--output_dir={folder}"])
-    capsys.readouterr()
-    events = b"".join(path.read_bytes() for path in (folder / "logs").rglob("events.out.tfevents.*"))
-    assert b"train/loss" in events
-    assert b"validation/robust_accuracy" in events
 
 
 def test_overwriting_replaces_the_run(finished, tmp_path, capsys):

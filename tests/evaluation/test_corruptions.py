@@ -170,11 +170,7 @@ def naive_hsv(pixel):
         return 0.0, 0.0, value
     red, green, blue = pixel
     sector = {red: (green - blue) / (value - low), green: 2 + (blue - red) / (value - low)}
-    hue = (
-        sector.get(value, 4 + (red - green) / (value - low))
-        if value in (red, green)
-        else 4 + (red - green) / (value - low)
-    )
+    hue = sector.get(value, 4 + (red - green) / (value - low))
     return hue % 6, (value - low) / value, value
 
 
