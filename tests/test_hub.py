@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, constants, get_token
-from safetensors.torch import load_file, save_file
 
 from ham_hf.hub import PushError, check_write_access, push_folder, try_push
 from ham_hf.reporting.card import write_card
@@ -21,10 +19,8 @@ from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.page import PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import read_report, write_report
-from tests.conftest import ROOT
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
-from tests.support.hub_server import BOTH_WAYS, Hub, content, hub_environment, use_hub
-from tests.support.recipe_runs import finish
+from tests.support.hub_server import BOTH_WAYS, Hub, content, use_hub
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
 TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}
@@ -43,6 +39,7 @@ PUSHED = {
     "train_config.yaml",
 }
 STRIP = "figures/adversarial_examples.png"
+IMAGES = {STRIP, "image.png"}
 
 ONE_IMAGE = ClassExamples(
     attack="PGD-20",
@@ -220,22 +217,24 @@ def test_images_are_published_of_public_datasets_alone(
     for name in ("open", "closed"):
         HfApi().create_repo(f"me/{name}", repo_type="dataset", private=name == "closed")
     write_report(with_dataset(read_report(folder), name=dataset, hub_id=hub_id), folder)
-    (folder / STRIP).write_bytes(b"images of the dataset")
+    for name in IMAGES:
+        (folder / name).write_bytes(b"images of the dataset")
     write_card(read_report(folder), folder, repo_id=repo_id, model_license="apache-2.0")
     assert STRIP in (folder / "README.md").read_text()
     before = content(folder)
     push_folder(folder, repo_id, space=True)
     tree, page = hub.model("me/robust").tree("main"), hub.repos["space", "me/robust"].tree()["index.html"].data
-    assert set(tree) == PUSHED | {".gitattributes"} | ({STRIP} if shown else set())
+    assert set(tree) == PUSHED | {".gitattributes"} | (IMAGES if shown else set())
     assert content(folder) == before
     html, card = tree["report.html"].data.decode(), tree["README.md"].data.decode()
     assert has_images(html) is has_images(page.decode()) is shown
     assert html == (before["report.html"].decode() if shown else without_images(before["report.html"].decode()))
-    assert (STRIP in card) is shown
+    assert (STRIP in card) is ("`image.png`, in the same folder" in card) is shown
+    assert card.count("\n## ") == before["README.md"].decode().count("\n## ")
     assert "figures/per_class_accuracy.png" in card
     push_folder(folder, repo_id, publish_images=True, space=True)
     tree, page = hub.model("me/robust").tree("main"), hub.repos["space", "me/robust"].tree()["index.html"].data
-    assert {name: tree[name].data for name in (*PUSHED, STRIP)} == {name: before[name] for name in (*PUSHED, STRIP)}
+    assert {name: tree[name].data for name in PUSHED | IMAGES} == {name: before[name] for name in PUSHED | IMAGES}
     assert has_images(page.decode())
 
 
@@ -387,34 +386,3 @@ def test_the_token_appears_nowhere(
     texts += [str(blob.data) for blob in hub.model("me/robust").tree().values()]
     assert not [token for token in (*TOKENS, get_token()) for text in texts if token in text]
     assert "***" in str(caught.value)
-
-
-LOAD = """
-import sys
-sys.modules["ham_hf"] = None  # importing it is an error from here on
-import timm, torch
-from safetensors.torch import load_file, save_file
-
-model = timm.create_model("hf-hub:me/robust", pretrained=True).eval()
-with torch.inference_mode():
-    save_file({"logits": model(load_file(sys.argv[1])["x"])}, sys.argv[2])
-print(model.pretrained_cfg["label_names"][3])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("private", [False, True])
-def test_plain_timm_loads_the_pushed_model(hub: Hub, folder: Path, tmp_path: Path, private: bool) -> None:
-    hub.lfs_threshold = 100_000
-    push_folder(folder, check_write_access("robust", private=private))
-    assert hub.model("me/robust").tree()["model.safetensors"].lfs
-    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    logits = tmp_path / "logits.safetensors"
-    environment = hub_environment(hub, tmp_path, token=WRITER if private else None)
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "x.safetensors"), str(logits)]
-    done = finish(command, environment, cwd=ROOT)
-    assert done.stdout.strip() == "three"
-    saved = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    with torch.inference_mode():
-        torch.testing.assert_close(load_file(logits)["logits"], saved(x), rtol=0, atol=1e-5)
