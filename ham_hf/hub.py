@@ -170,19 +170,16 @@ def push_folder(
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     withheld = _withheld(folder, publish_images=publish_images)
     upload = partial(_upload, folder, repo_id, withheld, revision=revision, commit_message=commit_message)
-    place = repo_id
-    try:
-        commit = retry(upload, attempts, also=CONFLICTS)
-        logger.info("Pushed %s to %s", folder, commit.commit_url)
-        if space:
-            place = f"the Space {repo_id}"
-            _push_space(folder, repo_id, page=withheld.get(PAGE_NAME), attempts=attempts)
-    except PUSH_ERRORS as error:
-        flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
-        again = _push_again(folder, repo_id, revision, **flags)
-        state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
-        raise PushError(_push_problem(f"{folder} to {place}", error, state, again)) from None
-    return str(commit.commit_url)
+    flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
+    state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
+    attempt = partial(_pushed, attempts=attempts, state=state, again=_push_again(folder, repo_id, revision, **flags))
+    url = str(attempt(upload, f"{folder} to {repo_id}").commit_url)
+    logger.info("Pushed %s to %s", folder, url)
+    if space:
+        page = (withheld.get(PAGE_NAME) or (folder / PAGE_NAME).read_bytes()).decode()
+        attempt(partial(_fill_space, page, folder, repo_id), f"{folder} to the Space {repo_id}")
+        logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+    return url
 
 
 def _upload(
@@ -227,21 +224,15 @@ def space_url(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
-def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int) -> None:
-    """Put ``page``, or the page of the folder, into the Space of the model's name; create the Space if missing."""
+def _fill_space(page: str, folder: Path, repo_id: str) -> CommitInfo:
+    """Put ``page`` into the Space of the model's name; create the Space if missing."""
     api = HfApi()
-    html = (page or (folder / PAGE_NAME).read_bytes()).decode()
-    files = space_files(html, read_report(folder), repo_id)
+    private = api.model_info(repo_id).private
+    api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
+    _check_space(api, repo_id)
+    files = space_files(page, read_report(folder), repo_id)
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-
-    def upload() -> None:
-        private = api.model_info(repo_id).private
-        api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
-        _check_space(api, repo_id)
-        api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
-
-    retry(upload, attempts, also=CONFLICTS)
-    logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+    return api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
 
 
 def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
@@ -330,11 +321,9 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
         commit_message=commit_message,
         allow_patterns=list(names),
     )
-    try:
-        return str(retry(upload, attempts=3, also=CONFLICTS).commit_url)
-    except PUSH_ERRORS as error:
-        problem = _push_problem(f"to {repo_id}", error, f"{repo_id} is as it was.", "Give the same command again")
-        raise PushError(problem) from None
+    state = f"{repo_id} is as it was."
+    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Give the same command again")
+    return str(commit.commit_url)
 
 
 def check_pull_request(repo_id: str) -> None:
@@ -403,12 +392,9 @@ def push_evaluation(
             revision=revision,
         )
 
-    try:
-        commit = retry(upload, 1 if create_pr else 3, also=CONFLICTS)
-    except PUSH_ERRORS as error:
-        again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
-        state = f"It is complete in {folder.resolve()}."
-        raise PushError(_push_problem(f"the evaluation to {repo_id}", error, state, again)) from None
+    again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
+    attempts, state = 1 if create_pr else 3, f"It is complete in {folder.resolve()}."
+    commit = _pushed(upload, f"the evaluation to {repo_id}", attempts=attempts, state=state, again=again)
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -487,14 +473,17 @@ def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
             raise
 
 
-def _push_problem(what: str, error: Exception, state: str, again: str) -> str:
-    """Explain an error of a push: what it left, what to fix if that is known, and how to push again."""
-    advice = {
-        401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
-        403: "The token may not write there: get the rights, or take another --hub_model_id. ",
-        404: "There is no such repository or branch now: the command below makes it again. ",
-    }.get(status_of(error) or 0, "")
-    return f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}"
+def _pushed(upload: Callable[[], CommitInfo], what: str, *, attempts: int, state: str, again: str) -> CommitInfo:
+    """The commit of ``upload``, or PushError: ``what`` failed, what to fix if that is known, and how to push again."""
+    try:
+        return retry(upload, attempts, also=CONFLICTS)
+    except PUSH_ERRORS as error:
+        advice = {
+            401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
+            403: "The token may not write there: get the rights, or take another --hub_model_id. ",
+            404: "There is no such repository or branch now: the command below makes it again. ",
+        }.get(status_of(error) or 0, "")
+        raise PushError(f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}") from None
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:
