@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 from tests.support.example_images import dataset, load, noise, write_parquet
 from tests.support.exports import FAMILIES
 from tests.support.hub_server import Hub, hub_environment
-from tests.support.recipe_runs import SMALL, finish, recipe_module
+from tests.support.recipe_runs import HELD_OUT, finish, recipe_module
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +39,7 @@ QUICK = [
     "--epsilon=0.02",
     "--limit_test_examples=20",
 ]
-TRAINED = [
-    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
-    "--limit_train_examples=800",
-    "--validation_fraction=0.3",
-    "--num_train_epochs=1",
-]
+TRAINED = [*HELD_OUT, "--num_train_epochs=1"]
 
 
 @pytest.fixture(scope="module")
