@@ -104,17 +104,13 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeldOut:
-    """Images to find the shifts on.
+    """Images to find the shifts on; ValueError if there are too few of a class.
 
     Attributes:
-        images: those.
         data: the dataset; its test images are evaluated, its classes are those of ``images``.
         origin: which images these are, to follow "found on".
         seen_in_training: whether the model was trained on them.
         how_to_get_more: which setting gives more of them.
-
-    Raises:
-        ValueError: if there are too few of a class.
     """
 
     images: Images

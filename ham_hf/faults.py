@@ -54,12 +54,7 @@ def explain_interrupt(way_on: str) -> Iterator[None]:
 
 @contextmanager
 def explain_faults(*, num_processes: int, way_on: str = FROM_CHECKPOINT) -> Iterator[None]:
-    """Raise FaultError for an error of torch that means a data-loading process or another process is gone.
-
-    Args:
-        num_processes: processes of the run.
-        way_on: how to continue.
-    """
+    """Raise FaultError, with how to continue, if a data-loading process or another process of the run is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -48,10 +48,6 @@ def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple
     class is the worst; that of one class alone, in `ham_hf.metrics.ClassAccuracy`, is another one. Simulated
     coverage for C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
 
-    Args:
-        correct: right examples of each class.
-        counts: examples of each class; classes without one are left out.
-
     Raises:
         ValueError: if no class has an example.
     """

@@ -42,10 +42,6 @@ def command(name: str) -> str:
     return f"python recipes/{SCRIPTS[name]}" if name in SCRIPTS and is_script() else f"ham-hf {name}"
 
 
-LAUNCH_FOLDER = "accelerate"
-"""Subfolder with what ``accelerate launch --config_file`` takes."""
-
-
 class RecipeFile(NamedTuple):
     """A file that comes with the package: what ``--config`` takes, its first comment line, and what it is for."""
 
@@ -80,7 +76,7 @@ def list_recipes() -> Iterator[RecipeFile]:
     for path in sorted(folder.glob("*/*.yaml")):
         text = path.read_text(encoding="utf-8")
         use: Literal["train", "compare", "launch"] = "train"
-        if path.parent.name == LAUNCH_FOLDER:
+        if path.parent.name == "accelerate":
             use = "launch"
         elif re.search(r"^runs:", text, re.MULTILINE):
             use = "compare"

@@ -133,10 +133,8 @@ class ForeignAttack:
 def load_foreign_attack(place: str) -> ForeignAttack:
     """The function at ``package.module:function`` or ``file.py:function``, of this machine; nothing is downloaded.
 
-    It is called by the last part of the module and its own name, such as ``my_attack.attack``.
-
-    Raises:
-        ValueError: naming what is missing or cannot be imported.
+    Its name is the last part of the module and its own, such as ``my_attack.attack``. ValueError names what is missing
+    or cannot be imported.
     """
     flag = f"--foreign_attack {place}"
     origin, colon, name = place.rpartition(":")

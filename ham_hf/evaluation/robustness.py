@@ -46,12 +46,9 @@ LOSSES: dict[str, LossFn] = {"cross-entropy": unsaturated_cross_entropy, "margin
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The logits of a model are not finite on images as they are: there is nothing to attack, and no result.
+    """The logits of a model are not finite on ``count`` of ``total`` images as they are: nothing to attack, no result.
 
-    Attributes:
-        count: number of such images.
-        total: number of images looked at.
-        cause: what its weights tell of it.
+    ``cause`` is what its weights tell of it.
     """
 
     def __init__(self, count: int, total: int, cause: str) -> None:

@@ -29,12 +29,9 @@ class WorkingSize:
         self.rows = rows
 
     def split(self, function: Callable[[slice], Tensor], num: int) -> Tensor:
-        """Results of ``function`` for ``num`` rows (>= 1), in pieces that fit, put together in order.
+        """Results (n, ...) of ``function``, which is given rows, for ``num`` rows (>= 1) in pieces that fit, in order.
 
-        ``function`` is given which rows, and returns one result per row, (n, ...).
-
-        Raises:
-            RuntimeError: the allocator's, if a single row does not fit.
+        If a single row does not fit, the allocator's error passes.
         """
         results: list[Tensor] = []
         start = 0
@@ -47,11 +44,7 @@ class WorkingSize:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def whole(self, function: Callable[[], T], num: int) -> T:
-        """Result of ``function``, which sends ``num`` rows through a `PiecewiseModel`; tried again until it fits.
-
-        Raises:
-            RuntimeError: the allocator's, if a single row does not fit.
-        """
+        """Result of ``function``, which sends ``num`` rows through a `PiecewiseModel`; tried again likewise."""
         while True:
             result = self._attempt(function, min(self.rows, num))
             if result is not None:
