@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,9 +60,7 @@ ONE_IMAGE = ClassExamples(
 
 
 @pytest.fixture
-def hub(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
-) -> Iterator[Hub]:
+def hub(request, monkeypatch, tmp_path, waits):
     """A Hub that this process talks to as "me"."""
     pipeline = getattr(request, "param", None) == "pipeline"
     with Hub(TOKENS, read_only={READER}) as server:
@@ -210,9 +207,7 @@ def test_push_publishes_the_artefacts_and_nothing_else(hub: Hub, folder: Path, p
         ("me/gone", "me/gone", False),
     ],
 )
-def test_images_are_published_of_public_datasets_alone(
-    hub: Hub, folder: Path, dataset: str, hub_id: str | None, shown: bool
-) -> None:
+def test_images_are_published_of_public_datasets_alone(hub, folder, dataset, hub_id, shown):
     repo_id = check_write_access("robust", private=False)
     for name in ("open", "closed"):
         HfApi().create_repo(f"me/{name}", repo_type="dataset", private=name == "closed")
@@ -321,9 +316,7 @@ def test_pushing_again_commits_only_changes(hub: Hub, folder: Path) -> None:
 
 
 @pytest.mark.faults(quick=True)
-def test_a_push_that_fails_for_good_says_how_to_repeat_it(
-    hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_push_that_fails_for_good_says_how_to_repeat_it(hub, folder, caplog):
     repo_id = check_write_access("robust", private=False, revision="v1")
     before = content(folder)
     hub.disturb("drop", "POST .*/commit/", times=1000)
@@ -365,9 +358,7 @@ def test_a_folder_without_a_model_is_refused(hub: Hub, folder: Path, missing: st
     assert hub.log == []
 
 
-def test_the_token_appears_nowhere(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_token_appears_nowhere(hub, folder, monkeypatch, caplog):
     def leak(*_: object, **__: object) -> None:
         raise ConnectionError(f"Authorization: Bearer {get_token()} and {STRANGER}")
 

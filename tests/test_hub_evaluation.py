@@ -90,9 +90,7 @@ def test_images_that_are_not_public_stay_out_of_evaluations(hub: Hub, tmp_path: 
     assert shown["EVALUATION.md"].data == (folder / "EVALUATION.md").read_bytes()
 
 
-def test_a_pull_request_that_fails_names_the_command_that_opens_it(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pull_request_that_fails_names_the_command_that_opens_it(hub, tmp_path, capsys):
     folder = tmp_path / "evaluation"
     evaluated(folder, "you/open")
     hub.fail("POST .*/commit/", status=503)

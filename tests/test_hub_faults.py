@@ -9,7 +9,7 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,7 @@ ALWAYS = 10_000
 
 
 @pytest.fixture
-def hub(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
-) -> Iterator[Hub]:
+def hub(request, monkeypatch, tmp_path, waits):
     """A Hub that this process talks to as "me", and that it soon stops waiting for."""
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
@@ -85,9 +83,7 @@ ADVICE = {"401": "renew HF_TOKEN", "403": "get the rights", "429 for a day": "86
 
 @BOTH_WAYS
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "lost answer"])  # which is no failure
-def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
-    hub: Hub, folder: Path, waits: list[float], fault: str
-) -> None:
+def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(hub, folder, waits, fault):
     repo_id = check_write_access("robust", private=False)
     FAULTS[fault](hub, "POST .*/commit/")
     before = content(folder)
@@ -248,14 +244,7 @@ RUN = [*SMALL, "--per_device_train_batch_size=20", "--save_steps=1", "--save_tot
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", ["pipeline"], indirect=True)
-def test_training_goes_on_whatever_the_hub_does(
-    hub: Hub,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_training_goes_on_whatever_the_hub_does(hub, undisturbed, tmp_path, monkeypatch, capsys, caplog):
     """A push after every update, each meeting another fault; a last push that fails; the command that mends it."""
     folder, recipe, met = tmp_path / "run", recipe_module("train_ham.py"), {}
     left = iter(FAULTS)

@@ -149,9 +149,7 @@ def test_readme_shows_how_to_load_a_model() -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_block_runs_after_the_main_command(
-    block: CodeBlock, digits_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_block_runs_after_the_main_command(block, digits_run, monkeypatch):
     monkeypatch.chdir(digits_run)
     monkeypatch.setattr(socket, "socket", None)  # nothing is fetched
     exec(compile(block.code, block.place, "exec"), {"__name__": "__main__"})
