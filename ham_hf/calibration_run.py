@@ -124,11 +124,7 @@ class HeldOut:
 
 
 def restore_original(loaded: LoadedModel) -> None:
-    """Restore a calibrated model's original bias, in place, so that calibrating again does not add up.
-
-    Raises:
-        HeadError: if the recorded bias does not fit the model.
-    """
+    """Restore a calibrated model's original bias, in place, so that calibrating again does not add up."""
     record = loaded.metadata.get(CALIBRATION_KEY)
     if record is not None:
         logger.info(
@@ -275,11 +271,7 @@ def set_dial(
 
 
 def validation_part(data: ImageData, *, seed: int) -> HeldOut:
-    """Return the images that a training run holds out, to calibrate on at its end.
-
-    Raises:
-        ValueError: if there are too few of a class.
-    """
+    """Return the images that a training run holds out, to calibrate on at its end."""
     assert data.validation is not None  # noqa: S101 (the configuration says that there is one)
     return HeldOut(
         images=data.validation,
