@@ -155,11 +155,7 @@ def load_foreign_attack(place: str) -> ForeignAttack:
 
 
 def load_foreign_attacks(places: Sequence[str]) -> list[ForeignAttack]:
-    """The functions at these places; see `load_foreign_attack`.
-
-    Raises:
-        ValueError: likewise, or if two have one name.
-    """
+    """The functions at these places, see `load_foreign_attack`; ValueError also if two have one name."""
     found = [load_foreign_attack(place) for place in places]
     names = [attack.name for attack in found]
     for attack in found:
