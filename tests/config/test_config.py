@@ -135,12 +135,6 @@ def test_values_of_model_args_are_yaml():
     assert args["flag"] is True
 
 
-def test_method_chooses_the_objective_and_its_options():
-    assert parse_train_config(["--method", "pgd_at"]).method == PGDAT()
-    chosen = parse_train_config(["--method", "ham", "--mining_step", "4", "--hard-weighting", "margin"]).method
-    assert chosen == HAM(mining_step=4, hard_weighting="margin")
-
-
 # --------------------------------------------------------------------------------------------------------- recipes
 
 
