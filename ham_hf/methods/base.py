@@ -35,10 +35,8 @@ class Method(Stateful):
     """Base of all training methods: PGD adversarial training unless a method says otherwise."""
 
     def check(self, *, num_steps: int) -> None:
-        """Check the options against the attack steps K of the run; ValueError naming the option and its value."""
-
-    def check_rules(self) -> None:
-        """The same for the options of borrowed class rules, once each is known to be valid by itself."""
+        for rule in self.rules:
+            rule.check(num_steps=num_steps)
 
     @property
     def depends_on_split(self) -> bool:
@@ -114,7 +112,7 @@ class Method(Stateful):
     def rows_to_train_on(self, model: nn.Module, batch: Batch) -> TrainingRows:
         """Attack a batch with the radii of its classes, and choose the rows to train on.
 
-        The model is unwrapped, and left as it was found (invariant 2 of `ham_hf.attacks`).
+        The model is unwrapped, and left as it was found (`ham_hf.attacks.attack_mode`).
         """
         return self.inner_maximization(model, self.with_class_radii(batch))
 

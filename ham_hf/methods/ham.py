@@ -219,16 +219,14 @@ class HAM(BuiltOnLoss, Borrowing):
         state["classify_in_step"].fill_(hard > CLASSIFY_IN_STEP_FROM * mined)
         state["mined"].zero_()
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """Return two, once mining has begun."""
-        return None if epoch < self.warmup_epochs else (2,)
-
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """Count the hard examples and all examples."""
-        hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
+        if epoch < self.warmup_epochs:
+            return None
+        hard = predicted(logits) != y
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["mined"] += sums
 
     def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:

@@ -194,8 +194,8 @@ class TrainStep:
         )
 
     def _over_all_processes(
-        self, mine: Mapping[str, Tensor | float], observed: Tensor, divisor: Tensor
-    ) -> tuple[dict[str, float], Tensor]:
+        self, mine: Mapping[str, Tensor | float], observed: Mapping[str, Tensor], divisor: Tensor
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Named numbers and what the method observed, each added up over all processes.
 
         ``weight`` is the largest of the divisors, which are added up already: 0 where nothing is trained on.
@@ -203,10 +203,12 @@ class TrainStep:
         row = divisor.new_zeros(len(mine))
         for position, value in enumerate(mine.values()):
             row[position] = value
-        sums = self.accelerator.reduce(torch.cat([row, observed]), "sum")
+        sums = self.accelerator.reduce(torch.cat([row, *map(torch.flatten, observed.values())]), "sum")
+        numbers, *parts = sums.split([len(mine), *(one.numel() for one in observed.values())])
         # The only wait for the device in an update, apart from finding the hard rows.
-        found = torch.cat([sums[: len(mine)], divisor.amax()[None]]).tolist()
-        return dict(zip([*mine, "weight"], found, strict=True)), sums[len(mine) :]
+        found = torch.cat([numbers, divisor.amax()[None]]).tolist()
+        everywhere = {name: part.view_as(observed[name]) for name, part in zip(observed, parts, strict=True)}
+        return dict(zip([*mine, "weight"], found, strict=True)), everywhere
 
     def _to_attack(self, batch: PixelBatch, number: int, place: tuple[int, int]) -> Batch:
         """One accumulation step of an update, with the random stream of its place: epoch and update."""
@@ -295,7 +297,7 @@ class TrainStep:
             return log.new_zeros(())
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
-    def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
         losses, observed = [], []
         for work in works:
@@ -313,7 +315,8 @@ class TrainStep:
                     self.accelerator.backward(loss * self.accelerator.num_processes)
             losses.append(loss.detach())
             observed.append(self.method_state.observe(logits, rows, batch.y, epoch=batch.epoch))
-        return torch.stack(losses).sum(), torch.stack(observed).sum(0)
+        sums = {name: torch.stack([one[name] for one in observed]).sum(0) for name in observed[0]}
+        return torch.stack(losses).sum(), sums
 
     def _training_forward(self, model: nn.Module, rows: TrainingRows, number: int, place: tuple[int, int]) -> Tensor:
         """Logits (R, num_classes) of the rows in training mode."""

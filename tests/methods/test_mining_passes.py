@@ -89,7 +89,8 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
         rows.clear()
         batch = rows_of(objective, net, x, y, attack=attack, epoch=epoch, states=states)
         assert rows == expected
-        objective.after_update(states["ham"], objective.observe(batch.early_logits, y, epoch=epoch))
+        observed = objective.observe(batch.early_logits, y, epoch=epoch)
+        objective.after_update(states["ham"], observed, epoch=epoch)
 
 
 @pytest.mark.parametrize(

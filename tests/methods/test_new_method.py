@@ -30,13 +30,10 @@ def made_up():
         def initial_state(self, class_counts):
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
 
-        def observed_shape(self, num_classes, *, epoch):
-            return (num_classes,)
-
         def observe(self, logits, y, *, epoch):
             return class_sums(logits.argmax(1) != y, y, logits.shape[1])
 
-        def after_update(self, state, sums):
+        def after_update(self, state, sums, *, epoch):
             state["wrong"] += sums
 
         def before_epoch(self, state, *, epoch):

@@ -28,7 +28,7 @@ def weights_from(probabilities, labels, scale, num_classes):
     state = dafa.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
     for rows in torch.arange(len(labels)).chunk(2):
         sums = dafa.rule.observe(probabilities[rows].log(), labels[rows], epoch=2)
-        dafa.rule.after_update(state, sums)
+        dafa.rule.after_update(state, sums, epoch=2)
     dafa.rule.before_epoch(state, epoch=3)
     return state["weight"]
 
@@ -86,8 +86,9 @@ def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_al
 def test_only_the_epoch_before_the_weights_is_observed():
     dafa = DAFA(dafa_start_epoch=5)
     assert dafa.warmup_epochs == 5
-    shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
-    assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
+    logits, y = torch.zeros(2, 10), torch.zeros(2, dtype=torch.long)
+    observed = [dafa.rule.observe(logits, y, epoch=epoch) is not None for epoch in range(7)]
+    assert observed == [epoch == 4 for epoch in range(7)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
