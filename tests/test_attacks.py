@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, input_gradient, margin_loss, pgd
-from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.methods.fat import early_stopped_pgd
 from ham_hf.mining import mine_hard_examples, mine_three_kinds
 from tests.support.golden_data import TOLERANCE, golden_case, golden_net
 

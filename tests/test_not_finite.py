@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
 from ham_hf.evaluation import NonFiniteLogitsError, Workplace, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.methods.fat import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
 from ham_hf.models import PixelModel, Preprocessing, create_backbone

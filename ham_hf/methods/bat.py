@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from ham_hf.attacks import ThreatModel, full_precision
 from ham_hf.methods.base import Method
 from ham_hf.methods.batch import Batch, TrainingRows
+from ham_hf.methods.fat import early_stopped_pgd
 from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
-from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.settings import setting
 
 FURTHER_STEPS = 1

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,6 @@ from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.config import TrainingConfig
 from ham_hf.training.method_state import MethodState
-from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part, memory_format_of
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
@@ -63,7 +63,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop.
-        passes: passes over the network; see `ham_hf.training.passes`.
+        passes: passes over the network; see `PassCounter`.
     """
 
     loss: float = 0.0
@@ -377,3 +377,33 @@ class TrainStep:
             parts = torch.split(agreed, [buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
+
+
+class PassCounter:
+    """What a run costs: the passes of this process over some modules, whatever asked for them.
+
+    The unit is one forward of one image: a count of arithmetic, not of time. With its forward, a gradient of the input
+    costs 2, one of input and parameters 3, which a step of an attack costs in much published code, and none here. A
+    module that is deep-copied later brings along a counter of its own, which nothing reads.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+
+    def watch(self, module: nn.Module) -> None:
+        """Count every call of ``module``, whose first argument is a batch (N, C, H, W)."""
+        module.register_forward_pre_hook(self._count)
+
+    def take(self) -> int:
+        """The passes since the last call."""
+        passes, self._passes = self._passes, 0
+        return passes
+
+    # A compiled network would trace the counter, and be compiled anew at every number.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        cost = 1
+        if torch.is_grad_enabled():
+            cost = 3 if module.training else 2 if x.requires_grad else 1
+        self._passes += cost * len(x)

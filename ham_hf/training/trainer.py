@@ -84,10 +84,11 @@ class Trainer:
 
     Attributes:
         config: those settings, with the accumulation that keeps the size of the updates of a run that continues.
+        checkpoint: the one that they name to continue from, or None.
 
     Raises:
-        ValueError: if the training split is smaller than one update's batch, no accumulation keeps the size of the
-            updates of a run that continues, or a setting needs whole weights and they are sharded.
+        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, no
+            accumulation keeps the size of its run's updates, or a setting needs whole weights and they are sharded.
     """
 
     def __init__(
@@ -103,7 +104,8 @@ class Trainer:
         after_save: Callable[[Trainer], None] | None = None,
         plan_besides: Mapping[str, object] | None = None,
     ) -> None:
-        config = keep_update_size(config, accelerator)
+        self.checkpoint = agreed_checkpoint(config, accelerator)
+        config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
         self.data, self.objective, self.attack, self.config = data, objective, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
         self.plan_besides = plan_besides or {}
@@ -291,8 +293,7 @@ class Trainer:
         totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
         elapsed = time.perf_counter() - since
         self.progress.seconds += elapsed
-        if self.progress.passes is not None:
-            self.progress.passes += totals.passes
+        self.progress.passes += totals.passes
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.updates + totals.overflows == 0
@@ -360,9 +361,7 @@ class Trainer:
     def _count_passes(self) -> None:
         """Add up the passes of all processes since the last update."""
         passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
-        total = float(self.accelerator.reduce(passes, "sum"))
-        if self.progress.passes is not None:
-            self.progress.passes += total
+        self.progress.passes += float(self.accelerator.reduce(passes, "sum"))
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Refuse to select weights that are not finite; without held-out images no logits have told so."""
@@ -463,20 +462,18 @@ class Trainer:
         return load_best(self.output_dir)[0]
 
     def resume(self) -> None:
-        """Go to the checkpoint that the configuration names, if it names one.
+        """Go to `checkpoint`, if there is one.
 
         Raises:
-            ValueError: if there is no such checkpoint or it belongs to a run with other settings.
+            ValueError: if it belongs to a run with other settings.
         """
-        if self.config.resume_from_checkpoint is None:
-            return
-        path = agreed_checkpoint(self.output_dir, self.config.resume_from_checkpoint, self.accelerator)
+        path = self.checkpoint
         if path is None:
-            logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
+            if self.config.resume_from_checkpoint is not None:
+                logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
             return
         checkpoint = load_checkpoint(path)
-        # A checkpoint that is older than the count of passes does not know them.
-        progress = Progress(**{"passes": None, **checkpoint.state})
+        progress = Progress(**checkpoint.state)
         check_same_run(path, progress.plan, self._plan())
         load_model(self.module, checkpoint.model)
         if self.average is not None and checkpoint.averaged is not None:

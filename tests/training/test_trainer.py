@@ -261,17 +261,16 @@ OTHERS = [
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize(("other", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
 def test_checkpoint_of_another_run_is_refused(finished, other, message):
-    run = Trainer(
-        other.get("net") or make_net(),
-        other.get("data") or image_data(),
-        other.get("method") or HAM_FROM_1,
-        other.get("attack") or ATTACK,
-        config(finished[0], **{"resume_from_checkpoint": "latest", **other.get("changes", {})}),
-        Accelerator(cpu=True),
-        plan_besides=other.get("besides"),
-    )
     with pytest.raises(ValueError, match=message):
-        run.resume()
+        Trainer(
+            other.get("net") or make_net(),
+            other.get("data") or image_data(),
+            other.get("method") or HAM_FROM_1,
+            other.get("attack") or ATTACK,
+            config(finished[0], **{"resume_from_checkpoint": "latest", **other.get("changes", {})}),
+            Accelerator(cpu=True),
+            plan_besides=other.get("besides"),
+        ).resume()
 
 
 def test_resuming_an_older_checkpoint_forgets_what_came_after_it(finished, tmp_path):
@@ -527,10 +526,3 @@ def test_settings_that_change_when_training_is_complete_train_nothing(finished, 
     assert sentence.endswith(", and trained no more.")
     assert again.progress.changeable == run.progress.changeable, "what it was trained with"
     assert "the card will say so" in caplog.text
-
-
-def test_checkpoints_from_before_schedules_were_noted_go_on_with_a_warning(finished, caplog):
-    _, progress, run = finished
-    saved = {name: value for name, value in progress.plan.items() if name != "num_train_epochs"}
-    check_same_run(run.output_dir, saved, progress.plan)
-    assert "does not say for how many epochs its --lr_scheduler_type cosine was meant" in caplog.text

@@ -70,7 +70,9 @@ def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
         method.rule.before_epoch(state, epoch=epoch)
         weight = method.rule.class_weight(state, method.loss, epoch=epoch)
         assert (weight is not None) == (epoch == 3)
-        method.rule.after_update(state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch), epoch=epoch)
+        method.rule.after_update(
+            state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch), epoch=epoch
+        )
     torch.testing.assert_close(weight, torch.tensor([[1.4 / 2.1 / 2 * 2, 1.4 / 2.1 * 2], [1.0, 1.0]]).double())
     assert (method.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
 
