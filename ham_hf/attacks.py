@@ -3,9 +3,9 @@
 A tensor called ``x`` is (N, C, H, W) in [0, 1]; epsilon and step size are in the same pixel units. Arithmetic on ``x``
 uses the dtype of ``x`` (float32 in training), whatever precision the model computes in.
 
-An attack puts the module in evaluation mode, restores the mode of every submodule afterwards, and asks autograd for the
-gradient of the input alone (`attack_mode`). It computes no parameter gradient and moves no BatchNorm buffer. Pass the
-unwrapped module: a DDP wrapper would synchronize at every step.
+An attack puts the module in evaluation mode, restores the mode of every submodule afterwards, and asks autograd for
+the gradient of the input alone (`attack_mode`). It computes no parameter gradient and moves no BatchNorm buffer. Pass
+the unwrapped module: a DDP wrapper would synchronize at every step.
 
 Logits that are not finite predict no class (`predicted`). An image whose gradient is not finite does not move, so an
 attack never leaves ball and box.
@@ -271,7 +271,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def attack_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradient of a parameter; on leaving, each module and parameter is as it was.
 
-    ``torch.autograd.grad`` skips parameters anyway; a compiled network computes the gradients of all that requires one.
+    ``torch.autograd.grad`` skips parameters anyway; a compiled network computes the gradient of all that requires one.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
