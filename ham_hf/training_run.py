@@ -60,7 +60,6 @@ from ham_hf.training.launch import (
     peak_memory_bytes,
 )
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.resume import Progress
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
@@ -79,10 +78,6 @@ FAULTS = (
     OSError,
 )
 """Faults whose messages say what to do."""
-WAY_OUT = (
-    "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
-    "memory; --resume_from_checkpoint latest trains nothing again"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +118,6 @@ class Run:
         return self.config.attack.threat_model
 
 
-class Trained(NamedTuple):
-    """What training leaves in memory: its progress, and the peak of memory in bytes, where that is known."""
-
-    progress: Progress
-    peak_memory: int | None
-
-
 class Evaluated(NamedTuple):
     """The selected weights, measured: their state, what each attack did, and the class shifts folded into them."""
 
@@ -159,11 +147,16 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
         check_settings(config)
         run = prepare(config, lock)
         begin(run)
-    trained = fit(run, stop)
-    results = evaluate(run)
-    if run.accelerator.is_main_process:
-        write_results(run, trained, results)
+    peak_memory = fit(run, stop)
+    less_memory = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory; --resume_from_checkpoint latest trains nothing again"
+    )
+    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(less_memory):
+        found = measure(run)
     is_main_process = run.accelerator.is_main_process
+    if is_main_process:
+        write_results(run, found, peak_memory)
     # Before the push: a failed one ends the process, and no other process has to wait for one that takes long.
     end_training(run.accelerator)
     if is_main_process and config.hub.push_to_hub:
@@ -269,21 +262,28 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
     return accelerator
 
 
-def begin(run: Run) -> None:
-    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run."""
+def begin(run: Run, *, recipe: bool = True) -> None:
+    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run.
+
+    Without ``recipe`` no configuration alone could repeat the run, and none is written.
+    """
     training = run.config.training
     run.trainer.resume()
     if run.accelerator.is_main_process:
         if training.overwrite_output_dir:
             clear_output_dir(run.folder, OWNED_BY_TRAINING)
-        write_config(run.config, run.folder)
-    patience = min(40.0, training.ddp_timeout / 2)
-    check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+        if recipe:
+            write_config(run.config, run.folder)
+    if recipe:
+        patience = min(40.0, training.ddp_timeout / 2)
+        check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+    else:
+        run.accelerator.wait_for_everyone()
     start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)
 
 
-def fit(run: Run, stop: StopRequests) -> Trained:
-    """Train to the end.
+def fit(run: Run, stop: StopRequests) -> int | None:
+    """Train to the end; returns the peak of memory in bytes, where that is known.
 
     Raises:
         TrainingStopped: when a signal or the time limit came first; a checkpoint is written.
@@ -300,19 +300,13 @@ def fit(run: Run, stop: StopRequests) -> Trained:
     )
     try:
         with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), stop.deferred():
-            progress = run.trainer.fit(stop)
+            run.trainer.fit(stop)
     except TrainingStopped:
         end_training(run.accelerator)
         raise
     peak_memory = peak_memory_bytes(run.accelerator.device)
     run.accelerator.wait_for_everyone()
-    return Trained(progress, peak_memory)
-
-
-def evaluate(run: Run) -> Evaluated:
-    """`measure`; faults end the process with their messages."""
-    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
-        return measure(run)
+    return peak_memory
 
 
 def measure(run: Run) -> Evaluated:
@@ -342,28 +336,26 @@ def measure(run: Run) -> Evaluated:
     return Evaluated(best, results, calibration, record)
 
 
-def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
+def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
     """`write_files` and the table onto the terminal; on the main process."""
     if run.pushes is not None:
         run.pushes.wait()
     with clean_exit(FaultError), explain_unfinished(run.folder):
-        report = write_files(run, trained, found)
+        report = write_files(run, found, peak_memory)
     summaries = {attack.name: attack.summary for attack in report.entries()}
-    track_test_results(run.accelerator, summaries, run.data.class_names, step=trained.progress.step)
+    track_test_results(run.accelerator, summaries, run.data.class_names, step=run.trainer.progress.step)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
     show(text_table(results_table(report)) + f"\n\neverything is in {run.folder}\n")
 
 
-def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
+def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
     """Model, report, card and figures into the output folder."""
-    config, data, preprocessing = run.config, run.data, run.preprocessing
+    config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
     model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
-    training = training_section(
-        trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
-    )
+    training = training_section(progress, found.best, peak_memory_bytes=peak_memory, calibration=found.calibration)
     report = training_report(
         config,
         model,
@@ -372,7 +364,7 @@ def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
         found.results,
         run.accelerator,
         calibration=found.calibration,
-        notes=overflow_notes(trained.progress),
+        notes=overflow_notes(progress),
     )
     examples = run_examples(
         run.selected,

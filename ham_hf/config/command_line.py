@@ -136,13 +136,12 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
 
 def _warn_of_late_starts(config: TrainConfig) -> None:
     """Warn of what begins after the last epoch; the trainer knows whether `--max_steps` ends the run before that."""
-    words = config.method.start_words(config.training.first_perturbed_epoch)
-    for what, first in config.method.start_epochs(config.training.first_perturbed_epoch).items():
+    for what, (first, words) in config.method.starts(config.training.first_perturbed_epoch).items():
         if first >= config.training.num_train_epochs:
             logger.warning(
                 "%s starts at %s, and the run has %d epochs: it will never be active.",
                 what,
-                words[what],
+                words,
                 config.training.num_train_epochs,
             )
 

@@ -85,20 +85,19 @@ class Method(Stateful):
         """Parts that may keep state, each of another name: this method and its class rules."""
         return (self, *self.rules)
 
-    def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:
-        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins."""
-        starts = {part.name: part.warmup_epochs for part in self.parts}
-        return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
+    def starts(self, awp_start_epoch: int | None = None) -> dict[str, tuple[int, str]]:
+        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins.
 
-    def start_words(self, awp_start_epoch: int | None = None) -> dict[str, str]:
-        """The same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
-        words = {}
-        for name, first in self.start_epochs(awp_start_epoch).items():
-            part = next((part for part in self.parts if part.name == name), None)
-            option = "awp_start_epoch" if part is None else part.start_option()
+        And the same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)".
+        """
+        begins = {part.name: (part.warmup_epochs, part.start_option()) for part in self.parts}
+        if awp_start_epoch is not None:
+            begins["awp"] = (awp_start_epoch, "awp_start_epoch")
+        found = {}
+        for name, (first, option) in begins.items():
             flag = f"--{option} {first}" if name in (self.name, "awp") else f"--class_rule_args {option}={first}"
-            words[name] = f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}"
-        return words
+            found[name] = (first, f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}")
+        return found
 
     # --- the inner maximization
 

@@ -10,6 +10,7 @@ Checksums tell a damaged checkpoint: the latest whole one is resumed, a damaged 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -18,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,33 +77,25 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     flush(path)
 
 
-class _Written:
+class _Written(io.BufferedWriter):
     """A file for ``torch.save``, whose own error for a full disk does not say so."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:  # noqa: ANN401 (bytes of any kind)
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
-    target = _Written(path)
-    with target.file:
+    with _Written(io.FileIO(path, "w")) as target:
         try:
-            torch.save(state, cast(IO[bytes], target))
+            torch.save(state, target)
         except RuntimeError as error:
-            if target.error is not None:
-                raise target.error from error
-            raise
+            raise target.error or error from error
 
 
 def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
@@ -129,8 +122,6 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
         if best.is_file():
             shutil.copyfile(best, part / BEST)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False))
-        for file in part.iterdir():
-            flush(file)
         write_checksums(part)
         check_checkpoint(part)
         replace_folder(part, final)

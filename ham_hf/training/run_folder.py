@@ -17,7 +17,6 @@ import socket
 from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -106,7 +105,10 @@ OWNED_BY_EVALUATION = (
     "EVALUATION.md",
 )
 OWNED_BY_CALIBRATION = (*OWNED_BY_EVALUATION[:-1], WEIGHTS, "config.json", "rgb", "README.md", "image.png")
-OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, "train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS)
+LOADING_NAME = "LOADING.md"
+"""Beside the weights of a network that timm cannot build: how they are loaded."""
+_TRAINING_ALONE = ("train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS, LOADING_NAME)
+OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, *_TRAINING_ALONE)
 """What a training run writes into its output folder beside numbered checkpoints."""
 
 
@@ -263,9 +265,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -276,10 +276,8 @@ def is_locked(folder: Path) -> bool:
     try:
         with _lock(folder / LOCK_NAME):
             return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, Timeout)
 
 
 def _lock(path: Path) -> FileLock:

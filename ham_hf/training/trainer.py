@@ -170,13 +170,12 @@ class Trainer:
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
         epochs = -(-self.total_steps // self.updates_per_epoch)
-        words = self.objective.start_words(self.config.first_perturbed_epoch)
-        for what, first in self.objective.start_epochs(self.config.first_perturbed_epoch).items():
+        for what, (first, words) in self.objective.starts(self.config.first_perturbed_epoch).items():
             if epochs <= first < self.config.num_train_epochs:
                 logger.warning(
                     "%s starts at %s, and --max_steps %s ends the run in epoch %d: it will never be active",
                     what,
-                    words[what],
+                    words,
                     self.config.max_steps,
                     epochs,
                 )
