@@ -42,10 +42,6 @@ class RuleMethod(Method):
         """See `Method.parts`: the rule, which bears the name of the method."""
         return (self.rule,)
 
-    @property
-    def rules(self) -> tuple[ClassRule, ...]:
-        return (self.rule,)
-
 
 def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[RuleMethod]:
     """The method, of the name of the rule, that trains with a class rule; `available` then finds it.

@@ -91,17 +91,11 @@ class _Work:
 
 
 class TrainStep:
-    """Makes updates of one model.
+    """Makes updates of one model by a method, with an attack for its inner maximization.
 
-    Args:
-        model: what ``accelerator.prepare`` made of the pixel model; likewise ``optimizer``.
-        optimizer: see ``model``.
-        objective: training method.
-        attack: attack of the inner maximization.
-        accelerator: the accelerator.
-        config: settings of the training loop.
-        class_counts: (num_classes,) number of training images of each class.
-        ema: moving average of weights that follows every update.
+    ``model`` and ``optimizer`` are what ``accelerator.prepare`` made of the pixel model and its optimizer,
+    ``class_counts`` (num_classes,) the numbers of training images of each class; the average ``ema`` follows every
+    update.
     """
 
     def __init__(

@@ -108,7 +108,6 @@ class Trainer:
         config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
         self.data, self.objective, self.attack, self.config = data, objective, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
-        self.plan_besides = plan_besides or {}
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
@@ -146,7 +145,17 @@ class Trainer:
         self.module, self.passes = self.train_step.module, self.train_step.passes
         if self.average is not None:
             self.passes.watch(cast(nn.Module, self.average.module))
-        self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
+        plan = run_plan(
+            config,
+            objective,
+            attack,
+            data,
+            self.module,
+            accelerator=accelerator,
+            eval_batch_size=eval_batch_size,
+            besides=plan_besides or {},
+        )
+        self.progress = Progress(plan=plan, changeable=changeable(config, accelerator))
 
     def _count_updates(self) -> None:
         """How many updates there are in an epoch and in all."""
@@ -248,7 +257,11 @@ class Trainer:
             if stopping:
                 # Validation can take longer than there is time: a run that continues begins with it.
                 self.progress.validation_due = epoch if self.progress.step == last else None
-                self._save_and_stop(stop() or "a request to another process")
+                self._save(ends_training=True)
+                raise TrainingStopped(
+                    f"stopped by {stop() or 'a request to another process'} after update {self.progress.step} of "
+                    f"{self.total_steps}; saved in {self.output_dir / f'checkpoint-{self.progress.step}'}"
+                )
             elif self.progress.step == last:
                 self._end_of_epoch(epoch)
             elif self._save_is_due(epoch_ended=False):
@@ -269,13 +282,6 @@ class Trainer:
         self.progress.validation_due = None
         if self._save_is_due(epoch_ended=True):
             self._save()
-
-    def _save_and_stop(self, reason: str) -> None:
-        self._save(ends_training=True)
-        raise TrainingStopped(
-            f"stopped by {reason} after update {self.progress.step} of {self.total_steps}; saved in "
-            f"{self.output_dir / f'checkpoint-{self.progress.step}'}"
-        )
 
     def _save_is_due(self, *, epoch_ended: bool) -> bool:
         if self.config.save_steps is None or self.progress.step == self.total_steps:
@@ -298,7 +304,7 @@ class Trainer:
         self.progress.skipped_updates += totals.updates + totals.overflows == 0
         self.progress.overflowed_updates += int(totals.overflows)
         self.progress.step = step + 1
-        self.log.advance()
+        self.log.bar.update()
         if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
             self._log_training(epoch, learning_rate, window)
         return totals.stops > 0
@@ -431,8 +437,12 @@ class Trainer:
                 state=asdict(self.progress),
             )
             problem = self.files.save(checkpoint)
-            if problem is None:
-                self._after_save()
+            if problem is None and self.after_save is not None:
+                try:
+                    self.after_save(self)
+                except Exception:
+                    # Whatever it is, it is worth less than the training; the next save tries again.
+                    logger.exception("after the checkpoint of update %d", self.progress.step)
         step = self.progress.step
         if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
             raise CheckpointWriteError(
@@ -441,15 +451,6 @@ class Trainer:
                 f"finish with the same command and --resume_from_checkpoint latest, which continues from "
                 f"{self.files.kept()}"
             )
-
-    def _after_save(self) -> None:
-        if self.after_save is None:
-            return
-        try:
-            self.after_save(self)
-        except Exception:
-            # Whatever it is, it is worth less than the training; the next save tries again.
-            logger.exception("after the checkpoint of update %d", self.progress.step)
 
     def selected_weights(self) -> dict[str, Tensor]:
         """State dict of the best validation so far; before the first, of the current (averaged) weights."""
@@ -473,7 +474,7 @@ class Trainer:
             return
         checkpoint = load_checkpoint(path)
         progress = Progress(**checkpoint.state)
-        check_same_run(path, progress.plan, self._plan())
+        check_same_run(path, progress.plan, self.progress.plan)
         load_model(self.module, checkpoint.model)
         if self.average is not None and checkpoint.averaged is not None:
             self.average.module.load_state_dict(checkpoint.averaged)
@@ -486,7 +487,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         note_changes(
             progress,
-            changeable(self.config, self.accelerator),
+            self.progress.changeable,
             total_steps=self.total_steps,
             updates_per_epoch=self.updates_per_epoch,
         )
@@ -496,18 +497,6 @@ class Trainer:
             # The log is global: one process continues it, the others begin at zero.
             self.method_state.log += torch.tensor(progress.class_log, dtype=torch.float64).to(self.method_state.log)
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
-
-    def _plan(self) -> dict[str, Any]:
-        return run_plan(
-            self.config,
-            self.objective,
-            self.attack,
-            self.data,
-            self.module,
-            accelerator=self.accelerator,
-            eval_batch_size=self.eval_batch_size,
-            besides=self.plan_besides,
-        )
 
     def _class_log(self) -> Tensor:
         """What the epoch did to each class so far, of all processes."""
