@@ -257,10 +257,11 @@ class Trainer:
             if stopping:
                 # Validation can take longer than there is time: a run that continues begins with it.
                 self.progress.validation_due = epoch if self.progress.step == last else None
+                reason = stop() or "a request to another process"
                 self._save(ends_training=True)
                 raise TrainingStopped(
-                    f"stopped by {stop() or 'a request to another process'} after update {self.progress.step} of "
-                    f"{self.total_steps}; saved in {self.output_dir / f'checkpoint-{self.progress.step}'}"
+                    f"stopped by {reason} after update {self.progress.step} of {self.total_steps}; saved in "
+                    f"{self.output_dir / f'checkpoint-{self.progress.step}'}"
                 )
             elif self.progress.step == last:
                 self._end_of_epoch(epoch)
