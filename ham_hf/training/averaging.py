@@ -40,7 +40,7 @@ class GatedAverage:
 
         Args:
             model: the model as it is now.
-            class_accuracies: in [0, 1], on held-out images under attack; None for a class without an example, not for all.
+            class_accuracies: in [0, 1], on held-out images under attack; None for some classes, without an example.
 
         Returns:
             Whether it passed.
