@@ -15,7 +15,7 @@ from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, list_checkpoints, load_best
 from tests.faults.same_runs import FINAL, assert_same_weights, before_updates, timeless_log
 from tests.support.recipe_runs import SMALL, recipe_module
-from tests.support.training import trainer
+from tests.support.training import resumed, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -90,8 +90,7 @@ def test_disk_full_at_the_end(disk, undisturbed):
     ):
         run.fit()
     disk.empty()
-    again = trainer(folder, resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(folder)
     assert again.progress.step == 16
     again.fit()
     assert_same_weights(folder, undisturbed[0], *FINAL)

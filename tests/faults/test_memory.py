@@ -13,7 +13,7 @@ from ham_hf import training_run
 from ham_hf.faults import MemoryExhaustedError, smaller_batch
 from tests.faults.same_runs import before_updates
 from tests.support.recipe_runs import SMALL, recipe_module
-from tests.support.training import trainer
+from tests.support.training import resumed, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -42,8 +42,7 @@ def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
     words = shlex.split(flags[1])
     changes = {name.removeprefix("--"): int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
     assert changes == {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    again = trainer(folder, resume_from_checkpoint="latest", **changes)
-    again.resume()
+    again = resumed(folder, **changes)
     assert again.progress.step == 4
     assert again.fit().step == 18
     assert load_file(folder / "checkpoint-18" / "model.safetensors")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
 from ham_hf.settings import setting
-from tests.support.training import ATTACK, trainer
+from tests.support.training import ATTACK, resumed, trainer
 
 
 @pytest.fixture
@@ -68,20 +68,16 @@ def test_its_options_are_flags_and_yaml(made_up, tmp_path, capsys):
 
 
 def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
-    def make(folder, **changes):
-        return trainer(folder, made_up(underdog_gain=2.0), ema_decay=None, save_steps=4, **changes)
-
-    whole = make(tmp_path / "whole").fit()
+    method, settings = made_up(underdog_gain=2.0), {"ema_decay": None, "save_steps": 4}
+    whole = trainer(tmp_path / "whole", method, **settings).fit()
     first, last = whole.history[0], whole.history[-1]
     assert first["class_epsilon"] == pytest.approx([ATTACK.threat_model.epsilon] * 4)
     wrong = load_file(tmp_path / "whole/checkpoint-12/method.safetensors")["underdog.wrong"]
     expected = (1 + 2 * wrong / wrong.sum()) * ATTACK.threat_model.epsilon
     assert last["class_epsilon"] == pytest.approx(expected.tolist())
     assert last["class_weight"] is not None
-    make(tmp_path / "cut", max_steps=8).fit()
-    run = make(tmp_path / "cut", resume_from_checkpoint="latest")
-    run.resume()
-    run.fit()
+    trainer(tmp_path / "cut", method, max_steps=8, **settings).fit()
+    resumed(tmp_path / "cut", method, **settings).fit()
     for name in ("model", "method"):
         ours, theirs = (
             load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole")

@@ -11,7 +11,7 @@ from ham_hf.methods import PGDAT
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import PassCounter
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
-from tests.support.training import ATTACK, HAM_FROM_1, image_data, log_of, make_net, trainer
+from tests.support.training import ATTACK, HAM_FROM_1, image_data, log_of, make_net, resumed, trainer
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 3}, {"awp_gamma": 0.01}], ids=str)
@@ -44,8 +44,7 @@ def test_a_resumed_run_has_counted_what_the_whole_one_did(tmp_path):
     stopped = trainer(tmp_path / "stopped")
     with pytest.raises(TrainingStopped):
         stopped.fit(lambda: "a test" if stopped.progress.step == 8 else None)
-    again = trainer(tmp_path / "stopped", resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(tmp_path / "stopped")
     assert again.progress.step == 9
     assert again.fit().passes == whole.passes
 
