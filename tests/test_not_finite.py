@@ -27,7 +27,7 @@ from ham_hf.reporting.run_report import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
 from tests.support.nets import TensorImages, group_norm_net
-from tests.support.recipe_runs import recipe_module
+from tests.support.recipe_runs import refused
 from tests.support.training import image_data, trainer
 
 NAN, INF = math.nan, math.inf
@@ -423,12 +423,8 @@ def test_evaluate_refuses_a_finished_folder_with_one_value_that_is_not_finite(
     weights[name].view(-1)[weights[name].abs().argmax()] = value
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     (model / "config.json").write_bytes((finished_folder / "config.json").read_bytes())
-    with pytest.raises(SystemExit) as stopped:
-        recipe_module("evaluate.py").main(
-            [str(model), "--dataset_name=digits", "--limit_test_examples=40", f"--output_dir={out}", "--use_cpu"]
-        )
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
+    arguments = ["--dataset_name=digits", "--limit_test_examples=40", f"--output_dir={out}", "--use_cpu"]
+    message = refused(capsys, "evaluate.py", str(model), *arguments)
     assert "not finite on 40 of 40 images" in message
     assert name in message
     assert not (out / "report.json").exists()

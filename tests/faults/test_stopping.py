@@ -17,7 +17,7 @@ from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
 from tests.conftest import ROOT
 from tests.faults.same_runs import FINAL, assert_same_weights, before_updates, timeless_log
-from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import SMALL, recipe_module, refused
 from tests.support.training import resumed, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
@@ -166,15 +166,12 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
 def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--max_steps=3", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
-    recipe = recipe_module("train_ham.py")
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "evaluate_on_test", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit) as exit_:
-            recipe.main(arguments)
-    assert exit_.value.code == EXIT_REQUEUE
+        refused(capsys, "train_ham.py", *arguments, status=EXIT_REQUEUE)
     assert not (folder / "report.json").exists()
     monkeypatch.setattr(training_run.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
-    recipe.main([*arguments, "--resume_from_checkpoint=latest"])
+    recipe_module("train_ham.py").main([*arguments, "--resume_from_checkpoint=latest"])
     assert read_report(folder / "report.json").training.steps == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     capsys.readouterr()

@@ -20,7 +20,7 @@ from ham_hf.training import environment
 from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
 from tests.support.environment_reads import variables_of
-from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module
+from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module, refused
 
 pytestmark = pytest.mark.slow
 
@@ -206,10 +206,7 @@ def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tm
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module("train_ham.py").main([f"--output_dir={tmp_path}/run"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = refused(capsys, "train_ham.py", f"--output_dir={tmp_path}/run").strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
     assert not (tmp_path / "run/train_config.yaml").exists()
@@ -217,10 +214,8 @@ def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tm
 
 def test_evaluation_refuses_them_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "")
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module("evaluate.py").main(["resnet18", "--dataset_name=digits", f"--output_dir={tmp_path}/run"])
-    assert exit_.value.code == 2
-    assert "error: WORLD_SIZE= (empty) in the environment" in capsys.readouterr().err
+    said = refused(capsys, "evaluate.py", "resnet18", "--dataset_name=digits", f"--output_dir={tmp_path}/run")
+    assert "error: WORLD_SIZE= (empty) in the environment" in said
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
