@@ -98,12 +98,6 @@ def test_nothing_whole_is_refused_with_every_reason(cut_off):
         find_checkpoint(cut_off, "latest")
 
 
-def test_folder_of_a_checkpoint_that_holds_nothing(cut_off):
-    shutil.rmtree(cut_off / "checkpoint-16")
-    (cut_off / "checkpoint-16").mkdir()
-    assert find_checkpoint(cut_off, "latest").name == "checkpoint-12"
-
-
 @pytest.mark.parametrize("keep", [1, 2])
 def test_what_was_not_written_as_meant_replaces_nothing(tmp_path, monkeypatch, keep):
     checkpoints.save_checkpoint(tmp_path, make(1), keep=keep)
