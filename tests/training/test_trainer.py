@@ -488,7 +488,7 @@ def test_settings_that_change_when_training_is_complete_train_nothing(finished, 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 3}, {"awp_gamma": 0.01}], ids=str)
 def test_forwards_and_gradients_of_a_whole_run_are_counted(tmp_path, changes):
-    run = trainer(tmp_path, HAM_FROM_1, ema_decay=None, num_train_epochs=2, **changes)
+    run = trainer(tmp_path, ema_decay=None, num_train_epochs=2, **changes)
     yardstick = Yardstick(run.module)
     progress = run.fit()
     yardstick.close()
