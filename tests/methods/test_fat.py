@@ -107,11 +107,3 @@ def test_rows_that_are_wrong_at_once_cost_one_look():
         batch = rows_of(fat, net, x, wrong, attack=LONG)
     assert torch.equal(batch.x, x)
     assert steps.rows == [0]
-
-
-def test_options_out_of_range_are_refused():
-    for epochs in ((-1,), (90, 50)):
-        with pytest.raises(ValueError, match=f"--fat_tau_epochs {epochs[0]}.*: expected epochs of at least 0"):
-            FAT(fat_tau_epochs=epochs).check(num_steps=10)
-    with pytest.raises(ValueError, match="class_margin trades"):
-        FAT(class_margin="trades").check(num_steps=10)

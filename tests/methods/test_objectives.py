@@ -92,19 +92,6 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
         assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mining_step": 10}, "--mining_step 10: expected at least 0 and below --num_steps 10"),
-        ({"mining_step": -1}, "--mining_step -1"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        HAM(**options).check(num_steps=10)
-    HAM(mining_step=9).check(num_steps=10)
-
-
 @pytest.mark.parametrize("label", METHODS)
 def test_what_is_observed_has_one_shape_and_adds_up(label):
     method, _ = METHODS[label]

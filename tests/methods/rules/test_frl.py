@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.methods import HAM, PGDAT, Batch
+from ham_hf.methods import HAM, Batch
 from ham_hf.methods.rules.frl import FRL
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
@@ -172,9 +172,3 @@ def test_ham_borrows_weights_and_radii():
         weights[3] += multiplier
         expected += scale * (weights[labels] * term).sum() / weights[y].sum()
     exact(loss, expected)
-
-
-def test_what_has_no_meaning_is_refused():
-    with pytest.raises(ValueError, match="--class_weighting frl weighs the terms of trades"):
-        PGDAT(class_weighting="frl").check(num_steps=10)
-    PGDAT(class_margin="frl").check(num_steps=10)
