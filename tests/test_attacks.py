@@ -24,12 +24,7 @@ def distance(x_adv, x, norm):
 
 @norms
 @settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    epsilon=st.floats(0, 2),
-    spread=st.floats(0.01, 10),
-    per_example=st.booleans(),
-)
+@given(seed=st.integers(0, 2**31), epsilon=st.floats(0, 2), spread=st.floats(0.01, 10), per_example=st.booleans())
 def test_start_and_projection_stay_in_ball_and_box(norm, seed, epsilon, spread, per_example):
     epsilon = min(epsilon, 1.0) if norm == "linf" else epsilon  # more is refused
     generator = torch.Generator().manual_seed(seed)

@@ -276,8 +276,7 @@ def _attacked_to_the_end(
     attacks = [batch.attack for batch in batches]
     rest = Attack(
         threat_model=ThreatModel(
-            attacks[0].threat_model.norm,
-            _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined),
+            attacks[0].threat_model.norm, _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
         ),
         num_steps=attacks[0].num_steps - method.mining_step,
         step_size=_of_attacked_rows([attack.step_size for attack in attacks], mined),

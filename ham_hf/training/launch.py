@@ -17,14 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from ham_hf.faults import FaultError
 from ham_hf.recipe_files import shown_path
-from ham_hf.training.environment import (
-    check_variables,
-    is_on,
-    mpi_processes,
-    overruled,
-    rounding,
-    unknown,
-)
+from ham_hf.training.environment import check_variables, is_on, mpi_processes, overruled, rounding, unknown
 from ham_hf.training.sharding import shard_on_cpu, sharding_plugin
 
 logger = logging.getLogger(__name__)

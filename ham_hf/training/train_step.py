@@ -124,12 +124,7 @@ class TrainStep:
         self.passes.watch(self.module)
 
     def __call__(
-        self,
-        batches: Sequence[PixelBatch],
-        *,
-        epoch: int,
-        step: int,
-        stop: Callable[[], str | None] = lambda: None,
+        self, batches: Sequence[PixelBatch], *, epoch: int, step: int, stop: Callable[[], str | None] = lambda: None
     ) -> Totals:
         """One update: all inner maximizations, then a forward and a backward each; then the optimizer.
 

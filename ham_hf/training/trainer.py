@@ -58,12 +58,7 @@ from ham_hf.training.sharding import (
 )
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
-from ham_hf.training.validation import (
-    HeldOutAccuracy,
-    HeldOutPart,
-    held_out_record,
-    selection_score,
-)
+from ham_hf.training.validation import HeldOutAccuracy, HeldOutPart, held_out_record, selection_score
 
 logger = logging.getLogger(__name__)
 
@@ -487,10 +482,7 @@ class Trainer:
             # As run_plan holds the precision, this run scales its loss too.
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         note_changes(
-            progress,
-            self.progress.changeable,
-            total_steps=self.total_steps,
-            updates_per_epoch=self.updates_per_epoch,
+            progress, self.progress.changeable, total_steps=self.total_steps, updates_per_epoch=self.updates_per_epoch
         )
         self.progress = progress
         if self.accelerator.is_main_process:

@@ -107,20 +107,10 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     )
     attacked.float()
     auto = evaluate_autoattack(
-        attacked,
-        TensorImages(x.float(), y),
-        place,
-        num_classes=4,
-        threat_model=threat,
-        num_examples=7,
+        attacked, TensorImages(x.float(), y), place, num_classes=4, threat_model=threat, num_examples=7
     )
     corrupted = evaluate_corruptions(
-        attacked,
-        TensorImages(x.float(), y),
-        ["gaussian_noise", "fog"],
-        [1, 5],
-        place,
-        num_channels=3,
+        attacked, TensorImages(x.float(), y), ["gaussian_noise", "fog"], [1, 5], place, num_channels=3
     )
     return {
         "corrupted": torch.stack([found.flags for found in corrupted]),

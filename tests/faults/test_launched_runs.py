@@ -32,11 +32,7 @@ def command(folder, processes, *more, launcher=True):
     return (
         launch_command("train_ham.py", *arguments, processes=processes)
         if launcher
-        else [
-            sys.executable,
-            SCRIPT,
-            *arguments,
-        ]
+        else [sys.executable, SCRIPT, *arguments]
     )
 
 

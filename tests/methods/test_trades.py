@@ -10,14 +10,7 @@ from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, pgd
 from ham_hf.methods import HAM, MartLoss, TradesLoss
 from ham_hf.methods.bat import BalanceLoss
 from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    exact,
-    golden_batch,
-    golden_noise,
-    initial_states,
-    rows_of,
-    starting_at,
-)
+from tests.support.method_checks import exact, golden_batch, golden_noise, initial_states, rows_of, starting_at
 
 
 @pytest.mark.parametrize("loss", [TradesLoss(), MartLoss(), BalanceLoss()], ids=lambda loss: loss.name)

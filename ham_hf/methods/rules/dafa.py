@@ -39,10 +39,7 @@ class DAFARule(RadiusRule, WeightRule):
     def initial_state(self, class_counts: Tensor) -> State:
         """The weights, and the sums they are made of."""
         num_classes = len(class_counts)
-        return {
-            "weight": torch.ones_like(class_counts),
-            "sums": class_counts.new_zeros(num_classes, num_classes + 1),
-        }
+        return {"weight": torch.ones_like(class_counts), "sums": class_counts.new_zeros(num_classes, num_classes + 1)}
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """Sum the class probabilities, and count, per true class."""

@@ -117,15 +117,6 @@ def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     for objective in (combined, own):
         states = initial_states(objective)
         states["dafa"]["weight"] = weight
-        batch = rows_of(
-            objective,
-            net,
-            x,
-            y,
-            attack=attack_of(HYPER),
-            epoch=1,
-            states=states,
-            seed=0,
-        )
+        batch = rows_of(objective, net, x, y, attack=attack_of(HYPER), epoch=1, states=states, seed=0)
         found.append((batch.x, *objective.weigh(batch, epoch=1, states=states)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

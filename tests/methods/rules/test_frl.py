@@ -164,10 +164,7 @@ def test_ham_borrows_weights_and_radii():
     kept = clean[batch.hard]
     divergence = (kept.softmax(1) * (kept.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
     expected = 0
-    for scale, multiplier, term, labels in (
-        (1, 0.4, natural, y),
-        (ham.loss.beta, 0.2, divergence, hard_y),
-    ):
+    for scale, multiplier, term, labels in ((1, 0.4, natural, y), (ham.loss.beta, 0.2, divergence, hard_y)):
         weights = torch.full((10,), 0.1 - multiplier / 10, dtype=torch.float64)
         weights[3] += multiplier
         expected += scale * (weights[labels] * term).sum() / weights[y].sum()
