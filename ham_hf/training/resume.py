@@ -28,18 +28,23 @@ from ham_hf.training.optimization import depends_on_end
 
 logger = logging.getLogger(__name__)
 
+MATTERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",  # with the accumulation and the processes it makes examples_per_update
+    "gradient_accumulation_steps",
+    "memory_format",
+    "torch_compile",
+)
+"""Settings of the training loop that a resumed run may change, although it can change numbers by them, if only in the
+last bits or by a validation more."""
 MAY_CHANGE = frozenset(
     {
+        *MATTERS,
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
-        "num_train_epochs",
-        "max_steps",
         "max_train_hours",
-        "per_device_train_batch_size",  # with the accumulation and the processes it makes examples_per_update
-        "gradient_accumulation_steps",
-        "memory_format",
-        "torch_compile",
         "use_cpu",
         "ddp_timeout",
         "logging_steps",
@@ -52,16 +57,7 @@ MAY_CHANGE = frozenset(
         "disable_tqdm",
     }
 )
-"""Settings of the training loop that a resumed run may change."""
-MATTERS = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "memory_format",
-    "torch_compile",
-)
-"""Those of them that can change numbers, if only in the last bits or by a validation more."""
+"""All that it may change."""
 
 
 @dataclass(kw_only=True)

@@ -101,13 +101,6 @@ def test_weights_sum_to_the_number_of_classes_and_a_missing_class_keeps_one(num_
     assert float(weights.sum()) == pytest.approx(num_classes)
 
 
-def test_nothing_observed_changes_nothing():
-    dafa = DAFA(dafa_start_epoch=1)
-    state = dafa.rule.initial_state(torch.ones(10, dtype=torch.float64))
-    dafa.rule.before_epoch(state, epoch=1)
-    assert state["weight"].tolist() == [1.0] * 10
-
-
 def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
     combined = PGDAT(class_weighting="dafa", class_margin="dafa", class_rule_args={"dafa_start_epoch": 1})

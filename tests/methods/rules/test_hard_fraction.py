@@ -140,14 +140,7 @@ def test_only_the_first_term_is_weighed_and_the_divisor_is_not():
 
 
 def test_options_are_lent_and_shown(capsys):
-    words = [
-        "--method",
-        "pgd_at",
-        "--class_weighting",
-        "hard_fraction",
-        "--class_rule_args",
-        "hard_fraction_strength=2",
-    ]
+    words = "--method pgd_at --class_weighting hard_fraction --class_rule_args hard_fraction_strength=2".split()
     method = parse_train_config(words).method
     assert method.weights == HardFractionRule(hard_fraction_strength=2)
     config = {"method": "pgd_at", "class_weighting": "hard_fraction"}
