@@ -15,7 +15,25 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods import (
+    BAT,
+    CFA,
+    CFOL,
+    DAFA,
+    FAAL,
+    FAT,
+    FRL,
+    GAIRAT,
+    HAM,
+    MART,
+    PGDAT,
+    TRADES,
+    WAT,
+    MartLoss,
+    Method,
+    TradesLoss,
+)
+from ham_hf.methods.bat import BalanceLoss
 from ham_hf.methods.rules.hard_fraction import HardFraction
 from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
@@ -332,3 +350,16 @@ def test_options_out_of_range_are_refused(kind, wrong):
         (problem,) = setting_problems(kind(**{option: value}))
         assert problem.startswith(f"--{option} "), problem
         assert "expected" in problem
+
+
+@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss(), BalanceLoss()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("size", [90.0, 300.0])
+def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size):
+    logits = size * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]] * 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(dtype).requires_grad_()
+        terms = loss.terms(given, torch.zeros(2 if loss.name == "bat" else 3, dtype=torch.long))
+        assert terms.dtype == torch.float32
+        assert torch.isfinite(terms).all()
+        (gradient,) = torch.autograd.grad(terms.sum(), given)
+        assert torch.isfinite(gradient).all()

@@ -21,10 +21,7 @@ def three_batches():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"hard_weighting": "margin"},
-        {"base_loss": "trades"},
-        {"base_loss": "mart"},
         {"class_margin": "cfa"},
         {"class_weighting": "dafa"},
     ],

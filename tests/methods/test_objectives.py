@@ -39,15 +39,6 @@ def mined_alike(net, case, **options):
     )
 
 
-def test_ham_mines_from_its_first_epoch_on(case):
-    ham = HAM(mining_start_epoch=4, mining_step=2)
-    assert outer(ham, case, epoch=3)[1].hard is None
-    assert ham.warmup_epochs == 4
-    net, mining = outer(ham, case, epoch=4)
-    assert torch.equal(mining.x, mined_alike(net, case).x_adv)
-    assert mining.weight.tolist() == [1.0] * len(mining.y)
-
-
 @pytest.mark.parametrize("easy_weight", [0.4, 1.0])
 def test_kept_easy_examples_are_the_most_confident(case, easy_weight):
     ham = HAM(mining_start_epoch=0, mining_step=2, easy_weight=easy_weight, easy_fraction=0.3)

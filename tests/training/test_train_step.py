@@ -118,19 +118,6 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
     assert max((drift[key] - before[key]).abs().max() for key in drift) > 1e-6
 
 
-def test_accumulation_is_one_mean_over_all_hard_examples(accelerator):
-    net = group_norm_net()
-    x = torch.rand(12, 3, 6, 6, dtype=torch.float64)
-    hard = [True] * 5 + [False] * 3 + [True] + [False] * 3
-    y = labeled_for(net, x, hard)
-    mask = torch.tensor(hard)
-    expected = torch.autograd.grad(F.cross_entropy(net(x[mask]), y[mask]), list(net.parameters()))
-    before, step = copies(net), make_step(net, accelerator)
-    totals = step([pixel_batch(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)], epoch=0, step=0)
-    assert (totals.updates, totals.hard, totals.seen) == (1, 6, 12)
-    assert_moved_by(net, before, expected)
-
-
 def test_counts_per_class(accelerator):
     net = group_norm_net()
     x = torch.rand(9, 3, 6, 6, dtype=torch.float64)

@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import parse_train_config
 from ham_hf.methods import HAM, PGDAT, TRADES
 from ham_hf.methods.rules.hard_fraction import HardFraction, HardFractionRule, hard_fraction_weights
 from ham_hf.reporting.method_text import combined_with, method_rows
 from tests.support.golden_data import golden_net
-from tests.support.method_checks import golden_batch, initial_states, rows_of
+from tests.support.method_checks import golden_batch
 from tests.support.training import trainer
 from tests.support.updates import updated
 
@@ -126,21 +125,8 @@ def test_what_is_counted(mines, monkeypatch):
         assert sums[c].tolist() == [sum(int(logits[i].argmax()) != c for i in rows), len(rows)]
 
 
-def test_only_the_first_term_is_weighed_and_the_divisor_is_not():
-    trades = TRADES(class_weighting="hard_fraction", beta=2.0)
-    states = initial_states(trades)
-    states["hard_fraction"]["weight"] = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
-    x, y = golden_batch(8)
-    attack = Attack(threat_model=ThreatModel("linf", 0.02), num_steps=2, step_size=0.01)
-    batch = rows_of(trades, golden_net(), x, y, attack=attack, epoch=1, states=states, seed=0)
-    weight, divisor = trades.weigh(batch, epoch=1, states=states)
-    torch.testing.assert_close(weight[0], states["hard_fraction"]["weight"][y])
-    assert weight[1].tolist() == [2.0] * 8
-    assert divisor.tolist() == [8.0, 8.0]
-
-
 def test_options_are_lent_and_shown(capsys):
-    words = "--method pgd_at --class_weighting hard_fraction --class_rule_args hard_fraction_strength=2".split()
+    words = ["--method=pgd_at", "--class_weighting=hard_fraction", "--class_rule_args", "hard_fraction_strength=2"]
     method = parse_train_config(words).method
     assert method.weights == HardFractionRule(hard_fraction_strength=2)
     config = {"method": "pgd_at", "class_weighting": "hard_fraction"}
