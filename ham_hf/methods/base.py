@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from ham_hf.settings import setting
 @dataclass(frozen=True, kw_only=True)
 class Method(Stateful):
     """Base of all training methods: PGD adversarial training unless a method says otherwise."""
+
+    loss_kind: ClassVar[type[BaseLoss]] = BaseLoss
 
     def check(self, *, num_steps: int) -> None:
         for rule in self.rules:
@@ -50,8 +52,9 @@ class Method(Stateful):
 
     @property
     def loss(self) -> BaseLoss:
-        """The loss that the method is built on."""
-        return BaseLoss()
+        """The loss that the method is built on: a `loss_kind`, with the method's ``beta`` if it has that option."""
+        beta = getattr(self, "beta", None)
+        return self.loss_kind() if beta is None else self.loss_kind(beta=beta)
 
     @property
     def num_terms(self) -> int:
