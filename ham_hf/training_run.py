@@ -81,11 +81,8 @@ class Run:
 
     Attributes:
         config: its settings; the accumulation is that of this number of processes.
-        accelerator: what it runs on.
-        data: its images.
         preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
         selected: takes the selected weights; the trainer changes forward and device of its own network.
-        trainer: trains the model.
         held_out: images to find class shifts on; None if none are asked for.
         base_model: Hub id of the pretrained weights, if it starts from such.
         repo_id: repository to push to; None on the other processes, and if nothing is pushed.

@@ -41,7 +41,7 @@ from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.rule_method import Borrowing
-from ham_hf.methods.state import State, States
+from ham_hf.methods.state import State
 from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
 from ham_hf.settings import setting
 
@@ -162,7 +162,8 @@ class HAM(BuiltOnLoss, Borrowing):
             start=start,
             loss_fn=loss_fn,
             track_moves=self.hard_weighting == "probability_move",
-            classify_in_step=self.classify_in_step(batch.states),
+            # Kept on the CPU: reading it in every batch waits for nothing.
+            classify_in_step=bool(batch.states[self.name]["classify_in_step"]),
         )
 
     def chosen(self, mined: HardExamples, batch: Batch) -> TrainingRows:
@@ -205,11 +206,6 @@ class HAM(BuiltOnLoss, Borrowing):
         if rows.with_adversarial is None:
             return super().losses(logits, rows)
         return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
-
-    def classify_in_step(self, states: States) -> bool:
-        """Whether the step after the mining step is to classify, in this epoch."""
-        # Kept on the CPU: reading it in every batch waits for nothing.
-        return bool(states[self.name]["classify_in_step"])
 
     def initial_state(self, class_counts: Tensor) -> State:
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}

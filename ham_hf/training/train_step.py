@@ -82,7 +82,7 @@ class Totals:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Work:
-    """One accumulation step: its number, the batch, the rows to train on, and the share (T, E) of each in the loss."""
+    """One accumulation step, and the share (T, E) of each row in the loss."""
 
     number: int
     batch: Batch
