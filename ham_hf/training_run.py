@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
+from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import TrainConfig, config_to_dict
@@ -192,8 +193,6 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     with accelerator.main_process_first():
         data = load_image_data(config.data, inputs, seed=seed, image_size=config.model.image_size)
     model, preprocessing = new_model(config.model, data, seed=seed)
-    # Made now, before the trainer changes its own.
-    selected = copy.deepcopy(model)
     held_out = None
     if config.calibration.is_asked_for:
         held_out = validation_part(data, seed=seed)
@@ -204,19 +203,17 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
 
     def export_and_push(trainer: Trainer) -> None:
         def export() -> None:
-            selected.load_state_dict(trainer.selected_weights())
-            export_model(selected, config, data, preprocessing)
+            run.selected.load_state_dict(trainer.selected_weights())
+            export_model(run.selected, config, data, preprocessing)
 
         pushes.push(export, commit_message=f"Step {trainer.progress.step}")
 
-    trainer = Trainer(
-        model,
-        data,
-        config.method,
-        config.attack.attack,
-        config.training,
+    run = run_of(
+        config,
         accelerator,
-        eval_batch_size=config.evaluation.per_device_eval_batch_size,
+        data,
+        model,
+        preprocessing,
         after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
         plan_besides={
             "model_args": config_to_dict(config)["model_args"],
@@ -224,18 +221,40 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
             "std": list(preprocessing.std),
         },
     )
+    return replace(run, held_out=held_out, base_model=base_model, repo_id=repo_id, pushes=pushes)
+
+
+def run_of(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    data: ImageData,
+    network: nn.Module,
+    preprocessing: Preprocessing | None,
+    *,
+    after_save: Callable[[Trainer], None] | None = None,
+    plan_besides: Mapping[str, object] | None = None,
+) -> Run:
+    """Put a run together; makes its trainer, and a copy of the network before that changes it."""
+    selected = copy.deepcopy(network)
+    trainer = Trainer(
+        network,
+        data,
+        config.method,
+        config.attack.attack,
+        config.training,
+        accelerator,
+        eval_batch_size=config.evaluation.per_device_eval_batch_size,
+        after_save=after_save,
+        plan_besides=plan_besides,
+    )
     return Run(
         # With another number of processes than before, the accumulation is another one too.
         config=replace(config, training=trainer.config),
         accelerator=accelerator,
         data=data,
         preprocessing=preprocessing,
-        selected=selected,
+        selected=cast(PixelModel, selected),
         trainer=trainer,
-        held_out=held_out,
-        base_model=base_model,
-        repo_id=repo_id,
-        pushes=pushes,
     )
 
 
