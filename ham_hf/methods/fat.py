@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack, LossFn, attack_mode, check_batch, input_gradient, predicted
+from ham_hf.attacks import Attack, LossFn, attack_mode, input_gradient, predicted
 from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.rule_method import Borrowing
 from ham_hf.mining import RowLoss
@@ -113,11 +113,7 @@ def early_stopped_pgd(
         tau: number of further steps that a wrong example is given, >= 0.
         noise: standard deviation of Gaussian noise added at every step before projection, in pixel units.
         generator: source of that noise, drawn for the whole batch.
-
-    Raises:
-        ValueError: if the batch is malformed.
     """
-    check_batch(x, y)
     watched = WatchedLoss(loss_fn)
     x_adv = start.detach()
     stopped, last_correct = x_adv.clone(), x_adv.clone()
