@@ -15,6 +15,7 @@ from torch import nn
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.training.checkpoint import list_checkpoints
+from tests.faults.same_runs import assert_same_weights
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages
 from tests.support.training import image_data, resumed
@@ -43,8 +44,9 @@ def test_resumes_bit_for_bit_and_a_class_without_an_image_does_no_harm(tmp_path,
     """Cut in the middle of the second epoch and at its end: 3 updates an epoch, checkpoints every 2 and at the end."""
     whole = of_method(tmp_path / "whole", label, few_classes(), save_steps=2).fit()
     json.dumps(whole.history, allow_nan=False)
-    for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors"):
-        assert all(torch.isfinite(value).all() for value in load_file(path).values()), path.name
+    weights = [f"checkpoint-9/{path.name}" for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors")]
+    for name in weights:
+        assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "whole" / name).values()), name
     for cut_at in (4, 6):
         folder = tmp_path / f"cut{cut_at}"
         shutil.copytree(tmp_path / "whole", folder)
@@ -54,10 +56,7 @@ def test_resumes_bit_for_bit_and_a_class_without_an_image_does_no_harm(tmp_path,
         run = of_method(folder, label, few_classes(), save_steps=2)
         assert run.progress.step == cut_at
         again = run.fit()
-        for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors"):
-            theirs, ours = load_file(path), load_file(folder / "checkpoint-9" / path.name)
-            assert theirs.keys() == ours.keys()
-            assert all(torch.equal(ours[key], value) for key, value in theirs.items()), path.name
+        assert_same_weights(folder, tmp_path / "whole", *weights)
         assert again.history == whole.history
 
 

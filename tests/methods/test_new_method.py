@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
 from ham_hf.settings import setting
+from tests.faults.same_runs import assert_same_weights
 from tests.support.training import ATTACK, resumed, trainer
 
 
@@ -78,11 +79,8 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
     assert last["class_weight"] is not None
     trainer(tmp_path / "cut", method, max_steps=8, **settings).fit()
     resumed(tmp_path / "cut", method, **settings).fit()
-    for name in ("model", "method"):
-        ours, theirs = (
-            load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole")
-        )
-        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    names = [f"checkpoint-18/{name}.safetensors" for name in ("model", "method")]
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", *names)
 
 
 def test_other_methods_can_borrow_from_it(made_up, tmp_path):

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.distributed.elastic.agent.server
 from huggingface_hub.utils import enable_progress_bars
-from safetensors.torch import load_file
 
 from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training import environment
 from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights
 from tests.support.environment_reads import variables_of
 from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module, refused
 
@@ -45,16 +45,10 @@ def train(folder, env):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, subprocess_env):
-    """Weights of a run with nothing set from environment."""
+    """The folder of a run with nothing set from environment."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(folder, subprocess_env)
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(folder, expected):
-    found = load_file(folder / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    return folder
 
 
 def test_variables_that_settings_overrule_change_no_weight_and_are_said_not_to_count(
@@ -74,7 +68,7 @@ def test_variables_that_settings_overrule_change_no_weight_and_are_said_not_to_c
             "ACCELERATE_NEW_SWITCH": "1",
         },
     )
-    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed, "model.safetensors")
     for sentence in (
         "--gradient_accumulation_steps decides, not the launcher's 8",
         "--mixed_precision decides, not the launcher's bf16",

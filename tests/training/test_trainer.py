@@ -27,6 +27,7 @@ from ham_hf.training.trackers import end_training, start_trackers
 from ham_hf.training.train_step import NonFiniteLossError, PassCounter
 from ham_hf.training.validation import HeldOutAccuracy
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
+from tests.faults.same_runs import FINAL, assert_same_weights, timeless_log
 from tests.support.training import ATTACK, image_data, log_of, make_net, resumed, trainer
 
 
@@ -104,17 +105,10 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path
     run = resumed(folder)
     assert run.progress.step == cut_at
     again = run.fit()
-    for name in ("model.safetensors", "averaged.safetensors"):
-        ours, theirs = (load_file(where / "checkpoint-18" / name) for where in (folder, full))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_same_weights(folder, full, *FINAL)
     assert again.history == progress.history
     assert again.best == progress.best
-
-    def timeless(log):
-        return [{key: value for key, value in line.items() if key != "images_per_second"} for line in log]
-
-    assert timeless(log_of(folder)) == timeless(log_of(full))
+    assert timeless_log(folder) == timeless_log(full)
 
 
 def test_selected_weights_are_those_of_the_best_validation(finished):
