@@ -26,6 +26,7 @@ from tests.support.method_checks import (
     attack_of,
     exact,
     golden_batch,
+    golden_frl,
     golden_noise,
     golden_tensors,
     initial_states,
@@ -85,17 +86,8 @@ def faal(mode, base_loss, **changes):
 
 def frl(variant, **changes):
     """After the held-out errors of the epochs before; the authors round weights to float32."""
-    hyper = hyper_of("frl")
-    options = {"frl_bound": "bound0", "frl_rate1": "rate1", "frl_rate2": "rate2", "frl_limit": "lim", "beta": "beta"}
-    return Authors(
-        "frl",
-        FRL(frl_margin=variant == "rw_rm", **{name: hyper[theirs] for name, theirs in options.items()}),
-        f"out/{variant}_batch/",
-        epoch=hyper["loss_epoch"],
-        x_tolerance=1e-8,
-        tolerance=1e-7,
-        **changes,
-    )
+    changes |= {"epoch": hyper_of("frl")["loss_epoch"], "x_tolerance": 1e-8, "tolerance": 1e-7}
+    return Authors("frl", golden_frl(variant)[0], f"out/{variant}_batch/", **changes)
 
 
 def gairat(function):
@@ -158,10 +150,8 @@ def state_of(case, tensors):
     """Class state of the method when the authors took their numbers."""
     states = initial_states(case.method)
     if case.file == "frl":
-        for epoch in range(case.epoch + 1):
-            right = 1 - tensors["in/class_clean_error"][epoch]
-            sums = torch.stack([torch.ones(10), right, right - tensors["in/class_bndy_error"][epoch]])
-            case.method.rule.after_held_out(states["frl"], sums, epoch=epoch)
+        _, epochs = golden_frl("rw_rm" if case.method.frl_margin else "rw")
+        states = next(found for epoch, found in epochs if epoch == case.epoch)
     elif case.state is not None:
         name, value = case.state(tensors)
         states[case.method.name][name] = value.clone()

@@ -14,6 +14,7 @@ from tests.support.method_checks import (
     attack_of,
     exact,
     golden_batch,
+    golden_frl,
     golden_noise,
     golden_tensors,
     initial_states,
@@ -23,39 +24,13 @@ from tests.support.method_checks import (
 )
 
 TENSORS, HYPER = golden_tensors("frl")
-OPTIONS = {
-    "beta": HYPER["beta"],
-    "frl_bound": HYPER["bound0"],
-    "frl_rate1": HYPER["rate1"],
-    "frl_rate2": HYPER["rate2"],
-    "frl_limit": HYPER["lim"],
-}
 ATTACK = attack_of(HYPER)
-
-
-def make(variant):
-    return FRL(frl_margin=variant == "rw_rm", **OPTIONS)
-
-
-def epochs(frl, count=8):
-    """The state after the held-out errors of each golden epoch."""
-    states = initial_states(frl)
-    for epoch in range(count):
-        clean_error, boundary_error = TENSORS["in/class_clean_error"][epoch], TENSORS["in/class_bndy_error"][epoch]
-        # The overall error of the golden case is the mean over classes: one held-out image each.
-        exact(clean_error.mean(), TENSORS["in/total_clean_error"][epoch])
-        exact(boundary_error.mean(), TENSORS["in/total_bndy_error"][epoch])
-        right = 1 - clean_error
-        frl.rule.after_held_out(
-            states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch
-        )
-        yield epoch, states
 
 
 @pytest.mark.parametrize("variant", ["rw", "rw_rm"])
 def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
-    frl = make(variant)
-    for epoch, states in epochs(frl):
+    frl, epochs = golden_frl(variant)
+    for epoch, states in epochs:
         state = states["frl"]
         for found, name in zip((*state["multipliers"], state["radius"]), ("0", "1", "2"), strict=True):
             exact(found, TENSORS[f"out/{variant}/lmbda{name}"][epoch])
@@ -72,8 +47,8 @@ def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
 
 
 def test_step_is_of_the_largest_radius_of_all_classes_where_the_authors_take_the_batch():
-    frl, net = make("rw_rm"), golden_net()
-    *_, (epoch, states) = epochs(frl)
+    (frl, epochs), net = golden_frl("rw_rm"), golden_net()
+    *_, (epoch, states) = epochs
     x, y = golden_batch(64)
     radius, step = frl.rule.class_attack(states["frl"], ATTACK, epoch=epoch)
     assert step.tolist() == [float(radius.max()) / 4] * 10
