@@ -109,11 +109,6 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, *
     return scheduler
 
 
-def depends_on_end(kind: str) -> bool:
-    """Whether a schedule's rates depend on where it ends: those that decay smoothly to the last epoch."""
-    return kind not in ("piecewise", "constant")
-
-
 def set_learning_rate(scheduler: Scheduler, *, epoch: int, step: int) -> float:
     """Set and return the learning rate of 0-based update ``step`` in 0-based ``epoch``.
 

@@ -24,7 +24,6 @@ from ham_hf.data import ImageData, TrainingStream
 from ham_hf.methods import Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
 from ham_hf.training.config import TrainingConfig
-from ham_hf.training.optimization import depends_on_end
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +114,18 @@ def agreed_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> Path 
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if name is None:
         return None
-    found: list[Any] = [None, None]
+    found: list[Path | ValueError | None] = [None]
     if accelerator.is_main_process:
         tidy(output_dir)
         try:
-            found = [find_checkpoint(output_dir, name), None]
+            found = [find_checkpoint(output_dir, name)]
         except ValueError as error:
-            found = [None, str(error)]
-    path, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise ValueError(problem)
+            found = [error]
+    path: Path | ValueError | None = broadcast_object_list(found)[0]
+    if isinstance(path, ValueError):
+        raise path
     if path is None:
         return None
-    path = Path(path)
     if anywhere(accelerator, not (path / STATE_FILE).is_file()):
         raise ValueError(
             f"--resume_from_checkpoint {name}: not every process finds {path}, from which the main one resumes; "
@@ -177,7 +175,8 @@ def run_plan(
     }
     if data.crop_mode != "center":  # checkpoints of earlier versions know no other
         plan["crop_mode"] = data.crop_mode
-    if depends_on_end(config.lr_scheduler_type):
+    if config.lr_scheduler_type not in ("piecewise", "constant"):
+        # The rates depend on where the schedule ends.
         plan["num_train_epochs"] = config.num_train_epochs
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(per_update)

@@ -49,7 +49,6 @@ from ham_hf.training.run_folder import RunFiles
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
-    is_sharded,
     load_model,
     load_optimizer,
     memory_format_of,
@@ -115,7 +114,7 @@ class Trainer:
         )
         self._count_updates()
         self._warn_of_late_starts()
-        if is_sharded(accelerator):
+        if accelerator.is_fsdp2:
             check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
@@ -451,7 +450,7 @@ class Trainer:
     def selected_weights(self) -> dict[str, Tensor]:
         """State dict of the best validation so far; before the first, of the current (averaged) weights."""
         if self.progress.best is None:
-            if is_sharded(self.accelerator):
+            if self.accelerator.is_fsdp2:
                 # Gathering would wait for the other processes; the checkpoint that was just written holds them whole.
                 return load_checkpoint(list_checkpoints(self.output_dir)[-1]).model
             return dict(self.selected_module.state_dict())

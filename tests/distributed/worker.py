@@ -17,7 +17,7 @@ from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
 from ham_hf.evaluation.foreign import foreign_attack
 from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
-from ham_hf.training.sharding import is_sharded, prepare, whole_state
+from ham_hf.training.sharding import prepare, whole_state
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
 from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 from tests.support.updates import train_step
@@ -122,10 +122,10 @@ def main(target: str, folder: str) -> None:
             for key, value in run_update(accelerator, name, batch_norm=kind == "batch_norm").items():
                 found[f"{kind}/{name}/{key}"] = value.contiguous()
             accelerator.free_memory()
-    if accelerator.num_processes <= 2 and not is_sharded(accelerator):
+    if accelerator.num_processes <= 2 and not accelerator.is_fsdp2:
         found |= {f"evaluation/{key}": value for key, value in run_evaluation(accelerator).items()}
     with no_random_start():
-        run = run_sharded if is_sharded(accelerator) else run_leg
+        run = run_sharded if accelerator.is_fsdp2 else run_leg
         found |= {f"trained/{key}": value for key, value in run(accelerator, Path(folder)).items()}
     found["num_processes"] = torch.tensor(accelerator.num_processes)
     if accelerator.is_main_process:

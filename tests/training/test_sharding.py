@@ -10,7 +10,6 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ham_hf.config import TrainingConfig
 from ham_hf.methods import CFA, PGDAT
-from ham_hf.training import trainer as trainer_module
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
@@ -86,7 +85,7 @@ def test_settings_that_need_whole_weights_are_refused_by_name(changes, method, n
 
 
 def test_trainer_refuses_them_before_it_touches_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     with pytest.raises(ValueError, match=r"--ema_decay 0\.9 needs whole weights"):
         trainer(tmp_path / "run")
 
