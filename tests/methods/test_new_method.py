@@ -28,6 +28,10 @@ def made_up():
 
         underdog_gain: float = setting(1.0, "how much failures count", above=0)
 
+        def check(self, *, num_steps):
+            if self.underdog_gain > num_steps:
+                raise ValueError(f"--underdog_gain {self.underdog_gain:g}: expected at most --num_steps {num_steps}")
+
         def initial_state(self, class_counts):
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
 
@@ -35,7 +39,8 @@ def made_up():
             return class_sums(logits.argmax(1) != y, y, logits.shape[1])
 
         def after_update(self, state, sums, *, epoch):
-            state["wrong"] += sums
+            if epoch < 2:
+                state["wrong"] += sums
 
         def before_epoch(self, state, *, epoch):
             state["share"] = state["wrong"] / state["wrong"].sum().clamp(min=1)
@@ -63,6 +68,11 @@ def test_its_options_are_flags_and_yaml(made_up, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_train_config(["--method", "underdog", "--underdog_gain", "0"])
     assert "--underdog_gain 0: expected a number > 0" in capsys.readouterr().err
+    for words in (["--method", "underdog", "--underdog_gain", "99"],
+                  ["--class_margin", "underdog", "--class_rule_args", "underdog_gain=99"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            parse_train_config(words)
+        assert "--underdog_gain 99: expected at most --num_steps 10" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_train_config(["--help", "all"])
     assert "--method underdog: made up for a test" in capsys.readouterr().out
@@ -77,6 +87,8 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
     expected = (1 + 2 * wrong / wrong.sum()) * ATTACK.threat_model.epsilon
     assert last["class_epsilon"] == pytest.approx(expected.tolist())
     assert last["class_weight"] is not None
+    at_the_end = load_file(tmp_path / "whole/checkpoint-18/method.safetensors")["underdog.wrong"]
+    assert torch.equal(at_the_end, wrong)  # as the rule knows the epoch
     trainer(tmp_path / "cut", method, max_steps=8, **settings).fit()
     resumed(tmp_path / "cut", method, **settings).fit()
     names = [f"checkpoint-18/{name}.safetensors" for name in ("model", "method")]
