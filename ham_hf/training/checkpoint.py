@@ -98,12 +98,19 @@ def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
             raise target.error or error from error
 
 
-def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int | None,
+    selected: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+) -> Path:
     """Write ``checkpoint-{step}``, complete or not at all; call it on the main process only.
 
     Older checkpoints beyond the ``keep`` newest (None: none of them) are removed afterwards, and only if the new one
     reads back as it was written. The selected weights of the moment go with it, so that a run resumed from it
-    publishes weights of its own past only.
+    publishes weights of its own past only. What is ``selected`` and not yet on the disk, as `save_best` takes it, is
+    written first.
 
     Raises:
         CheckpointWriteError: if the disk does not take it, with the space it needs.
@@ -112,6 +119,8 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     part = _part_of(final)
     best = output_dir / BEST_NAME / WEIGHTS
     try:
+        if selected is not None:
+            save_best(output_dir, *selected)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_weights(part / WEIGHTS, checkpoint.model)

@@ -35,7 +35,6 @@ from ham_hf.training.checkpoint import (
     list_checkpoints,
     save_best,
     save_checkpoint,
-    space_needed,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,24 +66,12 @@ class RunFiles:
     def save(self, checkpoint: Checkpoint) -> CheckpointWriteError | None:
         """Write a checkpoint, after selected weights that still wait; returns why it could not be written."""
         try:
-            if self._waiting is not None:
-                self._write_waiting(*self._waiting, checkpoint)
-            save_checkpoint(self.output_dir, checkpoint, keep=self.keep)
+            save_checkpoint(self.output_dir, checkpoint, keep=self.keep, selected=self._waiting)
         except CheckpointWriteError as error:
             logger.error("%s; kept: %s; training continues, and the next save tries again", error, self.kept())
             return error
-        return None
-
-    def _write_waiting(self, weights: dict[str, Tensor], state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        try:
-            save_best(self.output_dir, weights, state)
-        except OSError as error:
-            name = self.output_dir / f"checkpoint-{checkpoint.state['step']}"
-            raise CheckpointWriteError(
-                f"{name} could not be written, nor the selected weights, which come first: {error} "
-                f"({space_needed(checkpoint, self.output_dir)})"
-            ) from error
         self._waiting = None
+        return None
 
     def kept(self) -> str:
         """The newest checkpoint on the disk, in words."""
