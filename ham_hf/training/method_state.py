@@ -18,9 +18,7 @@ from ham_hf.methods import ClassRule, Method, TrainingRows, class_counts, class_
 class MethodState:
     """State of a method and of its class rules, and a log of the current epoch.
 
-    Args:
-        objective: the method.
-        class_counts: (num_classes,) number of training images of each class, float64 where the device has it.
+    ``class_counts`` (num_classes,) are the numbers of training images, float64 where the device has it.
 
     Attributes:
         states: the state of each part, by its name.
