@@ -27,9 +27,10 @@ from ham_hf.fitting import align_classes, num_logits, threat_model_of
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable
 from ham_hf.models.origin import Origin, read_origin
-from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.method_text import exchange_sentence
+from ham_hf.reporting.report import CalibrationReport
 from ham_hf.reporting.run_report import calibrated_report, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show

@@ -71,11 +71,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
 
 def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
     """Run what ``compare.yaml`` asks for and is not done yet."""
-    if options.runs or options.models:
-        raise ValueError("--config and runs that exist exclude each other: compare the folders in a second call")
-    jobs = 1 if options.jobs is None else options.jobs
-    if jobs < 1:
-        raise ValueError(f"--jobs {options.jobs}: expected at least 1")
+    jobs = options.jobs or 1
     plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
     for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
         for label in labels:
@@ -106,11 +102,6 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
 
 def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
     """Take the runs that the command line names."""
-    if not (options.runs or options.models) or options.output_dir is None:
-        raise ValueError("expected --config COMPARE.yaml, or runs that exist (or --models FILE) and --output_dir")
-    for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
-        if getattr(options, flag) not in (None, False):
-            raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
     listed = [] if options.models is None else read_list(options.models)
     existing = read_runs([*options.runs, *listed], download_results, listed=listed)
     runs, missing = label_runs(existing.found), list(existing.missing)

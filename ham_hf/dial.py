@@ -23,7 +23,8 @@ from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_m
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_shifted_logits, fold_shifts, read_biases, write_biases
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
-from ham_hf.reporting.calibration import CalibrationReport, calibration_report
+from ham_hf.reporting.report import CalibrationReport
+from ham_hf.reporting.run_report import calibration_report
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
 from ham_hf.hub_ids import is_hub_id, split_revision
-from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
     Markdown,
@@ -34,6 +33,7 @@ from ham_hf.reporting.method_text import (
     CITATIONS,
     cited_methods,
     combined_with,
+    exchange_sentence,
     method_began,
     method_rows,
     method_title,
@@ -264,6 +264,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "verdict_attacks": ", ".join(attack.title for attack in report.results.values() if attack.name != "clean"),
         "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
+        "has_parts": any(map(report.is_subset, report.entries())),
         "num_tested_classes": len(classes),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(classes) - len(shown),

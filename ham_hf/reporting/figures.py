@@ -24,11 +24,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ham_hf.evaluation.calibration import FrontierPoint
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ExampleStrip
 from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.method_text import trained_method
-from ham_hf.reporting.report import AttackReport, RunReport
+from ham_hf.reporting.report import AttackReport, CalibrationReport, RunReport
 
 DPI = 110
 BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
@@ -121,8 +120,10 @@ def per_class_figure(report: RunReport) -> Figure:
         axes.axvline(100 * result.summary.average, color=color, linewidth=1.2, linestyle="--", alpha=0.7, zorder=1)
     axes.set_ylim(len(classes) - 0.4, -0.6)
     if named:
-        names = [f"{plain_text(report.dataset.class_names[index], 28)} ({entries[index].count})" for index in classes]
-        _name_rows(axes, names)
+        names = [plain_text(report.dataset.class_names[index], 28) for index in classes]
+        counts = [dict.fromkeys(result.summary.per_class[index].count for result, *_ in series) for index in classes]
+        shown = [f"{name} ({', '.join(map(str, own))})" for name, own in zip(names, counts, strict=True)]
+        _name_rows(axes, shown)
         axes.set_ylabel("class (images)")
     else:
         axes.set_ylabel(f"{len(classes)} classes, worst first")

@@ -46,11 +46,15 @@ def percent_with_ends(value: float, low: float, high: float) -> str:
     return f"{percent(value)} ({percent(low)}–{percent(high)})"
 
 
-def class_cell(entry: ClassAccuracy) -> str:
-    """The accuracy of a class with its interval, in percent; a dash where it has no example."""
+def class_cell(entry: ClassAccuracy, images: int | None = None) -> str:
+    """The accuracy of a class with its interval, in percent; a dash where it has no example.
+
+    ``images`` is the number that its row shows: that of ``entry`` follows where it is another one.
+    """
     if entry.accuracy is None or entry.low is None or entry.high is None:
         return "–"
-    return percent_with_ends(entry.accuracy, entry.low, entry.high)
+    own = "" if images in (None, entry.count) else f" of {entry.count}"
+    return percent_with_ends(entry.accuracy, entry.low, entry.high) + own
 
 
 def interval_text(intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = percent) -> str:

@@ -1,4 +1,4 @@
-"""How a model card names, lists and cites a training method and what was combined with it."""
+"""How a model card names, lists and cites a training method and what was combined with it, calibration included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import fields
 from importlib.resources import files
 
 from ham_hf.methods import Method, available
-from ham_hf.reporting.report import TrainingReport
+from ham_hf.reporting.formats import percent
+from ham_hf.reporting.report import CalibrationReport, TrainingReport
 from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
@@ -224,6 +225,33 @@ def _described(name: str) -> str:
 
 def _is_set(value: object) -> bool:
     return value is not False and value not in (None, "none", [], {}, "")
+
+
+def exchange_sentence(report: CalibrationReport) -> str:
+    """What the shifts cost and gained, in one sentence."""
+    before, after = report.point(0.0), report.point(report.fairness)
+    if report.fairness == 0:
+        return "Fairness 0 leaves the model unchanged."
+    lost = 100 * (before.average - after.average)
+    averages = f"{percent(before.average)} % before, {percent(after.average)} % after"
+    price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
+    return (
+        f"Fairness {report.fairness:g} took the worst class from {percent(before.worst_class)} % to "
+        f"{percent(after.worst_class)} % and the worst 30 % of the classes from "
+        f"{percent(before.worst_30_percent)} % to {percent(after.worst_30_percent)} %, {price} ({averages}), "
+        "counted on images that the shifts were not found on."
+    )
+
+
+def training_images_note(report: CalibrationReport) -> str | None:
+    """The warning that goes with shifts found on training images; None for others."""
+    if not report.seen_in_training:
+        return None
+    return (
+        f"The class shifts were found on images that the model was trained on ({report.images}): its accuracy on them "
+        "is higher than on new images, and not equally so in every class, so the shifts may be wrong for new images, "
+        "and the frontier is too optimistic."
+    )
 
 
 def gates_averaging(config: Mapping[str, object]) -> bool:

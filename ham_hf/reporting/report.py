@@ -16,12 +16,11 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ham_hf.evaluation.calibration import FrontierPoint
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
 from ham_hf.metrics import FairnessSummary
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
-from ham_hf.reporting.calibration import CalibrationReport
-from ham_hf.reporting.environment import Environment
 from ham_hf.reporting.formats import evaluation_title, plain_text
 
 SCHEMA_VERSION = 1
@@ -188,6 +187,76 @@ class TrainingReport:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "history", tuple(_json_values(line, "history") for line in self.history))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """Class shifts that were folded into a model, and what they cost.
+
+    Attributes:
+        fairness: F that the shifts are for, in [0, 1].
+        max_average_drop: the drop that F was chosen by; None if F was given.
+        shifts: number added to the logit of each class, in the order of the dataset's classes.
+        factors: factor that shrank the shift of each class: few images say less.
+        counts: images of each class that the shifts were found on.
+        frontier: average and worst classes under the attack of the search for several F, cross-fitted.
+        attack: the attack of the search; JSON values only.
+        images: the images that the shifts were found on, in words that follow "found on".
+        seen_in_training: whether the model was trained on them.
+        seconds: duration.
+        passes: most image passes that the search took (forward 1, gradient of the input 2).
+        tags: tags of the calibrated model's card.
+    """
+
+    fairness: float
+    max_average_drop: float | None
+    shifts: tuple[float, ...]
+    factors: tuple[float, ...]
+    counts: tuple[int, ...]
+    frontier: tuple[FrontierPoint, ...]
+    attack: Mapping[str, object]
+    images: str
+    seen_in_training: bool
+    seconds: float
+    passes: int
+    tags: tuple[str, ...] = ()
+
+    def point(self, fairness: float) -> FrontierPoint:
+        """The frontier's point at F.
+
+        Raises:
+            ValueError: if it was not measured.
+        """
+        for point in self.frontier:
+            if point.fairness == fairness:
+                return point
+        raise ValueError(f"the frontier has no point at {fairness}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Software and hardware of the run.
+
+    Attributes:
+        python: version of Python.
+        platform: operating system and processor.
+        versions: versions of packages by name.
+        device: what computed.
+        num_processes: number of processes.
+        num_threads: threads of a process.
+        commit: commit of the source checkout, None outside of one.
+        variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
+            `ham_hf.training.environment`.
+    """
+
+    python: str
+    platform: str
+    versions: Mapping[str, str]
+    device: str
+    num_processes: int
+    num_threads: int
+    commit: str | None
+    variables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
+import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
+from ham_hf import __version__
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
+from ham_hf.evaluation.calibration import Calibration
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
@@ -27,24 +34,24 @@ from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
 from ham_hf.models.origin import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
-from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
-from ham_hf.reporting.environment import environment
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
-from ham_hf.reporting.method_text import selected_too_early
+from ham_hf.reporting.method_text import selected_too_early, training_images_note
 from ham_hf.reporting.page import write_page
 from ham_hf.reporting.report import (
     AttackReport,
+    CalibrationReport,
     DatasetReport,
+    Environment,
     ModelReport,
     RunReport,
     ThreatModelReport,
     TrainingReport,
     write_report,
 )
-from ham_hf.training.environment import rounding
+from ham_hf.training.environment import recorded, rounding
 from ham_hf.training.log import read_log
 from ham_hf.training.resume import Progress
 
@@ -121,6 +128,48 @@ def hub_dataset_id(name: str) -> str | None:
 def utc_now() -> str:
     """Current UTC time to the second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def environment(*, device: torch.device, num_processes: int) -> Environment:
+    """Describe the software and hardware of this process."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors")
+    versions = {package.replace("-", "_"): version(package) for package in packages}
+    device_name = device.type
+    if device.type != "cpu":
+        # Apple's has no name.
+        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+        device_name = name_of(device) if name_of is not None else device.type
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={"ham_hf": __version__, **versions},
+        device=device_name,
+        num_processes=num_processes,
+        num_threads=torch.get_num_threads(),
+        commit=source_commit(Path(__file__).resolve().parents[2]),
+        variables=recorded(),
+    )
+
+
+def source_commit(root: Path) -> str | None:
+    """Commit of the checkout at ``root``, with "-dirty" if tracked or new files differ; None if it is no checkout.
+
+    ``root`` itself must be the checkout: an installed package may lie inside somebody else's repository.
+    """
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    answers = []
+    for question in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        try:
+            answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
+        except subprocess.TimeoutExpired:  # a checkout on a slow file system: not worth a report
+            return None
+        if answer.returncode:
+            return None
+        answers.append(answer.stdout.strip())
+    commit, changes = answers
+    return f"{commit}-dirty" if changes else commit
 
 
 def dataset_report(data: TestData) -> DatasetReport:
@@ -296,6 +345,26 @@ def evaluation_report(
         corruptions=corruption_report(
             corrupted, data.test.labels, len(data.class_names), constants=constants_of(data.image_size)
         ),
+    )
+
+
+def calibration_report(
+    calibration: Calibration,
+    *,
+    images: str,
+    seen_in_training: bool,
+    max_average_drop: float | None,
+    seconds: float,
+    tags: Sequence[str] = (),
+) -> CalibrationReport:
+    """A calibration in the form of the report; see `CalibrationReport` for the arguments."""
+    return CalibrationReport(
+        **{name: value for name, value in vars(calibration).items() if name != "rounds"},
+        max_average_drop=max_average_drop,
+        images=images,
+        seen_in_training=seen_in_training,
+        seconds=seconds,
+        tags=tuple(tags),
     )
 
 

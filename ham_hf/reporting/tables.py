@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from ham_hf.evaluation.calibration import Calibration
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.formats import (
     class_cell,
     evaluation_title,
@@ -19,7 +18,7 @@ from ham_hf.reporting.formats import (
     plain_text,
     ratio,
 )
-from ham_hf.reporting.report import RunReport
+from ham_hf.reporting.report import CalibrationReport, RunReport
 
 MAX_GROUP_ROWS = 50
 """Groups that a table lists; of more, the weakest."""
@@ -28,17 +27,16 @@ FEW_GROUPS = 3
 
 
 def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
-    """One row per evaluation, the verdict first; the number after ± is half the width of the average's interval.
+    """One row per evaluation, the verdict first, with the interval of the average.
 
     Args:
         report: a finished run.
-        intervals: also show the intervals of the fairness numbers, which make the table wide.
+        intervals: also show those of the fairness numbers, which make the table wide.
     """
     rows = []
     for attack in report.entries():
         summary = attack.summary
         known = attack.intervals if intervals else None
-        half = (summary.average_high - summary.average_low) / 2
         worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
         seen = f"{summary.num_examples} of {report.dataset.num_test}"
         nsd = "–" if summary.nsd is None else ratio(summary.nsd) + interval_text(known, "nsd", digits=ratio)
@@ -46,7 +44,7 @@ def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[st
             {
                 "Evaluation": attack.title,
                 "Images": seen if report.is_subset(attack) else f"{summary.num_examples}",
-                "Average": f"{percent(summary.average)} ± {percent(half)}",
+                "Average": percent_with_ends(summary.average, summary.average_low, summary.average_high),
                 "Macro": percent(summary.macro_average),
                 "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
                 "Worst 10 %": percent(summary.worst_10_percent),
@@ -60,13 +58,17 @@ def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[st
 
 
 def class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with images in `RunReport.ordering_entry`, worst first. "Images": the most of all columns."""
+    """One row per class with images in `RunReport.ordering_entry`, worst first.
+
+    "Images" are the most that an evaluation saw of the class; a cell of one that saw fewer has their number.
+    """
     rows = []
     for index in report.worst_first():
         if report.ordering_entry().summary.per_class[index].count:
-            images = max(attack.summary.per_class[index].count for attack in report.results.values())
+            found = {entry.title: entry.summary.per_class[index] for entry in report.entries()}
+            images = max(one.count for one in found.values())
             row = {"Class": plain_text(report.dataset.class_names[index], 40), "Images": str(images)}
-            rows.append(row | {entry.title: class_cell(entry.summary.per_class[index]) for entry in report.entries()})
+            rows.append(row | {title: class_cell(one, images) for title, one in found.items()})
     return rows
 
 
@@ -94,11 +96,14 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
     clean = found.results["clean"].summary.per_class
     present = [index for index, entry in enumerate(clean) if entry.count]
     present.sort(key=lambda index: (first[index].accuracy is None, first[index].accuracy))
-    return [
-        {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(clean[index].count)}
-        | {evaluation_title(name): class_cell(one.summary.per_class[index]) for name, one in found.results.items()}
-        for index in present[:MAX_GROUP_ROWS]
-    ]
+    rows = []
+    for index in present[:MAX_GROUP_ROWS]:
+        images = clean[index].count
+        row = {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(images)}
+        for name, one in found.results.items():
+            row[evaluation_title(name)] = class_cell(one.summary.per_class[index], images)
+        rows.append(row)
+    return rows
 
 
 def corruption_rows(report: RunReport) -> list[dict[str, str]]:

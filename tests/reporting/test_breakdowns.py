@@ -85,6 +85,16 @@ def test_worst_30_percent_is_left_out_of_few_groups():
     assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
 
 
+def test_number_of_images_beside_an_accuracy_of_a_group_is_its_own():
+    found = group_report(made_up()[1])
+    part = dict(zip(found.names, found.results["my.attack"].summary.per_class, strict=True))
+    clean = dict(zip(found.names, found.results["clean"].summary.per_class, strict=True))
+    for row in each_group_rows(found):
+        assert row["Images"] == str(clean[row["site"]].count)
+        assert row["my.attack"].endswith(f") of {part[row['site']].count}")
+        assert row["PGD-20"].endswith(")")
+
+
 def test_corruption_numbers_are_means_of_counts():
     labels = torch.arange(80) % 8  # classes 8 and 9 have no image
     generator = torch.Generator().manual_seed(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ham_hf.reporting.calibration import exchange_sentence, training_images_note
+from ham_hf.reporting.method_text import exchange_sentence, training_images_note
 from ham_hf.reporting.report import read_report, write_report
 from tests.support.documents import calibrated, calibration
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ham_hf.evaluation.calibration import FrontierPoint
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
+from ham_hf.reporting.report import CalibrationReport
 from tests.support.browser import Browser, assert_quiet, browser, missing_browser, soonest_paint
 from tests.support.example_report import make_report
 

@@ -13,11 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ham_hf.reporting.environment import environment, source_commit
 from ham_hf.reporting.formats import plain_text, text_table
 from ham_hf.reporting.report import AttackReport, read_report, write_report
-from ham_hf.reporting.run_report import attack_report, hub_dataset_id
-from ham_hf.reporting.tables import results_table
+from ham_hf.reporting.run_report import attack_report, environment, hub_dataset_id, source_commit
+from ham_hf.reporting.tables import class_rows, results_table
 from tests.support.example_report import DIGITS, attack_result, make_report
 
 HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "NaN", "猫", "a [\n b ]", *DIGITS[:3])
@@ -152,13 +151,25 @@ def test_results_table_states_subsets_worst_class_and_interval() -> None:
     assert [row["Evaluation"] for row in rows] == ["Clean", "PGD-20", "AutoAttack"]
     assert [row["Images"] for row in rows] == ["360", "360", "100 of 360"]
     summary = report.results["pgd-20"].summary
-    half = 50 * (summary.average_high - summary.average_low)
-    assert rows[1]["Average"] == f"{100 * summary.average:.1f} ± {half:.1f}"
+    ends = f"{100 * summary.average_low:.1f}–{100 * summary.average_high:.1f}"
+    assert rows[1]["Average"] == f"{100 * summary.average:.1f} ({ends})"
     assert rows[1]["Worst class"] == f"{100 * summary.worst_class:.1f} ({DIGITS[summary.worst_class_index]})"
     assert rows[1]["NSD"] == f"{summary.nsd:.3f}"
     lines = text_table(rows).splitlines()
     assert len(lines) == 4
-    assert {line.index("±") for line in lines[1:]} == {lines[1].index("±")}
+    assert {line.index("(") for line in lines[1:]} == {lines[1].index("(")}
+
+
+def test_number_of_images_beside_an_accuracy_of_a_class_is_its_own() -> None:
+    report = make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, verdict=True)
+    for row in class_rows(report):
+        label = DIGITS.index(row["Class"])
+        assert row["Images"] == str(report.results["clean"].summary.per_class[label].count)
+        for entry in report.entries():
+            own = entry.summary.per_class[label]
+            shown = f"{100 * own.accuracy:.1f} ({100 * own.low:.1f}–{100 * own.high:.1f})"
+            part = entry.name in ("autoattack", "verdict")
+            assert row[entry.title] == (f"{shown} of {own.count}" if part else shown)
 
 
 def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,8 @@ from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.methods import Method, available
 from ham_hf.reporting.breakdowns import corruption_report, group_report
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.card import evaluation_document, write_card
-from ham_hf.reporting.report import RunReport, ThreatModelReport, read_report
+from ham_hf.reporting.report import CalibrationReport, RunReport, ThreatModelReport, read_report
 from tests.support.comparison_reports import even, judged_run, run
 from tests.support.example_report import attack_result, make_report, with_dataset, with_model
 from tests.support.leaderboard_runs import leaderboard_comparison
