@@ -20,14 +20,13 @@ from ham_hf.comparison.leaderboard import write_leaderboard
 from ham_hf.comparison.pairs import PAIRED_METRICS, Run, verdicts_beside
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
-from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
 from ham_hf.faults import clean_exit
 from ham_hf.files import atomic_write
 from ham_hf.hub import download_results
 from ham_hf.invocation import command
 from ham_hf.reporting.class_examples import read_examples
-from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
 from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show

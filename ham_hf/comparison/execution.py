@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from ham_hf.comparison.differences import differences, run_settings
-from ham_hf.comparison.existing import running_elsewhere
-from ham_hf.comparison.pairs import Run, verdicts_beside
+from ham_hf.comparison.existing import run_of, running_elsewhere
+from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
@@ -42,12 +42,7 @@ SHOWN_LOG_LINES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """How a run is started.
-
-    Attributes:
-        command: words before the settings: interpreter or launcher, and the training recipe.
-        environment: environment variables of the run.
-    """
+    """How a run is started: the words before its settings, and its environment variables."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -105,11 +100,9 @@ def is_done(run: PlannedRun) -> bool:
 def survey(
     runs: Sequence[PlannedRun], chosen: Collection[PlannedRun]
 ) -> tuple[list[PlannedRun], list[PlannedRun], list[MissingRun]]:
-    """Look at every run's folder.
+    """The runs that are done, those of ``chosen`` that are to be run, and those that can be neither.
 
-    Returns:
-        The runs that are done, those of ``chosen`` that are to be run, and those that can be neither: an unreadable
-        report, or a run with other settings that is not among the chosen.
+    These are unreadable, or have other settings and are not among the chosen.
 
     Raises:
         ValueError: naming every chosen run whose folder holds a run with other settings.
@@ -137,16 +130,9 @@ def survey(
 def execute(
     runs: Sequence[PlannedRun], launcher: Launcher, *, jobs: int, announce: Callable[[str], None]
 ) -> list[MissingRun]:
-    """Run the unfinished runs, ``jobs`` at a time; a failed run does not stop the others.
+    """Run the unfinished runs, ``jobs`` at a time; return those that failed or that another process is running.
 
-    Args:
-        runs: what to run, in order; their folders have been looked at (`is_done`).
-        launcher: how to start one.
-        jobs: number of runs at a time.
-        announce: takes a line when a run starts and when it ends.
-
-    Returns:
-        The runs that failed, and those that another process is running.
+    A failed run does not stop the others. ``announce`` takes a line when a run starts and when it ends.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when every run that was under way has stopped.
@@ -196,12 +182,10 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         known = reasons.get((run.label, run.seed))
         if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
             try:
-                report, verdicts = read_report(run.folder), verdicts_beside(run.folder)
+                report = read_report(run.folder)
+                finished.append(run_of(report, run.folder, source=str(run.folder), label=run.label))
             except (ValueError, OSError) as error:
                 missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
-            else:
-                source = str(run.folder)
-                finished.append(Run(label=run.label, seed=run.seed, report=report, source=source, verdicts=verdicts))
         elif known is not None:
             missing.append(known)
         elif is_locked(run.folder):

@@ -29,8 +29,7 @@ class Difference:
     Attributes:
         per_seed: the difference of each pair of runs.
         mean: mean of ``per_seed``.
-        low: lower end of the interval of ``mean`` (percentile bootstrap).
-        high: upper end.
+        low, high: ends of the interval of ``mean`` (percentile bootstrap).
     """
 
     per_seed: tuple[float, ...]
@@ -50,11 +49,9 @@ class PairedComparison:
 
     Attributes:
         num_examples: images that both were judged on.
-        average: difference of the averages.
-        worst_class: difference on the class that is the reference's worst.
-        worst_30_percent: difference of the means of the classes that are the reference's worst 30 %.
-        only_reference: images that only the reference is right on, of each pair.
-        only_other: images that only the other model is right on, of each pair.
+        average, worst_class, worst_30_percent: differences of the averages, on the class that is the reference's
+            worst, and of the means of the classes that are its worst 30 %.
+        only_reference, only_other: images that only one of the two is right on, of each pair.
         p_values: exact McNemar test of each pair (`mcnemar`).
     """
 
@@ -88,9 +85,6 @@ class PairedRow:
         With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number in the
         table must also be higher with every seed: a row that is better in the baseline's worst classes may be worse
         elsewhere.
-
-        Args:
-            metric: one of ``PAIRED_METRICS``.
         """
         difference = getattr(self.differences, metric)
         if metric == "average" and len(self.seeds) == 1:
@@ -137,12 +131,9 @@ def verdicts_beside(folder: str | Path) -> Verdicts | None:
 
 
 def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
-    """Compare every row with the baseline, as far as there are predictions.
+    """Compare every row with the baseline (without one: none), as far as there are predictions.
 
-    Args:
-        rows: the runs of each row by label.
-        baseline: label of the reference; None, or one without runs, pairs nothing.
-        titles: title of each evaluation that is comparable, by name.
+    ``titles`` are those of each evaluation that is comparable, by name.
     """
     base = {run.seed: run for run in rows.get(baseline or "", ())}
     found, unpaired = dict[str, Mapping[str, PairedRow]](), dict[str, str]()
@@ -207,10 +198,6 @@ def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
 def mcnemar(only_reference: int, only_other: int) -> float:
     """Two-sided p-value of McNemar's test, exact: the chance of so uneven a split if each side were as likely.
 
-    Args:
-        only_reference: images that only the reference is right on.
-        only_other: images that only the other model is right on.
-
     Raises:
         ValueError: if a count is negative.
     """
@@ -261,16 +248,16 @@ def compare_paired(
     worst = [_worst_first(flags, labels, num_classes) for flags in reference]
     flags = np.concatenate([reference.numpy(), other.numpy()]).astype(np.int64)  # (2 S, N)
     counts = np.bincount(labels.numpy(), minlength=num_classes)
-    seen = _class_sums(flags, labels.numpy(), counts)[None]
+    # Right images of each class and run, (1, C, 2 S).
+    sums = [np.bincount(labels.numpy(), row, num_classes) for row in flags]
+    seen = np.stack(sums, axis=1).astype(np.int64)[None]
     drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
 
     def of_classes(classes: list[list[int]]) -> Difference:
         """Difference of the mean over these classes of each pair."""
-        return _difference(*(_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)))
+        return _difference(*(_mean_difference(of, counts, classes, len(reference)) for of in (seen, drawn)))
 
-    totals = [
-        (sums[..., len(reference) :] - sums[..., : len(reference)]).sum(1) / len(labels) for sums in (seen, drawn)
-    ]
+    totals = [(of[..., len(reference) :] - of[..., : len(reference)]).sum(1) / len(labels) for of in (seen, drawn)]
     only_reference = [int((reference[pair] & ~other[pair]).sum()) for pair in pairs]
     only_other = [int((other[pair] & ~reference[pair]).sum()) for pair in pairs]
     return PairedComparison(
@@ -296,11 +283,6 @@ def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:
     per_class = summarize(flags, labels, num_classes).per_class
     present = [index for index, entry in enumerate(per_class) if entry.accuracy is not None]
     return sorted(present, key=lambda index: (per_class[index].accuracy, index))
-
-
-def _class_sums(flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(C, 2 S) right images of each class and run."""
-    return np.stack([np.bincount(labels, row, len(counts)) for row in flags], axis=1).astype(np.int64)
 
 
 def _resample(

@@ -51,13 +51,10 @@ OURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run.
+    """One run of row ``label``.
 
     Attributes:
-        label: row of the comparison that it belongs to.
-        seed: its seed.
-        config: what it runs with.
-        words: the command line that says so, without the training recipe's own name.
+        words: the command line that says its ``config``, without the training recipe's own name.
         weights_from: folder of the run whose weights it takes instead of training; None: it trains.
     """
 
@@ -95,10 +92,7 @@ class Plan:
 def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int] | None = None) -> Plan:
     """Read a ``compare.yaml`` and build the configuration of each of its runs.
 
-    Args:
-        path: the file.
-        output_dir: wins over the file's.
-        seeds: planned too, after the file's.
+    ``output_dir`` wins over the file's; ``seeds`` are planned too, after the file's.
 
     Raises:
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.

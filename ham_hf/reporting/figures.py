@@ -59,8 +59,7 @@ def save_figures(
             ``training_curves.png``, which is left out if both are empty.
 
     Returns:
-        The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``class_treatment.png``,
-        ``fairness_frontier.png``, ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
+        The files written.
     """
     figures = {"per_class_accuracy": per_class_figure(report)}
     history = report.training.history if report.training else ()
@@ -112,11 +111,7 @@ def per_class_figure(report: RunReport) -> Figure:
     for number, (result, color, marker) in enumerate(series):
         # Shifted a little against each other, so that overlapping intervals stay readable.
         shift = (0.5 * (len(series) - 1) - number) * 0.22
-        if named:
-            small = len(classes) > 30
-            _class_points(axes, result, classes, shift=shift, color=color, marker=marker, small=small)
-        else:
-            _class_band(axes, result, classes, color=color)
+        _draw_classes(axes, result, classes, shift=shift, color=color, marker=marker)
         axes.axvline(100 * result.summary.average, color=color, linewidth=1.2, linestyle="--", alpha=0.7, zorder=1)
     axes.set_ylim(len(classes) - 0.4, -0.6)
     if named:
@@ -274,33 +269,25 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), labels=names, fontsize=10 if len(names) <= 30 else 8, parse_math=False)
 
 
-def _class_points(
-    axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str, small: bool
+def _draw_classes(
+    axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str
 ) -> None:
-    """Dots with interval bars, one row per class; a class that this evaluation has no image of gets none."""
+    """One row per class: dots with interval bars or, for more classes than there is room for, a line with a band.
+
+    A class that this evaluation has no image of gets none.
+    """
     entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
-    points = [
-        (row + shift, 100 * entry.accuracy, 100 * (entry.accuracy - entry.low), 100 * (entry.high - entry.accuracy))
-        for row, entry in entries
-        if entry.accuracy is not None and entry.low is not None and entry.high is not None
-    ]
-    rows, accuracies, below, above = zip(*points, strict=True) if points else ((), (), (), ())
-    size, width = (3, 0.8) if small else (5.5, 1.3)
+    found = [(row, 100 * e.low, 100 * e.accuracy, 100 * e.high) for row, e in entries if e.count]  # type: ignore[operator]
+    rows, low, middle, high = np.array(found, dtype=float).reshape(-1, 4).T
+    if len(classes) > MAX_NAMED_CLASSES:
+        axes.fill_betweenx(rows, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(middle, rows, color=color, linewidth=1.2, label=result.title)
+        return
+    size, width = (3, 0.8) if len(classes) > 30 else (5.5, 1.3)
+    bars = (middle - low, high - middle)
     axes.errorbar(
-        accuracies, rows, xerr=(below, above), fmt=marker, color=color, ms=size, elinewidth=width, label=result.title
+        middle, rows + shift, xerr=bars, fmt=marker, color=color, ms=size, elinewidth=width, label=result.title
     )
-
-
-def _class_band(axes: Axes, result: AttackReport, classes: Sequence[int], *, color: str) -> None:
-    """A line with its interval as a band, for more classes than there is room for bars."""
-    entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
-    entries = [(row, entry) for row, entry in entries if entry.count]
-    rows = [row for row, _ in entries]
-    low, middle, high = (
-        [100 * (getattr(entry, name) or 0.0) for _, entry in entries] for name in ("low", "accuracy", "high")
-    )
-    axes.fill_betweenx(rows, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(middle, rows, color=color, linewidth=1.2, label=result.title)
 
 
 def _per_epoch(lines: Sequence[Mapping[str, object]], key: str, *, last: bool = False) -> dict[int, float]:
@@ -326,11 +313,8 @@ def _mark_epochs(axes: Axes, report: RunReport) -> None:
 class Treatment:
     """One quantity of each class in each epoch.
 
-    Attributes:
-        title: what it is.
-        values: (C, epochs) float64; NaN where the class has no value.
-        present: (epochs,) bool, whether the epoch has the quantity at all.
-        centered: whether 1 stands for plain training; otherwise values are shares.
+    ``values`` are (C, epochs), NaN where the class has none; ``present`` (epochs,), whether the epoch has any.
+    Where ``centered``, 1 stands for plain training; otherwise values are shares.
     """
 
     title: str

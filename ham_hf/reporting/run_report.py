@@ -97,9 +97,7 @@ def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dic
 def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
     """Summarize the verdict on the images that every attack saw; None without an attack.
 
-    Args:
-        verdicts: of each image.
-        seconds: duration of all evaluations together, clean included.
+    ``seconds`` is the duration of all evaluations together, clean included.
     """
     judged = verdicts.judged
     if not bool(judged.any()):
@@ -225,6 +223,7 @@ def training_section(
             follows, may need more.
         calibration: its passes count among those of the run.
     """
+    passes = progress.passes
     return TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
@@ -235,7 +234,7 @@ def training_section(
         selected_epoch=best["epoch"],
         history=tuple(progress.history),
         peak_memory_bytes=peak_memory_bytes,
-        passes=_with_calibration(progress.passes, calibration),
+        passes=passes if passes is None or calibration is None else passes + calibration.passes,
         changes=tuple(progress.changes),
     )
 
@@ -278,10 +277,6 @@ def overflow_notes(progress: Progress) -> tuple[str, ...]:
     if not count:
         return ()
     return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
-
-
-def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
-    return passes if passes is None or calibration is None else passes + calibration.passes
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
@@ -371,15 +366,7 @@ def calibration_report(
 def calibrated_report(
     evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, evaluated like any other.
-
-    Args:
-        evaluated: report of its evaluation.
-        calibration: how the shifts were found.
-        exported: what was written.
-        origin: what it was made of.
-        model_license: of the weights.
-    """
+    """Report of a model with class shifts folded in, from that of its evaluation, what was written and its origin."""
     name = plain_name(evaluated.model.name)
     model = replace(
         evaluated.model,
@@ -406,12 +393,7 @@ def write_run(
 ) -> None:
     """Predictions, report, figures, card and page of a model that is in ``folder`` already, with its log if any.
 
-    Args:
-        report: of its training or calibration.
-        folder: of the model.
-        results: what ``report`` was made of.
-        examples: images of the figure, the card and the page.
-        repo_id: "user/name" on the Hub for the card, if it is known.
+    ``results`` are what ``report`` was made of; ``repo_id`` is "user/name" on the Hub for the card, if it is known.
     """
     _write_numbers(report, folder, results, examples)
     image = examples.strip.clean[0].float().cpu()

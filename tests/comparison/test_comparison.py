@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ham_hf.comparison.differences import run_settings
-from ham_hf.comparison.existing import FoundRun, label_runs
+from ham_hf.comparison.existing import label_runs
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown, write_comparison
-from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun, compare
+from ham_hf.reporting.formats import public_word
 from tests.support.comparison_reports import even, run, run_report
 from tests.support.documents import changed
 
@@ -34,6 +34,11 @@ def pgd(label: str, *by_seed: list[int], **changes: object) -> list[Run]:
         run(label, {"clean": even([20, 20, 20]), "pgd-20": even(correct)}, seed=seed, class_names=NAMES, **changes)
         for seed, correct in enumerate(by_seed)
     ]
+
+
+def found(source: str, label: str = "", *, seed: int = 0, **config: object) -> Run:
+    """A run as it was found, before rows are made."""
+    return Run(label=label, seed=seed, report=run_report({"clean": CLEAN}, seed=seed, **config), source=source)
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:
@@ -225,11 +230,6 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_existing_runs_are_grouped_by_their_settings():
-    results = {"clean": CLEAN}
-
-    def found(source, folder_label=None, **config):
-        return FoundRun(source, folder_label, run_report(results, **config))
-
     runs = label_runs(
         [
             found("a", seed=0, method="ham", output_dir="x", resume_from_checkpoint=None),
@@ -371,20 +371,16 @@ def test_labels_that_are_cut_alike_stay_different():
 
 
 def test_setting_younger_than_a_report_has_its_default():
-    old = run_report({"clean": CLEAN}, seed=0, method="ham")
-    new = run_report({"clean": CLEAN}, seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
-    perturbed = run_report({"clean": CLEAN}, seed=0, method="ham", awp_gamma=0.01)
-    runs = label_runs([FoundRun("old", None, old), FoundRun("new", None, new)])
-    assert [(one.label, one.seed) for one in runs] == [("ham", 0), ("ham", 1)]
-    runs = label_runs([FoundRun("old", None, old), FoundRun("perturbed", None, perturbed)])
+    old = found("old", method="ham")
+    new = found("new", seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
+    assert [(one.label, one.seed) for one in label_runs([old, new])] == [("ham", 0), ("ham", 1)]
+    runs = label_runs([old, found("perturbed", method="ham", awp_gamma=0.01)])
     assert [one.label for one in runs] == ["ham (awp_gamma null)", "ham (awp_gamma 0.01)"]
 
 
 def test_setting_that_one_of_two_lacks_has_a_label():
-    found = [
-        FoundRun(f"s{n}", "mine", run_report({"clean": CLEAN}, **own)) for n, own in enumerate([{}, {"younger": 1}])
-    ]
-    assert [one.label for one in label_runs(found)] == ["mine (younger (none))", "mine (younger 1)"]
+    runs = label_runs([found("s0", "mine"), found("s1", "mine", younger=1)])
+    assert [one.label for one in runs] == ["mine (younger (none))", "mine (younger 1)"]
 
 
 def test_no_cell_of_the_csv_is_a_formula():

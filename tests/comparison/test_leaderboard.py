@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ham_hf.comparison.existing import FoundRun, label_runs, read_list, read_runs, split_label
+from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.table import compare
@@ -160,6 +160,6 @@ def test_what_a_list_lacks_is_missing_and_not_fatal(tmp_path: Path) -> None:
 
 def test_runs_that_are_evaluations_alone_are_rows() -> None:
     report = dataclasses.replace(ranked_run("x", [5] * 10).report, training=None, config={"seed": 0})
-    (run,) = label_runs([FoundRun("you/net", None, report)])
-    assert isinstance(run, Run)
+    (run,) = label_runs([Run(label="", seed=0, report=report, source="you/net")])
+    assert run.label == "resnet18_cifar"
     assert "evaluated, not trained here" in leaderboard_html(compare([run]))

@@ -32,9 +32,15 @@ from ham_hf.models.export import export_for_timm
 from ham_hf.reporting import card
 from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.formats import code, fraction_text, literal, markdown_text, plain_text
-from ham_hf.reporting.method_text import CITATIONS, option_text, selected_too_early
+from ham_hf.reporting.method_text import (
+    CITATIONS,
+    exchange_sentence,
+    option_text,
+    selected_too_early,
+    training_images_note,
+)
 from ham_hf.reporting.report import RunReport
-from tests.support.documents import config_of, with_config
+from tests.support.documents import calibration, config_of, with_config
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
 
 HOSTILE = (
@@ -282,6 +288,17 @@ def test_weights_from_before_the_method_began_are_told() -> None:
     )
     for selected in (8, None):
         assert selected_too_early(early.config, dataclasses.replace(early.training, selected_epoch=selected)) == ()
+
+
+def test_what_a_calibration_gave_for_what_and_training_images_are_told() -> None:
+    assert exchange_sentence(calibration()) == (
+        "Fairness 0.5 took the worst class from 20.0 % to 40.0 % and the worst 30 % of the classes from 46.7 % to "
+        "53.3 %, for 1.0 points of the average (59.0 % before, 58.0 % after), counted on images that the shifts were "
+        "not found on."
+    )
+    assert "leaves the model unchanged" in exchange_sentence(calibration(fairness=0.0))
+    assert training_images_note(calibration()) is None
+    assert "images that the model was trained on" in training_images_note(calibration(seen_in_training=True))
 
 
 def test_what_is_combined_and_began_later_is_told_with_its_flag() -> None:

@@ -94,6 +94,17 @@ def calibrated(**changes: object) -> RunReport:
     return dataclasses.replace(report, calibration=calibration(**changes))
 
 
+def corrupted(generator: torch.Generator) -> list[CorruptionResult]:
+    """Two corruptions of 80 images, fewer right the more severe."""
+    return [
+        CorruptionResult(
+            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
+        )
+        for name in ("fog", "snow")
+        for severity in (1, 5)
+    ]
+
+
 def with_breakdowns() -> RunReport:
     """A report of an evaluation by groups and on corrupted images."""
     labels, generator = torch.arange(80) % 10, torch.Generator().manual_seed(0)
@@ -102,17 +113,10 @@ def with_breakdowns() -> RunReport:
         flags = torch.rand(80, generator=generator) < 0.7
         results[name] = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 10), labels)
     groups = make_groups("site", [["a", "b", None, "<b>*x*|</b>"][number % 7 % 4] for number in range(80)])
-    corrupted = [
-        CorruptionResult(
-            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
-        )
-        for name in ("fog", "snow")
-        for severity in (1, 5)
-    ]
     return dataclasses.replace(
         with_model(make_report(trained=False, verdict=True), name="/secret/home/strong"),
         groups=group_report(verdicts_of(results, tuple(map(str, range(10))), groups)),
-        corruptions=corruption_report(corrupted, labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
+        corruptions=corruption_report(corrupted(generator), labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
     )
 
 
