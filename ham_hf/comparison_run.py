@@ -69,7 +69,6 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
-    """Run what ``compare.yaml`` asks for and is not done yet."""
     jobs = options.jobs or 1
     plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
     for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
@@ -100,7 +99,6 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
 
 
 def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
-    """Take the runs that the command line names."""
     listed = [] if options.models is None else read_list(options.models)
     existing = read_runs([*options.runs, *listed], download_results, listed=listed)
     runs, missing = label_runs(existing.found), list(existing.missing)
@@ -150,7 +148,13 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
     if len(folders) == 1 and (folders[0] / "report.json").is_file():
-        atomic_write(path, page_html([_page_of_one(folders[0], split_label(sources[0])[0], images=images)]))
+        page = PageRun(
+            label=plain_text(label) if (label := split_label(sources[0])[0]) else "",
+            report=read_report(folders[0]),
+            verdicts=verdicts_beside(folders[0]),
+            examples=read_examples(folders[0]) if images else None,
+        )
+        atomic_write(path, page_html([page]))
         return path
     existing = read_runs(sources, _no_download)
     runs = label_runs(existing.found)
@@ -169,16 +173,6 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     ]
     atomic_write(path, page_html(pages, _page_comparison(comparison)))
     return path
-
-
-def _page_of_one(folder: Path, label: str | None, *, images: bool) -> PageRun:
-    report = read_report(folder)
-    return PageRun(
-        label=plain_text(label or Path(report.model.name).name),
-        report=report,
-        verdicts=verdicts_beside(folder),
-        examples=read_examples(folder) if images else None,
-    )
 
 
 def _no_download(source: str, revision: str | None) -> Path:

@@ -159,7 +159,6 @@ def _averaging(report: RunReport) -> str:
 
 
 def _optimizer(settings: Mapping[str, object]) -> str:
-    """Optimizer, rate and its schedule, weight decay and precision in one line."""
     schedule = [setting_text(settings.get("lr_scheduler_type"))]
     drops = settings.get("lr_drops")
     if schedule == ["piecewise"] and isinstance(drops, list):

@@ -64,13 +64,6 @@ class UnreadableRunError(ValueError):
     """A run's folder holds a report or a configuration that cannot be read."""
 
 
-class BusyRunError(ValueError):
-    """Another process is running a run."""
-
-    def __init__(self, run: PlannedRun) -> None:
-        super().__init__(f"another process is at it: {run.folder / LOCK_NAME} is locked")
-
-
 def is_done(run: PlannedRun) -> bool:
     """Whether the run's folder holds its report.
 
@@ -139,11 +132,14 @@ def execute(
     """
     waiting, running, failed = deque(runs), list[_Child](), list[MissingRun]()
 
-    def fail(run: PlannedRun, problem: str | BusyRunError) -> None:
-        busy = isinstance(problem, BusyRunError)
-        announce(f"{'RUNNING' if busy else 'FAILED'} {run.label} seed {run.seed}: {problem}")
-        reason = MissingRun(label=run.label, seed=run.seed, reason=str(problem), state="failed")
-        failed.append(running_elsewhere(run.label, run.seed) if busy else reason)
+    def fail(run: PlannedRun, problem: str | None) -> None:
+        if problem is None:
+            lock = run.folder / LOCK_NAME
+            announce(f"RUNNING {run.label} seed {run.seed}: another process is at it: {lock} is locked")
+            failed.append(running_elsewhere(run.label, run.seed))
+        else:
+            announce(f"FAILED {run.label} seed {run.seed}: {problem}")
+            failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
 
     with _signals_interrupt():
         try:
@@ -152,10 +148,13 @@ def execute(
                     run = _next_ready(waiting, [child.run for child in running])
                     if run is None:
                         break
+                    if is_locked(run.folder):
+                        fail(run, None)
+                        continue
                     try:
                         child = _start(run, launcher, jobs)
                     except (ValueError, OSError) as error:
-                        fail(run, error if isinstance(error, BusyRunError) else str(error))
+                        fail(run, str(error))
                         continue
                     if child is not None:
                         running.append(child)
@@ -168,7 +167,7 @@ def execute(
                         announce(f"done {child.run.label} seed {child.run.seed} in {seconds:.0f} s")
                     else:
                         # Another comparison started it at the same moment, and was first.
-                        fail(child.run, BusyRunError(child.run) if is_locked(child.run.folder) else _failure(child))
+                        fail(child.run, None if is_locked(child.run.folder) else _failure(child))
         finally:
             _stop(running)
     return failed
@@ -197,14 +196,7 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
 
 
 def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
-    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now.
-
-    Raises:
-        BusyRunError: if another process is running it.
-        ValueError: if its folder holds another run.
-    """
-    if is_locked(run.folder):
-        raise BusyRunError(run)
+    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now."""
     if is_done(run):
         return None
     if run.weights_from is not None:
@@ -268,7 +260,6 @@ def bring_weights(run: PlannedRun, source: Path) -> None:
 
 
 def _failure(child: _Child) -> str:
-    """Status and last lines of the log."""
     code = child.process.returncode
     status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
     if code == 0:

@@ -170,11 +170,7 @@ def _read_hub(
 
 
 def _places(path: Path, label: str | None) -> tuple[list[Path], str | None]:
-    """Folders of a run, or of all runs of a comparison, with its baseline; rows that are given a label have none.
-
-    Raises:
-        ValueError: if there is no report, or if rows of several names are given one label.
-    """
+    """Folders of a run, or of all runs of a comparison, with its baseline; rows that are given a label have none."""
     places, baseline = ([path], None) if (path / REPORT_NAME).is_file() else _comparison_places(path)
     rows = {place.resolve().parent.name for place in places}
     if label is not None and len(rows) > 1:
@@ -183,11 +179,7 @@ def _places(path: Path, label: str | None) -> tuple[list[Path], str | None]:
 
 
 def _read_place(folder: Path, given: str | None) -> list[Run | MissingRun]:
-    """The run of one folder; of one that is LABEL/seedN without a report, why it is missing.
-
-    Raises:
-        ValueError: if the report of a folder with another name cannot be read, or the predictions of any.
-    """
+    """The run of one folder; of one that is LABEL/seedN without a report, why it is missing."""
     place = folder.resolve()
     label, numbered = given or place.parent.name, SEED_FOLDER.fullmatch(place.name)
     if (folder / REPORT_NAME).is_file():
@@ -208,11 +200,7 @@ def _read_place(folder: Path, given: str | None) -> list[Run | MissingRun]:
 
 
 def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
-    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline.
-
-    Raises:
-        ValueError: if there is none with a report, or ``comparison.json`` cannot be read.
-    """
+    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline."""
     begun = {
         entry.with_suffix("") if entry.suffix == ".log" else entry
         for pattern in ("seed*", "*/seed*")

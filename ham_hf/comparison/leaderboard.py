@@ -213,7 +213,6 @@ def _place(share: float) -> str:
 
 
 def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[str, object]:
-    """What is known of a model beside its ranks."""
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
     is_hub = split_revision(run.source) is not None and not Path(run.source).exists()

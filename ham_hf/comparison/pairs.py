@@ -161,11 +161,7 @@ def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles
 
 
 def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
-    """One row under one evaluation; None if some run does not have it.
-
-    Raises:
-        ValueError: if the runs of a pair, or those of several seeds, saw different images.
-    """
+    """One row under one evaluation; None if some run does not have it."""
     entries = [[evaluations(run.report).get(name) for run in pair] for pair in pairs]
     summaries = [[entry.summary for entry in pair if entry is not None] for pair in entries]
     if any(len(pair) < 2 for pair in summaries):
@@ -212,15 +208,7 @@ def mcnemar(only_reference: int, only_other: int) -> float:
     return min(1.0, float(2 * total / (1 << num)))
 
 
-def compare_paired(
-    reference: Tensor,
-    other: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    repetitions: int = REPETITIONS,
-) -> PairedComparison:
+def compare_paired(reference: Tensor, other: Tensor, labels: Tensor, *, num_classes: int) -> PairedComparison:
     """Compare two models on the same images, in one or several pairs of runs (one per training seed).
 
     Averages: exact McNemar test per pair. All three differences: bootstrap of images within each class, the same
@@ -233,8 +221,6 @@ def compare_paired(
         other: (S, N) bool, in the same order.
         labels: (N,) in [0, num_classes).
         num_classes: C.
-        seed: seed of the resampling.
-        repetitions: number of resamples.
 
     Raises:
         ValueError: if shapes differ or there is no image.
@@ -251,7 +237,7 @@ def compare_paired(
     # Right images of each class and run, (1, C, 2 S).
     sums = [np.bincount(labels.numpy(), row, num_classes) for row in flags]
     seen = np.stack(sums, axis=1).astype(np.int64)[None]
-    drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
+    drawn = _resample(flags, labels.numpy(), counts)
 
     def of_classes(classes: list[list[int]]) -> Difference:
         """Difference of the mean over these classes of each pair."""
@@ -272,38 +258,35 @@ def compare_paired(
 
 
 def _difference(seen: NDArray[np.float64], drawn: NDArray[np.float64]) -> Difference:
-    """From the differences of S pairs: those seen (1, S), and resampled (repetitions, S)."""
+    """From the differences of S pairs: those seen (1, S), and resampled (REPETITIONS, S)."""
     low, high = np.quantile(drawn.mean(1), _ENDS)
     values = tuple(seen[0].tolist())
     return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
 
 
 def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:
-    """Classes that have images, by accuracy."""
     per_class = summarize(flags, labels, num_classes).per_class
     present = [index for index, entry in enumerate(per_class) if entry.accuracy is not None]
     return sorted(present, key=lambda index: (per_class[index].accuracy, index))
 
 
-def _resample(
-    flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64], *, seed: int, repetitions: int
-) -> NDArray[np.int64]:
-    """(repetitions, C, 2 S) right images when those of each class are drawn again.
+def _resample(flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(REPETITIONS, C, 2 S) right images when those of each class are drawn again.
 
     Images with the same outcome in all runs count as one kind: how often a kind is drawn is multinomial.
     """
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros((repetitions, len(counts), len(flags)), dtype=np.int64)
+    generator = np.random.default_rng(0)
+    drawn = np.zeros((REPETITIONS, len(counts), len(flags)), dtype=np.int64)
     for label in counts.nonzero()[0]:
         kinds, sizes = np.unique(flags[:, labels == label].T, axis=0, return_counts=True)
-        drawn[:, label] = generator.multinomial(counts[label], sizes / counts[label], repetitions) @ kinds
+        drawn[:, label] = generator.multinomial(counts[label], sizes / counts[label], REPETITIONS) @ kinds
     return drawn
 
 
 def _mean_difference(
     sums: NDArray[np.int64], counts: NDArray[np.int64], classes: list[list[int]], pairs: int
 ) -> NDArray[np.float64]:
-    """(repetitions, S) other minus reference, of the mean accuracy of some classes of each pair."""
+    """(REPETITIONS, S) other minus reference, of the mean accuracy of some classes of each pair."""
     columns = [
         ((sums[:, chosen, pairs + pair] - sums[:, chosen, pair]) / counts[chosen]).mean(1)
         for pair, chosen in enumerate(classes)

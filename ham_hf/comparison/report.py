@@ -200,7 +200,6 @@ def without_figures(comparison: Comparison) -> list[str]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """Warnings that stand before any number: budgets or code differ."""
     notes = []
     if comparison.unequal:
         titles = ", ".join(text(title) for title in comparison.unequal)
@@ -388,7 +387,6 @@ def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[st
 
 
 def _harmless(value: str) -> str:
-    """Text for a CSV cell that no spreadsheet takes for a formula."""
     value = plain_text(value, 200)
     return f"'{value}" if value[0] in "=+-@" else value
 

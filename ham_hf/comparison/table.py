@@ -196,7 +196,6 @@ class Comparison:
 
 
 def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each row, by seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.label, []).append(run)
@@ -260,7 +259,6 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _known_spread(values: Iterable[float | None]) -> Spread | None:
-    """Spread of the values that are known; None if none is."""
     known = [value for value in values if value is not None]
     return _spread(known) if known else None
 

@@ -277,7 +277,6 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
 
 
 def _calibration(report: RunReport) -> dict[str, object]:
-    """What the card says of class shifts; nothing where there are none."""
     found = report.calibration
     if found is None:
         return {"calibration": None}
@@ -302,7 +301,6 @@ def _model_name(report: RunReport) -> str:
 
 
 def _title(report: RunReport) -> str:
-    """The model as it was trained, the dataset, and what was done."""
     if report.training is None:
         return f"{_model_name(report)}, calibrated on {report.dataset.title}"
     return f"{_model_name(report)}, trained on {report.dataset.title} with {report.config.get('method', 'unknown')}"
@@ -378,7 +376,6 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
 
 
 def _trained_on(report: RunReport) -> list[tuple[str, str]]:
-    """Split, revision and fingerprint of the training images."""
     record = report.dataset.trained_on
     if record is None:
         return []
@@ -393,7 +390,6 @@ def _seeds(report: RunReport) -> str:
 
 
 def _selection(report: RunReport, training: TrainingReport) -> Markdown:
-    """One sentence on how the weights were selected."""
     if training.selection_metric == "last":
         return Markdown("The weights are those after the last step.")
     rule = SELECTION_RULES.get(training.selection_metric, markdown_text(training.selection_metric))

@@ -213,14 +213,19 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str], *, order:
     axes.set_yticks(ticks, labels=[names[i] for i in ticks], fontsize=size, parse_math=False)
     if num_classes <= MAX_CELL_TEXT_CLASSES:
         for row, column in torch.nonzero(shares >= 0.005).tolist():
-            share = float(shares[row, column])
-            color = "white" if share > 0.55 else "black"
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
+            write_share(axes, row, column, float(shares[row, column]), size=9)
     axes.set_xlabel(f"predicted under {attack.title}", parse_math=False)
     axes.set_ylabel("true class, worst first")
     axes.set_title(f"Confusion under {attack.title}, % of the true class", fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0))
     return figure
+
+
+def write_share(axes: Axes, down: int, across: int, share: float, *, size: int, bold: bool = False) -> None:
+    """Percent in a cell of a map of shares whose color grows with the share."""
+    color = "white" if share > 0.55 else "black"
+    weight = "bold" if bold else "normal"
+    axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", color=color, size=size, weight=weight)
 
 
 def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_images: int = 8) -> Figure:
@@ -422,7 +427,6 @@ def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, 
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Start and end (exclusive) of every run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 

@@ -25,7 +25,6 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ham_hf.evaluation.verdicts import Verdicts
-from ham_hf.files import atomic_write
 from ham_hf.reporting.class_examples import ClassExamples
 from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
 from ham_hf.reporting.report import AttackReport, RunReport
@@ -49,20 +48,15 @@ _NO_IMAGES = "[]"
 class PageRun:
     """One run on a page; without ``verdicts``, what classes are taken for is known where it has a confusion matrix."""
 
-    label: str
     report: RunReport
     verdicts: Verdicts | None = None
     examples: ClassExamples | None = None
+    label: str = ""
 
-
-def write_page(
-    report: RunReport, folder: str | Path, *, verdicts: Verdicts | None, examples: ClassExamples | None
-) -> Path:
-    """Write ``report.html`` of one run into ``folder`` in one step, and return its path."""
-    path = Path(folder) / PAGE_NAME
-    run = PageRun(label=plain_text(Path(report.model.name).name), report=report, verdicts=verdicts, examples=examples)
-    atomic_write(path, page_html([run]))
-    return path
+    @property
+    def name(self) -> str:
+        """What to call it: the label or, without one, the model."""
+        return self.label or plain_text(Path(self.report.model.name).name)
 
 
 def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None = None) -> str:
@@ -80,8 +74,21 @@ def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None =
         raise ValueError("a page needs at least one run, got none")
     images = [_image_values(run.examples) for run in runs]
     numbers = script_json({"runs": [_run_values(run) for run in runs], "comparison": comparison})
+    report = runs[0].report
     while True:
-        html = _render(runs, numbers, images)
+        html = render_page(
+            "page.html.jinja",
+            styles=["page.css"],
+            script="page.js",
+            title=f"{runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}: weak classes",
+            several=len(runs) > 1,
+            facts=_facts(report),
+            rows=_headline(report),
+            tables=breakdown_tables(report),
+            notes=[plain_text(note, 1000) for note in report.notes],
+            numbers=numbers,
+            images=script_json(list(images) if any(images) else []),
+        )
         filled = [index for index, entry in enumerate(images) if entry is not None]
         if len(html.encode()) <= MAX_PAGE_BYTES or not filled:
             return html
@@ -156,23 +163,6 @@ def render_page(template: str, *, styles: Sequence[str], script: str, title: str
     )
 
 
-def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) -> str:
-    report = runs[0].report
-    return render_page(
-        "page.html.jinja",
-        styles=["page.css"],
-        script="page.js",
-        title=f"{runs[0].label}: weak classes" if len(runs) == 1 else f"{len(runs)} runs: weak classes",
-        several=len(runs) > 1,
-        facts=_facts(report),
-        rows=_headline(report),
-        tables=breakdown_tables(report),
-        notes=[plain_text(note, 1000) for note in report.notes],
-        numbers=numbers,
-        images=script_json(list(images) if any(images) else []),
-    )
-
-
 def _source(name: str) -> str:
     return (files("ham_hf.reporting") / name).read_text(encoding="utf-8")
 
@@ -206,8 +196,8 @@ def _headline(report: RunReport) -> list[dict[str, object]]:
         worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], MAX_NAME_LENGTH)
         cells = (
             (summary.average, (summary.average_low, summary.average_high), ""),
-            (summary.worst_30_percent, known and known.worst_30_percent, ""),
-            (summary.worst_class, known and known.worst_class, worst_name),
+            (summary.worst_30_percent, known.worst_30_percent if known else None, ""),
+            (summary.worst_class, known.worst_class if known else None, worst_name),
         )
         shown = [(percent(value), percent_ends(ends), name) for value, ends, name in cells]
         rows.append({"title": entry.title, "images": f"{summary.num_examples:,}", "cells": shown})
@@ -217,9 +207,9 @@ def _headline(report: RunReport) -> list[dict[str, object]]:
 def _run_values(run: PageRun) -> dict[str, object]:
     report, verdicts = run.report, run.verdicts
     if verdicts is not None and verdicts.class_names != report.dataset.class_names:
-        raise ValueError(f"{run.label}: its predictions are of other classes than its report; evaluate it again")
+        raise ValueError(f"{run.name}: its predictions are of other classes than its report; evaluate it again")
     return {
-        "label": plain_text(run.label, 120),
+        "label": plain_text(run.name, 120),
         "names": [plain_text(name, MAX_NAME_LENGTH) for name in report.dataset.class_names],
         "entries": [_entry_values(report, entry, verdicts) for entry in report.entries()],
         "curves": _curve_values(report),
@@ -355,7 +345,6 @@ def rounded(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _settings_text(entry: AttackReport) -> str:
-    """What an attack may do, in one line."""
     settings = entry.settings
     if entry.name == "verdict":
         attacks = settings.get("attacks")

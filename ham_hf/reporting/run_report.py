@@ -27,6 +27,7 @@ from ham_hf.evaluation.calibration import Calibration
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
+from ham_hf.files import atomic_write
 from ham_hf.hub_ids import is_hub_id
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
@@ -39,7 +40,7 @@ from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import selected_too_early, training_images_note
-from ham_hf.reporting.page import write_page
+from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html
 from ham_hf.reporting.report import (
     AttackReport,
     CalibrationReport,
@@ -214,14 +215,10 @@ def training_section(
     peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
 ) -> TrainingReport:
-    """How the weights came about.
+    """How the weights came about; ``best`` is the state that the evaluated ones were selected with.
 
-    Args:
-        progress: of the finished training.
-        best: the state that the evaluated weights were selected with.
-        peak_memory_bytes: what `ham_hf.training.launch.peak_memory_bytes` said when training ended; evaluation, which
-            follows, may need more.
-        calibration: its passes count among those of the run.
+    ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
+    count among those of the run.
     """
     passes = progress.passes
     return TrainingReport(
@@ -437,4 +434,5 @@ def _write_numbers(
     save_figures(report, folder, examples=examples.strip, train_log=train_log)
     if examples.of_classes is not None:
         write_examples(examples.of_classes, folder)
-    write_page(report, folder, verdicts=verdicts, examples=examples.of_classes)
+    page = page_html([PageRun(report=report, verdicts=verdicts, examples=examples.of_classes)])
+    atomic_write(folder / PAGE_NAME, page)

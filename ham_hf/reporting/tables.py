@@ -6,7 +6,8 @@ Accuracies are in percent, intervals are 95 % ones. Names are cleaned (``plain_t
 from __future__ import annotations
 
 from ham_hf.evaluation.calibration import Calibration
-from ham_hf.reporting.breakdowns import GroupReport
+from ham_hf.metrics import FairnessSummary
+from ham_hf.reporting.breakdowns import CorruptedAccuracy, GroupReport
 from ham_hf.reporting.formats import (
     class_cell,
     evaluation_title,
@@ -115,7 +116,7 @@ def corruption_rows(report: RunReport) -> list[dict[str, str]]:
     at = {(entry.name, entry.severity): entry for entry in found.results}
     averages = {name: [at[name, severity].average for severity in found.severities] for name in found.names}
     means = [sum(column) / len(column) for column in zip(*averages.values(), strict=True)]
-    lines = [
+    lines: list[tuple[str, list[float], FairnessSummary | CorruptedAccuracy | None]] = [
         ("none", [clean.average] * len(means), clean),
         *((name, averages[name], at[name, highest]) for name in found.names),
         (f"mean of {len(found.names)}", means, None),
@@ -125,9 +126,11 @@ def corruption_rows(report: RunReport) -> list[dict[str, str]]:
         row = {"Corruption": name}
         row |= {f"Severity {level}": percent(value) for level, value in zip(found.severities, values, strict=True)}
         row["Mean"] = percent(sum(values) / len(values))
-        worst = last and f"{percent(last.worst_class)} ({plain_text(names[last.worst_class_index], 30)})"
-        row[f"Worst class, severity {highest}"] = worst or "–"
-        row[f"Worst 30 %, severity {highest}"] = percent(last.worst_30_percent) if last else "–"
+        worst, worst_30 = "–", "–"
+        if last is not None:
+            worst = f"{percent(last.worst_class)} ({plain_text(names[last.worst_class_index], 30)})"
+            worst_30 = percent(last.worst_30_percent)
+        row |= {f"Worst class, severity {highest}": worst, f"Worst 30 %, severity {highest}": worst_30}
         rows.append(row)
     return rows
 

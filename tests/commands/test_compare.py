@@ -29,7 +29,7 @@ from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, judged_run, run_report
 from tests.support.hub_server import Blob, Hub, Repo, use_hub
-from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import SMALL, finish, recipe_module
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison_tradeoff.png", "comparison_per_class.png"}
 PLAN = """\
@@ -143,10 +143,7 @@ def compared(tmp_path_factory, subprocess_env):
     ]
     assert not (second_run / "report.json").exists()
     before = (folder / "plain" / "seed0" / "report.json").stat().st_mtime_ns
-    again = subprocess.run(
-        [*command, "--jobs", "2"], env=subprocess_env, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert again.returncode == 0, again.stderr[-3000:]
+    again = finish([*command, "--jobs", "2"], subprocess_env)
     assert (folder / "plain" / "seed0" / "report.json").stat().st_mtime_ns == before
     return plan, folder, interrupted, again.stdout
 
@@ -390,25 +387,19 @@ def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_fai
 
 
 WITHOUT_POSIX = """
-import sys, os, signal, runpy
+import sys, os, signal
 import accelerate, datasets, filelock, huggingface_hub, matplotlib, timm, torch
 sys.modules["fcntl"] = None
 for module, names in ((os, ("killpg", "setsid", "fork")), (signal, ("SIGHUP", "SIGKILL"))):
     for name in names:
         delattr(module, name)
-sys.argv = ["compare.py", "--help"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+import ham_hf.comparison_run
 """
 
 
 @pytest.mark.slow
 def test_comparisons_need_nothing_that_windows_lacks(subprocess_env):
-    command = [sys.executable, "-c", WITHOUT_POSIX]
-    done = subprocess.run(
-        command, env=subprocess_env, cwd=ROOT / "recipes", capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--launch_args" in done.stdout
+    finish([sys.executable, "-c", WITHOUT_POSIX], subprocess_env)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
@@ -674,7 +665,5 @@ def test_peak_memory_is_the_process_own_not_its_parents(subprocess_env):
         "print(peak_memory_bytes(torch.device('cpu')))"
     )
     parent = f"import subprocess, sys; x = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', {code!r}])"
-    done = subprocess.run(
-        [sys.executable, "-c", parent], env=subprocess_env, capture_output=True, text=True, check=True
-    )
+    done = finish([sys.executable, "-c", parent], subprocess_env)
     assert 50e6 < int(done.stdout) < 1.8e9

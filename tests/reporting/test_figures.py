@@ -29,6 +29,7 @@ from ham_hf.reporting.figures import (
 )
 from ham_hf.reporting.report import RunReport, read_report
 from ham_hf.training.method_state import MethodState
+from tests.support.documents import with_training
 from tests.support.example_report import DIGITS, class_quantity, make_examples, make_report, make_train_log
 
 LONG_NAMES = tuple(f"$\\frac{{{index}}}$ a name too long for any axis {index}\n猫" for index in range(100))
@@ -240,7 +241,7 @@ def test_gaps_between_epochs_are_blank() -> None:
     history = [dict(line) for line in report.training.history]
     history[2]["class_weight"] = None
     del history[4]
-    report = dataclasses.replace(report, training=dataclasses.replace(report.training, history=tuple(history)))
+    report = with_training(report, history=tuple(history))
     (axes,) = panels(report).values()
     spans = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in axes.patches]
     assert spans == [(2.5, 3.5), (4.5, 5.5)]
@@ -268,7 +269,7 @@ def test_equal_values_have_a_scale_too() -> None:
     history = [
         {**line, "class_epsilon": [8 / 255] * 10, "hard_per_class": [0.0] * 10} for line in report.training.history
     ]
-    report = dataclasses.replace(report, training=dataclasses.replace(report.training, history=tuple(history)))
+    report = with_training(report, history=tuple(history))
     for axes in panels(report).values():
         norm = axes.get_images()[0].norm
         assert norm.vmin < cells(axes).min() <= cells(axes).max() < norm.vmax
@@ -303,7 +304,7 @@ def test_a_report_of_the_first_release_shows_its_hard_shares() -> None:
     history = [
         {name: value for name, value in record.items() if name not in younger} for record in report.training.history
     ]
-    report = dataclasses.replace(report, training=dataclasses.replace(report.training, history=history))
+    report = with_training(report, history=history)
     ((title, axes),) = panels(report).items()
     assert title == "share of hard examples"
     last = report.training.history[-1]["hard_per_class"]
@@ -322,11 +323,8 @@ def test_records_of_a_run_are_understood() -> None:
     log[2], log[3], log[4] = 4.0, torch.tensor([2.0, 3.0, 4.0, 7.0]), torch.tensor([1.0, 1.0, 1.0, 5.0])
     record = {"epoch": 1, **state.epoch_record(log, attack, epoch=1)}
     report = make_report(class_names=DIGITS[:4], config={"method": "cfa", "base_loss": "trades"})
-    report = dataclasses.replace(
-        report,
-        training=dataclasses.replace(report.training, history=(json.loads(json.dumps(record)),)),
-        threat_model=dataclasses.replace(report.threat_model, epsilon=0.1),
-    )
+    report = with_training(report, history=(json.loads(json.dumps(record)),))
+    report = dataclasses.replace(report, threat_model=dataclasses.replace(report.threat_model, epsilon=0.1))
     found = panels(report)
     order = worst_first(report)
     expected = {
