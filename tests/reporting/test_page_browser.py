@@ -11,14 +11,11 @@ import pytest
 from ham_hf.evaluation.calibration import frontier_point
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
-from tests.support.browser import Browser, assert_quiet, browser, missing_browser, soonest_paint
+from tests.support.browser import NEEDS_BROWSER, Browser, assert_quiet, browser, soonest_paint
 from tests.support.documents import calibration
 from tests.support.example_report import make_report
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(missing_browser() is not None, reason=f"not tried in a browser: {missing_browser()}"),
-]
+pytestmark = NEEDS_BROWSER
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 2'>",

@@ -27,7 +27,7 @@ from ham_hf.methods import Method, available
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.report import CalibrationReport, RunReport, ThreatModelReport, read_report
-from tests.support.comparison_reports import even, judged_run, run
+from tests.support.comparison_reports import by_seeds, even, judged_run, run
 from tests.support.example_report import attack_result, make_report, with_dataset, with_model
 from tests.support.leaderboard_runs import leaderboard_comparison
 
@@ -191,41 +191,36 @@ def comparison_variants() -> dict[str, Comparison]:
     """Comparisons that differ from the plain one, by what is different."""
     runs = comparison_runs()
     base, last = runs[:2], runs[-1]
-    names = ("a", "b", "c")
-
-    def three(label: str, *by_seed: list[int], **changes: object) -> list[Run]:
-        return [
-            run(label, {"clean": even([20] * 3), "pgd-20": even(right)}, seed=seed, class_names=names, **changes)
-            for seed, right in enumerate(by_seed)
-        ]
-
     part = {"clean": even([18] * 10), "pgd-20": even([11] * 10), "autoattack": ([2] * 10, [10] * 10)}
     evaluated = dataclasses.replace(last, report=dataclasses.replace(last.report, training=None))
     failed = MissingRun(label="new", seed=0, reason="out of memory | *really* at /secret/home/x.py", state="failed")
     return {
         "no baseline": compare(runs),
-        "one seed": compare(three("own", [10, 12, 4])),
-        "no predictions": compare([*three("other", [10] * 3, [12] * 3), *three("own", [16] * 3, [18] * 3)]),
-        "nothing right": compare([*three("base", [0] * 3), *three("own", [5] * 3)], baseline="base"),
-        "failed and absent": compare([*runs, *three("few", [1, 2, 3])], baseline="base", missing=[failed]),
+        "one seed": compare(by_seeds("own", [10, 12, 4])),
+        "no predictions": compare([*by_seeds("other", [10] * 3, [12] * 3), *by_seeds("own", [16] * 3, [18] * 3)]),
+        "nothing right": compare([*by_seeds("base", [0] * 3), *by_seeds("own", [5] * 3)], baseline="base"),
+        "failed and absent": compare([*runs, *by_seeds("few", [1, 2, 3])], baseline="base", missing=[failed]),
         "another budget": compare(
             [*base, changed(last, threat_model={"epsilon": 0.031}, training={"num_train_epochs": 50})], baseline="base"
         ),
-        "another optimizer": compare([*three("one", [5] * 3), *three("other", [5] * 3, weight_decay=0.3)]),
+        "another optimizer": compare([*by_seeds("one", [5] * 3), *by_seeds("other", [5] * 3, weight_decay=0.3)]),
         "another average of weights": compare(
-            [*three("one", [5] * 3, fawa="auto"), *three("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85)]
+            [
+                *by_seeds("one", [5] * 3, fawa="auto"),
+                *by_seeds("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
+            ]
         ),
         "other data": compare([*base, changed(last, dataset={"name": "imagenet | tiny"})], baseline="base"),
         "other code and hardware": compare(
             [*base, changed(last, environment={"commit": "feedbeef", "device": "H100"})], baseline="base"
         ),
         "prices": compare(
-            [*three("base", [9] * 3, passes=2000.0), *three("half", [9] * 3, passes=1000.0)], baseline="base"
+            [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)], baseline="base"
         ),
         "a part of the images": compare([run("a", part), run("b", part)]),
         "evaluated alone": compare([*base, evaluated], baseline="base"),
         "names": compare(
-            [one for end in "23" for one in three(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
+            [one for end in "23" for one in by_seeds(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
         ),
     }
 
