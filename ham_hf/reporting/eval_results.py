@@ -74,12 +74,6 @@ def write_eval_results(report: RunReport, folder: str | Path, *, suffix: str = "
     return path
 
 
-def _test_split(origin: str) -> str:
-    """Name of the split that the test images are from, also if they were held out of it."""
-    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
-    return plain_text(held_out[1] if held_out else origin)
-
-
 def _model_index(report: RunReport, attack: AttackReport) -> list[EvalResult]:
     summary, dataset = attack.summary, report.dataset
     label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
@@ -90,7 +84,7 @@ def _model_index(report: RunReport, attack: AttackReport) -> list[EvalResult]:
         "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
         "dataset_name": name,
         "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
-        "dataset_split": _test_split(dataset.test_split_origin),
+        "dataset_split": plain_text(dataset.test_split_origin),
         "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
         "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
     }
