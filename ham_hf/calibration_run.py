@@ -26,7 +26,7 @@ from ham_hf.faults import clean_exit
 from ham_hf.fitting import align_classes, num_logits, threat_model_of
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable
-from ham_hf.models.origin import Origin, read_origin
+from ham_hf.models.source import Origin, read_origin
 from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table

@@ -31,6 +31,7 @@ from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
 from ham_hf.data.shards import SplitFiles
+from ham_hf.files import front_matter
 from ham_hf.hub_ids import is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -166,11 +167,9 @@ def _front_matter(base: str) -> str:
     """The YAML at the top of a dataset's README.md; empty without."""
     try:
         with fsspec.open(f"{base}/README.md", "rb") as file:
-            text = file.read(MAX_README_BYTES).decode(errors="replace")
+            return front_matter(file.read(MAX_README_BYTES).decode(errors="replace"))
     except FileNotFoundError:
         return ""
-    front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    return front[1] if front else ""
 
 
 def _declared_configs(base: str) -> list[dict[str, object]]:
