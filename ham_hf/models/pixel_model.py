@@ -132,8 +132,8 @@ def compare_logits(
     """Run two models on two random images; gray ones are given to ``found`` in as many channels as it takes.
 
     Returns:
-        The largest difference between logits of ``found`` and those of ``expected`` plus ``shifts`` (num_classes,), and
-        the largest logit of ``expected``; NaN where a logit is.
+        The largest difference between logits of ``found`` and those of ``expected`` plus ``shifts`` (num_classes,),
+        and the largest logit of ``expected``; NaN where a logit is.
     """
     shape = (2, expected.mean.shape[1], image_size, image_size)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
