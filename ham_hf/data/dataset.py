@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ham_hf.data.augment import AUGMENTATIONS, PixelTransform, timm_train_transform
 from ham_hf.data.config import DataConfig
 from ham_hf.data.decoding import (
     MODE_OF_CHANNELS,
     EncodedImages,
     EvalTransform,
+    PixelTransform,
     common_size,
     content_digest,
     decode_all,
     for_each_image,
+    timm_train_transform,
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream

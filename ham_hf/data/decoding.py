@@ -24,12 +24,11 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from ham_hf.data.augment import PixelTransform
-
 logger = logging.getLogger(__name__)
 
 DECODE_CHUNK = 256
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+PixelTransform = Callable[[Image.Image], Tensor]
 
 
 class CorruptImageError(ValueError):
@@ -150,6 +149,14 @@ class EvalTransform:
             return self._transform(image)
         width, height = image.size
         return torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1)
+
+
+def timm_train_transform(image_size: int, interpolation: str) -> PixelTransform:
+    """Training transform of timm's defaults (random resized crop, flip, color jitter): PIL to uint8 (C, S, S)."""
+    transform: PixelTransform = create_transform(
+        image_size, is_training=True, interpolation=interpolation, normalize=False
+    )
+    return transform
 
 
 def common_size(images: EncodedImages) -> int | None:

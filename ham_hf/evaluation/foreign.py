@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode
-from ham_hf.data.augment import isolated_rng
+from ham_hf.data.pixels import isolated_rng
 
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(model, x, y)``: pixels (N, C, H, W) in [0, 1] and labels (N,) to adversarial pixels of the same shape."""

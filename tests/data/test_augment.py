@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ham_hf.data.augment import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
+from ham_hf.data.pixels import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
 
 
 def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor:
