@@ -209,9 +209,8 @@ def _was_trained_on(
         return True
     same_name = record.dataset == plain_name(config.dataset_name) and record.train_split == opened.split
     same_configuration = (record.config_name or "default") == (opened.source.config_name or "default")
-    on_hub = not is_local(config.dataset_name, config.dataset_config_name, config.dataset_revision)
     # Another revision of a dataset of the Hub has most images in common.
-    return same_name and same_configuration and (on_hub or record.fingerprint is None)
+    return same_name and same_configuration and (not is_local(config.dataset_name) or record.fingerprint is None)
 
 
 def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) -> float:
