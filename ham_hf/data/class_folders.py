@@ -33,11 +33,7 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*
 
 
 def list_files(root: Path) -> tuple[list[str], list[str]]:
-    """Every file below a folder, also behind links, as paths relative to it.
-
-    Returns:
-        The paths, and notes on links that lead back to a folder above them, which are not followed.
-    """
+    """Every file below a folder, also behind links, as relative paths; and notes on links back up, not followed."""
     found: list[str] = []
     loops: list[str] = []
 
@@ -174,11 +170,7 @@ def _split_folders(
 
 
 def folder_of_split(named: Iterable[str]) -> dict[str, str]:
-    """The folder of each split, of folders that are named like splits.
-
-    Raises:
-        ValueError: if two are the same split.
-    """
+    """The folder of each split, of folders that are named like splits; ValueError if two are the same split."""
     folders: dict[str, str] = {}
     for top in named:
         split = str(split_name(top))

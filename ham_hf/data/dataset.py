@@ -331,9 +331,12 @@ def _make_ready(
                     encoded, lambda position, image: digests.append(content_digest(image)), skip_corrupt=True
                 )
             )
-        random_transform = train_transform(geometry, augmentation) if augmentation == "timm" else None
-        workers = config.dataloader_num_workers
-        pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=workers)
+        pixels = StreamedPixels(
+            encoded,
+            geometry,
+            train_transform=train_transform(geometry, augmentation),
+            num_workers=config.dataloader_num_workers,
+        )
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
     return Images(encoded.labels, pixels, augmentation), digests, encoded.rows

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ham_hf.data.columns import (
-    TEST_SPLITS,
     categories,
     choose_image_column,
     choose_label_column,
     choose_splits,
     encoded_images,
+    find_test_split,
     labeled,
     read_labels,
 )
@@ -125,8 +125,7 @@ def choose_evaluation_split(
 ) -> tuple[str, str | None]:
     """The split to evaluate on, and the training split beside it (the same one if there is no other), if any.
 
-    Raises:
-        ValueError: if a named split does not exist, or there are several and none is for testing.
+    ValueError if a named split does not exist, or there are several and none is for testing.
     """
     if test_split is not None and test_split not in names:
         choose_splits(names, names[0], test_split)  # raises
@@ -137,12 +136,11 @@ def choose_evaluation_split(
         return test_split, None
     if train is None:
         # Evaluation sets such as ImageNet-A have no training split.
-        found = [name for name in TEST_SPLITS if name in names]
-        found = [name for name in found if has_labels(name)] or found
-        if not found:
+        found = find_test_split(names, has_labels)
+        if found is None:
             listed = ", ".join(map(repr, names))
             raise ValueError(f"none of the splits {listed} is for testing by its name: choose one with --test_split")
-        return found[0], None
+        return found, None
     train, test = choose_splits(names, train, test_split, has_labels)
     return (train, train) if test is None else (test, train)
 

@@ -96,12 +96,10 @@ def holds_images(files: ImageFiles) -> bool:
 def files_of_builder(
     builder: datasets.DatasetBuilder, *, splits_declared: bool, only_configuration: bool
 ) -> ImageFiles:
-    """Every file of the dataset that a builder of ``datasets`` would read.
+    """Every file of the dataset that a builder of ``datasets``, opened and nothing prepared, would read.
 
-    Args:
-        builder: opened, nothing prepared.
-        splits_declared: whether README.md says which files the configuration has.
-        only_configuration: whether the remaining files cannot be another configuration's.
+    ``splits_declared``: README.md says which files the configuration has; ``only_configuration``: the remaining ones
+    cannot be another configuration's.
     """
     root = "/".join(part for part in (str(builder.base_path).rstrip("/"), builder.config.data_dir) if part)
     files = files_below(root)

@@ -61,9 +61,7 @@ def read_groups(
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
     Groups are the names that a ``ClassLabel``, or each file in ``of_files``, declares, else the sorted values.
-
-    Raises:
-        ValueError: if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
+    ValueError if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
     """
     feature = split.features[categories("--group_column", column, split.features)]
     stored = split[column][:]
@@ -92,15 +90,10 @@ def read_groups(
 def make_groups(
     column: str, values: Sequence[str | int | bool | None], names: Sequence[str] | None = None
 ) -> ImageGroups:
-    """Groups of images by their values; None is a missing one.
+    """Groups of images by their values, one per image; None is a missing one.
 
-    Args:
-        column: where the values are from, for messages.
-        values: one per image.
-        names: of the groups in order; None takes the sorted values that occur.
-
-    Raises:
-        ValueError: if there are more than `MAX_GROUPS` groups.
+    ``names`` are those of the groups in order; None takes the sorted values that occur. ``column`` is for messages.
+    ValueError if there are more than `MAX_GROUPS` groups.
     """
     order: Sequence[str | int | bool]
     if names is not None:

@@ -97,7 +97,7 @@ class StreamedPixels:
     Args:
         images: what to decode.
         transform: for requests without a seed.
-        train_transform: random transform for requests with a seed; None: ``transform`` for these too.
+        train_transform: for requests with a seed; it may draw from the global generators.
         num_workers: processes; 0 decodes in the calling one.
     """
 
@@ -106,7 +106,7 @@ class StreamedPixels:
         images: EncodedImages,
         transform: PixelTransform,
         *,
-        train_transform: PixelTransform | None,
+        train_transform: PixelTransform,
         num_workers: int,
     ) -> None:
         self._images = images
@@ -120,12 +120,11 @@ class StreamedPixels:
         positions = request.indices.tolist()
         with isolated_rng():
             for position, encoded in zip(positions, self._images.read(request.indices), strict=True):
-                image = self._images.decode(position, encoded)
-                if request.seed is None or self._train_transform is None:
-                    pixels.append(self._transform(image))
-                else:
+                transform = self._transform
+                if request.seed is not None:
+                    transform = self._train_transform
                     seed_for_example(request.seed, position)
-                    pixels.append(self._train_transform(image))
+                pixels.append(transform(self._images.decode(position, encoded)))
         return torch.stack(pixels)
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
@@ -242,9 +241,9 @@ def _shield_worker(worker_id: int) -> None:
 
 
 def random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pad images (N, C, H, W) with zeros on each side and cut a window of the old size at a random place.
+    """Pad images (N, C, H, W) with zeros and cut a window of the old size, contiguous, at a random place.
 
-    Draws two numbers per image from the CPU ``generator``. The result is contiguous.
+    Draws two numbers per image from the CPU ``generator``.
     """
     num_images, _, height, width = x.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, num_images), generator=generator).to(x.device)

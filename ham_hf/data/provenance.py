@@ -93,10 +93,9 @@ class Provenance:
         return asdict(self)
 
     def loading_settings(self, dataset_name: str) -> dict[str, Any]:
-        """Arguments of `ham_hf.data.load_image_data` with which it gives the same parts of the same data again.
+        """Arguments of `ham_hf.data.load_image_data` that give the same parts of the same data again.
 
-        Args:
-            dataset_name: where the data is now: a Hub id or a folder. A folder has no revision.
+        ``dataset_name`` is where the data is now: a Hub id or a folder. A folder has no revision.
         """
         on_hub = not Path(dataset_name).expanduser().exists() and dataset_name == self.dataset
         others = {"dataset", "config_name", "revision", "num_images"}
@@ -126,12 +125,7 @@ def plain_name(dataset_name: str) -> str:
 
 
 def fingerprint_of(split: EncodedImages, class_names: Sequence[str]) -> Fingerprint:
-    """Fingerprint of a whole split.
-
-    Args:
-        split: its N images, of all rows in order.
-        class_names: names of the classes that its labels count.
-    """
+    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels count."""
     return Fingerprint(
         num_images=len(split),
         labels=label_fingerprint(split.labels, class_names),
@@ -164,10 +158,9 @@ def _pixel_fingerprint(split: EncodedImages) -> str:
 
 
 def read_provenance(record: object) -> Provenance:
-    """Read what `Provenance.record` gave; keys that a newer version adds are left alone.
+    """Read what `Provenance.record` gave, without the keys that a newer version adds.
 
-    Raises:
-        ValueError: naming the key and what was expected.
+    ValueError names the key and what was expected.
     """
     names = {field.name for field in fields(Provenance)}
     if not isinstance(record, Mapping) or not names <= record.keys():

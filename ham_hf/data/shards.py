@@ -69,10 +69,8 @@ class SplitFiles:
     def rows(self, columns: Sequence[str], file: int, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
         """Rows ``start`` to ``stop`` (None: the end) of a file, images not decoded, labels as `class_of` gives them.
 
-        Reads the row groups of a parquet file that hold these rows, and an archive from its beginning.
-
-        Raises:
-            StreamError: if a row of files from elsewhere names a file of this machine instead of holding an image.
+        Reads the row groups of a parquet file that hold these rows, and an archive from its beginning. StreamError if
+        a row of files from elsewhere names a file of this machine instead of holding an image.
         """
         rows = self._own(self._rows(columns, file, start, stop), file, start)
         label = self.label_column
@@ -199,10 +197,7 @@ def count_rows(source: SplitFiles, num_examples: int | None) -> tuple[int, ...]:
 
     Parquet files say it. Archives have an ``_info.json`` beside them (``splits``, ``filenames``, ``shard_lengths``),
     or are counted by their headers if they are local; else all have the same share of ``num_examples``, the user's
-    number, rounded down.
-
-    Raises:
-        ValueError: if none of these gives the numbers, or ``num_examples`` is another.
+    number, rounded down. ValueError if none of these gives the numbers, or ``num_examples`` is another.
     """
     files = source.files
     rows = source.num_rows if source.num_rows is not None else _listed_rows(files)

@@ -68,10 +68,8 @@ class Source(Generic[Split]):
 def open_source(name: str, config_name: str | None, revision: str | None) -> Source[datasets.Dataset]:
     """Open ``digits``, a local folder (parquet, class folders, ``save_to_disk``) or a dataset of the Hub.
 
-    An existing folder wins over a dataset of the Hub with the same name.
-
-    Raises:
-        ValueError: if it cannot be opened; the message names the setting and the fix, the cause is kept.
+    An existing folder wins over a dataset of the Hub with the same name. ValueError if it cannot be opened; the
+    message names the setting and the fix, the cause is kept.
     """
     asked = _checked(name, config_name, revision)
     if name == DIGITS:
@@ -110,8 +108,7 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
 def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> Source[SplitFiles]:
     """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
 
-    Raises:
-        ValueError: if it cannot be opened or has another layout; the message names the fix.
+    ValueError if it cannot be opened or has another layout; the message names the fix.
     """
     asked = _checked(name, config_name, revision)
     if name == DIGITS:
@@ -274,10 +271,7 @@ def check_cache() -> None:
 
 
 def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
-    """Reject a dataset of the Hub whose rows name files outside of the cache instead of holding images.
-
-    Training would read them, and a published figure shows some.
-    """
+    """Reject a Hub dataset whose rows name files outside of the cache; training would read and show them."""
     caches = {datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE}
     caches |= {
         os.environ[variable] for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if variable in os.environ

@@ -116,11 +116,7 @@ def embed_in_resnet18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def extract_from_resnet18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`embed_in_resnet18`.
-
-    Raises:
-        ValueError: if ``state`` is not such an embedding, for instance because the plain network was trained further.
-    """
+    """The inverse of :func:`embed_in_resnet18`; ValueError if ``state`` is not such an embedding (any more)."""
     cifar = {name: value for name, value in state.items() if not name.startswith("maxpool.")}
     cifar["conv1.weight"] = state["conv1.weight"][:, :, _TAPS[:, None], _TAPS].contiguous()
     embedded = embed_in_resnet18(cifar)

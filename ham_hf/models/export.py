@@ -228,8 +228,7 @@ def _config(
 ) -> dict[str, Any]:
     """What timm is told of the network, its input and its weights.
 
-    Tag, license, paper and origin of the weights that training started from, or that timm has for this architecture,
-    say nothing about the trained ones: nothing of them is copied.
+    Nothing is copied that timm says of the weights that training started from: tag, license, paper, origin.
     """
     trained_form = TrainedForm(
         architecture=trained.pretrained_cfg["architecture"],
@@ -268,8 +267,7 @@ def _config(
 def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> int:
     """Compare what plain timm loads with the trained network, on pixels, and return its number of parameters.
 
-    Raises:
-        RuntimeError: if the logits of the trained network are not finite, or differ.
+    RuntimeError if the logits of the trained network are not finite, or differ.
     """
     published = _pixel_model(_as_timm_loads(folder), upsample)
     original = PixelModel(trained, preprocessing.mean, preprocessing.std)

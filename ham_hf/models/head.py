@@ -60,11 +60,7 @@ def read_biases(backbone: nn.Module, num_classes: int) -> list[list[float]]:
 
 
 def write_biases(backbone: nn.Module, biases: Sequence[Sequence[float]]) -> None:
-    """Put back what `read_biases` read, in place.
-
-    Raises:
-        HeadError: if the model has other heads.
-    """
+    """Put back what `read_biases` read, in place; HeadError if the model has other heads."""
     num_classes = len(biases[0]) if biases else 0
     found = _biases(backbone, num_classes)
     if [len(bias) for bias in biases] != [len(bias) for bias in found]:
@@ -80,10 +76,7 @@ def write_biases(backbone: nn.Module, biases: Sequence[Sequence[float]]) -> None
 def fold_shifts(backbone: nn.Module, shifts: Tensor) -> None:
     """Add ``shifts`` (num_classes,) to the logits of a model by adding them to its bias, in place.
 
-    A class whose shift is zero keeps its bias bit for bit.
-
-    Raises:
-        HeadError: where there is no bias to add to; nothing is changed then.
+    A class whose shift is zero keeps its bias bit for bit. HeadError, with nothing changed, where there is no bias.
     """
     biases = _biases(backbone, len(shifts))
     with torch.no_grad():
@@ -95,8 +88,7 @@ def fold_shifts(backbone: nn.Module, shifts: Tensor) -> None:
 def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> None:
     """Try on a copy whether a shift of the bias shifts the logits by as much; costs two passes over two images.
 
-    Raises:
-        HeadError: naming the architecture, where it does not.
+    HeadError names the architecture where it does not.
     """
     final_layers(model.backbone, num_classes)
     shifts = torch.linspace(-1, 1, num_classes)
@@ -108,8 +100,7 @@ def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> N
 def check_shifted_logits(original: PixelModel, folded: PixelModel, shifts: Tensor, image_size: int) -> None:
     """Compare a folded model with the original plus ``shifts`` (num_classes,) on random pixels, in evaluation mode.
 
-    Raises:
-        HeadError: if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
+    HeadError if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
     """
     difference, largest = compare_logits(original, folded, image_size, shifts.to(original.mean))
     # Written so that NaN fails.

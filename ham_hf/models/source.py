@@ -102,11 +102,7 @@ class ModelSource:
     embedded: bool = False
 
     def trained_form(self) -> TrainedForm | None:
-        """The network that was trained, if this package exported the model; else None.
-
-        Raises:
-            ValueError: if the record in ``config.json`` is damaged.
-        """
+        """The network that was trained, if this package exported the model; ValueError if the record is damaged."""
         record = self.extra.get(TRAINED_FORM_KEY)
         if record is None:
             return None
@@ -142,11 +138,7 @@ class ModelSource:
         )
 
     def read_weights(self) -> dict[str, Tensor]:
-        """The state dict.
-
-        Raises:
-            ValueError: if there is none in safetensors, or it is damaged or no longer that of its CIFAR network.
-        """
+        """The state dict; ValueError if there is none in safetensors, or it is damaged or not of the network."""
         weights = self.fetch(WEIGHTS_NAME)
         try:
             state = load_file(weights)
@@ -200,11 +192,7 @@ class Origin:
 
 
 def read_origin(source: str, *, revision: str | None = None) -> Origin:
-    """Read card and ``config.json`` of a model, named as for `ham_hf.models.load_pixel_model`.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
+    """Read card and ``config.json`` of a model, named as for `load_pixel_model`; ValueError if there is none."""
     resolved = resolve_source(complete_name(source, revision))
     card = _card_metadata(resolved)
     licenses = _matching(_WORD, [card.get("license"), resolved.pretrained_cfg.get("license")])
