@@ -35,7 +35,7 @@ def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor
 @pytest.mark.parametrize("augmentation", ["crop", "crop_flip"])
 @given(seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=5)
-def test_equals_the_loop_over_images(dtype: torch.dtype, augmentation: str, seed: int) -> None:
+def test_equals_the_loop_over_images(dtype, augmentation, seed):
     x = torch.randint(1, 256, (6, 2, 16, 16), generator=torch.Generator().manual_seed(1)).to(dtype)
     before = x.clone()
     out = augment_batch(x, augmentation, seed)
@@ -46,12 +46,12 @@ def test_equals_the_loop_over_images(dtype: torch.dtype, augmentation: str, seed
 
 
 @pytest.mark.parametrize("augmentation", ["none", "timm"])
-def test_nothing_is_changed_without_batched_augmentation(augmentation: str) -> None:
+def test_nothing_is_changed_without_batched_augmentation(augmentation):
     x = torch.rand(4, 3, 8, 8)
     assert torch.equal(augment_batch(x, augmentation, 0), x)
 
 
-def test_every_window_and_both_orientations_occur() -> None:
+def test_every_window_and_both_orientations_occur():
     x = torch.arange(1, 33 * 33 + 1, dtype=torch.float32).view(1, 1, 33, 33)[..., :32, :32].repeat(2000, 1, 1, 1)
     crops = random_crop(x, 4, torch.Generator().manual_seed(0))
     assert len(crops.flatten(1).unique(dim=0)) == 81
@@ -65,7 +65,7 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_seed_for_example_fixes_all_three_generators_and_is_undone() -> None:
+def test_seed_for_example_fixes_all_three_generators_and_is_undone():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = draws()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)

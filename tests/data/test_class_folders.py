@@ -6,7 +6,6 @@ import logging
 import os
 import random
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -112,9 +111,7 @@ class Tree:
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
-def test_every_image_of_200_trees_is_accounted_for(
-    seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_image_of_200_trees_is_accounted_for(seed, tmp_path, caplog):
     outcomes = {"read": 0, "refused": 0}
     for number in range(25):
         tree = Tree(tmp_path / f"set [{number}] a:b 100%", random.Random(1000 * seed + number))
@@ -151,7 +148,7 @@ def classes_in(*classes: str, count: int = 6) -> list[str]:
     return [f"{name}/{number}.png" for name in classes for number in range(count)]
 
 
-def test_words_in_file_and_class_names_decide_nothing(tmp_path: Path) -> None:
+def test_words_in_file_and_class_names_decide_nothing(tmp_path):
     paths = [f"{name}/{word} {number}.png" for name in ("cat", "dog") for word in ("stress test", "val", "shot")
              for number in range(10)]  # fmt: skip
     data = load(write(tmp_path / "words", *paths), validation_fraction=0.1)
@@ -184,12 +181,12 @@ def test_words_in_file_and_class_names_decide_nothing(tmp_path: Path) -> None:
         ([*classes_in("cat", "dog"), "dog/old/1.png"], "class folders are not equally deep"),
     ],
 )
-def test_what_does_not_say_its_class_is_refused_by_name(paths: list[str], message: str, tmp_path: Path) -> None:
+def test_what_does_not_say_its_class_is_refused_by_name(paths, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path / "set", *paths))
 
 
-def test_what_lies_beside_splits_is_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_lies_beside_splits_is_counted_aloud(tmp_path, caplog):
     inside = [f"{split}/{path}" for split in ("train", "test") for path in classes_in("cat", "dog")]
     root = tmp_path / "set"
     write(root, *inside, "assets/logo.png", "sample.png", "train/cat/.hidden.png")
@@ -208,7 +205,7 @@ def test_what_lies_beside_splits_is_counted_aloud(tmp_path: Path, caplog: pytest
         assert any(part in note for note in data.notes)
 
 
-def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path):
     root = tmp_path / "set"
     write(root, *classes_in("cat", "dog"))
     (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -217,7 +214,7 @@ def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     assert load(str(root), skip_corrupt=True).num_skipped == 1
 
 
-def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_listed_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1 files are listed twice, such as 'cat/1\.png'"):
         sort_into_classes(["cat/1.png", "dog/1.png", "cat/1.png"])
     folder = Path(write_parquet(tmp_path / "set", train=grays(6)))
@@ -228,7 +225,7 @@ def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
             load(str(folder), dataset_streaming=streaming)
 
 
-def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path, caplog):
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("train", "more"):
@@ -239,7 +236,7 @@ def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_images_in_train_and_test_are_counted(linked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_in_train_and_test_are_counted(linked, tmp_path, caplog):
     root = tmp_path / "set"
     write(root, *classes_in("train/cat", "train/dog", "test/cat", "test/dog"))
     for number in range(3):
@@ -252,7 +249,7 @@ def test_images_in_train_and_test_are_counted(linked: bool, tmp_path: Path, capl
     assert load(str(root), cache_images="none", augmentation="none", skip_corrupt=True).num_test_in_train == 3
 
 
-def test_the_order_of_images_is_that_of_their_paths(tmp_path: Path) -> None:
+def test_the_order_of_images_is_that_of_their_paths(tmp_path):
     """As before, so that the held-out parts of earlier runs are found again."""
     root = write(tmp_path / "set", *classes_in("b", "a 1", "a"))
     rows = open_source(root, None, None).splits["train"].cast_column("image", datasets.Image(decode=False))
@@ -263,8 +260,8 @@ def test_the_order_of_images_is_that_of_their_paths(tmp_path: Path) -> None:
     assert torch.equal(torch.tensor(rows["label"][:]), torch.tensor(before["label"][:]))
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder: Any = write_parquet(tmp_path / "set", train=grays(6))
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    folder = write_parquet(tmp_path / "set", train=grays(6))
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     for streaming in (False, True):
@@ -274,5 +271,5 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture(autouse=True)
-def _warnings(caplog: pytest.LogCaptureFixture) -> None:
+def _warnings(caplog):
     caplog.set_level(logging.WARNING)

@@ -74,20 +74,20 @@ FILES = ["{}.png", "train_{}.png", "{} test.PNG", "a:b {}.jpg", "val{}.png", "[{
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("archived", [False, True])
-def test_every_row_of_random_tables_is_read_with_its_label(kind: str, archived: bool, tmp_path: Path) -> None:
+def test_every_row_of_random_tables_is_read_with_its_label(kind, archived, tmp_path):
     for number in range(8):
         rng = random.Random(f"{kind} {archived} {number}")
         names = rng.sample(["cat", "NA", "null", "train", "test", "dog 1", "nan", "x,y"], 3)
         splits = rng.choice([["train"], ["train", "test"], ["train", "val", "test"]])
         common = rng.random() < 0.5
-        files: dict[str, bytes] = {}
-        expected: dict[str, list[tuple[bytes, object]]] = {}
-        rows: list[tuple[str, object]] = []
+        files = {}
+        expected = {}
+        rows = []
         for split in splits:
             top = f"{split}/" if len(splits) > 1 else ""
             # Beside a folder at the top that is named like a split, images of no split would be refused.
             inside = FOLDERS if top else [folder for folder in FOLDERS if folder != "train/"]
-            own: list[tuple[str, object]] = []
+            own = []
             for image in range(9):
                 path = rng.choice(inside) + rng.choice(FILES).format(image)
                 files[top + path] = encode(noise(rng.randrange(2**30)))
@@ -104,7 +104,7 @@ def test_every_row_of_random_tables_is_read_with_its_label(kind: str, archived: 
         assert found(root) == {split: sorted(of_split) for split, of_split in expected.items()}, root
 
 
-def test_words_in_names_decide_nothing_beside_a_table(tmp_path: Path) -> None:
+def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
     """Each of these lost all but the images with the word in their path, or the labels of the table."""
     for number, path in enumerate(["train {}.png", "images/train/{}.png", "test_{}.png"]):
         paths = [path.format(image) for image in range(5)] + [f"images/other/{image}.png" for image in range(15)]
@@ -140,13 +140,13 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_tables_that_do_not_fit_are_refused(files, message, tmp_path):
     root = write(tmp_path / "set", {**images("a.png", "b.png", "more/c.png"), **files})
     with pytest.raises(ValueError, match=message):
         open_source(root, None, None)
 
 
-def test_tables_declare_classes_alike_or_are_refused(tmp_path: Path) -> None:
+def test_tables_declare_classes_alike_or_are_refused(tmp_path):
     def declared(path: str, names: list[str]) -> bytes:
         features = datasets.Features(
             {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
@@ -165,7 +165,7 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path: Path) -> None:
     assert splits["test"].features["label"].names == ["cat", "dog"]
 
 
-def test_images_without_a_row_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_row_are_counted_aloud(tmp_path, caplog):
     rows = [(f"{number}.png", "xy"[number % 2]) for number in range(10)]
     root = write(tmp_path / "set", {**images(*(name for name, _ in rows), "more/1.png"), "metadata.csv": table(rows)})
     sentence = "1 image files have no row in 'metadata.csv' and are not read, such as 'more/1.png'"
@@ -187,9 +187,7 @@ def test_images_without_a_row_are_counted_aloud(tmp_path: Path, caplog: pytest.L
         ({f"{name}.zip": images("1.png", f"{name}.PNG", "stress test.png") for name in ("cat", "dog")}, {"train": 6}),
     ],
 )  # fmt: skip
-def test_an_archive_is_a_folder_of_its_name(
-    files: dict[str, dict[str, bytes]], expected: dict[str, int], tmp_path: Path
-) -> None:
+def test_an_archive_is_a_folder_of_its_name(files, expected, tmp_path):
     root = write(tmp_path / "set", {name: archive(content) for name, content in files.items()})
     splits = found(root)
     assert {split: len(rows) for split, rows in splits.items()} == expected
@@ -200,7 +198,7 @@ def test_an_archive_is_a_folder_of_its_name(
     )
 
 
-def test_a_new_archive_under_an_old_name_is_read(tmp_path: Path) -> None:
+def test_a_new_archive_under_an_old_name_is_read(tmp_path):
     for number in range(2):
         files = classes_in("cat", "dog", first=50 * number)
         root = write(tmp_path / "set", {"photos.zip": archive(files)})
@@ -208,7 +206,7 @@ def test_a_new_archive_under_an_old_name_is_read(tmp_path: Path) -> None:
         assert found(root)["train"] == sorted((image, path.split("/")[0]) for path, image in files.items())
 
 
-def test_archives_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_archives_that_do_not_fit_are_refused(tmp_path):
     one, other = archive(classes_in("cat", "dog")), archive(classes_in("cat", "dog", first=50))
     with pytest.raises(ValueError, match=r"the folders 'a/cat' and 'latest test/cat' have one name"):
         open_source(write(tmp_path / "two", {"a.zip": one, "latest test.zip": other}), None, None)
@@ -232,7 +230,7 @@ def below(folder: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
     return {f"{folder}/{path}": content for path, content in files.items()}
 
 
-def test_readme_decides_the_splits_of_image_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_readme_decides_the_splits_of_image_files(tmp_path, caplog):
     files = {**below("a", classes_in("cat", "dog", "train")), **below("b", classes_in("dog", first=50))}
     files |= below("forgotten", classes_in("owl"))
     splits = found(write(tmp_path / "set", {**files, "README.md": readme(train="a/**", test="b/**")}))
@@ -257,7 +255,7 @@ def test_readme_decides_the_splits_of_image_files(tmp_path: Path, caplog: pytest
         ),
     ],
 )
-def test_split_folders_are_no_classes(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_split_folders_are_no_classes(files, message, tmp_path):
     """``datasets`` called every image of the split test a ``test``."""
     with pytest.raises(ValueError, match=message):
         open_source(

@@ -7,19 +7,38 @@ import json
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from huggingface_hub import constants
+from sklearn.datasets import load_digits
 
 from ham_hf.data.columns import read_labels
+from ham_hf.data.sources import DIGITS_FILE, open_source, read_digits
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
 from tests.support.hub_server import Hub, hub_environment
+
+# The digits of the package
+
+
+def test_the_digits_are_those_of_scikit_learn_as_gray_images_in_that_order():
+    scans, (images, labels) = load_digits(), read_digits()
+    assert (images.dtype, labels.dtype) == (np.uint8, scans.target.dtype)
+    rows = open_source("digits", None, None).splits["train"]
+    assert rows["label"][:] == scans.target.tolist()
+    stretched = np.round(scans.images * (255 / 16))
+    assert all(np.array_equal(image, expected) for image, expected in zip(rows["image"], stretched, strict=True))
+    assert rows[0]["image"].mode == "L"
+
+
+def test_the_digits_are_small_and_have_their_licence_beside_them():
+    assert DIGITS_FILE.stat().st_size < 60_000
+    text = DIGITS_FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
+    for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):
+        assert part in text
+
 
 # Splits
 
@@ -34,7 +53,7 @@ from tests.support.hub_server import Hub, hub_environment
         (["extra"], 16, "held out of extra (20 %, stratified, seed 0)"),
     ],
 )
-def test_splits_by_rule(tmp_path: Path, names: list[str], train: int, origin: str) -> None:
+def test_splits_by_rule(tmp_path, names, train, origin):
     splits = {"train": 20, "extra": 20, "test": 6, "validation": 8}
     folder = write_parquet(tmp_path / "set", **{name: grays(splits[name]) for name in names})
     data = load(folder, validation_fraction=0)
@@ -44,7 +63,7 @@ def test_splits_by_rule(tmp_path: Path, names: list[str], train: int, origin: st
     assert data.validation is None
 
 
-def test_splits_by_name(tmp_path: Path) -> None:
+def test_splits_by_name(tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(20), test=grays(6), validation=grays(8))
     data = load(folder, train_split="validation", test_split="train", validation_fraction=0.25)
     assert (len(data.train), len(data.validation or []), len(data.test)) == (6, 2, 20)
@@ -59,7 +78,7 @@ def test_splits_by_name(tmp_path: Path) -> None:
         (["train", "test"], {"test_split": "train"}, "--test_split train is the training split"),
     ],
 )
-def test_splits_that_do_not_fit(tmp_path: Path, splits: list[str], options: dict[str, Any], message: str) -> None:
+def test_splits_that_do_not_fit(tmp_path, splits, options, message):
     saved = datasets.DatasetDict({name: grays(6) for name in splits})
     saved.save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
@@ -69,14 +88,14 @@ def test_splits_that_do_not_fit(tmp_path: Path, splits: list[str], options: dict
 # Columns
 
 
-def test_odd_column_names(tmp_path: Path) -> None:
+def test_odd_column_names(tmp_path):
     examples = grays(10, image="picture of it", label="what it is")
     examples = examples.add_column("note", ["x"] * 10)
     data = load(write_parquet(tmp_path / "set", train=examples))
     assert data.class_names == ("c0", "c1")
 
 
-def test_fine_label_goes_before_coarse_label(tmp_path: Path) -> None:
+def test_fine_label_goes_before_coarse_label(tmp_path):
     coarse = datasets.ClassLabel(names=["all", "none"])
     examples = grays(12, 3, label="fine_label").add_column("coarse_label", [0] * 12, feature=coarse)
     folder = write_parquet(tmp_path / "set", train=examples)
@@ -85,7 +104,7 @@ def test_fine_label_goes_before_coarse_label(tmp_path: Path) -> None:
         load(write_parquet(tmp_path / "one", train=grays(4, 1, label="coarse_label")), label_column="coarse_label")
 
 
-def test_several_images_or_labels_have_to_be_named(tmp_path: Path) -> None:
+def test_several_images_or_labels_have_to_be_named(tmp_path):
     examples = grays(10, image="left", label="kind")
     right = grays(10, image="right").remove_columns("label")
     examples = datasets.concatenate_datasets([examples, right], axis=1)
@@ -107,12 +126,12 @@ def test_several_images_or_labels_have_to_be_named(tmp_path: Path) -> None:
         ({"label_column": "image"}, "--label_column image: expected one class label"),
     ],
 )
-def test_named_columns_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_named_columns_that_do_not_fit(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         load(write_parquet(tmp_path / "set", train=grays(10)), **options)
 
 
-def test_no_image_and_no_label_column(tmp_path: Path) -> None:
+def test_no_image_and_no_label_column(tmp_path):
     text = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     with pytest.raises(ValueError, match=r"no image column; .*'text', 'label' with --image_column"):
         load(write_parquet(tmp_path / "text", train=text))
@@ -120,27 +139,15 @@ def test_no_image_and_no_label_column(tmp_path: Path) -> None:
         load(write_parquet(tmp_path / "bare", train=grays(4).remove_columns("label")))
 
 
-def test_column_missing_in_the_test_split(tmp_path: Path) -> None:
+def test_column_missing_in_the_test_split(tmp_path):
     splits = datasets.DatasetDict(train=grays(6), test=grays(6).rename_column("label", "other"))
     splits.save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"split 'test' has no column 'label', only 'image', 'other'"):
         load(str(tmp_path / "set"))
 
 
-@pytest.mark.faults(quick=True)
-def test_a_label_that_is_none_of_the_declared_classes_is_named(tmp_path: Path) -> None:
-    """The file itself declares the classes, so nothing casts its labels to them."""
-    classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    images = [{"bytes": encode(gray(value)), "path": None} for value in range(6)]
-    rows = pa.table({"image": images, "label": [0, 1, 0, 1, 7, 1]}, schema=classes.arrow_schema)
-    (tmp_path / "set").mkdir()
-    pq.write_table(rows, tmp_path / "set" / "train-0.parquet")
-    with pytest.raises(ValueError, match=r"split 'train', row 4: label 7, and column 'label' declares 2 classes"):
-        load(str(tmp_path / "set"))
-
-
 @pytest.mark.parametrize("kind", ["binary", "struct"])
-def test_encoded_bytes_without_an_image_feature(tmp_path: Path, kind: str) -> None:
+def test_encoded_bytes_without_an_image_feature(tmp_path, kind):
     binary = datasets.Value("binary")
     feature = binary if kind == "binary" else {"bytes": binary, "path": datasets.Value("string")}
     plain = grays(10).cast_column("image", datasets.Image(decode=False))
@@ -163,7 +170,7 @@ def test_encoded_bytes_without_an_image_feature(tmp_path: Path, kind: str) -> No
         ("bool", [True, False, True, False], ("False", "True")),
     ],
 )
-def test_labels_become_0_to_c(tmp_path: Path, dtype: str, values: list[Any], names: tuple[str, ...]) -> None:
+def test_labels_become_0_to_c(tmp_path, dtype, values, names):
     examples = dataset([gray(index) for index in range(8)], values * 2, label_feature=datasets.Value(dtype))
     data = load(write_parquet(tmp_path / "set", train=examples, test=examples), validation_fraction=0)
     assert data.class_names == names
@@ -171,7 +178,7 @@ def test_labels_become_0_to_c(tmp_path: Path, dtype: str, values: list[Any], nam
     assert data.test.labels.tolist() == data.train.labels.tolist()
 
 
-def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
     names = datasets.ClassLabel(names=["cat", "ghost", "dog"])
     train = dataset([gray(index) for index in range(8)], [0, 2] * 4, label_feature=names)
     test = dataset([gray(9), gray(10)], [1, 2], label_feature=names)
@@ -201,7 +208,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
         ),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], test: list[Any], message: str) -> None:
+def test_labels_that_do_not_fit(tmp_path, dtype, train, test, message):
     feature, images = datasets.Value(dtype), [gray(1), gray(2)]
     folder = write_parquet(
         tmp_path / "set",
@@ -212,7 +219,7 @@ def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], te
         load(folder)
 
 
-def test_unlabeled_test_split_of_a_class_label(tmp_path: Path) -> None:
+def test_unlabeled_test_split_of_a_class_label(tmp_path):
     names = datasets.ClassLabel(names=["cat", "dog"])
     test = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
     folder = write_parquet(tmp_path / "set", train=grays(4), test=test, extra=grays(4))
@@ -221,7 +228,7 @@ def test_unlabeled_test_split_of_a_class_label(tmp_path: Path) -> None:
     assert load(folder, test_split="extra", validation_fraction=0).test_split_origin == "extra"
 
 
-def test_empty_split(tmp_path: Path) -> None:
+def test_empty_split(tmp_path):
     splits = datasets.DatasetDict(train=grays(4), test=grays(4).select([]))
     with pytest.raises(ValueError, match=r"split 'test' is empty"):
         read_labels(splits, "label", "train", "test")
@@ -233,7 +240,7 @@ def test_empty_split(tmp_path: Path) -> None:
 # Folders
 
 
-def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.parquet").touch()
     (tmp_path / "broken").mkdir()
@@ -257,7 +264,6 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
 LOAD = """
 import json, sys
-from ham_hf.data.columns import read_labels
 from tests.support.example_images import load
 
 for options in json.load(sys.stdin):
@@ -297,7 +303,7 @@ def archive() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parquet")
     grays(10).to_parquet(folder / "a.parquet")
     rows = (folder / "a.parquet").read_bytes()
@@ -348,12 +354,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.mark.slow
-def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], list[Any] | tuple[str, str]]] = [
-        ({"dataset_name": "me/one"}, ["default", hub.repos["dataset", "me/one"].refs["main"], 8, 10, ["c0", "c1"]]),
+def test_datasets_of_the_hub(hub, tmp_path):
+    def commit(name):
+        return hub.repos["dataset", name].refs["main"]
+
+    cases = [
+        ({"dataset_name": "me/one"}, ["default", commit("me/one"), 8, 10, ["c0", "c1"]]),
         (
             {"dataset_name": "me/many", "dataset_config_name": "large"},
-            ["large", hub.repos["dataset", "me/many"].refs["main"], 8, 10, ["c0", "c1"]],
+            ["large", commit("me/many"), 8, 10, ["c0", "c1"]],
         ),
         (
             {"dataset_name": "me/many"},
@@ -367,23 +376,23 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
         (
             {"dataset_name": "me/folders"},
-            ["default", hub.repos["dataset", "me/folders"].refs["main"], 14, 6, ["bus", "stress test", "train"]],
+            ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]],
         ),
         (
             {"dataset_name": "me/flat"},
-            ["default", hub.repos["dataset", "me/flat"].refs["main"], 11, 4, ["bus", "stress test", "train"]],
+            ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]],
         ),
         (
             {"dataset_name": "me/tables", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/tables"].refs["main"], 4, 4, ["NA", "dog"]],
+            ["default", commit("me/tables"), 4, 4, ["NA", "dog"]],
         ),
         (
             {"dataset_name": "me/declared", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/declared"].refs["main"], 6, 6, ["test", "train"]],
+            ["default", commit("me/declared"), 6, 6, ["test", "train"]],
         ),
         (
             {"dataset_name": "me/archives", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/archives"].refs["main"], 4, 4, ["bus", "train"]],
+            ["default", commit("me/archives"), 4, 4, ["bus", "train"]],
         ),
         ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
     ]
@@ -412,7 +421,7 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults(quick=True)
-def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_cannot_be_reached(monkeypatch):
     for module in (constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"--dataset_name me/far: .* the Hub cannot be reached .*HF_HUB_OFFLINE"):

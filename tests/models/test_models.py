@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -283,16 +282,6 @@ class TestCreateBackbone:
         assert "state_dict" not in model.pretrained_cfg
 
 
-class Bomb:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 class TestLoadPixelModel:
     @pytest.mark.parametrize(
         ("source", "revision", "message"),
@@ -331,26 +320,6 @@ class TestLoadPixelModel:
         folder.mkdir(exist_ok=True)
         cfg = {"input_size": [3, 32, 32], "num_classes": 1000, **pretrained_cfg}
         (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))
-
-    @pytest.mark.faults(quick=True)
-    def test_pickles_are_refused(self, tmp_path):
-        mark = tmp_path / "unpickled"
-        self.write_config(tmp_path)
-        (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-        with pytest.raises(ValueError, match=r"no model\.safetensors; pickled weights .* never loaded"):
-            load_pixel_model(str(tmp_path))
-        assert not mark.exists()
-
-    @pytest.mark.faults(quick=True)
-    def test_a_configuration_cannot_point_at_a_pickle(self, tmp_path):
-        mark, bomb = tmp_path / "unpickled", tmp_path / "weights.bin"
-        bomb.write_bytes(pickle.dumps(Bomb(mark)))
-        self.write_config(tmp_path, file=str(bomb), url=bomb.as_uri(), source="", custom_load=True)
-        weights = timm.create_model("test_resnet").state_dict()
-        save_file(weights, tmp_path / "model.safetensors")
-        loaded = load_pixel_model(str(tmp_path))
-        assert torch.equal(loaded.model.backbone.fc.weight, weights["fc.weight"])
-        assert not mark.exists()
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -40,13 +40,13 @@ def ids(geometry: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
+def images():
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIDES]
 
 
 @pytest.fixture(scope="module")
-def folder(images: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(images, tmp_path_factory):
     """Class folders: the images above, in order, as both splits."""
     root = tmp_path_factory.mktemp("images")
     for split in ("train", "test"):

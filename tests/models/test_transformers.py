@@ -137,7 +137,7 @@ def test_lines_of_the_card_give_the_evaluated_numbers(name, in_chans, tmp_path, 
     (with_timm,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (with_transformers,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    variables: dict = {}
+    variables = {}
     exec(with_timm, variables)
     capsys.readouterr()
     exec(with_transformers, variables)
