@@ -178,13 +178,7 @@ def _open(config: DataConfig, group_column: str | None) -> _Opened:
         if of_train is not None and set(names) <= set(of_train):
             labels, names = named_labels(labels, names, of_train), of_train
     return _Opened(
-        source=source,
-        rows=rows,
-        split=split,
-        train_split=train,
-        labels=labels,
-        class_names=names,
-        image_column=images,
+        source=source, rows=rows, split=split, train_split=train, labels=labels, class_names=names, image_column=images
     )
 
 

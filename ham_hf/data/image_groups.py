@@ -53,10 +53,7 @@ class ImageGroups:
 
 
 def read_groups(
-    split: datasets.Dataset,
-    column: str,
-    rows: Tensor,
-    of_files: Sequence[tuple[FileClasses, tuple[str, ...]]] = (),
+    split: datasets.Dataset, column: str, rows: Tensor, of_files: Sequence[tuple[FileClasses, tuple[str, ...]]] = ()
 ) -> ImageGroups:
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
@@ -116,8 +113,5 @@ def make_groups(
         shown.append(missing)
     of_image = [len(order) if value is None else index_of[value] for value in values]
     return ImageGroups(
-        column=column,
-        names=tuple(shown),
-        of_image=torch.tensor(of_image, dtype=torch.int64),
-        num_missing=num_missing,
+        column=column, names=tuple(shown), of_image=torch.tensor(of_image, dtype=torch.int64), num_missing=num_missing
     )

@@ -102,12 +102,7 @@ class StreamedPixels:
     """
 
     def __init__(
-        self,
-        images: EncodedImages,
-        transform: PixelTransform,
-        *,
-        train_transform: PixelTransform,
-        num_workers: int,
+        self, images: EncodedImages, transform: PixelTransform, *, train_transform: PixelTransform, num_workers: int
     ) -> None:
         self._images = images
         self._transform = transform

@@ -164,19 +164,10 @@ def test_words_in_file_and_class_names_decide_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (
-            [*classes_in("cat", "dog"), "logo.png"],
-            r"1 of 13 images lie beside the class .*such as 'logo.png'",
-        ),
-        (
-            [*classes_in("train/cat", "train/dog"), "test/1.png"],
-            r"lie beside .* folders, in test, .*'test/1.png'",
-        ),
+        ([*classes_in("cat", "dog"), "logo.png"], r"1 of 13 images lie beside the class .*such as 'logo.png'"),
+        ([*classes_in("train/cat", "train/dog"), "test/1.png"], r"lie beside .* folders, in test, .*'test/1.png'"),
         (["train/1.png", "test/2.png"], r"1 images lie in the split folder 'test' itself"),
-        (
-            classes_in("val/a", "val/b", "dev/a", "dev/b"),
-            "folders 'dev' and 'val' are both the split 'validation'",
-        ),
+        (classes_in("val/a", "val/b", "dev/a", "dev/b"), "folders 'dev' and 'val' are both the split 'validation'"),
         (classes_in("cat/2020", "dog/2020"), "the folders 'cat/2020' and 'dog/2020' have one name"),
         ([*classes_in("cat", "dog"), "dog/old/1.png"], "class folders are not equally deep"),
     ],

@@ -413,10 +413,7 @@ def test_channel_statistics(images, std, tmp_path):
 # Where there is more
 
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+CIFAR10_CLASSES = (*("airplane", "automobile", "bird", "cat", "deer"), *("dog", "frog", "horse", "ship", "truck"))
 
 
 @pytest.mark.cifar10

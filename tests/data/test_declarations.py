@@ -81,10 +81,7 @@ def random_case(rng: random.Random) -> tuple[dict[str, tuple[list[str] | None, R
         usable = names or readme or next(iter(files.values()))[0] or everything
         files[
             f"{split}-{number if split == 'train' else 0:05d}-of-{num_train if split == 'train' else 1:05d}.parquet"
-        ] = (
-            names,
-            [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))],
-        )
+        ] = (names, [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))])
     return files, readme or next(iter(files.values()))[0] or everything, readme
 
 

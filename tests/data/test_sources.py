@@ -193,12 +193,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
     ("dtype", "train", "test", "message"),
     [
         ("string", ["a", "b"], ["b", "z"], "'test', row 1: label 'z' does not occur in split 'train'"),
-        (
-            "int64",
-            [0, 1],
-            [0, -1],
-            "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'",
-        ),
+        ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'"),
         ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
         ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
         (
@@ -366,14 +361,8 @@ def test_datasets_of_the_hub(hub, tmp_path):
         ({"dataset_name": "me/one", "dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
         ({"dataset_name": "me/empty"}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
         ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
-        (
-            {"dataset_name": "me/folders"},
-            ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]],
-        ),
-        (
-            {"dataset_name": "me/flat"},
-            ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]],
-        ),
+        ({"dataset_name": "me/folders"}, ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]]),
+        ({"dataset_name": "me/flat"}, ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]]),
         (
             {"dataset_name": "me/tables", "validation_fraction": 0},
             ["default", commit("me/tables"), 4, 4, ["NA", "dog"]],
