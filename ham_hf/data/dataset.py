@@ -175,12 +175,11 @@ def load_image_data(
     # Of a stream, train is never cached.
     cached = "none" if config.dataset_streaming else config.cache_images
     augmentation = choose_augmentation(config.augmentation, cached, config.dataset_name, geometry.image_size)
-    ready = {
-        part: _make_ready(encoded, geometry, config, augmentation=augmentation if part == "train" else "none")
-        for part, encoded in parts.encoded.items()
-    }
-    images = {part: found for part, (found, _, _) in ready.items()}
-    repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
+    images: dict[str, Images] = {}
+    digests: dict[str, list[bytes] | None] = {}
+    for part, encoded in parts.encoded.items():
+        own = augmentation if part == "train" else "none"
+        images[part], digests[part], _ = _make_ready(encoded, geometry, config, augmentation=own)
     _report_sizes(images, parts)
     # Of a stream, the images that are read already: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
@@ -204,7 +203,7 @@ def load_image_data(
         crop_mode=inputs.crop_mode,
         provenance=_provenance(parts, config, seed),
         notes=parts.source.notes,
-        num_test_in_train=repeated,
+        num_test_in_train=_test_images_in_train(digests),
     )
 
 
@@ -242,19 +241,14 @@ def _report_sizes(images: Mapping[str, Images], parts: Parts) -> None:
     for part in images:
         if part != "sample":
             _warn_of_absent_classes(part, images[part].labels, parts.class_names)
-    num_held_out = len(images.get("validation", ()))
-    logger.info(
-        "%d images held out of train to select the weights with, %d to test on (%s)",
-        num_held_out,
-        len(images["test"]),
-        parts.test_split_origin,
-    )
-    if "validation" in images and num_held_out < FEW_PER_CLASS * len(parts.class_names):
-        logger.warning(
-            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction",
-            num_held_out,
-            len(parts.class_names),
+    held_out, num_classes, origin = len(images.get("validation", ())), len(parts.class_names), parts.test_split_origin
+    what = "%d images held out of train to select the weights with, %d to test on (%s)"
+    logger.info(what, held_out, len(images["test"]), origin)
+    if "validation" in images and held_out < FEW_PER_CLASS * num_classes:
+        what = (
+            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction"
         )
+        logger.warning(what, held_out, num_classes)
 
 
 def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
@@ -312,25 +306,22 @@ def _make_ready(
     encoded: EncodedImages, geometry: EvalTransform, config: DataConfig, *, augmentation: str
 ) -> tuple[Images, list[bytes] | None, Tensor]:
     """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
-    image_size, cache_images, skip_corrupt = geometry.image_size, config.cache_images, config.skip_corrupt
-    num_bytes = len(encoded) * encoded.in_chans * image_size**2
+    cache_images, skip_corrupt = config.cache_images, config.skip_corrupt
+    num_bytes = len(encoded) * encoded.in_chans * geometry.image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
     pixels: PixelStore
     digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
-        decoded, readable, digests = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
+        decoded, readable, digests = decode_all(encoded, geometry, skip_corrupt=skip_corrupt)
         pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
         encoded = encoded.subset(readable)
     else:
         if skip_corrupt:
             logger.info("checking %d images of %r for unreadable ones", len(encoded), encoded.split)
-            digests = []  # in any order
-            encoded = encoded.subset(
-                for_each_image(
-                    encoded, lambda position, image: digests.append(content_digest(image)), skip_corrupt=True
-                )
-            )
+            found: list[bytes] = []  # in any order
+            readable = for_each_image(encoded, lambda _, image: found.append(content_digest(image)), skip_corrupt=True)
+            encoded, digests = encoded.subset(readable), found
         pixels = StreamedPixels(
             encoded,
             geometry,

@@ -210,7 +210,7 @@ def content_digest(image: Image.Image) -> bytes:
 
 
 def decode_all(
-    images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
+    images: EncodedImages, geometry: EvalTransform, *, skip_corrupt: bool
 ) -> tuple[Tensor, Tensor, list[bytes]]:
     """Decode all images into one tensor.
 
@@ -218,11 +218,11 @@ def decode_all(
         (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and `content_digest` of
         the M images at their own size.
     """
-    pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
+    pixels = torch.empty((len(images), images.in_chans, *[geometry.image_size] * 2), dtype=torch.uint8)
     digests = [b""] * len(images)
 
     def store(position: int, image: Image.Image) -> None:
-        pixels[position] = transform(image)
+        pixels[position] = geometry(image)
         digests[position] = content_digest(image)
 
     readable = for_each_image(images, store, skip_corrupt=skip_corrupt)

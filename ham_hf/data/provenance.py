@@ -50,19 +50,15 @@ class Provenance:
 
     Attributes:
         dataset: Hub id, or name of a local folder without its path.
-        config_name: configuration of a Hub dataset.
         revision: commit of a Hub dataset; None if it is not known.
         train_split: split that training and validation images are of.
         test_split: split of the test images; None if they were held out of ``train_split``.
-        image_column: column of the images.
-        label_column: column of the labels.
         seed: of the validation part and of ``limit_train_examples``.
         validation_fraction: share of the training images held out, in [0, 1).
         test_fraction: share of ``train_split`` held out to test on where ``test_split`` is None, in (0, 1).
         limit_train_examples: stratified part that was taken of the training images, before validation was held out.
         dataset_streaming: whether training images were streamed; held out is then the beginning of every file.
         num_train_examples: of a stream whose files do not say it.
-        skip_corrupt: whether unreadable images were left out.
         num_images: images of ``train_split``, all parts together.
         fingerprint: `Fingerprint.labels` of ``train_split``; None if it is not known.
         fingerprint_missing: why it is not known; else None.
@@ -182,10 +178,7 @@ def read_provenance(record: object) -> Provenance:
 _KINDS = get_type_hints(Provenance)
 _BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63),
-    "validation_fraction": (0, 1),
-    "test_fraction": (0, 1),
-    "limit_train_examples": (1, 2**63),
-    "num_train_examples": (1, 2**63),
-    "num_images": (1, 2**63),
+    **dict.fromkeys(("validation_fraction", "test_fraction"), (0, 1)),
+    **dict.fromkeys(("limit_train_examples", "num_train_examples", "num_images"), (1, 2**63)),
 }
 """Least value, and what the value stays below."""

@@ -126,15 +126,13 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a dataset, not decoded.
+    """The parts of a dataset, not decoded, and the size and fingerprint of its training split.
 
     Attributes:
         encoded: ``test``, ``validation`` if there is one, and ``train`` or, of a stream, ``sample``: some training
             images for statistics.
         test_split_origin: name of the test split, or how it was held out of train.
-        num_images: examples of the training split.
-        shards: the training split, if it is read as a stream.
-        fingerprint: of the training split; None for a stream, whose labels are not read.
+        shards: the training split, if it is read as a stream; its labels are not read, so it has no fingerprint.
     """
 
     source: Source[datasets.Dataset] | Source[SplitFiles]
@@ -151,12 +149,8 @@ def _choose(source: Source[datasets.Dataset] | Source[SplitFiles], config: DataC
     has_labels = labeled(source.splits, config.label_column)
     train, test = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train].features
-    return Chosen(
-        train_split=train,
-        test_split=test,
-        image_column=choose_image_column(features, config.image_column),
-        label_column=choose_label_column(features, config.label_column),
-    )
+    image_column = choose_image_column(features, config.image_column)
+    return Chosen(train, test, image_column, choose_label_column(features, config.label_column))
 
 
 def held_out_origin(split: str, fraction: float) -> str:

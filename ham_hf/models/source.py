@@ -59,11 +59,8 @@ class TrainedForm:
     Attributes:
         architecture: timm name of the network that was trained.
         model_args: its arguments, but for the number of classes (older exports have it here too).
-        image_size: side of its input in pixels.
-        interpolation: resampling by which images were brought to that size.
-        crop_pct: side of its input by the side that images were resized to.
+        image_size: of its input; this, interpolation, crop_pct and crop_mode are as in `Preprocessing`.
         upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
-        crop_mode: which sides were resized, by timm's names.
     """
 
     architecture: str
