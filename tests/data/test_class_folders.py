@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,16 @@ import torch
 
 from ham_hf.data.class_folders import sort_into_classes
 from ham_hf.data.sources import open_source
-from tests.support.example_images import encode, grays, load, noise, write_parquet
+from tests.support.example_images import (
+    encode,
+    grays,
+    in_class_folders,
+    load,
+    noise,
+    pictures,
+    write_files,
+    write_parquet,
+)
 
 SPLIT_NAMES = {
     "train": ["train", "Training", "TRAIN"],
@@ -137,15 +147,11 @@ def test_every_image_of_200_trees_is_accounted_for(seed, tmp_path, caplog):
     assert min(outcomes.values()) >= 3
 
 
-def write(root: Path, *paths: str) -> str:
-    for number, path in enumerate(paths):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(encode(noise(number)))
-    return str(root)
+def write(root, *paths):
+    return write_files(root, pictures(*paths))
 
 
-def classes_in(*classes: str, count: int = 6) -> list[str]:
-    return [f"{name}/{number}.png" for name in classes for number in range(count)]
+classes_in = partial(in_class_folders, count=6)
 
 
 def test_words_in_file_and_class_names_decide_nothing(tmp_path):

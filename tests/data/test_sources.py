@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import datasets
@@ -17,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from ham_hf.data.columns import read_labels
 from ham_hf.data.sources import DIGITS_FILE, open_source, read_digits
-from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet, zipped
 from tests.support.hub_server import Hub, hub_environment
 
 # The digits of the package
@@ -280,15 +278,6 @@ configs:
 """
 
 
-def archive() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
-        for name in ("bus", "train"):
-            for number in range(2):
-                opened.writestr(f"{name}/test {number}.PNG", encode(noise(number)))
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parquet")
@@ -310,6 +299,7 @@ def hub(tmp_path_factory):
         add(hub, "me/secret", "data", private=True)
         add(hub, "me/empty")
         picture = encode(noise(0))
+        archived = {f"{name}/test {number}.PNG": picture for name in ("bus", "train") for number in range(2)}
         folders = {
             f"{split}/{name}/{word} [{number}] a:b 50%.PNG": picture
             for split in ("train", "test")
@@ -333,7 +323,7 @@ def hub(tmp_path_factory):
                 },
                 "README.md": DECLARED.encode(),
             },
-            "archives": {f"{split}.zip": archive() for split in ("train", "test")},
+            "archives": {f"{split}.zip": zipped(archived) for split in ("train", "test")},
             "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
         }.items():
             hub.add("dataset", f"me/{name}", tree)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,32 @@ def write_parquet(folder: Path, **splits: datasets.Dataset) -> str:
     for split, examples in splits.items():
         examples.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return str(folder)
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> str:
+    """Files by their paths below ``root``."""
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return str(root)
+
+
+def pictures(*paths: str, first: int = 0) -> dict[str, bytes]:
+    """A different image for each path."""
+    return {path: encode(noise(first + number)) for number, path in enumerate(paths)}
+
+
+def in_class_folders(*classes: str, count: int = 4) -> list[str]:
+    """Paths of ``count`` images of each class."""
+    return [f"{name}/{number}.png" for name in classes for number in range(count)]
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for path, content in files.items():
+            opened.writestr(path, content)
+    return buffer.getvalue()
 
 
 def load(dataset_name: str, **options: Any) -> ImageData:
