@@ -15,16 +15,9 @@ from pathlib import Path, PurePosixPath
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 SPLIT_OF_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS) | {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"}
 DATA_EXTENSIONS = (".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".zip")

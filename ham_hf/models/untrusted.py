@@ -67,13 +67,11 @@ def check_model_args(arguments: Mapping[str, object], where: str) -> None:
 
 def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
     """Check the entries used of timm's description of the weights: input, preprocessing, classes."""
-    _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
+    size = f"channels, height and width of at most {MAX_SIDE} pixels"
+    for prefix in ("", "test_"):
+        _expect(cfg, f"{prefix}input_size", size, _is_size, optional=bool(prefix))
+        _expect(cfg, f"{prefix}crop_pct", _CROP_RANGE, _is_crop, optional=bool(prefix))
     _expect(cfg, "interpolation", _INTERPOLATION, _is_interpolation)
-    _expect(cfg, "crop_pct", _CROP_RANGE, _is_crop)
-    _expect(
-        cfg, "test_input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size, optional=True
-    )
-    _expect(cfg, "test_crop_pct", _CROP_RANGE, _is_crop, optional=True)
     _expect(cfg, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES)
     _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
     positive = "one number > 0 per channel"
@@ -107,13 +105,8 @@ def check_metadata(metadata: Mapping[str, object]) -> None:
     _expect(metadata, "epsilon", "a number > 0", lambda value: _is_number(value) and value > 0, optional=True)
     fraction = "a number in (0, 1)"
     _expect(metadata, "test_fraction", fraction, lambda value: _is_number(value) and 0 < value < 1, optional=True)
-    _expect(
-        metadata,
-        "calibration",
-        "an object with the original bias of each head and a shift per class",
-        _is_calibration,
-        optional=True,
-    )
+    calibration = "an object with the original bias of each head and a shift per class"
+    _expect(metadata, "calibration", calibration, _is_calibration, optional=True)
     _expect(metadata, "trained_on", "an object", lambda value: isinstance(value, dict), optional=True)
     for key in ("dataset", "method"):
         _expect(metadata, key, "a name", lambda value: isinstance(value, str), optional=True)
@@ -123,9 +116,7 @@ def _expect(
     values: Mapping[str, object], key: str, what: str, holds: Callable[[Any], bool], *, optional: bool = False
 ) -> None:
     value = values.get(key)
-    if value is None and optional:
-        return
-    if value is None or not holds(value):
+    if not (optional if value is None else holds(value)):
         raise ValueError(f"{key} should be {what}, got {_shown(value)}")
 
 
