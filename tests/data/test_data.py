@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
 import ham_hf.data.dataset
@@ -175,32 +174,6 @@ def test_exif_orientation_is_applied(deep, tmp_path):
 
 
 # Geometry
-
-
-@pytest.mark.parametrize("cache_images", ["ram", "none"])
-@pytest.mark.parametrize(("image_size", "crop_pct"), [(100, 0.875), (97, 1.0), (24, 0.875)])
-def test_geometry_is_that_of_timm(image_size, crop_pct, cache_images, tmp_path):
-    images = [noise(0, (40, 60)), noise(1, (131, 77)), noise(2, (image_size, image_size)), noise(3, (120, 9), "L")]
-    examples = dataset(images, [0, 1, 0, 1])
-    data = load(
-        write_parquet(tmp_path / "set", train=examples, test=examples),
-        image_size=image_size,
-        crop_pct=crop_pct,
-        augmentation="crop_flip",
-        validation_fraction=0,
-        cache_images=cache_images,
-    )
-    used_crop_pct = 1.0 if image_size <= 96 else crop_pct
-    assert data.crop_pct == used_crop_pct
-    transform = create_transform(
-        input_size=(3, image_size, image_size),
-        interpolation="bicubic",
-        crop_pct=used_crop_pct,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-    expected = torch.stack([transform(image.convert("RGB")) for image in images])
-    assert torch.equal(everything(data.test), expected)
 
 
 @pytest.mark.parametrize(

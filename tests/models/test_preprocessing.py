@@ -196,8 +196,9 @@ def test_training_keeps_the_geometry(geometry, pretrained, images, folder, tmp_p
 def test_small_images_stay_whole_in_training_of_a_large_model(folder):
     """At another size than the model's own, its crop is not wanted; its way to make images square is."""
     inputs = preprocessing(224, crop_pct=0.875, crop_mode="squash")
-    data = opened(folder, inputs, 32)
-    assert (data.crop_pct, data.crop_mode) == (1.0, "squash")
+    for size, crop_pct in ((32, 1.0), (96, 1.0), (97, 0.875), (224, 0.875)):
+        data = opened(folder, inputs, size)
+        assert (data.crop_pct, data.crop_mode) == (crop_pct, "squash")
 
 
 def test_exports_of_earlier_versions_are_centered(tmp_path):

@@ -154,7 +154,6 @@ def test_repository_is_repaired_with_one_commit(hub, tmp_path, capsys):
     ("arguments", "fragment"),
     [
         (["me/nothing", "--repair"], "could not get config.json of me/nothing"),
-        (["nothing", "--repair"], "neither a folder, nor owner/name"),
         (["me/a", "--repair", "--hub_model_id", "me/b"], "there is no folder me/a"),
         (["nothing"], "--hub_model_id is missing"),
     ],
