@@ -30,11 +30,12 @@ MAX_ARCHIVE_LENGTH = 10**9
 
 
 class Example(NamedTuple):
-    """An example: its number in the split, its image as ``{"bytes": ..., "path": ...}``, and its class."""
+    """An example: its number in the split, image as ``{"bytes": ..., "path": ...}``, class, and place for messages."""
 
     number: int
     encoded: Mapping[str, Any] | None
     label: int
+    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,8 @@ class Shards:
             for values in self.source.rows(columns, file, start, stop):
                 label = values[self.label_column]
                 self._check_label(label, file, row)
-                yield Example(self.offsets[file] + row, _encoded(values[self.image_column]), label)
+                image = _encoded(values[self.image_column])
+                yield Example(self.offsets[file] + row, image, label, self._where(file, row))
                 row += 1
         except StreamError:
             raise

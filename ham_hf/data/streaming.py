@@ -22,6 +22,7 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from queue import Queue
 from threading import Event, Semaphore, Thread
 from typing import Any, NamedTuple, TypeVar
@@ -131,7 +132,8 @@ class TrainingStream:
     ) -> None:
         self.shards, self.buffer_size = shards, buffer_size
         self._augmentation, self._num_workers = augmentation, num_workers
-        self._decoder = _Decoder(shards, train_transform, in_chans, skip_corrupt=skip_corrupt)
+        # No closure: a process that is not forked gets it by pickle.
+        self._decode = partial(_decode, train_transform, in_chans, skip_corrupt)
 
     def __len__(self) -> int:
         return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
@@ -171,9 +173,8 @@ class TrainingStream:
         requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
         # A thread reads, as it only waits for files and network; workers decode.
         with closing(_read_ahead(requests, READ_AHEAD)) as ready:
-            for pixels, labels, indices, request_seed in done_by_workers(
-                self._decoder, ready, self._num_workers, device
-            ):
+            batches = done_by_workers(self._decode, ready, self._num_workers, device)
+            for pixels, labels, indices, request_seed in batches:
                 pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
                 yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
 
@@ -235,47 +236,36 @@ def _read_lane(shards: Shards, stretches: Sequence[Stretch], order: Tensor) -> G
             yield batch
 
 
-class _Decoder:
-    """From requests to (B, C, S, S) uint8 pixels, (B,) labels, (B,) numbers of the examples, and the seed.
-
-    It knows no `Shards`: a process that is not forked gets it by pickle.
-    """
-
-    def __init__(self, shards: Shards, transform: PixelTransform, in_chans: int, *, skip_corrupt: bool) -> None:
-        self._offsets, self._files, self._split = shards.offsets, shards.source.files, shards.source.split
-        self._transform, self._in_chans, self._skip_corrupt = transform, in_chans, skip_corrupt
-
-    def __call__(self, request: Request) -> tuple[Tensor, Tensor, Tensor, int]:
-        pixels: list[Tensor] = []
-        kept: list[Example] = []
-        errors: list[CorruptImageError] = []
-        with isolated_rng():
-            for example in request.examples:
-                try:
-                    image = decode_or_explain(example.encoded, self._in_chans, where=self._where(example.number))
-                except CorruptImageError as error:
-                    if not self._skip_corrupt:
-                        raise
-                    errors.append(error)
-                    continue
-                kept.append(example)
-                seed_for_example(request.seed, example.number)
-                pixels.append(self._transform(image))
-        for corrupt in errors:
-            logger.warning("left out, another example of the batch is taken twice: %s", corrupt)
-        if not kept:
-            raise errors[0]
-        # Batches keep their size, as sums over processes count on it.
-        again = range(len(request.examples) - len(kept))
-        pixels += [pixels[number % len(kept)] for number in again]
-        kept += [kept[number % len(kept)] for number in again]
-        labels = torch.tensor([example.label for example in kept])
-        numbers = torch.tensor([example.number for example in kept])
-        return torch.stack(pixels), labels, numbers, request.seed
-
-    def _where(self, index: int) -> str:
-        file = max(number for number, offset in enumerate(self._offsets) if offset <= index)
-        return f"split {self._split!r}, {self._files[file]}, row {index - self._offsets[file]}"
+def _decode(
+    transform: PixelTransform, in_chans: int, skip_corrupt: bool, request: Request
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(B, C, S, S) uint8 pixels, (B,) labels and (B,) numbers of the examples of a request, and its seed."""
+    pixels: list[Tensor] = []
+    kept: list[Example] = []
+    errors: list[CorruptImageError] = []
+    with isolated_rng():
+        for example in request.examples:
+            try:
+                image = decode_or_explain(example.encoded, in_chans, where=example.where)
+            except CorruptImageError as error:
+                if not skip_corrupt:
+                    raise
+                errors.append(error)
+                continue
+            kept.append(example)
+            seed_for_example(request.seed, example.number)
+            pixels.append(transform(image))
+    for corrupt in errors:
+        logger.warning("left out, another example of the batch is taken twice: %s", corrupt)
+    if not kept:
+        raise errors[0]
+    # Batches keep their size, as sums over processes count on it.
+    again = range(len(request.examples) - len(kept))
+    pixels += [pixels[number % len(kept)] for number in again]
+    kept += [kept[number % len(kept)] for number in again]
+    labels = torch.tensor([example.label for example in kept])
+    numbers = torch.tensor([example.number for example in kept])
+    return torch.stack(pixels), labels, numbers, request.seed
 
 
 def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
