@@ -147,7 +147,7 @@ def choose_evaluation_split(
 
 def _open(config: DataConfig, group_column: str | None) -> _Opened:
     open_any = open_streamed_source if config.dataset_streaming else open_source
-    source = open_any(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_any(config)
     has_labels = labeled(source.splits, config.label_column)
     split, train = choose_evaluation_split(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train or split].features

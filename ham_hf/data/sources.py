@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import datasets
 import fsspec
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, note
+from ham_hf.data.config import DataConfig
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
 from ham_hf.data.image_files import files_below, files_of_builder, holds_images, read_image_files
 from ham_hf.data.shards import SplitFiles
@@ -65,28 +66,29 @@ class Source(Generic[Split]):
     declared: Declarations = field(default_factory=Declarations)
 
 
-def open_source(name: str, config_name: str | None, revision: str | None) -> Source[datasets.Dataset]:
+def open_source(config: DataConfig) -> Source[datasets.Dataset]:
     """Open ``digits``, a local folder (parquet, class folders, ``save_to_disk``) or a dataset of the Hub.
 
     An existing folder wins over a dataset of the Hub with the same name. ValueError if it cannot be opened; the
     message names the setting and the fix, the cause is kept.
     """
-    asked = _checked(name, config_name, revision)
+    name, config_name, local = config.dataset_name, config.dataset_config_name, _check_name(config)
     if name == DIGITS:
         return Source(splits=_digits())
-    with _explained(asked):
-        if asked.local and _is_saved(asked.path):
-            saved = datasets.load_from_disk(asked.path)
+    folder = os.path.expanduser(name)
+    with _explained(config, local=local):
+        if local and _is_saved(folder):
+            saved = datasets.load_from_disk(folder)
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return Source(splits=splits, config_name=config_name)
-        if asked.local and config_name is None and not _declared_configs(asked.path):
-            files = files_below(asked.path)
+        if local and config_name is None and not _declared_configs(folder):
+            files = files_below(folder)
             if holds_images(files):
                 if not any(map(is_image_name, files.where)):
                     check_cache()  # archives are unpacked there
                 splits, notes = read_image_files(files)
                 return Source(splits=splits, notes=notes)
-        builder, opened, commit = _builder(asked)
+        builder, opened, commit = _builder(config, local=local)
         configs = _declared_configs(str(builder.base_path))
         declares = any("data_files" in own for own in configs if own.get("config_name") == builder.config.name)
         images = _reads_image_files(builder)
@@ -100,23 +102,23 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         declared = _declarations(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-    if not asked.local:
+    if not local:
         _refuse_files_of_this_machine(name, splits)
     return Source(splits=splits, notes=tuple(unread), declared=declared, config_name=opened, revision=commit)
 
 
-def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> Source[SplitFiles]:
+def open_streamed_source(config: DataConfig) -> Source[SplitFiles]:
     """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
 
     ValueError if it cannot be opened or has another layout; the message names the fix.
     """
-    asked = _checked(name, config_name, revision)
+    name, local = config.dataset_name, _check_name(config)
     if name == DIGITS:
         raise _not_streamed(name, "the digits of the package")
-    if asked.local and _is_saved(asked.path):
+    if local and _is_saved(os.path.expanduser(name)):
         raise _not_streamed(name, "a folder written by save_to_disk")
-    with _explained(asked, passing=StreamError):
-        builder, opened, commit = _builder(asked)
+    with _explained(config, local=local, passing=StreamError):
+        builder, opened, commit = _builder(config, local=local)
         _refuse_repeated_files(builder)
         _note_unread_files(builder)
         declared = _declarations(builder)
@@ -300,18 +302,9 @@ def is_local(name: str) -> bool:
     return name == DIGITS or Path(name).expanduser().exists()
 
 
-class _Asked(NamedTuple):
-    """What the user asked for; ``path`` is the folder, or the Hub id."""
-
-    name: str
-    config_name: str | None
-    revision: str | None
-    local: bool
-    path: str
-
-
-def _checked(name: str, config_name: str | None, revision: str | None) -> _Asked:
-    """ValueError if it is neither local nor a Hub id, or has a configuration or revision that cannot be."""
+def _check_name(config: DataConfig) -> bool:
+    """`is_local`; ValueError for what is neither that nor a Hub id, or has an impossible configuration or revision."""
+    name, config_name, revision = config.dataset_name, config.dataset_config_name, config.dataset_revision
     local = is_local(name)
     if local and revision is not None:
         raise ValueError(f"--dataset_revision {revision}: only datasets of the Hub have revisions, {name!r} is local")
@@ -323,7 +316,7 @@ def _checked(name: str, config_name: str | None, revision: str | None) -> _Asked
         raise ValueError(
             f"--dataset_name {name}: there is no such folder, and it is not a Hub id either (expected 'owner/name')"
         )
-    return _Asked(name, config_name, revision, local, str(Path(name).expanduser()) if local else name)
+    return local
 
 
 def _is_saved(folder: str) -> bool:
@@ -331,20 +324,20 @@ def _is_saved(folder: str) -> bool:
     return any(os.path.isfile(f"{folder}/{file}") for file in ("dataset_dict.json", "state.json"))
 
 
-def _builder(asked: _Asked) -> tuple[datasets.DatasetBuilder, str | None, str | None]:
+def _builder(config: DataConfig, *, local: bool) -> tuple[datasets.DatasetBuilder, str | None, str | None]:
     """The builder of ``datasets`` for it, nothing prepared; and the configuration and the commit that it reads."""
     check_cache()
-    path = os.path.realpath(asked.path) if asked.local else asked.name
-    builder = datasets.load_dataset_builder(path, asked.config_name, revision=asked.revision)
+    path = os.path.realpath(os.path.expanduser(config.dataset_name)) if local else config.dataset_name
+    builder = datasets.load_dataset_builder(path, config.dataset_config_name, revision=config.dataset_revision)
     _check_names_in_readme(str(builder.base_path))
-    if asked.local:
-        return builder, asked.config_name, None
-    commit = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else asked.revision
+    if local:
+        return builder, config.dataset_config_name, None
+    commit = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else config.dataset_revision
     return builder, builder.config.name, commit
 
 
 @contextmanager
-def _explained(asked: _Asked, *, passing: type[Exception] = CacheError) -> Iterator[None]:
+def _explained(config: DataConfig, *, local: bool, passing: type[Exception] = CacheError) -> Iterator[None]:
     """Turn any error into a ValueError that names the setting and the fix; CacheError and ``passing`` have both."""
     try:
         yield
@@ -352,11 +345,11 @@ def _explained(asked: _Asked, *, passing: type[Exception] = CacheError) -> Itera
         raise
     except Exception as error:
         # Network, Hub, file format: dozens of exception types, and all of them end the run.
-        raise ValueError(_explanation(error, asked)) from error
+        raise ValueError(_explanation(error, config, local=local)) from error
 
 
-def _explanation(error: Exception, asked: _Asked) -> str:
-    name = asked.name
+def _explanation(error: Exception, config: DataConfig, *, local: bool) -> str:
+    name = config.dataset_name
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]
@@ -364,8 +357,8 @@ def _explanation(error: Exception, asked: _Asked) -> str:
         text += " They are declared in README.md, where YAML reads 1.10 as 1.1 and 007 as 7 unless they are in quotes."
     # datasets raises a plain ValueError if the configuration is missing or unknown, and lists those there are.
     if type(error) is ValueError and "config" in text.lower():
-        return f"--dataset_config_name {asked.config_name or '(not given)'}, of --dataset_name {name}: {text}"
-    if asked.local:
+        return f"--dataset_config_name {config.dataset_config_name or '(not given)'}, of --dataset_name {name}: {text}"
+    if local:
         return f"--dataset_name {name}: this folder cannot be read as parquet files or class folders: {text}"
     if isinstance(error, ConnectionError):
         return (
@@ -374,8 +367,8 @@ def _explanation(error: Exception, asked: _Asked) -> str:
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            f"--dataset_name {name}, --dataset_revision {asked.revision or 'main'}: {text} Check the id; a private or "
-            "gated dataset needs `hf auth login` or HF_TOKEN; there is no local folder of that name either"
+            f"--dataset_name {name}, --dataset_revision {config.dataset_revision or 'main'}: {text} Check the id; a "
+            "private or gated dataset needs `hf auth login` or HF_TOKEN; there is no local folder of that name either"
         )
     return f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {text}"
 

@@ -160,7 +160,7 @@ def held_out_origin(split: str, fraction: float) -> str:
 
 def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part."""
-    source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_source(config)
     chosen = _choose(source, config)
     train, test = chosen.train_split, chosen.test_split
     labels, test_labels, class_names = read_labels(source.splits, chosen.label_column, train, test, source.declared)
@@ -197,7 +197,7 @@ def split_stream(config: DataConfig, in_chans: int) -> Parts:
     The held-out part is the beginning of every file, so nothing else has to be read. It is not stratified, and it is
     the same for every seed. Without a validation part, the images for statistics are the first ones of a few files.
     """
-    source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_streamed_source(config)
     chosen, fraction = _choose(source, config), config.validation_fraction
     train, test, label_column = chosen.train_split, chosen.test_split, chosen.label_column
     classes = _declared_classes(source, train, label_column)

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from ham_hf.data.class_folders import sort_into_classes
-from ham_hf.data.sources import open_source
 from tests.support.example_images import (
     encode,
     grays,
     in_class_folders,
     load,
     noise,
+    open_stored,
     pictures,
     write_files,
     write_parquet,
@@ -128,10 +128,10 @@ def test_every_image_of_200_trees_is_accounted_for(seed, tmp_path, caplog):
         caplog.clear()
         if tree.refused:
             with pytest.raises(ValueError, match=r"--dataset_name .* (put|rename)"):
-                open_source(str(tree.root), None, None)
+                open_stored(str(tree.root))
             outcomes["refused"] += 1
             continue
-        source = open_source(str(tree.root), None, None)
+        source = open_stored(str(tree.root))
         found = {}
         for split, rows in source.splits.items():
             names = rows.features["label"].names
@@ -249,7 +249,7 @@ def test_images_in_train_and_test_are_counted(linked, tmp_path, caplog):
 def test_the_order_of_images_is_that_of_their_paths(tmp_path):
     """As before, so that the held-out parts of earlier runs are found again."""
     root = write(tmp_path / "set", *classes_in("b", "a 1", "a"))
-    rows = open_source(root, None, None).splits["train"].cast_column("image", datasets.Image(decode=False))
+    rows = open_stored(root).splits["train"].cast_column("image", datasets.Image(decode=False))
     paths = [row["image"]["path"] for row in rows]
     assert paths == sorted(paths)
     before = datasets.load_dataset(root, split="train").cast_column("image", datasets.Image(decode=False))

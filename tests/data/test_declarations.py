@@ -15,8 +15,7 @@ import torch
 
 from ham_hf.data import BatchRequest, ImageData, TrainingStream
 from ham_hf.data.columns import read_labels
-from ham_hf.data.sources import open_source
-from tests.support.example_images import dataset, encode, gray, load
+from tests.support.example_images import dataset, encode, gray, load, open_stored
 
 CPU = torch.device("cpu")
 
@@ -119,7 +118,7 @@ def test_every_label_of_200_sets_of_declarations_keeps_its_name(seed, tmp_path):
 
 
 def labels_of(folder: str) -> dict[str, list[str]]:
-    source = open_source(folder, None, None)
+    source = open_stored(folder)
     train, test, names = read_labels(source.splits, "label", "train", "test", source.declared)
     return {"train": [names[label] for label in train], "test": [names[label] for label in test]}
 

@@ -15,8 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ham_hf.data.sources import open_source
-from tests.support.example_images import encode, in_class_folders, load, noise, pictures, write_files, zipped
+from tests.support.example_images import (
+    encode,
+    in_class_folders,
+    load,
+    noise,
+    open_stored,
+    pictures,
+    write_files,
+    zipped,
+)
 
 
 def table(rows, kind="csv", label="label"):
@@ -34,7 +42,7 @@ def table(rows, kind="csv", label="label"):
 def found(root):
     """Of each split every image, as the bytes of its file, with the name of its class."""
     splits = {}
-    for split, rows in open_source(root, None, None).splits.items():
+    for split, rows in open_stored(root).splits.items():
         names = getattr(rows.features["label"], "names", None)
         splits[split] = sorted(
             (Path(row["image"]["path"]).read_bytes(), names[row["label"]] if names else row["label"])
@@ -122,7 +130,7 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
 def test_tables_that_do_not_fit_are_refused(files, message, tmp_path):
     root = write_files(tmp_path / "set", {**pictures("a.png", "b.png", "more/c.png"), **files})
     with pytest.raises(ValueError, match=message):
-        open_source(root, None, None)
+        open_stored(root)
 
 
 def test_tables_declare_classes_alike_or_are_refused(tmp_path):
@@ -138,9 +146,9 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path):
     files["train/metadata.parquet"] = declared("a.png", ["cat", "dog"])
     files["test/metadata.parquet"] = declared("a.png", ["dog", "cat"])
     with pytest.raises(ValueError, match=r"column 'label': .*\['dog', 'cat'\].*\['cat', 'dog'\]"):
-        open_source(write_files(tmp_path / "set", files), None, None)
+        open_stored(write_files(tmp_path / "set", files))
     files["test/metadata.parquet"] = files["train/metadata.parquet"]
-    splits = open_source(write_files(tmp_path / "set", files), None, None).splits
+    splits = open_stored(write_files(tmp_path / "set", files)).splits
     assert splits["test"].features["label"].names == ["cat", "dog"]
 
 
@@ -190,16 +198,16 @@ def test_a_new_archive_under_an_old_name_is_read(tmp_path):
 def test_archives_that_do_not_fit_are_refused(tmp_path):
     one, other = zipped(classes_in("cat", "dog")), zipped(classes_in("cat", "dog", first=50))
     with pytest.raises(ValueError, match=r"the folders 'a/cat' and 'latest test/cat' have one name"):
-        open_source(write_files(tmp_path / "two", {"a.zip": one, "latest test.zip": other}), None, None)
+        open_stored(write_files(tmp_path / "two", {"a.zip": one, "latest test.zip": other}))
     with pytest.raises(ValueError, match=r"the archive 'a.zip' cannot be unpacked"):
-        open_source(write_files(tmp_path / "cut", {"a.zip": one[:-80], "train.zip": other}), None, None)
+        open_stored(write_files(tmp_path / "cut", {"a.zip": one[:-80], "train.zip": other}))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
         opened.writestr("cat/1.png", encode(noise(1)))
         with pytest.warns(UserWarning, match="Duplicate name"):
             opened.writestr("cat/1.png", encode(noise(2)))
     with pytest.raises(ValueError, match=r"1 files are listed twice, such as 'a\.zip/cat/1\.png'"):
-        open_source(write_files(tmp_path / "twice", {"a.zip": buffer.getvalue()}), None, None)
+        open_stored(write_files(tmp_path / "twice", {"a.zip": buffer.getvalue()}))
 
 
 def readme(**patterns):
@@ -239,6 +247,4 @@ def test_readme_decides_the_splits_of_image_files(tmp_path, caplog):
 def test_split_folders_are_no_classes(files, message, tmp_path):
     """``datasets`` called every image of the split test a ``test``."""
     with pytest.raises(ValueError, match=message):
-        open_source(
-            write_files(tmp_path / "set", {**files, "README.md": readme(train="train/**", test="test/**")}), None, None
-        )
+        open_stored(write_files(tmp_path / "set", {**files, "README.md": readme(train="train/**", test="test/**")}))

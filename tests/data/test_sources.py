@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from sklearn.datasets import load_digits
 
 from ham_hf.data.columns import read_labels
-from ham_hf.data.sources import DIGITS_FILE, open_source, read_digits
-from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet, zipped
+from ham_hf.data.sources import DIGITS_FILE, read_digits
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, open_stored, write_parquet, zipped
 from tests.support.hub_server import Hub, hub_environment
 
 # The digits of the package
@@ -24,7 +24,7 @@ from tests.support.hub_server import Hub, hub_environment
 def test_the_digits_are_those_of_scikit_learn_as_gray_images_in_that_order():
     scans, (images, labels) = load_digits(), read_digits()
     assert (images.dtype, labels.dtype) == (np.uint8, scans.target.dtype)
-    rows = open_source("digits", None, None).splits["train"]
+    rows = open_stored("digits").splits["train"]
     assert rows["label"][:] == scans.target.tolist()
     stretched = np.round(scans.images * (255 / 16))
     assert all(np.array_equal(image, expected) for image, expected in zip(rows["image"], stretched, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ham_hf.data import BatchRequest, DataConfig, ImageData, Images, TestData, load_image_data, load_test_data
 from ham_hf.data.evaluation_data import TrainedOn
+from ham_hf.data.sources import Source, open_source
 from ham_hf.models import Preprocessing
 
 
@@ -106,6 +107,11 @@ def load(dataset_name: str, **options: Any) -> ImageData:
     )
     seed = options.pop("seed", 0)
     return load_image_data(DataConfig(dataset_name=dataset_name, **options), inputs, seed=seed, image_size=image_size)
+
+
+def open_stored(dataset_name: str) -> Source[datasets.Dataset]:
+    """The dataset of this name, by the rules."""
+    return open_source(DataConfig(dataset_name=dataset_name))
 
 
 def load_to_evaluate(
