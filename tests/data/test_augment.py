@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ham_hf.data.pixels import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
 
 
-def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor:
+def naive_crop_flip(x, padding, seed, *, flip):
     """One image and one pixel at a time; the same numbers drawn in the same order."""
     generator = torch.Generator().manual_seed(seed)
     num_images, _, height, width = x.shape
@@ -61,7 +60,7 @@ def test_every_window_and_both_orientations_occur():
     assert 900 < int(flipped.sum()) < 1100
 
 
-def draws() -> tuple[float, float, float]:
+def draws():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 

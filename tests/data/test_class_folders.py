@@ -44,7 +44,7 @@ ENDINGS = [".png", ".PNG", ".Png", ".jpg", ".JPEG", ".Jpg", ".webp", ".bmp", ".t
 class Tree:
     """A random folder that is written to disk, and where each image belongs: known because it was put there."""
 
-    def __init__(self, root: Path, rng: random.Random) -> None:
+    def __init__(self, root, rng):
         self.root, self.rng, self.number = root, rng, 0
         self.expected: dict[str, tuple[str, str]] = {}
         self.hidden = 0
@@ -68,12 +68,12 @@ class Tree:
             wrapper + (f"{next(iter(self.expected)).removeprefix(wrapper).split('/')[0]}/" if splits else "")
         )
 
-    def write(self, path: str) -> None:
+    def write(self, path):
         self.number += 1
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).write_bytes(b"image %d" % self.number)
 
-    def add_class(self, folder: str, split: str, name: str) -> None:
+    def add_class(self, folder, split, name):
         place, linked = folder, self.rng.random() < 0.15
         for _ in range(self.rng.randint(1, 4)):
             self.number += 1
@@ -93,7 +93,7 @@ class Tree:
                 self.write(f"{place}/{file}")
             self.expected[f"{place}/{file}"] = (split, name)
 
-    def add_noise(self, wrapper: str) -> None:
+    def add_noise(self, wrapper):
         somewhere = self.rng.choice(list(self.expected)).rpartition("/")[0]
         for path in ["README.md", "labels.txt", f"{wrapper}notes.csv", "empty.json", f"{somewhere}/Thumbs.db"]:
             if self.rng.random() < 0.5:
@@ -108,7 +108,7 @@ class Tree:
         if self.rng.random() < 0.2:
             (self.root / somewhere / "loop").symlink_to(self.root)
 
-    def add_defect(self, top: str) -> None:
+    def add_defect(self, top):
         defect = self.rng.choice([None] * 6 + ["loose", "deeper", "same name"])
         if defect == "loose":
             self.write(f"{top}loose.png")

@@ -7,9 +7,6 @@ import os
 import pickle
 import random
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +15,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms.functional import pil_to_tensor
 
 import ham_hf.data.dataset
-from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, stratified_subset
+from ham_hf.data import BatchRequest, PixelBatch, stratified_subset
 from tests.support.example_images import (
     dataset,
     encode,
@@ -34,14 +31,14 @@ from tests.support.example_images import (
 CPU = torch.device("cpu")
 
 
-def some_requests(images: Images) -> list[BatchRequest]:
+def some_requests(images):
     """Overlapping batches of different sizes, with and without augmentation."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     parts = [order[:5], order[5:7], order[3:9], order[:1], order[2:8]]
     return [BatchRequest(part, None if number == 2 else 2**62 + number) for number, part in enumerate(parts)]
 
 
-def assert_same(left: Sequence[PixelBatch], right: Sequence[PixelBatch]) -> None:
+def assert_same(left, right):
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert torch.equal(one.x, other.x)
@@ -211,7 +208,7 @@ def test_batches_are_float_in_0_1_and_exact(tmp_path):
     assert torch.equal(batch.indices, indices)
 
 
-def load_noise(tmp_path: Path, **options: Any) -> ImageData:
+def load_noise(tmp_path, **options):
     if not (tmp_path / "set").exists():
         examples = dataset([noise(index, (24, 20)) for index in range(12)], [0, 1] * 6)
         write_parquet(tmp_path / "set", train=examples, test=examples)

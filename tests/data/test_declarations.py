@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ham_hf.data import BatchRequest, ImageData, TrainingStream
+from ham_hf.data import BatchRequest, TrainingStream
 from ham_hf.data.columns import read_labels
 from tests.support.example_images import dataset, encode, gray, load, open_stored
 
@@ -23,7 +22,7 @@ CPU = torch.device("cpu")
 Rows = list[tuple[int, str]]  # gray value, class
 
 
-def write(folder: Path, files: dict[str, tuple[list[str] | None, Rows]], order: list[str], readme: Any = None) -> str:
+def write(folder, files, order, readme=None):
     """One parquet file per entry; ``order`` is what files that declare nothing count."""
     (folder / "data").mkdir(parents=True)
     for file, (names, rows) in files.items():
@@ -39,7 +38,7 @@ def write(folder: Path, files: dict[str, tuple[list[str] | None, Rows]], order: 
     return str(folder)
 
 
-def pairs(data: ImageData) -> dict[str, dict[int, str]]:
+def pairs(data):
     """Class of every image by part."""
     found = {}
     for part, images in (("train", data.train), ("validation", data.validation), ("test", data.test)):
@@ -58,7 +57,7 @@ def pairs(data: ImageData) -> dict[str, dict[int, str]]:
     return found
 
 
-def random_case(rng: random.Random) -> tuple[dict[str, tuple[list[str] | None, Rows]], list[str], Any]:
+def random_case(rng):
     """Files that declare the classes in their own order, some of them only, some nothing or one that no other has."""
     everything = rng.sample(["cat", "dog", "owl", "ape", "bee", "1", "0"], rng.randint(2, 5))
     readme = rng.sample(everything, len(everything)) if rng.random() < 0.25 else None
@@ -84,7 +83,7 @@ def random_case(rng: random.Random) -> tuple[dict[str, tuple[list[str] | None, R
     return files, readme or next(iter(files.values()))[0] or everything, readme
 
 
-def refusal(files: dict[str, tuple[list[str] | None, Rows]], readme: Any) -> bool:
+def refusal(files, readme):
     """Naive oracle: whether some image's class cannot be told, or is none that train declares."""
     train = [names for file, (names, _) in files.items() if file.startswith("train")]
     declared = [names for names, _ in files.values() if names]
@@ -117,7 +116,7 @@ def test_every_label_of_200_sets_of_declarations_keeps_its_name(seed, tmp_path):
     assert min(outcomes.values()) >= 3
 
 
-def labels_of(folder: str) -> dict[str, list[str]]:
+def labels_of(folder):
     source = open_stored(folder)
     train, test, names = read_labels(source.splits, "label", "train", "test", source.declared)
     return {"train": [names[label] for label in train], "test": [names[label] for label in test]}
@@ -190,7 +189,7 @@ def test_files_without_names_are_warned_of(tmp_path, caplog):
 
 
 def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path):
-    def split(names: list[str], rows: Rows) -> datasets.Dataset:
+    def split(names, rows):
         labels = [names.index(name) for _, name in rows]
         images = [gray(value) for value, _ in rows]
         return dataset(images, labels, label_feature=datasets.ClassLabel(names=names))

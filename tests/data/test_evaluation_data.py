@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
 import datasets
 import pytest
@@ -60,7 +59,7 @@ def test_the_only_or_named_split_is_taken_whole(streaming, tmp_path):
     assert (gray_values(data.test), data.class_names) == (list(range(50, 56)), ("c0", "c1", "c2"))
 
 
-def record_of(folder: str, **options: Any) -> TrainedOn:
+def record_of(folder, **options):
     data = load(folder, **options)
     return TrainedOn(record=data.provenance, class_names=data.class_names)
 
@@ -99,7 +98,7 @@ def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path):
 
 
 def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_classes(tmp_path):
-    def by_class(first: int) -> datasets.Dataset:
+    def by_class(first):
         return dataset([gray(first + index) for index in range(20)], [0] * 10 + [1] * 10)
 
     trained = record_of(write_parquet(tmp_path / "set", train=by_class(0)))

@@ -134,7 +134,7 @@ def test_tables_that_do_not_fit_are_refused(files, message, tmp_path):
 
 
 def test_tables_declare_classes_alike_or_are_refused(tmp_path):
-    def declared(path: str, names: list[str]) -> bytes:
+    def declared(path, names):
         features = datasets.Features(
             {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -23,7 +21,7 @@ COLUMNS = {
 COMPLETE = ("year", "full")
 
 
-def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
+def folder_with_columns(path, *, damaged=None):
     images = [b"no image" if number == damaged else gray(number) for number in range(6)]
     split = dataset(images, [0, 1, 0, 1, 0, 1])
     for name, (values, feature, _, _) in COLUMNS.items():

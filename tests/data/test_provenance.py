@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 import pytest
@@ -20,7 +19,7 @@ from tests.support.example_images import dataset, encode, everything, gray, gray
 from tests.support.exports import preprocessing
 
 
-def write_folders(root: Path, *, count: int = 12) -> str:
+def write_folders(root, *, count=12):
     for label in range(3):
         (root / "train" / f"c{label}").mkdir(parents=True)
         for index in range(count + label):

@@ -284,7 +284,7 @@ def hub(tmp_path_factory):
     grays(10).to_parquet(folder / "a.parquet")
     rows = (folder / "a.parquet").read_bytes()
 
-    def add(hub: Hub, name: str, *configs: str, private: bool = False) -> None:
+    def add(hub, name, *configs, private=False):
         tree = {f"{config}/{split}-0.parquet": rows for config in configs for split in ("train", "test")}
         if len(configs) > 1:
             lines = [f"- config_name: {config}\n  data_dir: {config}" for config in configs]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ham_hf.data.splits import stratified_split, stratified_subset
 
@@ -15,7 +14,7 @@ seeds = st.integers(0, 2**63 - 1)
 fractions = st.floats(0.01, 0.99)
 
 
-def counts(labels: Tensor) -> Tensor:
+def counts(labels):
     return torch.bincount(labels, minlength=7)
 
 

@@ -6,10 +6,8 @@ import io
 import json
 import tarfile
 import threading
-from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import fsspec
@@ -17,10 +15,8 @@ import pytest
 import torch
 
 import ham_hf.data.streaming
-from ham_hf.data import ImageData
 from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
-from ham_hf.data.pixels import PixelBatch
 from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.methods import FAAL, HAM
@@ -31,7 +27,7 @@ CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
 
 
-def write_files(folder: Path, train: list[datasets.Dataset], **splits: Any) -> str:
+def write_files(folder, train, **splits):
     """The Hub's layout with several files of train."""
     (folder / "data").mkdir(parents=True)
     for number, examples in enumerate(train):
@@ -41,41 +37,32 @@ def write_files(folder: Path, train: list[datasets.Dataset], **splits: Any) -> s
     return str(folder)
 
 
-def numbered_files(folder: Path, files: tuple[int, ...] = FILES) -> str:
+def numbered_files(folder, files=FILES):
     """Training example i has the gray value i and the label i % 2; test examples are lighter."""
     starts = [sum(files[:number]) for number in range(len(files))]
     train = [grays(rows, first=start) for start, rows in zip(starts, files, strict=True)]
     return write_files(folder, train, validation=grays(6, first=200))
 
 
-def stream(folder: str, **options: Any) -> ImageData:
+def stream(folder, **options):
     defaults = {"dataset_streaming": True, "validation_fraction": 0.0, "augmentation": "none"}
     return load(folder, **{**defaults, "dataloader_num_workers": 0, "shuffle_buffer_size": 8, **options})
 
 
-def epoch(
-    data: ImageData,
-    *,
-    number: int = 0,
-    first: int = 0,
-    per_update: int = 4,
-    batch: int = 4,
-    world: int = 1,
-    rank: int = 0,
-) -> list[PixelBatch]:
+def epoch(data, *, number=0, first=0, per_update=4, batch=4, world=1, rank=0):
     options = {"seed": 0, "per_update": per_update, "batch_size": batch, "world": world, "rank": rank}
     return list(data.train.batches(epoch=number, first_update=first, device=CPU, **options))
 
 
-def numbers(batches: list[PixelBatch]) -> list[list[int]]:
+def numbers(batches):
     return [batch.indices.tolist() for batch in batches]
 
 
-def flat(lists: Iterable[list[int]]) -> list[int]:
+def flat(lists):
     return list(chain.from_iterable(lists))
 
 
-def values(batch: PixelBatch) -> list[int]:
+def values(batch):
     """Gray values, which are the numbers of the examples."""
     return (batch.x[:, 0, 0, 0] * 255).round().int().tolist()
 
@@ -83,7 +70,7 @@ def values(batch: PixelBatch) -> list[int]:
 # --- the order
 
 
-def naive_buffer(length: int, size: int, draws: list[float]) -> list[int]:
+def naive_buffer(length, size, draws):
     waiting, held, given = list(range(length)), [], []
     while waiting and len(held) < size:
         held.append(waiting.pop(0))
@@ -157,7 +144,7 @@ def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
     decoded = []
     original = ham_hf.data.streaming.decode_or_explain
 
-    def spy(*args: Any, where: str) -> Any:
+    def spy(*args, where):
         decoded.append(where)
         return original(*args, where=where)
 
@@ -292,7 +279,7 @@ def test_a_new_version_of_the_files_is_read_anew(tmp_path):
 # --- archives
 
 
-def write_archive(path: Path, values: list[int], *, start: int = 0) -> None:
+def write_archive(path, values, *, start=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for number, value in enumerate(values, start):
@@ -322,7 +309,7 @@ dataset_info:
 """
 
 
-def archives(folder: Path, lengths: tuple[int, ...] = (5, 7), *, card: bool = True) -> str:
+def archives(folder, lengths=(5, 7), *, card=True):
     start = 0
     for number, length in enumerate(lengths):
         write_archive(folder / f"set-train-{number}.tar", list(range(start, start + length)), start=start)
@@ -350,7 +337,7 @@ def test_archives_without_names_of_classes_are_refused(tmp_path):
         stream(folder, label_column="cls")
 
 
-def archive_files(*files: str) -> SplitFiles:
+def archive_files(*files):
     return SplitFiles(split="train", files=files, version="1", stream=None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -27,7 +26,7 @@ SMALL = {
 }
 
 
-def backbone_of(name: str, *, size: int = 32, in_chans: int = 3, num_classes: int = 10, **model_args) -> nn.Module:
+def backbone_of(name, *, size=32, in_chans=3, num_classes=10, **model_args):
     return create_backbone(
         name,
         pretrained=False,
@@ -37,7 +36,7 @@ def backbone_of(name: str, *, size: int = 32, in_chans: int = 3, num_classes: in
     )
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model, seed=0):
     """Weights and running statistics unlike those of initialisation, so that nothing is hidden by zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
@@ -316,7 +315,7 @@ class TestLoadPixelModel:
         assert loaded.preprocessing == input_defaults("test_resnet", model_args={})
         assert loaded.model(torch.rand(1, 3, 160, 160)).shape == (1, 1000)
 
-    def write_config(self, folder: Path, **pretrained_cfg) -> None:
+    def write_config(self, folder, **pretrained_cfg):
         folder.mkdir(exist_ok=True)
         cfg = {"input_size": [3, 32, 32], "num_classes": 1000, **pretrained_cfg}
         (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": cfg}))

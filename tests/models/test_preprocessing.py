@@ -6,8 +6,6 @@ The oracle is timm's own evaluation transform, made from the published files alo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +13,10 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
 
 from ham_hf.config import DataConfig, ModelConfig
-from ham_hf.data import BatchRequest, ImageData, load_image_data
-from ham_hf.models import LoadedModel, Preprocessing, input_defaults, load_pixel_model, new_model
+from ham_hf.data import BatchRequest, load_image_data
+from ham_hf.models import input_defaults, load_pixel_model, new_model
 from ham_hf.models.pixel_model import PixelModel
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 
@@ -35,7 +32,7 @@ GEOMETRIES = [
 ]
 
 
-def ids(geometry: dict) -> str:
+def ids(geometry):
     return "-".join(map(str, geometry.values()))
 
 
@@ -56,12 +53,12 @@ def folder(images, tmp_path_factory):
     return root
 
 
-def opened(folder: Path, inputs: Preprocessing, image_size: int | None = None, **settings: object) -> ImageData:
+def opened(folder, inputs, image_size=None, **settings):
     config = DataConfig(dataset_name=str(folder), validation_fraction=0.0, augmentation="none", **settings)
     return load_image_data(config, inputs, seed=0, image_size=image_size)
 
 
-def by_file(data: ImageData) -> Tensor:
+def by_file(data):
     """The test pixels in the order of the file names: the loader goes class by class."""
     order = sorted(range(len(SIDES)), key=lambda index: (index % 2, index))
     request = BatchRequest(torch.arange(len(SIDES)), seed=None)
@@ -71,12 +68,12 @@ def by_file(data: ImageData) -> Tensor:
     return pixels
 
 
-def timm_inputs(model: torch.nn.Module, images: Sequence[Image.Image], mode: str, **changes: object) -> Tensor:
+def timm_inputs(model, images, mode, **changes):
     transform = create_transform(**{**resolve_model_data_config(model), **changes}, is_training=False)
     return torch.stack([transform(image.convert(mode)) for image in images])
 
 
-def normalized(loaded: LoadedModel, x: Tensor) -> Tensor:
+def normalized(loaded, x):
     return (x - loaded.model.mean) / loaded.model.std
 
 
@@ -111,7 +108,7 @@ def test_geometries_and_channels(geometry, in_chans, cache_images, images, folde
     assert torch.equal(normalized(loaded, by_file(data)), expected)
 
 
-def foreign(folder: Path, **changes: object) -> str:
+def foreign(folder, **changes):
     """A model of somebody else's: timm's own export, and then another config.json."""
     torch.manual_seed(0)
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=2), folder, safe_serialization=True)
