@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from ham_hf.data.decoding import (
     EncodedImages,
     EvalTransform,
     PixelTransform,
-    common_size,
+    common_side,
     content_digest,
     decode_all,
     for_each_image,
@@ -171,7 +171,9 @@ def load_image_data(
         parts = split_stream(config, inputs.in_chans)
     else:
         parts = split_dataset(config, inputs.in_chans, seed)
-    geometry = _geometry(inputs, image_size or _own_size(parts.encoded.values()) or inputs.image_size)
+    geometry = _geometry(
+        inputs, image_size or common_side(parts.encoded.values(), SMALL_IMAGE_SIZE) or inputs.image_size
+    )
     # Of a stream, train is never cached.
     cached = "none" if config.dataset_streaming else config.cache_images
     augmentation = choose_augmentation(config.augmentation, cached, config.dataset_name, geometry.image_size)
@@ -267,17 +269,6 @@ def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
         fingerprint_missing=None if known else STREAMED,
         image_fingerprint=known.images if known else None,
     )
-
-
-def _own_size(parts: Iterable[EncodedImages]) -> int | None:
-    """The side of all images of all parts, if they are equal squares and small; else None."""
-    sides = set()
-    for images in parts:
-        side = common_size(images)
-        sides.add(side)
-        if side is None or side > SMALL_IMAGE_SIZE or len(sides) > 1:
-            return None
-    return sides.pop()
 
 
 def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:

@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,19 +159,20 @@ def timm_train_transform(image_size: int, interpolation: str) -> PixelTransform:
     return transform
 
 
-def common_size(images: EncodedImages) -> int | None:
-    """Side in pixels if all readable images are squares of one size, else None. Reads headers only."""
-    sides: set[tuple[int, int]] = set()
-    for chunk in _chunks(len(images)):
+def common_side(parts: Iterable[EncodedImages], most: int) -> int | None:
+    """Side if all readable images are squares of one size, at most ``most`` pixels, else None. Reads headers only."""
+    sides: set[int] = set()
+    for images, chunk in ((images, chunk) for images in parts for chunk in _chunks(len(images))):
         for encoded in images.read(chunk):
             try:
                 with _opened(encoded) as image:
-                    sides.add(image.size)
+                    width, height = image.size
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 continue  # Decoding reports it, with its row.
-            if len(sides) > 1 or image.size[0] != image.size[1]:
+            sides.add(width)
+            if len(sides) > 1 or not width == height <= most:
                 return None
-    return sides.pop()[0] if sides else None
+    return sides.pop() if sides else None
 
 
 def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], None], *, skip_corrupt: bool) -> Tensor:

@@ -161,9 +161,9 @@ def _unpack(archive: str, file: str) -> Path:
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         return folder
-    refuse_repeated([f"{archive}/{name}" for name in _names_in(archive, file)])
     cache.mkdir(parents=True, exist_ok=True)
     with _explained(archive), zipfile.ZipFile(file) as opened, tempfile.TemporaryDirectory(dir=cache) as part:
+        refuse_repeated([f"{archive}/{name}" for name in opened.namelist()])
         opened.extractall(f"{part}/files")
         try:
             os.rename(f"{part}/files", folder)

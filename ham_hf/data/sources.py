@@ -274,11 +274,9 @@ def check_cache() -> None:
 
 def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
     """Reject a Hub dataset whose rows name files outside of the cache; training would read and show them."""
-    caches = {datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE}
-    caches |= {
-        os.environ[variable] for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if variable in os.environ
-    }
-    roots = [Path(cache).expanduser().resolve() for cache in caches]
+    caches = [os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE")]
+    caches += [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    roots = [Path(cache).expanduser().resolve() for cache in caches if cache]
     for split, rows in splits.items():
         for column, feature in rows.features.items():
             kind = rows.data.schema.field(column).type
