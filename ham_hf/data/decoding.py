@@ -162,7 +162,7 @@ def timm_train_transform(image_size: int, interpolation: str) -> PixelTransform:
 def common_side(parts: Iterable[EncodedImages], most: int) -> int | None:
     """Side if all readable images are squares of one size, at most ``most`` pixels, else None. Reads headers only."""
     sides: set[int] = set()
-    for images, chunk in ((images, chunk) for images in parts for chunk in _chunks(len(images))):
+    for images, chunk in ((part, chunk) for part in parts for chunk in _chunks(len(part))):
         for encoded in images.read(chunk):
             try:
                 with _opened(encoded) as image:
