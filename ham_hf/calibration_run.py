@@ -32,8 +32,7 @@ from ham_hf.fitting import (
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
-from ham_hf.models.origin import Origin, read_origin
-from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
+from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, Origin, complete_name, read_origin
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
 from ham_hf.reporting.method_text import exchange_sentence

@@ -32,7 +32,7 @@ from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
-from ham_hf.models.origin import Origin
+from ham_hf.models.source import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
