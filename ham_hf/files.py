@@ -100,12 +100,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[str]) -> None:
-    """Check the files of ``folder`` against its checksums.
+    """Check the files of ``folder`` against the checksums of `write_checksums`.
 
-    Args:
-        folder: what `write_checksums` was called for.
-        required: files that have to be listed.
-        known: files that have to be listed if they exist; other unlisted files are ignored.
+    ``required`` files have to be listed, ``known`` ones if they exist; other unlisted files are ignored.
 
     Raises:
         DamagedError: naming the first file that is missing, unlisted or changed.

@@ -12,24 +12,21 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
-from ham_hf.data.declarations import StreamError
-from ham_hf.data.decoding import CorruptImageError
+from ham_hf.data.in_memory import NAME
 from ham_hf.data.provenance import plain_name
-from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
-from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
+from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
+from ham_hf.evaluation_run import FAULTS, evaluate_on_test, faults_of_work, refusals
 from ham_hf.faults import (
+    FROM_CHECKPOINT,
     FaultError,
-    MemoryExhaustedError,
     clean_exit,
     explain_faults,
     explain_interrupt,
-    explain_out_of_memory,
     explain_unfinished,
 )
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
@@ -69,16 +66,6 @@ from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train")
 
-FAULTS = (
-    NonFiniteLossError,
-    NonFiniteLogitsError,
-    MemoryExhaustedError,
-    CorruptImageError,
-    StreamError,
-    FaultError,
-    OSError,
-)
-"""Faults whose messages say what to do."""
 WAY_OUT = (
     "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
     "memory; --resume_from_checkpoint latest trains nothing again"
@@ -148,19 +135,20 @@ def run_training(config: TrainConfig) -> None:
     with (
         stop_requests(folder, config.training.max_train_hours) as stop,
         RunLock(folder) as lock,
-        explain_interrupt(folder),
+        explain_interrupt(f"continue from the last checkpoint in {folder} with {FROM_CHECKPOINT}"),
     ):
         train(config, stop, lock)
 
 
 def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     """The stages of one training; ``lock`` is acquired here, on the main process."""
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=launched_processes()):
+    with refusals(FROM_CHECKPOINT):
         check_settings(config)
         run = prepare(config, lock)
         begin(run)
     trained = fit(run, stop)
-    results = evaluate(run)
+    with faults_of_work(WAY_OUT, FROM_CHECKPOINT):
+        results = measure(run)
     if run.accelerator.is_main_process:
         write_results(run, trained, results)
     is_main_process = run.accelerator.is_main_process
@@ -270,15 +258,22 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
 
 
 def begin(run: Run) -> None:
-    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run."""
+    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run.
+
+    What no configuration can repeat, a network that timm cannot build or a dataset in memory, has none.
+    """
     training = run.config.training
     run.trainer.resume()
+    has_config = run.preprocessing is not None and run.data.name != NAME
     if run.accelerator.is_main_process:
         if training.overwrite_output_dir:
             clear_output_dir(run.folder, OWNED_BY_TRAINING)
-        write_config(run.config, run.folder)
-    patience = min(40.0, training.ddp_timeout / 2)
-    check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+        if has_config:
+            write_config(run.config, run.folder)
+    if has_config:
+        patience = min(40.0, training.ddp_timeout / 2)
+        check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+    run.accelerator.wait_for_everyone()
     start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)
 
 
@@ -298,8 +293,9 @@ def fit(run: Run, stop: StopRequests) -> Trained:
         run.accelerator.num_processes,
         run.accelerator.device,
     )
+    world = launched_processes()
     try:
-        with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), stop.deferred():
+        with clean_exit(NonFiniteLossError, *FAULTS), explain_faults(num_processes=world), stop.deferred():
             progress = run.trainer.fit(stop)
     except TrainingStopped:
         end_training(run.accelerator)
@@ -307,12 +303,6 @@ def fit(run: Run, stop: StopRequests) -> Trained:
     peak_memory = peak_memory_bytes(run.accelerator.device)
     run.accelerator.wait_for_everyone()
     return Trained(progress, peak_memory)
-
-
-def evaluate(run: Run) -> Evaluated:
-    """`measure`; faults end the process with their messages."""
-    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
-        return measure(run)
 
 
 def measure(run: Run) -> Evaluated:

@@ -20,12 +20,11 @@ from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
-from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.models.export import export_for_timm
 from ham_hf.precision import attack_passes
 from ham_hf.reporting.run_report import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
+from tests.support.exports import SMALL_RESNET, export, preprocessing, trained
 from tests.support.nets import TensorImages, group_norm_net
 from tests.support.recipe_runs import recipe_module
 from tests.support.training import image_data, trainer
@@ -391,25 +390,8 @@ def test_without_held_out_images_weights_that_are_not_finite_are_not_selected(tm
 @pytest.fixture(scope="module")
 def finished_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    preprocessing = Preprocessing(
-        image_size=8, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.25,)
-    )
-    backbone = create_backbone(
-        "resnet18_cifar",
-        pretrained=False,
-        num_classes=10,
-        preprocessing=preprocessing,
-        model_args={"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]},
-    )
-    export_for_timm(
-        PixelModel(backbone, preprocessing.mean, preprocessing.std),
-        folder,
-        preprocessing=preprocessing,
-        class_names=[str(digit) for digit in range(10)],
-        metadata={},
-        model_license="apache-2.0",
-        tag="test",
-    )
+    digits = [str(digit) for digit in range(10)]
+    export(trained("resnet18_cifar", 8, 1, **SMALL_RESNET), folder, preprocessing(8, 1), class_names=digits)
     return folder
 
 

@@ -19,25 +19,24 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
-from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.config import TrainConfig
 from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
-from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.run_report import write_config
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
-from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, clear_output_dir
+from ham_hf.training.run_folder import RunLock
 from ham_hf.training.stopping import StopRequests, stop_requests
-from ham_hf.training.trackers import end_training, start_trackers, track_test_results
+from ham_hf.training.trackers import end_training, track_test_results
 from ham_hf.training.trainer import Trainer
-from ham_hf.training_run import Run, Trained, check_settings, measure, start_accelerator, write_files
+from ham_hf.training_run import Run, Trained, begin, check_settings, measure, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +118,7 @@ def _run(
     preprocessing: Preprocessing | None,
     data: ImageData,
 ) -> TrainedModel:
-    """Train, and write what was selected."""
-    folder = Path(settings.training.output_dir)
+    """Train, evaluate the selected weights on the test set, and write."""
     # Made now, as the trainer changes the forward and the place of its own.
     selected = copy.deepcopy(network)
     trainer = Trainer(
@@ -140,19 +138,29 @@ def _run(
         selected=cast(PixelModel, selected),
         trainer=trainer,
     )
-    trainer.resume()
+    begin(run)
     if accelerator.is_main_process:
-        if run.config.training.overwrite_output_dir:
-            clear_output_dir(folder, OWNED_BY_TRAINING)
-            (folder / LOADING_NAME).unlink(missing_ok=True)
-        if data.name != NAME and preprocessing is not None:
-            write_config(run.config, folder)
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, folder, config_to_dict(run.config), step=trainer.progress.step)
+        (run.folder / LOADING_NAME).unlink(missing_ok=True)
     with stop.deferred():
         trainer.fit(stop)
     accelerator.wait_for_everyone()
-    return _finished(run)
+    found, progress = measure(run), trainer.progress
+    report = report_of(found.results, data.class_names, run.threat_model)
+    summaries = {attack.name: attack.summary for attack in report.entries}
+    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
+    if accelerator.is_main_process:
+        if preprocessing is None:
+            _write_plain(run.selected, report, data, run.folder)
+            remove_partial_results(run.folder)
+        else:
+            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
+    return TrainedModel(
+        model=run.selected.eval(),
+        report=report,
+        folder=run.folder,
+        loads_with_timm=preprocessing is not None,
+        class_names=data.class_names,
+    )
 
 
 def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
@@ -279,28 +287,6 @@ def _network(
             mean=tuple(network.mean.flatten().tolist()),
             std=tuple(network.std.flatten().tolist()),
         ),
-    )
-
-
-def _finished(run: Run) -> TrainedModel:
-    """The selected weights, evaluated on the test set and written."""
-    accelerator, data, progress = run.accelerator, run.data, run.trainer.progress
-    found = measure(run)
-    report = report_of(found.results, data.class_names, run.threat_model)
-    summaries = {attack.name: attack.summary for attack in report.entries}
-    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
-    if accelerator.is_main_process:
-        if run.preprocessing is None:
-            _write_plain(run.selected, report, data, run.folder)
-            remove_partial_results(run.folder)
-        else:
-            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
-    return TrainedModel(
-        model=run.selected.eval(),
-        report=report,
-        folder=run.folder,
-        loads_with_timm=run.preprocessing is not None,
-        class_names=data.class_names,
     )
 
 

@@ -15,7 +15,7 @@ from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun
 from ham_hf.evaluation.verdicts import Verdicts
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
 from ham_hf.training.run_folder import is_locked

@@ -19,8 +19,7 @@ from ham_hf.evaluation.config import (
     ThreatConfig,
     pixel_unit_problems,
 )
-from ham_hf.hub_config import EvaluationHubConfig, HubConfig
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import EvaluationHubConfig, HubConfig, split_revision
 from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfig

@@ -33,7 +33,7 @@ from ham_hf.data.declarations import Declarations, StreamError, names_in, read_f
 from ham_hf.data.image_files import files_below, files_of_builder, holds_images, read_image_files
 from ham_hf.data.shards import SplitFiles
 from ham_hf.files import front_matter
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.hub_config import is_hub_id
 
 logger = logging.getLogger(__name__)
 Split = TypeVar("Split", datasets.Dataset, SplitFiles)

@@ -27,7 +27,7 @@ from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from ham_hf.files import front_matter
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
 from ham_hf.models.untrusted import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 

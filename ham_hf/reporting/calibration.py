@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint
@@ -10,35 +9,21 @@ from ham_hf.reporting.formats import percent
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationReport:
+class CalibrationReport(Calibration):
     """Class shifts that were folded into a model, and what they cost.
 
     Attributes:
-        fairness: F that the shifts are for, in [0, 1].
         max_average_drop: the drop that F was chosen by; None if F was given.
-        shifts: number added to the logit of each class, in the order of the dataset's classes.
-        factors: factor that shrank the shift of each class: few images say less.
-        counts: images of each class that the shifts were found on.
-        frontier: average and worst classes under the attack of the search for several F, cross-fitted.
-        attack: the attack of the search; JSON values only.
         images: the images that the shifts were found on, in words that follow "found on".
         seen_in_training: whether the model was trained on them.
         seconds: duration.
-        passes: most image passes that the search took (forward 1, gradient of the input 2).
         tags: tags of the calibrated model's card.
     """
 
-    fairness: float
     max_average_drop: float | None
-    shifts: tuple[float, ...]
-    factors: tuple[float, ...]
-    counts: tuple[int, ...]
-    frontier: tuple[FrontierPoint, ...]
-    attack: Mapping[str, object]
     images: str
     seen_in_training: bool
     seconds: float
-    passes: int
     tags: tuple[str, ...] = ()
 
     def point(self, fairness: float) -> FrontierPoint:
@@ -51,32 +36,6 @@ class CalibrationReport:
             if point.fairness == fairness:
                 return point
         raise ValueError(f"the frontier has no point at {fairness}")
-
-
-def calibration_report(
-    calibration: Calibration,
-    *,
-    images: str,
-    seen_in_training: bool,
-    max_average_drop: float | None,
-    seconds: float,
-    tags: Sequence[str] = (),
-) -> CalibrationReport:
-    """A calibration in the form of the report; see `CalibrationReport` for the arguments."""
-    return CalibrationReport(
-        fairness=calibration.fairness,
-        max_average_drop=max_average_drop,
-        shifts=calibration.shifts,
-        factors=calibration.factors,
-        counts=calibration.counts,
-        frontier=calibration.frontier,
-        attack=calibration.attack,
-        images=images,
-        seen_in_training=seen_in_training,
-        seconds=seconds,
-        passes=calibration.passes,
-        tags=tuple(tags),
-    )
 
 
 def exchange_sentence(report: CalibrationReport) -> str:

@@ -20,7 +20,7 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.hub_config import is_hub_id
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from ham_hf.evaluation.calibration import Calibration
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.formats import (
     class_cell,
     evaluation_title,
@@ -172,7 +171,7 @@ def breakdown_tables(report: RunReport) -> list[list[dict[str, str]]]:
     return tables if report.corruptions is None else [*tables, corruption_rows(report)]
 
 
-def frontier_rows(found: CalibrationReport | Calibration) -> list[dict[str, str]]:
+def frontier_rows(found: Calibration) -> list[dict[str, str]]:
     """One row per point of the frontier, with intervals."""
     return [
         {

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from ham_hf.faults import FaultError
-from ham_hf.recipe_files import shown_path
+from ham_hf.invocation import shown_path
 from ham_hf.training.environment import (
     check_variables,
     is_on,

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
+from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.training.checkpoint import (
     ABANDONED,

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from ham_hf.recipe_files import shown_path
+from ham_hf.invocation import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
 
 if TYPE_CHECKING:

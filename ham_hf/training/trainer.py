@@ -193,7 +193,7 @@ class Trainer:
             TrainingStopped: if ``stop`` gave a reason; everything up to here is in a checkpoint.
             NonFiniteLossError: before an update whose loss or gradient is not finite, or where the logits of held-out
                 images, or the weights that were to be selected, are not.
-            MemoryExhaustedError: if there is not enough memory, with settings that need less.
+            FaultError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
                 ones that cannot be written are logged, and training continues.
         """

@@ -120,7 +120,6 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
         ["gaussian_noise", "fog"],
         [1, 5],
         place,
-        num_channels=3,
     )
     return {
         "corrupted": torch.stack([found.flags for found in corrupted]),

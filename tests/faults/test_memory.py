@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf import training_run
-from ham_hf.faults import MemoryExhaustedError, smaller_batch
+from ham_hf.faults import FaultError, smaller_batch
 from tests.faults.same_runs import before_updates
 from tests.support.recipe_runs import SMALL, recipe_module
 from tests.support.training import trainer
@@ -35,7 +35,7 @@ def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
     folder = tmp_path / "run"
     run = trainer(folder)
     before_updates(run, {6: exhaust})
-    with pytest.raises(MemoryExhaustedError, match="out of memory") as error:
+    with pytest.raises(FaultError, match="out of memory") as error:
         run.fit()
     assert "of it" not in str(error.value)
     flags = re.search(r"use (--per_device.*?),.*with (--resume_from_checkpoint latest)", str(error.value))
@@ -52,7 +52,7 @@ def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
 def test_validation_names_its_own_batch_size(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     monkeypatch.setattr(run, "_held_out", lambda module: of_the_allocator())
-    with pytest.raises(MemoryExhaustedError, match=r"lower --per_device_eval_batch_size 256; --resume"):
+    with pytest.raises(FaultError, match=r"lower --per_device_eval_batch_size 256; --resume"):
         run.fit()
 
 
