@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
@@ -32,16 +31,12 @@ from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
-from ham_hf.training.run_folder import RunLock
-from ham_hf.training.stopping import StopRequests, stop_requests
+from ham_hf.training.run_folder import LOADING_NAME, RunLock
+from ham_hf.training.stopping import stop_requests
 from ham_hf.training.trackers import end_training, track_test_results
-from ham_hf.training.trainer import Trainer
-from ham_hf.training_run import Run, Trained, begin, check_settings, measure, start_accelerator, write_files
+from ham_hf.training_run import Run, begin, check_settings, measure, run_of, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)
-
-LOADING_NAME = "LOADING.md"
-"""Beside the weights of a network that timm cannot build: how they are loaded."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,62 +100,14 @@ def train(
         with accelerator.main_process_first():
             data = _data(settings, train, test, class_names, model)
         settings, network, preprocessing = _network(settings, model, data)
-        trained = _run(settings, accelerator, stop, network, preprocessing, data)
+        run = run_of(settings, accelerator, data, network, preprocessing)
+        begin(run, recipe=data.name != NAME and preprocessing is not None)
+        with stop.deferred():
+            run.trainer.fit(stop)
+        accelerator.wait_for_everyone()
+        trained = _finished(run)
         end_training(accelerator)
     return trained
-
-
-def _run(
-    settings: TrainConfig,
-    accelerator: Accelerator,
-    stop: StopRequests,
-    network: nn.Module,
-    preprocessing: Preprocessing | None,
-    data: ImageData,
-) -> TrainedModel:
-    """Train, evaluate the selected weights on the test set, and write."""
-    # Made now, as the trainer changes the forward and the place of its own.
-    selected = copy.deepcopy(network)
-    trainer = Trainer(
-        network,
-        data,
-        settings.method,
-        settings.attack.attack,
-        settings.training,
-        accelerator,
-        eval_batch_size=settings.evaluation.per_device_eval_batch_size,
-    )
-    run = Run(
-        config=replace(settings, training=trainer.config),
-        accelerator=accelerator,
-        data=data,
-        preprocessing=preprocessing,
-        selected=cast(PixelModel, selected),
-        trainer=trainer,
-    )
-    begin(run)
-    if accelerator.is_main_process:
-        (run.folder / LOADING_NAME).unlink(missing_ok=True)
-    with stop.deferred():
-        trainer.fit(stop)
-    accelerator.wait_for_everyone()
-    found, progress = measure(run), trainer.progress
-    report = report_of(found.results, data.class_names, run.threat_model)
-    summaries = {attack.name: attack.summary for attack in report.entries}
-    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
-    if accelerator.is_main_process:
-        if preprocessing is None:
-            _write_plain(run.selected, report, data, run.folder)
-            remove_partial_results(run.folder)
-        else:
-            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
-    return TrainedModel(
-        model=run.selected.eval(),
-        report=report,
-        folder=run.folder,
-        loads_with_timm=preprocessing is not None,
-        class_names=data.class_names,
-    )
 
 
 def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
@@ -287,6 +234,28 @@ def _network(
             mean=tuple(network.mean.flatten().tolist()),
             std=tuple(network.std.flatten().tolist()),
         ),
+    )
+
+
+def _finished(run: Run) -> TrainedModel:
+    """The selected weights, evaluated on the test set and written."""
+    accelerator, data, progress = run.accelerator, run.data, run.trainer.progress
+    found = measure(run)
+    report = report_of(found.results, data.class_names, run.threat_model)
+    summaries = {attack.name: attack.summary for attack in report.entries}
+    track_test_results(accelerator, summaries, data.class_names, step=progress.step)
+    if accelerator.is_main_process:
+        if run.preprocessing is None:
+            _write_plain(run.selected, report, data, run.folder)
+            remove_partial_results(run.folder)
+        else:
+            write_files(run, found, peak_memory_bytes(accelerator.device))
+    return TrainedModel(
+        model=run.selected.eval(),
+        report=report,
+        folder=run.folder,
+        loads_with_timm=run.preprocessing is not None,
+        class_names=data.class_names,
     )
 
 

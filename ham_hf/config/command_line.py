@@ -119,15 +119,14 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
         SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
     """
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
-    attack, first_perturbed = config.attack, config.training.first_perturbed_epoch
-    words = config.method.start_words(first_perturbed)
+    attack = config.attack
     # The trainer knows whether --max_steps ends the run before that.
-    for what, first in config.method.start_epochs(first_perturbed).items():
+    for what, (first, words) in config.method.starts(config.training.first_perturbed_epoch).items():
         if first >= config.training.num_train_epochs:
             logger.warning(
                 "%s starts at %s, and the run has %d epochs: it will never be active.",
                 what,
-                words[what],
+                words,
                 config.training.num_train_epochs,
             )
     if attack.num_steps * attack.step_size < attack.epsilon * (1 - 1e-9):

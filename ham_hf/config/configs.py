@@ -84,16 +84,8 @@ class TrainConfig:
         try:
             self.method.check(num_steps=self.attack.num_steps)
         except ValueError as error:
-            yield str(error)
+            yield from error.problems if isinstance(error, ConfigError) else [str(error)]
             return
-        borrowed = [problem.removeprefix("--") for part in self.method.parts[1:] for problem in setting_problems(part)]
-        if borrowed:
-            yield from (f"--class_rule_args: {problem}" for problem in borrowed)
-            return
-        try:
-            self.method.check_rules()
-        except ValueError as error:
-            yield str(error)
         if self.data.dataset_streaming:
             own = [self.method.flag_of(rule) for rule in self.method.rules if rule.draws_classes]
             yield from (

@@ -66,14 +66,14 @@ class TestData:
     __test__ = False  # no test of pytest
 
     name: str
-    config_name: str | None
-    revision: str | None
+    config_name: str | None = None
+    revision: str | None = None
     test: Images
     class_names: tuple[str, ...]
     image_size: int
     in_chans: int
     augmentation: str
-    num_skipped: int
+    num_skipped: int = 0
     test_split_origin: str
     provenance: Provenance | None = None
     notes: tuple[str, ...] = ()

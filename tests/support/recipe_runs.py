@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from tests.conftest import ROOT
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -73,6 +75,16 @@ def finish(
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: str, status: int = 2) -> str:
+    """What a recipe says that ends with this status, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        recipe_module(script).main(list(arguments))
+    assert stop.value.code == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
 def recipe_module(script: str) -> ModuleType:
