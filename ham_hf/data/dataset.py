@@ -25,7 +25,7 @@ from ham_hf.data.decoding import (
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
@@ -300,7 +300,7 @@ def _make_ready(
     cache_images, skip_corrupt = config.cache_images, config.skip_corrupt
     num_bytes = len(encoded) * encoded.in_chans * geometry.image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
-    pixels: PixelStore
+    pixels: CachedPixels | StreamedPixels
     digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
