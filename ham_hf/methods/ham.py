@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, ThreatModel, predicted, rows_of
 from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.batch import Batch, TrainingRows
-from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.rule_method import Borrowing
 from ham_hf.methods.state import State
 from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
@@ -200,12 +199,6 @@ class HAM(BuiltOnLoss, Borrowing):
         kept = most_confident_easy(mined, self.easy_fraction)
         rows, x_adv = torch.cat([mined.rows, kept]), torch.cat([mined.x_adv, early[kept]])
         return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
-
-    def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
-        """Give the terms of the base loss; of TRADES also where hard examples alone have an adversarial image."""
-        if rows.with_adversarial is None:
-            return super().losses(logits, rows)
-        return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
 
     def initial_state(self, class_counts: Tensor) -> State:
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
