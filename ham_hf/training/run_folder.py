@@ -177,10 +177,6 @@ PATIENCE = 0.5
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-class BusyFolderError(ValueError):
-    """Another run uses the output folder."""
-
-
 class RunLock:
     """The lock of one output folder; as a context manager it is released at the end, if it was acquired.
 
@@ -197,7 +193,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            BusyFolderError: naming process, machine and start of the run that has it.
+            ValueError: naming process, machine and start of another run that has it.
             OSError: if the folder is not writable.
         """
         folder = self.path.parent
@@ -206,7 +202,7 @@ class RunLock:
         try:
             self._lock.acquire()
         except Timeout:
-            raise BusyFolderError(
+            raise ValueError(
                 f"--output_dir {folder} is in use by another run, {_describe(self._owner)}; wait for it, stop it "
                 "(SIGTERM lets it save), or name another folder"
             ) from None
