@@ -131,11 +131,6 @@ class HAM(BuiltOnLoss, Borrowing):
     def tells_wrong_at_start(self) -> bool:
         return self.stop_misclassified
 
-    @property
-    def trains_on_all(self) -> bool:
-        """Whether every example is trained on: all easy ones are kept, or the first term takes all clean images."""
-        return self.loss.clean_term or (self.easy_weight > 0 and self.easy_fraction == 1)
-
     def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
         if batch.epoch < self.mining_start_epoch:
             return super().inner_maximization(model, batch)
@@ -238,7 +233,8 @@ def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list
         mined.append(method.mine(model, replace(batch, attack=to_mining_step)))
     full = max(len(batch.y) for batch in batches)
     mined = _attacked_to_the_end(method, model, batches, mined, full)
-    if method.trains_on_all:
+    if method.loss.clean_term or method.easy_weight:
+        # Every example is trained on: the first term takes all clean images, or all easy examples are kept.
         return [method.chosen(found, batch) for found, batch in zip(mined, batches, strict=True)]
     x = torch.cat([batch.x[found.rows] for batch, found in zip(batches, mined, strict=True)])
     y, x_adv = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])
