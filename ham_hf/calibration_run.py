@@ -40,7 +40,7 @@ from ham_hf.reporting.report import CalibrationReport
 from ham_hf.reporting.run_report import calibrated_report, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
-from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir
+from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock
 
 logger = logging.getLogger("ham_hf.calibrate")
 
@@ -81,7 +81,7 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
 
 def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfig], HeldOut, Origin]:
     """Everything that can be refused, before anything is written."""
-    accelerator = begin(config, check_calibration_dir)
+    accelerator = begin(config, OWNED_BY_CALIBRATION)
     with accelerator.main_process_first():
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
