@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, WorkingSize, Workplace
 from ham_hf.evaluation.corruptions import corrupt
 from ham_hf.evaluation.robustness import logits_of, true_margins
-from ham_hf.evaluation.working_size import WorkingSize
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
