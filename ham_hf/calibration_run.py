@@ -32,11 +32,11 @@ from ham_hf.fitting import (
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
-from ham_hf.models.origin import Origin, read_origin
-from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, complete_name
-from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
+from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, Origin, complete_name, read_origin
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.method_text import exchange_sentence
+from ham_hf.reporting.report import CalibrationReport
 from ham_hf.reporting.run_report import calibrated_report, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show

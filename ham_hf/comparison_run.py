@@ -20,14 +20,13 @@ from ham_hf.comparison.leaderboard import write_leaderboard
 from ham_hf.comparison.pairs import PAIRED_METRICS, Run, verdicts_beside
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
-from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
 from ham_hf.faults import clean_exit, explain_interrupt
 from ham_hf.files import atomic_write
 from ham_hf.hub import download_results
 from ham_hf.invocation import command
 from ham_hf.reporting.class_examples import read_examples
-from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
 from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
@@ -70,12 +69,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
-    """Run what ``compare.yaml`` asks for and is not done yet."""
-    if options.runs or options.models:
-        raise ValueError("--config and runs that exist exclude each other: compare the folders in a second call")
-    jobs = 1 if options.jobs is None else options.jobs
-    if jobs < 1:
-        raise ValueError(f"--jobs {options.jobs}: expected at least 1")
+    jobs = options.jobs or 1
     plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
     for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
         for label in labels:
@@ -102,12 +96,6 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
 
 
 def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
-    """Take the runs that the command line names."""
-    if not (options.runs or options.models) or options.output_dir is None:
-        raise ValueError("expected --config COMPARE.yaml, or runs that exist (or --models FILE) and --output_dir")
-    for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
-        if getattr(options, flag) not in (None, False):
-            raise ValueError(f"--{flag} goes with --config: runs that exist are not run")
     listed = [] if options.models is None else read_list(options.models)
     existing = read_runs([*options.runs, *listed], download_results, listed=listed)
     runs, missing = label_runs(existing.found), list(existing.missing)
@@ -157,7 +145,13 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
     if len(folders) == 1 and (folders[0] / "report.json").is_file():
-        atomic_write(path, page_html([_page_of_one(folders[0], split_label(sources[0])[0], images=images)]))
+        page = PageRun(
+            label=plain_text(label) if (label := split_label(sources[0])[0]) else "",
+            report=read_report(folders[0]),
+            verdicts=verdicts_beside(folders[0]),
+            examples=read_examples(folders[0]) if images else None,
+        )
+        atomic_write(path, page_html([page]))
         return path
     existing = read_runs(sources, _no_download)
     runs = label_runs(existing.found)
@@ -176,16 +170,6 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     ]
     atomic_write(path, page_html(pages, _page_comparison(comparison)))
     return path
-
-
-def _page_of_one(folder: Path, label: str | None, *, images: bool) -> PageRun:
-    report = read_report(folder)
-    return PageRun(
-        label=plain_text(label or Path(report.model.name).name),
-        report=report,
-        verdicts=verdicts_beside(folder),
-        examples=read_examples(folder) if images else None,
-    )
 
 
 def _no_download(source: str, revision: str | None) -> Path:

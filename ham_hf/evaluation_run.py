@@ -285,5 +285,5 @@ def _write(
             groups=data.groups,
         )
     remove_partial_results(config.output_path)
-    tables = [results_table(report), *breakdown_tables(report)]
+    tables = [results_table(report), *(rows for _, rows in breakdown_tables(report))]
     show("\n\n".join(map(text_table, tables)) + f"\n\neverything is in {config.output_path}\n")

@@ -62,6 +62,12 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 (whatever the text holds)
     return json.loads(text, parse_constant=refuse)
 
 
+def front_matter(text: str) -> str:
+    """The YAML at the top of a README.md of the Hub; empty without."""
+    found = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+    return found[1] if found else ""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

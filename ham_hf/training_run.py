@@ -35,10 +35,10 @@ from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable
 from ham_hf.models.source import resolve_source
-from ham_hf.reporting.calibration import CalibrationReport, exchange_sentence
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
-from ham_hf.reporting.report import RunReport
+from ham_hf.reporting.method_text import exchange_sentence
+from ham_hf.reporting.report import CalibrationReport, RunReport
 from ham_hf.reporting.run_report import (
     model_section,
     overflow_notes,

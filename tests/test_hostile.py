@@ -384,15 +384,16 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
                 files["README.md"] = f"---\n{card}---\n".encode()
             hub.add("dataset", f"evil/{name}", files)
         script = (
+            "from ham_hf.data import DataConfig\n"
             "from ham_hf.data.sources import open_source, open_streamed_source\n"
             "for name, row in (('honest', None), ('rogue', 9), ('liar', 0)):\n"
-            "    source = open_streamed_source(f'evil/{name}', None, None).splits['train']\n"
+            "    source = open_streamed_source(DataConfig(dataset_name=f'evil/{name}')).splits['train']\n"
             "    try:\n"
             "        print(len(list(source.rows(['image', 'label'], 0, 0, None))))\n"
             "    except ValueError as error:\n"
             "        print(name, f'data/train-0.parquet, row {row} holds no image' in str(error))\n"
-            "print(len(open_source('evil/honest', None, None).splits['train']))\n"
-            "open_source('evil/rogue', None, None)"
+            "print(len(open_source(DataConfig(dataset_name='evil/honest')).splits['train']))\n"
+            "open_source(DataConfig(dataset_name='evil/rogue'))"
         )
         done = subprocess.run(
             [sys.executable, "-c", script],

@@ -23,7 +23,7 @@ from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_att
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.reporting.breakdowns import GroupReport, group_report
-from ham_hf.reporting.formats import class_cell, interval_text, percent, percent_with_ends, plain_text, text_table
+from ham_hf.reporting.formats import class_cell, percent, percent_with_ends, plain_text, text_table, with_interval
 from ham_hf.reporting.report import AttackReport
 from ham_hf.reporting.run_report import attack_reports, verdict_of
 from ham_hf.reporting.tables import each_group_rows, group_rows
@@ -84,9 +84,9 @@ class EvaluationReport:
             "Evaluation": entry.title,
             "Images": str(summary.num_examples),
             "Average": percent_with_ends(summary.average, summary.average_low, summary.average_high),
-            "Worst class": f"{percent(summary.worst_class)}{interval_text(entry.intervals, 'worst_class')} {worst}",
-            "Worst 30 %": percent(summary.worst_30_percent) + interval_text(entry.intervals, "worst_30_percent"),
-            "Gap": percent(summary.gap) + interval_text(entry.intervals, "gap"),
+            "Worst class": f"{with_interval(summary, entry.intervals, 'worst_class')} {worst}",
+            "Worst 30 %": with_interval(summary, entry.intervals, "worst_30_percent"),
+            "Gap": with_interval(summary, entry.intervals, "gap"),
         }
 
     def _class_rows(self) -> list[dict[str, str]]:

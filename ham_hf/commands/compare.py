@@ -37,12 +37,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     replace_what_cannot_be_shown()
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    problem = _plan_problem(options) if options.config is not None else _existing_problem(options)
+    if problem is not None:
+        parser.error(problem)
     # Only now: torch takes seconds to import, and --help needs none of it.
     from ham_hf.comparison_run import run_comparison
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     run_comparison(options, argv)
+
+
+def _plan_problem(options: argparse.Namespace) -> str | None:
+    if options.runs or options.models:
+        return "--config and runs that exist exclude each other: compare the folders in a second call"
+    if options.jobs is not None and options.jobs < 1:
+        return f"--jobs {options.jobs}: expected at least 1"
+    return None
+
+
+def _existing_problem(options: argparse.Namespace) -> str | None:
+    if not (options.runs or options.models) or options.output_dir is None:
+        return "expected --config COMPARE.yaml, or runs that exist (or --models FILE) and --output_dir"
+    for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
+        if getattr(options, flag) not in (None, False):
+            return f"--{flag} goes with --config: runs that exist are not run"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,12 +8,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
-from ham_hf.comparison.row_names import public_value, public_word
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.assembly import group_settings
 from ham_hf.config.yaml_file import exact_fraction
 from ham_hf.methods import available
-from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.formats import plain_text, public_value, public_word
 from ham_hf.reporting.method_text import gates_averaging
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.settings import settings_of
@@ -160,7 +159,6 @@ def _averaging(report: RunReport) -> str:
 
 
 def _optimizer(settings: Mapping[str, object]) -> str:
-    """Optimizer, rate and its schedule, weight decay and precision in one line."""
     schedule = [setting_text(settings.get("lr_scheduler_type"))]
     drops = settings.get("lr_drops")
     if schedule == ["piecewise"] and isinstance(drops, list):

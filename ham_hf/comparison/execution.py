@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 
 from ham_hf.comparison.differences import differences, run_settings
-from ham_hf.comparison.existing import running_elsewhere
-from ham_hf.comparison.pairs import Run, verdicts_beside
+from ham_hf.comparison.existing import run_of, running_elsewhere
+from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
@@ -42,12 +42,7 @@ SHOWN_LOG_LINES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """How a run is started.
-
-    Attributes:
-        command: words before the settings: interpreter or launcher, and the training recipe.
-        environment: environment variables of the run.
-    """
+    """How a run is started: the words before its settings, and its environment variables."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
@@ -67,13 +62,6 @@ class _Child:
 
 class UnreadableRunError(ValueError):
     """A run's folder holds a report or a configuration that cannot be read."""
-
-
-class BusyRunError(ValueError):
-    """Another process is running a run."""
-
-    def __init__(self, run: PlannedRun) -> None:
-        super().__init__(f"another process is at it: {run.folder / LOCK_NAME} is locked")
 
 
 def is_done(run: PlannedRun) -> bool:
@@ -105,11 +93,9 @@ def is_done(run: PlannedRun) -> bool:
 def survey(
     runs: Sequence[PlannedRun], chosen: Collection[PlannedRun]
 ) -> tuple[list[PlannedRun], list[PlannedRun], list[MissingRun]]:
-    """Look at every run's folder.
+    """The runs that are done, those of ``chosen`` that are to be run, and those that can be neither.
 
-    Returns:
-        The runs that are done, those of ``chosen`` that are to be run, and those that can be neither: an unreadable
-        report, or a run with other settings that is not among the chosen.
+    These are unreadable, or have other settings and are not among the chosen.
 
     Raises:
         ValueError: naming every chosen run whose folder holds a run with other settings.
@@ -137,27 +123,23 @@ def survey(
 def execute(
     runs: Sequence[PlannedRun], launcher: Launcher, *, jobs: int, announce: Callable[[str], None]
 ) -> list[MissingRun]:
-    """Run the unfinished runs, ``jobs`` at a time; a failed run does not stop the others.
+    """Run the unfinished runs, ``jobs`` at a time; return those that failed or that another process is running.
 
-    Args:
-        runs: what to run, in order; their folders have been looked at (`is_done`).
-        launcher: how to start one.
-        jobs: number of runs at a time.
-        announce: takes a line when a run starts and when it ends.
-
-    Returns:
-        The runs that failed, and those that another process is running.
+    A failed run does not stop the others. ``announce`` takes a line when a run starts and when it ends.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP, when every run that was under way has stopped.
     """
     waiting, running, failed = deque(runs), list[_Child](), list[MissingRun]()
 
-    def fail(run: PlannedRun, problem: str | BusyRunError) -> None:
-        busy = isinstance(problem, BusyRunError)
-        announce(f"{'RUNNING' if busy else 'FAILED'} {run.label} seed {run.seed}: {problem}")
-        reason = MissingRun(label=run.label, seed=run.seed, reason=str(problem), state="failed")
-        failed.append(running_elsewhere(run.label, run.seed) if busy else reason)
+    def fail(run: PlannedRun, problem: str | None) -> None:
+        if problem is None:
+            lock = run.folder / LOCK_NAME
+            announce(f"RUNNING {run.label} seed {run.seed}: another process is at it: {lock} is locked")
+            failed.append(running_elsewhere(run.label, run.seed))
+        else:
+            announce(f"FAILED {run.label} seed {run.seed}: {problem}")
+            failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
 
     with _signals_interrupt():
         try:
@@ -166,10 +148,13 @@ def execute(
                     run = _next_ready(waiting, [child.run for child in running])
                     if run is None:
                         break
+                    if is_locked(run.folder):
+                        fail(run, None)
+                        continue
                     try:
                         child = _start(run, launcher, jobs)
                     except (ValueError, OSError) as error:
-                        fail(run, error if isinstance(error, BusyRunError) else str(error))
+                        fail(run, str(error))
                         continue
                     if child is not None:
                         running.append(child)
@@ -182,7 +167,7 @@ def execute(
                         announce(f"done {child.run.label} seed {child.run.seed} in {seconds:.0f} s")
                     else:
                         # Another comparison started it at the same moment, and was first.
-                        fail(child.run, BusyRunError(child.run) if is_locked(child.run.folder) else _failure(child))
+                        fail(child.run, None if is_locked(child.run.folder) else _failure(child))
         finally:
             _stop(running)
     return failed
@@ -196,12 +181,10 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         known = reasons.get((run.label, run.seed))
         if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
             try:
-                report, verdicts = read_report(run.folder), verdicts_beside(run.folder)
+                report = read_report(run.folder)
+                finished.append(run_of(report, run.folder, source=str(run.folder), label=run.label))
             except (ValueError, OSError) as error:
                 missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
-            else:
-                source = str(run.folder)
-                finished.append(Run(label=run.label, seed=run.seed, report=report, source=source, verdicts=verdicts))
         elif known is not None:
             missing.append(known)
         elif is_locked(run.folder):
@@ -213,14 +196,7 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
 
 
 def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
-    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now.
-
-    Raises:
-        BusyRunError: if another process is running it.
-        ValueError: if its folder holds another run.
-    """
-    if is_locked(run.folder):
-        raise BusyRunError(run)
+    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now."""
     if is_done(run):
         return None
     if run.weights_from is not None:
@@ -284,7 +260,6 @@ def bring_weights(run: PlannedRun, source: Path) -> None:
 
 
 def _failure(child: _Child) -> str:
-    """Status and last lines of the log."""
     code = child.process.returncode
     status = f"killed by {signal.Signals(-code).name}" if code < 0 else f"status {code}"
     if code == 0:

@@ -6,17 +6,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import Run, verdicts_beside
-from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun
-from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.hub_config import split_revision
-from ham_hf.reporting.formats import plain_text
+from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
 from ham_hf.training.run_folder import is_locked
 
@@ -24,34 +21,18 @@ NOT_THERE = "(none)"
 SEED_FOLDER = re.compile(r"seed(\d+)")
 
 
-class FoundRun(NamedTuple):
-    """A finished run where it was found.
-
-    Attributes:
-        source: folder or Hub id.
-        label: what the user calls it, or the name of the folder above where the folder is called ``seed<seed of the
-            report>``, as in a comparison; None if neither.
-        report: what came out.
-        verdicts: its predictions, as far as they were kept.
-    """
-
-    source: str
-    label: str | None
-    report: RunReport
-    verdicts: Verdicts | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExistingRuns:
     """What was found where runs exist.
 
     Attributes:
-        found: every finished run.
+        found: every finished run; its label is what the user calls it, or the name of the folder above where its own
+            is called ``seed<seed of the report>``, as in a comparison; empty if neither.
         missing: runs without a report in a comparison's folder, and entries of a list that could not be read.
         baseline: that of the comparisons among the sources; None if they have none, or several.
     """
 
-    found: tuple[FoundRun, ...]
+    found: tuple[Run, ...]
     missing: tuple[MissingRun, ...]
     baseline: str | None
 
@@ -71,29 +52,36 @@ def read_runs(
         ValueError: naming every other source that is none of these, or has no report that can be read. A run in the
             folder of a comparison that has none is listed as missing instead.
     """
-    found, missing, problems = list[FoundRun](), list[MissingRun](), list[str]()
+    runs, problems = list[Run | MissingRun](), list[str]()
     baselines, seen = set[str](), set[Path | str]()
     for given in sources:
         label, source = split_label(given)
         try:
             if Path(source).is_dir():
-                baseline = _read_folder(Path(source), label, found, missing, seen)
+                places, baseline = _places(Path(source), label)
                 baselines |= {baseline} if baseline is not None else set()
-            elif split_revision(source) is not None and not Path(source).exists():
+                for place in places:
+                    if place.resolve() not in seen:
+                        seen.add(place.resolve())
+                        runs += _read_place(place, label)
+            elif (hub_id := split_revision(source)) is not None and not Path(source).exists():
                 if source not in seen:
                     seen.add(source)
-                    found.append(_read_hub(source, label, download))
+                    runs.append(_read_hub(source, hub_id, label, download))
             else:
                 raise ValueError(f"{given}: expected a folder with {REPORT_NAME}, or OWNER/NAME on the Hub")
         except ValueError as error:
             if given in listed:
-                missing.append(MissingRun(label=label or source, seed=None, reason=str(error), state="failed"))
+                runs.append(MissingRun(label=label or source, seed=None, reason=str(error), state="failed"))
             else:
                 problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
-    baseline = baselines.pop() if len(baselines) == 1 else None
-    return ExistingRuns(found=tuple(found), missing=tuple(missing), baseline=baseline)
+    return ExistingRuns(
+        found=tuple(run for run in runs if isinstance(run, Run)),
+        missing=tuple(run for run in runs if isinstance(run, MissingRun)),
+        baseline=baselines.pop() if len(baselines) == 1 else None,
+    )
 
 
 def split_label(source: str) -> tuple[str | None, str]:
@@ -127,13 +115,13 @@ def read_list(path: str | Path) -> list[str]:
     return list(dict.fromkeys(sources))
 
 
-def label_runs(found: Sequence[FoundRun]) -> list[Run]:
+def label_runs(found: Sequence[Run]) -> list[Run]:
     """Group runs into rows, and name the rows.
 
     Runs whose settings differ only in seed and folder are one row, named by its label or, without one, by its method
     (a model that was only evaluated: by its name). Rows of equal name also show the settings in which they differ.
     """
-    groups: dict[tuple[str, str], list[FoundRun]] = {}
+    groups: dict[tuple[str, str], list[Run]] = {}
     for run in found:
         name = plain_text(run.label or run.report.config.get("method") or public_word(run.report.model.name), 200)
         settings = json.dumps(run_settings(run.report.config, without={"seed"}), sort_keys=True)
@@ -143,33 +131,27 @@ def label_runs(found: Sequence[FoundRun]) -> list[Run]:
         same_name[name].append(json.loads(settings))
     runs: list[Run] = []
     for (name, settings), members in groups.items():
-        label = name
-        if len(same_name[name]) > 1:
-            own = json.loads(settings)
-            keys = dict.fromkeys(key for other in same_name[name] for key in other)
-            different = [
-                key for key in keys if any(other.get(key, ...) != own.get(key, ...) for other in same_name[name])
-            ]
+        label, own, others = name, json.loads(settings), same_name[name]
+        if len(others) > 1:
+            keys = dict.fromkeys(key for other in others for key in other)
+            different = [key for key in keys if any(other.get(key, ...) != own.get(key, ...) for other in others)]
             label = f"{name} ({', '.join(f'{key} {setting_text(own.get(key, NOT_THERE))}' for key in different)})"
         if label in {run.label for run in runs}:
             label = f"{label} #{len(runs)}"  # long settings, cut alike
-        runs += [
-            Run(
-                label=label,
-                seed=_seed(member.source, member.report),
-                report=member.report,
-                source=member.source,
-                verdicts=member.verdicts,
-            )
-            for member in members
-        ]
+        runs += [replace(member, label=label) for member in members]
     return runs
 
 
-def _seed(source: str, report: RunReport) -> int:
+def run_of(report: RunReport, folder: Path, *, source: str, label: str | None) -> Run:
+    """A finished run with the predictions in its folder.
+
+    Raises:
+        ValueError: if the report names no seed, or the predictions cannot be read.
+    """
     if "seed" not in report.seeds:
         raise ValueError(f"{source}: its report names no seed; expected one that this package wrote")
-    return report.seeds["seed"]
+    seed, verdicts = report.seeds["seed"], verdicts_beside(folder)
+    return Run(label=label or "", seed=seed, report=report, source=source, verdicts=verdicts)
 
 
 def running_elsewhere(label: str, seed: int) -> MissingRun:
@@ -177,43 +159,27 @@ def running_elsewhere(label: str, seed: int) -> MissingRun:
     return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
 
 
-def _read_hub(source: str, label: str | None, download: Callable[[str, str | None], Path]) -> FoundRun:
-    hub_id = split_revision(source)
-    assert hub_id is not None, source  # noqa: S101 (asked before)
+def _read_hub(
+    source: str, hub_id: tuple[str, str | None], label: str | None, download: Callable[[str, str | None], Path]
+) -> Run:
     try:
         folder = download(*hub_id)
-        return FoundRun(source, label, read_report(folder), verdicts_beside(folder))
+        return run_of(read_report(folder), folder, source=source, label=label)
     except ValueError as error:
         raise ValueError(f"there is no folder {source}, and {error}") from error
 
 
-def _read_folder(
-    path: Path, label: str | None, found: list[FoundRun], missing: list[MissingRun], seen: set[Path | str]
-) -> str | None:
-    """Read a run, or all runs of a comparison, under ``label`` if there is one; its baseline, if it has one.
-
-    Raises:
-        ValueError: if there is no report, or one that cannot be read; or if rows of several names are given one.
-    """
-    places, baseline = [path], None
-    if not (path / REPORT_NAME).is_file():
-        places, baseline = _comparison_places(path)
+def _places(path: Path, label: str | None) -> tuple[list[Path], str | None]:
+    """Folders of a run, or of all runs of a comparison, with its baseline; rows that are given a label have none."""
+    places, baseline = ([path], None) if (path / REPORT_NAME).is_file() else _comparison_places(path)
     rows = {place.resolve().parent.name for place in places}
     if label is not None and len(rows) > 1:
         raise ValueError(f"{label}={path}: {path} has several rows ({', '.join(sorted(rows))}); label folders in it")
-    for place in places:
-        if place.resolve() not in seen:
-            seen.add(place.resolve())
-            _read_place(place, label, found, missing)
-    return baseline if label is None else None
+    return places, baseline if label is None else None
 
 
-def _read_place(folder: Path, given: str | None, found: list[FoundRun], missing: list[MissingRun]) -> None:
-    """Read the run of one folder into ``found`` or, if it is LABEL/seedN without a report, into ``missing``.
-
-    Raises:
-        ValueError: if the report of a folder with another name cannot be read, or the predictions of any.
-    """
+def _read_place(folder: Path, given: str | None) -> list[Run | MissingRun]:
+    """The run of one folder; of one that is LABEL/seedN without a report, why it is missing."""
     place = folder.resolve()
     label, numbered = given or place.parent.name, SEED_FOLDER.fullmatch(place.name)
     if (folder / REPORT_NAME).is_file():
@@ -222,24 +188,19 @@ def _read_place(folder: Path, given: str | None, found: list[FoundRun], missing:
         except ValueError as error:
             if numbered is None:
                 raise
-            missing.append(MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed"))
-        else:
-            own = given or (label if place.name == f"seed{report.seeds.get('seed')}" else None)
-            found.append(FoundRun(str(folder), own, report, verdicts_beside(folder)))
-    elif numbered is not None:
-        seed = int(numbered[1])
-        log = place.with_name(f"{place.name}.log")
-        reason = f"no {REPORT_NAME}: it failed or was stopped, see {place.parent.name}/{log.name}"
-        unfinished = MissingRun(label=label, seed=seed, reason=reason, state="not finished")
-        missing.append(running_elsewhere(label, seed) if is_locked(place) else unfinished)
+            return [MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed")]
+        own = given or (label if place.name == f"seed{report.seeds.get('seed')}" else None)
+        return [run_of(report, folder, source=str(folder), label=own)]
+    if numbered is None:
+        return []
+    if is_locked(place):
+        return [running_elsewhere(label, int(numbered[1]))]
+    reason = f"no {REPORT_NAME}: it failed or was stopped, see {place.parent.name}/{place.name}.log"
+    return [MissingRun(label=label, seed=int(numbered[1]), reason=reason, state="not finished")]
 
 
 def _comparison_places(path: Path) -> tuple[list[Path], str | None]:
-    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline.
-
-    Raises:
-        ValueError: if there is none with a report, or ``comparison.json`` cannot be read.
-    """
+    """Every LABEL/seedN of a comparison, finished or not, in the order of its rows, and its baseline."""
     begun = {
         entry.with_suffix("") if entry.suffix == ".log" else entry
         for pattern in ("seed*", "*/seed*")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ham_hf.comparison.table import Comparison
-from ham_hf.reporting.figures import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure
+from ham_hf.reporting.figures import BLUE, GREEN, MAX_NAMED_CLASSES, ORANGE, VERMILLION, save_figure, write_share
 from ham_hf.reporting.formats import plain_text
 
 COLORS = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
@@ -174,7 +174,11 @@ def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]
     if named:
         axes.set_yticks(range(len(down)), labels=down, fontsize=9 if height < 9 else 8, parse_math=False)
         axes.set_ylabel("run" if across is not labels else "class, hardest first")
-        _write_cells(axes, cells, worst=np.nanmin(values, axis=1), by_column=cells is not values)
+        worst, by_row = np.nanmin(values, axis=1), cells is values
+        size = 9 if len(cells) <= MAX_CLASSES_ACROSS else 7
+        for (row, column), value in np.ndenumerate(cells):
+            if not np.isnan(value):
+                write_share(axes, row, column, value, size=size, bold=value == worst[row if by_row else column])
     else:
         axes.set_yticks([])
         axes.set_ylabel(f"{len(names)} classes, hardest first")
@@ -182,21 +186,3 @@ def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]
     axes.set_title(title + _budget_note(comparison), fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0), fraction=0.04, aspect=30)
     return figure
-
-
-def _write_cells(axes: Axes, cells: np.ndarray, *, worst: np.ndarray, by_column: bool) -> None:
-    """Percent in every cell; bold where it is the lowest of its row of the comparison."""
-    for (down, across), value in np.ndenumerate(cells):
-        if np.isnan(value):
-            continue
-        lowest = value == worst[across if by_column else down]
-        axes.text(
-            across,
-            down,
-            f"{100 * value:.0f}",
-            ha="center",
-            va="center",
-            fontsize=9 if len(cells) <= MAX_CLASSES_ACROSS else 7,
-            color="white" if value > 0.55 else "black",
-            fontweight="bold" if lowest else "normal",
-        )

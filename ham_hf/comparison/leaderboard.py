@@ -10,40 +10,28 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from ham_hf.comparison.differences import budget, conditions, environment, evaluations
 from ham_hf.comparison.pairs import PAIRED_METRICS, Run
-from ham_hf.comparison.row_names import public_source, public_text
-from ham_hf.comparison.table import Comparison, Row
+from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
 from ham_hf.hub_config import split_revision
-from ham_hf.reporting.formats import percent, percent_ends, plain_text, signed_points
+from ham_hf.reporting.formats import percent, percent_ends, plain_text, public_source, public_text, signed_points
 from ham_hf.reporting.page import render_page
 
 LEADERBOARD_NAME = "leaderboard.html"
 HUB = "https://huggingface.co"
-TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %"}
+TITLES = {metric: METRIC_TITLES[metric] for metric in PAIRED_METRICS}
 MAX_CLASSES = 10
 """Worst classes listed of each model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """The runs of one row that were attacked alike, under one evaluation."""
-
-    row: Row
-    runs: tuple[Run, ...]
 
 
 def write_leaderboard(comparison: Comparison, folder: str | Path, *, command: str = "") -> Path:
     """Write ``leaderboard.html`` into ``folder`` in one step, and return its path.
 
-    Args:
-        comparison: its rows are ranked, its missing runs listed.
-        folder: where to; sources of rows are shown as seen from there.
-        command: command line that makes the page again.
+    Sources of rows are shown as seen from ``folder``; ``command`` is the command line that makes the page again.
     """
     path = Path(folder) / LEADERBOARD_NAME
     atomic_write(path, leaderboard_html(comparison, folder=folder, command=command))
@@ -90,15 +78,18 @@ def _price_title(comparison: Comparison) -> str:
 
 
 def _part(comparison: Comparison, name: str) -> dict[str, object]:
-    """Everything about one evaluation: its groups, the largest first, and who does not have it."""
-    groups: dict[tuple[tuple[str, str], ...], list[Entry]] = {}
+    """Everything about one evaluation: its groups, the largest first, and who does not have it.
+
+    A row of a group has only the runs that were attacked alike.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in comparison.rows:
         alike: dict[tuple[tuple[str, str], ...], list[Run]] = {}
         for run in row.runs:
             if name in evaluations(run.report):
                 alike.setdefault(tuple(conditions(run.report, name).items()), []).append(run)
         for key, runs in alike.items():
-            groups.setdefault(key, []).append(Entry(row=row, runs=tuple(runs)))
+            groups.setdefault(key, []).append(replace(row, runs=tuple(runs)))
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     first = dict(ordered[0][0])
     absent = [comparison.names[row.label] for row in comparison.rows if name not in row.attacks]
@@ -109,20 +100,20 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
             {
                 "title": _conditions_text(dict(key)),
                 "differs": _differences(dict(key), first),
-                "caption": f"{len(entries)} {'models' if len(entries) > 1 else 'model'}{_hardware(entries)}",
+                "caption": f"{len(rows)} {'models' if len(rows) > 1 else 'model'}{_hardware(rows)}",
                 "rows": [
-                    _row(comparison, entry, name)
-                    for entry in sorted(entries, key=lambda one: -_mean(one, name, "worst_class"))
+                    _row(comparison, row, name)
+                    for row in sorted(rows, key=lambda one: -_mean(one, name, "worst_class"))
                 ],
             }
-            for key, entries in ordered
+            for key, rows in ordered
         ],
         "absent": ", ".join(absent),
     }
 
 
-def _hardware(entries: Sequence[Entry]) -> str:
-    devices = {environment(run.report)["Device"] for entry in entries for run in entry.runs}
+def _hardware(rows: Sequence[Row]) -> str:
+    devices = {environment(run.report)["Device"] for row in rows for run in row.runs}
     return "" if len(devices) == 1 else "; seconds are of different hardware"
 
 
@@ -154,21 +145,20 @@ def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str
     return words
 
 
-def _mean(entry: Entry, name: str, metric: str) -> float:
-    return statistics.fmean(getattr(evaluations(run.report)[name].summary, metric) for run in entry.runs)
+def _mean(row: Row, name: str, metric: str) -> float:
+    return statistics.fmean(getattr(evaluations(run.report)[name].summary, metric) for run in row.runs)
 
 
-def _row(comparison: Comparison, entry: Entry, name: str) -> dict[str, object]:
-    row = entry.row
-    numbers = [_number(entry, name, metric) for metric in TITLES]
+def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
+    numbers = [_number(row, name, metric) for metric in TITLES]
     price = _price(comparison, row)
     seconds = None if row.seconds is None else row.seconds.mean
-    order = [(metric, f"{_mean(entry, name, metric):.6f}") for metric in TITLES]
+    order = [(metric, f"{_mean(row, name, metric):.6f}") for metric in TITLES]
     return {
         "label": plain_text(row.label, 1000),
         "name": comparison.names[row.label],
-        "seeds": len(entry.runs),
-        "budget": _budget_text(entry.runs[0]),
+        "seeds": len(row.runs),
+        "budget": _budget_text(row.runs[0]),
         "numbers": numbers,
         "order": [*order, ("price", _sortable(price)), ("seconds", _sortable(seconds))],
         "cost": [
@@ -196,10 +186,10 @@ def _price(comparison: Comparison, row: Row) -> float | None:
     return None if row.passes is None else row.passes.mean / 1e6
 
 
-def _number(entry: Entry, name: str, metric: str) -> dict[str, object]:
+def _number(row: Row, name: str, metric: str) -> dict[str, object]:
     """Mean, ends of the interval and each seed of one number, in percent of the axis and as text."""
-    mean = _mean(entry, name, metric)
-    found = [evaluations(run.report)[name] for run in entry.runs]
+    mean = _mean(row, name, metric)
+    found = [evaluations(run.report)[name] for run in row.runs]
     if metric == "average":
         ends = [(one.summary.average_low, one.summary.average_high) for one in found]
     else:
@@ -223,7 +213,6 @@ def _place(share: float) -> str:
 
 
 def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[str, object]:
-    """What is known of a model beside its ranks."""
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
     is_hub = split_revision(run.source) is not None and not Path(run.source).exists()

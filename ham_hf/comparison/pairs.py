@@ -29,8 +29,7 @@ class Difference:
     Attributes:
         per_seed: the difference of each pair of runs.
         mean: mean of ``per_seed``.
-        low: lower end of the interval of ``mean`` (percentile bootstrap).
-        high: upper end.
+        low, high: ends of the interval of ``mean`` (percentile bootstrap).
     """
 
     per_seed: tuple[float, ...]
@@ -50,11 +49,9 @@ class PairedComparison:
 
     Attributes:
         num_examples: images that both were judged on.
-        average: difference of the averages.
-        worst_class: difference on the class that is the reference's worst.
-        worst_30_percent: difference of the means of the classes that are the reference's worst 30 %.
-        only_reference: images that only the reference is right on, of each pair.
-        only_other: images that only the other model is right on, of each pair.
+        average, worst_class, worst_30_percent: differences of the averages, on the class that is the reference's
+            worst, and of the means of the classes that are its worst 30 %.
+        only_reference, only_other: images that only one of the two is right on, of each pair.
         p_values: exact McNemar test of each pair (`mcnemar`).
     """
 
@@ -88,9 +85,6 @@ class PairedRow:
         With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number in the
         table must also be higher with every seed: a row that is better in the baseline's worst classes may be worse
         elsewhere.
-
-        Args:
-            metric: one of ``PAIRED_METRICS``.
         """
         difference = getattr(self.differences, metric)
         if metric == "average" and len(self.seeds) == 1:
@@ -137,12 +131,9 @@ def verdicts_beside(folder: str | Path) -> Verdicts | None:
 
 
 def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
-    """Compare every row with the baseline, as far as there are predictions.
+    """Compare every row with the baseline (without one: none), as far as there are predictions.
 
-    Args:
-        rows: the runs of each row by label.
-        baseline: label of the reference; None, or one without runs, pairs nothing.
-        titles: title of each evaluation that is comparable, by name.
+    ``titles`` are those of each evaluation that is comparable, by name.
     """
     base = {run.seed: run for run in rows.get(baseline or "", ())}
     found, unpaired = dict[str, Mapping[str, PairedRow]](), dict[str, str]()
@@ -170,11 +161,7 @@ def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles
 
 
 def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
-    """One row under one evaluation; None if some run does not have it.
-
-    Raises:
-        ValueError: if the runs of a pair, or those of several seeds, saw different images.
-    """
+    """One row under one evaluation; None if some run does not have it."""
     entries = [[evaluations(run.report).get(name) for run in pair] for pair in pairs]
     summaries = [[entry.summary for entry in pair if entry is not None] for pair in entries]
     if any(len(pair) < 2 for pair in summaries):
@@ -207,10 +194,6 @@ def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
 def mcnemar(only_reference: int, only_other: int) -> float:
     """Two-sided p-value of McNemar's test, exact: the chance of so uneven a split if each side were as likely.
 
-    Args:
-        only_reference: images that only the reference is right on.
-        only_other: images that only the other model is right on.
-
     Raises:
         ValueError: if a count is negative.
     """
@@ -225,15 +208,7 @@ def mcnemar(only_reference: int, only_other: int) -> float:
     return min(1.0, float(2 * total / (1 << num)))
 
 
-def compare_paired(
-    reference: Tensor,
-    other: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    repetitions: int = REPETITIONS,
-) -> PairedComparison:
+def compare_paired(reference: Tensor, other: Tensor, labels: Tensor, *, num_classes: int) -> PairedComparison:
     """Compare two models on the same images, in one or several pairs of runs (one per training seed).
 
     Averages: exact McNemar test per pair. All three differences: bootstrap of images within each class, the same
@@ -246,8 +221,6 @@ def compare_paired(
         other: (S, N) bool, in the same order.
         labels: (N,) in [0, num_classes).
         num_classes: C.
-        seed: seed of the resampling.
-        repetitions: number of resamples.
 
     Raises:
         ValueError: if shapes differ or there is no image.
@@ -261,16 +234,16 @@ def compare_paired(
     worst = [_worst_first(flags, labels, num_classes) for flags in reference]
     flags = np.concatenate([reference.numpy(), other.numpy()]).astype(np.int64)  # (2 S, N)
     counts = np.bincount(labels.numpy(), minlength=num_classes)
-    seen = _class_sums(flags, labels.numpy(), counts)[None]
-    drawn = _resample(flags, labels.numpy(), counts, seed=seed, repetitions=repetitions)
+    # Right images of each class and run, (1, C, 2 S).
+    sums = [np.bincount(labels.numpy(), row, num_classes) for row in flags]
+    seen = np.stack(sums, axis=1).astype(np.int64)[None]
+    drawn = _resample(flags, labels.numpy(), counts)
 
     def of_classes(classes: list[list[int]]) -> Difference:
         """Difference of the mean over these classes of each pair."""
-        return _difference(*(_mean_difference(sums, counts, classes, len(reference)) for sums in (seen, drawn)))
+        return _difference(*(_mean_difference(of, counts, classes, len(reference)) for of in (seen, drawn)))
 
-    totals = [
-        (sums[..., len(reference) :] - sums[..., : len(reference)]).sum(1) / len(labels) for sums in (seen, drawn)
-    ]
+    totals = [(of[..., len(reference) :] - of[..., : len(reference)]).sum(1) / len(labels) for of in (seen, drawn)]
     only_reference = [int((reference[pair] & ~other[pair]).sum()) for pair in pairs]
     only_other = [int((other[pair] & ~reference[pair]).sum()) for pair in pairs]
     return PairedComparison(
@@ -285,43 +258,35 @@ def compare_paired(
 
 
 def _difference(seen: NDArray[np.float64], drawn: NDArray[np.float64]) -> Difference:
-    """From the differences of S pairs: those seen (1, S), and resampled (repetitions, S)."""
+    """From the differences of S pairs: those seen (1, S), and resampled (REPETITIONS, S)."""
     low, high = np.quantile(drawn.mean(1), _ENDS)
     values = tuple(seen[0].tolist())
     return Difference(per_seed=values, mean=float(np.mean(values)), low=float(low), high=float(high))
 
 
 def _worst_first(flags: Tensor, labels: Tensor, num_classes: int) -> list[int]:
-    """Classes that have images, by accuracy."""
     per_class = summarize(flags, labels, num_classes).per_class
     present = [index for index, entry in enumerate(per_class) if entry.accuracy is not None]
     return sorted(present, key=lambda index: (per_class[index].accuracy, index))
 
 
-def _class_sums(flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(C, 2 S) right images of each class and run."""
-    return np.stack([np.bincount(labels, row, len(counts)) for row in flags], axis=1).astype(np.int64)
-
-
-def _resample(
-    flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64], *, seed: int, repetitions: int
-) -> NDArray[np.int64]:
-    """(repetitions, C, 2 S) right images when those of each class are drawn again.
+def _resample(flags: NDArray[np.int64], labels: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(REPETITIONS, C, 2 S) right images when those of each class are drawn again.
 
     Images with the same outcome in all runs count as one kind: how often a kind is drawn is multinomial.
     """
-    generator = np.random.default_rng(seed)
-    drawn = np.zeros((repetitions, len(counts), len(flags)), dtype=np.int64)
+    generator = np.random.default_rng(0)
+    drawn = np.zeros((REPETITIONS, len(counts), len(flags)), dtype=np.int64)
     for label in counts.nonzero()[0]:
         kinds, sizes = np.unique(flags[:, labels == label].T, axis=0, return_counts=True)
-        drawn[:, label] = generator.multinomial(counts[label], sizes / counts[label], repetitions) @ kinds
+        drawn[:, label] = generator.multinomial(counts[label], sizes / counts[label], REPETITIONS) @ kinds
     return drawn
 
 
 def _mean_difference(
     sums: NDArray[np.int64], counts: NDArray[np.int64], classes: list[list[int]], pairs: int
 ) -> NDArray[np.float64]:
-    """(repetitions, S) other minus reference, of the mean accuracy of some classes of each pair."""
+    """(REPETITIONS, S) other minus reference, of the mean accuracy of some classes of each pair."""
     columns = [
         ((sums[:, chosen, pairs + pair] - sums[:, chosen, pair]) / counts[chosen]).mean(1)
         for pair, chosen in enumerate(classes)

@@ -51,13 +51,10 @@ OURS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run.
+    """One run of row ``label``.
 
     Attributes:
-        label: row of the comparison that it belongs to.
-        seed: its seed.
-        config: what it runs with.
-        words: the command line that says so, without the training recipe's own name.
+        words: the command line that says its ``config``, without the training recipe's own name.
         weights_from: folder of the run whose weights it takes instead of training; None: it trains.
     """
 
@@ -95,10 +92,7 @@ class Plan:
 def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int] | None = None) -> Plan:
     """Read a ``compare.yaml`` and build the configuration of each of its runs.
 
-    Args:
-        path: the file.
-        output_dir: wins over the file's.
-        seeds: planned too, after the file's.
+    ``output_dir`` wins over the file's; ``seeds`` are planned too, after the file's.
 
     Raises:
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.
@@ -121,7 +115,12 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     common = (
         _settings(entries["settings"].node, f"{entries['settings'].origin}settings") if "settings" in entries else []
     )
-    rows, own_seeds = _with_seeds(dict(_rows(entries["runs"])))
+    rows, own_seeds = dict[str, list[Entry]](), dict[str, list[int]]()
+    for label, settings in _rows(entries["runs"]):
+        rows[label] = [entry for entry in settings if entry.name != "seeds"]
+        for entry in settings:
+            if entry.name == "seeds":
+                own_seeds[label] = _read_seeds(entry._replace(origin=f"run {label}: "))
     rows, bases = _with_bases(rows)
     baseline = _word(entries["baseline"]) if "baseline" in entries else None
     if baseline is not None and baseline not in rows:
@@ -177,23 +176,10 @@ def _folder(output_dir: Path, label: str, seed: int) -> Path:
     return output_dir / label / f"seed{seed}"
 
 
-def _with_seeds(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], dict[str, list[int]]]:
-    """Rows without their ``seeds``, and the seeds of those that have them."""
-    seeds = {
-        label: _read_seeds(entry._replace(origin=f"run {label}: "))
-        for label, settings in rows.items()
-        for entry in settings
-        if entry.name == "seeds"
-    }
-    return {label: [entry for entry in settings if entry.name != "seeds"] for label, settings in rows.items()}, seeds
-
-
 def _with_bases(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], dict[str, str]]:
     """Rows with the settings of the row that they take their weights from before their own, and the label of that."""
     allowed = {known.name for known in settings_of(CalibrationConfig)}
-    bases: dict[str, str] = {}
-    whole = dict(rows)
-    problems = []
+    whole, bases, problems = dict(rows), dict[str, str](), list[str]()
     for label, settings in rows.items():
         named = [entry for entry in settings if entry.name == CALIBRATED_FROM]
         if not named:
@@ -201,28 +187,26 @@ def _with_bases(rows: dict[str, list[Entry]]) -> tuple[dict[str, list[Entry]], d
         own = [entry for entry in settings if entry.name != CALIBRATED_FROM]
         base = named[0].node.value if isinstance(named[0].node, yaml.ScalarNode) else show_node(named[0].node)
         taken = rows.get(base)
-        if taken is None or base == label or any(entry.name == CALIBRATED_FROM for entry in taken):
-            others = ", ".join(other for other in rows if other != label) or "of which there is none"
-            problems.append(
-                f"run {label}: {CALIBRATED_FROM} {base}: expected the label of a row that trains, {others}"
-            )
-            continue
         others = ", ".join(sorted({entry.name for entry in own} - allowed))
-        if others or not {"fairness", "max_average_drop"} & {entry.name for entry in own}:
+        if taken is None or base == label or any(entry.name == CALIBRATED_FROM for entry in taken):
+            trained = ", ".join(other for other in rows if other != label) or "of which there is none"
+            problems.append(
+                f"run {label}: {CALIBRATED_FROM} {base}: expected the label of a row that trains, {trained}"
+            )
+        elif others or not {"fairness", "max_average_drop"} & {entry.name for entry in own}:
             problems.append(
                 f"run {label}: a row that is {CALIBRATED_FROM} another one has fairness or max_average_drop, and of "
                 f"other settings only those of the calibration ({', '.join(sorted(allowed))})"
                 + (f"; not {others}" if others else "")
             )
-            continue
-        bases[label], whole[label] = base, [*(entry for entry in taken if entry.name not in allowed), *own]
+        else:
+            bases[label], whole[label] = base, [*(entry for entry in taken if entry.name not in allowed), *own]
     if problems:
         raise ConfigError(problems)
     return whole, bases
 
 
 def _rows(entry: Entry) -> Iterator[tuple[str, list[Entry]]]:
-    """Labels with their settings."""
     rows = _pairs(entry.node, f"{entry.origin}runs", "label: {setting: value}")
     if not rows:
         raise ConfigError(f"{entry.origin}runs is empty: expected at least one 'label: {{setting: value}}'")

@@ -14,15 +14,24 @@ from pathlib import Path
 
 from ham_hf.comparison.differences import evaluations, setting_text
 from ham_hf.comparison.pairs import PAIRED_METRICS
-from ham_hf.comparison.row_names import public_source, public_text, public_value
-from ham_hf.comparison.table import METRICS, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.table import METRIC_TITLES, METRICS, Comparison, MissingRun, Row, Spread
 from ham_hf.files import atomic_write
-from ham_hf.reporting.formats import Markdown, code, markdown_table, percent, plain_text, ratio, signed_points
+from ham_hf.reporting.formats import (
+    Markdown,
+    code,
+    markdown_table,
+    percent,
+    plain_text,
+    public_source,
+    public_text,
+    public_value,
+    ratio,
+    signed_points,
+)
 from ham_hf.reporting.formats import markdown_text as text
 
 SCHEMA_VERSION = 1
 MEBIBYTE = 2**20
-METRIC_TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %", "nsd": "NSD"}
 HOW_TO_READ = (
     "Accuracies are in percent: mean ± sample standard deviation over the seeds of a row (a single seed has none). "
     "The worst classes are those of each run; the figure of the classes takes each class' mean over seeds first, and "
@@ -62,7 +71,7 @@ NOT_COMPARABLE = (
 def write_comparison(
     comparison: Comparison, folder: str | Path, *, command: str, figures: Sequence[Path] = (), jobs: int | None = None
 ) -> list[Path]:
-    """Write the three files into ``folder`` (made if needed); each appears in one step.
+    """Write the three files into ``folder`` (made if needed), each in one step, and return their paths.
 
     Args:
         comparison: what to write.
@@ -70,9 +79,6 @@ def write_comparison(
         command: command line that makes the comparison again.
         figures: images in ``folder`` to show in the Markdown.
         jobs: runs at a time in this call; None if none was to be run.
-
-    Returns:
-        The paths written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,10 +95,7 @@ def write_comparison(
 def comparison_json(
     comparison: Comparison, *, command: str, folder: Path | None = None, jobs: int | None = None
 ) -> str:
-    """Every number, with the values of each seed; accuracies in [0, 1], seconds, bytes.
-
-    Folders of runs are relative to ``folder``, that of the comparison.
-    """
+    """Every number, with the values of each seed; folders of runs are relative to ``folder``, the comparison's."""
     names = comparison.names
     values = {
         "schema_version": SCHEMA_VERSION,
@@ -197,7 +200,6 @@ def without_figures(comparison: Comparison) -> list[str]:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """Warnings that stand before any number: budgets or code differ."""
     notes = []
     if comparison.unequal:
         titles = ", ".join(text(title) for title in comparison.unequal)
@@ -281,9 +283,9 @@ def _heading(comparison: Comparison, attack: str) -> str:
     """The evaluation's title and, where it saw a part of them only, the number of test images."""
     reports = [run.report for row in comparison.rows for run in row.runs if attack in evaluations(run.report)]
     title = text(comparison.attacks[attack])
-    if not any(report.is_subset(evaluations(report)[attack]) for report in reports):
-        return title
     counts = {(evaluations(report)[attack].summary.num_examples, report.dataset.num_test) for report in reports}
+    if all(seen == all_images for seen, all_images in counts):
+        return title
     return f"{title} ({'; '.join(f'{seen} of {all_images}' for seen, all_images in sorted(counts))} test images)"
 
 
@@ -385,7 +387,6 @@ def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[st
 
 
 def _harmless(value: str) -> str:
-    """Text for a CSV cell that no spreadsheet takes for a formula."""
     value = plain_text(value, 200)
     return f"'{value}" if value[0] in "=+-@" else value
 

@@ -16,10 +16,11 @@ from typing import Literal
 
 from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
 from ham_hf.comparison.pairs import PAIRED_METRICS, Pairs, Run, pair_rows
-from ham_hf.comparison.row_names import short_names
 from ham_hf.metrics import FairnessSummary, num_worst
+from ham_hf.reporting.formats import short_names
 
-METRICS = ("average", "worst_class", "worst_30_percent", "nsd")
+METRIC_TITLES = {"average": "Average", "worst_class": "Worst class", "worst_30_percent": "Worst 30 %", "nsd": "NSD"}
+METRICS = tuple(METRIC_TITLES)
 LOWER_IS_BETTER = frozenset({"nsd"})
 
 
@@ -56,12 +57,10 @@ class AttackRow:
     """One row under one evaluation; accuracies in [0, 1].
 
     Attributes:
-        seeds: seeds of the runs that have this evaluation.
+        seeds: of the runs that have this evaluation.
         num_examples: images seen, of every run.
-        average: micro average.
-        worst_class: accuracy of the worst class of each run (which class that is may differ between seeds).
-        worst_30_percent: mean of the worst 30 % of the classes.
-        nsd: standard deviation over classes divided by their mean; None if a run has none (all accuracies 0).
+        average, worst_class, worst_30_percent, nsd: see `FairnessSummary`; which class is the worst may differ
+            between seeds. NSD is None if a run has none (all accuracies 0).
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
             baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
         image_variances: variance of a run's number from the finite test set, by metric, mean over the runs; NSD has
@@ -85,9 +84,8 @@ class Row:
     """The runs of one label.
 
     Attributes:
-        label: name of the row.
-        runs: its runs, by seed.
-        attacks: numbers under each evaluation that one of its runs has.
+        runs: by seed.
+        attacks: numbers under each evaluation that one of the runs has.
         seconds: duration of training; None if no run was trained here.
         passes: passes over the network in training, in forwards of one image; None unless all its runs counted them.
         price: the same relative to the baseline's; None without a baseline, or where either did not count.
@@ -115,7 +113,7 @@ class Comparison:
     """Rows side by side.
 
     Attributes:
-        rows: one per label, in the order in which the labels were given.
+        rows: in the order in which the labels were given.
         attacks: title of every evaluation that a run has, by name, in the order in which they were run.
         baseline: label that rho is relative to; None if there is none.
         class_names: names of the C classes; None if the runs do not have the same.
@@ -124,7 +122,6 @@ class Comparison:
         comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
             have no rho and no best.
         missing: runs that failed or are not there.
-        pairs: the rows against the baseline on the same images.
     """
 
     rows: tuple[Row, ...]
@@ -177,10 +174,6 @@ class Comparison:
         Its mean has to be better than the next best by more than the root of ``std_a^2 + std_b^2 + v_a + v_b``, with
         the spread over seeds and the variance ``v`` of having few test images, which is not divided by the number of
         seeds: all see the same images. Both need two seeds, and the evaluation has to be `comparable`.
-
-        Args:
-            attack: name of an evaluation.
-            metric: one of ``METRICS``.
         """
         if attack not in self.comparable:
             return None
@@ -203,7 +196,6 @@ class Comparison:
 
 
 def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each row, by seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(run.label, []).append(run)
@@ -220,12 +212,8 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
     """Put runs side by side.
 
-    A seed that some row has and another lacks without an entry in ``missing`` gets one.
-
-    Args:
-        runs: finished runs, at least one; those of one label differ in the seed alone.
-        baseline: label of the row that rho is relative to.
-        missing: runs that are not there, and why.
+    Runs of one label differ in the seed alone. A seed that some row has and another lacks without an entry in
+    ``missing`` gets one.
 
     Raises:
         ValueError: if there is no run, two runs have the same label and seed, or no run has the baseline's label.
@@ -271,7 +259,6 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _known_spread(values: Iterable[float | None]) -> Spread | None:
-    """Spread of the values that are known; None if none is."""
     known = [value for value in values if value is not None]
     return _spread(known) if known else None
 
@@ -315,7 +302,9 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
         rho = None
         if reference is not None and reference.worst_class.mean > 0:
             rho = _gain(worst.mean, reference.worst_class.mean) + _gain(average.mean, reference.average.mean)
-        num_classes = {len(summary.per_class) for summary in summaries}
+        accuracies = ([entry.accuracy for entry in summary.per_class] for summary in summaries)
+        # Runs of one row may be of other classes, as long as nothing is drawn of them.
+        classes = [_known_spread(of_runs) for of_runs in zip(*accuracies, strict=False)]
         rows[name] = AttackRow(
             seeds=tuple(run.seed for run in having),
             num_examples=tuple(summary.num_examples for summary in summaries),
@@ -327,21 +316,13 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
             image_variances={
                 metric: statistics.fmean(variance[metric] for variance in variances) for metric in variances[0]
             },
-            per_class=tuple(
-                _class_mean([summary.per_class[index].accuracy for summary in summaries])
-                for index in range(min(num_classes))
-            ),
+            per_class=tuple(None if spread is None else spread.mean for spread in classes),
         )
     return rows
 
 
 def _gain(new: float, base: float) -> float:
     return (new - base) / base
-
-
-def _class_mean(accuracies: Sequence[float | None]) -> float | None:
-    known = [accuracy for accuracy in accuracies if accuracy is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:

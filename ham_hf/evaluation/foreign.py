@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode
-from ham_hf.data.augment import isolated_rng
+from ham_hf.data.pixels import isolated_rng
 from ham_hf.files import sha256
 
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]

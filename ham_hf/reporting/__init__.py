@@ -1,5 +1,1 @@
-"""What a run came to: `report.json`, figures and the model card.
-
-`report` is the report itself, `results` makes it of a finished run and writes everything; `plots` and `class_plots`
-draw, `card` and `method_text` write.
-"""
+"""What a run came to: the report (`report`, made and written by `run_report`), and figures, card and page of it."""

@@ -12,6 +12,9 @@ from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.intervals import FairnessIntervals, intervals_of
 from ham_hf.metrics import FairnessSummary, count_per_class, mean_of_worst, summarize
 
+SUMMARIZED = ("average", "average_low", "average_high", "worst_class", "worst_class_index", "worst_30_percent")
+"""Numbers of `FairnessSummary` that are kept of each corruption."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupAccuracy:
@@ -27,7 +30,7 @@ class GroupReport:
 
     Attributes:
         column: name of the column.
-        names: of the G groups; the last one is of the images without a value, where there are any.
+        names: of the groups; the last one is of the images without a value, where there are any.
         num_missing: images without a value.
         results: by name of the evaluation, "verdict" first.
     """
@@ -49,16 +52,11 @@ class CorruptedAccuracy:
     """Accuracy under one corruption of one severity.
 
     Attributes:
-        name: of the corruption.
-        severity: 1 to 5.
-        average: share of right images.
-        average_low: lower end of its 95 % Wilson interval.
-        average_high: upper end.
-        worst_class: smallest class accuracy.
-        worst_class_index: class that has it.
-        worst_30_percent: mean of the ceil(3 C / 10) smallest class accuracies.
+        name, severity: of the corruption; severity is 1 to 5.
         correct: right images of each of the C classes.
         seconds: duration.
+
+    The others are as in `FairnessSummary`.
     """
 
     name: str
@@ -130,14 +128,7 @@ def group_report(verdicts: Verdicts) -> GroupReport | None:
 def corruption_report(
     results: Sequence[CorruptionResult], labels: Tensor, num_classes: int, *, constants: str
 ) -> CorruptionReport | None:
-    """Results on corrupted images in numbers; None if there are none.
-
-    Args:
-        results: of every corruption and severity.
-        labels: (N,) of the images.
-        num_classes: C.
-        constants: see `CorruptionReport`.
-    """
+    """Results of every corruption and severity on images with ``labels`` (N,) in numbers; None if there are none."""
     if not results:
         return None
     counts = count_per_class(labels, num_classes).tolist()
@@ -149,12 +140,7 @@ def corruption_report(
             CorruptedAccuracy(
                 name=result.name,
                 severity=result.severity,
-                average=summary.average,
-                average_low=summary.average_low,
-                average_high=summary.average_high,
-                worst_class=summary.worst_class,
-                worst_class_index=summary.worst_class_index,
-                worst_30_percent=summary.worst_30_percent,
+                **{name: getattr(summary, name) for name in SUMMARIZED},
                 correct=tuple(entry.correct for entry in summary.per_class),
                 seconds=result.seconds,
             )

@@ -17,7 +17,6 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
 from ham_hf.hub_config import is_hub_id, split_revision
-from ham_hf.reporting.calibration import exchange_sentence
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
     Markdown,
@@ -34,6 +33,7 @@ from ham_hf.reporting.method_text import (
     CITATIONS,
     cited_methods,
     combined_with,
+    exchange_sentence,
     method_began,
     method_rows,
     method_title,
@@ -87,16 +87,13 @@ TRAINING_SETTINGS = (
 
 
 def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, model_license: str) -> Path:
-    """Write ``README.md`` into a run's output folder, replacing the one of an earlier evaluation.
+    """Write ``README.md`` into a run's output folder, replacing the one of an earlier evaluation; return its path.
 
     Args:
         report: what to write about.
         folder: output folder; figures that exist in its ``figures`` are shown.
         repo_id: "user/name" on the Hub for the loading line; None if it is not known, then the line loads the folder.
         model_license: license of the weights, a Hub license id such as "apache-2.0".
-
-    Returns:
-        The path of the card.
 
     Raises:
         ValueError: if ``repo_id`` cannot be the id of a repository, or the report has neither training nor
@@ -126,10 +123,7 @@ def evaluation_section(report: RunReport, folder: Path | None = None) -> str:
 def evaluation_document(report: RunReport, folder: str | Path, *, command: str) -> str:
     """``EVALUATION.md`` of a model that exists: which one, its headline, how it was measured, and the evaluation.
 
-    Args:
-        report: of the evaluation.
-        folder: where figures are looked for.
-        command: the words that measure it again.
+    Figures are looked for in ``folder``; ``command`` are the words that measure it again.
     """
     version = report.environment.versions.get("ham_hf", "unknown")
     opening = (
@@ -203,13 +197,9 @@ def _template(source: str) -> Template:
 
 def _template_source() -> str:
     """The template, from the installed package or, in a source tree, from ``model_cards`` beside the package."""
-    candidates = (
-        files("ham_hf") / "templates" / TEMPLATE_NAME,
-        Path(__file__).resolve().parents[2] / "model_cards" / TEMPLATE_NAME,
-    )
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.read_text(encoding="utf-8")
+    for folder in (files("ham_hf") / "templates", Path(__file__).resolve().parents[2] / "model_cards"):
+        if (folder / TEMPLATE_NAME).is_file():
+            return (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
     raise FileNotFoundError(f"the card template {TEMPLATE_NAME} is missing from the installation: reinstall ham_hf")
 
 
@@ -243,7 +233,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "original": _hub_link(report.model.base_model or _model_name(report)),
         "started_from": _hub_link(report.model.base_model) if report.training and report.model.base_model else "",
         "method": method_title(report.config),
-        "method_began": _method_began(report),
+        "method_began": report.training is None or method_began(report.config, report.training),
         "combined_with": combined_with(report.config),
         "trained_as": name if re.fullmatch(r"[a-z0-9]+_cifar", name) and name != report.model.architecture else "",
         "papers": [
@@ -264,6 +254,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "verdict_attacks": ", ".join(attack.title for attack in report.results.values() if attack.name != "clean"),
         "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
+        "has_parts": any(map(report.is_subset, report.entries())),
         "num_tested_classes": len(classes),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(classes) - len(shown),
@@ -286,7 +277,6 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
 
 
 def _calibration(report: RunReport) -> dict[str, object]:
-    """What the card says of class shifts; nothing where there are none."""
     found = report.calibration
     if found is None:
         return {"calibration": None}
@@ -303,10 +293,6 @@ def _calibration(report: RunReport) -> dict[str, object]:
     }
 
 
-def _method_began(report: RunReport) -> bool:
-    return report.training is None or method_began(report.config, report.training)
-
-
 def _model_name(report: RunReport) -> str:
     """The model as the user named it, without the path of a local folder."""
     name = plain_name(report.model.name.removeprefix("local-dir:"))
@@ -315,7 +301,6 @@ def _model_name(report: RunReport) -> str:
 
 
 def _title(report: RunReport) -> str:
-    """The model as it was trained, the dataset, and what was done."""
     if report.training is None:
         return f"{_model_name(report)}, calibrated on {report.dataset.title}"
     return f"{_model_name(report)}, trained on {report.dataset.title} with {report.config.get('method', 'unknown')}"
@@ -348,10 +333,10 @@ def _dataset_link(report: RunReport) -> Markdown:
 def _figures(report: RunReport) -> tuple[tuple[str, str], ...]:
     """Title and path of the figures, in the order of the card."""
     attack = report.reference_attack()
-    confusion = (
-        () if attack is None else ((f"Confusion under {attack.title}", f"figures/confusion_{attack.name}.png"),)
-    )
-    return (("Clean and robust accuracy per class", "figures/per_class_accuracy.png"), *confusion, *OTHER_FIGURES)
+    figures = (("Clean and robust accuracy per class", "figures/per_class_accuracy.png"), *OTHER_FIGURES)
+    if attack is None:
+        return figures
+    return (figures[0], (f"Confusion under {attack.title}", f"figures/confusion_{attack.name}.png"), *figures[1:])
 
 
 def _is_there(folder: Path | None, path: str) -> bool:
@@ -368,9 +353,14 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
             value = fraction_text(value)
         if value not in (None, []):
             rows.append((label, option_text(key, value)))
-    environment = report.environment
-    versions = environment.versions
+    environment, versions = report.environment, report.environment.versions
     skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""
+    if training.passes is not None:
+        # A forward counts 1, a gradient of the input 2, a training pass 3.
+        passes = f"{training.passes / report.dataset.num_train:.0f} forward passes per training image"
+        computation = [("Computation", f"{passes}, validation included")]
+    else:
+        computation = []
     return [
         *rows,
         ("Epochs", str(training.num_train_epochs)),
@@ -379,31 +369,20 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
         ("Training images", f"{report.dataset.num_train} (augmentation: {report.dataset.augmentation})"),
         *_trained_on(report),
         ("Duration", f"{training.seconds / 60:.1f} minutes"),
-        *([] if training.passes is None else [("Computation", _passes(training.passes, report.dataset.num_train))]),
+        *computation,
         ("Hardware", f"{environment.num_processes} × {environment.device}"),
         ("Software", ", ".join(f"{name} {versions[name]}" for name in ("torch", "timm") if name in versions)),
     ]
 
 
-def _passes(passes: float, num_images: int) -> str:
-    """Computation of a run: a forward counts 1, a gradient of the input 2, a training pass 3."""
-    return f"{passes / num_images:.0f} forward passes per training image, validation included"
-
-
 def _trained_on(report: RunReport) -> list[tuple[str, str]]:
-    """Split, revision and fingerprint of the training images."""
     record = report.dataset.trained_on
     if record is None:
         return []
     revision = f", revision {record['revision']}" if record.get("revision") else ""
     labels = f"labels SHA-256 {str(record['fingerprint'])[:16]}" if record.get("fingerprint") else "labels not known"
-    return [
-        (
-            "Taken from",
-            f"split {record.get('train_split')} of {record.get('dataset')}{revision}: {record.get('num_images')} "
-            f"images, {labels}",
-        )
-    ]
+    split = f"split {record.get('train_split')} of {record.get('dataset')}{revision}"
+    return [("Taken from", f"{split}: {record.get('num_images')} images, {labels}")]
 
 
 def _seeds(report: RunReport) -> str:
@@ -411,7 +390,6 @@ def _seeds(report: RunReport) -> str:
 
 
 def _selection(report: RunReport, training: TrainingReport) -> Markdown:
-    """One sentence on how the weights were selected."""
     if training.selection_metric == "last":
         return Markdown("The weights are those after the last step.")
     rule = SELECTION_RULES.get(training.selection_metric, markdown_text(training.selection_metric))

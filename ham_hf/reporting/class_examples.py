@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,11 +61,9 @@ class ExampleStrip:
     """A few test images before and after the attack, and what the model says of them; on the CPU.
 
     Attributes:
-        clean: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
-        adversarial: (N, C, H, W) pixels in [0, 1].
+        clean, adversarial: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
         labels: (N,) true classes.
-        clean_predictions: (N,) predicted classes of ``clean``.
-        adversarial_predictions: (N,) predicted classes of ``adversarial``, -1 for logits that are not finite.
+        clean_predictions, adversarial_predictions: (N,) predicted classes, -1 for logits that are not finite.
         attack: title of the attack.
     """
 
@@ -85,12 +84,9 @@ class ClassExample:
         position: in the test split as it was loaded.
         kind: ``WEAK`` or ``STRONG``.
         margin: logit of the true class minus the largest other one, the smallest over the attacks of the evaluation.
-        clean_prediction: class of the image as it is.
-        attacked_prediction: class of the attacked image; -1 where the logits are not finite.
+        clean_prediction, attacked_prediction: predicted classes; -1 where the logits are not finite.
         enlargement: what the difference was multiplied by to be seen.
-        clean: PNG or JPEG of the image.
-        attacked: likewise of the attacked image.
-        difference: likewise of attacked minus clean, enlarged around middle gray.
+        clean, attacked, difference: PNGs or JPEGs; the last is attacked minus clean, enlarged around middle gray.
     """
 
     label: int
@@ -143,9 +139,8 @@ def worst_classes(verdicts: Verdicts) -> list[int]:
 
     Without an attack: by the share that is right.
     """
-    attacked = bool(verdicts.judged.any())
-    counted = verdicts.judged if attacked else torch.ones_like(verdicts.judged)
-    right = verdicts.withstood if attacked else verdicts.clean == verdicts.labels
+    name = "verdict" if bool(verdicts.judged.any()) else "clean"
+    counted, right = verdicts.seen(name), verdicts.right(name)
     shares = [
         (float(right[counted & (verdicts.labels == label)].double().mean()), int(label))
         for label in torch.unique(verdicts.labels[counted]).tolist()
@@ -167,11 +162,7 @@ def run_examples(
     The figure gets the first image of each of the classes that withstood the attacks of ``results`` least, the worst
     first; the page the most easily broken images of each class and the ones that hold (`choose_images`).
     """
-    attack = standard_attacks(config.attack(threat_model))[0]
-
-    def attacked(batches: Sequence[Tensor]) -> ExampleStrip:
-        return _attacked(model, images, batches, attack, seed)
-
+    attacked = partial(_attacked, model, images, standard_attacks(config.attack(threat_model))[0], seed)
     verdicts = verdicts_of(results, ())
     worst = worst_classes(verdicts)[:NUM_EXAMPLES_SHOWN]
     strip = attacked([torch.tensor([int((images.labels == label).nonzero()[0]) for label in worst])])
@@ -184,11 +175,7 @@ def run_examples(
 
 
 def _attacked(
-    model: nn.Module,
-    images: Images,
-    batches: Sequence[Tensor],
-    attack: NamedAttack,
-    seed: int,
+    model: nn.Module, images: Images, attack: NamedAttack, seed: int, batches: Sequence[Tensor]
 ) -> ExampleStrip:
     """The images at these positions before and after the attack, batch by batch."""
     device = next(model.parameters()).device

@@ -8,21 +8,46 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from ham_hf.files import atomic_write
 from ham_hf.reporting.formats import fraction_text, plain_text
-from ham_hf.reporting.report import AttackReport, RunReport
+from ham_hf.reporting.report import RunReport
 
 EVAL_RESULTS = ".eval_results"
 
 
 def model_index(report: RunReport) -> list[EvalResult]:
     """Average, worst class and gap of each evaluation, values in [0, 1]."""
-    return [entry for attack in report.entries() for entry in _model_index(report, attack)]
+    dataset, found = report.dataset, list[EvalResult]()
+    local = re.sub(r"[^a-z0-9]+", "-", dataset.title.lower()).strip("-")
+    for attack in report.entries():
+        summary = attack.summary
+        label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
+        metrics = (
+            ("accuracy", label, summary.average),
+            ("worst_class_accuracy", f"{label}, worst class", summary.worst_class),
+            ("class_accuracy_gap", f"{label}, gap between best and worst class", summary.gap),
+        )
+        found += [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=dataset.hub_id or local or "local",
+                dataset_name=dataset.title,
+                dataset_config=plain_text(dataset.config_name) if dataset.config_name else None,
+                dataset_split=plain_text(dataset.test_split_origin),
+                dataset_revision=plain_text(dataset.revision) if dataset.revision else None,
+                metric_type=metric,
+                metric_name=title,
+                metric_value=round(value, 6),
+                metric_args={"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
+            )
+            for metric, title, value in metrics
+        ]
+    return found
 
 
 def eval_results(report: RunReport) -> list[EvalResultEntry]:
@@ -72,34 +97,3 @@ def write_eval_results(report: RunReport, folder: str | Path, *, suffix: str = "
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
     return path
-
-
-def _test_split(origin: str) -> str:
-    """Name of the split that the test images are from, also if they were held out of it."""
-    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
-    return plain_text(held_out[1] if held_out else origin)
-
-
-def _model_index(report: RunReport, attack: AttackReport) -> list[EvalResult]:
-    summary, dataset = attack.summary, report.dataset
-    label = "Clean accuracy" if attack.name == "clean" else f"Robust accuracy ({attack.title})"
-    name = dataset.title
-    shared: dict[str, Any] = {
-        "task_type": "image-classification",
-        "task_name": "Image Classification",
-        "dataset_type": dataset.hub_id or (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "local"),
-        "dataset_name": name,
-        "dataset_config": plain_text(dataset.config_name) if dataset.config_name else None,
-        "dataset_split": _test_split(dataset.test_split_origin),
-        "dataset_revision": plain_text(dataset.revision) if dataset.revision else None,
-        "metric_args": {"attack": attack.name, **attack.settings, "num_examples": summary.num_examples},
-    }
-    metrics = (
-        ("accuracy", label, summary.average),
-        ("worst_class_accuracy", f"{label}, worst class", summary.worst_class),
-        ("class_accuracy_gap", f"{label}, gap between best and worst class", summary.gap),
-    )
-    return [
-        EvalResult(metric_type=metric, metric_name=title, metric_value=round(value, 6), **shared)
-        for metric, title, value in metrics
-    ]

@@ -24,11 +24,10 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ham_hf.evaluation.calibration import FrontierPoint
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.class_examples import ExampleStrip
 from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.method_text import trained_method
-from ham_hf.reporting.report import AttackReport, RunReport
+from ham_hf.reporting.report import AttackReport, CalibrationReport, RunReport
 
 DPI = 110
 BLUE, VERMILLION, GREEN, ORANGE, GRAY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#7F7F7F"
@@ -60,8 +59,7 @@ def save_figures(
             ``training_curves.png``, which is left out if both are empty.
 
     Returns:
-        The files written: ``per_class_accuracy.png``, ``training_curves.png``, ``class_treatment.png``,
-        ``fairness_frontier.png``, ``confusion_{attack}.png`` and ``adversarial_examples.png``, as far as they apply.
+        The files written.
     """
     figures = {"per_class_accuracy": per_class_figure(report)}
     history = report.training.history if report.training else ()
@@ -113,16 +111,14 @@ def per_class_figure(report: RunReport) -> Figure:
     for number, (result, color, marker) in enumerate(series):
         # Shifted a little against each other, so that overlapping intervals stay readable.
         shift = (0.5 * (len(series) - 1) - number) * 0.22
-        if named:
-            small = len(classes) > 30
-            _class_points(axes, result, classes, shift=shift, color=color, marker=marker, small=small)
-        else:
-            _class_band(axes, result, classes, color=color)
+        _draw_classes(axes, result, classes, shift=shift, color=color, marker=marker)
         axes.axvline(100 * result.summary.average, color=color, linewidth=1.2, linestyle="--", alpha=0.7, zorder=1)
     axes.set_ylim(len(classes) - 0.4, -0.6)
     if named:
-        names = [f"{plain_text(report.dataset.class_names[index], 28)} ({entries[index].count})" for index in classes]
-        _name_rows(axes, names)
+        names = [plain_text(report.dataset.class_names[index], 28) for index in classes]
+        counts = [dict.fromkeys(result.summary.per_class[index].count for result, *_ in series) for index in classes]
+        shown = [f"{name} ({', '.join(map(str, own))})" for name, own in zip(names, counts, strict=True)]
+        _name_rows(axes, shown)
         axes.set_ylabel("class (images)")
     else:
         axes.set_ylabel(f"{len(classes)} classes, worst first")
@@ -217,14 +213,19 @@ def confusion_figure(attack: AttackReport, class_names: Sequence[str], *, order:
     axes.set_yticks(ticks, labels=[names[i] for i in ticks], fontsize=size, parse_math=False)
     if num_classes <= MAX_CELL_TEXT_CLASSES:
         for row, column in torch.nonzero(shares >= 0.005).tolist():
-            share = float(shares[row, column])
-            color = "white" if share > 0.55 else "black"
-            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=color)
+            write_share(axes, row, column, float(shares[row, column]), size=9)
     axes.set_xlabel(f"predicted under {attack.title}", parse_math=False)
     axes.set_ylabel("true class, worst first")
     axes.set_title(f"Confusion under {attack.title}, % of the true class", fontsize=11, parse_math=False)
     figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1.0))
     return figure
+
+
+def write_share(axes: Axes, down: int, across: int, share: float, *, size: int, bold: bool = False) -> None:
+    """Percent in a cell of a map of shares whose color grows with the share."""
+    color = "white" if share > 0.55 else "black"
+    weight = "bold" if bold else "normal"
+    axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", color=color, size=size, weight=weight)
 
 
 def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_images: int = 8) -> Figure:
@@ -273,33 +274,25 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), labels=names, fontsize=10 if len(names) <= 30 else 8, parse_math=False)
 
 
-def _class_points(
-    axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str, small: bool
+def _draw_classes(
+    axes: Axes, result: AttackReport, classes: Sequence[int], *, shift: float, color: str, marker: str
 ) -> None:
-    """Dots with interval bars, one row per class; a class that this evaluation has no image of gets none."""
+    """One row per class: dots with interval bars or, for more classes than there is room for, a line with a band.
+
+    A class that this evaluation has no image of gets none.
+    """
     entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
-    points = [
-        (row + shift, 100 * entry.accuracy, 100 * (entry.accuracy - entry.low), 100 * (entry.high - entry.accuracy))
-        for row, entry in entries
-        if entry.accuracy is not None and entry.low is not None and entry.high is not None
-    ]
-    rows, accuracies, below, above = zip(*points, strict=True) if points else ((), (), (), ())
-    size, width = (3, 0.8) if small else (5.5, 1.3)
+    found = [(row, 100 * e.low, 100 * e.accuracy, 100 * e.high) for row, e in entries if e.count]  # type: ignore[operator]
+    rows, low, middle, high = np.array(found, dtype=float).reshape(-1, 4).T
+    if len(classes) > MAX_NAMED_CLASSES:
+        axes.fill_betweenx(rows, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.plot(middle, rows, color=color, linewidth=1.2, label=result.title)
+        return
+    size, width = (3, 0.8) if len(classes) > 30 else (5.5, 1.3)
+    bars = (middle - low, high - middle)
     axes.errorbar(
-        accuracies, rows, xerr=(below, above), fmt=marker, color=color, ms=size, elinewidth=width, label=result.title
+        middle, rows + shift, xerr=bars, fmt=marker, color=color, ms=size, elinewidth=width, label=result.title
     )
-
-
-def _class_band(axes: Axes, result: AttackReport, classes: Sequence[int], *, color: str) -> None:
-    """A line with its interval as a band, for more classes than there is room for bars."""
-    entries = [(row, result.summary.per_class[index]) for row, index in enumerate(classes)]
-    entries = [(row, entry) for row, entry in entries if entry.count]
-    rows = [row for row, _ in entries]
-    low, middle, high = (
-        [100 * (getattr(entry, name) or 0.0) for _, entry in entries] for name in ("low", "accuracy", "high")
-    )
-    axes.fill_betweenx(rows, low, high, color=color, alpha=0.2, linewidth=0)
-    axes.plot(middle, rows, color=color, linewidth=1.2, label=result.title)
 
 
 def _per_epoch(lines: Sequence[Mapping[str, object]], key: str, *, last: bool = False) -> dict[int, float]:
@@ -325,11 +318,8 @@ def _mark_epochs(axes: Axes, report: RunReport) -> None:
 class Treatment:
     """One quantity of each class in each epoch.
 
-    Attributes:
-        title: what it is.
-        values: (C, epochs) float64; NaN where the class has no value.
-        present: (epochs,) bool, whether the epoch has the quantity at all.
-        centered: whether 1 stands for plain training; otherwise values are shares.
+    ``values`` are (C, epochs), NaN where the class has none; ``present`` (epochs,), whether the epoch has any.
+    Where ``centered``, 1 stands for plain training; otherwise values are shares.
     """
 
     title: str
@@ -437,7 +427,6 @@ def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, 
 
 
 def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Start and end (exclusive) of every run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 

@@ -1,23 +1,32 @@
-"""How reports write numbers, and text of unknown origin; plain-text and Markdown tables of rows with equal keys.
+"""How reports write numbers, paths and text of unknown origin; plain-text and Markdown tables of equal rows.
 
 Rows are mappings of column title to cell. Class names, dataset names and settings are data: `plain_text` makes one
-visible line of them, and Markdown takes nothing else than `Markdown`, which only the functions here make.
+visible line of them, and Markdown takes nothing else than `Markdown`, which only the functions here make. Absolute
+paths name users and servers: of those in a comparison, which is made to be shown, `public_text` keeps the last part.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from ham_hf.intervals import FairnessIntervals
-from ham_hf.metrics import ClassAccuracy
+from ham_hf.metrics import ClassAccuracy, FairnessSummary
 
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
 BLOCK = re.compile(r"^(\d{0,9})([-+.)](?=\s|$)|-(?=-)|=(?==|$))")
 """What makes a line the item of a list, a rule or the underline of a heading."""
+MAX_NAME = 40
+_START = r"(?:~\w*/|/(?!/)|(?<!\w)[A-Za-z]:[/\\])"
+_QUOTED = re.compile(rf"(['\"])({_START}[^'\"\n]+)\1")
+_BARE = re.compile(rf"(?<![\w.~/]){_START}[^\s'\"`,;:()<>|]+")
 
 
 class Markdown(str):
@@ -46,17 +55,29 @@ def percent_with_ends(value: float, low: float, high: float) -> str:
     return f"{percent(value)} ({percent(low)}–{percent(high)})"
 
 
-def class_cell(entry: ClassAccuracy) -> str:
-    """The accuracy of a class with its interval, in percent; a dash where it has no example."""
+def class_cell(entry: ClassAccuracy, images: int | None = None) -> str:
+    """The accuracy of a class with its interval, in percent; a dash where it has no example.
+
+    ``images`` is the number that its row shows: that of ``entry`` follows where it is another one.
+    """
     if entry.accuracy is None or entry.low is None or entry.high is None:
         return "–"
-    return percent_with_ends(entry.accuracy, entry.low, entry.high)
+    own = "" if images in (None, entry.count) else f" of {entry.count}"
+    return percent_with_ends(entry.accuracy, entry.low, entry.high) + own
 
 
-def interval_text(intervals: FairnessIntervals | None, name: str, *, digits: Callable[[float], str] = percent) -> str:
-    """The two ends to put behind a number, as " (7.1–12.9)" in percent; nothing where they are not known."""
-    ends = None if intervals is None else getattr(intervals, name)
-    return "" if ends is None else f" ({'–'.join(map(digits, ends))})"
+def with_interval(
+    summary: FairnessSummary,
+    intervals: FairnessIntervals | None,
+    name: str,
+    *,
+    digits: Callable[[float], str] = percent,
+) -> str:
+    """A fairness number as "9.1 (7.1–12.9)" in percent, without the ends where they are not known; or a dash."""
+    value, ends = getattr(summary, name), None if intervals is None else getattr(intervals, name)
+    if value is None:
+        return "–"
+    return digits(value) + ("" if ends is None else f" ({'–'.join(map(digits, ends))})")
 
 
 def signed_points(mean: float, low: float, high: float) -> str:
@@ -94,6 +115,63 @@ def plain_text(value: object, max_length: int = 60) -> str:
     if len(line) > max_length:
         line = line[: max_length - 1].rstrip() + "…"
     return line or "(empty)"
+
+
+def public_text(text: str) -> str:
+    """``text`` with every absolute path in it cut to its last part; one with spaces has to be in quotes."""
+    text = text.replace("file://", "")
+    text = _QUOTED.sub(lambda match: f"{match[1]}{_last_part(match[2])}{match[1]}", text)
+    return _BARE.sub(lambda match: _last_part(match[0]), text)
+
+
+def public_word(word: str) -> str:
+    """One word of a command line, or one value: as `public_text`, and spaces belong to the path."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return f"{flag}{equals}{_last_part(value) if re.match(_START, value) else public_text(value)}"
+
+
+def public_value(value: object) -> object:
+    """A JSON value with the paths in its texts cut."""
+    if isinstance(value, str):
+        return public_word(value)
+    if isinstance(value, dict):
+        return {name: public_value(item) for name, item in value.items()}
+    return [public_value(item) for item in value] if isinstance(value, list) else value
+
+
+def public_source(source: str, folder: str | Path | None) -> str:
+    """A run's folder as seen from ``folder``, that of the comparison; a Hub id as it is.
+
+    Of a run that shares no more with the comparison than the root of the machine or of its users, only
+    ``LABEL/seedN`` stays.
+    """
+    if folder is None or not Path(source).exists():
+        return public_word(source)
+    run, here = Path(source).resolve(), Path(folder).resolve()
+    shared = Path(os.path.commonpath([run, here]))
+    if shared in {Path(run.anchor), *Path.home().resolve().parents}:
+        return "/".join(run.parts[-2:])
+    return Path(os.path.relpath(run, here)).as_posix()
+
+
+def short_names(labels: Sequence[str]) -> dict[str, str]:
+    """A name of at most ``MAX_NAME`` visible characters for each label; those that would be cut alike are numbered."""
+    labels = list(dict.fromkeys(labels))
+    cut = {label: plain_text(label, MAX_NAME) for label in labels}
+    often = Counter(cut.values())
+    taken = {name for name, count in often.items() if count == 1}
+    names = {}
+    for label in labels:
+        names[label] = cut[label]
+        if often[cut[label]] > 1:
+            stem = plain_text(label.partition(" (")[0], MAX_NAME - 6)
+            names[label] = next(name for number in itertools.count(1) if (name := f"{stem} #{number}") not in taken)
+            taken.add(names[label])
+    return names
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def markdown_text(value: object, max_length: int = 60) -> Markdown:

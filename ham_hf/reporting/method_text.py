@@ -1,4 +1,4 @@
-"""How a model card names, lists and cites a training method and what was combined with it."""
+"""How a model card names, lists and cites a training method and what was combined with it, calibration included."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import fields
 from importlib.resources import files
 
 from ham_hf.methods import Method, available
-from ham_hf.reporting.report import TrainingReport
+from ham_hf.reporting.formats import percent
+from ham_hf.reporting.report import CalibrationReport, TrainingReport
 from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
@@ -18,11 +19,13 @@ KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
 """Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
 
 _BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding="utf-8")
-_ENTRIES = re.findall(r"^% (\w+): (\S+)\n(@.*?^\})", _BIBLIOGRAPHY, re.DOTALL | re.MULTILINE)
-CITATIONS = {name: entry for name, _, entry in _ENTRIES}
+_ENTRY = re.compile(r"^% (\w+): (\S+)\n(@.*?title\s*=\s*\{([^\n]*)\},.*?^\})", re.DOTALL | re.MULTILINE)
+_ENTRIES = _ENTRY.findall(_BIBLIOGRAPHY)
+CITATIONS = {name: entry for name, _, entry, _ in _ENTRIES}
 """BibTeX of each method by its name, of adversarial weight perturbation ("awp") and of class shifts."""
-PAPERS = {name: link for name, link, _ in _ENTRIES}
+PAPERS = {name: link for name, link, _, _ in _ENTRIES}
 """Where each of them can be read; the Hub makes a tag of a link to arXiv."""
+_TITLES = {name: title.replace("{", "").replace("}", "") for name, _, _, title in _ENTRIES}
 ATTACK_PAPERS = {
     "pgd": (PAPERS["pgd_at"], "Towards Deep Learning Models Resistant to Adversarial Attacks"),
     "cw": ("https://arxiv.org/abs/1608.04644", "Towards Evaluating the Robustness of Neural Networks"),
@@ -72,11 +75,8 @@ def combined_with(config: Mapping[str, object]) -> str:
 def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[str, str]]:
     """Label and value of everything that is set about the method and what was combined with it.
 
-    What is off is left out, and so is what then has no effect.
-
-    Args:
-        config: a report's settings.
-        averaged: whether a fairness-gated average let in any epoch; else its row says so.
+    What is off is left out, and so is what then has no effect. ``averaged``: whether a fairness-gated average let any
+    epoch in; else its row says so.
     """
     rows = [("Method", method_title(config))]
     method = trained_method(config)
@@ -149,16 +149,9 @@ def papers(cited: Iterable[str], attacks: Iterable[str]) -> dict[str, str]:
 
     ``attacks`` are names of evaluations, such as "pgd-20".
     """
-    found = {PAPERS[name]: _title_of(CITATIONS[name]) for name in cited}
+    found = {PAPERS[name]: _TITLES[name] for name in cited}
     kinds = [name.split("-")[0] for name in attacks]
     return found | dict(ATTACK_PAPERS[kind] for kind in kinds if kind in ATTACK_PAPERS)
-
-
-def _title_of(entry: str) -> str:
-    """The title in a BibTeX entry."""
-    found = re.search(r"title\s*=\s*\{(.*)\},", entry)
-    assert found is not None, entry  # noqa: S101 (every entry of ours has one)
-    return found[1].replace("{", "").replace("}", "")
 
 
 def option_text(name: str, value: object) -> str:
@@ -222,6 +215,33 @@ def _described(name: str) -> str:
 
 def _is_set(value: object) -> bool:
     return value is not False and value not in (None, "none", [], {}, "")
+
+
+def exchange_sentence(report: CalibrationReport) -> str:
+    """What the shifts cost and gained, in one sentence."""
+    before, after = report.point(0.0), report.point(report.fairness)
+    if report.fairness == 0:
+        return "Fairness 0 leaves the model unchanged."
+    lost = 100 * (before.average - after.average)
+    averages = f"{percent(before.average)} % before, {percent(after.average)} % after"
+    price = f"for {lost:.1f} points of the average" if lost >= 0 else f"and the average rose by {-lost:.1f} points"
+    return (
+        f"Fairness {report.fairness:g} took the worst class from {percent(before.worst_class)} % to "
+        f"{percent(after.worst_class)} % and the worst 30 % of the classes from "
+        f"{percent(before.worst_30_percent)} % to {percent(after.worst_30_percent)} %, {price} ({averages}), "
+        "counted on images that the shifts were not found on."
+    )
+
+
+def training_images_note(report: CalibrationReport) -> str | None:
+    """The warning that goes with shifts found on training images; None for others."""
+    if not report.seen_in_training:
+        return None
+    return (
+        f"The class shifts were found on images that the model was trained on ({report.images}): its accuracy on them "
+        "is higher than on new images, and not equally so in every class, so the shifts may be wrong for new images, "
+        "and the frontier is too optimistic."
+    )
 
 
 def gates_averaging(config: Mapping[str, object]) -> bool:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,11 +25,10 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ham_hf.evaluation.verdicts import Verdicts
-from ham_hf.files import atomic_write
 from ham_hf.reporting.class_examples import ClassExamples
 from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
 from ham_hf.reporting.report import AttackReport, RunReport
-from ham_hf.reporting.tables import corruption_rows, each_group_rows, group_rows
+from ham_hf.reporting.tables import breakdown_tables
 
 PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
@@ -46,29 +46,17 @@ _NO_IMAGES = "[]"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PageRun:
-    """One run on a page.
+    """One run on a page; without ``verdicts``, what classes are taken for is known where it has a confusion matrix."""
 
-    Attributes:
-        label: what to call it.
-        report: of a finished run.
-        verdicts: its predictions; None leaves out what each class is taken for where the report has no confusion.
-        examples: its images; None for none.
-    """
-
-    label: str
     report: RunReport
     verdicts: Verdicts | None = None
     examples: ClassExamples | None = None
+    label: str = ""
 
-
-def write_page(
-    report: RunReport, folder: str | Path, *, verdicts: Verdicts | None, examples: ClassExamples | None
-) -> Path:
-    """Write ``report.html`` of one run into ``folder`` in one step, and return its path."""
-    path = Path(folder) / PAGE_NAME
-    run = PageRun(label=plain_text(Path(report.model.name).name), report=report, verdicts=verdicts, examples=examples)
-    atomic_write(path, page_html([run]))
-    return path
+    @property
+    def name(self) -> str:
+        """What to call it: the label or, without one, the model."""
+        return self.label or plain_text(Path(self.report.model.name).name)
 
 
 def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None = None) -> str:
@@ -86,8 +74,21 @@ def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None =
         raise ValueError("a page needs at least one run, got none")
     images = [_image_values(run.examples) for run in runs]
     numbers = script_json({"runs": [_run_values(run) for run in runs], "comparison": comparison})
+    report = runs[0].report
     while True:
-        html = _render(runs, numbers, images)
+        html = render_page(
+            "page.html.jinja",
+            styles=["page.css"],
+            script="page.js",
+            title=f"{runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}: weak classes",
+            several=len(runs) > 1,
+            facts=_facts(report),
+            rows=_headline(report),
+            tables=breakdown_tables(report),
+            notes=[plain_text(note, 1000) for note in report.notes],
+            numbers=numbers,
+            images=script_json(list(images) if any(images) else []),
+        )
         filled = [index for index, entry in enumerate(images) if entry is not None]
         if len(html.encode()) <= MAX_PAGE_BYTES or not filled:
             return html
@@ -106,13 +107,7 @@ def without_images(html: str) -> str:
 
 
 def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
-    """A static Space that shows a page: its files by name. The page and the Space's description link the model.
-
-    Args:
-        html: the page.
-        report: what it is of.
-        repo_id: "owner/name" of the model on the Hub.
-    """
+    """A static Space that shows a page: its files by name. The page and the Space's description link the model."""
     link = f'<a href="https://huggingface.co/{repo_id}" target="_blank" rel="noopener">{repo_id}</a>'
     about = {
         "title": f"{plain_text(repo_id.split('/')[-1])}: weak classes",
@@ -145,14 +140,10 @@ def script_json(value: object) -> Markup:
 
 
 def render_page(template: str, *, styles: Sequence[str], script: str, title: str, **context: object) -> str:
-    """A self-contained page: ``page_base.html.jinja`` around a template of this folder.
+    """A self-contained page: ``page_base.html.jinja`` around a template of this folder, which escapes every value.
 
-    Args:
-        template: file in this folder that fills the base's ``body``; it escapes every value.
-        styles: style sheets in this folder, in their order.
-        script: the only script in this folder that the page may run.
-        title: of the page.
-        context: what the template shows.
+    ``styles`` and ``script``, the only one that the page may run, are files of this folder; ``context`` is what the
+    template shows.
     """
     environment = Environment(
         loader=FunctionLoader(_source),
@@ -169,23 +160,6 @@ def render_page(template: str, *, styles: Sequence[str], script: str, title: str
         script_hash=_source_hash(code),
         title=title,
         **context,
-    )
-
-
-def _render(runs: Sequence[PageRun], numbers: Markup, images: Sequence[object]) -> str:
-    report = runs[0].report
-    return render_page(
-        "page.html.jinja",
-        styles=["page.css"],
-        script="page.js",
-        title=f"{runs[0].label}: weak classes" if len(runs) == 1 else f"{len(runs)} runs: weak classes",
-        several=len(runs) > 1,
-        facts=_facts(report),
-        rows=_headline(report),
-        tables=_breakdowns(report),
-        notes=[plain_text(note, 1000) for note in report.notes],
-        numbers=numbers,
-        images=script_json(list(images) if any(images) else []),
     )
 
 
@@ -214,48 +188,28 @@ def _facts(report: RunReport) -> list[tuple[str, str]]:
     return [*facts, ("Made", plain_text(made))]
 
 
-def _headline(report: RunReport) -> list[dict[str, str]]:
-    rows = []
+def _headline(report: RunReport) -> list[dict[str, object]]:
+    """Of each evaluation: title, images, and value, interval and class of the average, worst 30 % and worst class."""
+    rows: list[dict[str, object]] = []
     for entry in report.entries():
-        summary = entry.summary
-        known = entry.intervals
-        rows.append(
-            {
-                "title": entry.title,
-                "images": f"{summary.num_examples:,}",
-                "average": percent(summary.average),
-                "average_ends": percent_ends((summary.average_low, summary.average_high)),
-                "worst": percent(summary.worst_class),
-                "worst_ends": percent_ends(known.worst_class if known else None),
-                "worst_name": plain_text(report.dataset.class_names[summary.worst_class_index], MAX_NAME_LENGTH),
-                "worst_30": percent(summary.worst_30_percent),
-                "worst_30_ends": percent_ends(known.worst_30_percent if known else None),
-            }
+        summary, known = entry.summary, entry.intervals
+        worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], MAX_NAME_LENGTH)
+        cells = (
+            (summary.average, (summary.average_low, summary.average_high), ""),
+            (summary.worst_30_percent, known.worst_30_percent if known else None, ""),
+            (summary.worst_class, known.worst_class if known else None, worst_name),
         )
+        shown = [(percent(value), percent_ends(ends), name) for value, ends, name in cells]
+        rows.append({"title": entry.title, "images": f"{summary.num_examples:,}", "cells": shown})
     return rows
-
-
-def _breakdowns(report: RunReport) -> list[tuple[str, list[dict[str, str]]]]:
-    """Caption and rows of the tables of groups and of corruptions that there are."""
-    tables: list[tuple[str, list[dict[str, str]]]] = []
-    if report.groups is not None:
-        column = plain_text(report.groups.column, 40)
-        tables += [
-            (f"Groups by {column}, in percent with 95 % intervals", group_rows(report.groups)),
-            (f"Each group by {column}, in percent with 95 % intervals", each_group_rows(report.groups)),
-        ]
-    if report.corruptions is not None:
-        constants = plain_text(report.corruptions.constants)
-        tables.append((f"Accuracy in percent on corrupted images, constants of {constants}", corruption_rows(report)))
-    return tables
 
 
 def _run_values(run: PageRun) -> dict[str, object]:
     report, verdicts = run.report, run.verdicts
     if verdicts is not None and verdicts.class_names != report.dataset.class_names:
-        raise ValueError(f"{run.label}: its predictions are of other classes than its report; evaluate it again")
+        raise ValueError(f"{run.name}: its predictions are of other classes than its report; evaluate it again")
     return {
-        "label": plain_text(run.label, 120),
+        "label": plain_text(run.name, 120),
         "names": [plain_text(name, MAX_NAME_LENGTH) for name in report.dataset.class_names],
         "entries": [_entry_values(report, entry, verdicts) for entry in report.entries()],
         "curves": _curve_values(report),
@@ -285,32 +239,20 @@ def _taken_for(entry: AttackReport, verdicts: Verdicts | None) -> list[list[int]
     """
     num_classes = len(entry.summary.per_class)
     if verdicts is not None and (entry.name in ("verdict", "clean") or entry.name in verdicts.attacked):
-        predictions = _wrong_predictions(verdicts, entry.name)
         seen = verdicts.seen(entry.name)
-        labels, wrong = verdicts.labels[seen], predictions[seen]
-        pairs = labels * (num_classes + 1) + wrong + 1
-        keys, counts = torch.unique(pairs[wrong != labels], return_counts=True)
-        found = [
-            (key // (num_classes + 1), key % (num_classes + 1) - 1, count)
-            for key, count in zip(keys.tolist(), counts.tolist(), strict=True)
-        ]
+        predictions = _wrong_predictions(verdicts, entry.name)[seen]
+        counts = Counter(zip(verdicts.labels[seen].tolist(), predictions.tolist(), strict=True))
     elif entry.confusion is not None:
-        found = [
-            (label, other, count)
-            for label, row in enumerate(entry.confusion)
-            for other, count in enumerate(row)
-            if count and other != label
-        ]
+        rows = enumerate(entry.confusion)
+        counts = Counter({(label, other): count for label, row in rows for other, count in enumerate(row) if count})
     else:
         return None
-    taken: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]
-    for label, other, count in found:
-        taken[label].append((other, count))
-    limit = MAX_TAKEN_FOR if num_classes > MANY_CLASSES else num_classes
-    return [
-        [value for pair in sorted(row, key=lambda pair: (-pair[1], pair[0]))[:limit] for value in pair]
-        for row in taken
-    ]
+    taken: list[list[int]] = [[] for _ in range(num_classes)]
+    limit = 2 * (MAX_TAKEN_FOR if num_classes > MANY_CLASSES else num_classes)
+    for (label, other), count in sorted(counts.items(), key=lambda found: (-found[1], found[0])):
+        if other != label and len(taken[label]) < limit:
+            taken[label] += [other, count]
+    return taken
 
 
 def _wrong_predictions(verdicts: Verdicts, name: str) -> Tensor:
@@ -403,7 +345,6 @@ def rounded(values: Sequence[float | None]) -> list[float | None]:
 
 
 def _settings_text(entry: AttackReport) -> str:
-    """What an attack may do, in one line."""
     settings = entry.settings
     if entry.name == "verdict":
         attacks = settings.get("attacks")

@@ -16,12 +16,11 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
 from ham_hf.metrics import FairnessSummary
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
-from ham_hf.reporting.calibration import CalibrationReport
-from ham_hf.reporting.environment import Environment
 from ham_hf.reporting.formats import evaluation_title, plain_text
 
 SCHEMA_VERSION = 1
@@ -37,15 +36,10 @@ class ModelReport:
         architecture: timm architecture of the export, the one in ``config.json``.
         base_model: Hub id of the weights that training started from; None if it started from scratch.
         needs_ham_hf: True if timm knows the architecture only after ``import ham_hf``.
-        num_parameters: number of parameters of the exported network.
-        image_size: side in pixels of the images that were attacked.
-        in_chans: number of image channels.
+        num_parameters: of the exported network.
+        image_size, in_chans: side in pixels and channels of the images that were attacked.
         upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
-        interpolation: interpolation of the resize in the evaluation transform.
-        crop_pct: side of the input by the side that images are resized to.
-        mean: per-channel mean subtracted from pixels in [0, 1].
-        std: per-channel divisor.
-        crop_mode: which sides the resize fits, by timm's names: center, squash or border.
+        interpolation, crop_pct, mean, std, crop_mode: see `ham_hf.models.Preprocessing`.
     """
 
     name: str
@@ -73,11 +67,9 @@ class DatasetReport:
         config_name: configuration of the Hub dataset, if any.
         revision: resolved revision, if known.
         class_names: names of the C classes in label order.
-        num_train: number of training images.
-        num_validation: number of held-out training images used for selection.
-        num_test: number of test images.
+        num_train, num_validation, num_test: images for training, held out of them for selection, and for the test.
         test_split_origin: where the test images come from.
-        num_skipped: number of corrupt images that were skipped.
+        num_skipped: corrupt images that were skipped.
         augmentation: augmentation during training.
         trained_on: training images and validation part, as in ``config.json`` (`ham_hf.data.provenance.Provenance`);
             None if unknown.
@@ -125,7 +117,7 @@ class AttackReport:
 
     Attributes:
         name: "clean", "pgd-20", "cw-20", "autoattack", ..., or "verdict".
-        settings: settings of the attack, JSON values only; of the verdict, which attacks it is of.
+        settings: of the attack, JSON values only; of the verdict, which attacks it is of.
         summary: per-class accuracy and fairness numbers.
         confusion: (C, C) counts, row = true class, without images whose logits are not finite; None with more than
             200 classes, and of the verdict, which is of several attacks.
@@ -159,13 +151,12 @@ class TrainingReport:
     """How the weights came about.
 
     Attributes:
-        num_train_epochs: number of epochs trained, one that ``max_steps`` cut short included.
-        steps: number of optimizer steps.
-        skipped_updates: number of steps without any hard example, which change nothing.
+        num_train_epochs: epochs trained, one that ``max_steps`` cut short included.
+        steps: optimizer steps.
+        skipped_updates: steps without any hard example, which change nothing.
         seconds: duration.
         selection_metric: held-out number by which the weights were selected ("last": the final ones).
-        selected_step: step of the selected weights; None if unknown.
-        selected_epoch: 0-based epoch of the selected weights; None if unknown.
+        selected_step, selected_epoch: of the selected weights, the epoch from 0; None if unknown.
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
@@ -191,17 +182,66 @@ class TrainingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationReport(Calibration):
+    """Class shifts that were folded into a model, and what they cost.
+
+    Attributes:
+        max_average_drop: the drop that F was chosen by; None if F was given.
+        images: the images that the shifts were found on, in words that follow "found on".
+        seen_in_training: whether the model was trained on them.
+        seconds: duration.
+        tags: of the calibrated model's card.
+    """
+
+    max_average_drop: float | None
+    images: str
+    seen_in_training: bool
+    seconds: float
+    tags: tuple[str, ...] = ()
+
+    def point(self, fairness: float) -> FrontierPoint:
+        """The frontier's point at F.
+
+        Raises:
+            ValueError: if it was not measured.
+        """
+        for point in self.frontier:
+            if point.fairness == fairness:
+                return point
+        raise ValueError(f"the frontier has no point at {fairness}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Software and hardware of the run.
+
+    Attributes:
+        python, platform: version of Python; operating system and processor.
+        versions: of packages, by name.
+        device: what computed, with ``num_threads`` in each of ``num_processes``.
+        commit: of the source checkout, None outside of one.
+        variables: ``NAME=value`` of the environment variables that were set and may change numbers; see
+            `ham_hf.training.environment`.
+    """
+
+    python: str
+    platform: str
+    versions: Mapping[str, str]
+    device: str
+    num_processes: int
+    num_threads: int
+    commit: str | None
+    variables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport:
     """Everything that is known about one run.
 
     Attributes:
-        model: the network.
-        dataset: the data.
         config: resolved settings, flat, JSON values only.
-        threat_model: norm and radius.
         results: one entry per evaluation, by name, in the order they were run.
-        training: how the weights came about; None if the run only evaluated.
-        environment: software and hardware.
+        training: None if the run only evaluated.
         seeds: every seed by name.
         created: UTC time, ISO 8601.
         notes: sentences that a reader of the numbers must know (what was assumed, left out or changed); the card lists

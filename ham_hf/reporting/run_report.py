@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
+from ham_hf import __version__
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
@@ -20,31 +26,32 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
+from ham_hf.files import atomic_write
 from ham_hf.hub_config import is_hub_id
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
-from ham_hf.models.origin import Origin
+from ham_hf.models.source import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
-from ham_hf.reporting.calibration import CalibrationReport, training_images_note
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
-from ham_hf.reporting.environment import environment
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
-from ham_hf.reporting.method_text import selected_too_early
-from ham_hf.reporting.page import write_page
+from ham_hf.reporting.method_text import selected_too_early, training_images_note
+from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html
 from ham_hf.reporting.report import (
     AttackReport,
+    CalibrationReport,
     DatasetReport,
+    Environment,
     ModelReport,
     RunReport,
     ThreatModelReport,
     TrainingReport,
     write_report,
 )
-from ham_hf.training.environment import rounding
+from ham_hf.training.environment import recorded, rounding
 from ham_hf.training.log import read_log
 from ham_hf.training.resume import Progress
 
@@ -90,9 +97,7 @@ def attack_reports(results: Mapping[str, AttackResult], num_classes: int) -> dic
 def verdict_report(verdicts: Verdicts, *, seconds: float) -> AttackReport | None:
     """Summarize the verdict on the images that every attack saw; None without an attack.
 
-    Args:
-        verdicts: of each image.
-        seconds: duration of all evaluations together, clean included.
+    ``seconds`` is the duration of all evaluations together, clean included.
     """
     judged = verdicts.judged
     if not bool(judged.any()):
@@ -121,6 +126,48 @@ def hub_dataset_id(name: str) -> str | None:
 def utc_now() -> str:
     """Current UTC time to the second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def environment(*, device: torch.device, num_processes: int) -> Environment:
+    """Describe the software and hardware of this process."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "datasets", "huggingface-hub", "safetensors")
+    versions = {package.replace("-", "_"): version(package) for package in packages}
+    device_name = device.type
+    if device.type != "cpu":
+        # Apple's has no name.
+        name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+        device_name = name_of(device) if name_of is not None else device.type
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={"ham_hf": __version__, **versions},
+        device=device_name,
+        num_processes=num_processes,
+        num_threads=torch.get_num_threads(),
+        commit=source_commit(Path(__file__).resolve().parents[2]),
+        variables=recorded(),
+    )
+
+
+def source_commit(root: Path) -> str | None:
+    """Commit of the checkout at ``root``, with "-dirty" if tracked or new files differ; None if it is no checkout.
+
+    ``root`` itself must be the checkout: an installed package may lie inside somebody else's repository.
+    """
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    answers = []
+    for question in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        try:
+            answer = subprocess.run([git, *question], cwd=root, capture_output=True, text=True, timeout=60)  # noqa: S603
+        except subprocess.TimeoutExpired:  # a checkout on a slow file system: not worth a report
+            return None
+        if answer.returncode:
+            return None
+        answers.append(answer.stdout.strip())
+    commit, changes = answers
+    return f"{commit}-dirty" if changes else commit
 
 
 def dataset_report(data: TestData) -> DatasetReport:
@@ -167,15 +214,12 @@ def training_section(
     peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
 ) -> TrainingReport:
-    """How the weights came about.
+    """How the weights came about; ``best`` is the state that the evaluated ones were selected with.
 
-    Args:
-        progress: of the finished training.
-        best: the state that the evaluated weights were selected with.
-        peak_memory_bytes: what `ham_hf.training.launch.peak_memory_bytes` said when training ended; evaluation, which
-            follows, may need more.
-        calibration: its passes count among those of the run.
+    ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
+    count among those of the run.
     """
+    passes = progress.passes
     return TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
@@ -186,7 +230,7 @@ def training_section(
         selected_epoch=best["epoch"],
         history=tuple(progress.history),
         peak_memory_bytes=peak_memory_bytes,
-        passes=_with_calibration(progress.passes, calibration),
+        passes=passes if passes is None or calibration is None else passes + calibration.passes,
         changes=tuple(progress.changes),
     )
 
@@ -229,10 +273,6 @@ def overflow_notes(progress: Progress) -> tuple[str, ...]:
     if not count:
         return ()
     return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
-
-
-def _with_calibration(passes: float | None, calibration: CalibrationReport | None) -> float | None:
-    return passes if passes is None or calibration is None else passes + calibration.passes
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
@@ -302,15 +342,7 @@ def evaluation_report(
 def calibrated_report(
     evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, evaluated like any other.
-
-    Args:
-        evaluated: report of its evaluation.
-        calibration: how the shifts were found.
-        exported: what was written.
-        origin: what it was made of.
-        model_license: of the weights.
-    """
+    """Report of a model with class shifts folded in, from that of its evaluation, what was written and its origin."""
     name = plain_name(evaluated.model.name)
     model = replace(
         evaluated.model,
@@ -337,12 +369,7 @@ def write_run(
 ) -> None:
     """Predictions, report, figures, card and page of a model that is in ``folder`` already, with its log if any.
 
-    Args:
-        report: of its training or calibration.
-        folder: of the model.
-        results: what ``report`` was made of.
-        examples: images of the figure, the card and the page.
-        repo_id: "user/name" on the Hub for the card, if it is known.
+    ``results`` are what ``report`` was made of; ``repo_id`` is "user/name" on the Hub for the card, if it is known.
     """
     _write_numbers(report, folder, results, examples)
     image = examples.strip.clean[0].float().cpu()
@@ -386,4 +413,5 @@ def _write_numbers(
     save_figures(report, folder, examples=examples.strip, train_log=train_log)
     if examples.of_classes is not None:
         write_examples(examples.of_classes, folder)
-    write_page(report, folder, verdicts=verdicts, examples=examples.of_classes)
+    page = page_html([PageRun(report=report, verdicts=verdicts, examples=examples.of_classes)])
+    atomic_write(folder / PAGE_NAME, page)

@@ -5,18 +5,17 @@ Accuracies are in percent, intervals are 95 % ones. Names are cleaned (``plain_t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ham_hf.evaluation.calibration import Calibration
-from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
+from ham_hf.metrics import FairnessSummary
+from ham_hf.reporting.breakdowns import CorruptedAccuracy, GroupReport
 from ham_hf.reporting.formats import (
     class_cell,
     evaluation_title,
-    interval_text,
     percent,
     percent_with_ends,
     plain_text,
     ratio,
+    with_interval,
 )
 from ham_hf.reporting.report import RunReport
 
@@ -27,45 +26,46 @@ FEW_GROUPS = 3
 
 
 def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[str, str]]:
-    """One row per evaluation, the verdict first; the number after ± is half the width of the average's interval.
+    """One row per evaluation, the verdict first, with the interval of the average.
 
     Args:
         report: a finished run.
-        intervals: also show the intervals of the fairness numbers, which make the table wide.
+        intervals: also show those of the fairness numbers, which make the table wide.
     """
     rows = []
     for attack in report.entries():
-        summary = attack.summary
-        known = attack.intervals if intervals else None
-        half = (summary.average_high - summary.average_low) / 2
+        summary, known = attack.summary, attack.intervals if intervals else None
         worst_name = plain_text(report.dataset.class_names[summary.worst_class_index], 30)
         seen = f"{summary.num_examples} of {report.dataset.num_test}"
-        nsd = "–" if summary.nsd is None else ratio(summary.nsd) + interval_text(known, "nsd", digits=ratio)
         rows.append(
             {
                 "Evaluation": attack.title,
                 "Images": seen if report.is_subset(attack) else f"{summary.num_examples}",
-                "Average": f"{percent(summary.average)} ± {percent(half)}",
+                "Average": percent_with_ends(summary.average, summary.average_low, summary.average_high),
                 "Macro": percent(summary.macro_average),
-                "Worst class": f"{percent(summary.worst_class)}{interval_text(known, 'worst_class')} ({worst_name})",
+                "Worst class": f"{with_interval(summary, known, 'worst_class')} ({worst_name})",
                 "Worst 10 %": percent(summary.worst_10_percent),
-                "Worst 30 %": percent(summary.worst_30_percent) + interval_text(known, "worst_30_percent"),
-                "Gap": percent(summary.gap) + interval_text(known, "gap"),
-                "Std": percent(summary.std) + interval_text(known, "std"),
-                "NSD": nsd,
+                "Worst 30 %": with_interval(summary, known, "worst_30_percent"),
+                "Gap": with_interval(summary, known, "gap"),
+                "Std": with_interval(summary, known, "std"),
+                "NSD": with_interval(summary, known, "nsd", digits=ratio),
             }
         )
     return rows
 
 
 def class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with images in `RunReport.ordering_entry`, worst first. "Images": the most of all columns."""
+    """One row per class with images in `RunReport.ordering_entry`, worst first.
+
+    "Images" are the most that an evaluation saw of the class; a cell of one that saw fewer has their number.
+    """
     rows = []
     for index in report.worst_first():
         if report.ordering_entry().summary.per_class[index].count:
-            images = max(attack.summary.per_class[index].count for attack in report.results.values())
+            found = {entry.title: entry.summary.per_class[index] for entry in report.entries()}
+            images = max(one.count for one in found.values())
             row = {"Class": plain_text(report.dataset.class_names[index], 40), "Images": str(images)}
-            rows.append(row | {entry.title: class_cell(entry.summary.per_class[index]) for entry in report.entries()})
+            rows.append(row | {title: class_cell(one, images) for title, one in found.items()})
     return rows
 
 
@@ -74,16 +74,15 @@ def group_rows(found: GroupReport) -> list[dict[str, str]]:
     rows = []
     for name, result in found.results.items():
         summary, intervals = result.summary, result.intervals
-        worst = f"{percent(summary.worst_class)}{interval_text(intervals, 'worst_class')}"
+        worst_name = plain_text(found.names[summary.worst_class_index], 30)
         row = {
             "Evaluation": evaluation_title(name),
             "Average": percent(summary.average),
-            "Worst group": f"{worst} {plain_text(found.names[summary.worst_class_index], 30)}",
+            "Worst group": f"{with_interval(summary, intervals, 'worst_class')} {worst_name}",
         }
         if len(found.names) > FEW_GROUPS:
-            worst_30 = percent(summary.worst_30_percent) + interval_text(intervals, "worst_30_percent")
-            row["Worst 30 % of groups"] = worst_30
-        rows.append(row | {"Gap": percent(summary.gap) + interval_text(intervals, "gap")})
+            row["Worst 30 % of groups"] = with_interval(summary, intervals, "worst_30_percent")
+        rows.append(row | {"Gap": with_interval(summary, intervals, "gap")})
     return rows
 
 
@@ -93,11 +92,14 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
     clean = found.results["clean"].summary.per_class
     present = [index for index, entry in enumerate(clean) if entry.count]
     present.sort(key=lambda index: (first[index].accuracy is None, first[index].accuracy))
-    return [
-        {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(clean[index].count)}
-        | {evaluation_title(name): class_cell(one.summary.per_class[index]) for name, one in found.results.items()}
-        for index in present[:MAX_GROUP_ROWS]
-    ]
+    rows = []
+    for index in present[:MAX_GROUP_ROWS]:
+        images = clean[index].count
+        row = {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(images)}
+        for name, one in found.results.items():
+            row[evaluation_title(name)] = class_cell(one.summary.per_class[index], images)
+        rows.append(row)
+    return rows
 
 
 def corruption_rows(report: RunReport) -> list[dict[str, str]]:
@@ -111,20 +113,26 @@ def corruption_rows(report: RunReport) -> list[dict[str, str]]:
         return []
     names, highest = report.dataset.class_names, max(found.severities)
     clean = report.results["clean"].summary
-    rows = [
-        {"Corruption": "none", **_severities([clean.average] * len(found.severities), found)}
-        | _weakest(clean.worst_class, names[clean.worst_class_index], clean.worst_30_percent, highest)
+    at = {(entry.name, entry.severity): entry for entry in found.results}
+    averages = {name: [at[name, severity].average for severity in found.severities] for name in found.names}
+    means = [sum(column) / len(column) for column in zip(*averages.values(), strict=True)]
+    lines: list[tuple[str, list[float], FairnessSummary | CorruptedAccuracy | None]] = [
+        ("none", [clean.average] * len(means), clean),
+        *((name, averages[name], at[name, highest]) for name in found.names),
+        (f"mean of {len(found.names)}", means, None),
     ]
-    averages = {(entry.name, entry.severity): entry.average for entry in found.results}
-    for name in found.names:
-        last = next(entry for entry in found.results if (entry.name, entry.severity) == (name, highest))
-        rows.append(
-            {"Corruption": name, **_severities([averages[name, severity] for severity in found.severities], found)}
-            | _weakest(last.worst_class, names[last.worst_class_index], last.worst_30_percent, highest)
-        )
-    means = [sum(averages[name, severity] for name in found.names) / len(found.names) for severity in found.severities]
-    last_row = {"Corruption": f"mean of {len(found.names)}", **_severities(means, found)}
-    return [*rows, last_row | dict.fromkeys(_weakest(0, "", 0, highest), "–")]
+    rows = []
+    for name, values, last in lines:
+        row = {"Corruption": name}
+        row |= {f"Severity {level}": percent(value) for level, value in zip(found.severities, values, strict=True)}
+        row["Mean"] = percent(sum(values) / len(values))
+        worst, worst_30 = "–", "–"
+        if last is not None:
+            worst = f"{percent(last.worst_class)} ({plain_text(names[last.worst_class_index], 30)})"
+            worst_30 = percent(last.worst_30_percent)
+        row |= {f"Worst class, severity {highest}": worst, f"Worst 30 %, severity {highest}": worst_30}
+        rows.append(row)
+    return rows
 
 
 def corrupted_class_rows(report: RunReport) -> list[dict[str, str]]:
@@ -132,43 +140,36 @@ def corrupted_class_rows(report: RunReport) -> list[dict[str, str]]:
     found = report.corruptions
     if found is None:
         return []
+    clean, rows = report.results["clean"].summary.per_class, []
     means = [(mean, index) for index, mean in enumerate(found.class_means) if mean is not None]
-    clean = report.results["clean"].summary.per_class
-    return [
-        {
-            "Class": plain_text(report.dataset.class_names[index], 40),
-            "Images": str(found.counts[index]),
-            "Clean": percent(clean[index].accuracy or 0.0),
-            "Mean corruption accuracy": percent(mean),
-            "Lowest": _lowest(found, index),
-        }
-        for mean, index in sorted(means)[:MAX_GROUP_ROWS]
-    ]
+    for mean, index in sorted(means)[:MAX_GROUP_ROWS]:
+        lowest = min(found.results, key=lambda entry: entry.correct[index])
+        share = percent(lowest.correct[index] / found.counts[index])
+        rows.append(
+            {
+                "Class": plain_text(report.dataset.class_names[index], 40),
+                "Images": str(found.counts[index]),
+                "Clean": percent(clean[index].accuracy or 0.0),
+                "Mean corruption accuracy": percent(mean),
+                "Lowest": f"{share} ({lowest.name}, severity {lowest.severity})",
+            }
+        )
+    return rows
 
 
-def _severities(averages: Sequence[float], found: CorruptionReport) -> dict[str, str]:
-    cells = {
-        f"Severity {severity}": percent(average) for severity, average in zip(found.severities, averages, strict=True)
-    }
-    return {**cells, "Mean": percent(sum(averages) / len(averages))}
-
-
-def _weakest(worst: float, name: str, worst_30: float, severity: int) -> dict[str, str]:
-    return {
-        f"Worst class, severity {severity}": f"{percent(worst)} ({plain_text(name, 30)})",
-        f"Worst 30 %, severity {severity}": percent(worst_30),
-    }
-
-
-def _lowest(found: CorruptionReport, index: int) -> str:
-    lowest = min(found.results, key=lambda entry: entry.correct[index])
-    return f"{percent(lowest.correct[index] / found.counts[index])} ({lowest.name}, severity {lowest.severity})"
-
-
-def breakdown_tables(report: RunReport) -> list[list[dict[str, str]]]:
-    """The tables of groups and of corruptions that there are, for a terminal."""
-    tables = [] if report.groups is None else [group_rows(report.groups), each_group_rows(report.groups)]
-    return tables if report.corruptions is None else [*tables, corruption_rows(report)]
+def breakdown_tables(report: RunReport) -> list[tuple[str, list[dict[str, str]]]]:
+    """Caption and rows of the tables of groups and of corruptions that there are."""
+    tables: list[tuple[str, list[dict[str, str]]]] = []
+    if report.groups is not None:
+        column = plain_text(report.groups.column, 40)
+        tables += [
+            (f"Groups by {column}, in percent with 95 % intervals", group_rows(report.groups)),
+            (f"Each group by {column}, in percent with 95 % intervals", each_group_rows(report.groups)),
+        ]
+    if report.corruptions is not None:
+        constants = plain_text(report.corruptions.constants)
+        tables.append((f"Accuracy in percent on corrupted images, constants of {constants}", corruption_rows(report)))
+    return tables
 
 
 def frontier_rows(found: Calibration) -> list[dict[str, str]]:

@@ -21,8 +21,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ham_hf.reporting.environment import environment
 from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.run_report import environment
 from ham_hf.training.launch import create_accelerator
 
 RESULTS = Path(__file__).parent / "results"

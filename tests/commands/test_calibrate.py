@@ -20,8 +20,7 @@ from ham_hf.evaluation import calibration
 from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable, read_biases
-from ham_hf.reporting.calibration import CalibrationReport
-from ham_hf.reporting.report import read_report
+from ham_hf.reporting.report import CalibrationReport, read_report
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, load, noise, write_parquet
 from tests.support.exports import FAMILIES

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from ham_hf.comparison.differences import run_settings
-from ham_hf.comparison.existing import FoundRun, label_runs
+from ham_hf.comparison.existing import label_runs
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown, write_comparison
-from ham_hf.comparison.row_names import public_word
 from ham_hf.comparison.table import MissingRun, compare
-from tests.support.comparison_reports import even, run, run_report
+from ham_hf.reporting.formats import public_word
+from tests.support.comparison_reports import by_seeds, even, run, run_report
 from tests.support.documents import changed
 
 CLEAN = even([18, 17, 20, 16, 19, 20, 15, 18, 17, 20])
@@ -28,12 +28,9 @@ NAMES = ("a", "b", "c")
 COUNTS = st.lists(st.integers(0, 20), min_size=3, max_size=3)
 
 
-def pgd(label: str, *by_seed: list[int], **changes: object) -> list[Run]:
-    """Runs of one label with three classes of 20 images, one per list of correct counts."""
-    return [
-        run(label, {"clean": even([20, 20, 20]), "pgd-20": even(correct)}, seed=seed, class_names=NAMES, **changes)
-        for seed, correct in enumerate(by_seed)
-    ]
+def found(source: str, label: str = "", *, seed: int = 0, **config: object) -> Run:
+    """A run as it was found, before rows are made."""
+    return Run(label=label, seed=seed, report=run_report({"clean": CLEAN}, seed=seed, **config), source=source)
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:
@@ -54,7 +51,7 @@ def markdown_tables(text: str) -> dict[str, list[list[str]]]:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(COUNTS, min_size=2, max_size=4), st.lists(COUNTS, min_size=1, max_size=4))
 def test_numbers_are_those_of_a_naive_count(base_counts, own_counts):
-    comparison = compare([*pgd("base", *base_counts), *pgd("own", *own_counts)], baseline="base")
+    comparison = compare([*by_seeds("base", *base_counts), *by_seeds("own", *own_counts)], baseline="base")
 
     def naive(counts):
         average = [sum(correct) / 60 for correct in counts]
@@ -111,7 +108,7 @@ def test_rho_of_a_published_table():
     ],
 )
 def test_best_is_what_beats_the_next_by_more_than_the_noise(other, own, best):
-    comparison = compare([*pgd("other", *other), *pgd("own", *own)])
+    comparison = compare([*by_seeds("other", *other), *by_seeds("own", *own)])
     assert comparison.best("pgd-20", "average") == best
     assert comparison.best("clean", "average") is None
     text = comparison_markdown(comparison, command="x")
@@ -120,7 +117,9 @@ def test_best_is_what_beats_the_next_by_more_than_the_noise(other, own, best):
 
 def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
     uneven, even_runs = [[2, 20, 20], [3, 20, 20]], [[14, 14, 14], [14, 14, 15]]
-    comparison = compare([*pgd("uneven", *uneven), *pgd("even", *even_runs), *pgd("wild", [0, 0, 1], [9, 10, 20])])
+    comparison = compare(
+        [*by_seeds("uneven", *uneven), *by_seeds("even", *even_runs), *by_seeds("wild", [0, 0, 1], [9, 10, 20])]
+    )
     assert comparison.best("pgd-20", "nsd") == "even"
     assert comparison.best("pgd-20", "worst_class") == "even"
     row = next(
@@ -130,7 +129,7 @@ def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
 
 
 def test_json_csv_and_markdown_agree():
-    runs = [*pgd("base", [10, 12, 4], [11, 13, 6]), *pgd("own", [12, 12, 8], [12, 13, 9], seconds=30.0)]
+    runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8], [12, 13, 9], seconds=30.0)]
     comparison = compare(runs, baseline="base")
     values = json.loads(comparison_json(comparison, command="x"))
     lines = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
@@ -171,7 +170,7 @@ def test_missing_class_is_none_and_enters_no_mean():
 
 
 def test_failed_and_absent_runs_are_listed_with_the_reason():
-    runs = [*pgd("base", [10, 12, 4], [11, 13, 6]), *pgd("own", [12, 12, 8])]
+    runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8])]
     failed = MissingRun(label="new", seed=0, reason="out of memory", state="failed")
     missing = json.loads(comparison_json(compare(runs, missing=[failed]), command="x"))["missing"]
     assert [(entry["label"], entry["seed"], entry["failed"]) for entry in missing] == [
@@ -215,7 +214,7 @@ def test_price_is_relative_to_the_passes_of_the_baseline():
 
 
 def test_what_cannot_be_compared_is_refused():
-    runs = pgd("own", [10, 12, 4])
+    runs = by_seeds("own", [10, 12, 4])
     with pytest.raises(ValueError, match="no finished run"):
         compare([])
     with pytest.raises(ValueError, match=r"same run \(own, seed 0\)"):
@@ -225,11 +224,6 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_existing_runs_are_grouped_by_their_settings():
-    results = {"clean": CLEAN}
-
-    def found(source, folder_label=None, **config):
-        return FoundRun(source, folder_label, run_report(results, **config))
-
     runs = label_runs(
         [
             found("a", seed=0, method="ham", output_dir="x", resume_from_checkpoint=None),
@@ -253,7 +247,7 @@ def test_existing_runs_are_grouped_by_their_settings():
 
 def test_hostile_texts_stay_text(tmp_path):
     label = "a | <b> `c` **d**\n# e"
-    hostile = pgd(label, [10, 12, 4], [10, 12, 5])
+    hostile = by_seeds(label, [10, 12, 4], [10, 12, 5])
     written = write_comparison(compare(hostile, baseline=label), tmp_path, command="x `y`\nz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.csv", "comparison.json", "comparison.md"]
     text = (tmp_path / "comparison.md").read_text()
@@ -268,7 +262,7 @@ def test_hostile_texts_stay_text(tmp_path):
 
 
 def test_equal_means_are_a_tie_whatever_the_last_bit_says():
-    exact = compare([*pgd("one", [20] * 3, [20] * 3), *pgd("other", [20] * 3, [20] * 3)])
+    exact = compare([*by_seeds("one", [20] * 3, [20] * 3), *by_seeds("other", [20] * 3, [20] * 3)])
     nsd = [row.attacks["pgd-20"].nsd for row in exact.rows]
     shifted = dataclasses.replace(nsd[1], mean=nsd[1].mean + 1e-16)
     attacks = {**exact.rows[1].attacks}
@@ -280,7 +274,7 @@ def test_equal_means_are_a_tie_whatever_the_last_bit_says():
 @pytest.mark.parametrize(("correct", "best"), [(11, None), (12, None), (14, "own")])
 def test_a_few_images_are_noise_though_all_seeds_agree(correct, best):
     """Of 20 images a class, 10 and 14 right are 20 points apart, and sqrt(p q / 20) of both together 15."""
-    comparison = compare([*pgd("other", [10] * 3, [10] * 3), *pgd("own", [correct] * 3, [correct] * 3)])
+    comparison = compare([*by_seeds("other", [10] * 3, [10] * 3), *by_seeds("own", [correct] * 3, [correct] * 3)])
     assert comparison.best("pgd-20", "worst_class") == best
     assert comparison.best("pgd-20", "nsd") is None
 
@@ -306,7 +300,7 @@ def test_image_noise_is_that_of_a_naive_count_and_not_less_with_more_seeds():
     ids=["dataset", "images", "epsilon"],
 )
 def test_different_evaluations_have_no_rho_and_no_bold(parts):
-    base, own = pgd("base", [5] * 3, [5] * 3), pgd("own", [19] * 3, [19] * 3)
+    base, own = by_seeds("base", [5] * 3, [5] * 3), by_seeds("own", [19] * 3, [19] * 3)
     assert compare([*base, *own], baseline="base").best("pgd-20", "average") == "own"
     comparison = compare([*base, *(changed(one, **parts) for one in own)], baseline="base")
     assert comparison.best("pgd-20", "average") is None
@@ -315,7 +309,7 @@ def test_different_evaluations_have_no_rho_and_no_bold(parts):
 
 
 def test_only_the_attack_with_other_settings_is_not_compared():
-    base, own = pgd("base", [5] * 3, [5] * 3), pgd("own", [19] * 3, [19] * 3)
+    base, own = by_seeds("base", [5] * 3, [5] * 3), by_seeds("own", [19] * 3, [19] * 3)
     attack = dataclasses.replace(own[0].report.results["pgd-20"], settings={"num_steps": 3, "seed": 7})
     results = {**own[0].report.results, "pgd-20": attack}
     own[0] = dataclasses.replace(own[0], report=dataclasses.replace(own[0].report, results=results))
@@ -336,9 +330,9 @@ def test_batch_size_and_accumulation_count_by_their_product():
 def test_averaged_weights_are_another_budget():
     """CFA averages by itself: no setting differs, and yet its row is of other weights."""
     rows = [
-        *pgd("one", [5] * 3, fawa="auto"),
-        *pgd("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
-        *pgd("ema", [5] * 3, fawa="auto", ema_decay=0.99),
+        *by_seeds("one", [5] * 3, fawa="auto"),
+        *by_seeds("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
+        *by_seeds("ema", [5] * 3, fawa="auto", ema_decay=0.99),
     ]
     assert compare(rows).unequal["Weight averaging"] == {
         "none": ("one",),
@@ -356,7 +350,7 @@ def test_averaged_weights_are_another_budget():
 def test_labels_that_are_cut_alike_stay_different():
     long = "a method with a very long name (its settings are 1 and then "
     labels = [f"{long}{end})" for end in ("2", "3")]
-    runs = [one for label in [*labels, "short"] for one in pgd(label, [5] * 3)]
+    runs = [one for label in [*labels, "short"] for one in by_seeds(label, [5] * 3)]
     missing = MissingRun(label=f"{long}4)", seed=0, reason="lost", state="failed")
     comparison = compare(runs, missing=[missing])
     names = [f"a method with a very long name #{number}" for number in (1, 2)]
@@ -371,20 +365,16 @@ def test_labels_that_are_cut_alike_stay_different():
 
 
 def test_setting_younger_than_a_report_has_its_default():
-    old = run_report({"clean": CLEAN}, seed=0, method="ham")
-    new = run_report({"clean": CLEAN}, seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
-    perturbed = run_report({"clean": CLEAN}, seed=0, method="ham", awp_gamma=0.01)
-    runs = label_runs([FoundRun("old", None, old), FoundRun("new", None, new)])
-    assert [(one.label, one.seed) for one in runs] == [("ham", 0), ("ham", 1)]
-    runs = label_runs([FoundRun("old", None, old), FoundRun("perturbed", None, perturbed)])
+    old = found("old", method="ham")
+    new = found("new", seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
+    assert [(one.label, one.seed) for one in label_runs([old, new])] == [("ham", 0), ("ham", 1)]
+    runs = label_runs([old, found("perturbed", method="ham", awp_gamma=0.01)])
     assert [one.label for one in runs] == ["ham (awp_gamma null)", "ham (awp_gamma 0.01)"]
 
 
 def test_setting_that_one_of_two_lacks_has_a_label():
-    found = [
-        FoundRun(f"s{n}", "mine", run_report({"clean": CLEAN}, **own)) for n, own in enumerate([{}, {"younger": 1}])
-    ]
-    assert [one.label for one in label_runs(found)] == ["mine (younger (none))", "mine (younger 1)"]
+    runs = label_runs([found("s0", "mine"), found("s1", "mine", younger=1)])
+    assert [one.label for one in runs] == ["mine (younger (none))", "mine (younger 1)"]
 
 
 def test_no_cell_of_the_csv_is_a_formula():
@@ -400,8 +390,8 @@ def test_no_path_of_this_machine_is_written(tmp_path):
     place = tmp_path / "John Smith"
     (place / "runs" / "own" / "seed0").mkdir(parents=True)
     runs = [
-        *pgd("own", [5] * 3, dataset_name=str(place / "cats"), model_args={"weights": str(place / "w.pt")}),
-        *pgd("other", [5] * 3),
+        *by_seeds("own", [5] * 3, dataset_name=str(place / "cats"), model_args={"weights": str(place / "w.pt")}),
+        *by_seeds("other", [5] * 3),
     ]
     runs[0] = dataclasses.replace(
         changed(runs[0], dataset={"name": str(place / "cats")}, model={"base_model": str(place / "start")}),

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ham_hf.comparison.existing import FoundRun, label_runs, read_list, read_runs, split_label
+from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.table import compare
-from ham_hf.reporting.report import RunReport, write_report
-from tests.support.leaderboard_runs import at_epsilon, leaderboard_comparison, ranked_run
+from ham_hf.reporting.report import write_report
+from tests.support.documents import changed
+from tests.support.leaderboard_runs import leaderboard_comparison, ranked_run
 
 HOSTILE = "</script><script>window.hacked = 1</script>"
 
@@ -31,31 +32,27 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
-def with_part(report: RunReport, part: str, **changes: object) -> RunReport:
-    return dataclasses.replace(report, **{part: dataclasses.replace(getattr(report, part), **changes)})
-
-
-def other_attack(report: RunReport) -> RunReport:
+def other_steps(run: Run) -> Run:
     results = {
         name: dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
-        for name, found in report.results.items()
+        for name, found in run.report.results.items()
     }
-    return dataclasses.replace(report, results=results)
+    return dataclasses.replace(run, report=dataclasses.replace(run.report, results=results))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda report: at_epsilon(report, 4 / 255), "Threat model: epsilon 4/255; above: epsilon 8/255"),
-        (lambda report: with_part(report, "threat_model", norm="l2"), "Threat model: l2; above: linf"),
-        (other_attack, "PGD-20: num_steps 100; above: num_steps 20"),
-        (lambda report: with_part(report, "dataset", num_test=199), "Test images: 199; above: 200"),
-        (lambda report: with_part(report, "dataset", name="svhn"), "Dataset: svhn; above: digits"),
+        (lambda run: changed(run, threat_model={"epsilon": 0.1}), "Threat model: epsilon 0.1; above: epsilon 8/255"),
+        (lambda run: changed(run, threat_model={"norm": "l2"}), "Threat model: l2; above: linf"),
+        (other_steps, "PGD-20: num_steps 100; above: num_steps 20"),
+        (lambda run: changed(run, dataset={"num_test": 199}), "Test images: 199; above: 200"),
+        (lambda run: changed(run, dataset={"name": "svhn"}), "Dataset: svhn; above: digits"),
     ],
 )
 def test_what_was_not_attacked_alike_is_never_in_one_ranking(change, words: str) -> None:
     runs = [ranked_run("a", [5] * 10), ranked_run("b", [6] * 10), ranked_run("c", [19] * 10)]
-    runs[2] = dataclasses.replace(runs[2], report=change(runs[2].report))
+    runs[2] = change(runs[2])
     text = leaderboard_html(compare(runs))
     assert rankings(text, "pgd-20") == [["b", "a"], ["c"]]
     assert text.count("Not attacked alike") >= 1
@@ -160,6 +157,6 @@ def test_what_a_list_lacks_is_missing_and_not_fatal(tmp_path: Path) -> None:
 
 def test_runs_that_are_evaluations_alone_are_rows() -> None:
     report = dataclasses.replace(ranked_run("x", [5] * 10).report, training=None, config={"seed": 0})
-    (run,) = label_runs([FoundRun("you/net", None, report)])
-    assert isinstance(run, Run)
+    (run,) = label_runs([Run(label="", seed=0, report=report, source="you/net")])
+    assert run.label == "resnet18_cifar"
     assert "evaluated, not trained here" in leaderboard_html(compare([run]))

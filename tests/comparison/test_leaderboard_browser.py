@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from ham_hf.comparison.leaderboard import write_leaderboard
-from tests.support.browser import Browser, assert_quiet, browser, missing_browser, soonest_paint
+from tests.support.browser import NEEDS_BROWSER, Browser, assert_quiet, browser, soonest_paint
 from tests.support.leaderboard_runs import leaderboard_comparison
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(missing_browser() is not None, reason=f"not tried in a browser: {missing_browser()}"),
-]
+pytestmark = NEEDS_BROWSER
 SHOWN = "return [...document.querySelectorAll('.attack:not([hidden]) .board:first-of-type .entry')].map(e => "
 LABELS = f"{SHOWN}e.dataset.label)"
 BY_WORST = ["ham", "resnet of a stranger", "</script><script>window.hacked = 1</script>", "pgd_at"]

@@ -13,15 +13,13 @@ from torch.utils.data import DataLoader
 import ham_hf
 from ham_hf.attacks import ThreatModel
 from ham_hf.data.image_groups import make_groups
-from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import read_verdicts, verdicts_of, write_verdicts
 from ham_hf.metrics import wilson_interval
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.page import PageRun, page_html
-from ham_hf.reporting.report import read_report, write_report
 from ham_hf.reporting.tables import breakdown_tables, each_group_rows, group_rows
-from tests.support.documents import with_breakdowns
+from tests.support.documents import corrupted, with_breakdowns
+from tests.support.example_report import attack_result
 from tests.support.nets import group_norm_net
 
 HOSTILE = "<b>*x*|</b>"
@@ -35,15 +33,9 @@ def made_up(num=80, classes=10):
     for name in ("clean", "pgd-20", "my.attack"):
         flags = torch.rand(num, generator=generator) < 0.7
         indices = torch.arange(0, num, 2) if name == "my.attack" else torch.arange(num)
-        results[name] = AttackResult(
-            name=name,
-            settings={} if name == "clean" else {"function": "m.py:attack"},
-            predictions=torch.where(flags, labels, (labels + 1) % classes)[indices],
-            margins=torch.zeros(len(indices)),
-            labels=labels[indices],
-            indices=indices,
-            seconds=1.0,
-        )
+        predictions = torch.where(flags, labels, (labels + 1) % classes)
+        found = attack_result(name, {"function": "m.py:attack"}, predictions[indices], labels[indices])
+        results[name] = dataclasses.replace(found, indices=indices)
     groups = make_groups("site", [GROUPS[number % 7 % 4] for number in range(num)])
     names = tuple(map(str, range(classes)))
     return results, verdicts_of(results, names, groups)
@@ -85,16 +77,19 @@ def test_worst_30_percent_is_left_out_of_few_groups():
     assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
 
 
+def test_number_of_images_beside_an_accuracy_of_a_group_is_its_own():
+    found = group_report(made_up()[1])
+    part = dict(zip(found.names, found.results["my.attack"].summary.per_class, strict=True))
+    clean = dict(zip(found.names, found.results["clean"].summary.per_class, strict=True))
+    for row in each_group_rows(found):
+        assert row["Images"] == str(clean[row["site"]].count)
+        assert row["my.attack"].endswith(f") of {part[row['site']].count}")
+        assert row["PGD-20"].endswith(")")
+
+
 def test_corruption_numbers_are_means_of_counts():
     labels = torch.arange(80) % 8  # classes 8 and 9 have no image
-    generator = torch.Generator().manual_seed(1)
-    results = [
-        CorruptionResult(
-            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
-        )
-        for name in ("fog", "snow")
-        for severity in (1, 5)
-    ]
+    results = corrupted(torch.Generator().manual_seed(1))
     found = corruption_report(results, labels, 10, constants="CIFAR-10-C")
     assert (found.names, found.severities) == (("fog", "snow"), (1, 5))
     assert found.counts == (10,) * 8 + (0, 0)
@@ -113,39 +108,13 @@ def test_corruption_numbers_are_means_of_counts():
     assert corruption_report([], labels, 10, constants="") is None
 
 
-@pytest.fixture
-def report():
-    return with_breakdowns()
-
-
-def test_report_reads_back_equal_and_old_ones_have_neither(report, tmp_path):
-    path = write_report(report, tmp_path)
-    assert read_report(path) == report
-    values = json.loads(path.read_text())
-    del values["groups"], values["corruptions"]
-    path.write_text(json.dumps(values))
-    assert read_report(path) == dataclasses.replace(report, groups=None, corruptions=None)
-
-
-@pytest.mark.parametrize("part", ["groups", "corruptions"])
-def test_report_whose_numbers_do_not_fit_is_refused(part, report, tmp_path):
-    path = write_report(report, tmp_path)
-    values = json.loads(path.read_text())
-    if part == "groups":
-        values["groups"]["names"].append("one more")
-    else:
-        values["corruptions"]["results"][0]["correct"].pop()
-    path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"the numbers (are not of the 5 groups|on corrupted images are not of)"):
-        read_report(path)
-
-
-def test_page_and_terminal_show_both(report):
+def test_page_and_terminal_show_both():
+    report = with_breakdowns()
     page = page_html([PageRun(label="run", report=report)])
     assert "Each group by site" in page
     assert "<td>–</td>" in page
     assert HOSTILE not in page
-    assert [len(table) for table in breakdown_tables(report)] == [3, 4, 4]
+    assert [len(rows) for _, rows in breakdown_tables(report)] == [3, 4, 4]
 
 
 def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path):

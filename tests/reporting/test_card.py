@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
@@ -32,9 +31,15 @@ from ham_hf.models.export import export_for_timm
 from ham_hf.reporting import card
 from ham_hf.reporting.card import evaluation_section, write_card
 from ham_hf.reporting.formats import code, fraction_text, literal, markdown_text, plain_text
-from ham_hf.reporting.method_text import CITATIONS, option_text, selected_too_early
+from ham_hf.reporting.method_text import (
+    CITATIONS,
+    exchange_sentence,
+    option_text,
+    selected_too_early,
+    training_images_note,
+)
 from ham_hf.reporting.report import RunReport
-from tests.support.documents import config_of, with_config
+from tests.support.documents import calibration, config_of, with_config
 from tests.support.example_report import DIGITS, make_report, with_dataset, with_model
 
 HOSTILE = (
@@ -162,16 +167,9 @@ def test_classes_are_ordered_by_the_strongest_attack_with_its_intervals(tmp_path
     assert per_class[1][4] == f"{100 * worst.accuracy:.1f} ({100 * worst.low:.1f}–{100 * worst.high:.1f})"
 
 
-@pytest.mark.parametrize(
-    ("origin", "split"),
-    [
-        ("validation", "validation"),
-        ("held out of train (20 %, stratified, seed 0)", "train"),
-        ("held out of train (x) (12.5 %, stratified, seed 0)", "train (x)"),
-    ],
-)
-def test_metadata_parses_back_with_huggingface_hub(tmp_path: Path, origin: str, split: str) -> None:
-    report = with_dataset(make_report(), hub_id="uoft-cs/cifar10", config_name="plain_text", test_split_origin=origin)
+@pytest.mark.parametrize("split", ["validation", "held out of train (20 %, stratified, seed 0)"])
+def test_metadata_parses_back_with_huggingface_hub(tmp_path: Path, split: str) -> None:
+    report = with_dataset(make_report(), hub_id="uoft-cs/cifar10", config_name="plain_text", test_split_origin=split)
     written(report, tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.library_name, data.license, data.datasets) == ("timm", "apache-2.0", ["uoft-cs/cifar10"])
@@ -284,6 +282,17 @@ def test_weights_from_before_the_method_began_are_told() -> None:
         assert selected_too_early(early.config, dataclasses.replace(early.training, selected_epoch=selected)) == ()
 
 
+def test_what_a_calibration_gave_for_what_and_training_images_are_told() -> None:
+    assert exchange_sentence(calibration()) == (
+        "Fairness 0.5 took the worst class from 20.0 % to 40.0 % and the worst 30 % of the classes from 46.7 % to "
+        "53.3 %, for 1.0 points of the average (59.0 % before, 58.0 % after), counted on images that the shifts were "
+        "not found on."
+    )
+    assert "leaves the model unchanged" in exchange_sentence(calibration(fairness=0.0))
+    assert training_images_note(calibration()) is None
+    assert "images that the model was trained on" in training_images_note(calibration(seen_in_training=True))
+
+
 def test_what_is_combined_and_began_later_is_told_with_its_flag() -> None:
     config = {"method": "ham", "mining_start_epoch": 0, "mining_step": 1, "awp_gamma": 0.005, "awp_start_epoch": 9}
     config |= {"class_margin": "cfa", "class_rule_args": {"cfa_start_epoch": 8}}
@@ -337,36 +346,21 @@ def test_fractions_of_255_are_written_as_such(value: float, expected: str) -> No
     assert fraction_text(value) == expected
 
 
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_loading_lines_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_chans: int
-) -> None:
-    """The card's Python block, executed in the folder of a tiny export."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=10, in_chans=in_chans).eval()
-    timm.models.save_for_hf(
-        model,
-        tmp_path,
-        safe_serialization=True,
-        model_config={"label_names": list(DIGITS)},
-        data_config={"input_size": (in_chans, 32, 32), "crop_pct": 1.0, "interpolation": "nearest"},
-    )
-    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
-    text = written(with_model(make_report(), in_chans=in_chans, upsample=1), tmp_path, repo_id=None)
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    variables: dict[str, object] = {}
-    exec(block, variables)
-    assert variables["transform"](variables["image"]).shape == (in_chans, 32, 32)
-    name, probability = capsys.readouterr().out.split()
-    assert name in DIGITS
-    assert 0 < float(probability) <= 1
+SMALL_NET = ("resnet18_cifar", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
 
 
-@pytest.mark.parametrize(("in_chans", "crop_pct"), [(3, 1.0), (3, 0.875), (1, 1.0)])
-def test_loading_lines_of_an_enlarged_network_take_any_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_chans: int, crop_pct: float
+@pytest.mark.parametrize(
+    ("name", "model_args", "in_chans", "crop_pct"),
+    [
+        ("test_resnet", {}, 1, 1.0),
+        ("test_resnet", {}, 3, 1.0),
+        (*SMALL_NET, 3, 1.0),
+        (*SMALL_NET, 3, 0.875),
+        (*SMALL_NET, 1, 1.0),
+    ],
+)
+def test_loading_lines_take_any_image(
+    tmp_path: Path, monkeypatch, capsys, name: str, model_args: dict, in_chans: int, crop_pct: float
 ) -> None:
     """An image that is not of the training size, through the card's Python block and through our own pipeline."""
     torch.manual_seed(0)
@@ -379,11 +373,7 @@ def test_loading_lines_of_an_enlarged_network_take_any_image(
         std=(0.2, 0.25, 0.3)[:in_chans],
     )
     backbone = create_backbone(
-        "resnet18_cifar",
-        pretrained=False,
-        num_classes=10,
-        preprocessing=preprocessing,
-        model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+        name, pretrained=False, num_classes=10, preprocessing=preprocessing, model_args=model_args
     )
     info = export_for_timm(
         backbone,
@@ -398,7 +388,7 @@ def test_loading_lines_of_an_enlarged_network_take_any_image(
     Image.fromarray(pixels).save(tmp_path / "image.png")
     report = with_model(make_report(), upsample=info.upsample, **dataclasses.asdict(preprocessing))
     text = written(report, tmp_path, repo_id=None)
-    assert "`resolve_model_data_config` gives all of this" not in text
+    assert ("`resolve_model_data_config` gives all of this" in text) is (name == "test_resnet")
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     variables: dict = {}
@@ -409,6 +399,8 @@ def test_loading_lines_of_an_enlarged_network_take_any_image(
         expected = load_pixel_model(str(tmp_path)).model(x).softmax(dim=1)[0]
     assert expected.max() - expected.min() > 1e-3
     torch.testing.assert_close(variables["probabilities"], expected, rtol=0, atol=1e-6)
+    shown, probability = capsys.readouterr().out.split()
+    assert (shown, float(probability)) == (DIGITS[int(expected.argmax())], pytest.approx(float(expected.max())))
 
 
 def test_literals_stay_inside_their_quotes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
@@ -18,7 +19,6 @@ from torch import nn
 from ham_hf.attacks import ThreatModel
 from ham_hf.commands import page as page_command
 from ham_hf.config import EvaluationConfig
-from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.reporting.class_examples import (
     MAX_CLASSES,
@@ -32,8 +32,8 @@ from ham_hf.reporting.class_examples import (
     write_examples,
 )
 from ham_hf.reporting.page import MAX_PAGE_BYTES, PageRun, has_images, page_html, without_images
-from ham_hf.reporting.report import write_report
-from tests.support.example_report import make_report
+from ham_hf.reporting.report import RunReport, write_report
+from tests.support.example_report import attack_result, make_report
 from tests.support.nets import TensorImages
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028"
@@ -54,17 +54,15 @@ def made_up_verdicts(num_images: int = 60, num_classes: int = 10, *, seed: int =
     for name in ("clean", "pgd-20", "cw-20"):
         wrong = torch.rand(num_images, generator=generator) < 0.3
         other = (labels + torch.randint(1, num_classes, (num_images,), generator=generator)) % num_classes
-        predictions = torch.where(wrong, other, labels)
-        results[name] = AttackResult(
-            name=name,
-            settings={},
-            predictions=predictions,
-            labels=labels,
-            margins=torch.randn(num_images, generator=generator),
-            indices=torch.arange(num_images),
-            seconds=1.0,
-        )
+        margins = torch.randn(num_images, generator=generator)
+        found = attack_result(name, {}, torch.where(wrong, other, labels), labels)
+        results[name] = dataclasses.replace(found, margins=margins)
     return verdicts_of(results, [str(index) for index in range(num_classes)])
+
+
+def plain_report(**changes: object) -> RunReport:
+    """A report of the classes and images of `made_up_verdicts`."""
+    return make_report(class_names=[str(index) for index in range(10)], num_test=60, **changes)
 
 
 def made_up_examples(verdicts: Verdicts, *, side: int = 8, channels: int = 1) -> ClassExamples:
@@ -98,8 +96,7 @@ def test_names_are_data_and_only_our_script_may_run() -> None:
 
 
 def test_taken_for_counts_what_the_first_evaluation_that_broke_an_image_made_of_it() -> None:
-    verdicts = made_up_verdicts()
-    report = make_report(class_names=verdicts.class_names, num_test=60, verdict=True)
+    verdicts, report = made_up_verdicts(), plain_report(verdict=True)
     entries = numbers_of(page_html([PageRun(label="run", report=report, verdicts=verdicts)]))["runs"][0]["entries"]
     found = {entry["name"]: entry["taken"] for entry in entries}
     for name, order in {
@@ -172,10 +169,8 @@ def test_large_images_are_made_smaller_until_they_fit() -> None:
 
 
 def test_a_page_stays_below_its_limit_and_gives_images_up_for_it() -> None:
-    verdicts = made_up_verdicts()
-    report = make_report(class_names=verdicts.class_names, num_test=60)
-    examples = made_up_examples(verdicts, side=64, channels=3)
-    text = page_html([PageRun(label=str(index), report=report, examples=examples) for index in range(8)])
+    examples = made_up_examples(made_up_verdicts(), side=64, channels=3)
+    text = page_html([PageRun(label=str(index), report=plain_report(), examples=examples) for index in range(8)])
     assert len(text.encode()) <= MAX_PAGE_BYTES
     shown = [entry is not None for entry in images_of(text)]
     assert shown[0]
@@ -183,8 +178,7 @@ def test_a_page_stays_below_its_limit_and_gives_images_up_for_it() -> None:
 
 
 def test_images_can_be_taken_out_of_a_page() -> None:
-    verdicts = made_up_verdicts()
-    report = make_report(class_names=verdicts.class_names, num_test=60)
+    verdicts, report = made_up_verdicts(), plain_report()
     text = page_html([PageRun(label="run", report=report, examples=made_up_examples(verdicts))])
     bare = without_images(text)
     assert has_images(text)
@@ -199,18 +193,7 @@ def test_a_run_makes_images_of_its_own_model() -> None:
     images = TensorImages(torch.rand(40, 1, 4, 4), labels)
     with torch.no_grad():
         predictions = net(images.x).argmax(1)
-    results = {
-        name: AttackResult(
-            name=name,
-            settings={},
-            predictions=predictions,
-            labels=labels,
-            margins=torch.randn(40),
-            indices=torch.arange(40),
-            seconds=1.0,
-        )
-        for name in ("clean", "pgd-2")
-    }
+    results = {name: attack_result(name, {}, predictions, labels) for name in ("clean", "pgd-2")}
     config = EvaluationConfig(eval_num_steps=2)
     found = run_examples(net, images, config, results, threat_model=ThreatModel("linf", 0.1), seed=0).of_classes
     assert found is not None
@@ -227,8 +210,7 @@ def test_the_command_makes_a_page_again(tmp_path: Path, capsys: pytest.CaptureFi
     folders = []
     for seed in (0, 1):
         folder = tmp_path / f"seed{seed}"
-        report = make_report(class_names=verdicts.class_names, num_test=60, config={"seed": seed}, verdict=False)
-        write_report(report, folder)
+        write_report(plain_report(config={"seed": seed}), folder)
         write_verdicts(verdicts, folder)
         write_examples(made_up_examples(verdicts), folder)
         folders.append(str(folder))
@@ -248,7 +230,7 @@ def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
     for method in ("pgd_at", "ham"):
         verdicts = made_up_verdicts(seed=len(method))
         folder = tmp_path / method
-        write_report(make_report(class_names=verdicts.class_names, num_test=60, config={"method": method}), folder)
+        write_report(plain_report(config={"method": method}), folder)
         write_verdicts(verdicts, folder)
         folders.append(str(folder))
     folders[1] = f"mined={folders[1]}"

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ham_hf.evaluation.calibration import FrontierPoint
-from ham_hf.reporting.calibration import CalibrationReport
+from ham_hf.evaluation.calibration import frontier_point
 from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
-from tests.support.browser import Browser, assert_quiet, browser, missing_browser, soonest_paint
+from tests.support.browser import NEEDS_BROWSER, Browser, assert_quiet, browser, soonest_paint
+from tests.support.documents import calibration
 from tests.support.example_report import make_report
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(missing_browser() is not None, reason=f"not tried in a browser: {missing_browser()}"),
-]
+pytestmark = NEEDS_BROWSER
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",
     "<img src=x onerror='window.hacked = 2'>",
@@ -46,37 +43,14 @@ def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def written(path: Path, names: Sequence[str], *, images: bool = False) -> Path:
     """A page of a calibrated model with curves, and with three images of class 0."""
     count = len(names)
-    points = [
-        FrontierPoint(
-            fairness=fairness,
-            average=0.5 - 0.1 * fairness,
-            average_low=0.4,
-            average_high=0.6,
-            worst_class=0.1 + 0.2 * fairness,
-            worst_class_low=0.0,
-            worst_class_high=0.5,
-            worst_30_percent=0.2 + 0.2 * fairness,
-            worst_30_percent_low=0.1,
-            worst_30_percent_high=0.6,
-            correct=tuple(int(10 + 5 * fairness) for _ in range(count)),
-        )
-        for fairness in (0.0, 0.5, 1.0)
-    ]
-    calibration = CalibrationReport(
-        fairness=0.5,
-        max_average_drop=None,
+    shown = calibration(
         shifts=(0.0,) * count,
         factors=(1.0,) * count,
         counts=(20,) * count,
-        frontier=tuple(points),
-        attack={},
-        images="the validation part",
-        seen_in_training=False,
-        seconds=1.0,
-        passes=10,
+        frontier=tuple(frontier_point(f, [int(10 + 5 * f)] * count, [20] * count) for f in (0.0, 0.5, 1.0)),
     )
     report = make_report(class_names=names, num_test=20 * count, treatment={"hard_per_class": 2})
-    report = dataclasses.replace(report, calibration=calibration)
+    report = dataclasses.replace(report, calibration=shown)
     example = ClassExample(
         label=0,
         position=7,
@@ -149,10 +123,10 @@ def test_keys_alone_reach_everything(window: Browser, tmp_path: Path) -> None:
     window.press("ArrowDown", "ArrowRight", "ArrowRight")
     assert window.run("return document.getElementById('cell').textContent") != said
     words = "return document.getElementById('fairness-text').textContent"
-    assert window.run(words).startswith("0.5 (this model): average 45.0 %")
+    assert window.run(words).startswith("0.5 (this model): average 60.0 %")
     window.run("document.getElementById('fairness').focus()")
     window.press("ArrowRight")
-    assert window.run(words).startswith("1: average 40.0 %")
+    assert window.run(words).startswith("1: average 75.0 %")
     assert window.run("return document.querySelector('#frontier-classes .number b').textContent") == "75.0"
     assert_quiet(window)
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ham_hf.reporting.environment import environment, source_commit
 from ham_hf.reporting.formats import plain_text, text_table
 from ham_hf.reporting.report import AttackReport, read_report, write_report
-from ham_hf.reporting.run_report import attack_report, hub_dataset_id
-from ham_hf.reporting.tables import results_table
+from ham_hf.reporting.run_report import attack_report, environment, hub_dataset_id, source_commit
+from ham_hf.reporting.tables import class_rows, results_table
+from tests.support.documents import calibrated, with_breakdowns
 from tests.support.example_report import DIGITS, attack_result, make_report
 
 HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "NaN", "猫", "a [\n b ]", *DIGITS[:3])
@@ -32,8 +32,19 @@ HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "
         make_report(class_names=HOSTILE_NAMES),
         make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, missing=(2,), verdict=True),
         make_report(class_names=[str(index) for index in range(201)], num_test=1000),
+        calibrated(),
+        with_breakdowns(),
     ],
-    ids=["trained", "evaluated", "missing classes", "hostile names", "verdict", "many classes"],
+    ids=[
+        "trained",
+        "evaluated",
+        "a class less",
+        "hostile names",
+        "verdict",
+        "many classes",
+        "calibrated",
+        "broken down",
+    ],
 )
 def test_report_reads_back_equal(tmp_path: Path, report) -> None:
     path = write_report(report, tmp_path / "run")
@@ -42,16 +53,16 @@ def test_report_reads_back_equal(tmp_path: Path, report) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
 
 
-def test_reports_from_before_verdicts_and_intervals_are_read(tmp_path: Path) -> None:
+def test_reports_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They have no verdict, intervals, groups and corruptions."""
     path = write_report(make_report(), tmp_path)
     values = json.loads(path.read_text())
-    del values["verdict"]
+    del values["verdict"], values["groups"], values["corruptions"]
     for attack in values["results"].values():
         del attack["intervals"]
     path.write_text(json.dumps(values))
     report = read_report(path)
-    assert report.verdict is None
-    assert report.results["clean"].intervals is None
+    assert report.verdict is report.groups is report.corruptions is report.results["clean"].intervals is None
     assert [row["Evaluation"] for row in results_table(report, intervals=True)] == ["Clean", "PGD-20", "CW-20"]
 
 
@@ -71,18 +82,10 @@ def test_a_row_of_the_confusion_matrix_is_one_line(tmp_path: Path) -> None:
     assert len(lines) < 700
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
-def test_other_schema_versions_are_refused(tmp_path: Path, version: object) -> None:
-    path = write_report(make_report(), tmp_path)
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "schema_version": version}))
-    with pytest.raises(ValueError, match=r"schema_version .* expected 1"):
-        read_report(path)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        *((lambda v, n=n: v.update(schema_version=n), r"schema_version .* expected 1") for n in (0, 2, None, "1")),
         (lambda values: values.pop("model"), "should have the keys"),
         (lambda values: values.update(surprise=1), "should have the keys"),
         (lambda values: values["seeds"].update(seed="0"), r"report\.seeds\.seed should be int"),
@@ -91,10 +94,15 @@ def test_other_schema_versions_are_refused(tmp_path: Path, version: object) -> N
         (lambda values: values.update(results={}), "at least one evaluation"),
         (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1]), "an interval has two ends"),
         (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1, "a"]), r"gap\[1\] should be float"),
+        (lambda values: values["groups"]["names"].append("one more"), "numbers are not of the 5 groups"),
+        (
+            lambda values: values["corruptions"]["results"][0]["correct"].pop(),
+            "on corrupted images are not of",
+        ),
     ],
 )
 def test_damaged_reports_are_refused_by_name(tmp_path: Path, change, message: str) -> None:
-    path = write_report(make_report(), tmp_path)
+    path = write_report(with_breakdowns(), tmp_path)
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
@@ -152,13 +160,25 @@ def test_results_table_states_subsets_worst_class_and_interval() -> None:
     assert [row["Evaluation"] for row in rows] == ["Clean", "PGD-20", "AutoAttack"]
     assert [row["Images"] for row in rows] == ["360", "360", "100 of 360"]
     summary = report.results["pgd-20"].summary
-    half = 50 * (summary.average_high - summary.average_low)
-    assert rows[1]["Average"] == f"{100 * summary.average:.1f} ± {half:.1f}"
+    ends = f"{100 * summary.average_low:.1f}–{100 * summary.average_high:.1f}"
+    assert rows[1]["Average"] == f"{100 * summary.average:.1f} ({ends})"
     assert rows[1]["Worst class"] == f"{100 * summary.worst_class:.1f} ({DIGITS[summary.worst_class_index]})"
     assert rows[1]["NSD"] == f"{summary.nsd:.3f}"
     lines = text_table(rows).splitlines()
     assert len(lines) == 4
-    assert {line.index("±") for line in lines[1:]} == {lines[1].index("±")}
+    assert {line.index("(") for line in lines[1:]} == {lines[1].index("(")}
+
+
+def test_number_of_images_beside_an_accuracy_of_a_class_is_its_own() -> None:
+    report = make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, verdict=True)
+    for row in class_rows(report):
+        label = DIGITS.index(row["Class"])
+        assert row["Images"] == str(report.results["clean"].summary.per_class[label].count)
+        for entry in report.entries():
+            own = entry.summary.per_class[label]
+            shown = f"{100 * own.accuracy:.1f} ({100 * own.low:.1f}–{100 * own.high:.1f})"
+            part = entry.name in ("autoattack", "verdict")
+            assert row[entry.title] == (f"{shown} of {own.count}" if part else shown)
 
 
 def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -31,12 +33,15 @@ KEYS |= {"ArrowDown": "\ue015", "Home": "\ue011", "End": "\ue010"}
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
-def missing_browser() -> str | None:
-    """Why there is no browser here; None if there is one."""
-    for name in ("chromium", "chromedriver"):
-        if shutil.which(name) is None:
-            return f"there is no {name} here (Debian: apt install chromium chromium-driver)"
-    return None
+_MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+NEEDS_BROWSER = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        bool(_MISSING),
+        reason=f"not tried in a browser: there is no {_MISSING} here (Debian: apt install chromium chromium-driver)",
+    ),
+]
+"""Marks of tests that need a browser."""
 
 
 class Browser:

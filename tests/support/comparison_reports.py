@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ham_hf.comparison.pairs import Run
-from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.metrics import summarize_counts
 from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import attack_report, verdict_report
@@ -54,34 +54,32 @@ def even(correct: Sequence[int], count: int = 20) -> Counts:
     return correct, [count] * len(correct)
 
 
-def judged_run(label, correct, *, seed=0, count=COUNT, swap=0, kept=True):
+def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[Run]:
+    """Runs of one label with three classes of 20 images, one per list of correct counts."""
+    return [
+        run(label, {"clean": even([20] * 3), "pgd-20": even(right)}, seed=seed, class_names=NAMES[:3], **changes)
+        for seed, right in enumerate(by_seed)
+    ]
+
+
+def judged_run(label, correct, *, seed=0, swap=0, kept=True):
     """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others."""
-    labels = torch.arange(len(NAMES)).repeat_interleave(count)
-    place = torch.arange(count).repeat(len(NAMES))
+    labels = torch.arange(len(NAMES)).repeat_interleave(COUNT)
+    place = torch.arange(COUNT).repeat(len(NAMES))
     limit = torch.tensor(correct)[labels]
     right = (place >= swap) & (place < limit + swap)
     wrong = (labels + 1) % len(NAMES)
     settings = {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
-    verdicts = Verdicts(
-        class_names=NAMES,
-        attacks={"pgd-20": settings},
-        positions=torch.arange(len(labels)),
-        labels=labels,
-        clean=labels,
-        attacked={"pgd-20": torch.where(right, labels, wrong)},
-        margins_clean=torch.ones(len(labels)),
-        margins_attacked=torch.where(right, 0.5, -0.5),
-    )
-    counts = [count] * len(NAMES)
-    report = run_report({"clean": (counts, counts), "pgd-20": (correct, counts)}, seed=seed, class_names=NAMES)
-    result = attack_result("pgd-20", settings, verdicts.attacked["pgd-20"], labels)
-    attack = attack_report(result, len(NAMES))
+    results = {
+        "clean": attack_result("clean", {}, labels, labels),
+        "pgd-20": attack_result("pgd-20", settings, torch.where(right, labels, wrong), labels),
+    }
+    verdicts, counts = verdicts_of(results, NAMES), [COUNT] * len(NAMES)
+    by_class = {"clean": (counts, counts), "pgd-20": (correct, counts)}
+    report = run_report(by_class, seed=seed, class_names=NAMES, method=label)
     report = dataclasses.replace(
         report,
-        results=dict(report.results) | {"pgd-20": attack},
-        verdict=verdict_report(verdicts, seconds=1.0),
-        config={**report.config, "method": label},
+        results=dict(report.results) | {"pgd-20": attack_report(results["pgd-20"], len(NAMES))},
+        verdict=verdict_report(verdicts, seconds=1.0) if kept else None,
     )
-    if not kept:
-        report = dataclasses.replace(report, verdict=None)
     return Run(label=label, seed=seed, report=report, source=label, verdicts=verdicts if kept else None)

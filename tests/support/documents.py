@@ -25,10 +25,9 @@ from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.methods import Method, available
 from ham_hf.reporting.breakdowns import corruption_report, group_report
-from ham_hf.reporting.calibration import CalibrationReport
 from ham_hf.reporting.card import evaluation_document, write_card
-from ham_hf.reporting.report import RunReport, ThreatModelReport, read_report
-from tests.support.comparison_reports import even, judged_run, run
+from ham_hf.reporting.report import CalibrationReport, RunReport, ThreatModelReport, read_report
+from tests.support.comparison_reports import by_seeds, even, judged_run, run
 from tests.support.example_report import attack_result, make_report, with_dataset, with_model
 from tests.support.leaderboard_runs import leaderboard_comparison
 
@@ -95,6 +94,17 @@ def calibrated(**changes: object) -> RunReport:
     return dataclasses.replace(report, calibration=calibration(**changes))
 
 
+def corrupted(generator: torch.Generator) -> list[CorruptionResult]:
+    """Two corruptions of 80 images, fewer right the more severe."""
+    return [
+        CorruptionResult(
+            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
+        )
+        for name in ("fog", "snow")
+        for severity in (1, 5)
+    ]
+
+
 def with_breakdowns() -> RunReport:
     """A report of an evaluation by groups and on corrupted images."""
     labels, generator = torch.arange(80) % 10, torch.Generator().manual_seed(0)
@@ -103,17 +113,10 @@ def with_breakdowns() -> RunReport:
         flags = torch.rand(80, generator=generator) < 0.7
         results[name] = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 10), labels)
     groups = make_groups("site", [["a", "b", None, "<b>*x*|</b>"][number % 7 % 4] for number in range(80)])
-    corrupted = [
-        CorruptionResult(
-            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
-        )
-        for name in ("fog", "snow")
-        for severity in (1, 5)
-    ]
     return dataclasses.replace(
         with_model(make_report(trained=False, verdict=True), name="/secret/home/strong"),
         groups=group_report(verdicts_of(results, tuple(map(str, range(10))), groups)),
-        corruptions=corruption_report(corrupted, labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
+        corruptions=corruption_report(corrupted(generator), labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
     )
 
 
@@ -188,41 +191,36 @@ def comparison_variants() -> dict[str, Comparison]:
     """Comparisons that differ from the plain one, by what is different."""
     runs = comparison_runs()
     base, last = runs[:2], runs[-1]
-    names = ("a", "b", "c")
-
-    def three(label: str, *by_seed: list[int], **changes: object) -> list[Run]:
-        return [
-            run(label, {"clean": even([20] * 3), "pgd-20": even(right)}, seed=seed, class_names=names, **changes)
-            for seed, right in enumerate(by_seed)
-        ]
-
     part = {"clean": even([18] * 10), "pgd-20": even([11] * 10), "autoattack": ([2] * 10, [10] * 10)}
     evaluated = dataclasses.replace(last, report=dataclasses.replace(last.report, training=None))
     failed = MissingRun(label="new", seed=0, reason="out of memory | *really* at /secret/home/x.py", state="failed")
     return {
         "no baseline": compare(runs),
-        "one seed": compare(three("own", [10, 12, 4])),
-        "no predictions": compare([*three("other", [10] * 3, [12] * 3), *three("own", [16] * 3, [18] * 3)]),
-        "nothing right": compare([*three("base", [0] * 3), *three("own", [5] * 3)], baseline="base"),
-        "failed and absent": compare([*runs, *three("few", [1, 2, 3])], baseline="base", missing=[failed]),
+        "one seed": compare(by_seeds("own", [10, 12, 4])),
+        "no predictions": compare([*by_seeds("other", [10] * 3, [12] * 3), *by_seeds("own", [16] * 3, [18] * 3)]),
+        "nothing right": compare([*by_seeds("base", [0] * 3), *by_seeds("own", [5] * 3)], baseline="base"),
+        "failed and absent": compare([*runs, *by_seeds("few", [1, 2, 3])], baseline="base", missing=[failed]),
         "another budget": compare(
             [*base, changed(last, threat_model={"epsilon": 0.031}, training={"num_train_epochs": 50})], baseline="base"
         ),
-        "another optimizer": compare([*three("one", [5] * 3), *three("other", [5] * 3, weight_decay=0.3)]),
+        "another optimizer": compare([*by_seeds("one", [5] * 3), *by_seeds("other", [5] * 3, weight_decay=0.3)]),
         "another average of weights": compare(
-            [*three("one", [5] * 3, fawa="auto"), *three("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85)]
+            [
+                *by_seeds("one", [5] * 3, fawa="auto"),
+                *by_seeds("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
+            ]
         ),
         "other data": compare([*base, changed(last, dataset={"name": "imagenet | tiny"})], baseline="base"),
         "other code and hardware": compare(
             [*base, changed(last, environment={"commit": "feedbeef", "device": "H100"})], baseline="base"
         ),
         "prices": compare(
-            [*three("base", [9] * 3, passes=2000.0), *three("half", [9] * 3, passes=1000.0)], baseline="base"
+            [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)], baseline="base"
         ),
         "a part of the images": compare([run("a", part), run("b", part)]),
         "evaluated alone": compare([*base, evaluated], baseline="base"),
         "names": compare(
-            [one for end in "23" for one in three(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
+            [one for end in "23" for one in by_seeds(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
         ),
     }
 

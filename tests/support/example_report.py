@@ -10,11 +10,11 @@ import torch
 from ham_hf.evaluation import AttackResult
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import summarize_counts
-from ham_hf.reporting.environment import Environment
 from ham_hf.reporting.figures import ExampleStrip
 from ham_hf.reporting.report import (
     AttackReport,
     DatasetReport,
+    Environment,
     ModelReport,
     RunReport,
     ThreatModelReport,

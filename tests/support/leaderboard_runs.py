@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ham_hf.comparison.pairs import Run
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.intervals import intervals_of
-from ham_hf.reporting.report import RunReport, ThreatModelReport
+from ham_hf.reporting.report import ThreatModelReport
 from tests.support.comparison_reports import even, run_report
 from tests.support.example_report import DIGITS
 
@@ -32,14 +32,6 @@ def ranked_run(
     report = run_report(
         {"clean": even([18] * len(correct)), **counts}, seed=seed, class_names=names, method=label, **changes
     )
-    report = at_epsilon(report, epsilon)
-    if not trained:
-        report = dataclasses.replace(report, training=None)
-    return Run(label=label, seed=seed, report=report, source=source or f"outputs/{label}/seed{seed}")
-
-
-def at_epsilon(report: RunReport, epsilon: float) -> RunReport:
-    """The report as if it had been attacked within another radius; with intervals."""
     results = {
         name: dataclasses.replace(
             found,
@@ -48,7 +40,11 @@ def at_epsilon(report: RunReport, epsilon: float) -> RunReport:
         )
         for name, found in report.results.items()
     }
-    return dataclasses.replace(report, results=results, threat_model=ThreatModelReport(norm="linf", epsilon=epsilon))
+    threat_model = ThreatModelReport(norm="linf", epsilon=epsilon)
+    report = dataclasses.replace(report, results=results, threat_model=threat_model)
+    if not trained:
+        report = dataclasses.replace(report, training=None)
+    return Run(label=label, seed=seed, report=report, source=source or f"outputs/{label}/seed{seed}")
 
 
 def leaderboard_comparison(hostile: str = "</script><script>window.hacked = 1</script>") -> Comparison:
