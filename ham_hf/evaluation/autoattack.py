@@ -47,11 +47,7 @@ def autoattack_version(num_classes: int) -> tuple[str, list[str], int]:
 
 
 def require_autoattack() -> type:
-    """The AutoAttack class of pyautoattack.
-
-    Raises:
-        ValueError: naming the extra to install, if the package is absent.
-    """
+    """The AutoAttack class of pyautoattack; ValueError names the extra to install, if the package is absent."""
     try:
         from pyautoattack import AutoAttack
     except ModuleNotFoundError as error:
