@@ -340,10 +340,8 @@ def export_calibrated(
 ) -> ExportInfo:
     """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
 
-    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits.
-
-    Raises:
-        HeadError: if they differ; nothing of the export is left then.
+    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits. If the
+    comparison fails, nothing of the export is left.
     """
     name = complete_name(config.model, config.model_revision)
     # The network as it was trained, where it was published inside another one.

@@ -334,15 +334,6 @@ def test_a_push_that_fails_for_good_says_how_to_repeat_it(hub, folder, caplog):
     assert_published(hub, folder)
 
 
-@pytest.mark.faults(quick=True)
-def test_the_command_that_repeats_a_push_keeps_a_private_model_private(hub: Hub, folder: Path) -> None:
-    repo_id = check_write_access("robust", private=True)
-    del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
-    with pytest.raises(PushError) as caught:
-        push_folder(folder, repo_id, private=True)
-    assert str(caught.value).endswith(f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo")
-
-
 def test_metadata_that_the_hub_refuses_is_a_push_error(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=False)
     (folder / "README.md").write_text("---\nmodel-index: 3\n---\n")
