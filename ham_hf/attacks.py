@@ -257,14 +257,14 @@ def predicted(logits: Tensor) -> Tensor:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every submodule in evaluation mode; each one gets its own mode back on leaving, whatever happens."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -273,15 +273,15 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
 
     ``torch.autograd.grad`` skips parameters anyway; a compiled network computes the gradient of all that requires one.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in asked:
         parameter.requires_grad_(False)
     try:
         with evaluation_mode(model):
             yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, requires_grad in asked:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -49,7 +48,7 @@ def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[
 
 
 def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
-    """Worst class against average under ``attack``, a numbered point per row, with the deviation over seeds as bars.
+    """Worst class against average under ``attack``, a mark of its own per row, with the deviation over seeds as bars.
 
     Axes are zoomed to the points, and end at 0 and 100 %: differences count here, and the tables have the values.
     """
@@ -90,15 +89,10 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
     heading = "Better is up and to the right" + ("\nbars: standard deviation over seeds" if spread else "")
     axes.set_title(heading + _budget_note(comparison), fontsize=11)
     legend = figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    for number, (entry, row) in enumerate(zip(legend.get_texts(), rows, strict=True), start=1):
+    for entry, row in zip(legend.get_texts(), rows, strict=True):
         # Set afterwards: a label that begins with "_" would get no entry, and "$" would be mathematics.
         entry.set_parse_math(False)
-        entry.set_text(f"{number}  {comparison.names[row.label]}")
-    _number_points(
-        figure,
-        axes,
-        [(100 * row.attacks[attack].average.mean, 100 * row.attacks[attack].worst_class.mean) for row in rows],
-    )
+        entry.set_text(comparison.names[row.label])
     return figure
 
 
@@ -109,39 +103,6 @@ def _within(limits: tuple[float, float]) -> tuple[float, float]:
 
 def _budget_note(comparison: Comparison) -> str:
     return "\nnot the same budget: see comparison.md" if comparison.unequal else ""
-
-
-def _number_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Write each point's number beside it, in the direction and distance with most room among points and numbers."""
-    figure.draw_without_rendering()  # decides where the points lie
-    taken = [tuple(place) for place in axes.transData.transform(points)]
-    scale = figure.dpi / 72
-    for number, (at, place) in enumerate(zip(points, list(taken), strict=True), start=1):
-        best, most_room = (0.0, 0.0), -1.0
-        for distance in (11.0, 17.0, 24.0):
-            for angle in np.arange(12) * np.pi / 6 + np.pi / 4:
-                shift = distance * np.cos(angle), distance * np.sin(angle)
-                spot = place[0] + scale * shift[0], place[1] + scale * shift[1]
-                # Room beyond what a number needs is worth nothing, and distance costs.
-                room = min(min(np.hypot(spot[0] - x, spot[1] - y) for x, y in taken), 11.0 * scale) - 0.05 * distance
-                if axes.bbox.contains(*spot) and room > most_room + 1e-6:
-                    best, most_room = shift, room
-        taken.append((place[0] + scale * best[0], place[1] + scale * best[1]))
-        color = COLORS[(number - 1) % len(COLORS)]
-        axes.annotate(
-            str(number),
-            at,
-            xytext=best,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=8,
-            fontweight="bold",
-            color=color,
-            zorder=5,
-            # Tells whose number it is where marks lie close to each other.
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 4, "shrinkB": 3},
-        )
 
 
 def class_figure(comparison: Comparison, attack: str, class_names: Sequence[str]) -> Figure:

@@ -116,17 +116,14 @@ def comparison_json(
             }
             for run in comparison.missing
         ],
-        "paired": {
-            label: {name: asdict(paired) for name, paired in found.items()}
-            for label, found in comparison.pairs.found.items()
-        },
-        "unpaired": dict(comparison.pairs.unpaired),
+        "paired": comparison.pairs.found,
+        "unpaired": comparison.pairs.unpaired,
         "comparable": [name for name in comparison.attacks if name in comparison.comparable],
         "unequal": list(comparison.unequal),
         "budget": comparison.budget,
         "environment": comparison.environment,
     }
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
+    return json.dumps(values, indent=1, allow_nan=False, default=asdict) + "\n"
 
 
 def comparison_csv(comparison: Comparison) -> str:
@@ -220,7 +217,7 @@ def _shared(comparison: Comparison, command: str) -> str:
             by_commit.setdefault(commit, {}).setdefault(comparison.names[row.label], []).append(run.seed)
     known = {**comparison.unequal, **comparison.budget, **comparison.environment}
     lines = [
-        _fact_line(comparison, title, values, 400)
+        _fact_line(comparison, title, values)
         for title, values in known.items()
         if title != "Commit" or len(values) == 1
     ]
@@ -295,11 +292,11 @@ def _row_values(row: Row, name: str, folder: Path | None) -> dict[str, object]:
         "name": name,
         "seeds": row.seeds,
         "settings": public_value(dict(row.settings)),
-        "attacks": {name: asdict(numbers) for name, numbers in row.attacks.items()},
+        "attacks": row.attacks,
         "price": row.price,
-        "passes": asdict(row.passes) if row.passes else None,
-        "training_seconds": asdict(row.seconds) if row.seconds else None,
-        "peak_memory_bytes": asdict(row.peak_memory_bytes) if row.peak_memory_bytes else None,
+        "passes": row.passes,
+        "training_seconds": row.seconds,
+        "peak_memory_bytes": row.peak_memory_bytes,
         "runs": [
             {
                 "seed": run.seed,
@@ -374,14 +371,13 @@ def _settings_list(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]], max_length: int) -> str:
+def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]]) -> str:
     """One fact; where the rows have several values, each with its rows."""
     if len(values) == 1:
-        return f"- {text(title)}: {text(next(iter(values)), max_length)}"
+        return f"- {text(title)}: {text(next(iter(values)), 400)}"
     names = comparison.names
     shown = [
-        f"{text(value, max_length)} ({', '.join(text(names[label]) for label in labels)})"
-        for value, labels in values.items()
+        f"{text(value, 400)} ({', '.join(text(names[label]) for label in labels)})" for value, labels in values.items()
     ]
     return f"- {text(title)}: {'; '.join(shown)}"
 

@@ -59,10 +59,10 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
     """
     check_corruption(name, severity, num_channels=x.shape[1])
     function, constants = _DEFINITIONS[name][0], corruption_constants(name, x.shape[-1])[severity - 1]
-    pixels = (x.detach().cpu() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    number = list(_DEFINITIONS).index(name)
+    pixels = (x.detach().cpu() * 255).round().double().permute(0, 2, 3, 1).numpy() / 255
+    noise = (seed, Stream.CORRUPTION, list(_DEFINITIONS).index(name))
     corrupted = [
-        function(image, constants, np.random.default_rng(derive_seed(seed, Stream.CORRUPTION, number, int(index))))
+        _to_bytes(function(image, constants, np.random.default_rng(derive_seed(*noise, int(index)))))
         for image, index in zip(pixels, indices, strict=True)
     ]
     stacked = torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2)
@@ -109,37 +109,36 @@ def _to_bytes(x: Floats) -> Bytes:
     return np.floor(np.clip(x, 0, 1) * 255 + 1e-6).astype(np.uint8)
 
 
-def _gaussian_noise(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    x = image / 255
-    return _to_bytes(x + generator.normal(scale=c, size=x.shape))
+def _gaussian_noise(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    return x + generator.normal(scale=c, size=x.shape)
 
 
-def _shot_noise(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    return _to_bytes(generator.poisson(image / 255 * c) / c)
+def _shot_noise(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    return generator.poisson(x * c) / c
 
 
-def _impulse_noise(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
+def _impulse_noise(x: Floats, c: float, generator: np.random.Generator) -> Floats:
     """Values of single channels become black or white, each half of the time."""
-    hit, white = generator.random(image.shape) < c, generator.random(image.shape) < 0.5
-    return np.where(hit, np.where(white, 255, 0), image).astype(np.uint8)
+    hit, white = generator.random(x.shape) < c, generator.random(x.shape) < 0.5
+    return np.where(hit, white, x)
 
 
-def _speckle_noise(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    x = image / 255
-    return _to_bytes(x + x * generator.normal(scale=c, size=x.shape))
+def _speckle_noise(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    return x + x * generator.normal(scale=c, size=x.shape)
 
 
-def _gaussian_blur(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    return _to_bytes(_smooth(image / 255, c))
+def _gaussian_blur(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    return _smooth(x, c)
 
 
-def _defocus_blur(image: Bytes, c: tuple[float, float], generator: np.random.Generator) -> Bytes:
+def _defocus_blur(x: Floats, c: tuple[float, float], generator: np.random.Generator) -> Floats:
     kernel = _disk(*c)
     reach = kernel.shape[0] // 2
-    padded = np.pad(image / 255, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+    padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
     sides = padded.shape[:2]
     spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, s=sides)[..., None]
-    return _to_bytes(np.fft.irfft2(spectrum, s=sides, axes=(0, 1))[2 * reach :, 2 * reach :])
+    blurred: Floats = np.fft.irfft2(spectrum, s=sides, axes=(0, 1))[2 * reach :, 2 * reach :]
+    return blurred
 
 
 @lru_cache(maxsize=16)
@@ -156,14 +155,14 @@ def _disk(radius: float, alias_blur: float) -> Floats:
     return kernel
 
 
-def _glass_blur(image: Bytes, c: tuple[float, int, int], generator: np.random.Generator) -> Bytes:
+def _glass_blur(x: Floats, c: tuple[float, int, int], generator: np.random.Generator) -> Floats:
     """Blurred, then every pixel takes over a near one, from the last row and column on, then blurred again.
 
     The published program means to swap the two, but leaves the near one as it is; the published images are made so.
     """
     sigma, move, rounds = c
-    size = image.shape[0]
-    blurred = _to_bytes(_smooth(image / 255, sigma))
+    size = x.shape[0]
+    blurred = _to_bytes(_smooth(x, sigma))
     places = range(size - move, move, -1)
     source = list(range(size * size))
     moves = generator.integers(-move, move, size=(rounds, len(places), len(places), 2))
@@ -173,37 +172,35 @@ def _glass_blur(image: Bytes, c: tuple[float, int, int], generator: np.random.Ge
             for column, offset in zip(places, line, strict=True):
                 here = row * size + column
                 source[here] = source[here + offset]
-    shuffled = blurred.reshape(size * size, -1)[source].reshape(image.shape)
-    return _to_bytes(_smooth(shuffled / 255, sigma))
+    shuffled = blurred.reshape(size * size, -1)[source].reshape(x.shape)
+    return _smooth(shuffled / 255, sigma)
 
 
-def _motion_blur(image: Bytes, c: tuple[int, float], generator: np.random.Generator) -> Bytes:
-    return _move(image, *c, angle=generator.uniform(-45, 45))
+def _motion_blur(x: Floats, c: tuple[int, float], generator: np.random.Generator) -> Floats:
+    return _move(_to_bytes(x), *c, angle=generator.uniform(-45, 45))
 
 
-def _zoom_blur(image: Bytes, c: tuple[float, ...], generator: np.random.Generator) -> Bytes:
-    x = image / 255
+def _zoom_blur(x: Floats, c: tuple[float, ...], generator: np.random.Generator) -> Floats:
     enlarged = [_along_both(x, _zoom_matrix(x.shape[0], factor)) for factor in c]
-    return _to_bytes((x + sum(enlarged)) / (len(c) + 1))
+    return (x + sum(enlarged)) / (len(c) + 1)
 
 
-def _snow(image: Bytes, c: tuple[float, ...], generator: np.random.Generator) -> Bytes:
+def _snow(x: Floats, c: tuple[float, ...], generator: np.random.Generator) -> Floats:
     mean, deviation, factor, threshold, radius, sigma, mixing = c
-    x = image / 255
     noise = generator.normal(mean, deviation, size=x.shape[:2])[..., None]
     flakes = _along_both(noise, _zoom_matrix(x.shape[0], factor))
     still = _to_bytes(np.where(flakes < threshold, 0, flakes))
-    layer = _move(still, int(radius), sigma, angle=generator.uniform(-135, -45)) / 255
+    layer = _move(still, int(radius), sigma, angle=generator.uniform(-135, -45))
     gray = x @ np.array([0.299, 0.587, 0.114])[:, None] if x.shape[2] == 3 else x
     whiter = mixing * x + (1 - mixing) * np.maximum(x, gray * 1.5 + 0.5)
-    return _to_bytes(whiter + layer + np.rot90(layer, 2))
+    return whiter + layer + np.rot90(layer, 2)
 
 
-def _fog(image: Bytes, c: tuple[float, float], generator: np.random.Generator) -> Bytes:
-    thickness, decay = c
-    x, size = image / 255, image.shape[0]
+def _fog(x: Floats, c: tuple[float, float], generator: np.random.Generator) -> Floats:
+    (thickness, decay), size = c, x.shape[0]
     plasma: Floats = _plasma(2 ** math.ceil(math.log2(size)), decay, generator)[:size, :size, None]
-    return _to_bytes((x + thickness * plasma) * x.max() / (x.max() + thickness))
+    highest = float(x.max())
+    return (x + thickness * plasma) * highest / (highest + thickness)
 
 
 def _plasma(size: int, decay: float, generator: np.random.Generator) -> Floats:
@@ -228,34 +225,32 @@ def _plasma(size: int, decay: float, generator: np.random.Generator) -> Floats:
     return cloud
 
 
-def _brightness(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
+def _brightness(x: Floats, c: float, generator: np.random.Generator) -> Floats:
     """The value of HSV grows; hue and saturation stay, so all channels of a pixel grow by one factor."""
-    x = image / 255
-    value = x.max(2, keepdims=True)
+    value: Floats = x.max(2, keepdims=True)
     brighter = np.clip(value + c, 0, 1)
-    return _to_bytes(np.where(value > 0, x * brighter / np.where(value > 0, value, 1), brighter))
+    return np.where(value > 0, x * brighter / np.where(value > 0, value, 1), brighter)
 
 
-def _saturate(image: Bytes, c: tuple[float, float], generator: np.random.Generator) -> Bytes:
-    x = image / 255
+def _saturate(x: Floats, c: tuple[float, float], generator: np.random.Generator) -> Floats:
     value = x.max(2, keepdims=True)
     spread = value - x.min(2, keepdims=True)
     saturation = np.divide(spread, value, out=np.zeros_like(value), where=value > 0)
     # How far each channel is below the value, 0 to 1; a gray pixel counts as red, whose hue is 0.
     depth = np.where(spread > 0, (value - x) / np.where(spread > 0, spread, 1), np.array([0.0, 1.0, 1.0]))
-    return _to_bytes(value * (1 - np.clip(saturation * c[0] + c[1], 0, 1) * depth))
+    lowered: Floats = value * (1 - np.clip(saturation * c[0] + c[1], 0, 1) * depth)
+    return lowered
 
 
-def _contrast(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    x = image / 255
-    means = x.mean((0, 1), keepdims=True)
-    return _to_bytes((x - means) * c + means)
+def _contrast(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    means: Floats = x.mean((0, 1), keepdims=True)
+    return (x - means) * c + means
 
 
-def _elastic_transform(image: Bytes, c: tuple[float, float, float], generator: np.random.Generator) -> Bytes:
+def _elastic_transform(x: Floats, c: tuple[float, float, float], generator: np.random.Generator) -> Floats:
     """An affine map that moves three points at random, then a smooth random move of every pixel."""
     length, sigma, corner_move = c
-    size = image.shape[0]
+    size = x.shape[0]
     center, side = size // 2, size // 3
     before = np.array([[center + side] * 2, [center + side, center - side], [center - side] * 2], dtype=np.float64)
     after = before + generator.uniform(-corner_move, corner_move, size=before.shape)
@@ -263,35 +258,34 @@ def _elastic_transform(image: Bytes, c: tuple[float, float, float], generator: n
     back = np.linalg.solve(np.column_stack([after, np.ones(3)]), before)
     rows, columns = np.mgrid[:size, :size].astype(np.float64)
     places = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ back
-    warped = _bilinear(image / 255, places[..., 1], places[..., 0], "reflect")
+    warped = _bilinear(x, places[..., 1], places[..., 0], "reflect")
     smooth = _gaussian_matrix(size, sigma, int(3 * sigma + 0.5), "symmetric")
     moves = [length * (smooth @ generator.uniform(-1, 1, size=(size, size)) @ smooth.T) for _ in range(2)]
-    return _to_bytes(_bilinear(warped, rows + moves[1], columns + moves[0], "symmetric"))
+    return _bilinear(warped, rows + moves[1], columns + moves[0], "symmetric")
 
 
-def _pixelate(image: Bytes, c: float, generator: np.random.Generator) -> Bytes:
-    size = image.shape[0]
+def _pixelate(x: Floats, c: float, generator: np.random.Generator) -> Floats:
+    size = x.shape[0]
     small = max(1, int(size * c))
-    picture = _picture(image).resize((small, small), Image.Resampling.BOX)
+    picture = _picture(x).resize((small, small), Image.Resampling.BOX)
     return _from_picture(picture.resize((size, size), Image.Resampling.BOX))
 
 
-def _jpeg_compression(image: Bytes, c: int, generator: np.random.Generator) -> Bytes:
+def _jpeg_compression(x: Floats, c: int, generator: np.random.Generator) -> Floats:
     file = io.BytesIO()
-    _picture(image).save(file, "JPEG", quality=c)
+    _picture(x).save(file, "JPEG", quality=c)
     return _from_picture(Image.open(file))
 
 
-def _picture(image: Bytes) -> Image.Image:
-    return Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+def _picture(x: Floats) -> Image.Image:
+    return Image.fromarray(_to_bytes(x if x.shape[2] == 3 else x[..., 0]))
 
 
-def _from_picture(picture: Image.Image) -> Bytes:
-    values: Bytes = np.asarray(picture)
-    return values if values.ndim == 3 else values[..., None]
+def _from_picture(picture: Image.Image) -> Floats:
+    return np.asarray(picture).reshape(picture.height, picture.width, -1) / 255
 
 
-def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Bytes:
+def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Floats:
     """ImageMagick's motion blur: half a Gaussian along a line at ``angle`` degrees; pixels outside are the edge's."""
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -303,7 +297,7 @@ def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Bytes:
     moved = np.zeros(image.shape)
     for weight, down, right in zip(weights, *(reach + shifts), strict=True):
         moved += weight * padded[down : down + size, right : right + size]
-    return np.rint(moved).astype(np.uint8)
+    return np.rint(moved) / 255
 
 
 def _smooth(x: Floats, sigma: float) -> Floats:
@@ -372,7 +366,7 @@ def _steps(*ends_and_strides: tuple[float, float]) -> list[tuple[float, ...]]:
 
 
 _DEFINITIONS: Mapping[
-    str, tuple[Callable[[Bytes, Any, np.random.Generator], Bytes], Sequence[Any], Sequence[Any]]
+    str, tuple[Callable[[Floats, Any, np.random.Generator], Floats], Sequence[Any], Sequence[Any]]
 ] = {
     # standard deviation
     "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),

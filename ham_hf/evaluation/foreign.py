@@ -204,18 +204,14 @@ def _left_as_it_was(model: nn.Module, name: str) -> Iterator[None]:
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
     # By value: BatchNorm updates its statistics without a new version.
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
         with attack_mode(model):
-            for parameter in model.parameters():
+            for parameter, _ in gradients:
                 parameter.grad = None  # an attack's backward() would add to it in place
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, requires_grad, gradient in asked:
-            parameter.requires_grad_(requires_grad)
+        for parameter, gradient in gradients:
             parameter.grad = gradient
         changed = [key for key, parameter in model.named_parameters() if parameter._version != versions[key]]
         for key, buffer in model.named_buffers():
