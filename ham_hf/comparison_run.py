@@ -17,7 +17,7 @@ from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.leaderboard import write_leaderboard
-from ham_hf.comparison.pairs import PAIRED_METRICS, Run, verdicts_beside
+from ham_hf.comparison.pairs import PAIRED_METRICS, Run
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
@@ -28,7 +28,6 @@ from ham_hf.invocation import command
 from ham_hf.reporting.class_examples import read_examples
 from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
-from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import make_folder
 
@@ -59,7 +58,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
             written.append(write_leaderboard(comparison, folder, command=words))
     show("".join(f"{sentence}\n" for sentence in without_figures(comparison)))
     show("".join(f"wrote {path}\n" for path in (*written, *figures)))
-    failed = [run for run in missing if run.failed]
+    failed = [run for run in missing if run.state == "failed"]
     if failed:
         sys.stderr.write(
             f"{len(failed)} of {len(runs) + len(missing)} runs failed, see comparison.md; the same command tries them "
@@ -89,7 +88,7 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     with explain_interrupt("the same command resumes each run from its last checkpoint"):
         failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
     runs, missing = collect(plan.runs, failed)
-    if not runs and any(run.failed for run in failed):
+    if not runs and any(run.state == "failed" for run in failed):
         sys.stderr.write("every run failed: there is nothing to compare\n")
         raise SystemExit(1)
     return runs, missing, plan.baseline, plan.output_dir
@@ -144,31 +143,30 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     path = output or folders[0] / PAGE_NAME
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
-    if len(folders) == 1 and (folders[0] / "report.json").is_file():
-        page = PageRun(
-            label=plain_text(label) if (label := split_label(sources[0])[0]) else "",
-            report=read_report(folders[0]),
-            verdicts=verdicts_beside(folders[0]),
-            examples=read_examples(folders[0]) if images else None,
-        )
-        atomic_write(path, page_html([page]))
-        return path
     existing = read_runs(sources, _no_download)
     runs = label_runs(existing.found)
     if not runs:
-        raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}")
-    comparison = compare(runs, baseline=baseline or existing.baseline or runs[0].label, missing=existing.missing)
-    names = comparison.names
+        reasons = [run.reason for run in existing.missing]
+        raise ValueError("\n".join([f"there is no finished run in {', '.join(map(str, folders))}", *reasons]))
+    if len(folders) == 1 and (folders[0] / "report.json").is_file():
+        label = split_label(sources[0])[0]
+        labels, shown = [plain_text(label) if label else ""], None
+    else:
+        comparison = compare(runs, baseline=baseline or existing.baseline or runs[0].label, missing=existing.missing)
+        labels, shown = (
+            [f"{comparison.names[run.label]}, seed {run.seed}" for run in runs],
+            _page_comparison(comparison),
+        )
     pages = [
         PageRun(
-            label=f"{names[run.label]}, seed {run.seed}",
+            label=label,
             report=run.report,
             verdicts=run.verdicts,
             examples=read_examples(run.source) if images else None,
         )
-        for run in runs
+        for label, run in zip(labels, runs, strict=True)
     ]
-    atomic_write(path, page_html(pages, _page_comparison(comparison)))
+    atomic_write(path, page_html(pages, shown))
     return path
 
 

@@ -111,7 +111,7 @@ def comparison_json(
                 "label": run.label,
                 "seed": run.seed,
                 "state": run.state,
-                "failed": run.failed,
+                "failed": run.state == "failed",
                 "reason": public_text(run.reason),
             }
             for run in comparison.missing

@@ -37,11 +37,6 @@ class MissingRun:
     reason: str
     state: Literal["failed", "running", "not finished", "not run"]
 
-    @property
-    def failed(self) -> bool:
-        """Whether it was tried without success."""
-        return self.state == "failed"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:

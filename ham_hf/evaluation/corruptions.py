@@ -177,7 +177,7 @@ def _glass_blur(x: Floats, c: tuple[float, int, int], generator: np.random.Gener
 
 
 def _motion_blur(x: Floats, c: tuple[int, float], generator: np.random.Generator) -> Floats:
-    return _move(_to_bytes(x), *c, angle=generator.uniform(-45, 45))
+    return _move(_to_bytes(x), *c, angle=generator.uniform(-45, 45)) / 255
 
 
 def _zoom_blur(x: Floats, c: tuple[float, ...], generator: np.random.Generator) -> Floats:
@@ -190,7 +190,7 @@ def _snow(x: Floats, c: tuple[float, ...], generator: np.random.Generator) -> Fl
     noise = generator.normal(mean, deviation, size=x.shape[:2])[..., None]
     flakes = _along_both(noise, _zoom_matrix(x.shape[0], factor))
     still = _to_bytes(np.where(flakes < threshold, 0, flakes))
-    layer = _move(still, int(radius), sigma, angle=generator.uniform(-135, -45))
+    layer = _move(still, int(radius), sigma, angle=generator.uniform(-135, -45)) / 255
     gray = x @ np.array([0.299, 0.587, 0.114])[:, None] if x.shape[2] == 3 else x
     whiter = mixing * x + (1 - mixing) * np.maximum(x, gray * 1.5 + 0.5)
     return whiter + layer + np.rot90(layer, 2)
@@ -285,7 +285,7 @@ def _from_picture(picture: Image.Image) -> Floats:
     return np.asarray(picture).reshape(picture.height, picture.width, -1) / 255
 
 
-def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Floats:
+def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Bytes:
     """ImageMagick's motion blur: half a Gaussian along a line at ``angle`` degrees; pixels outside are the edge's."""
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -297,7 +297,7 @@ def _move(image: Bytes, radius: int, sigma: float, *, angle: float) -> Floats:
     moved = np.zeros(image.shape)
     for weight, down, right in zip(weights, *(reach + shifts), strict=True):
         moved += weight * padded[down : down + size, right : right + size]
-    return np.rint(moved) / 255
+    return np.rint(moved).astype(np.uint8)
 
 
 def _smooth(x: Floats, sigma: float) -> Floats:

@@ -330,13 +330,12 @@ def _dataset_link(report: RunReport) -> Markdown:
     return Markdown(f"[{shown}](https://huggingface.co/datasets/{hub_id})") if is_hub_id(hub_id or "") else shown
 
 
-def _figures(report: RunReport) -> tuple[tuple[str, str], ...]:
+def _figures(report: RunReport) -> list[tuple[str, str]]:
     """Title and path of the figures, in the order of the card."""
-    attack = report.reference_attack()
-    figures = (("Clean and robust accuracy per class", "figures/per_class_accuracy.png"), *OTHER_FIGURES)
-    if attack is None:
-        return figures
-    return (figures[0], (f"Confusion under {attack.title}", f"figures/confusion_{attack.name}.png"), *figures[1:])
+    figures = [("Clean and robust accuracy per class", "figures/per_class_accuracy.png")]
+    if attack := report.reference_attack():
+        figures.append((f"Confusion under {attack.title}", f"figures/confusion_{attack.name}.png"))
+    return [*figures, *OTHER_FIGURES]
 
 
 def _is_there(folder: Path | None, path: str) -> bool:

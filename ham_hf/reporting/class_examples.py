@@ -211,13 +211,11 @@ def encode_examples(images: ExampleStrip, chosen: Sequence[tuple[int, str]], ver
     side = max(images.clean.shape[-2:])
     # PNGs of larger images never fit, and take long to find that out.
     tries = [(side, "PNG")] if side <= 2 * SIDES[-1] else []
-    found = ClassExamples(attack=images.attack, examples=())
     for limit, form in [*tries, *((limit, "JPEG") for limit in SIDES if limit <= side)]:
         examples = tuple(_encode(images, index, *chosen[index], verdicts, limit, form) for index in range(len(chosen)))
-        found = ClassExamples(attack=images.attack, examples=examples)
         if sum(len(e.clean) + len(e.attacked) + len(e.difference) for e in examples) <= MAX_TOTAL_BYTES:
             break
-    return found
+    return ClassExamples(attack=images.attack, examples=examples)
 
 
 def write_examples(examples: ClassExamples, folder: str | Path) -> Path:

@@ -22,19 +22,12 @@ _BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding
 _ENTRY = re.compile(r"^% (\w+): (\S+)\n(@.*?title\s*=\s*\{([^\n]*)\},.*?^\})", re.DOTALL | re.MULTILINE)
 _ENTRIES = _ENTRY.findall(_BIBLIOGRAPHY)
 CITATIONS = {name: entry for name, _, entry, _ in _ENTRIES}
-"""BibTeX of each method by its name, of adversarial weight perturbation ("awp") and of class shifts."""
+"""BibTeX of each method by its name, of adversarial weight perturbation ("awp"), class shifts, and attacks."""
 PAPERS = {name: link for name, link, _, _ in _ENTRIES}
 """Where each of them can be read; the Hub makes a tag of a link to arXiv."""
 _TITLES = {name: title.replace("{", "").replace("}", "") for name, _, _, title in _ENTRIES}
-ATTACK_PAPERS = {
-    "pgd": (PAPERS["pgd_at"], "Towards Deep Learning Models Resistant to Adversarial Attacks"),
-    "cw": ("https://arxiv.org/abs/1608.04644", "Towards Evaluating the Robustness of Neural Networks"),
-    "autoattack": (
-        "https://arxiv.org/abs/2003.01690",
-        "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks",
-    ),
-}
-"""Likewise of each attack of an evaluation, by the first part of its name, with its title."""
+_ATTACKS = {"pgd": "pgd_at", "cw": "cw", "autoattack": "autoattack"}
+"""The entry of each attack of an evaluation, by the first part of its name."""
 
 
 def trained_method(config: Mapping[str, object]) -> Method | None:
@@ -149,9 +142,8 @@ def papers(cited: Iterable[str], attacks: Iterable[str]) -> dict[str, str]:
 
     ``attacks`` are names of evaluations, such as "pgd-20".
     """
-    found = {PAPERS[name]: _TITLES[name] for name in cited}
-    kinds = [name.split("-")[0] for name in attacks]
-    return found | dict(ATTACK_PAPERS[kind] for kind in kinds if kind in ATTACK_PAPERS)
+    entries = [_ATTACKS[kind] for name in attacks if (kind := name.split("-")[0]) in _ATTACKS]
+    return {PAPERS[name]: _TITLES[name] for name in (*cited, *entries)}
 
 
 def option_text(name: str, value: object) -> str:
