@@ -84,9 +84,9 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     if options.dry_run:
         show("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
         return [], [], plan.baseline, plan.output_dir
-    _say(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go")
+    show(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go\n")
     with explain_interrupt("the same command resumes each run from its last checkpoint"):
-        failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
+        failed = unusable + execute(waiting, launcher, jobs=jobs, announce=lambda line: show(f"{line}\n"))
     runs, missing = collect(plan.runs, failed)
     if not runs and any(run.state == "failed" for run in failed):
         sys.stderr.write("every run failed: there is nothing to compare\n")
@@ -114,10 +114,6 @@ def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
         command=(*started_by, *TRAIN),
         environment={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
     )
-
-
-def _say(line: str) -> None:
-    show(f"{line}\n")
 
 
 def run_page(options: argparse.Namespace) -> None:

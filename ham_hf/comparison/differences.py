@@ -83,12 +83,10 @@ def _defaults(method: str) -> str:
 
 def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
     """Values by title, each with the labels of the rows that have it; what a run does not know is left out."""
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[str, dict[str, dict[str, None]]] = {}
     for label, facts in of_runs:
         for title, value in facts.items():
-            labels = found.setdefault(title, {}).setdefault(value, [])
-            if label not in labels:
-                labels.append(label)
+            found.setdefault(title, {}).setdefault(value, {})[label] = None
     return {title: {value: tuple(labels) for value, labels in values.items()} for title, values in found.items()}
 
 

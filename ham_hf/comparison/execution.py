@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
 
 from ham_hf.comparison.differences import differences, run_settings
 from ham_hf.comparison.existing import run_of, running_elsewhere
@@ -298,13 +297,9 @@ def _signal(children: Sequence[_Child], number: signal.Signals) -> None:
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
     """Make SIGTERM and SIGHUP act like Ctrl-C: the runs, in their own sessions, would outlive this process."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
     known = [signal.Signals[name] for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
     try:
         yield
     finally:

@@ -34,17 +34,14 @@ def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tradeoff, per_class = folder / "comparison_tradeoff.png", folder / "comparison_per_class.png"
+    for path in (tradeoff, per_class):
+        path.unlink(missing_ok=True)
     attack = comparison.strongest_shared_attack()
-    figures = {
-        "comparison_tradeoff.png": None if attack is None else tradeoff_figure(comparison, attack),
-        "comparison_per_class.png": None
-        if attack is None or comparison.class_names is None
-        else class_figure(comparison, attack, comparison.class_names),
-    }
-    for name, figure in figures.items():
-        if figure is None:
-            (folder / name).unlink(missing_ok=True)
-    return [save_figure(figure, folder / name) for name, figure in figures.items() if figure is not None]
+    figures = {} if attack is None else {tradeoff: tradeoff_figure(comparison, attack)}
+    if attack is not None and comparison.class_names is not None:
+        figures[per_class] = class_figure(comparison, attack, comparison.class_names)
+    return [save_figure(figure, path) for path, figure in figures.items()]
 
 
 def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
@@ -81,8 +78,8 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(100))
     axes.margins(0.12)
-    axes.set_xlim(*_within(axes.get_xlim()))
-    axes.set_ylim(*_within(axes.get_ylim()))
+    axes.set_xlim(np.clip(axes.get_xlim(), 0, 100))
+    axes.set_ylim(np.clip(axes.get_ylim(), 0, 100))
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     spread = any(row.attacks[attack].average.std is not None for row in rows)
@@ -94,11 +91,6 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
         entry.set_parse_math(False)
         entry.set_text(comparison.names[row.label])
     return figure
-
-
-def _within(limits: tuple[float, float]) -> tuple[float, float]:
-    """Limits of an axis in percent, cut to what there is."""
-    return max(0.0, limits[0]), min(100.0, limits[1])
 
 
 def _budget_note(comparison: Comparison) -> str:

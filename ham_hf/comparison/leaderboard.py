@@ -247,10 +247,8 @@ def _paired(comparison: Comparison, row: Row) -> list[str]:
     """Differences from the baseline with their intervals, of every evaluation that could be paired."""
     lines = []
     for name, found in comparison.pairs.found.get(row.label, {}).items():
-        shown = []
-        for metric in PAIRED_METRICS:
-            one = getattr(found.differences, metric)
-            shown.append(f"{TITLES[metric].lower()} {signed_points(one.mean, one.low, one.high)}")
+        of_metrics = ((title.lower(), getattr(found.differences, metric)) for metric, title in TITLES.items())
+        shown = [f"{title} {signed_points(one.mean, one.low, one.high)}" for title, one in of_metrics]
         lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
     return lines
 

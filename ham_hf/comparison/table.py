@@ -296,7 +296,8 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
         reference = base.get(name)
         rho = None
         if reference is not None and reference.worst_class.mean > 0:
-            rho = _gain(worst.mean, reference.worst_class.mean) + _gain(average.mean, reference.average.mean)
+            changes = ((worst.mean, reference.worst_class.mean), (average.mean, reference.average.mean))
+            rho = sum((new - old) / old for new, old in changes)
         accuracies = ([entry.accuracy for entry in summary.per_class] for summary in summaries)
         # Runs of one row may be of other classes, as long as nothing is drawn of them.
         classes = [_known_spread(of_runs) for of_runs in zip(*accuracies, strict=False)]
@@ -314,10 +315,6 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
             per_class=tuple(None if spread is None else spread.mean for spread in classes),
         )
     return rows
-
-
-def _gain(new: float, base: float) -> float:
-    return (new - base) / base
 
 
 def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:

@@ -354,12 +354,11 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
             rows.append((label, option_text(key, value)))
     environment, versions = report.environment, report.environment.versions
     skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""
+    computation = []
     if training.passes is not None:
         # A forward counts 1, a gradient of the input 2, a training pass 3.
         passes = f"{training.passes / report.dataset.num_train:.0f} forward passes per training image"
-        computation = [("Computation", f"{passes}, validation included")]
-    else:
-        computation = []
+        computation.append(("Computation", f"{passes}, validation included"))
     return [
         *rows,
         ("Epochs", str(training.num_train_epochs)),

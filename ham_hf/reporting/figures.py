@@ -65,8 +65,7 @@ def save_figures(
     history = report.training.history if report.training else ()
     if history or train_log:
         figures["training_curves"] = training_figure(report, train_log)
-    treatment = class_treatment_figure(report)
-    if treatment is not None:
+    if treatment := class_treatment_figure(report):
         figures["class_treatment"] = treatment
     if report.calibration is not None:
         figures["fairness_frontier"] = frontier_figure(report.calibration)
@@ -469,12 +468,11 @@ def frontier_figure(report: CalibrationReport) -> Figure:
     return figure
 
 
-def _with_bars(points: Sequence[FrontierPoint], name: str) -> tuple[list[float], list[list[float]]]:
+def _with_bars(points: Sequence[FrontierPoint], name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One number of each point in percent, and how far its interval reaches below and above.
 
     Percent are rounded once, when drawn: an end that touches its value must not be drawn backwards.
     """
-    values, low, high = ([100 * getattr(point, f"{name}{end}") for point in points] for end in ("", "_low", "_high"))
-    below = [max(0.0, value - end) for value, end in zip(values, low, strict=True)]
-    above = [max(0.0, end - value) for value, end in zip(values, high, strict=True)]
-    return values, [below, above]
+    ends = ("", "_low", "_high")
+    values, low, high = (np.array([100 * getattr(point, f"{name}{end}") for point in points]) for end in ends)
+    return values, np.maximum([values - low, high - values], 0)

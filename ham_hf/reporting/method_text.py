@@ -93,7 +93,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         if _is_set(config.get(setting))
     ]
     if config.get("class_rule_args"):
-        rows.append(("Options of class radii and weights", _rule_options(config["class_rule_args"])))
+        rows.append(("Options of class radii and weights", setting_text(config["class_rule_args"])))
     if config.get("awp_gamma") is not None:
         start = config.get("awp_start_epoch")
         since = f", from {option_text('awp_start_epoch', start)} on" if start else ""
@@ -161,16 +161,6 @@ def option_text(name: str, value: object) -> str:
     return setting_text(value)
 
 
-def _rule_options(options: object) -> str:
-    """Options of borrowed methods, ``name=value``; beside those that count epochs from 0, the epoch from 1."""
-    if not isinstance(options, Mapping):
-        return setting_text(options)
-    return ", ".join(
-        f"{name}={value}" + (f" (epoch {value + 1})" if name.endswith("_epoch") and type(value) is int else "")
-        for name, value in options.items()
-    )
-
-
 def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
     """By name of method or combination: the 0-based epoch in which it begins, and the same in words."""
     method = trained_method(config)
@@ -189,11 +179,15 @@ def cited_methods(config: Mapping[str, object]) -> list[str]:
 
 
 def setting_text(value: object) -> str:
-    """The value of a setting in words and commas."""
+    """The value of a setting in words and commas; in a mapping, beside what counts epochs from 0, the epoch from 1."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={setting_text(entry)}" for name, entry in value.items())
+        return ", ".join(
+            f"{name}={setting_text(entry)}"
+            + (f" (epoch {entry + 1})" if name.endswith("_epoch") and type(entry) is int else "")
+            for name, entry in value.items()
+        )
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
