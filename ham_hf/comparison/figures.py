@@ -78,8 +78,8 @@ def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(100))
     axes.margins(0.12)
-    axes.set_xlim(np.clip(axes.get_xlim(), 0, 100))
-    axes.set_ylim(np.clip(axes.get_ylim(), 0, 100))
+    axes.set_xlim(*np.clip(axes.get_xlim(), 0, 100))
+    axes.set_ylim(*np.clip(axes.get_ylim(), 0, 100))
     axes.grid(color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     spread = any(row.attacks[attack].average.std is not None for row in rows)

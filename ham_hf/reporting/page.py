@@ -97,8 +97,7 @@ def page_html(runs: Sequence[PageRun], comparison: Mapping[str, object] | None =
 
 def has_images(html: str) -> bool:
     """Whether a page shows images of the dataset."""
-    found = _IMAGES.search(html)
-    return found is not None and found.group(0) != f"{found.group(1)}{_NO_IMAGES}{found.group(2)}"
+    return without_images(html) != html
 
 
 def without_images(html: str) -> str:
