@@ -18,7 +18,8 @@ MAKE = "timm.create_model('preactresnet18_cifar')"
 WORDS = """
 --help|--version|trian|recipes|compare --help|train --help|evaluate --help|evaluate --help all|evaluate m --nope 1
 evaluate m --dataset_name digits --print_config|evaluate m --dataset_name digits --epsilon 0|calibrate --help
-calibrate m --fairness 2|push --help|push --nope|page --help|page|page a --nope|compare|compare --only ham|compare a
+calibrate m --fairness 2|push --help|push --nope|page --help|page|page a --nope|page a b|page a --output /
+page a --output /none/a.html|compare|compare --only ham|compare a
 compare --config digits/compare a|compare --config digits/compare --jobs 0|compare a --output_dir b --dry_run
 compare a --output_dir b --seeds 0|compare a --output_dir b --jobs 2|compare a --output_dir b --launch_args=--cpu
 """

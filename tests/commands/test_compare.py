@@ -243,6 +243,10 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(fake, tmp_path, cap
     assert values["command"].endswith("--config compare.yaml --output_dir out")
     assert values["jobs"] == 1
     assert values["rows"][0]["runs"][0]["source"] == "plain/seed0"
+    assert [(one["label"], one["seed"], one["failed"]) for one in values["missing"]] == [
+        ("mined", 0, True),
+        ("mined", 1, True),
+    ]
     assert values["missing"][0]["reason"].startswith("status 1; the end of mined/seed0.log:")
     assert not [name for name in FILES if str(tmp_path).encode() in (folder / name).read_bytes()]
     (tmp_path / "reports" / "mended").touch()
@@ -324,7 +328,7 @@ def test_only_and_seeds_choose_what_is_run(fake, tmp_path, capsys):
     assert started() == ["mined/seed0"]
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0])]
-    assert [(one["label"], one["seed"], one["state"]) for one in values["missing"]] == [("mined", 1, "not run")]
+    assert [(one["label"], one["state"], one["failed"]) for one in values["missing"]] == [("mined", "not run", False)]
 
 
 def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_path, capsys):

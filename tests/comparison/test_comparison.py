@@ -169,16 +169,6 @@ def test_missing_class_is_none_and_enters_no_mean():
     assert row.attacks["pgd-20"].worst_class.mean == 0.25
 
 
-def test_failed_and_absent_runs_are_listed_with_the_reason():
-    runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8])]
-    failed = MissingRun(label="new", seed=0, reason="out of memory", state="failed")
-    missing = json.loads(comparison_json(compare(runs, missing=[failed]), command="x"))["missing"]
-    assert [(entry["label"], entry["seed"], entry["failed"]) for entry in missing] == [
-        ("new", 0, True),
-        ("own", 1, False),
-    ]
-
-
 def test_attack_that_a_run_lacks_has_fewer_seeds():
     with_attack = run("own", {"clean": CLEAN, "autoattack": even([5] * 10)}, seed=0)
     comparison = compare([with_attack, run("own", {"clean": CLEAN}, seed=1), run("other", {"clean": CLEAN})])

@@ -157,7 +157,7 @@ def test_confusion_figure_needs_a_matrix() -> None:
 
 
 def test_examples_figure_marks_wrong_predictions_and_names_the_factor() -> None:
-    examples = make_examples(12, in_chans=3, num_classes=10)
+    examples = make_examples(8, in_chans=3, num_classes=10)
     figure = examples_figure(examples, DIGITS)
     grid = np.array(figure.axes).reshape(3, 8)
     assert [axes.get_title() for axes in grid[0]] == list(DIGITS[:8])
