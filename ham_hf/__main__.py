@@ -15,10 +15,7 @@ from ham_hf.terminal import show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the first word names, with the others.
-
-    Args:
-        argv: words after the program's name; None = those of this process.
+    """Run the command that the first of the words ``argv`` (None: the process's) names, with the others.
 
     Raises:
         SystemExit: status 2 if the first word names no command; and what the command raises.

@@ -1,10 +1,10 @@
 """Threat models and projected gradient descent (Madry et al., ICLR 2018) in pixel space.
 
-Invariant 1: a tensor called ``x`` is (N, C, H, W) in [0, 1]; epsilon and step size are in the same pixel units.
-Arithmetic on ``x`` uses the dtype of ``x`` (float32 in training), whatever precision the model computes in.
+A tensor called ``x`` is (N, C, H, W) in [0, 1]; epsilon and step size are in the same pixel units. Arithmetic on ``x``
+uses the dtype of ``x`` (float32 in training), whatever precision the model computes in.
 
-Invariant 2: the attack puts the module in evaluation mode, restores the mode of every submodule afterwards, and asks
-autograd for the gradient of the input alone. It computes no parameter gradient and moves no BatchNorm buffer. Pass
+An attack puts the module in evaluation mode, restores the mode of every submodule afterwards, and asks autograd for
+the gradient of the input alone (`attack_mode`). It computes no parameter gradient and moves no BatchNorm buffer. Pass
 the unwrapped module: a DDP wrapper would synchronize at every step.
 
 Logits that are not finite predict no class (`predicted`). An image whose gradient is not finite does not move, so an
@@ -268,26 +268,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Disable the gradients of all parameters, and restore each one's setting on leaving.
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradient of a parameter; on leaving, each module and parameter is as it was.
 
-    ``torch.autograd.grad`` skips them anyway; a compiled network computes the gradients of all that requires one.
+    ``torch.autograd.grad`` skips parameters anyway; a compiled network computes the gradient of all that requires one.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def attack_mode(model: nn.Module) -> Iterator[None]:
-    """Invariant 2: evaluation mode, and no gradient of a parameter."""
-    with evaluation_mode(model), without_parameter_gradients(model):
-        yield
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ham_hf.comparison.pairs import PAIRED_METRICS, Run, verdicts_beside
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
-from ham_hf.faults import clean_exit
+from ham_hf.faults import clean_exit, explain_interrupt
 from ham_hf.files import atomic_write
 from ham_hf.hub import download_results
 from ham_hf.invocation import command
@@ -86,11 +86,8 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
         show("".join(f"{shlex.join(launcher.words(run))}\n" for run in waiting))
         return [], [], plan.baseline, plan.output_dir
     _say(f"{len(plan.runs)} runs: {len(done)} done already, {len(waiting)} to go")
-    try:
+    with explain_interrupt("the same command resumes each run from its last checkpoint"):
         failed = unusable + execute(waiting, launcher, jobs=jobs, announce=_say)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command resumes each run from its last checkpoint\n")
-        raise SystemExit(130) from None
     runs, missing = collect(plan.runs, failed)
     if not runs and any(run.failed for run in failed):
         sys.stderr.write("every run failed: there is nothing to compare\n")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -16,20 +14,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.config import CalibrateConfig, EvaluateConfig, config_to_dict
+from ham_hf.config import CalibrateConfig, EvaluateConfig, EvaluationConfig, config_to_dict
 from ham_hf.config.yaml_file import setting_words
 from ham_hf.data import TestData, load_test_data
+from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
-from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
+from ham_hf.evaluation import AttackResult, NonFiniteLogitsError, robustness, standard_attacks
+from ham_hf.evaluation.autoattack import evaluate_autoattack, require_autoattack
+from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult, evaluate_corruptions
 from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
-from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
-from ham_hf.faults import FaultError, MemoryExhaustedError, clean_exit, explain_faults, explain_out_of_memory
+from ham_hf.faults import FaultError, clean_exit, explain_faults, explain_interrupt, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
 from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
 from ham_hf.hub_requests import limit_waiting
@@ -56,14 +53,7 @@ NOT_THE_NUMBERS = frozenset(
 )  # fmt: skip
 """Settings that change nothing of what is measured."""
 
-FAULTS = (
-    NonFiniteLogitsError,
-    MemoryExhaustedError,
-    CorruptImageError,
-    FaultError,
-    ForeignAttackError,
-    OSError,
-)
+FAULTS = (NonFiniteLogitsError, CorruptImageError, StreamError, FaultError, ForeignAttackError, OSError)
 """Faults whose messages say what to do."""
 
 
@@ -72,12 +62,42 @@ def in_its_folder(config: ConfigT, run: Callable[[ConfigT, RunLock], None]) -> N
     limit_waiting()
     if config.disable_tqdm:
         hide_progress_bars()
-    try:
-        with RunLock(config.output_path) as lock:
-            run(config, lock)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command resumes where it stopped\n")
-        raise SystemExit(130) from None
+    with RunLock(config.output_path) as lock, explain_interrupt(f"{RESUMED_BY} resumes where it stopped"):
+        run(config, lock)
+
+
+def evaluate_on_test(
+    model: nn.Module,
+    data: TestData,
+    config: EvaluationConfig,
+    *,
+    threat_model: ThreatModel,
+    place: Workplace,
+    foreign: Sequence[ForeignAttack] = (),
+) -> dict[str, AttackResult]:
+    """Clean, PGD, CW and foreign attacks on the whole test split; AutoAttack, if asked for, perhaps on a part.
+
+    ``model`` is the unwrapped pixel model, on the device and in the memory layout of images.
+    """
+    results = robustness.evaluate(
+        model,
+        data.test,
+        [
+            *standard_attacks(config.attack(threat_model)),
+            *(replace(attack, threat_model=threat_model) for attack in foreign),
+        ],
+        place,
+    )
+    if config.autoattack:
+        results["autoattack"] = evaluate_autoattack(
+            model,
+            data.test,
+            place,
+            num_classes=len(data.class_names),
+            threat_model=threat_model,
+            num_examples=config.autoattack_examples,
+        )
+    return results
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,29 +156,49 @@ def begin(config: EvaluateConfig | CalibrateConfig, check_folder: Callable[..., 
     return create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
 
 
-def take_folder(folder: Path, accelerator: Accelerator, lock: RunLock, owned: Sequence[str]) -> None:
-    """Lock the output folder and remove what is ``owned`` by an earlier run; every process waits for that."""
+def make_job(
+    config: ConfigT,
+    accelerator: Accelerator,
+    lock: RunLock,
+    *,
+    loaded: LoadedModel,
+    data: TestData,
+    threat_model: ThreatModel,
+    owned: Sequence[str],
+) -> Job[ConfigT]:
+    """Match the classes, lock the output folder and remove what is ``owned`` by an earlier run, on all processes."""
+    model, class_order = align_classes(loaded, data.class_names)
     if accelerator.is_main_process:
         lock.acquire()
-        clear_output_dir(folder, owned)
+        clear_output_dir(config.output_path, owned)
     accelerator.wait_for_everyone()
+    return Job(
+        config=config,
+        accelerator=accelerator,
+        loaded=loaded,
+        model=model,
+        class_order=class_order,
+        data=data,
+        threat_model=threat_model,
+    )
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def refusals(way_on: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for what is rejected before the work begins."""
-    with clean_exit(ValueError):
-        world = launched_processes()
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=world, way_on=RESUMED_BY):
+    with (
+        clean_exit(ValueError, OSError, FaultError),
+        explain_faults(num_processes=launched_processes(), way_on=way_on),
+    ):
         yield
 
 
 @contextmanager
-def faults_of_work(memory_advice: str) -> Iterator[None]:
+def faults_of_work(memory_advice: str, way_on: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
-        explain_faults(num_processes=launched_processes(), way_on=RESUMED_BY),
+        explain_faults(num_processes=launched_processes(), way_on=way_on),
         explain_out_of_memory(memory_advice),
     ):
         yield
@@ -175,13 +215,10 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
     )
     with faults_of_work(advice):
         results = job.evaluate(job.model, foreign)
-        channels = job.data.in_chans
-        names = chosen_corruptions(config.more.corruptions, num_channels=channels)
+        names = chosen_corruptions(config.more.corruptions, num_channels=job.data.in_chans)
         corrupted = []
         if names:
-            corrupted = evaluate_corruptions(
-                job.model, job.data.test, names, config.more.severities, job.place, num_channels=channels
-            )
+            corrupted = evaluate_corruptions(job.model, job.data.test, names, config.more.severities, job.place)
     is_main_process = job.accelerator.is_main_process
     if is_main_process:
         _write(job, results, corrupted)
@@ -224,16 +261,8 @@ def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig]
         data = load_test_data(
             config.data, loaded.preprocessing, what_trained(loaded), group_column=config.more.group_column
         )
-    model, class_order = align_classes(loaded, data.class_names)
-    take_folder(config.output_path, accelerator, lock, OWNED_BY_EVALUATION)
-    job = Job(
-        config=config,
-        accelerator=accelerator,
-        loaded=loaded,
-        model=model,
-        class_order=class_order,
-        data=data,
-        threat_model=threat_model,
+    job = make_job(
+        config, accelerator, lock, loaded=loaded, data=data, threat_model=threat_model, owned=OWNED_BY_EVALUATION
     )
     return job, foreign
 

@@ -24,13 +24,12 @@ _LOST = re.compile(
 # The allocators of accelerators, Linux and Windows; torch has a class for the first only.
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
+FROM_CHECKPOINT = "the same command and --resume_from_checkpoint latest"
+"""How a training continues."""
+
 
 class FaultError(RuntimeError):
     """The run cannot continue; the message says what failed, and how to resume."""
-
-
-class MemoryExhaustedError(RuntimeError):
-    """Memory ran out; the message names settings that need less."""
 
 
 @contextmanager
@@ -44,28 +43,18 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def explain_interrupt(output_dir: Path) -> Iterator[None]:
+def explain_interrupt(way_on: str) -> Iterator[None]:
     """Turn Ctrl-C into one line that says how to continue, and exit status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"interrupted; continue from the last checkpoint in {output_dir} with the same command and "
-            "--resume_from_checkpoint latest\n"
-        )
+        sys.stderr.write(f"interrupted; {way_on}\n")
         raise SystemExit(130) from None
 
 
 @contextmanager
-def explain_faults(
-    *, num_processes: int, way_on: str = "the same command and --resume_from_checkpoint latest"
-) -> Iterator[None]:
-    """Raise FaultError for an error of torch that means a data-loading process or another process is gone.
-
-    Args:
-        num_processes: processes of the run.
-        way_on: how to continue.
-    """
+def explain_faults(*, num_processes: int, way_on: str = FROM_CHECKPOINT) -> Iterator[None]:
+    """Raise FaultError, with how to continue, if a data-loading process or another process of the run is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -94,9 +83,8 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
         missing = [name for name in (*results, "report.html") if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
-            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with the "
-            "same command and --resume_from_checkpoint latest: it evaluates the trained weights, and trains nothing "
-            "again"
+            f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with "
+            f"{FROM_CHECKPOINT}: it evaluates the trained weights, and trains nothing again"
         ) from error
 
 
@@ -109,14 +97,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(way_out: str) -> Iterator[None]:
-    """Raise MemoryExhaustedError for an allocator's error; ``way_out`` says which settings need less memory."""
+    """Raise FaultError for an allocator's error; ``way_out`` says which settings need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise MemoryExhaustedError(f"out of memory ({first_line}); {way_out}") from error
+        raise FaultError(f"out of memory ({first_line}); {way_out}") from error
 
 
 def smaller_batch(batch_size: int, accumulation_steps: int, *, may_change: bool) -> str:

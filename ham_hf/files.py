@@ -62,6 +62,12 @@ def parse_json(text: str) -> Any:  # noqa: ANN401 (whatever the text holds)
     return json.loads(text, parse_constant=refuse)
 
 
+def front_matter(text: str) -> str:
+    """The YAML at the top of a README.md of the Hub; empty without."""
+    found = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+    return found[1] if found else ""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -94,12 +100,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[str]) -> None:
-    """Check the files of ``folder`` against its checksums.
+    """Check the files of ``folder`` against the checksums of `write_checksums`.
 
-    Args:
-        folder: what `write_checksums` was called for.
-        required: files that have to be listed.
-        known: files that have to be listed if they exist; other unlisted files are ignored.
+    ``required`` files have to be listed, ``known`` ones if they exist; other unlisted files are ignored.
 
     Raises:
         DamagedError: naming the first file that is missing, unlisted or changed.

@@ -32,7 +32,6 @@ from ham_hf.hub_requests import (
     RETRIED_STATUS,
     STRANGE_ANSWERS,
     AskedToWaitError,
-    limit_waiting,
     retry,
     status_of,
     without_token,
@@ -81,14 +80,8 @@ def check_write_access(
 ) -> str:
     """Check before training that the finished model can be pushed; create the repository and branch if missing.
 
-    Args:
-        repo_id: "user/name", or "name" for one of the user's own.
-        private: whether the repository must be private.
-        revision: branch to push to.
-        space: whether a Space of that name must be free, or one that this package wrote.
-
-    Returns:
-        The full "user/name".
+    ``private`` asks for a private repository, ``space`` for a Space of that name that is free or that this package
+    wrote. The full "user/name" is returned, also for the "name" of one of the user's own.
 
     Raises:
         ValueError: if a push could not work; the message names the fix.
@@ -106,7 +99,6 @@ def check_write_access(
             "--push_to_hub needs a token with write access, and there is none: run `hf auth login`, set HF_TOKEN, or "
             "train without --push_to_hub"
         )
-    limit_waiting()
     api = HfApi()
     try:
         full_id = retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id)
@@ -154,14 +146,14 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTEFACTS`` of an output folder.
+    """Push the ``ARTEFACTS`` of an output folder, which stays as it is, to a branch of an existing repository.
 
     Args:
-        folder: what to push; it stays as it is.
-        repo_id: an existing repository "user/name".
+        folder: what to push.
+        repo_id: "user/name".
         private: whether the command that an error names makes a private repository.
         revision: branch.
-        commit_message: of the commit.
+        commit_message: its first line.
         attempts: tries when the server or the connection fails, or somebody else commits meanwhile.
         publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
             without them, and no figure of them is pushed.
@@ -176,26 +168,18 @@ def push_folder(
     """
     folder = Path(folder)
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
-    limit_waiting()
     withheld = _withheld(folder, publish_images=publish_images)
     upload = partial(_upload, folder, repo_id, withheld, revision=revision, commit_message=commit_message)
-    place = repo_id
-    try:
-        commit = retry(upload, attempts, also=CONFLICTS)
-        logger.info("Pushed %s to %s", folder, commit.commit_url)
-        if space:
-            place = f"the Space {repo_id}"
-            _push_space(folder, repo_id, page=withheld.get(PAGE_NAME), attempts=attempts)
-    except PUSH_ERRORS as error:
-        again = _push_command(
-            folder, repo_id, revision, hub_private_repo=private, publish_images=publish_images, hub_space=space
-        )
-        raise PushError(
-            f"pushing {folder} to {place} failed: {without_token(error)}\nThe folder {folder.resolve()} is "
-            f"complete and unchanged, and {repo_id} has what was pushed before. {_advice(error)}Push it again "
-            f"with:\n    {again}"
-        ) from None
-    return str(commit.commit_url)
+    flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
+    state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
+    attempt = partial(_pushed, attempts=attempts, state=state, again=_push_again(folder, repo_id, revision, **flags))
+    url = str(attempt(upload, f"{folder} to {repo_id}").commit_url)
+    logger.info("Pushed %s to %s", folder, url)
+    if space:
+        page = (withheld.get(PAGE_NAME) or (folder / PAGE_NAME).read_bytes()).decode()
+        attempt(partial(_fill_space, page, folder, repo_id), f"{folder} to the Space {repo_id}")
+        logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+    return url
 
 
 def _upload(
@@ -228,10 +212,11 @@ def _require(folder: Path, names: Iterable[str], kind: str) -> None:
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of {kind}")
 
 
-def _push_command(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
+def _push_again(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
     words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
     words += [f"--{flag}" for flag, given in flags.items() if given]
-    return shlex.join([*words, *(["--hub_revision", revision] if revision != DEFAULT_REVISION else [])])
+    words += [] if revision == DEFAULT_REVISION else ["--hub_revision", revision]
+    return f"Push it again with:\n    {shlex.join(words)}"
 
 
 def space_url(repo_id: str) -> str:
@@ -239,21 +224,15 @@ def space_url(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
-def _push_space(folder: Path, repo_id: str, *, page: bytes | None, attempts: int) -> None:
-    """Put ``page``, or the page of the folder, into the Space of the model's name; create the Space if missing."""
+def _fill_space(page: str, folder: Path, repo_id: str) -> CommitInfo:
+    """Put ``page`` into the Space of the model's name; create the Space if missing."""
     api = HfApi()
-    html = (page or (folder / PAGE_NAME).read_bytes()).decode()
-    files = space_files(html, read_report(folder), repo_id)
+    private = api.model_info(repo_id).private
+    api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
+    _check_space(api, repo_id)
+    files = space_files(page, read_report(folder), repo_id)
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-
-    def upload() -> None:
-        private = api.model_info(repo_id).private
-        api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
-        _check_space(api, repo_id)
-        api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
-
-    retry(upload, attempts, also=CONFLICTS)
-    logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+    return api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
 
 
 def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
@@ -312,19 +291,11 @@ def try_push(
 def download_file(
     repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
 ) -> None:
-    """Download a file of a model on the Hub into a folder, to change it there.
-
-    Args:
-        repo_id: "user/name".
-        name: path inside of the repository, and of the folder.
-        folder: where to.
-        revision: branch, tag or commit.
-        required: False skips a file that the repository does not have.
+    """Download the file ``name`` of a model on the Hub to the same place in a folder.
 
     Raises:
-        ValueError: if the download fails, or there is no such repository or required file.
+        ValueError: if the download fails, or there is no such repository or ``required`` file.
     """
-    limit_waiting()
     try:
         retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
@@ -342,7 +313,6 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
     Raises:
         PushError: if the push failed.
     """
-    limit_waiting()
     upload = partial(
         HfApi().upload_folder,
         repo_id=repo_id,
@@ -351,13 +321,9 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
         commit_message=commit_message,
         allow_patterns=list(names),
     )
-    try:
-        return str(retry(upload, attempts=3, also=CONFLICTS).commit_url)
-    except PUSH_ERRORS as error:
-        raise PushError(
-            f"pushing to {repo_id} failed: {without_token(error)}\n{repo_id} is as it was. {_advice(error)}Give the "
-            "same command again"
-        ) from None
+    state = f"{repo_id} is as it was."
+    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Give the same command again")
+    return str(commit.commit_url)
 
 
 def check_pull_request(repo_id: str) -> None:
@@ -371,7 +337,6 @@ def check_pull_request(repo_id: str) -> None:
             "--create_pr needs a token, and there is none: run `hf auth login`, set HF_TOKEN, or evaluate without "
             "--push_to_hub"
         )
-    limit_waiting()
     try:
         retry(lambda: HfApi().whoami())
         retry(lambda: HfApi().model_info(repo_id))
@@ -406,7 +371,6 @@ def push_evaluation(
     """
     folder = Path(folder)
     _require(folder, (REPORT_NAME, EVALUATION_NAME), "an evaluation")
-    limit_waiting()
     withheld = _withheld(folder, publish_images=publish_images)
     found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
 
@@ -428,14 +392,9 @@ def push_evaluation(
             revision=revision,
         )
 
-    try:
-        commit = retry(upload, 1 if create_pr else 3, also=CONFLICTS)
-    except PUSH_ERRORS as error:
-        again = _push_command(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
-        raise PushError(
-            f"pushing the evaluation to {repo_id} failed: {without_token(error)}\nIt is complete in "
-            f"{folder.resolve()}. {_advice(error)}Push it again with:\n    {again}"
-        ) from None
+    again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
+    attempts, state = 1 if create_pr else 3, f"It is complete in {folder.resolve()}."
+    commit = _pushed(upload, f"the evaluation to {repo_id}", attempts=attempts, state=state, again=again)
     return str(commit.pr_url or commit.commit_url)
 
 
@@ -453,12 +412,8 @@ def _keeps_its_report(repo_id: str, revision: str) -> bool:
 class SavePushes:
     """Push the saves of a run one at a time, each on a daemon thread, which a run that stops does not wait for.
 
-    Args:
-        folder: output folder of the run.
-        repo_id: "user/name".
-        revision: branch to push to.
-        patience: seconds to wait for a push, each time. The other processes of a run wait for this one at the next
-            update, and give up after ``--ddp_timeout``.
+    Each time a push is waited for ``patience`` seconds at most: the other processes of a run wait for this one at the
+    next update, and give up after ``--ddp_timeout``.
     """
 
     def __init__(self, folder: str | Path, repo_id: str, *, revision: str, patience: float) -> None:
@@ -486,15 +441,11 @@ class SavePushes:
 def download_results(repo_id: str, revision: str | None = None) -> Path:
     """Download ``report.json`` and ``predictions.parquet``, if there is one, of a model on the Hub, from one commit.
 
-    In offline mode they come from the Hub's cache.
-
-    Returns:
-        Their folder in the Hub's cache.
+    Their folder in the Hub's cache is returned. In offline mode they come from there.
 
     Raises:
         ValueError: if the download fails, or a file has more than ``MAX_RESULT_BYTES``.
     """
-    limit_waiting()
     names, commit = [REPORT_NAME], revision
     try:
         if not constants.HF_HUB_OFFLINE:
@@ -522,13 +473,17 @@ def _create_branch(api: HfApi, repo_id: str, branch: str) -> None:
             raise
 
 
-def _advice(error: Exception) -> str:
-    """What to fix before pushing again, ending with a space; empty if nothing is known."""
-    return {
-        401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
-        403: "The token may not write there: get the rights, or take another --hub_model_id. ",
-        404: "There is no such repository or branch now: the command below makes it again. ",
-    }.get(status_of(error) or 0, "")
+def _pushed(upload: Callable[[], CommitInfo], what: str, *, attempts: int, state: str, again: str) -> CommitInfo:
+    """The commit of ``upload``, or PushError: ``what`` failed, what to fix if that is known, and how to push again."""
+    try:
+        return retry(upload, attempts, also=CONFLICTS)
+    except PUSH_ERRORS as error:
+        advice = {
+            401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
+            403: "The token may not write there: get the rights, or take another --hub_model_id. ",
+            404: "There is no such repository or branch now: the command below makes it again. ",
+        }.get(status_of(error) or 0, "")
+        raise PushError(f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}") from None
 
 
 def _access_problem(repo_id: str, revision: str, error: Exception) -> str:

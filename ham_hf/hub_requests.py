@@ -79,7 +79,11 @@ def _limit_wait(response: Any) -> None:  # noqa: ANN401
 
 
 def retry(action: Callable[[], T], attempts: int = 3, also: Collection[int] = ()) -> T:
-    """Repeat ``action`` after temporary failures and statuses in ``also``, waiting 1, 2, 4 ... s or as asked."""
+    """Repeat ``action`` after temporary failures and statuses in ``also``, waiting 1, 2, 4 ... s or as asked.
+
+    `limit_waiting` holds for it.
+    """
+    limit_waiting()
     for attempt in range(1, attempts):
         try:
             return action()

@@ -26,12 +26,9 @@ NETWORKS = "ham_hf.models.cifar_nets"
 
 
 def names_on_demand(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a package.
+    """The ``__getattr__`` of a package that offers names, by the full name of the module that each comes from.
 
-    Args:
-        package: its ``__name__``.
-        homes: the names that it offers, by the full name of the module that each comes from. No module of the package
-            may have such a name: its import would take the name's place.
+    No module of the package may have such a name: its import would take the name's place.
     """
     home_of = {name: module for module, names in homes.items() for name in names}
 

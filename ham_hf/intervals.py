@@ -48,18 +48,19 @@ def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple
     class is the worst; that of one class alone, in `ham_hf.metrics.ClassAccuracy`, is another one. Simulated
     coverage for C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
 
-    Args:
-        correct: right examples of each class.
-        counts: examples of each class; classes without one are left out.
-
     Raises:
         ValueError: if no class has an example.
     """
+    ends = simultaneous_intervals(correct, counts)
+    return min(low for low, _ in ends), min(high for _, high in ends)
+
+
+def simultaneous_intervals(correct: Sequence[int], counts: Sequence[int]) -> list[tuple[float, float]]:
+    """Intervals of the accuracies of the classes with an example, which all hold at once with 95 %."""
     present = [(hit, count) for hit, count in zip(correct, counts, strict=True) if count]
     if not present:
         raise ValueError("no example: every class is empty")
-    ends = [wilson_interval(hit, count, level=1 - _ERROR / len(present)) for hit, count in present]
-    return min(low for low, _ in ends), min(high for _, high in ends)
+    return [wilson_interval(hit, count, level=1 - _ERROR / len(present)) for hit, count in present]
 
 
 def fairness_intervals(

@@ -95,12 +95,9 @@ def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[f
 
 
 def count_per_class(labels: Tensor, num_classes: int, where: Tensor | None = None) -> Tensor:
-    """Number of examples of each class, (num_classes,) int64, on the device of ``labels``.
+    """Number of examples of each class, (num_classes,) int64, on the device of ``labels`` (N,).
 
-    Args:
-        labels: (N,) integers in [0, num_classes).
-        num_classes: C.
-        where: (N,) bool; only examples where it is True count. None: all.
+    Only examples where ``where`` (N,) is True count; None: all.
     """
     weights = torch.ones_like(labels) if where is None else where.to(labels.dtype)
     return torch.zeros(num_classes, dtype=labels.dtype, device=labels.device).scatter_add_(0, labels, weights)

@@ -30,11 +30,7 @@ from ham_hf.terminal import show
 
 
 def run_push(options: argparse.Namespace) -> None:
-    """Push or repair what ``options`` name.
-
-    Raises:
-        SystemExit: status 2 if it cannot be pushed or repaired, or the push failed.
-    """
+    """Push or repair what ``options`` name; status 2 if that cannot be or fails."""
     folder, repo_id = options.folder, options.hub_model_id
     with clean_exit(ValueError, OSError, PushError, RuntimeError):
         if not options.repair and repo_id is None:

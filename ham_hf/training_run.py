@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
+from torch import nn
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
-from ham_hf.data.declarations import StreamError
-from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
-from ham_hf.dial import HeldOut, fold_into, set_dial, validation_part
-from ham_hf.evaluation import AttackResult, NonFiniteLogitsError
+from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.autoattack import require_autoattack
-from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.partial_results import remove_partial_results
-from ham_hf.evaluation.suite import evaluate_on_test
+from ham_hf.evaluation.batch_sharing import Workplace, remove_partial_results
+from ham_hf.evaluation_run import FAULTS, evaluate_on_test, faults_of_work, refusals
 from ham_hf.faults import (
+    FROM_CHECKPOINT,
     FaultError,
-    MemoryExhaustedError,
     clean_exit,
     explain_faults,
     explain_interrupt,
-    explain_out_of_memory,
     explain_unfinished,
 )
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
@@ -53,14 +50,8 @@ from ham_hf.reporting.run_report import (
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
-from ham_hf.training.launch import (
-    check_shared_folder,
-    create_accelerator,
-    launched_processes,
-    peak_memory_bytes,
-)
+from ham_hf.training.launch import check_shared_folder, create_accelerator, launched_processes, peak_memory_bytes
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.resume import Progress
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
@@ -69,21 +60,6 @@ from ham_hf.training.trainer import Trainer
 
 logger = logging.getLogger("ham_hf.train")
 
-FAULTS = (
-    NonFiniteLossError,
-    NonFiniteLogitsError,
-    MemoryExhaustedError,
-    CorruptImageError,
-    StreamError,
-    FaultError,
-    OSError,
-)
-"""Faults whose messages say what to do."""
-WAY_OUT = (
-    "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
-    "memory; --resume_from_checkpoint latest trains nothing again"
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -91,11 +67,8 @@ class Run:
 
     Attributes:
         config: its settings; the accumulation is that of this number of processes.
-        accelerator: what it runs on.
-        data: its images.
         preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
         selected: takes the selected weights; the trainer changes forward and device of its own network.
-        trainer: trains the model.
         held_out: images to find class shifts on; None if none are asked for.
         base_model: Hub id of the pretrained weights, if it starts from such.
         repo_id: repository to push to; None on the other processes, and if nothing is pushed.
@@ -123,13 +96,6 @@ class Run:
         return self.config.attack.threat_model
 
 
-class Trained(NamedTuple):
-    """What training leaves in memory: its progress, and the peak of memory in bytes, where that is known."""
-
-    progress: Progress
-    peak_memory: int | None
-
-
 class Evaluated(NamedTuple):
     """The selected weights, measured: their state, what each attack did, and the class shifts folded into them."""
 
@@ -148,22 +114,27 @@ def run_training(config: TrainConfig) -> None:
     with (
         stop_requests(folder, config.training.max_train_hours) as stop,
         RunLock(folder) as lock,
-        explain_interrupt(folder),
+        explain_interrupt(f"continue from the last checkpoint in {folder} with {FROM_CHECKPOINT}"),
     ):
         train(config, stop, lock)
 
 
 def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     """The stages of one training; ``lock`` is acquired here, on the main process."""
-    with clean_exit(ValueError, OSError, FaultError), explain_faults(num_processes=launched_processes()):
+    with refusals(FROM_CHECKPOINT):
         check_settings(config)
         run = prepare(config, lock)
         begin(run)
-    trained = fit(run, stop)
-    results = evaluate(run)
-    if run.accelerator.is_main_process:
-        write_results(run, trained, results)
+    peak_memory = fit(run, stop)
+    less_memory = (
+        "fewer images at once were tried: lower --per_device_eval_batch_size all the same, or use a device with more "
+        "memory; --resume_from_checkpoint latest trains nothing again"
+    )
+    with faults_of_work(less_memory, FROM_CHECKPOINT):
+        found = measure(run)
     is_main_process = run.accelerator.is_main_process
+    if is_main_process:
+        write_results(run, found, peak_memory)
     # Before the push: a failed one ends the process, and no other process has to wait for one that takes long.
     end_training(run.accelerator)
     if is_main_process and config.hub.push_to_hub:
@@ -207,8 +178,6 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
     with accelerator.main_process_first():
         data = load_image_data(config.data, inputs, seed=seed, image_size=config.model.image_size)
     model, preprocessing = new_model(config.model, data, seed=seed)
-    # Made now, before the trainer changes its own.
-    selected = copy.deepcopy(model)
     held_out = None
     if config.calibration.is_asked_for:
         held_out = validation_part(data, seed=seed)
@@ -219,19 +188,17 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
 
     def export_and_push(trainer: Trainer) -> None:
         def export() -> None:
-            selected.load_state_dict(trainer.selected_weights())
-            export_model(selected, config, data, preprocessing)
+            run.selected.load_state_dict(trainer.selected_weights())
+            export_model(run.selected, config, data, preprocessing)
 
         pushes.push(export, commit_message=f"Step {trainer.progress.step}")
 
-    trainer = Trainer(
-        model,
-        data,
-        config.method,
-        config.attack.attack,
-        config.training,
+    run = run_of(
+        config,
         accelerator,
-        eval_batch_size=config.evaluation.per_device_eval_batch_size,
+        data,
+        model,
+        preprocessing,
         after_save=export_and_push if hub.push_to_hub and hub.hub_strategy == "every_save" else None,
         plan_besides={
             "model_args": config_to_dict(config)["model_args"],
@@ -239,18 +206,40 @@ def prepare(config: TrainConfig, lock: RunLock) -> Run:
             "std": list(preprocessing.std),
         },
     )
+    return replace(run, held_out=held_out, base_model=base_model, repo_id=repo_id, pushes=pushes)
+
+
+def run_of(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    data: ImageData,
+    network: nn.Module,
+    preprocessing: Preprocessing | None,
+    *,
+    after_save: Callable[[Trainer], None] | None = None,
+    plan_besides: Mapping[str, object] | None = None,
+) -> Run:
+    """Put a run together; makes its trainer, and a copy of the network before that changes it."""
+    selected = copy.deepcopy(network)
+    trainer = Trainer(
+        network,
+        data,
+        config.method,
+        config.attack.attack,
+        config.training,
+        accelerator,
+        eval_batch_size=config.evaluation.per_device_eval_batch_size,
+        after_save=after_save,
+        plan_besides=plan_besides,
+    )
     return Run(
         # With another number of processes than before, the accumulation is another one too.
         config=replace(config, training=trainer.config),
         accelerator=accelerator,
         data=data,
         preprocessing=preprocessing,
-        selected=selected,
+        selected=cast(PixelModel, selected),
         trainer=trainer,
-        held_out=held_out,
-        base_model=base_model,
-        repo_id=repo_id,
-        pushes=pushes,
     )
 
 
@@ -269,21 +258,28 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
     return accelerator
 
 
-def begin(run: Run) -> None:
-    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run."""
+def begin(run: Run, *, recipe: bool = True) -> None:
+    """Load the named checkpoint, if there is one, and write the configuration: from here on there is a run.
+
+    Without ``recipe`` no configuration alone could repeat the run, and none is written.
+    """
     training = run.config.training
     run.trainer.resume()
     if run.accelerator.is_main_process:
         if training.overwrite_output_dir:
             clear_output_dir(run.folder, OWNED_BY_TRAINING)
-        write_config(run.config, run.folder)
-    patience = min(40.0, training.ddp_timeout / 2)
-    check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+        if recipe:
+            write_config(run.config, run.folder)
+    if recipe:
+        patience = min(40.0, training.ddp_timeout / 2)
+        check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+    else:
+        run.accelerator.wait_for_everyone()
     start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)
 
 
-def fit(run: Run, stop: StopRequests) -> Trained:
-    """Train to the end.
+def fit(run: Run, stop: StopRequests) -> int | None:
+    """Train to the end; returns the peak of memory in bytes, where that is known.
 
     Raises:
         TrainingStopped: when a signal or the time limit came first; a checkpoint is written.
@@ -299,20 +295,18 @@ def fit(run: Run, stop: StopRequests) -> Trained:
         run.accelerator.device,
     )
     try:
-        with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), stop.deferred():
-            progress = run.trainer.fit(stop)
+        with (
+            clean_exit(NonFiniteLossError, *FAULTS),
+            explain_faults(num_processes=launched_processes()),
+            stop.deferred(),
+        ):
+            run.trainer.fit(stop)
     except TrainingStopped:
         end_training(run.accelerator)
         raise
     peak_memory = peak_memory_bytes(run.accelerator.device)
     run.accelerator.wait_for_everyone()
-    return Trained(progress, peak_memory)
-
-
-def evaluate(run: Run) -> Evaluated:
-    """`measure`; faults end the process with their messages."""
-    with clean_exit(*FAULTS), explain_faults(num_processes=launched_processes()), explain_out_of_memory(WAY_OUT):
-        return measure(run)
+    return peak_memory
 
 
 def measure(run: Run) -> Evaluated:
@@ -342,28 +336,26 @@ def measure(run: Run) -> Evaluated:
     return Evaluated(best, results, calibration, record)
 
 
-def write_results(run: Run, trained: Trained, found: Evaluated) -> None:
+def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
     """`write_files` and the table onto the terminal; on the main process."""
     if run.pushes is not None:
         run.pushes.wait()
     with clean_exit(FaultError), explain_unfinished(run.folder):
-        report = write_files(run, trained, found)
+        report = write_files(run, found, peak_memory)
     summaries = {attack.name: attack.summary for attack in report.entries()}
-    track_test_results(run.accelerator, summaries, run.data.class_names, step=trained.progress.step)
+    track_test_results(run.accelerator, summaries, run.data.class_names, step=run.trainer.progress.step)
     if found.calibration is not None:
         show(f"{exchange_sentence(found.calibration)}\n\n")
     show(text_table(results_table(report)) + f"\n\neverything is in {run.folder}\n")
 
 
-def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
+def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
     """Model, report, card and figures into the output folder."""
-    config, data, preprocessing = run.config, run.data, run.preprocessing
+    config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
     model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
-    training = training_section(
-        trained.progress, found.best, peak_memory_bytes=trained.peak_memory, calibration=found.calibration
-    )
+    training = training_section(progress, found.best, peak_memory_bytes=peak_memory, calibration=found.calibration)
     report = training_report(
         config,
         model,
@@ -372,7 +364,7 @@ def write_files(run: Run, trained: Trained, found: Evaluated) -> RunReport:
         found.results,
         run.accelerator,
         calibration=found.calibration,
-        notes=overflow_notes(trained.progress),
+        notes=overflow_notes(progress),
     )
     examples = run_examples(
         run.selected,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import hypothesis
@@ -46,6 +47,14 @@ def subprocess_env(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
         "MPLCONFIGDIR": str(home),
     }
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that would have been waited for."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture

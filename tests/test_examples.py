@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.support.recipe_runs import finish
 
 pytestmark = pytest.mark.slow
 
@@ -20,11 +21,7 @@ ROOT = EXAMPLES.parents[1]
 def run(folder: Path, *command: str | Path) -> str:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=folder, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return finish([sys.executable, *map(str, command)], environment, cwd=folder).stdout
 
 
 @pytest.mark.parametrize("name", ["own_loop", "transformers_trainer", "lightning_module"])

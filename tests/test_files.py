@@ -10,9 +10,7 @@ import pytest
 from ham_hf.files import atomic_write, parse_json
 
 
-def test_a_file_is_replaced_in_one_step_with_its_content_on_the_disk_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_replaced_in_one_step_with_its_content_on_the_disk_first(tmp_path, monkeypatch):
     path, done = tmp_path / "report.json", list[tuple[str, str | None]]()
     atomic_write(path, "old\r\nä\n")
     assert path.read_bytes() == "old\r\nä\n".encode()
@@ -39,9 +37,7 @@ def test_a_file_is_replaced_in_one_step_with_its_content_on_the_disk_first(
 
 
 @pytest.mark.parametrize(("module", "call"), [(os, "fsync"), (os, "replace"), (Path, "write_text")])
-def test_an_error_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, call: str
-) -> None:
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, module, call):
     path = tmp_path / "report.json"
     atomic_write(path, "old")
 

@@ -6,15 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import HfApi, parse_eval_result_entries
 
 from ham_hf.commands import push
 from ham_hf.config import parse_evaluate_config
-from ham_hf.hub import PushError, check_pull_request, push_evaluation, push_folder
-from ham_hf.reporting.card import evaluation_document, write_card
-from ham_hf.reporting.class_examples import picture
+from ham_hf.hub import PushError, check_pull_request, push_evaluation
+from ham_hf.reporting.card import evaluation_document
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.report import RunReport, read_report, write_report
@@ -80,7 +78,7 @@ def test_a_repository_keeps_the_report_of_its_training(hub: Hub, tmp_path: Path)
     assert ".eval_results/you-open-evaluation.yaml" in tree
 
 
-def test_images_that_are_not_public_stay_out_of_cards_and_evaluations(hub: Hub, tmp_path: Path) -> None:
+def test_images_that_are_not_public_stay_out_of_evaluations(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     evaluated(folder, "you/closed")
     push_evaluation(folder, "you/theirs", create_pr=True)
@@ -91,29 +89,8 @@ def test_images_that_are_not_public_stay_out_of_cards_and_evaluations(hub: Hub, 
     assert SAID not in hidden["EVALUATION.md"].data.decode()
     assert shown["EVALUATION.md"].data == (folder / "EVALUATION.md").read_bytes()
 
-    run = tmp_path / "run"
-    report = with_dataset(make_report(), name="you/closed", hub_id="you/closed")
-    write_report(report, run)
-    save_figures(report, run, examples=make_examples(2, in_chans=3, num_classes=10), train_log=())
-    (run / "image.png").write_bytes(picture(torch.rand(3, 8, 8), 8, "PNG"))
-    for name in ("model.safetensors", "config.json"):
-        (run / name).write_text("{}")
-    card = write_card(report, run, repo_id="me/robust", model_license="mit").read_text()
-    assert "`image.png`, in the same folder" in card
-    assert "(figures/adversarial_examples.png)" in card
-    HfApi().create_repo("me/robust")
-    push_folder(run, "me/robust")
-    tree = hub.model("me/robust").tree("main")
-    assert not {"image.png", "figures/adversarial_examples.png"} & tree.keys()
-    pushed = tree["README.md"].data.decode()
-    assert "in the same folder" not in pushed
-    assert "adversarial_examples" not in pushed
-    assert pushed.count("\n## ") == card.count("\n## ")
 
-
-def test_a_pull_request_that_fails_names_the_command_that_opens_it(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pull_request_that_fails_names_the_command_that_opens_it(hub, tmp_path, capsys):
     folder = tmp_path / "evaluation"
     evaluated(folder, "you/open")
     hub.fail("POST .*/commit/", status=503)
@@ -130,20 +107,6 @@ def test_a_pull_request_that_could_not_be_opened_is_refused(hub: Hub, monkeypatc
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="--create_pr needs a token"):
         check_pull_request("you/theirs")
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        ("resnet18.a1_in1k --push_to_hub", "--push_to_hub needs --hub_model_id"),
-        ("me/robust --create_pr", "--create_pr has no effect without --push_to_hub"),
-        ("me/robust --push_to_hub --hub_model_id=robust", "--hub_model_id 'robust': expected owner/name"),
-    ],
-)
-def test_impossible_pushes_are_refused(words: str, problem: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_evaluate_config(["--dataset_name=digits", *words.split()])
-    assert problem in capsys.readouterr().err
 
 
 def test_the_repository_is_that_of_the_model() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ham_hf import hub_requests, training_run
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, try_push
 from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source
-from tests.support.hub_server import BOTH_WAYS, Blob, Hub, use_hub
+from tests.support.hub_server import BOTH_WAYS, Blob, Hub, content, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
@@ -32,17 +33,7 @@ ALWAYS = 10_000
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that would have been waited for."""
-    seconds: list[float] = []
-    monkeypatch.setattr(time, "sleep", seconds.append)
-    return seconds
-
-
-@pytest.fixture
-def hub(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, waits: list[float]
-) -> Iterator[Hub]:
+def hub(request, monkeypatch, tmp_path, waits):
     """A Hub that this process talks to as "me", and that it soon stops waiting for."""
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
@@ -90,15 +81,9 @@ FAULTS: dict[str, Callable[[Hub, str], None]] = {
 ADVICE = {"401": "renew HF_TOKEN", "403": "get the rights", "429 for a day": "86400 s", "429 by budget": "3000 s"}
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @BOTH_WAYS
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "lost answer"])  # which is no failure
-def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
-    hub: Hub, folder: Path, waits: list[float], fault: str
-) -> None:
+def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(hub, folder, waits, fault):
     repo_id = check_write_access("robust", private=False)
     FAULTS[fault](hub, "POST .*/commit/")
     before = content(folder)
@@ -121,14 +106,21 @@ def test_a_push_that_fails_for_good_leaves_the_folder_and_names_the_command(
     assert hub.model("me/robust").tree()["model.safetensors"].data == (folder / "model.safetensors").read_bytes()
 
 
+PASSING = [(fault, "commit") for fault in ("409", "412", "429", "500", "502", "hanging")]
+PASSING += itertools.product(["503", "reset", "lost answer"], ["validate-yaml", "preupload", "commit"])
+
+
 @BOTH_WAYS
-@pytest.mark.parametrize("fault", ["409", "412", "429", "500", "502", "503", "reset", "lost answer", "hanging"])
-def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[float], fault: str) -> None:
+@pytest.mark.parametrize(("fault", "request_"), PASSING)
+def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[float], fault: str, request_: str) -> None:
     repo_id = check_write_access("robust", private=False)
-    FAULTS[fault](hub, "POST .*/commit/")
+    FAULTS[fault](hub, f"POST .*/{request_}")
     hub.faults[-1].times = 1
+    before = content(folder)
     push_folder(folder, repo_id)
-    assert hub.model("me/robust").tree()["config.json"].data == (folder / "config.json").read_bytes()
+    assert hub.faults[-1].times == 0
+    assert content(folder) == before
+    assert all(hub.model("me/robust").tree()[name].data == data for name, data in before.items())
     if fault == "429":
         assert any(7 <= wait <= 8 for wait in waits)  # what the server asked for; huggingface_hub adds a second
 
@@ -252,14 +244,7 @@ RUN = [*SMALL, "--per_device_train_batch_size=20", "--save_steps=1", "--save_tot
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hub", ["pipeline"], indirect=True)
-def test_training_goes_on_whatever_the_hub_does(
-    hub: Hub,
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_training_goes_on_whatever_the_hub_does(hub, undisturbed, tmp_path, monkeypatch, capsys, caplog):
     """A push after every update, each meeting another fault; a last push that fails; the command that mends it."""
     folder, recipe, met = tmp_path / "run", recipe_module("train_ham.py"), {}
     left = iter(FAULTS)

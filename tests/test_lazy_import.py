@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 import ham_hf
 from ham_hf.imports import _AfterTimm, register_networks
+from tests.support.recipe_runs import finish
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "timm", "numpy", "pyarrow", "accelerate", "datasets", "matplotlib", "huggingface_hub", "sklearn")
@@ -26,9 +26,7 @@ compare a --output_dir b --seeds 0|compare a --output_dir b --jobs 2|compare a -
 
 
 def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return finish([sys.executable, "-c", code], None, cwd=ROOT).stdout.strip()
 
 
 AFTER = (

@@ -128,22 +128,6 @@ def test_worst_30_percent_counts_classes_exactly(num_classes: int, kept: int) ->
     assert mean_of_worst(accuracies[::-1], 30) == pytest.approx(sum(accuracies[:kept]) / kept)
 
 
-def test_nsd_is_population_std_over_mean() -> None:
-    summary = summarize_counts([2, 6], [10, 10])
-    assert summary.std == pytest.approx(0.2)
-    assert summary.nsd == pytest.approx(0.5)
-    assert summarize_counts([0, 0], [10, 10]).nsd is None
-
-
-def test_micro_and_macro_differ_on_unbalanced_data() -> None:
-    summary = summarize_counts([90, 1, 0], [100, 2, 0])
-    assert summary.average == pytest.approx(91 / 102)
-    assert summary.macro_average == pytest.approx((0.9 + 0.5) / 2)
-    assert summary.missing_classes == (2,)
-    assert summary.per_class[2].accuracy is None
-    assert summary.worst_class_index == 1
-
-
 def test_bad_input_is_refused() -> None:
     labels = torch.tensor([0, 1])
     with pytest.raises(ValueError, match="alike"):

@@ -17,17 +17,16 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, pgd, predicted, unsaturated_cross_entropy
 from ham_hf.evaluation import NonFiniteLogitsError, Workplace, evaluate, robustness, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.methods.stopped_attack import early_stopped_pgd
+from ham_hf.methods.fat import early_stopped_pgd
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.mining import mine_hard_examples
-from ham_hf.models import PixelModel, Preprocessing, create_backbone
-from ham_hf.models.export import export_for_timm
 from ham_hf.precision import attack_passes
 from ham_hf.reporting.run_report import attack_reports
 from ham_hf.training.checkpoint import has_best, list_checkpoints
 from ham_hf.training.train_step import NonFiniteLossError
+from tests.support.exports import SMALL_RESNET, export, preprocessing, trained
 from tests.support.nets import TensorImages, group_norm_net
-from tests.support.recipe_runs import recipe_module
+from tests.support.recipe_runs import refused
 from tests.support.training import image_data, trainer
 
 NAN, INF = math.nan, math.inf
@@ -391,25 +390,8 @@ def test_without_held_out_images_weights_that_are_not_finite_are_not_selected(tm
 @pytest.fixture(scope="module")
 def finished_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    preprocessing = Preprocessing(
-        image_size=8, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.25,)
-    )
-    backbone = create_backbone(
-        "resnet18_cifar",
-        pretrained=False,
-        num_classes=10,
-        preprocessing=preprocessing,
-        model_args={"layers": [1, 1, 1, 1], "channels": [4, 4, 4, 4]},
-    )
-    export_for_timm(
-        PixelModel(backbone, preprocessing.mean, preprocessing.std),
-        folder,
-        preprocessing=preprocessing,
-        class_names=[str(digit) for digit in range(10)],
-        metadata={},
-        model_license="apache-2.0",
-        tag="test",
-    )
+    digits = [str(digit) for digit in range(10)]
+    export(trained("resnet18_cifar", 8, 1, **SMALL_RESNET), folder, preprocessing(8, 1), class_names=digits)
     return folder
 
 
@@ -423,12 +405,8 @@ def test_evaluate_refuses_a_finished_folder_with_one_value_that_is_not_finite(
     weights[name].view(-1)[weights[name].abs().argmax()] = value
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     (model / "config.json").write_bytes((finished_folder / "config.json").read_bytes())
-    with pytest.raises(SystemExit) as stopped:
-        recipe_module("evaluate.py").main(
-            [str(model), "--dataset_name=digits", "--limit_test_examples=40", f"--output_dir={out}", "--use_cpu"]
-        )
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
+    arguments = ["--dataset_name=digits", "--limit_test_examples=40", f"--output_dir={out}", "--use_cpu"]
+    message = refused(capsys, "evaluate.py", str(model), *arguments)
     assert "not finite on 40 of 40 images" in message
     assert name in message
     assert not (out / "report.json").exists()

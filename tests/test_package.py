@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import zipfile
 from email.message import Message
@@ -15,6 +14,7 @@ import yaml
 
 from ham_hf.reporting.report import write_report
 from tests.support.example_report import make_report
+from tests.support.recipe_runs import finish
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "ham_hf/templates/robust_classifier.md"
@@ -46,9 +46,7 @@ REGISTRY_SETTING = re.compile(r"(?i)index[-_]url|find[-_]links|trusted[-_]host|p
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    finished = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
-    assert finished.returncode == 0, f"{command} failed:\n{finished.stdout}\n{finished.stderr}"
-    return finished.stdout
+    return finish([*map(str, command)], None, cwd=cwd).stdout
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,8 @@ WORDS = st.sampled_from(
     ]
 )
 NUMBERS = st.one_of(st.integers(), st.floats(), st.integers(-(10**40), 10**40)).map(str)
-VALUES = st.one_of(WORDS, NUMBERS, st.text(max_size=12))
+MARKS = st.text(alphabet="[]{}:,-&*!|>'\"#%@` \n\t?ab1e.", max_size=12)
+VALUES = st.one_of(WORDS, NUMBERS, MARKS, st.text(max_size=12))
 NEAR = st.sampled_from(NAMES).flatmap(
     lambda name: st.sampled_from([name[:-1], name.upper(), name + "s", f"no_{name}"])
 )
@@ -187,14 +188,7 @@ def test_bombs_of_aliases_and_nesting_do_not_hang(tmp_path: Path) -> None:
         ("push.py", ["unlicensed", "--hub_model_id=me/x"], "--model_license"),
     ],
 )
-def test_a_slip_of_the_hand_is_refused_by_name(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    script: str,
-    argv: list[str],
-    named: str,
-) -> None:
+def test_a_slip_of_the_hand_is_refused_by_name(tmp_path, monkeypatch, capsys, script, argv, named):
     """Each of these was a traceback, or a run that never began."""
     monkeypatch.chdir(tmp_path)
     full = make_report()
@@ -336,9 +330,7 @@ RUN = [
 
 @pytest.mark.filterwarnings("ignore")
 @examples(4, 200)
-def test_any_dataset_trains_a_step_or_is_refused_by_name(
-    count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_any_dataset_trains_a_step_or_is_refused_by_name(count, monkeypatch, tmp_path):
     """Through the recipe: from the files to a report, or status 2 and a message that names a setting."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     recipe, ends = recipe_module("train_ham.py"), {"trained": 0, "refused": 0}

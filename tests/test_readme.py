@@ -19,8 +19,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from ham_hf.config import load_train_config
-from ham_hf.models import Preprocessing, create_backbone
-from ham_hf.models.export import export_for_timm
+from tests.support.exports import export, preprocessing, trained
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -135,28 +134,13 @@ def test_every_file_that_is_named_exists(document: str) -> None:
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the main command has "run": the model of its recipe, untrained, where the recipe puts it."""
+    """A folder in which the main command has "run": a model of one step where the recipe puts it."""
     folder = tmp_path_factory.mktemp("run")
     config = load_train_config(ROOT / "recipes/digits/ham.yaml")
-    preprocessing = Preprocessing(
-        image_size=8, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.3,), std=(0.4,)
-    )
-    backbone = create_backbone(
-        config.model.model_name,
-        pretrained=False,
-        num_classes=10,
-        preprocessing=preprocessing,
-        model_args=config.model.model_args,
-    )
-    export_for_timm(
-        backbone,
-        folder / config.training.output_dir,
-        preprocessing=preprocessing,
-        class_names=[str(digit) for digit in range(10)],
-        metadata={},
-        model_license="apache-2.0",
-        tag="readme",
-    )
+    settings = preprocessing(8, 1)
+    backbone = trained(config.model.model_name, 8, **config.model.model_args)
+    digits = [str(digit) for digit in range(10)]
+    export(backbone, folder / config.training.output_dir, settings, class_names=digits)
     return folder
 
 
@@ -165,9 +149,7 @@ def test_readme_shows_how_to_load_a_model() -> None:
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS)
-def test_python_block_runs_after_the_main_command(
-    block: CodeBlock, digits_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_block_runs_after_the_main_command(block, digits_run, monkeypatch):
     monkeypatch.chdir(digits_run)
     monkeypatch.setattr(socket, "socket", None)  # nothing is fetched
     exec(compile(block.code, block.place, "exec"), {"__name__": "__main__"})

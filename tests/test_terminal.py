@@ -16,7 +16,7 @@ from PIL import Image
 from ham_hf import terminal
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
-from tests.support.recipe_runs import SMALL, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
 
 pytestmark = pytest.mark.slow
 
@@ -123,8 +123,7 @@ def test_other_processes_repeat_no_warning_and_no_bar(owls, tmp_path, subprocess
     # Reaches less than epsilon: a warning.
     arguments = [*SMALL, *QUICK, "--step_size=0.001", f"--dataset_name={owls}", f"--output_dir={folder}"]
     command = launch_command("train_ham.py", *arguments, "--per_device_train_batch_size=4", processes=2)
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = finish(command, subprocess_env)
     assert done.stderr.count("the attack cannot leave the neighborhood of its random start") == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith(("WARNING", "INFO"))]
     assert len(lines) == len(set(lines))
@@ -156,9 +155,7 @@ def test_bars_of_libraries_are_off_afterwards():
         "data = datasets.Dataset.from_dict({'a': [1, 2]}).map(lambda row: row)\n"
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
+    done = finish([sys.executable, "-c", code], env | {"PYTHONPATH": str(ROOT)})
     assert done.stdout.split() == ["True", "True"]
     assert "%|" not in done.stderr
 

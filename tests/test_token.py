@@ -30,21 +30,14 @@ RUN = [
 ]
 
 
-def passing(hub: Hub) -> None:
-    hub.fail("POST .*/commit/", status=503)
-    hub.disturb("drop", "POST .*/commit/")
-
-
-def failing_in_the_end(hub: Hub) -> None:
-    hub.fail("POST .*/commit/", status=403, times=10_000)
-
-
-def refused_at_once(hub: Hub) -> None:
-    hub.fail("POST /api/repos/create", status=401, times=10_000)
-
-
-def strange_answer(hub: Hub) -> None:
-    hub.fail("POST /api/repos/create", status=302, times=10_000, headers={"Location": hub.url + "/login"})
+PREPARED: dict[str, Callable[[Hub], object]] = {
+    "passing": lambda hub: (hub.fail("POST .*/commit/", status=503), hub.disturb("drop", "POST .*/commit/")),
+    "failing in the end": lambda hub: hub.fail("POST .*/commit/", status=403, times=10_000),
+    "refused at once": lambda hub: hub.fail("POST /api/repos/create", status=401, times=10_000),
+    "strange answer": lambda hub: hub.fail(
+        "POST /api/repos/create", status=302, times=10_000, headers={"Location": hub.url + "/login"}
+    ),
+}
 
 
 def seen_in_processes(secret: bytes, stop: threading.Event) -> list[str]:
@@ -65,18 +58,18 @@ def seen_in_processes(secret: bytes, stop: threading.Event) -> list[str]:
 @pytest.mark.parametrize(
     ("prepare", "token", "status"),
     [
-        pytest.param(failing_in_the_end, TOKENS[0], 2, marks=pytest.mark.faults(quick=True)),
-        pytest.param(passing, TOKENS[1], 0, marks=pytest.mark.faults),
-        pytest.param(failing_in_the_end, TOKENS[1], 2, marks=pytest.mark.faults),
-        pytest.param(refused_at_once, TOKENS[0], 2, marks=pytest.mark.faults),
-        pytest.param(strange_answer, TOKENS[1], 2, marks=pytest.mark.faults),
+        pytest.param("failing in the end", TOKENS[0], 2, marks=pytest.mark.faults(quick=True)),
+        pytest.param("passing", TOKENS[1], 0, marks=pytest.mark.faults),
+        pytest.param("failing in the end", TOKENS[1], 2, marks=pytest.mark.faults),
+        pytest.param("refused at once", TOKENS[0], 2, marks=pytest.mark.faults),
+        pytest.param("strange answer", TOKENS[1], 2, marks=pytest.mark.faults),
     ],
 )
-def test_the_token_is_nowhere(tmp_path: Path, prepare: Callable[[Hub], None], token: str, status: int) -> None:
+def test_the_token_is_nowhere(tmp_path: Path, prepare: str, token: str, status: int) -> None:
     folder, stop, found = tmp_path / "run", threading.Event(), list[str]()
     looking = threading.Thread(target=lambda: found.extend(seen_in_processes(token.encode(), stop)))
     with Hub({token: "me"}) as hub:
-        prepare(hub)
+        PREPARED[prepare](hub)
         environment = hub_environment(hub, tmp_path, token=token)
         environment |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_VERBOSITY": "debug"}
         looking.start()
@@ -97,6 +90,6 @@ def test_the_token_is_nowhere(tmp_path: Path, prepare: Callable[[Hub], None], to
     assert [path for path in written if token.encode() in path.read_bytes()] == []
     published = [blob.data for repo in hub.repos.values() for blob in repo.tree().values()]
     assert not any(token.encode() in data for data in published)
-    if status == 0 or prepare is failing_in_the_end:
+    if status == 0 or prepare == "failing in the end":
         assert list((folder / "logs").rglob("events.out.tfevents.*"))  # the tracker was among what was searched
         assert (folder / "report.json").is_file()

@@ -10,22 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ham_hf.api.evaluation import count_logits, device_of
+from ham_hf.api.evaluation import count_logits, device_of, one_process
 from ham_hf.api.loader import Loader, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
-from ham_hf.api.one_process import one_process
 from ham_hf.attacks import ThreatModel, outside_inference_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.calibration import (
-    Calibration,
-    Dial,
-    FrontierPoint,
-    SearchAttack,
-    ShiftedLogits,
-    check_held_out,
-)
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint, ShiftedLogits, check_held_out
 from ham_hf.evaluation.calibration import calibrate as find_shifts
+from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.models.head import SHIFTED_LOGITS_TOLERANCE, HeadError, fold_shifts
 from ham_hf.reporting.formats import text_table
@@ -110,13 +103,7 @@ def calibrate(
     """
     if fairness is None and max_average_drop is None:
         fairness = 0.5
-    dial = Dial(fairness=fairness, max_average_drop=max_average_drop)
-    threat_model = threat_model or ThreatModel()
-    attack = SearchAttack(
-        threat_model=threat_model,
-        step_size=float(threat_model.epsilon) / 4,
-        num_steps=num_steps,
-    )
+    config = CalibrationConfig(fairness=fairness, max_average_drop=max_average_drop, calibration_num_steps=num_steps)
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     device = device_of(model)
     place = Workplace(accelerator=one_process(device), batch_size=batch_size, seed=seed)
@@ -128,7 +115,9 @@ def calibrate(
         if int(images.labels.max()) >= num_classes:
             raise ValueError(f"label {int(images.labels.max())}: the model has {num_classes} logits")
         check_held_out(images.labels, names, how="give the loader more images")
-        found = find_shifts(model, images, dial, attack, place, num_classes=num_classes)
+        found = find_shifts(
+            model, images, config, place, threat_model=threat_model or ThreatModel(), num_classes=num_classes
+        )
         shifted, is_folded = _shifted(model, torch.tensor(found.shifts), tried)
     return CalibratedModel(model=shifted, folded=is_folded, class_names=names, calibration=found)
 

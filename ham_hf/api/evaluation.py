@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.api.loader import GroupReader, Loader, batches_of, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
-from ham_hf.api.one_process import one_process
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, outside_inference_mode
 from ham_hf.data import PixelBatch
 from ham_hf.data.image_groups import ImageGroups, make_groups
@@ -152,26 +154,28 @@ def evaluate(
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     place = device_of(model)
     length = float(threat_model.epsilon) / 4 if step_size is None else step_size
-    attack = Attack(threat_model=threat_model, num_steps=num_steps, step_size=length)
-    chosen = chosen_attacks(attack, attacks)
+    chosen = chosen_attacks(Attack(threat_model=threat_model, num_steps=num_steps, step_size=length), attacks)
     reader = None if group_column is None else GroupReader(loader, group_column)
     loader = reader or loader
     with outside_inference_mode():
         if autoattack:
             loader = held_images(loader)
-        head = _LogitCheck(model)
-        batches = head.checked(batches_of(loader, place, batch_size))
-        results = evaluate_batches(model, batches, chosen, seed=seed)
+        batches = batches_of(loader, place, batch_size)
+        first = next(batches, None)
+        if first is None:
+            raise ValueError("there is no example to evaluate on: the loader gave no batch")
+        num_classes = count_logits(model, first.x)
+        results = evaluate_batches(model, _checked(chain([first], batches), num_classes), chosen, seed=seed)
         if autoattack:
             results["autoattack"] = evaluate_autoattack(
                 model,
                 held_images(loader),
                 Workplace(accelerator=one_process(place), batch_size=batch_size, seed=seed),
-                num_classes=head.num_classes,
+                num_classes=num_classes,
                 threat_model=threat_model,
             )
     groups = None if reader is None else make_groups(reader.column, reader.values)
-    return report_of(results, class_names_of(loader, class_names, head.num_classes), threat_model, groups)
+    return report_of(results, class_names_of(loader, class_names, num_classes), threat_model, groups)
 
 
 def chosen_attacks(
@@ -195,29 +199,44 @@ def chosen_attacks(
     return [replace(one, threat_model=attack.threat_model) for one in chosen]
 
 
+class OneProcess:
+    """What evaluation asks of an ``accelerate.Accelerator``, without its state for the whole process."""
+
+    num_processes, process_index = 1, 0
+    is_main_process = is_local_main_process = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+def one_process(device: torch.device) -> Accelerator:
+    """An accelerator of this process alone, for evaluation and calibration."""
+    return cast(Accelerator, OneProcess(device))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's weights are; the CPU for one without any."""
     tensor: Tensor | None = next(model.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-class _LogitCheck:
-    """Passes batches on whose labels the model has logits for; ``num_classes`` is 0 before the first one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.num_classes = model, 0
-
-    def checked(self, batches: Iterable[PixelBatch]) -> Iterator[PixelBatch]:
-        """The batches, one by one."""
-        for batch in batches:
-            self.num_classes = self.num_classes or count_logits(self.model, batch.x)
-            low, high = (int(end) for end in batch.y.aminmax())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"labels must lie in [0, {self.num_classes}), as the model has {self.num_classes} logits; "
-                    f"got {low}..{high}"
-                )
-            yield batch
+def _checked(batches: Iterable[PixelBatch], num_classes: int) -> Iterator[PixelBatch]:
+    """The batches, one by one, if the model has logits for their labels."""
+    for batch in batches:
+        low, high = (int(end) for end in batch.y.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"labels must lie in [0, {num_classes}), as the model has {num_classes} logits; got {low}..{high}"
+            )
+        yield batch
 
 
 def count_logits(model: nn.Module, x: Tensor) -> int:

@@ -33,15 +33,9 @@ class HeldImages(Images):
 
 
 class GroupReader:
-    """A loader whose batches are mappings; remembers the groups of the images as they come by.
+    """A loader of mappings with "pixel_values", "labels" and ``column``; ``values``: the groups of the images so far.
 
-    Args:
-        loader: of mappings with "pixel_values", "labels" and ``column``.
-        column: key of the groups: strings, whole numbers, booleans or None, or a tensor of them.
-
-    Attributes:
-        dataset: the loader's, for names of classes.
-        values: of the images so far.
+    Groups are strings, whole numbers, booleans or None, or a tensor of them.
     """
 
     def __init__(self, loader: Loader, column: str) -> None:
@@ -59,11 +53,9 @@ class GroupReader:
             raise ValueError(f"group_column {self.column}: Images have no columns; give batches that are mappings")
         for batch in self._loader:
             if not isinstance(batch, Mapping) or self.column not in batch:
-                listed = (
-                    ", ".join(map(repr, batch))
-                    if isinstance(batch, Mapping)
-                    else f"none, it is no mapping: {type(batch).__name__}"
-                )
+                listed = f"none, it is no mapping: {type(batch).__name__}"
+                if isinstance(batch, Mapping):
+                    listed = ", ".join(map(repr, batch))
                 raise ValueError(f"group_column {self.column}: a batch has no such key; its keys are {listed}")
             found = batch[self.column]
             values = found.tolist() if isinstance(found, Tensor) else list(found)

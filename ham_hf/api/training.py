@@ -10,39 +10,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
-from ham_hf.config import TrainConfig, config_to_dict
+from ham_hf.config import TrainConfig
 from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
-from ham_hf.evaluation.partial_results import remove_partial_results
+from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
-from ham_hf.reporting.run_report import write_config
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
-from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, clear_output_dir
-from ham_hf.training.stopping import StopRequests, stop_requests
-from ham_hf.training.trackers import end_training, start_trackers, track_test_results
-from ham_hf.training.trainer import Trainer
-from ham_hf.training_run import Run, Trained, check_settings, measure, start_accelerator, write_files
+from ham_hf.training.run_folder import LOADING_NAME, RunLock
+from ham_hf.training.stopping import stop_requests
+from ham_hf.training.trackers import end_training, track_test_results
+from ham_hf.training_run import Run, begin, check_settings, measure, run_of, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)
-
-LOADING_NAME = "LOADING.md"
-"""Beside the weights of a network that timm cannot build: how they are loaded."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -106,53 +100,14 @@ def train(
         with accelerator.main_process_first():
             data = _data(settings, train, test, class_names, model)
         settings, network, preprocessing = _network(settings, model, data)
-        trained = _run(settings, accelerator, stop, network, preprocessing, data)
+        run = run_of(settings, accelerator, data, network, preprocessing)
+        begin(run, recipe=data.name != NAME and preprocessing is not None)
+        with stop.deferred():
+            run.trainer.fit(stop)
+        accelerator.wait_for_everyone()
+        trained = _finished(run)
         end_training(accelerator)
     return trained
-
-
-def _run(
-    settings: TrainConfig,
-    accelerator: Accelerator,
-    stop: StopRequests,
-    network: nn.Module,
-    preprocessing: Preprocessing | None,
-    data: ImageData,
-) -> TrainedModel:
-    """Train, and write what was selected."""
-    folder = Path(settings.training.output_dir)
-    # Made now, as the trainer changes the forward and the place of its own.
-    selected = copy.deepcopy(network)
-    trainer = Trainer(
-        network,
-        data,
-        settings.method,
-        settings.attack.attack,
-        settings.training,
-        accelerator,
-        eval_batch_size=settings.evaluation.per_device_eval_batch_size,
-    )
-    run = Run(
-        config=replace(settings, training=trainer.config),
-        accelerator=accelerator,
-        data=data,
-        preprocessing=preprocessing,
-        selected=cast(PixelModel, selected),
-        trainer=trainer,
-    )
-    trainer.resume()
-    if accelerator.is_main_process:
-        if run.config.training.overwrite_output_dir:
-            clear_output_dir(folder, OWNED_BY_TRAINING)
-            (folder / LOADING_NAME).unlink(missing_ok=True)
-        if data.name != NAME and preprocessing is not None:
-            write_config(run.config, folder)
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, folder, config_to_dict(run.config), step=trainer.progress.step)
-    with stop.deferred():
-        trainer.fit(stop)
-    accelerator.wait_for_everyone()
-    return _finished(run)
 
 
 def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) -> TrainConfig:
@@ -294,7 +249,7 @@ def _finished(run: Run) -> TrainedModel:
             _write_plain(run.selected, report, data, run.folder)
             remove_partial_results(run.folder)
         else:
-            write_files(run, Trained(progress, peak_memory_bytes(accelerator.device)), found)
+            write_files(run, found, peak_memory_bytes(accelerator.device))
     return TrainedModel(
         model=run.selected.eval(),
         report=report,

@@ -25,8 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.invocation import command, program
-from ham_hf.recipe_files import find_recipe
+from ham_hf.invocation import command, find_recipe, program
 from ham_hf.terminal import replace_what_cannot_be_shown
 
 

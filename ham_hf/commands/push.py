@@ -15,9 +15,11 @@ The folder of an evaluation goes into the repository of the model, with --create
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ham_hf.config.command_line import with_underscores
 from ham_hf.invocation import command, program
 from ham_hf.terminal import set_up_logging
 from ham_hf.training.environment import process_rank
@@ -26,7 +28,7 @@ from ham_hf.training.environment import process_rank
 def main(argv: Sequence[str] | None = None) -> None:
     """Push or repair from the command line ``argv`` (None: the process's)."""
     set_up_logging(process_rank())
-    options = _parser().parse_args(argv)
+    options = _parser().parse_args(map(with_underscores, sys.argv[1:] if argv is None else argv))
     # Only now: torch and timm take seconds to import, and --help needs none of them.
     from ham_hf.push_run import run_push
 
@@ -45,26 +47,16 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="output folder of a finished run; with --repair also owner/name of a model on the Hub",
     )
-    parser.add_argument("--hub_model_id", "--hub-model-id", help="repository on the Hub: owner/name")
-    parser.add_argument("--hub_private_repo", "--hub-private-repo", action="store_true", help="create it private")
+    parser.add_argument("--hub_model_id", help="repository on the Hub: owner/name")
+    parser.add_argument("--hub_private_repo", action="store_true", help="create it private")
     parser.add_argument(
-        "--publish_images",
-        "--publish-images",
-        action="store_true",
-        help="push the images of a dataset that is not public too",
+        "--publish_images", action="store_true", help="push the images of a dataset that is not public too"
     )
     parser.add_argument(
-        "--hub_space",
-        "--hub-space",
-        action="store_true",
-        help="publish report.html as a static Space of the same owner/name too",
+        "--hub_space", action="store_true", help="publish report.html as a static Space of the same owner/name too"
     )
-    parser.add_argument("--hub_revision", "--hub-revision", default="main", help="branch to push to")
-    parser.add_argument(
-        "--model_license", "--model-license", help="license of the weights; default: that of the run's settings"
-    )
-    parser.add_argument(
-        "--create_pr", "--create-pr", action="store_true", help="push the folder of an evaluation as a pull request"
-    )
+    parser.add_argument("--hub_revision", default="main", help="branch to push to")
+    parser.add_argument("--model_license", help="license of the weights; default: that of the run's settings")
+    parser.add_argument("--create_pr", action="store_true", help="push the folder of an evaluation as a pull request")
     parser.add_argument("--repair", action="store_true", help="bring an older export into today's form first")
     return parser

@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ham_hf.invocation import command, program
-from ham_hf.recipe_files import list_recipes, recipes_folder
+from ham_hf.invocation import command, list_recipes, program, recipes_folder
 from ham_hf.terminal import replace_what_cannot_be_shown, show
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ham_hf.config.command_line import parse_train_config
-from ham_hf.recipe_files import find_recipe
+from ham_hf.invocation import find_recipe
 from ham_hf.terminal import set_up_logging
 from ham_hf.training.environment import process_rank
 

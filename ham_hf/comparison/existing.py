@@ -12,7 +12,7 @@ from pathlib import Path
 from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import Run, verdicts_beside
 from ham_hf.comparison.table import MissingRun
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
 from ham_hf.training.run_folder import is_locked

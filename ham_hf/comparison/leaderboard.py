@@ -17,7 +17,7 @@ from ham_hf.comparison.differences import budget, conditions, environment, evalu
 from ham_hf.comparison.pairs import PAIRED_METRICS, Run
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import percent, percent_ends, plain_text, public_source, public_text, signed_points
 from ham_hf.reporting.page import render_page
 

@@ -90,10 +90,7 @@ def _group_classes(config_class: type) -> dict[str, type]:
 def build_config(config_class: type[ConfigT], entries: Sequence[Entry], required: Iterable[str] = ()) -> ConfigT:
     """Make a configuration from the entries of files (first) and flags (last; they win).
 
-    Args:
-        config_class: what to make.
-        entries: settings as written; an entry with an origin comes from a file.
-        required: names of settings that have to be given although they have a default.
+    ``required`` are names of settings that have to be given although they have a default.
 
     Raises:
         ConfigError: with every problem of a single setting or, if there is none, of their combination.

@@ -27,8 +27,7 @@ from ham_hf.config.yaml_file import (
     read_yaml,
     text_node,
 )
-from ham_hf.invocation import command, program
-from ham_hf.recipe_files import find_recipe
+from ham_hf.invocation import command, find_recipe, program
 from ham_hf.settings import ConfigError, Setting
 from ham_hf.terminal import show
 
@@ -120,8 +119,16 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
         SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
     """
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
-    _warn_of_late_starts(config)
     attack = config.attack
+    # The trainer knows whether --max_steps ends the run before that.
+    for what, (first, words) in config.method.starts(config.training.first_perturbed_epoch).items():
+        if first >= config.training.num_train_epochs:
+            logger.warning(
+                "%s starts at %s, and the run has %d epochs: it will never be active.",
+                what,
+                words,
+                config.training.num_train_epochs,
+            )
     if attack.num_steps * attack.step_size < attack.epsilon * (1 - 1e-9):
         logger.warning(
             "--num_steps %d of --step_size %.4g reach %.4g, less than --epsilon %.4g: the attack cannot leave the "
@@ -134,30 +141,17 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
     return config
 
 
-def _warn_of_late_starts(config: TrainConfig) -> None:
-    """Warn of what begins after the last epoch; the trainer knows whether `--max_steps` ends the run before that."""
-    words = config.method.start_words(config.training.first_perturbed_epoch)
-    for what, first in config.method.start_epochs(config.training.first_perturbed_epoch).items():
-        if first >= config.training.num_train_epochs:
-            logger.warning(
-                "%s starts at %s, and the run has %d epochs: it will never be active.",
-                what,
-                words[what],
-                config.training.num_train_epochs,
-            )
-
-
 def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
     """Read the command line of an evaluation. The model is named by the first word or by ``--model``.
 
     Arguments and errors are those of `parse_train_config`.
     """
-    return _parse(EvaluateConfig, argv, required=("dataset_name",), positional="model")
+    return _parse(EvaluateConfig, argv, required=("dataset_name",))
 
 
 def parse_calibrate_config(argv: Sequence[str] | None = None) -> CalibrateConfig:
     """Read the command line of a calibration, as `parse_evaluate_config` does."""
-    return _parse(CalibrateConfig, argv, positional="model")
+    return _parse(CalibrateConfig, argv)
 
 
 def _parse(
@@ -166,12 +160,11 @@ def _parse(
     *,
     default_recipe: Path | None = None,
     required: Iterable[str] = (),
-    positional: str | None = None,
 ) -> ConfigT:
     argv = sys.argv[1:] if argv is None else argv
     topic = _help_topic(argv)
     # The first screen shows no method's options: it needs no torch.
-    parser = _Parser(config_class, positional, with_methods=config_class is TrainConfig and topic != "")
+    parser = _Parser(config_class, with_methods=config_class is TrainConfig and topic != "")
     try:
         if topic is not None:
             show(parser.help_on(topic))
@@ -195,9 +188,10 @@ def _parse(
 class _Parser(argparse.ArgumentParser):
     """Splits a command line into entries: argparse does the words and the help, `build_config` the values."""
 
-    def __init__(self, config_class: type, positional: str | None, *, with_methods: bool) -> None:
-        first = f"{positional.upper()} " if positional else ""
-        self.screen = _SCREENS[config_class]
+    def __init__(self, config_class: type, *, with_methods: bool) -> None:
+        self.screen, groups = _SCREENS[config_class], group_settings(config_class)
+        self.settings = {known.name: known for settings in groups.values() for known in settings}
+        first = "MODEL " if "model" in self.settings else ""
         super().__init__(
             prog=program(self.screen.command),
             usage=f"%(prog)s {first}[--config RECIPE.yaml] [--SETTING VALUE ...]",
@@ -205,14 +199,11 @@ class _Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        self.positional = positional
         self.add_argument("--config", metavar="RECIPE.yaml", help="YAML file with settings")
         self.add_argument("--print_config", action="store_true", help="print the resolved settings as YAML, and stop")
         titles = {declared.name: declared.metadata.get("title") for declared in fields(config_class)}
-        groups = group_settings(config_class)
         for attribute, settings in groups.items():
             _add_flags(self.add_argument_group(titles.get(attribute, "Model and output")), settings)
-        self.settings = {known.name: known for settings in groups.values() for known in settings}
         if with_methods:
             self._add_methods()
 
@@ -233,8 +224,8 @@ class _Parser(argparse.ArgumentParser):
         entries = [Entry(name, self._node(name, written), "") for name, written in found.items()]
         strays = [word for word in extra if word != "--"]
         unknown = [word for word in strays if word.startswith("-") and not word[1:2].isdigit()]
-        if not unknown and strays and self.positional and self.positional not in found:
-            entries.append(Entry(self.positional, text_node(strays.pop(0)), ""))
+        if not unknown and strays and "model" in self.settings and "model" not in found:
+            entries.append(Entry("model", text_node(strays.pop(0)), ""))
         if strays and not unknown:
             raise ConfigError(f"unexpected word {strays[0]!r}; a setting is written --name value")
         entries.extend(Entry(word.lstrip("-").partition("=")[0] or word, text_node(word), "") for word in unknown)
@@ -250,8 +241,7 @@ class _Parser(argparse.ArgumentParser):
         switches = {f"--{known.name}" for known in self.settings.values() if known.kind is bool}
         words: list[str] = []
         for word in argv:
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else flag
+            flag, equals, value = with_underscores(word).partition("=")
             if flag in switches and equals:
                 words.append(_switched(flag, value))
             elif words and words[-1] in switches and word.lower() in _ON_OFF:
@@ -319,6 +309,13 @@ def _method_listings() -> dict[tuple[str, ...], str]:
         _add_flags(parser.add_argument_group(title), options)
         listings[names] = parser.format_help() if options else f"{title}\n"
     return listings
+
+
+def with_underscores(word: str) -> str:
+    """A word of a command line; a flag with ``_`` for ``-`` inside of its name."""
+    flag, equals, value = word.partition("=")
+    flag = flag.replace("-", "_").replace("__", "--", 1) if word.startswith("--") else flag
+    return f"{flag}{equals}{value}"
 
 
 def _help_topic(argv: Sequence[str]) -> str | None:

@@ -19,8 +19,7 @@ from ham_hf.evaluation.config import (
     ThreatConfig,
     pixel_unit_problems,
 )
-from ham_hf.hub_config import EvaluationHubConfig, HubConfig
-from ham_hf.hub_ids import split_revision
+from ham_hf.hub_config import EvaluationHubConfig, HubConfig, split_revision
 from ham_hf.models.config import ModelConfig
 from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
 from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfig
@@ -85,16 +84,8 @@ class TrainConfig:
         try:
             self.method.check(num_steps=self.attack.num_steps)
         except ValueError as error:
-            yield str(error)
+            yield from error.problems if isinstance(error, ConfigError) else [str(error)]
             return
-        borrowed = [problem.removeprefix("--") for part in self.method.parts[1:] for problem in setting_problems(part)]
-        if borrowed:
-            yield from (f"--class_rule_args: {problem}" for problem in borrowed)
-            return
-        try:
-            self.method.check_rules()
-        except ValueError as error:
-            yield str(error)
         if self.data.dataset_streaming:
             own = [self.method.flag_of(rule) for rule in self.method.rules if rule.draws_classes]
             yield from (

@@ -1,7 +1,7 @@
 """Any image-classification dataset as batches of pixels in [0, 1] and labels.
 
 `dataset` opens a dataset and prepares it: `sources` finds its files, `columns` chooses splits, columns and classes,
-`splits` holds images out, `provenance` records it, `decoding` and `augment` make pixels, and `pixels` makes batches of
+`splits` holds images out, `provenance` records it, `decoding` makes pixels, and `pixels` makes augmented batches of
 them. `streaming` and `shards` read training data without a local copy; `in_memory` takes datasets in Python.
 """
 

@@ -10,24 +10,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import datasets
-import pyarrow as pa
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 SPLIT_OF_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS) | {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"}
 DATA_EXTENSIONS = (".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".zip")
@@ -35,40 +25,8 @@ METADATA_NAMES = frozenset(ImageFolder.METADATA_FILENAMES)
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassFolders:
-    """Of each split the relative paths of its images, sorted, each with its class; and notes on what is left out."""
-
-    splits: Mapping[str, tuple[tuple[str, str], ...]]
-    notes: tuple[str, ...]
-
-    def as_dataset(self, file_of: Mapping[str, str]) -> datasets.DatasetDict:
-        """Images, which stay in their files, and labels; ``file_of`` says where the file of each path is."""
-        names = sorted({name for images in self.splits.values() for _, name in images})
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-        place = {name: number for number, name in enumerate(names)}
-        splits = datasets.DatasetDict()
-        for split, images in self.splits.items():
-            labels = pa.array([place[name] for _, name in images], pa.int64())
-            stored = images_in_files([file_of[path] for path, _ in images])
-            table = pa.table({"image": stored, "label": labels}, schema=features.arrow_schema)
-            splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
-        return splits
-
-
-def images_in_files(files: Sequence[str]) -> pa.StructArray:
-    """A column of images that stay in their files."""
-    return pa.StructArray.from_arrays(
-        [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())], names=["bytes", "path"]
-    )
-
-
 def list_files(root: Path) -> tuple[list[str], list[str]]:
-    """Every file below a folder, also behind links, as paths relative to it.
-
-    Returns:
-        The paths, and notes on links that lead back to a folder above them, which are not followed.
-    """
+    """Every file below a folder, also behind links, as relative paths; and notes on links back up, not followed."""
     found: list[str] = []
     loops: list[str] = []
 
@@ -92,12 +50,19 @@ def is_image_name(path: str) -> bool:
     return PurePosixPath(path).suffix.lower() in IMAGE_EXTENSIONS
 
 
+def is_image(path: str) -> bool:
+    """Whether a file is an image by its extension and not hidden."""
+    return is_image_name(path) and not is_hidden(path)
+
+
 def is_hidden(path: str) -> bool:
     """Whether a file or a folder above it is hidden, or left by an archiver of macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 
-def sort_into_classes(paths: Iterable[str], split_of: Mapping[str, str] | None = None) -> ClassFolders:
+def sort_into_classes(
+    paths: Iterable[str], split_of: Mapping[str, str] | None = None
+) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:
     """Put every image file into its split and class.
 
     An image's class is the folder that it is in. Class folders may lie in further folders, all equally deep, if that
@@ -108,16 +73,18 @@ def sort_into_classes(paths: Iterable[str], split_of: Mapping[str, str] | None =
         split_of: the split of each file that the dataset's README.md names; other files are ignored. None: folders
             decide.
 
+    Returns:
+        Of each split the paths of its images, sorted, each with its class; and notes on what is left out.
+
     Raises:
         ValueError: for an image without a class folder, class folders at different depths, two class folders or two
             split folders with one name, a file that is listed twice, and a name that is not Unicode.
     """
     listed = sorted(paths)
     refuse_repeated(listed)
-    images = [path for path in listed if is_image_name(path)]
-    hidden = [path for path in images if is_hidden(path)]
+    hidden = [path for path in listed if is_image_name(path) and is_hidden(path)]
     notes = note(hidden, "image files are hidden (their name or their folder's begins with a dot) and are not read")
-    visible = [path for path in images if not is_hidden(path)]
+    visible = list(filter(is_image, listed))
     if split_of is None:
         splits, apart = _split_folders(visible, common_folder(visible))
     else:
@@ -125,12 +92,12 @@ def sort_into_classes(paths: Iterable[str], split_of: Mapping[str, str] | None =
     notes += note(apart, "image files lie outside of the split folders and are not read")
     archives = [path for path in listed if not is_hidden(path) and path.lower().endswith(DATA_EXTENSIONS)]
     notes += note(archives, "archives and data files lie beside class folders and are not read")
-    sorted_splits = {}
+    with_classes = {}
     for split, (folder, found) in splits.items():
         names, depth_notes = _classes_of(found, folder)
         notes += depth_notes
-        sorted_splits[split] = tuple(zip(found, names, strict=True))
-    return ClassFolders(splits=sorted_splits, notes=tuple(notes))
+        with_classes[split] = list(zip(found, names, strict=True))
+    return with_classes, notes
 
 
 def note_unnamed_images(files: Mapping[str, str]) -> list[str]:
@@ -196,11 +163,7 @@ def _split_folders(
 
 
 def folder_of_split(named: Iterable[str]) -> dict[str, str]:
-    """The folder of each split, of folders that are named like splits.
-
-    Raises:
-        ValueError: if two are the same split.
-    """
+    """The folder of each split, of folders that are named like splits; ValueError if two are the same split."""
     folders: dict[str, str] = {}
     for top in named:
         split = str(split_name(top))
@@ -215,7 +178,7 @@ def folder_of_split(named: Iterable[str]) -> dict[str, str]:
 def _declared_splits(
     images: Sequence[str], split_of: Mapping[str, str]
 ) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Folder and images of each split that README.md declares: the folder is the one that holds the class folders."""
+    """The folder that holds the class folders, and the images, of each split that README.md declares."""
     found: dict[str, list[str]] = {}
     for path in images:
         if path in split_of:
@@ -246,9 +209,7 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
             f"{shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away"
         )
     parents = [PurePosixPath(path).parent for path in images]
-    of_depth: dict[int, str] = {}
-    for path in images:
-        of_depth.setdefault(_depth(path, folder), path)
+    of_depth = {_depth(path, folder): path for path in reversed(images)}
     if len(of_depth) > 1:
         first, second = (of_depth[depth] for depth in sorted(of_depth)[:2])
         raise ValueError(
@@ -262,10 +223,9 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
                 f"the folders {shown(str(place[parent.name]))} and {shown(str(parent))} have one name, and an "
                 "image's class is the folder that it is in: put all images of a class into one folder"
             )
-    if of_depth and next(iter(of_depth)) > 2:
-        example = shown(str(parents[0]))
-        return [parent.name for parent in parents], [f"classes are named by the innermost folders, such as {example}"]
-    return [parent.name for parent in parents], []
+    deeper = [str(parent) for parent in parents[:1] if len(parent.parts) > len(folder) + 1]
+    notes = [f"classes are named by the innermost folders, such as {shown(example)}" for example in deeper]
+    return [parent.name for parent in parents], notes
 
 
 def note(paths: Sequence[str], what: str) -> list[str]:

@@ -51,11 +51,7 @@ def choose_splits(
     if train_split not in names:
         raise ValueError(_unknown("--train_split", train_split, names))
     if test_split is None:
-        candidates = [name for name in TEST_SPLITS if name in names and name != train_split]
-        if len(candidates) > 1:
-            # If none has labels, reading the first one raises.
-            candidates = [name for name in candidates if has_labels(name)] or candidates
-        return train_split, candidates[0] if candidates else None
+        return train_split, find_test_split([name for name in names if name != train_split], has_labels)
     if test_split not in names:
         raise ValueError(_unknown("--test_split", test_split, names))
     if test_split == train_split:
@@ -66,11 +62,19 @@ def choose_splits(
     return train_split, test_split
 
 
-def choose_image_column(features: datasets.Features, image_column: str | None) -> str:
-    """The image column: the only ``Image`` feature, else the only column of encoded bytes.
+def find_test_split(names: Sequence[str], has_labels: Callable[[str], bool]) -> str | None:
+    """The first split of ``TEST_SPLITS`` that has labels, or where none has, the first; None where there is none."""
+    candidates = [name for name in TEST_SPLITS if name in names]
+    if len(candidates) > 1:
+        # If none has labels, reading the first one raises.
+        candidates = [name for name in candidates if has_labels(name)] or candidates
+    return candidates[0] if candidates else None
 
-    Raises:
-        ValueError: if the named column does not exist or holds no images, or the rule does not apply.
+
+def choose_image_column(features: datasets.Features, image_column: str | None) -> str:
+    """The image column: the one asked for, else the only ``Image`` feature, else the only column of encoded bytes.
+
+    ValueError if the named column does not exist or holds no images, or the rule does not apply.
     """
     if image_column is not None:
         if image_column not in features:
@@ -99,10 +103,9 @@ def _is_encoded(feature: object) -> bool:
 
 
 def choose_label_column(features: datasets.Features, label_column: str | None) -> str:
-    """The label column: the only ``ClassLabel``, else the first name of ``LABEL_COLUMNS`` that there is.
+    """The label column: the one asked for, else the only ``ClassLabel``, else the first of ``LABEL_COLUMNS`` there is.
 
-    Raises:
-        ValueError: if the named column does not exist or holds no labels, or the rule does not apply.
+    ValueError if the named column does not exist or holds no labels, or the rule does not apply.
     """
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -123,11 +126,7 @@ def choose_label_column(features: datasets.Features, label_column: str | None) -
 
 
 def categories(flag: str, column: str, features: datasets.Features) -> str:
-    """The column that ``flag`` names, if it holds class labels, integers, strings or booleans.
-
-    Raises:
-        ValueError: listing the columns there are, or giving the kind of this one.
-    """
+    """The column that ``flag`` names; ValueError unless it holds class labels, integers, strings or booleans."""
     if column not in features:
         raise ValueError(_unknown(flag, column, features))
     if not _is_label(features[column]):
@@ -270,8 +269,7 @@ def names_of_rows(
 ) -> Sequence[tuple[str, ...]]:
     """The names that the label of each row of a split counts: those of its file, else the feature's.
 
-    Raises:
-        ValueError: if the files have another number of rows; the message begins with ``where``.
+    ValueError, beginning with ``where``, if the files have another number of rows.
     """
     if not of_files:
         return [tuple(feature.names)] * num_rows

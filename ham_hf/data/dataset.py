@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ham_hf.data.augment import AUGMENTATIONS, PixelTransform, timm_train_transform
 from ham_hf.data.config import DataConfig
 from ham_hf.data.decoding import (
     MODE_OF_CHANNELS,
     EncodedImages,
     EvalTransform,
-    common_size,
+    PixelTransform,
+    common_side,
     content_digest,
     decode_all,
     for_each_image,
+    timm_train_transform,
 )
 from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.pixels import BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
@@ -170,16 +171,17 @@ def load_image_data(
         parts = split_stream(config, inputs.in_chans)
     else:
         parts = split_dataset(config, inputs.in_chans, seed)
-    geometry = _geometry(inputs, image_size or _own_size(parts.encoded.values()) or inputs.image_size)
+    geometry = _geometry(
+        inputs, image_size or common_side(parts.encoded.values(), SMALL_IMAGE_SIZE) or inputs.image_size
+    )
     # Of a stream, train is never cached.
     cached = "none" if config.dataset_streaming else config.cache_images
     augmentation = choose_augmentation(config.augmentation, cached, config.dataset_name, geometry.image_size)
-    ready = {
-        part: _make_ready(encoded, geometry, config, augmentation=augmentation if part == "train" else "none")
-        for part, encoded in parts.encoded.items()
-    }
-    images = {part: found for part, (found, _, _) in ready.items()}
-    repeated = _test_images_in_train({part: digests for part, (_, digests, _) in ready.items()})
+    images: dict[str, Images] = {}
+    digests: dict[str, list[bytes] | None] = {}
+    for part, encoded in parts.encoded.items():
+        own = augmentation if part == "train" else "none"
+        images[part], digests[part], _ = _make_ready(encoded, geometry, config, augmentation=own)
     _report_sizes(images, parts)
     # Of a stream, the images that are read already: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
@@ -203,7 +205,7 @@ def load_image_data(
         crop_mode=inputs.crop_mode,
         provenance=_provenance(parts, config, seed),
         notes=parts.source.notes,
-        num_test_in_train=repeated,
+        num_test_in_train=_test_images_in_train(digests),
     )
 
 
@@ -241,19 +243,14 @@ def _report_sizes(images: Mapping[str, Images], parts: Parts) -> None:
     for part in images:
         if part != "sample":
             _warn_of_absent_classes(part, images[part].labels, parts.class_names)
-    num_held_out = len(images.get("validation", ()))
-    logger.info(
-        "%d images held out of train to select the weights with, %d to test on (%s)",
-        num_held_out,
-        len(images["test"]),
-        parts.test_split_origin,
-    )
-    if "validation" in images and num_held_out < FEW_PER_CLASS * len(parts.class_names):
-        logger.warning(
-            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction",
-            num_held_out,
-            len(parts.class_names),
+    held_out, num_classes, origin = len(images.get("validation", ())), len(parts.class_names), parts.test_split_origin
+    what = "%d images held out of train to select the weights with, %d to test on (%s)"
+    logger.info(what, held_out, len(images["test"]), origin)
+    if "validation" in images and held_out < FEW_PER_CLASS * num_classes:
+        what = (
+            "%d held-out images for %d classes tell little about which weights are best: raise --validation_fraction"
         )
+        logger.warning(what, held_out, num_classes)
 
 
 def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
@@ -272,17 +269,6 @@ def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
         fingerprint_missing=None if known else STREAMED,
         image_fingerprint=known.images if known else None,
     )
-
-
-def _own_size(parts: Iterable[EncodedImages]) -> int | None:
-    """The side of all images of all parts, if they are equal squares and small; else None."""
-    sides = set()
-    for images in parts:
-        side = common_size(images)
-        sides.add(side)
-        if side is None or side > SMALL_IMAGE_SIZE or len(sides) > 1:
-            return None
-    return sides.pop()
 
 
 def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
@@ -311,28 +297,28 @@ def _make_ready(
     encoded: EncodedImages, geometry: EvalTransform, config: DataConfig, *, augmentation: str
 ) -> tuple[Images, list[bytes] | None, Tensor]:
     """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
-    image_size, cache_images, skip_corrupt = geometry.image_size, config.cache_images, config.skip_corrupt
-    num_bytes = len(encoded) * encoded.in_chans * image_size**2
+    cache_images, skip_corrupt = config.cache_images, config.skip_corrupt
+    num_bytes = len(encoded) * encoded.in_chans * geometry.image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
     pixels: PixelStore
     digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
-        decoded, readable, digests = decode_all(encoded, image_size, geometry, skip_corrupt=skip_corrupt)
+        decoded, readable, digests = decode_all(encoded, geometry, skip_corrupt=skip_corrupt)
         pixels = CachedPixels(decoded, move_to_device=cache_images == "auto")
         encoded = encoded.subset(readable)
     else:
         if skip_corrupt:
             logger.info("checking %d images of %r for unreadable ones", len(encoded), encoded.split)
-            digests = []  # in any order
-            encoded = encoded.subset(
-                for_each_image(
-                    encoded, lambda position, image: digests.append(content_digest(image)), skip_corrupt=True
-                )
-            )
-        random_transform = train_transform(geometry, augmentation) if augmentation == "timm" else None
-        workers = config.dataloader_num_workers
-        pixels = StreamedPixels(encoded, geometry, train_transform=random_transform, num_workers=workers)
+            found: list[bytes] = []  # in any order
+            readable = for_each_image(encoded, lambda _, image: found.append(content_digest(image)), skip_corrupt=True)
+            encoded, digests = encoded.subset(readable), found
+        pixels = StreamedPixels(
+            encoded,
+            geometry,
+            train_transform=train_transform(geometry, augmentation),
+            num_workers=config.dataloader_num_workers,
+        )
     if not len(encoded):
         raise ValueError(f"split {encoded.split!r} has no readable image, --skip_corrupt left out every one")
     return Images(encoded.labels, pixels, augmentation), digests, encoded.rows

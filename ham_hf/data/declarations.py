@@ -60,8 +60,7 @@ class Declarations:
     def class_names(self, column: str, train_split: str) -> tuple[str, ...] | None:
         """The classes of a column in label order: README.md's, else of the training file with the most; None without.
 
-        Raises:
-            ValueError: if a training file declares another name; both lists are named.
+        ValueError if a training file declares another name; both lists are named.
         """
         files = self.files.get(train_split, ())
         declared = [(file.file, file.names[column]) for file in files if column in file.names]
@@ -83,9 +82,7 @@ class Declarations:
         """Files of a split with the names that their labels count; empty if nothing is declared.
 
         A file without names counts those of the whole dataset; unless README.md has them, this is warned of.
-
-        Raises:
-            ValueError: as `class_names` does, or if the files disagree on the names of a file without any.
+        ValueError as of `class_names`, or if the files disagree on the names of a file without any.
         """
         common = self.class_names(column, train_split)
         files = self.files.get(split, ())

@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +24,11 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
-from ham_hf.data.augment import PixelTransform
-
 logger = logging.getLogger(__name__)
 
 DECODE_CHUNK = 256
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
+PixelTransform = Callable[[Image.Image], Tensor]
 
 
 class CorruptImageError(ValueError):
@@ -152,19 +151,28 @@ class EvalTransform:
         return torch.from_numpy(np.array(image).reshape(height, width, -1)).permute(2, 0, 1)
 
 
-def common_size(images: EncodedImages) -> int | None:
-    """Side in pixels if all readable images are squares of one size, else None. Reads headers only."""
-    sides: set[tuple[int, int]] = set()
-    for chunk in _chunks(len(images)):
+def timm_train_transform(image_size: int, interpolation: str) -> PixelTransform:
+    """Training transform of timm's defaults (random resized crop, flip, color jitter): PIL to uint8 (C, S, S)."""
+    transform: PixelTransform = create_transform(
+        image_size, is_training=True, interpolation=interpolation, normalize=False
+    )
+    return transform
+
+
+def common_side(parts: Iterable[EncodedImages], most: int) -> int | None:
+    """Side if all readable images are squares of one size, at most ``most`` pixels, else None. Reads headers only."""
+    sides: set[int] = set()
+    for images, chunk in ((part, chunk) for part in parts for chunk in _chunks(len(part))):
         for encoded in images.read(chunk):
             try:
                 with _opened(encoded) as image:
-                    sides.add(image.size)
+                    width, height = image.size
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 continue  # Decoding reports it, with its row.
-            if len(sides) > 1 or image.size[0] != image.size[1]:
+            sides.add(width)
+            if len(sides) > 1 or not width == height <= most:
                 return None
-    return sides.pop()[0] if sides else None
+    return sides.pop() if sides else None
 
 
 def for_each_image(images: EncodedImages, visit: Callable[[int, Image.Image], None], *, skip_corrupt: bool) -> Tensor:
@@ -203,7 +211,7 @@ def content_digest(image: Image.Image) -> bytes:
 
 
 def decode_all(
-    images: EncodedImages, image_size: int, transform: PixelTransform, *, skip_corrupt: bool
+    images: EncodedImages, geometry: EvalTransform, *, skip_corrupt: bool
 ) -> tuple[Tensor, Tensor, list[bytes]]:
     """Decode all images into one tensor.
 
@@ -211,11 +219,11 @@ def decode_all(
         (M, C, S, S) uint8 pixels of the readable images, the (N,) bool of ``for_each_image``, and `content_digest` of
         the M images at their own size.
     """
-    pixels = torch.empty((len(images), images.in_chans, image_size, image_size), dtype=torch.uint8)
+    pixels = torch.empty((len(images), images.in_chans, *[geometry.image_size] * 2), dtype=torch.uint8)
     digests = [b""] * len(images)
 
     def store(position: int, image: Image.Image) -> None:
-        pixels[position] = transform(image)
+        pixels[position] = geometry(image)
         digests[position] = content_digest(image)
 
     readable = for_each_image(images, store, skip_corrupt=skip_corrupt)

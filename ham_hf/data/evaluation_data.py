@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ham_hf.data.columns import (
-    TEST_SPLITS,
     categories,
     choose_image_column,
     choose_label_column,
     choose_splits,
     encoded_images,
+    find_test_split,
     labeled,
     read_labels,
 )
@@ -125,8 +125,7 @@ def choose_evaluation_split(
 ) -> tuple[str, str | None]:
     """The split to evaluate on, and the training split beside it (the same one if there is no other), if any.
 
-    Raises:
-        ValueError: if a named split does not exist, or there are several and none is for testing.
+    ValueError if a named split does not exist, or there are several and none is for testing.
     """
     if test_split is not None and test_split not in names:
         choose_splits(names, names[0], test_split)  # raises
@@ -137,19 +136,18 @@ def choose_evaluation_split(
         return test_split, None
     if train is None:
         # Evaluation sets such as ImageNet-A have no training split.
-        found = [name for name in TEST_SPLITS if name in names]
-        found = [name for name in found if has_labels(name)] or found
-        if not found:
+        found = find_test_split(names, has_labels)
+        if found is None:
             listed = ", ".join(map(repr, names))
             raise ValueError(f"none of the splits {listed} is for testing by its name: choose one with --test_split")
-        return found[0], None
+        return found, None
     train, test = choose_splits(names, train, test_split, has_labels)
     return (train, train) if test is None else (test, train)
 
 
 def _open(config: DataConfig, group_column: str | None) -> _Opened:
     open_any = open_streamed_source if config.dataset_streaming else open_source
-    source = open_any(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_any(config)
     has_labels = labeled(source.splits, config.label_column)
     split, train = choose_evaluation_split(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train or split].features
@@ -180,13 +178,7 @@ def _open(config: DataConfig, group_column: str | None) -> _Opened:
         if of_train is not None and set(names) <= set(of_train):
             labels, names = named_labels(labels, names, of_train), of_train
     return _Opened(
-        source=source,
-        rows=rows,
-        split=split,
-        train_split=train,
-        labels=labels,
-        class_names=names,
-        image_column=images,
+        source=source, rows=rows, split=split, train_split=train, labels=labels, class_names=names, image_column=images
     )
 
 
@@ -209,9 +201,8 @@ def _was_trained_on(
         return True
     same_name = record.dataset == plain_name(config.dataset_name) and record.train_split == opened.split
     same_configuration = (record.config_name or "default") == (opened.source.config_name or "default")
-    on_hub = not is_local(config.dataset_name, config.dataset_config_name, config.dataset_revision)
     # Another revision of a dataset of the Hub has most images in common.
-    return same_name and same_configuration and (on_hub or record.fingerprint is None)
+    return same_name and same_configuration and (not is_local(config.dataset_name) or record.fingerprint is None)
 
 
 def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) -> float:

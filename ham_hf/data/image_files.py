@@ -34,9 +34,8 @@ from ham_hf.data.class_folders import (
     METADATA_NAMES,
     common_folder,
     folder_of_split,
-    images_in_files,
     is_hidden,
-    is_image_name,
+    is_image,
     list_files,
     note,
     note_unnamed_images,
@@ -74,56 +73,49 @@ class ImageFiles:
         return {path: found.get(path, self.where[path]) for path in paths}
 
 
-def files_of_folder(root: Path) -> ImageFiles:
-    """Every file below a folder, also behind links."""
-    paths, notes = list_files(root)
-    return ImageFiles(where={path: str(root.absolute() / path) for path in paths}, notes=tuple(notes))
+def files_below(root: str) -> ImageFiles:
+    """Every file below a URL, or below a folder, also behind links."""
+    if "://" in root:
+        filesystem, start = fsspec.url_to_fs(root)
+        paths = [path[len(start) :].lstrip("/") for path in filesystem.find(start, expand_info=False)]
+        return ImageFiles(where={path: f"{root}/{path}" for path in paths})
+    paths, notes = list_files(Path(root))
+    return ImageFiles(where={path: str(Path(root).absolute() / path) for path in paths}, notes=tuple(notes))
 
 
 def holds_images(files: ImageFiles) -> bool:
     """Whether local files are images, themselves or in zip archives, rather than other data."""
-    visible = [path for path in files.where if not is_hidden(path)]
-    images = sum(map(is_image_name, visible))
-    data = [path for path in visible if path.lower().endswith(DATA_EXTENSIONS)]
+    images = sum(map(is_image, files.where))
+    data = [path for path in files.where if path.lower().endswith(DATA_EXTENSIONS) and not is_hidden(path)]
     if images or not data or not all(path.lower().endswith(".zip") for path in data):
         return images > len(data)
     names = [name for path in data for name in _names_in(path, files.where[path]) if not is_hidden(name)]
-    return sum(map(is_image_name, names)) > sum(name.lower().endswith(DATA_EXTENSIONS) for name in names)
+    return sum(map(is_image, names)) > sum(name.lower().endswith(DATA_EXTENSIONS) for name in names)
 
 
 def files_of_builder(
     builder: datasets.DatasetBuilder, *, splits_declared: bool, only_configuration: bool
 ) -> ImageFiles:
-    """Every file of the dataset that a builder of ``datasets`` would read.
+    """Every file of the dataset that a builder of ``datasets``, opened and nothing prepared, would read.
 
-    Args:
-        builder: opened, nothing prepared.
-        splits_declared: whether README.md says which files the configuration has.
-        only_configuration: whether the remaining files cannot be another configuration's.
+    ``splits_declared``: README.md says which files the configuration has; ``only_configuration``: the remaining ones
+    cannot be another configuration's.
     """
     root = "/".join(part for part in (str(builder.base_path).rstrip("/"), builder.config.data_dir) if part)
+    files = files_below(root)
     if "://" in root:
         settings = datasets.DownloadConfig(token=builder.token)
         manager = datasets.DownloadManager(dataset_name=builder.dataset_name, download_config=settings)
-        files = ImageFiles(where={path: f"{root}/{path}" for path in list_repository(root)}, download=manager.download)
-    else:
-        files = files_of_folder(Path(root))
+        files = replace(files, download=manager.download)
     if not splits_declared:
         return files
     path_of = {file: path for path, file in files.where.items()}
     declared = builder.config.data_files.items()
     split_of = {path_of.get(str(file), str(file)): str(split) for split, found in declared for file in found}
     where = {**files.where, **{path: path for path in split_of if path not in files.where}}
-    others = [path for path in where if is_image_name(path) and not is_hidden(path) and path not in split_of]
-    unread = others if only_configuration else []
+    unread = [path for path in where if is_image(path) and path not in split_of and only_configuration]
     notes = note(unread, "image files are in no data_files of README.md and are not read")
     return replace(files, where=where, split_of=split_of, notes=(*files.notes, *notes))
-
-
-def list_repository(root: str) -> list[str]:
-    """Every file below a URL, as paths relative to it."""
-    filesystem, start = fsspec.url_to_fs(root)
-    return [path[len(start) :].lstrip("/") for path in filesystem.find(start, expand_info=False)]
 
 
 def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
@@ -136,16 +128,9 @@ def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str
     files = _unpacked(files)
     usable = files.where if files.split_of is None else [path for path in files.where if path in files.split_of]
     tables = [path for path in usable if PurePosixPath(path).name in METADATA_NAMES and not is_hidden(path)]
-    if tables:
-        splits, notes = _read_tables(files, tables)
-    else:
-        found = sort_into_classes(files.where, files.split_of)
-        images = [path for of_split in found.splits.values() for path, _ in of_split]
-        splits, notes = found.as_dataset(files.fetch(images)), list(found.notes)
+    splits, notes = _read_tables(files, tables) if tables else _read_class_folders(files)
     if not splits:
         raise ValueError("it has no image that is not hidden")
-    if files.download is None and not tables:
-        notes += note_unnamed_images(files.where)
     noted = (*files.notes, *notes)
     for sentence in noted:
         logger.warning("%s", sentence)
@@ -154,9 +139,8 @@ def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str
 
 def _unpacked(files: ImageFiles) -> ImageFiles:
     """With the files of zip archives in their place, where all images are in archives."""
-    visible = [path for path in files.where if not is_hidden(path)]
-    archives = [path for path in visible if path.lower().endswith(".zip")]
-    if not archives or any(map(is_image_name, visible)):
+    archives = [path for path in files.where if path.lower().endswith(".zip") and not is_hidden(path)]
+    if not archives or any(map(is_image, files.where)):
         return files
     where = {path: file for path, file in files.where.items() if path not in archives}
     split_of = None if files.split_of is None else dict(files.split_of)
@@ -177,9 +161,9 @@ def _unpack(archive: str, file: str) -> Path:
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
     if folder.is_dir():
         return folder
-    refuse_repeated([f"{archive}/{name}" for name in _names_in(archive, file)])
     cache.mkdir(parents=True, exist_ok=True)
     with _explained(archive), zipfile.ZipFile(file) as opened, tempfile.TemporaryDirectory(dir=cache) as part:
+        refuse_repeated([f"{archive}/{name}" for name in opened.namelist()])
         opened.extractall(f"{part}/files")
         try:
             os.rename(f"{part}/files", folder)
@@ -202,6 +186,30 @@ def _explained(archive: str) -> Iterator[None]:
         raise ValueError(f"the archive {shown(archive)} cannot be unpacked ({error}): repair it") from error
 
 
+def _read_class_folders(files: ImageFiles) -> tuple[datasets.DatasetDict, list[str]]:
+    found, notes = sort_into_classes(files.where, files.split_of)
+    names = sorted({name for images in found.values() for _, name in images})
+    labels = datasets.ClassLabel(names=names)
+    file_of = files.fetch([path for images in found.values() for path, _ in images])
+    splits = datasets.DatasetDict()
+    for split, images in found.items():
+        table = pa.table({"label": labels.str2int([name for _, name in images])})
+        splits[split] = _with_images(table, "image", [file_of[path] for path, _ in images], {"label": labels})
+    if files.download is None and splits:
+        notes += note_unnamed_images(files.where)
+    return splits, notes
+
+
+def _with_images(
+    table: pa.Table, column: str, files: Sequence[str], features: Mapping[str, object]
+) -> datasets.Dataset:
+    """A table with a column of images in front, which stay in their files."""
+    stored = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())]
+    whole = table.add_column(0, column, pa.StructArray.from_arrays(stored, names=["bytes", "path"]))
+    schema = datasets.Features({column: datasets.Image(), **features}).arrow_schema
+    return datasets.Dataset(datasets.table.InMemoryTable(whole.cast(schema)))
+
+
 NAME = "file_name"
 
 
@@ -220,7 +228,7 @@ def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.Dat
             f"{shown(missing[0])}: a name is a path from the table's folder, and an archive is a folder of its name"
         )
     others = set(files.where if split_of is None else split_of) - set(images)
-    unlisted = sorted(path for path in others if is_image_name(path) and not is_hidden(path))
+    unlisted = sorted(filter(is_image, others))
     notes = note(unlisted, f"image files have no row in {' or '.join(map(shown, contents))} and are not read")
     splits = _splits_by_folder(images, list(contents)) if split_of is None else [split_of.get(path) for path in images]
     apart = [path for path, split in zip(images, splits, strict=True) if split is None]
@@ -230,15 +238,14 @@ def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.Dat
             "into one, or rename the folders that are named like splits"
         )
     features = datasets.Features.from_arrow_schema(table.schema)
+    del features[column]
     image = "image" if column == NAME else column.removesuffix(f"_{NAME}")
-    features = datasets.Features({image: datasets.Image(), **{k: v for k, v in features.items() if k != column}})
     found = datasets.DatasetDict()
     for split in dict.fromkeys(split for split in splits if split is not None):
         rows = [row for row, own in enumerate(splits) if own == split]
         fetched = files.fetch([images[row] for row in rows])
-        stored = images_in_files([fetched[images[row]] for row in rows])
-        whole = table.take(rows).drop_columns([column]).add_column(0, image, stored).cast(features.arrow_schema)
-        found[split] = datasets.Dataset(datasets.table.InMemoryTable(whole))
+        own = [fetched[images[row]] for row in rows]
+        found[split] = _with_images(table.take(rows).drop_columns([column]), image, own, features)
     return found, notes
 
 

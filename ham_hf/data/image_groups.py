@@ -53,17 +53,12 @@ class ImageGroups:
 
 
 def read_groups(
-    split: datasets.Dataset,
-    column: str,
-    rows: Tensor,
-    of_files: Sequence[tuple[FileClasses, tuple[str, ...]]] = (),
+    split: datasets.Dataset, column: str, rows: Tensor, of_files: Sequence[tuple[FileClasses, tuple[str, ...]]] = ()
 ) -> ImageGroups:
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
     Groups are the names that a ``ClassLabel``, or each file in ``of_files``, declares, else the sorted values.
-
-    Raises:
-        ValueError: if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
+    ValueError if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
     """
     feature = split.features[categories("--group_column", column, split.features)]
     stored = split[column][:]
@@ -92,15 +87,10 @@ def read_groups(
 def make_groups(
     column: str, values: Sequence[str | int | bool | None], names: Sequence[str] | None = None
 ) -> ImageGroups:
-    """Groups of images by their values; None is a missing one.
+    """Groups of images by their values, one per image; None is a missing one.
 
-    Args:
-        column: where the values are from, for messages.
-        values: one per image.
-        names: of the groups in order; None takes the sorted values that occur.
-
-    Raises:
-        ValueError: if there are more than `MAX_GROUPS` groups.
+    ``names`` are those of the groups in order; None takes the sorted values that occur. ``column`` is for messages.
+    ValueError if there are more than `MAX_GROUPS` groups.
     """
     order: Sequence[str | int | bool]
     if names is not None:
@@ -123,8 +113,5 @@ def make_groups(
         shown.append(missing)
     of_image = [len(order) if value is None else index_of[value] for value in values]
     return ImageGroups(
-        column=column,
-        names=tuple(shown),
-        of_image=torch.tensor(of_image, dtype=torch.int64),
-        num_missing=num_missing,
+        column=column, names=tuple(shown), of_image=torch.tensor(of_image, dtype=torch.int64), num_missing=num_missing
     )

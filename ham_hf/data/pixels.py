@@ -1,22 +1,30 @@
-"""Batches of pixels in [0, 1] and labels, from a cache in memory or streamed by worker processes."""
+"""Batches of pixels in [0, 1] and labels, cached or streamed by worker processes, and their augmentation.
+
+All randomness is drawn on the CPU from explicit seeds, so the same images come out on every device, in every worker
+process and after a resume.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng, seed_for_example
-from ham_hf.data.decoding import CorruptImageError, EncodedImages
+from ham_hf.data.decoding import CorruptImageError, EncodedImages, PixelTransform
+
+AUGMENTATIONS = ("none", "crop", "crop_flip", "timm")
 
 
 class BatchRequest(NamedTuple):
@@ -89,17 +97,12 @@ class StreamedPixels:
     Args:
         images: what to decode.
         transform: for requests without a seed.
-        train_transform: random transform for requests with a seed; None: ``transform`` for these too.
+        train_transform: for requests with a seed; it may draw from the global generators.
         num_workers: processes; 0 decodes in the calling one.
     """
 
     def __init__(
-        self,
-        images: EncodedImages,
-        transform: PixelTransform,
-        *,
-        train_transform: PixelTransform | None,
-        num_workers: int,
+        self, images: EncodedImages, transform: PixelTransform, *, train_transform: PixelTransform, num_workers: int
     ) -> None:
         self._images = images
         self._transform = transform
@@ -112,11 +115,11 @@ class StreamedPixels:
         positions = request.indices.tolist()
         with isolated_rng():
             for position, encoded in zip(positions, self._images.read(request.indices), strict=True):
-                image = self._images.decode(position, encoded)
-                if request.seed is None or self._train_transform is None:
-                    pixels.append(self._transform(image))
-                else:
-                    pixels.append(transform_example(self._train_transform, image, request.seed, position))
+                transform = self._transform
+                if request.seed is not None:
+                    transform = self._train_transform
+                    seed_for_example(request.seed, position)
+                pixels.append(transform(self._images.decode(position, encoded)))
         return torch.stack(pixels)
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
@@ -232,10 +235,65 @@ def _shield_worker(worker_id: int) -> None:
     threading.Thread(target=obey_parent, daemon=True).start()
 
 
-def transform_example(transform: PixelTransform, image: Image.Image, seed: int, index: int) -> Tensor:
-    """(C, S, S) uint8, by the seed of the batch and the example's position; call it inside `isolated_rng`."""
-    seed_for_example(seed, index)
-    return transform(image)
+def random_crop(x: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Pad images (N, C, H, W) with zeros and cut a window of the old size, contiguous, at a random place.
+
+    Draws two numbers per image from the CPU ``generator``.
+    """
+    num_images, _, height, width = x.shape
+    top, left = torch.randint(0, 2 * padding + 1, (2, num_images), generator=generator).to(x.device)
+    padded = F.pad(x, (padding, padding, padding, padding))
+    # A view with every window of every image; indexing it copies one window per image.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(num_images, device=x.device), :, top, left].contiguous()
+
+
+def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image of (N, C, H, W) left-right with probability 1/2, by one number of the CPU ``generator``."""
+    flipped = torch.rand(len(x), generator=generator) < 0.5
+    return torch.where(flipped.to(x.device)[:, None, None, None], x.flip(-1), x)
+
+
+def augment_batch(x: Tensor, augmentation: str, seed: int) -> Tensor:
+    """Augment a batch of square images; the pad-crop pads an eighth of the side (4 pixels at 32).
+
+    Args:
+        x: (N, C, S, S), any dtype, any device; the result has the same.
+        augmentation: ``crop``, ``crop_flip``, or ``none`` and ``timm``, which change nothing here (timm's transform
+            works on single images, before).
+        seed: of all random numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if augmentation in ("crop", "crop_flip"):
+        x = random_crop(x, x.shape[-1] // 8, generator)
+    if augmentation == "crop_flip":
+        x = random_flip(x, generator)
+    return x
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch (CPU) on leaving."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
+
+
+def seed_for_example(seed: int, index: int) -> None:
+    """Seed Python's, numpy's and torch's (CPU) global generators from the batch's seed and the example's position.
+
+    timm's transforms draw from all three. Call it inside ``isolated_rng``.
+    """
+    words = np.random.SeedSequence([seed, index]).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    # Not torch.manual_seed: that would also reseed the accelerator of the calling process.
+    torch.default_generator.manual_seed(int(words[2]))
 
 
 def can_pin(device: torch.device) -> bool:

@@ -50,19 +50,15 @@ class Provenance:
 
     Attributes:
         dataset: Hub id, or name of a local folder without its path.
-        config_name: configuration of a Hub dataset.
         revision: commit of a Hub dataset; None if it is not known.
         train_split: split that training and validation images are of.
         test_split: split of the test images; None if they were held out of ``train_split``.
-        image_column: column of the images.
-        label_column: column of the labels.
         seed: of the validation part and of ``limit_train_examples``.
         validation_fraction: share of the training images held out, in [0, 1).
         test_fraction: share of ``train_split`` held out to test on where ``test_split`` is None, in (0, 1).
         limit_train_examples: stratified part that was taken of the training images, before validation was held out.
         dataset_streaming: whether training images were streamed; held out is then the beginning of every file.
         num_train_examples: of a stream whose files do not say it.
-        skip_corrupt: whether unreadable images were left out.
         num_images: images of ``train_split``, all parts together.
         fingerprint: `Fingerprint.labels` of ``train_split``; None if it is not known.
         fingerprint_missing: why it is not known; else None.
@@ -93,10 +89,9 @@ class Provenance:
         return asdict(self)
 
     def loading_settings(self, dataset_name: str) -> dict[str, Any]:
-        """Arguments of `ham_hf.data.load_image_data` with which it gives the same parts of the same data again.
+        """Arguments of `ham_hf.data.load_image_data` that give the same parts of the same data again.
 
-        Args:
-            dataset_name: where the data is now: a Hub id or a folder. A folder has no revision.
+        ``dataset_name`` is where the data is now: a Hub id or a folder. A folder has no revision.
         """
         on_hub = not Path(dataset_name).expanduser().exists() and dataset_name == self.dataset
         others = {"dataset", "config_name", "revision", "num_images"}
@@ -126,12 +121,7 @@ def plain_name(dataset_name: str) -> str:
 
 
 def fingerprint_of(split: EncodedImages, class_names: Sequence[str]) -> Fingerprint:
-    """Fingerprint of a whole split.
-
-    Args:
-        split: its N images, of all rows in order.
-        class_names: names of the classes that its labels count.
-    """
+    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels count."""
     return Fingerprint(
         num_images=len(split),
         labels=label_fingerprint(split.labels, class_names),
@@ -164,10 +154,9 @@ def _pixel_fingerprint(split: EncodedImages) -> str:
 
 
 def read_provenance(record: object) -> Provenance:
-    """Read what `Provenance.record` gave; keys that a newer version adds are left alone.
+    """Read what `Provenance.record` gave, without the keys that a newer version adds.
 
-    Raises:
-        ValueError: naming the key and what was expected.
+    ValueError names the key and what was expected.
     """
     names = {field.name for field in fields(Provenance)}
     if not isinstance(record, Mapping) or not names <= record.keys():
@@ -189,10 +178,7 @@ def read_provenance(record: object) -> Provenance:
 _KINDS = get_type_hints(Provenance)
 _BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63),
-    "validation_fraction": (0, 1),
-    "test_fraction": (0, 1),
-    "limit_train_examples": (1, 2**63),
-    "num_train_examples": (1, 2**63),
-    "num_images": (1, 2**63),
+    **dict.fromkeys(("validation_fraction", "test_fraction"), (0, 1)),
+    **dict.fromkeys(("limit_train_examples", "num_train_examples", "num_images"), (1, 2**63)),
 }
 """Least value, and what the value stays below."""

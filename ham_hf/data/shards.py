@@ -30,11 +30,12 @@ MAX_ARCHIVE_LENGTH = 10**9
 
 
 class Example(NamedTuple):
-    """An example: its number in the split, its image as ``{"bytes": ..., "path": ...}``, and its class."""
+    """An example: its number in the split, image as ``{"bytes": ..., "path": ...}``, class, and place for messages."""
 
     number: int
     encoded: Mapping[str, Any] | None
     label: int
+    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,8 @@ class SplitFiles:
     def rows(self, columns: Sequence[str], file: int, start: int, stop: int | None) -> Iterator[dict[str, Any]]:
         """Rows ``start`` to ``stop`` (None: the end) of a file, images not decoded, labels as `class_of` gives them.
 
-        Reads the row groups of a parquet file that hold these rows, and an archive from its beginning.
-
-        Raises:
-            StreamError: if a row of files from elsewhere names a file of this machine instead of holding an image.
+        Reads the row groups of a parquet file that hold these rows, and an archive from its beginning. StreamError if
+        a row of files from elsewhere names a file of this machine instead of holding an image.
         """
         rows = self._own(self._rows(columns, file, start, stop), file, start)
         label = self.label_column
@@ -144,7 +143,8 @@ class Shards:
             for values in self.source.rows(columns, file, start, stop):
                 label = values[self.label_column]
                 self._check_label(label, file, row)
-                yield Example(self.offsets[file] + row, _encoded(values[self.image_column]), label)
+                image = _encoded(values[self.image_column])
+                yield Example(self.offsets[file] + row, image, label, self._where(file, row))
                 row += 1
         except StreamError:
             raise
@@ -199,10 +199,7 @@ def count_rows(source: SplitFiles, num_examples: int | None) -> tuple[int, ...]:
 
     Parquet files say it. Archives have an ``_info.json`` beside them (``splits``, ``filenames``, ``shard_lengths``),
     or are counted by their headers if they are local; else all have the same share of ``num_examples``, the user's
-    number, rounded down.
-
-    Raises:
-        ValueError: if none of these gives the numbers, or ``num_examples`` is another.
+    number, rounded down. ValueError if none of these gives the numbers, or ``num_examples`` is another.
     """
     files = source.files
     rows = source.num_rows if source.num_rows is not None else _listed_rows(files)

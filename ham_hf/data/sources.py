@@ -27,11 +27,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, list_files, note
+from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, note
+from ham_hf.data.config import DataConfig
 from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
-from ham_hf.data.image_files import files_of_builder, files_of_folder, holds_images, list_repository, read_image_files
+from ham_hf.data.image_files import files_below, files_of_builder, holds_images, read_image_files
 from ham_hf.data.shards import SplitFiles
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.files import front_matter
+from ham_hf.hub_config import is_hub_id
 
 logger = logging.getLogger(__name__)
 Split = TypeVar("Split", datasets.Dataset, SplitFiles)
@@ -64,34 +66,29 @@ class Source(Generic[Split]):
     declared: Declarations = field(default_factory=Declarations)
 
 
-def open_source(name: str, config_name: str | None, revision: str | None) -> Source[datasets.Dataset]:
+def open_source(config: DataConfig) -> Source[datasets.Dataset]:
     """Open ``digits``, a local folder (parquet, class folders, ``save_to_disk``) or a dataset of the Hub.
 
-    An existing folder wins over a dataset of the Hub with the same name.
-
-    Raises:
-        ValueError: if it cannot be opened; the message names the setting and the fix, the cause is kept.
+    An existing folder wins over a dataset of the Hub with the same name. ValueError if it cannot be opened; the
+    message names the setting and the fix, the cause is kept.
     """
-    local = is_local(name, config_name, revision)
+    name, config_name, local = config.dataset_name, config.dataset_config_name, _check_name(config)
     if name == DIGITS:
         return Source(splits=_digits())
-    folder = Path(name).expanduser()
-    with _explained(name, config_name, revision, local=local):
+    folder = os.path.expanduser(name)
+    with _explained(config, local=local):
         if local and _is_saved(folder):
-            saved = datasets.load_from_disk(str(folder))
+            saved = datasets.load_from_disk(folder)
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
             return Source(splits=splits, config_name=config_name)
-        if local and config_name is None and not _declared_configs(str(folder)):
-            files = files_of_folder(folder)
+        if local and config_name is None and not _declared_configs(folder):
+            files = files_below(folder)
             if holds_images(files):
                 if not any(map(is_image_name, files.where)):
                     check_cache()  # archives are unpacked there
                 splits, notes = read_image_files(files)
                 return Source(splits=splits, notes=notes)
-        check_cache()
-        # The two halves of load_dataset; the builder knows which commit of the Hub it reads.
-        builder = _builder(name, config_name, revision, local=local)
-        opened, commit = _opened(builder, config_name, revision, local=local)
+        builder, opened, commit = _builder(config, local=local)
         configs = _declared_configs(str(builder.base_path))
         declares = any("data_files" in own for own in configs if own.get("config_name") == builder.config.name)
         images = _reads_image_files(builder)
@@ -100,30 +97,28 @@ def open_source(name: str, config_name: str | None, revision: str | None) -> Sou
         if images:
             files = files_of_builder(builder, splits_declared=declares, only_configuration=len(configs) == 1)
             splits, notes = read_image_files(files)
-            return Source(splits=splits, config_name=opened, revision=commit, notes=notes)
+            return Source(splits=splits, notes=notes, config_name=opened, revision=commit)
         unread = _note_unread_files(builder)
         declared = _declarations(builder)
         builder.download_and_prepare()
         splits = builder.as_dataset()
     if not local:
         _refuse_files_of_this_machine(name, splits)
-    return Source(splits=splits, config_name=opened, revision=commit, notes=tuple(unread), declared=declared)
+    return Source(splits=splits, notes=tuple(unread), declared=declared, config_name=opened, revision=commit)
 
 
-def open_streamed_source(name: str, config_name: str | None, revision: str | None) -> Source[SplitFiles]:
+def open_streamed_source(config: DataConfig) -> Source[SplitFiles]:
     """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
 
-    Raises:
-        ValueError: if it cannot be opened or has another layout; the message names the fix.
+    ValueError if it cannot be opened or has another layout; the message names the fix.
     """
-    local = is_local(name, config_name, revision)
+    name, local = config.dataset_name, _check_name(config)
     if name == DIGITS:
         raise _not_streamed(name, "the digits of the package")
-    if local and _is_saved(Path(name).expanduser()):
+    if local and _is_saved(os.path.expanduser(name)):
         raise _not_streamed(name, "a folder written by save_to_disk")
-    with _explained(name, config_name, revision, local=local, passing=StreamError):
-        check_cache()
-        builder = _builder(name, config_name, revision, local=local)
+    with _explained(config, local=local, passing=StreamError):
+        builder, opened, commit = _builder(config, local=local)
         _refuse_repeated_files(builder)
         _note_unread_files(builder)
         declared = _declarations(builder)
@@ -140,8 +135,7 @@ def open_streamed_source(name: str, config_name: str | None, revision: str | Non
         )
         for split, files in builder.config.data_files.items()
     }
-    opened, commit = _opened(builder, config_name, revision, local=local)
-    return Source(splits=splits, config_name=opened, revision=commit, declared=declared)
+    return Source(splits=splits, declared=declared, config_name=opened, revision=commit)
 
 
 def _not_streamed(name: str, layout: str) -> ValueError:
@@ -166,11 +160,9 @@ def _front_matter(base: str) -> str:
     """The YAML at the top of a dataset's README.md; empty without."""
     try:
         with fsspec.open(f"{base}/README.md", "rb") as file:
-            text = file.read(MAX_README_BYTES).decode(errors="replace")
+            return front_matter(file.read(MAX_README_BYTES).decode(errors="replace"))
     except FileNotFoundError:
         return ""
-    front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    return front[1] if front else ""
 
 
 def _declared_configs(base: str) -> list[dict[str, object]]:
@@ -221,24 +213,23 @@ def _refuse_repeated_files(builder: datasets.DatasetBuilder) -> None:
 def _note_unread_files(builder: datasets.DatasetBuilder) -> list[str]:
     """Warn of files that could be read and are in no split, unless another configuration may have them."""
     base, listed = str(builder.base_path).rstrip("/"), builder.config.data_files or {}
-    if not listed:
-        return []
     configs = _declared_configs(base)
-    if len(configs) > 1:
+    if not listed or len(configs) > 1:
         return []
-    remote = "://" in base
-    read = {str(file) if remote else os.path.realpath(file) for files in listed.values() for file in files}
+
+    def place(file: str) -> str:
+        return file if "://" in base else os.path.realpath(file)
+
+    read = {place(str(file)) for files in listed.values() for file in files}
     kinds = tuple({os.path.splitext(file)[1].lower() for file in read} & set(DATA_EXTENSIONS))
-    paths, notes = (list_repository(base), []) if remote else list_files(Path(base))
+    found = files_below(base)
     missing = [
         path
-        for path in paths
-        if not is_hidden(path)
-        and path.lower().endswith(kinds)
-        and (f"{base}/{path}" if remote else os.path.realpath(os.path.join(base, path))) not in read
+        for path, file in found.where.items()
+        if not is_hidden(path) and path.lower().endswith(kinds) and place(file) not in read
     ]
     why = "are in no data_files of README.md" if configs else "belong to no split by their names"
-    notes += note(missing, f"files {why} and are not read")
+    notes = [*found.notes, *note(missing, f"files {why} and are not read")]
     for sentence in notes:
         logger.warning("%s", sentence)
     return notes
@@ -282,15 +273,10 @@ def check_cache() -> None:
 
 
 def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> None:
-    """Reject a dataset of the Hub whose rows name files outside of the cache instead of holding images.
-
-    Training would read them, and a published figure shows some.
-    """
-    caches = {datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE}
-    caches |= {
-        os.environ[variable] for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if variable in os.environ
-    }
-    roots = [Path(cache).expanduser().resolve() for cache in caches]
+    """Reject a Hub dataset whose rows name files outside of the cache; training would read and show them."""
+    caches = [os.environ.get("HF_HUB_CACHE"), os.environ.get("HUGGINGFACE_HUB_CACHE")]
+    caches += [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    roots = [Path(cache).expanduser().resolve() for cache in caches if cache]
     for split, rows in splits.items():
         for column, feature in rows.features.items():
             kind = rows.data.schema.field(column).type
@@ -309,19 +295,20 @@ def _refuse_files_of_this_machine(name: str, splits: datasets.DatasetDict) -> No
                     )
 
 
-def is_local(name: str, config_name: str | None, revision: str | None) -> bool:
-    """Whether ``name`` is the digits or a folder.
+def is_local(name: str) -> bool:
+    """Whether ``name`` is the digits or something on this machine."""
+    return name == DIGITS or Path(name).expanduser().exists()
 
-    Raises:
-        ValueError: if it is neither that nor a Hub id, or has a configuration or revision that cannot be.
-    """
-    folder = Path(name).expanduser()
-    local = name == DIGITS or folder.exists()
+
+def _check_name(config: DataConfig) -> bool:
+    """`is_local`; ValueError for what is neither that nor a Hub id, or has an impossible configuration or revision."""
+    name, config_name, revision = config.dataset_name, config.dataset_config_name, config.dataset_revision
+    local = is_local(name)
     if local and revision is not None:
         raise ValueError(f"--dataset_revision {revision}: only datasets of the Hub have revisions, {name!r} is local")
     if name == DIGITS and config_name is not None:
         raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
-    if name != DIGITS and folder.is_file():
+    if name != DIGITS and Path(name).expanduser().is_file():
         raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
     if not local and not is_hub_id(name):
         raise ValueError(
@@ -330,32 +317,25 @@ def is_local(name: str, config_name: str | None, revision: str | None) -> bool:
     return local
 
 
-def _is_saved(folder: Path) -> bool:
+def _is_saved(folder: str) -> bool:
     """Whether ``save_to_disk`` wrote the folder."""
-    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    return any(os.path.isfile(f"{folder}/{file}") for file in ("dataset_dict.json", "state.json"))
 
 
-def _builder(name: str, config_name: str | None, revision: str | None, *, local: bool) -> datasets.DatasetBuilder:
-    """The builder of ``datasets`` for it, nothing prepared."""
-    path = str(Path(name).expanduser().resolve()) if local else name
-    builder = datasets.load_dataset_builder(path, config_name, revision=revision)
+def _builder(config: DataConfig, *, local: bool) -> tuple[datasets.DatasetBuilder, str | None, str | None]:
+    """The builder of ``datasets`` for it, nothing prepared; and the configuration and the commit that it reads."""
+    check_cache()
+    path = os.path.realpath(os.path.expanduser(config.dataset_name)) if local else config.dataset_name
+    builder = datasets.load_dataset_builder(path, config.dataset_config_name, revision=config.dataset_revision)
     _check_names_in_readme(str(builder.base_path))
-    return builder
-
-
-def _opened(
-    builder: datasets.DatasetBuilder, config_name: str | None, revision: str | None, *, local: bool
-) -> tuple[str | None, str | None]:
-    """The configuration and the commit that were opened."""
     if local:
-        return config_name, None
-    return builder.config.name, builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else revision
+        return builder, config.dataset_config_name, None
+    commit = builder.hash if re.fullmatch(r"[0-9a-f]{40}", builder.hash or "") else config.dataset_revision
+    return builder, builder.config.name, commit
 
 
 @contextmanager
-def _explained(
-    name: str, config_name: str | None, revision: str | None, *, local: bool, passing: type[Exception] = CacheError
-) -> Iterator[None]:
+def _explained(config: DataConfig, *, local: bool, passing: type[Exception] = CacheError) -> Iterator[None]:
     """Turn any error into a ValueError that names the setting and the fix; CacheError and ``passing`` have both."""
     try:
         yield
@@ -363,10 +343,11 @@ def _explained(
         raise
     except Exception as error:
         # Network, Hub, file format: dozens of exception types, and all of them end the run.
-        raise ValueError(_explanation(error, name, config_name, revision, local=local)) from error
+        raise ValueError(_explanation(error, config, local=local)) from error
 
 
-def _explanation(error: Exception, name: str, config_name: str | None, revision: str | None, *, local: bool) -> str:
+def _explanation(error: Exception, config: DataConfig, *, local: bool) -> str:
+    name = config.dataset_name
     # A DatasetGenerationError says that generating failed; its cause says why.
     failed = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
     text = str(failed or error).split("\nExample of usage")[0]
@@ -374,7 +355,7 @@ def _explanation(error: Exception, name: str, config_name: str | None, revision:
         text += " They are declared in README.md, where YAML reads 1.10 as 1.1 and 007 as 7 unless they are in quotes."
     # datasets raises a plain ValueError if the configuration is missing or unknown, and lists those there are.
     if type(error) is ValueError and "config" in text.lower():
-        return f"--dataset_config_name {config_name or '(not given)'}, of --dataset_name {name}: {text}"
+        return f"--dataset_config_name {config.dataset_config_name or '(not given)'}, of --dataset_name {name}: {text}"
     if local:
         return f"--dataset_name {name}: this folder cannot be read as parquet files or class folders: {text}"
     if isinstance(error, ConnectionError):
@@ -384,8 +365,8 @@ def _explanation(error: Exception, name: str, config_name: str | None, revision:
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            f"--dataset_name {name}, --dataset_revision {revision or 'main'}: {text} Check the id; a private or gated "
-            "dataset needs `hf auth login` or HF_TOKEN; there is no local folder of that name either"
+            f"--dataset_name {name}, --dataset_revision {config.dataset_revision or 'main'}: {text} Check the id; a "
+            "private or gated dataset needs `hf auth login` or HF_TOKEN; there is no local folder of that name either"
         )
     return f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {text}"
 

@@ -126,15 +126,13 @@ class Chosen(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a dataset, not decoded.
+    """The parts of a dataset, not decoded, and the size and fingerprint of its training split.
 
     Attributes:
         encoded: ``test``, ``validation`` if there is one, and ``train`` or, of a stream, ``sample``: some training
             images for statistics.
         test_split_origin: name of the test split, or how it was held out of train.
-        num_images: examples of the training split.
-        shards: the training split, if it is read as a stream.
-        fingerprint: of the training split; None for a stream, whose labels are not read.
+        shards: the training split, if it is read as a stream; its labels are not read, so it has no fingerprint.
     """
 
     source: Source[datasets.Dataset] | Source[SplitFiles]
@@ -151,12 +149,8 @@ def _choose(source: Source[datasets.Dataset] | Source[SplitFiles], config: DataC
     has_labels = labeled(source.splits, config.label_column)
     train, test = choose_splits(list(source.splits), config.train_split, config.test_split, has_labels)
     features = source.splits[train].features
-    return Chosen(
-        train_split=train,
-        test_split=test,
-        image_column=choose_image_column(features, config.image_column),
-        label_column=choose_label_column(features, config.label_column),
-    )
+    image_column = choose_image_column(features, config.image_column)
+    return Chosen(train, test, image_column, choose_label_column(features, config.label_column))
 
 
 def held_out_origin(split: str, fraction: float) -> str:
@@ -166,7 +160,7 @@ def held_out_origin(split: str, fraction: float) -> str:
 
 def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part."""
-    source = open_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_source(config)
     chosen = _choose(source, config)
     train, test = chosen.train_split, chosen.test_split
     labels, test_labels, class_names = read_labels(source.splits, chosen.label_column, train, test, source.declared)
@@ -203,7 +197,7 @@ def split_stream(config: DataConfig, in_chans: int) -> Parts:
     The held-out part is the beginning of every file, so nothing else has to be read. It is not stratified, and it is
     the same for every seed. Without a validation part, the images for statistics are the first ones of a few files.
     """
-    source = open_streamed_source(config.dataset_name, config.dataset_config_name, config.dataset_revision)
+    source = open_streamed_source(config)
     chosen, fraction = _choose(source, config), config.validation_fraction
     train, test, label_column = chosen.train_split, chosen.test_split, chosen.label_column
     classes = _declared_classes(source, train, label_column)

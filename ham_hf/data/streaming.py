@@ -22,17 +22,23 @@ import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from queue import Empty, Full, Queue
-from threading import Event, Thread
+from functools import partial
+from queue import Queue
+from threading import Event, Semaphore, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ham_hf.data.augment import PixelTransform, augment_batch, isolated_rng
-from ham_hf.data.declarations import StreamError
-from ham_hf.data.decoding import CorruptImageError, decode_or_explain
-from ham_hf.data.pixels import PixelBatch, done_by_workers, to_unit_interval, transform_example
+from ham_hf.data.decoding import CorruptImageError, PixelTransform, decode_or_explain
+from ham_hf.data.pixels import (
+    PixelBatch,
+    augment_batch,
+    done_by_workers,
+    isolated_rng,
+    seed_for_example,
+    to_unit_interval,
+)
 from ham_hf.data.shards import Example, Shards
 from ham_hf.seeding import Stream, derive_seed, make_generator
 
@@ -100,21 +106,13 @@ class Request(NamedTuple):
     seed: int
 
 
-class DecodedBatch(NamedTuple):
-    """A batch as a worker gives it: (B, C, S, S) uint8 pixels, (B,) labels, (B,) numbers of the examples."""
-
-    pixels: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
 class TrainingStream:
     """The training examples of a dataset that is not copied.
 
     Args:
         shards: the files.
         train_transform: from an image to (C, S, S) uint8 pixels, random if the augmentation is timm's.
-        augmentation: see `ham_hf.data.augment.augment_batch`.
+        augmentation: see `ham_hf.data.pixels.augment_batch`.
         in_chans: channels to decode to, 1 or 3.
         buffer_size: examples of the shuffle buffers of all lanes together; they are spread over the processes.
         num_workers: processes that decode; 0 decodes in the calling one.
@@ -134,7 +132,8 @@ class TrainingStream:
     ) -> None:
         self.shards, self.buffer_size = shards, buffer_size
         self._augmentation, self._num_workers = augmentation, num_workers
-        self._decoder = _Decoder(shards, train_transform, in_chans, skip_corrupt=skip_corrupt)
+        # No closure: a process that is not forked gets it by pickle.
+        self._decode = partial(_decode, train_transform, in_chans, skip_corrupt)
 
     def __len__(self) -> int:
         return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
@@ -174,8 +173,8 @@ class TrainingStream:
         requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
         # A thread reads, as it only waits for files and network; workers decode.
         with closing(_read_ahead(requests, READ_AHEAD)) as ready:
-            for batch, request_seed in done_by_workers(self._decoder, ready, self._num_workers, device):
-                pixels, labels, indices = batch
+            batches = done_by_workers(self._decode, ready, self._num_workers, device)
+            for pixels, labels, indices, request_seed in batches:
                 pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
                 yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
 
@@ -237,67 +236,53 @@ def _read_lane(shards: Shards, stretches: Sequence[Stretch], order: Tensor) -> G
             yield batch
 
 
-class _Decoder:
-    """From requests to batches of pixels. Knows no `Shards`: a process that is not forked gets it by pickle."""
-
-    def __init__(self, shards: Shards, transform: PixelTransform, in_chans: int, *, skip_corrupt: bool) -> None:
-        self._offsets, self._files, self._split = shards.offsets, shards.source.files, shards.source.split
-        self._transform, self._in_chans, self._skip_corrupt = transform, in_chans, skip_corrupt
-
-    def __call__(self, request: Request) -> tuple[DecodedBatch, int]:
-        pixels: list[Tensor] = []
-        kept: list[Example] = []
-        errors: list[CorruptImageError] = []
-        with isolated_rng():
-            for example in request.examples:
-                try:
-                    image = decode_or_explain(example.encoded, self._in_chans, where=self._where(example.number))
-                except CorruptImageError as error:
-                    if not self._skip_corrupt:
-                        raise
-                    errors.append(error)
-                    continue
-                kept.append(example)
-                pixels.append(transform_example(self._transform, image, request.seed, example.number))
-        for corrupt in errors:
-            logger.warning("left out, another example of the batch is taken twice: %s", corrupt)
-        if not kept:
-            raise errors[0]
-        # Batches keep their size, as sums over processes count on it.
-        again = range(len(request.examples) - len(kept))
-        pixels += [pixels[number % len(kept)] for number in again]
-        kept += [kept[number % len(kept)] for number in again]
-        labels = torch.tensor([example.label for example in kept])
-        numbers = torch.tensor([example.number for example in kept])
-        return DecodedBatch(torch.stack(pixels), labels, numbers), request.seed
-
-    def _where(self, index: int) -> str:
-        file = max(number for number, offset in enumerate(self._offsets) if offset <= index)
-        return f"split {self._split!r}, {self._files[file]}, row {index - self._offsets[file]}"
+def _decode(
+    transform: PixelTransform, in_chans: int, skip_corrupt: bool, request: Request
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(B, C, S, S) uint8 pixels, (B,) labels and (B,) numbers of the examples of a request, and its seed."""
+    pixels: list[Tensor] = []
+    kept: list[Example] = []
+    errors: list[CorruptImageError] = []
+    with isolated_rng():
+        for example in request.examples:
+            try:
+                image = decode_or_explain(example.encoded, in_chans, where=example.where)
+            except CorruptImageError as error:
+                if not skip_corrupt:
+                    raise
+                errors.append(error)
+                continue
+            kept.append(example)
+            seed_for_example(request.seed, example.number)
+            pixels.append(transform(image))
+    for corrupt in errors:
+        logger.warning("left out, another example of the batch is taken twice: %s", corrupt)
+    if not kept:
+        raise errors[0]
+    # Batches keep their size, as sums over processes count on it.
+    again = range(len(request.examples) - len(kept))
+    pixels += [pixels[number % len(kept)] for number in again]
+    kept += [kept[number % len(kept)] for number in again]
+    labels = torch.tensor([example.label for example in kept])
+    numbers = torch.tensor([example.number for example in kept])
+    return torch.stack(pixels), labels, numbers, request.seed
 
 
 def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """The items, made by a thread that is at most ``depth`` ahead; it starts when the first one is asked for."""
-    ready: Queue[tuple[T | None, Exception | None]] = Queue(depth)
-    stopped = Event()
-
-    def put(item: T | None, error: Exception | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except Full:  # noqa: PERF203 (waits)
-                continue
-        return None
+    ready: Queue[tuple[T | None, BaseException | None]] = Queue()
+    wanted, stopped = Semaphore(depth), Event()
 
     def work() -> None:
         try:
             for item in items:
-                put(item, None)
+                ready.put((item, None))
+                wanted.acquire()
                 if stopped.is_set():
                     return
-            put(None, None)
-        except Exception as error:  # noqa: BLE001 (raised again where the items are asked for)
-            put(None, error)
+            ready.put((None, None))
+        except BaseException as error:  # noqa: BLE001 (raised again where the items are asked for)
+            ready.put((None, error))
         finally:
             items.close()  # and with it the files
 
@@ -305,17 +290,14 @@ def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, Non
     thread.start()
     try:
         while True:
-            try:
-                item, error = ready.get(timeout=1)
-            except Empty:
-                if not thread.is_alive() and ready.empty():
-                    raise StreamError("the thread that reads the stream has died") from None
-                continue
+            item, error = ready.get()
             if error is not None:
                 raise error
             if item is None:
                 return
+            wanted.release()
             yield item
     finally:
         stopped.set()
+        wanted.release()
         thread.join(timeout=5)

@@ -11,6 +11,7 @@ The authors' attacks use argmax alone, to which NaN is the largest logit; `Guard
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
 from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
-from ham_hf.evaluation.partial_results import Outcome
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
@@ -76,13 +76,8 @@ def evaluate_autoattack(
     the whole batch, so that the result is the same. The margin of an image that falls is that of the adversarial one;
     that of an image that withstands is the clean one, which the authors' attacks return where they do not succeed.
 
-    Args:
-        model: the unwrapped pixel model.
-        images: the split.
-        place: where it runs.
-        num_classes: number of logits; with fewer than four the attacks that cannot exist are left out.
-        threat_model: norm and radius.
-        num_examples: size of a stratified subset of the split, the same for every seed; None takes all of it.
+    With fewer than four logits of the unwrapped pixel model, the attacks that cannot exist are left out.
+    ``num_examples`` is the size of a stratified subset of the split, the same for every seed; None takes all of it.
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
@@ -90,13 +85,14 @@ def evaluate_autoattack(
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
-    chosen = _chosen_examples(images.labels, num_examples)
+    chosen = torch.arange(len(images))
+    if num_examples is not None and num_examples < len(images):
+        chosen = stratified_subset(images.labels, num_examples, derive_seed(TEST_SEED, Stream.AUTOATTACK))
     settings: dict[str, object] = {
         **{"norm": threat_model.norm, "epsilon": float(threat_model.epsilon), "version": version, "attacks": attacks},
         **{"seed": place.seed, "num_examples": len(chosen), "subset": len(chosen) < len(images)},
     }
-    partial = keyed(place.kept(model, images), {"autoattack": settings, "batch_size": place.batch_size})
-    size = WorkingSize(place.batch_size)
+    key, size = place.key(model, images), WorkingSize(place.batch_size)
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
     labels, accuracy = images.labels[chosen], dict[str, float]()
@@ -106,21 +102,17 @@ def evaluate_autoattack(
         for name in ("clean", *attacks):
             left = (predictions == labels).nonzero().squeeze(1)
             rows = torch.split(chosen[left], place.batch_size) if len(left) else []
-            shape = (1, len(images))
-            shared = SharedBatches(f"autoattack-{name}", rows, shape=shape, place=place, partial=partial)
-            for number, batch in shared.of(images):
-                watch = StopWatch(batch.x.device)
-                logits = _logits(adversary, name, size, batch, number=number, seed=place.seed)
-                margin = true_margins(logits, batch.y)
-                shared.add(number, Outcome(predicted(logits)[None], margin[None], torch.tensor([watch.lap()])))
-            found = shared.gather()
+            found = _stage(adversary, name, rows, images, place, size=size, key=key, settings=settings)
             predictions[left], margins[left] = found.predictions[0, chosen[left]], found.margins[0, chosen[left]]
             seconds += float(found.seconds)
             accuracy[name] = float((predictions == labels).double().mean())
             if name == "clean":
                 refuse_not_finite(model, predictions)
     if place.accelerator.is_main_process:
-        _check_square(accuracy)
+        from pyautoattack.checks import check_square_sr
+
+        # The authors' last check: a black-box attack that finds much more than the others hints at masked gradients.
+        check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))
         warn_of_not_finite("autoattack", predictions)
     return AttackResult(
         name="autoattack",
@@ -133,26 +125,11 @@ def evaluate_autoattack(
     )
 
 
-def _chosen_examples(labels: Tensor, num_examples: int | None) -> Tensor:
-    """Positions of a stratified subset of the examples, or of all."""
-    if num_examples is None or num_examples >= len(labels):
-        return torch.arange(len(labels))
-    return stratified_subset(labels, num_examples, derive_seed(TEST_SEED, Stream.AUTOATTACK))
-
-
 class GuardedModel(nn.Module):
-    """A model that shows finite logits and finite gradients to the attacks of others.
+    """A model that shows finite logits and finite gradients to the attacks of others, on images x with labels y.
 
     An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
     found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.
-
-    Args:
-        model: maps images to logits.
-
-    Attributes:
-        model: that model.
-        x: (N, C, H, W) images under attack.
-        y: (N,) their labels.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -196,37 +173,51 @@ def _standard_adversary(
     return adversary
 
 
-def _logits(
+def _stage(
     adversary: Any,  # noqa: ANN401
     name: str,
-    size: WorkingSize,
-    batch: PixelBatch,
+    rows: Sequence[Tensor],
+    images: Images,
+    place: Workplace,
     *,
-    number: int,
-    seed: int,
-) -> Tensor:
-    """Logits of the batch with this number as it is ("clean"), or as one of the attacks leaves it."""
-    if name == "clean":
-        return _classify(adversary, size, batch, checks=number == 0)
-    position = adversary.attacks_to_run.index(name)
-    return _strike(adversary, name, size, batch, derive_seed(seed, Stream.AUTOATTACK, position, number))
+    size: WorkingSize,
+    key: str,
+    settings: Mapping[str, object],
+) -> Outcome:
+    """What one of the attacks, or none ("clean"), makes of batches of these rows."""
+    shared = SharedBatches(
+        f"autoattack-{name}", rows, shape=(1, len(images)), place=place, key=key, settings={"autoattack": settings}
+    )
+    for number, batch in shared.of(images):
+        watch = StopWatch(batch.x.device)
+        adversary.model.x, adversary.model.y = batch.x, batch.y
+        if name == "clean":
+            logits = _classify(adversary, size, batch, checks=number == 0)
+        else:
+            position = adversary.attacks_to_run.index(name)
+            logits = _strike(
+                adversary, name, size, batch, derive_seed(place.seed, Stream.AUTOATTACK, position, number)
+            )
+        margin = true_margins(logits, batch.y)
+        shared.add(number, Outcome(predicted(logits)[None], margin[None], torch.tensor([watch.lap()])))
+    return shared.gather()
 
 
 def _classify(adversary: Any, size: WorkingSize, batch: PixelBatch, *, checks: bool) -> Tensor:  # noqa: ANN401
     """Logits of a batch as it is, which may also go through the authors' checks of the model."""
     check_pixel_range(batch.x)
-    guarded, x, y = _shown(adversary, batch)
+    x = batch.x
     if checks:
         # Without an attack, only the checks are left: they log what makes an evaluation doubtful.
         attacks, adversary.attacks_to_run = adversary.attacks_to_run, []
-        size.whole(lambda: adversary.run_standard_evaluation(x, y, batch_size=len(x)), len(x))
+        size.whole(lambda: adversary.run_standard_evaluation(x, batch.y, batch_size=len(x)), len(x))
         adversary.attacks_to_run = attacks
-    return size.whole(lambda: logits_of(guarded.model, x), len(x))
+    return size.whole(lambda: logits_of(adversary.model.model, x), len(x))
 
 
 def _strike(adversary: Any, name: str, size: WorkingSize, batch: PixelBatch, seed: int) -> Tensor:  # noqa: ANN401
     """Logits of what one of the attacks makes of a batch; images that withstand are as they were."""
-    guarded, x, y = _shown(adversary, batch)
+    x = batch.x
     attack = {
         "apgd-ce": adversary.apgd,
         "apgd-dlr": adversary.apgd,
@@ -243,23 +234,9 @@ def _strike(adversary: Any, name: str, size: WorkingSize, batch: PixelBatch, see
 
     def strike() -> Tensor:
         with torch.no_grad():
-            x_adv: Tensor = attack.perturb(x.clone(), y.clone())
+            x_adv: Tensor = attack.perturb(x.clone(), batch.y.clone())
         # An image with a pixel that is not finite is none that an adversary could show.
         real = x_adv.flatten(1).isfinite().all(1).view(-1, 1, 1, 1)
-        return logits_of(guarded.model, torch.where(real, x_adv, x))
+        return logits_of(adversary.model.model, torch.where(real, x_adv, x))
 
     return size.whole(strike, len(x))
-
-
-def _shown(adversary: Any, batch: PixelBatch) -> tuple[GuardedModel, Tensor, Tensor]:  # noqa: ANN401
-    """The model under attack, which is told the images and labels of the batch."""
-    guarded: GuardedModel = adversary.model
-    guarded.x, guarded.y = batch.x, batch.y
-    return guarded, batch.x, batch.y
-
-
-def _check_square(accuracy: dict[str, float]) -> None:
-    """The authors' last check: a black-box attack that finds much more than the others hints at masked gradients."""
-    from pyautoattack.checks import check_square_sr
-
-    check_square_sr(accuracy, logger=logging.getLogger("auto-attack"))

@@ -1,8 +1,18 @@
-"""Batches shared out over processes, each computed once: by one process, or by a run that was interrupted."""
+"""Batches shared out over processes, each computed once: by one process, or by a run that was interrupted.
+
+Finished batches are kept on the disk until all of an evaluation is finished, so that a kill loses one batch: one small
+JSON file per batch, written under another name, flushed and renamed: it is there as a whole or not at all. Files are
+filed under a key made of everything that decides the result (weights, network, images, attacks), so what another model
+or another setting left behind is never taken for this one's.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +23,33 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ham_hf import __version__
 from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation.partial_results import Outcome, PartialResults, partial_results
+from ham_hf.files import atomic_write
 
 logger = logging.getLogger(__name__)
+
+PARTIAL_RESULTS = "evaluation-progress"
+"""Folder in the output folder of a run."""
+_LAYOUT = 2
+"""Part of the key: files of another layout (1 had no margins) are not looked at."""
+NUM_HASHED_IMAGES = 32
+"""Images whose pixels are part of the key, spread over the split (our choice); labels are hashed in full."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What S evaluations ("clean", "pgd-20", ...) make of n rows.
+
+    Attributes:
+        predictions: (S, n) int64.
+        margins: (S, n) float32, logit of the true class minus the largest other one; may be NaN or infinite.
+        seconds: (S,) float32, wall-clock time.
+    """
+
+    predictions: Tensor
+    margins: Tensor
+    seconds: Tensor
 
 
 class StopWatch:
@@ -52,14 +85,33 @@ class Workplace:
     output_dir: Path | None = None
     show_progress: bool = False
 
-    def kept(self, model: nn.Module, images: Images) -> PartialResults | None:
-        """The finished batches of this model on this split, to be narrowed down by `keyed`; None if none are kept."""
-        return None if self.output_dir is None else partial_results(self.output_dir, model, images)
+    def key(self, model: nn.Module, images: Images) -> str:
+        """What finished batches of this unwrapped model on this split are kept under; empty if none are kept."""
+        if self.output_dir is None:
+            return ""
+        digest = hashlib.sha256(f"ham_hf {__version__}, layout {_LAYOUT}\n".encode())
+        # Parts without a name of their own (functions) are shown with their address, which is another one every time.
+        digest.update(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)).encode())
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(_bytes_of(tensor))
+        digest.update(_bytes_of(images.labels))
+        spread = torch.linspace(0, len(images) - 1, min(len(images), NUM_HASHED_IMAGES)).long()
+        for batch in images.batches([BatchRequest(spread, None)], device=torch.device("cpu")):
+            digest.update(f"\n{tuple(batch.x.shape)}\n".encode())
+            digest.update(_bytes_of(batch.x))
+        return digest.hexdigest()
 
 
-def keyed(partial: PartialResults | None, settings: Mapping[str, object]) -> PartialResults | None:
-    """The finished batches with these settings (JSON types), if any are kept."""
-    return None if partial is None else partial.keyed(settings)
+def remove_partial_results(output_dir: Path) -> None:
+    """Remove the finished batches of all evaluations in an output folder, once their report is written."""
+    shutil.rmtree(output_dir / PARTIAL_RESULTS, ignore_errors=True)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    """Values in logical order, whatever the memory layout and the device."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return bytes(flat.view(torch.uint8).numpy())
 
 
 class SharedBatches:
@@ -79,7 +131,8 @@ class SharedBatches:
         rows: (n,) int64 rows of each batch, without overlap; the same on every process.
         shape: number S of results per row, and number N of rows that there are.
         place: where it runs.
-        partial: where finished batches are kept; None keeps none.
+        key: of model and images, see `Workplace.key`.
+        settings: what else decides the results; JSON types only.
     """
 
     def __init__(
@@ -89,14 +142,19 @@ class SharedBatches:
         *,
         shape: tuple[int, int],
         place: Workplace,
-        partial: PartialResults | None,
+        key: str,
+        settings: Mapping[str, object],
     ) -> None:
-        self.stage, self.rows, self.accelerator, self.partial = stage, rows, place.accelerator, partial
+        self.stage, self.rows, self.accelerator = stage, rows, place.accelerator
+        self.folder = None
+        if place.output_dir is not None:
+            text = json.dumps([key, {**settings, "batch_size": place.batch_size}], sort_keys=True)
+            self.folder = place.output_dir / PARTIAL_RESULTS / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.show_progress = place.show_progress and self.accelerator.is_local_main_process
         self._total = Outcome(torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.zeros(shape[0]))
         self._todo = list(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
-        if partial is not None and rows:
-            self._todo = self._take_over(partial)
+        if self.folder is not None and rows:
+            self._todo = self._take_over(self.folder)
 
     def of(self, images: Images) -> Iterator[tuple[int, PixelBatch]]:
         """Numbers and images of the batches that this process computes."""
@@ -116,8 +174,8 @@ class SharedBatches:
             outcome.predictions.cpu(), outcome.margins.cpu(), outcome.seconds / self.accelerator.num_processes
         )
         self._fill_in(number, outcome)
-        if self.partial is not None:
-            self.partial.save(self.stage, number, self.rows[number], outcome)
+        if self.folder is not None:
+            _save(self._path(self.folder, number), self.rows[number], outcome)
 
     def gather(self) -> Outcome:
         """Predictions and margins (S, N), zero in rows of no batch, and seconds (S,), on the CPU of every process.
@@ -133,10 +191,13 @@ class SharedBatches:
         total.predictions[:, rows], total.margins[:, rows] = outcome.predictions, outcome.margins
         total.seconds.add_(outcome.seconds)
 
-    def _take_over(self, partial: PartialResults) -> list[int]:
+    def _path(self, folder: Path, number: int) -> Path:
+        return folder / f"{self.stage}-{number:05d}.json"
+
+    def _take_over(self, folder: Path) -> list[int]:
         """Fill in the kept batches that this process brings, and return the numbers of those that it computes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        found = [partial.load(self.stage, number, rows) for number, rows in enumerate(self.rows)]
+        found = [_load(self._path(folder, number), rows) for number, rows in enumerate(self.rows)]
         here = torch.tensor([batch is not None for batch in found], dtype=torch.int32, device=self.accelerator.device)
         holders = self.accelerator.gather(here[None]).cpu()  # (processes, batches)
         missing: list[int] = (holders.sum(0) == 0).nonzero().squeeze(1).tolist()
@@ -149,3 +210,31 @@ class SharedBatches:
             if batch is not None and int(first[number]) == rank:
                 self._fill_in(number, batch)
         return missing[rank::world]
+
+
+def _load(path: Path, rows: Tensor) -> Outcome | None:
+    """The finished batch in a file, or None if there is none with these rows (n,) int64."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        kept_rows = torch.tensor(read["rows"])
+        found = Outcome(
+            torch.tensor(read["predictions"]),
+            torch.tensor(read["margins"], dtype=torch.float32),
+            torch.tensor(read["seconds"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s cannot be read (%s): attacking this batch again", path, error)
+        return None
+    return found if torch.equal(kept_rows, rows) else None
+
+
+def _save(path: Path, rows: Tensor, outcome: Outcome) -> None:
+    values = {name: values.tolist() for name, values in {"rows": rows, **vars(outcome)}.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(values))
+    except OSError as error:
+        # Losing the cached batch is cheaper than aborting the evaluation.
+        logger.warning("%s cannot be written (%s): a rerun would attack this batch again", path, error)

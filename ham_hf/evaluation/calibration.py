@@ -27,14 +27,15 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ham_hf.attacks import Attack, evaluation_mode, margin_loss
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
-from ham_hf.evaluation.partial_results import Outcome
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
 from ham_hf.evaluation.working_size import WorkingSize
-from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts, wilson_interval
+from ham_hf.intervals import simultaneous_intervals
+from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts
 from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, make_generator
 
@@ -53,34 +54,6 @@ NUM_BISECTIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dial:
-    """What is asked for: one of the two.
-
-    Attributes:
-        fairness: F in [0, 1].
-        max_average_drop: the largest F whose held-out average is at most this much below that of F 0, in [0, 1].
-
-    Raises:
-        ValueError: unless exactly one is given, in its range.
-    """
-
-    fairness: float | None = None
-    max_average_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [value for value in (self.fairness, self.max_average_drop) if value is not None]
-        if len(given) != 1 or not 0 <= given[0] <= 1:
-            raise ValueError(
-                f"expected either fairness or max_average_drop, in [0, 1], got {self.fairness} and "
-                f"{self.max_average_drop}"
-            )
-
-    def values(self) -> tuple[float, ...]:
-        """The values of F of the frontier: six, and the one asked for."""
-        return tuple(sorted({*FRONTIER, *(() if self.fairness is None else (self.fairness,))}))
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchAttack(Attack):
     """The attack of the search, CW: PGD on the margin, one random start.
 
@@ -89,7 +62,6 @@ class SearchAttack(Attack):
     """
 
     step_size: float
-    num_steps: int = 10
     precision: str = "float32"
 
     @property
@@ -99,13 +71,7 @@ class SearchAttack(Attack):
 
     def settings(self, seed: int) -> dict[str, object]:
         """What a report says of it; JSON types only."""
-        return {
-            **self.as_json(),
-            "loss": "margin",
-            "precision": self.precision,
-            "restarts": 1,
-            "seed": seed,
-        }
+        return {**self.as_json(), "loss": "margin", "precision": self.precision, "restarts": 1, "seed": seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +103,16 @@ class FrontierPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Found shifts, and what the dial gives.
+    """Class shifts, and what the dial of fairness gives.
 
     Attributes:
         fairness: F that the shifts are for.
-        shifts: number added to the logit of each class, float32 values, after shrinking.
-        factors: what the found shift of each class was multiplied by; 0 without images.
+        shifts: number added to the logit of each class of the dataset, float32 values, after shrinking.
+        factors: what the found shift of each class was multiplied by, as few images say less; 0 without images.
         counts: held-out images of each class.
         frontier: points by growing F; the one of ``fairness`` is among them.
-        rounds: measurements of half the images; those that are shared count once.
-        passes: most image passes that these took.
-        attack: settings of the attack, for a report.
+        passes: most image passes that the search took (forward 1, gradient of the input 2).
+        attack: settings of the attack; JSON values only.
     """
 
     fairness: float
@@ -155,7 +120,6 @@ class Calibration:
     factors: tuple[float, ...]
     counts: tuple[int, ...]
     frontier: tuple[FrontierPoint, ...]
-    rounds: int
     passes: int
     attack: Mapping[str, object]
 
@@ -188,10 +152,10 @@ def shrinkage(counts: Tensor) -> Tensor:
 def calibrate(
     model: nn.Module,
     images: Images,
-    dial: Dial,
-    attack: SearchAttack,
+    config: CalibrationConfig,
     place: Workplace,
     *,
+    threat_model: ThreatModel,
     num_classes: int,
 ) -> Calibration:
     """Find the shifts that a fairness asks for, and measure the frontier.
@@ -202,28 +166,30 @@ def calibrate(
     Args:
         model: the unwrapped pixel model, on its device; not changed.
         images: held out of training; at least 20 of each class that has any (`check_held_out`).
-        dial: what is asked for.
-        attack: the attack of the search.
+        config: the fairness or the drop that is asked for, and the attack of the search.
         place: where it runs; its seed is that of the random starts and of the two halves. The shifts do not depend on
             the number of processes, and a repeated call after a kill finds the same ones sooner.
+        threat_model: of the attack, whose steps are a quarter of its radius.
         num_classes: number of logits.
     """
+    attack = SearchAttack(
+        threat_model=threat_model,
+        step_size=float(threat_model.epsilon) / 4,
+        num_steps=config.calibration_num_steps,
+        precision=config.calibration_precision,
+    )
     meter = _Meter(model, images, attack, num_classes, place)
-    values = dial.values()
-    bisections = 0 if dial.max_average_drop is None else NUM_BISECTIONS
-    most = _most_measurements(sum(value > 0 for value in values) + bisections)
+    fairness, drop = config.fairness, config.max_average_drop
+    values = {*FRONTIER, *(() if fairness is None else (fairness,))}
+    most = _most_measurements(sum(value > 0 for value in values) + (0 if drop is None else NUM_BISECTIONS))
     _show_forecast(meter, most)
     hidden = not (place.show_progress and place.accelerator.is_local_main_process)
-    with (
-        evaluation_mode(model),
-        tqdm(total=most, desc="calibrating", unit="half round", disable=hidden) as bar,
-    ):
+    with evaluation_mode(model), tqdm(total=most, desc="calibrating", unit="half round", disable=hidden) as bar:
         meter.bar = bar
-        points = {value: _cross_fitted(meter, value) for value in values}
-        fairness = dial.fairness
+        points = {value: _cross_fitted(meter, value) for value in sorted(values)}
         if fairness is None:
-            assert dial.max_average_drop is not None  # noqa: S101 (a dial says one of the two)
-            fairness = _largest_within(meter, points, dial.max_average_drop)
+            assert drop is not None  # noqa: S101 (a calibration is asked for)
+            fairness = _largest_within(meter, points, drop)
         shifts = _found_shifts(meter, fairness, (0, 1))
     return Calibration(
         fairness=fairness,
@@ -231,8 +197,7 @@ def calibrate(
         factors=tuple(shrinkage(meter.counts((0, 1))).tolist()),
         counts=tuple(meter.counts((0, 1)).tolist()),
         frontier=tuple(points[value] for value in sorted(points)),
-        rounds=meter.measured,
-        passes=meter.measured * -(-len(images) // 2) * attack.passes,
+        passes=len(meter.known) * -(-len(images) // 2) * attack.passes,
         attack=attack.settings(place.seed),
     )
 
@@ -262,27 +227,17 @@ class _Meter:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        images: Images,
-        attack: SearchAttack,
-        num_classes: int,
-        place: Workplace,
+        self, model: nn.Module, images: Images, attack: SearchAttack, num_classes: int, place: Workplace
     ) -> None:
         self.model, self.images, self.attack = ShiftedLogits(model, num_classes), images, attack
         self.attacked = attack_passes(self.model, attack.precision)
         self.layout = memory_layout(model)
-        self.num_classes, self.place, self.partial = num_classes, place, place.kept(model, images)
+        self.num_classes, self.place, self.key = num_classes, place, place.key(model, images)
         self.halves = stratified_split(images.labels, 0.5, place.seed)
         self.size = WorkingSize(place.batch_size)
         self.known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
         self.found: tuple[dict[float, Tensor], dict[float, Tensor]] = ({}, {})
         self.bar: tqdm | None = None  # type: ignore[type-arg]  # tqdm.auto's takes none
-
-    @property
-    def measured(self) -> int:
-        """Halves measured so far."""
-        return len(self.known)
 
     def counts(self, halves: Sequence[int]) -> Tensor:
         """Images (C,) int64 of each class in these halves."""
@@ -315,13 +270,13 @@ class _Meter:
     def _measure(self, half: int, shifts: tuple[float, ...]) -> Tensor:
         rows, labels = self.halves[half], self.images.labels
         self.model.shift.copy_(torch.tensor(shifts))
-        settings = {**self.attack.settings(self.place.seed), "batch_size": self.place.batch_size}
         shared = SharedBatches(
             "calibrating",
             torch.split(rows, self.place.batch_size),
             shape=(1, len(labels)),
             place=self.place,
-            partial=keyed(self.partial, {"calibration": settings, "half": half, "shifts": shifts}),
+            key=self.key,
+            settings={"calibration": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
         )
         offset = half * len(torch.split(self.halves[0], self.place.batch_size))
         for number, batch in shared.of(self.images):
@@ -404,9 +359,7 @@ def _cross_fitted(meter: _Meter, fairness: float) -> FrontierPoint:
 def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int]) -> FrontierPoint:
     """Average and worst classes with their intervals from the right and all images of each class."""
     summary = summarize_counts(correct, counts)
-    present = [(hit, count) for hit, count in zip(correct, counts, strict=True) if count]
-    level = 1 - 0.05 / len(present)
-    lows, highs = zip(*(wilson_interval(hit, count, level=level) for hit, count in present), strict=True)
+    lows, highs = zip(*simultaneous_intervals(correct, counts), strict=True)
     return FrontierPoint(
         fairness=fairness,
         average=summary.average,

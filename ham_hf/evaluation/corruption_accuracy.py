@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
-from ham_hf.evaluation.corruptions import check_corruption, corrupt
-from ham_hf.evaluation.partial_results import Outcome
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.corruptions import corrupt
 from ham_hf.evaluation.robustness import logits_of, true_margins
 from ham_hf.evaluation.working_size import WorkingSize
 
@@ -35,43 +34,25 @@ class CorruptionResult:
 
 
 def evaluate_corruptions(
-    model: nn.Module,
-    images: Images,
-    names: Sequence[str],
-    severities: Sequence[int],
-    place: Workplace,
-    *,
-    num_channels: int,
+    model: nn.Module, images: Images, names: Sequence[str], severities: Sequence[int], place: Workplace
 ) -> list[CorruptionResult]:
     """Classify every image of a split under each corruption at each severity.
 
-    Args:
-        model: the unwrapped pixel model.
-        images: the split.
-        names: of the corruptions, see `ham_hf.evaluation.corruptions`.
-        severities: 1 to 5.
-        place: where it runs; its seed is that of the corruptions' noise.
-        num_channels: of the images.
-
-    Returns:
-        One result per corruption and severity, in the order given; the same on every process.
+    The seed of ``place`` is that of the corruptions' noise. There is one result per corruption and severity, in the
+    order given; the same on every process.
 
     Raises:
-        ValueError: for an unknown corruption or severity.
+        ValueError: for an unknown corruption or severity (`ham_hf.evaluation.corruptions`).
     """
-    for name in names:
-        for severity in severities:
-            check_corruption(name, severity, num_channels=num_channels)
-    settings = {"corruptions": list(severities), "seed": place.seed, "batch_size": place.batch_size}
-    partial = keyed(place.kept(model, images), settings)
-    size, results = WorkingSize(place.batch_size), []
+    key, size, results = place.key(model, images), WorkingSize(place.batch_size), []
     for name in names:
         shared = SharedBatches(
             name,
             torch.split(torch.arange(len(images)), place.batch_size),
             shape=(len(severities), len(images)),
             place=place,
-            partial=partial,
+            key=key,
+            settings={"corruptions": list(severities), "seed": place.seed},
         )
         with evaluation_mode(model):
             for index, batch in shared.of(images):

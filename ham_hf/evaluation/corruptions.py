@@ -45,7 +45,7 @@ _ANTIALIASED = 8
 
 
 def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) -> Tensor:
-    """Corrupt a batch of images.
+    """Corrupt a batch of images: (N, C, S, S) float32 multiples of 1/255 in [0, 1], on the device of ``x``.
 
     Args:
         x: (N, C, S, S) pixels in [0, 1], C = 1 or 3; rounded to multiples of 1/255.
@@ -53,9 +53,6 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
         severity: 1 to 5.
         seed: of the noise.
         indices: (N,) int64, positions of the images in their split.
-
-    Returns:
-        (N, C, S, S) float32 multiples of 1/255 in [0, 1], on the device of ``x``.
 
     Raises:
         ValueError: for an unknown corruption or severity, or color saturation of gray images.

@@ -7,7 +7,6 @@ number that looks like the others and is not comparable. Afterwards the model is
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel, attack_mode
-from ham_hf.data.augment import isolated_rng
+from ham_hf.data.pixels import isolated_rng
+from ham_hf.files import sha256
 
 AttackFunction: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(model, x, y)``: pixels (N, C, H, W) in [0, 1] and labels (N,) to adversarial pixels of the same shape."""
@@ -83,13 +83,9 @@ class ForeignAttack:
         }
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-        """Attacked images, in ball and box.
+        """Attacked images, in ball and box, of ``x`` (N, C, H, W) in [0, 1] with labels ``y`` (N,).
 
-        Args:
-            model: maps pixels to logits; its modes, gradients and random states are restored.
-            x: (N, C, H, W) images in [0, 1].
-            y: (N,) labels.
-            seed: of the global random states while the function runs.
+        The model's modes and gradients are restored, and so are the global random states, which start from ``seed``.
 
         Raises:
             ForeignAttackError: if the result is no attack of this threat model, or the model was changed.
@@ -137,10 +133,8 @@ class ForeignAttack:
 def load_foreign_attack(place: str) -> ForeignAttack:
     """The function at ``package.module:function`` or ``file.py:function``, of this machine; nothing is downloaded.
 
-    It is called by the last part of the module and its own name, such as ``my_attack.attack``.
-
-    Raises:
-        ValueError: naming what is missing or cannot be imported.
+    Its name is the last part of the module and its own, such as ``my_attack.attack``. ValueError names what is missing
+    or cannot be imported.
     """
     flag = f"--foreign_attack {place}"
     origin, colon, name = place.rpartition(":")
@@ -161,11 +155,7 @@ def load_foreign_attack(place: str) -> ForeignAttack:
 
 
 def load_foreign_attacks(places: Sequence[str]) -> list[ForeignAttack]:
-    """The functions at these places; see `load_foreign_attack`.
-
-    Raises:
-        ValueError: likewise, or if two have one name.
-    """
+    """The functions at these places, see `load_foreign_attack`; ValueError also if two have one name."""
     found = [load_foreign_attack(place) for place in places]
     names = [attack.name for attack in found]
     for attack in found:
@@ -184,7 +174,7 @@ def foreign_attack(name: str, function: AttackFunction, *, source: str | None = 
         file = inspect.getsourcefile(function)
     except TypeError:  # an instance, or a function without source
         file = None
-    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+    digest = sha256(Path(file)) if file and Path(file).is_file() else None
     where = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', type(function).__name__)}"
     return ForeignAttack(name=name, function=function, source=source or where, sha256=digest)
 

@@ -35,9 +35,8 @@ from ham_hf.attacks import (
     unsaturated_cross_entropy,
 )
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import SharedBatches, StopWatch, Workplace, keyed
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.partial_results import Outcome
 from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
@@ -47,12 +46,9 @@ LOSSES: dict[str, LossFn] = {"cross-entropy": unsaturated_cross_entropy, "margin
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The logits of a model are not finite on images as they are: there is nothing to attack, and no result.
+    """The logits of a model are not finite on ``count`` of ``total`` images as they are: nothing to attack, no result.
 
-    Attributes:
-        count: number of such images.
-        total: number of images looked at.
-        cause: what its weights tell of it.
+    ``cause`` is what its weights tell of it.
     """
 
     def __init__(self, count: int, total: int, cause: str) -> None:
@@ -78,13 +74,7 @@ class NamedAttack(Attack):
 
     def settings(self, seed: int) -> dict[str, object]:
         """What a report says of it; JSON types only."""
-        return {
-            **self.as_json(),
-            "loss": self.loss,
-            "random_start": True,
-            "restarts": 1,
-            "seed": seed,
-        }
+        return {**self.as_json(), "loss": self.loss, "random_start": True, "restarts": 1, "seed": seed}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,10 +116,7 @@ def standard_attacks(attack: Attack) -> tuple[NamedAttack, NamedAttack]:
 
 
 def evaluate(
-    model: nn.Module,
-    images: Images,
-    attacks: Sequence[NamedAttack | ForeignAttack],
-    place: Workplace,
+    model: nn.Module, images: Images, attacks: Sequence[NamedAttack | ForeignAttack], place: Workplace
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
@@ -161,7 +148,8 @@ def evaluate(
         torch.split(every, place.batch_size),
         shape=(1 + len(attacks), len(images)),
         place=place,
-        partial=keyed(place.kept(model, images), {"results": settings, "batch_size": place.batch_size}),
+        key=place.key(model, images),
+        settings={"results": settings},
     )
     with evaluation_mode(model):
         for number, batch in shared.of(images):
@@ -171,13 +159,9 @@ def evaluate(
 
 
 def evaluate_batches(
-    model: nn.Module,
-    batches: Iterable[PixelBatch],
-    attacks: Sequence[NamedAttack | ForeignAttack],
-    *,
-    seed: int,
+    model: nn.Module, batches: Iterable[PixelBatch], attacks: Sequence[NamedAttack | ForeignAttack], *, seed: int
 ) -> dict[str, AttackResult]:
-    """`evaluate` on batches that come one by one and are seen once, in this process alone.
+    """`evaluate` on batches, one at least, that come one by one and are seen once, in this process alone.
 
     ``batches`` are on the device of the model; their ``indices`` place the examples in the results, which are in the
     order of the batches.
@@ -189,8 +173,6 @@ def evaluate_batches(
             outcomes.append(attacker(number, batch))
             labels.append(batch.y.cpu())
             indices.append(batch.indices)
-    if not outcomes:
-        raise ValueError("there is no example to evaluate on: the loader gave no batch")
     outcome = Outcome(
         torch.cat([outcome.predictions for outcome in outcomes], 1),
         torch.cat([outcome.margins for outcome in outcomes], 1),

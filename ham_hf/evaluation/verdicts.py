@@ -192,10 +192,7 @@ def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") 
             is for the same images under the same attacks.
     """
     attacks = [_comparable(one.attacks, name) for one in (reference, other)]
-    for title, ours, theirs in (
-        ("classes", reference.class_names, other.class_names),
-        ("attacks", *attacks),
-    ):
+    for title, ours, theirs in (("classes", reference.class_names, other.class_names), ("attacks", *attacks)):
         if ours != theirs:
             raise ValueError(f"the two have different {title} ({ours} and {theirs}): they cannot be paired")
     for title, first, second in (

@@ -20,24 +20,18 @@ T = TypeVar("T")
 
 
 class WorkingSize:
-    """The largest number of images that went through a model at once, so far.
+    """The largest number of images (>= 1) that went through a model at once, so far; it begins with ``rows``.
 
     Each process has its own: others may have more memory left, and do not wait.
-
-    Args:
-        rows: images to begin with, >= 1.
     """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
     def split(self, function: Callable[[slice], Tensor], num: int) -> Tensor:
-        """Results of ``function`` for ``num`` rows (>= 1), in pieces that fit, put together in order.
+        """Results (n, ...) of ``function``, which is given rows, for ``num`` rows (>= 1) in pieces that fit, in order.
 
-        ``function`` is given which rows, and returns one result per row, (n, ...).
-
-        Raises:
-            RuntimeError: the allocator's, if a single row does not fit.
+        If a single row does not fit, the allocator's error passes.
         """
         results: list[Tensor] = []
         start = 0
@@ -50,11 +44,7 @@ class WorkingSize:
         return results[0] if len(results) == 1 else torch.cat(results)
 
     def whole(self, function: Callable[[], T], num: int) -> T:
-        """Result of ``function``, which sends ``num`` rows through a `PiecewiseModel`; tried again until it fits.
-
-        Raises:
-            RuntimeError: the allocator's, if a single row does not fit.
-        """
+        """Result of ``function``, which sends ``num`` rows through a `PiecewiseModel`; tried again likewise."""
         while True:
             result = self._attempt(function, min(self.rows, num))
             if result is not None:
@@ -85,11 +75,7 @@ class PiecewiseModel(nn.Module):
 
     For attacks of others, which draw their noise for the whole batch. With more than one piece, activations are
     computed again for the gradient, so that those of one piece are held at a time; a gradient then costs about a
-    third more. Logits and gradients are those of the model.
-
-    Args:
-        model: maps images to logits; a row's logits do not depend on the other rows.
-        size: how many rows go at once.
+    third more. Logits and gradients are those of the model, in which a row does not depend on the others.
     """
 
     def __init__(self, model: nn.Module, size: WorkingSize) -> None:

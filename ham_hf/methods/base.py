@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,11 @@ from ham_hf.settings import setting
 class Method(Stateful):
     """Base of all training methods: PGD adversarial training unless a method says otherwise."""
 
-    def check(self, *, num_steps: int) -> None:
-        """Check the options against the attack steps K of the run; ValueError naming the option and its value."""
+    loss_kind: ClassVar[type[BaseLoss]] = BaseLoss
 
-    def check_rules(self) -> None:
-        """The same for the options of borrowed class rules, once each is known to be valid by itself."""
+    def check(self, *, num_steps: int) -> None:
+        for rule in self.rules:
+            rule.check(num_steps=num_steps)
 
     @property
     def depends_on_split(self) -> bool:
@@ -52,8 +52,9 @@ class Method(Stateful):
 
     @property
     def loss(self) -> BaseLoss:
-        """The loss that the method is built on."""
-        return BaseLoss()
+        """The loss that the method is built on: a `loss_kind`, with the method's ``beta`` if it has that option."""
+        beta = getattr(self, "beta", None)
+        return self.loss_kind() if beta is None else self.loss_kind(beta=beta)
 
     @property
     def num_terms(self) -> int:
@@ -87,20 +88,19 @@ class Method(Stateful):
         """Parts that may keep state, each of another name: this method and its class rules."""
         return (self, *self.rules)
 
-    def start_epochs(self, awp_start_epoch: int | None = None) -> dict[str, int]:
-        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins."""
-        starts = {part.name: part.warmup_epochs for part in self.parts}
-        return starts if awp_start_epoch is None else starts | {"awp": awp_start_epoch}
+    def starts(self, awp_start_epoch: int | None = None) -> dict[str, tuple[int, str]]:
+        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins.
 
-    def start_words(self, awp_start_epoch: int | None = None) -> dict[str, str]:
-        """The same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)"."""
-        words = {}
-        for name, first in self.start_epochs(awp_start_epoch).items():
-            part = next((part for part in self.parts if part.name == name), None)
-            option = "awp_start_epoch" if part is None else part.start_option()
+        And the same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)".
+        """
+        begins = {part.name: (part.warmup_epochs, part.start_option()) for part in self.parts}
+        if awp_start_epoch is not None:
+            begins["awp"] = (awp_start_epoch, "awp_start_epoch")
+        found = {}
+        for name, (first, option) in begins.items():
             flag = f"--{option} {first}" if name in (self.name, "awp") else f"--class_rule_args {option}={first}"
-            words[name] = f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}"
-        return words
+            found[name] = (first, f"epoch {first + 1} ({flag})" if option else f"epoch {first + 1}")
+        return found
 
     # --- the inner maximization
 
@@ -114,7 +114,7 @@ class Method(Stateful):
     def rows_to_train_on(self, model: nn.Module, batch: Batch) -> TrainingRows:
         """Attack a batch with the radii of its classes, and choose the rows to train on.
 
-        The model is unwrapped, and left as it was found (invariant 2 of `ham_hf.attacks`).
+        The model is unwrapped, and left as it was found (`ham_hf.attacks.attack_mode`).
         """
         return self.inner_maximization(model, self.with_class_radii(batch))
 

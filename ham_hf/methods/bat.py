@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from ham_hf.attacks import ThreatModel, full_precision
 from ham_hf.methods.base import Method
 from ham_hf.methods.batch import Batch, TrainingRows
+from ham_hf.methods.fat import early_stopped_pgd
 from ham_hf.methods.losses import BaseLoss, TradesLoss, kl
-from ham_hf.methods.stopped_attack import early_stopped_pgd
 from ham_hf.settings import setting
 
 FURTHER_STEPS = 1
@@ -75,12 +75,9 @@ class BAT(Method):
 
     name: ClassVar[str] = "bat"
     summary: ClassVar[str] = "balance adversarial training on both sides of the boundary (Sun et al., 2023)"
+    loss_kind: ClassVar[type[BaseLoss]] = BalanceLoss
 
     beta: float = setting(6.0, "weight of the KL term", at_least=0)
-
-    @property
-    def loss(self) -> BaseLoss:
-        return BalanceLoss(beta=self.beta)
 
     def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
         """See `Method.inner_maximization`. Waits for the device once per attack step, to drop rows."""

@@ -41,7 +41,7 @@ from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.batch import Batch, TrainingRows
 from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.rule_method import Borrowing
-from ham_hf.methods.state import State, States
+from ham_hf.methods.state import State
 from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
 from ham_hf.settings import setting
 
@@ -162,7 +162,8 @@ class HAM(BuiltOnLoss, Borrowing):
             start=start,
             loss_fn=loss_fn,
             track_moves=self.hard_weighting == "probability_move",
-            classify_in_step=self.classify_in_step(batch.states),
+            # Kept on the CPU: reading it in every batch waits for nothing.
+            classify_in_step=bool(batch.states[self.name]["classify_in_step"]),
         )
 
     def chosen(self, mined: HardExamples, batch: Batch) -> TrainingRows:
@@ -206,11 +207,6 @@ class HAM(BuiltOnLoss, Borrowing):
             return super().losses(logits, rows)
         return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
 
-    def classify_in_step(self, states: States) -> bool:
-        """Whether the step after the mining step is to classify, in this epoch."""
-        # Kept on the CPU: reading it in every batch waits for nothing.
-        return bool(states[self.name]["classify_in_step"])
-
     def initial_state(self, class_counts: Tensor) -> State:
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
 
@@ -219,16 +215,14 @@ class HAM(BuiltOnLoss, Borrowing):
         state["classify_in_step"].fill_(hard > CLASSIFY_IN_STEP_FROM * mined)
         state["mined"].zero_()
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """Return two, once mining has begun."""
-        return None if epoch < self.warmup_epochs else (2,)
-
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """Count the hard examples and all examples."""
-        hard = predicted(logits) != y if len(y) else torch.zeros_like(y, dtype=torch.bool)
+        if epoch < self.warmup_epochs:
+            return None
+        hard = predicted(logits) != y
         return torch.stack([hard, torch.ones_like(hard)]).sum(1)
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["mined"] += sums
 
     def rows_of_update(self, model: nn.Module, batches: Sequence[Batch]) -> list[TrainingRows]:
@@ -278,8 +272,7 @@ def _attacked_to_the_end(
     attacks = [batch.attack for batch in batches]
     rest = Attack(
         threat_model=ThreatModel(
-            attacks[0].threat_model.norm,
-            _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined),
+            attacks[0].threat_model.norm, _of_attacked_rows([attack.threat_model.epsilon for attack in attacks], mined)
         ),
         num_steps=attacks[0].num_steps - method.mining_step,
         step_size=_of_attacked_rows([attack.step_size for attack in attacks], mined),

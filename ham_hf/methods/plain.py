@@ -27,12 +27,9 @@ class TRADES(Borrowing):
 
     name: ClassVar[str] = "trades"
     summary: ClassVar[str] = "TRADES: clean cross-entropy and KL regularization (Zhang et al., 2019)"
+    loss_kind: ClassVar[type[BaseLoss]] = TradesLoss
 
     beta: float = setting(6.0, "weight of the KL term", at_least=0)
-
-    @property
-    def loss(self) -> BaseLoss:
-        return TradesLoss(beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +38,6 @@ class MART(Borrowing):
 
     name: ClassVar[str] = "mart"
     summary: ClassVar[str] = "MART: misclassification-aware regularization (Wang et al., 2020)"
+    loss_kind: ClassVar[type[BaseLoss]] = MartLoss
 
     beta: float = setting(5.0, "weight of the KL term", at_least=0)
-
-    @property
-    def loss(self) -> BaseLoss:
-        return MartLoss(beta=self.beta)

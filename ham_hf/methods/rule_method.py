@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_type_hints
 from ham_hf.methods.base import Method, available
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.state import named_kinds
-from ham_hf.settings import setting
+from ham_hf.settings import ConfigError, setting, setting_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,6 @@ class RuleMethod(Method):
     @property
     def parts(self) -> tuple[ClassRule, ...]:
         """See `Method.parts`: the rule, which bears the name of the method."""
-        return (self.rule,)
-
-    @property
-    def rules(self) -> tuple[ClassRule, ...]:
         return (self.rule,)
 
 
@@ -88,7 +84,6 @@ class Borrowing(Method):
     )
 
     def check(self, *, num_steps: int) -> None:
-        super().check(num_steps=num_steps)
         lenders: list[tuple[str, str, type[ClassRule]]] = [
             ("class_margin", self.class_margin, RadiusRule),
             ("class_weighting", self.class_weighting, WeightRule),
@@ -108,9 +103,9 @@ class Borrowing(Method):
                 f"--class_weighting {self.class_weighting} weighs the terms of "
                 f"{' or '.join(self.weights.weighs_losses)}, but the loss of this run is {self.loss.name}"
             )
-
-    def check_rules(self) -> None:
-        """See `Method.check_rules`: refuse a rule whose options switch off what is borrowed of it."""
+        problems = [problem.removeprefix("--") for rule in self.rules for problem in setting_problems(rule)]
+        if problems:
+            raise ConfigError(f"--class_rule_args: {problem}" for problem in problems)
         off = {
             "class_margin": self.radii is not None and not self.radii.scales_radii,
             "class_weighting": self.weights is not None and not self.weights.weighs(self.loss),
@@ -120,6 +115,7 @@ class Borrowing(Method):
             raise ValueError(
                 f"--{option} {getattr(self, option)} has no effect with --class_rule_args {given}; drop one of them"
             )
+        super().check(num_steps=num_steps)
 
     @cached_property
     def _borrowed(self) -> dict[str, ClassRule]:

@@ -43,6 +43,12 @@ class Stateful:
         """Name of the option that says when it begins, the first that ends in ``_start_epoch``; "" without one."""
         return next((one.name for one in fields(cls) if one.name.endswith("_start_epoch")), "")
 
+    def check(self, *, num_steps: int) -> None:
+        """Check the options against each other and the attack steps K of the run; ValueError names option and value.
+
+        Each of them is valid by itself.
+        """
+
     def initial_state(self, class_counts: Tensor) -> State:
         """State at the beginning of a run, in the dtype and on the device of ``class_counts``.
 
@@ -54,19 +60,16 @@ class Stateful:
     def before_epoch(self, state: State, *, epoch: int) -> None:
         """Turn what was observed in the epoch before into what holds for this one."""
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        """Shape of the sums that `observe` takes in this 0-based epoch; None observes nothing."""
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
+        """Sums over examples with labels ``y`` (N,), of the same shape whatever their number (also 0).
+
+        None observes nothing in this 0-based epoch, whatever the examples. ``logits`` (N, num_classes) are of
+        adversarial images: of the training forward; from methods that mine, of the whole batch at the mining step, as
+        the hard rows alone would say nothing of a class. They may be not finite.
+        """
         return None
 
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
-        """Sums over examples with labels ``y`` (N,), of `observed_shape` whatever their number (also 0).
-
-        ``logits`` (N, num_classes) are of adversarial images: of the training forward; from methods that mine, of the
-        whole batch at the mining step, as the hard rows alone would say nothing of a class. They may be not finite.
-        """
-        raise NotImplementedError(f"{self.name} observes nothing")
-
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         """Take in the sums of `observe` over all examples of the update, also of one that is skipped."""
 
 

@@ -1,8 +1,8 @@
 """The CIFAR networks of the robustness literature, registered with timm, and one of them in exact plain-timm form.
 
-Importing this module (``import ham_hf`` does) makes ``timm.create_model("preactresnet18_cifar")`` and the others work.
-All of them are timm's own residual networks with another stem: one 3x3 convolution of stride 1 and no pooling, so
-that a 32x32 image keeps its resolution until the first stage that strides.
+``import ham_hf`` imports this module, so that ``timm.create_model("preactresnet18_cifar")`` works. All networks are
+timm's own residual ones with another stem: one 3x3 convolution of stride 1 and no pooling, so that a 32x32 image keeps
+its resolution until the first stage that strides.
 
 ``resnet18_cifar`` need not be published under a name that only this package knows: on the image enlarged four times
 by nearest neighbour, timm's own ``resnet18`` with ``replace_stem_pool=True`` computes the same function, with the
@@ -32,17 +32,8 @@ EMBEDDING_UPSAMPLE = 4
 
 EMBEDDABLE_ARGUMENTS = frozenset(
     {
-        "num_classes",
-        "in_chans",
-        "global_pool",
-        "layers",
-        "channels",
-        "avg_down",
-        "down_kernel_size",
-        "drop_rate",
-        "drop_path_rate",
-        "drop_block_rate",
-        "zero_init_last",
+        *("num_classes", "in_chans", "global_pool", "layers", "channels", "avg_down", "down_kernel_size"),
+        *("drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last"),
     }
 )
 """Arguments of ``resnet18_cifar`` that leave the embedding exact: they do not touch activation, norm or strides."""
@@ -63,10 +54,7 @@ class CifarResNet(ResNet):
         block: residual block class.
         layers: number of blocks in each of the four stages.
         output_stride: stride of the last feature map, 2, 4 or 8; below 8, stages dilate instead of striding.
-        kwargs: as for ``timm.models.resnet.ResNet``, without those that shape its stem.
-
-    Raises:
-        TypeError: for an argument that shapes the stem.
+        kwargs: as for ``timm.models.resnet.ResNet``; TypeError for those that shape its stem.
     """
 
     def __init__(self, block: Any, layers: Sequence[int], output_stride: int = 8, **kwargs: Any) -> None:
@@ -83,11 +71,8 @@ class CifarResNetV2(ResNetV2):
     Args:
         layers: number of blocks in each stage.
         output_stride: stride of the last feature map; a stage that would exceed it dilates instead of striding.
-        kwargs: as for ``timm.models.resnetv2.ResNetV2``, without those that shape its stem (``stem_chs``, the number
-            of channels, excepted).
-
-    Raises:
-        TypeError: for an argument that shapes the stem.
+        kwargs: as for ``timm.models.resnetv2.ResNetV2``; TypeError for those that shape its stem (``stem_chs``, the
+            number of channels, excepted).
     """
 
     def __init__(self, layers: Sequence[int], output_stride: int = 8, **kwargs: Any) -> None:
@@ -117,24 +102,21 @@ def embed_in_resnet18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     conv1[:, :, _TAPS[:, None], _TAPS] = stem
     pool = stem.new_zeros(num_channels, num_channels, 3, 3)
     pool[:, :, 2, 2] = torch.eye(num_channels)
-    identity_norm = {
-        "weight": stem.new_ones(num_channels),
-        "bias": stem.new_zeros(num_channels),
-        "running_mean": stem.new_zeros(num_channels),
+    return {
+        **state,
+        "conv1.weight": conv1,
+        "maxpool.0.weight": pool,
+        "maxpool.1.weight": stem.new_ones(num_channels),
+        "maxpool.1.bias": stem.new_zeros(num_channels),
+        "maxpool.1.running_mean": stem.new_zeros(num_channels),
         # Variance + eps is exactly 1 then, so that the norm does not even round.
-        "running_var": stem.new_full((num_channels,), 1 - _NORM_EPS),
-        "num_batches_tracked": torch.tensor(0),
+        "maxpool.1.running_var": stem.new_full((num_channels,), 1 - _NORM_EPS),
+        "maxpool.1.num_batches_tracked": torch.tensor(0),
     }
-    added = {"maxpool.0.weight": pool} | {f"maxpool.1.{name}": value for name, value in identity_norm.items()}
-    return {**state, "conv1.weight": conv1, **added}
 
 
 def extract_from_resnet18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`embed_in_resnet18`.
-
-    Raises:
-        ValueError: if ``state`` is not such an embedding, for instance because the plain network was trained further.
-    """
+    """The inverse of :func:`embed_in_resnet18`; ValueError if ``state`` is not such an embedding (any more)."""
     cifar = {name: value for name, value in state.items() if not name.startswith("maxpool.")}
     cifar["conv1.weight"] = state["conv1.weight"][:, :, _TAPS[:, None], _TAPS].contiguous()
     embedded = embed_in_resnet18(cifar)
@@ -154,7 +136,6 @@ def _refuse_stem_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 def _stem_convolution(replaced: Any) -> nn.Conv2d:
     """A 3x3 stride-1 convolution of the same kind, channels, device and initialisation as the one it replaces."""
-    weight = replaced.weight
     stem: nn.Conv2d = type(replaced)(
         replaced.in_channels,
         replaced.out_channels,
@@ -162,8 +143,8 @@ def _stem_convolution(replaced: Any) -> nn.Conv2d:
         stride=1,
         padding=1,
         bias=False,
-        device=weight.device,
-        dtype=weight.dtype,
+        device=replaced.weight.device,
+        dtype=replaced.weight.dtype,
     )
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     return stem

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ from ham_hf.models.cifar_nets import (
     default_cfgs,
     embed_in_resnet18,
 )
-from ham_hf.models.pixel_model import PixelModel, Preprocessing, load_pixel_model
+from ham_hf.models.pixel_model import PixelModel, Preprocessing, compare_logits, load_pixel_model
 from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME, TrainedForm
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
@@ -227,8 +228,7 @@ def _config(
 ) -> dict[str, Any]:
     """What timm is told of the network, its input and its weights.
 
-    Tag, license, paper and origin of the weights that training started from, or that timm has for this architecture,
-    say nothing about the trained ones: nothing of them is copied.
+    Nothing is copied that timm says of the weights that training started from: tag, license, paper, origin.
     """
     trained_form = TrainedForm(
         architecture=trained.pretrained_cfg["architecture"],
@@ -267,18 +267,12 @@ def _config(
 def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsample: int) -> int:
     """Compare what plain timm loads with the trained network, on pixels, and return its number of parameters.
 
-    Raises:
-        RuntimeError: if the logits of the trained network are not finite, or differ.
+    RuntimeError if the logits of the trained network are not finite, or differ.
     """
-    loaded = _as_timm_loads(folder)
-    published = PixelModel(loaded, loaded.pretrained_cfg["mean"], loaded.pretrained_cfg["std"], upsample)
-    shape = (2, preprocessing.in_chans, preprocessing.image_size, preprocessing.image_size)
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = PixelModel(trained, preprocessing.mean, preprocessing.std)(x)
-        difference = (expected - published(x)).abs().max().item()
-    largest = expected.abs().max().item()
-    if not expected.isfinite().all():
+    published = _pixel_model(_as_timm_loads(folder), upsample)
+    original = PixelModel(trained, preprocessing.mean, preprocessing.std)
+    difference, largest = compare_logits(original, published, preprocessing.image_size)
+    if not math.isfinite(largest):
         spoilt = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
         weights = f"values in {', '.join(spoilt[:5])} are not finite" if spoilt else "its weights are finite"
         raise RuntimeError(
@@ -292,17 +286,18 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
             f"logits (the largest logit is {largest:.2g}), so nothing was written. Was the model changed after it was "
             f"built?"
         )
-    return sum(parameter.numel() for parameter in loaded.parameters())
+    return sum(parameter.numel() for parameter in published.parameters())
+
+
+def _pixel_model(net: Any, upsample: int = 1) -> PixelModel:  # noqa: ANN401 (with timm's attributes)
+    return PixelModel(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"], upsample)
 
 
 def _write_rgb_form(folder: Path) -> bool:
-    """Write ``rgb/`` into the folder of an exported model for gray images, or remove it where there is no such form.
+    """Write ``rgb/`` into the folder of an exported model for gray images and return True, or remove it.
 
-    There is none for a network whose first layer is not linear (that of an NFNet standardizes its weights). Both forms
-    are compared on gray images before the second one is kept.
-
-    Returns:
-        True if the second form was written.
+    There is no such form of a network whose first layer is not linear (that of an NFNet standardizes its weights).
+    Both forms are compared on gray images before the second one is kept.
     """
     config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     first_layer = f"{config['pretrained_cfg']['first_conv']}.weight"
@@ -312,7 +307,10 @@ def _write_rgb_form(folder: Path) -> bool:
         state[first_layer] = (weight * torch.tensor(GRAY_OF_RGB).view(1, 3, 1, 1)).contiguous()
         with _staging(folder) as staging:
             _write_files(staging, state, _as_text(_rgb_config(config)))
-            if _same_on_gray(folder, staging):
+            gray, color = _as_timm_loads(folder), _as_timm_loads(staging)
+            side = gray.pretrained_cfg["input_size"][-1]
+            difference, largest = compare_logits(_pixel_model(gray), _pixel_model(color), side)
+            if difference <= _LOGIT_TOLERANCE * max(1.0, largest):
                 (folder / RGB_FOLDER).mkdir(exist_ok=True)
                 _move_files(staging, folder / RGB_FOLDER)
                 return True
@@ -335,19 +333,6 @@ def _rgb_config(config: Mapping[str, Any]) -> dict[str, Any]:
     rgb["model_args"]["in_chans"] = 3
     rgb[CONFIG_KEY][TRAINED_FORM_KEY]["model_args"]["in_chans"] = 3
     return rgb
-
-
-def _same_on_gray(folder: Path, rgb: Path) -> bool:
-    """Whether both forms give the same logits for gray images (False if any is not finite)."""
-    one, three = _as_timm_loads(folder), _as_timm_loads(rgb)
-    x = torch.rand((2, *one.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        gray, color = (
-            PixelModel(net, net.pretrained_cfg["mean"], net.pretrained_cfg["std"])(x.expand(-1, channels, -1, -1))
-            for net, channels in ((one, 1), (three, 3))
-        )
-    difference = (color - gray).abs().max().item()
-    return bool(difference <= _LOGIT_TOLERANCE * max(1.0, gray.abs().max().item()))
 
 
 REPAIR_READS = (CONFIG_NAME, WEIGHTS_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}")

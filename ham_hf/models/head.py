@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ham_hf.models.pixel_model import PixelModel
+from ham_hf.models.pixel_model import PixelModel, compare_logits
 
 SHIFTED_LOGITS_TOLERANCE = 1e-5
 """Largest difference between folded logits and logits plus shift, relative to the largest logit, or to 1 if that is
 smaller."""
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-_TRIED_IMAGES = 2
 
 
 class HeadError(ValueError):
@@ -61,11 +60,7 @@ def read_biases(backbone: nn.Module, num_classes: int) -> list[list[float]]:
 
 
 def write_biases(backbone: nn.Module, biases: Sequence[Sequence[float]]) -> None:
-    """Put back what `read_biases` read, in place.
-
-    Raises:
-        HeadError: if the model has other heads.
-    """
+    """Put back what `read_biases` read, in place; HeadError if the model has other heads."""
     num_classes = len(biases[0]) if biases else 0
     found = _biases(backbone, num_classes)
     if [len(bias) for bias in biases] != [len(bias) for bias in found]:
@@ -81,10 +76,7 @@ def write_biases(backbone: nn.Module, biases: Sequence[Sequence[float]]) -> None
 def fold_shifts(backbone: nn.Module, shifts: Tensor) -> None:
     """Add ``shifts`` (num_classes,) to the logits of a model by adding them to its bias, in place.
 
-    A class whose shift is zero keeps its bias bit for bit.
-
-    Raises:
-        HeadError: where there is no bias to add to; nothing is changed then.
+    A class whose shift is zero keeps its bias bit for bit. HeadError, with nothing changed, where there is no bias.
     """
     biases = _biases(backbone, len(shifts))
     with torch.no_grad():
@@ -96,8 +88,7 @@ def fold_shifts(backbone: nn.Module, shifts: Tensor) -> None:
 def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> None:
     """Try on a copy whether a shift of the bias shifts the logits by as much; costs two passes over two images.
 
-    Raises:
-        HeadError: naming the architecture, where it does not.
+    HeadError names the architecture where it does not.
     """
     final_layers(model.backbone, num_classes)
     shifts = torch.linspace(-1, 1, num_classes)
@@ -109,15 +100,9 @@ def check_foldable(model: PixelModel, *, num_classes: int, image_size: int) -> N
 def check_shifted_logits(original: PixelModel, folded: PixelModel, shifts: Tensor, image_size: int) -> None:
     """Compare a folded model with the original plus ``shifts`` (num_classes,) on random pixels, in evaluation mode.
 
-    Raises:
-        HeadError: if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
+    HeadError if their logits differ by more than `SHIFTED_LOGITS_TOLERANCE`.
     """
-    shape = (_TRIED_IMAGES, original.mean.shape[1], image_size, image_size)
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        plain = original(x)
-        difference = (folded(x) - (plain + shifts.to(plain))).abs().max().item()
-    largest = plain.abs().max().item()
+    difference, largest = compare_logits(original, folded, image_size, shifts.to(original.mean))
     # Written so that NaN fails.
     if not difference <= SHIFTED_LOGITS_TOLERANCE * max(1.0, largest):
         raise HeadError(

@@ -82,12 +82,9 @@ class Preprocessing:
             )
         if self.image_size < self.crop_pct:
             raise ValueError(f"crop_pct {self.crop_pct} leaves nothing of an image of side {self.image_size}")
-        for name, value, known in (
-            ("interpolation", self.interpolation, INTERPOLATIONS),
-            ("crop_mode", self.crop_mode, CROP_MODES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")
+        for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ValueError(f"expected {self.in_chans} means and standard deviations, got {self.mean} and {self.std}")
         if min(self.std) <= 0:
@@ -97,10 +94,9 @@ class Preprocessing:
 class PixelModel(nn.Module):
     """A classifier of pixels: (N, C, H, W) in [0, 1] to (N, num_classes) logits.
 
-    The only place where pixels are normalized, in the precision of ``x``: under autocast the
-    subtraction and division stay in float32, and only the backbone computes in bf16. Mean and standard deviation are
-    buffers that follow the module to its device but are not part of the state dict, whose keys are those of the
-    backbone behind ``backbone.``.
+    The only place where pixels are normalized, in the precision of ``x``: under autocast, only the backbone computes
+    in bf16. Mean and standard deviation are buffers that follow the module to its device, but are not part of the
+    state dict, whose keys are those of the backbone behind ``backbone.``.
 
     Args:
         backbone: maps normalized images to logits.
@@ -127,6 +123,23 @@ class PixelModel(nn.Module):
             x = F.interpolate(x, scale_factor=self.upsample, mode="nearest")
         logits: Tensor = self.backbone(x)
         return logits
+
+
+@torch.no_grad()
+def compare_logits(
+    expected: PixelModel, found: PixelModel, image_size: int, shifts: Tensor | float = 0.0
+) -> tuple[float, float]:
+    """Run two models on two random images; gray ones are given to ``found`` in as many channels as it takes.
+
+    Returns:
+        The largest difference between logits of ``found`` and those of ``expected`` plus ``shifts`` (num_classes,),
+        and the largest logit of ``expected``; NaN where a logit is.
+    """
+    shape = (2, expected.mean.shape[1], image_size, image_size)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    logits = expected(x)
+    difference = found(x.expand(-1, found.mean.shape[1], -1, -1)) - (logits + shifts)
+    return difference.abs().max().item(), logits.abs().max().item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +203,7 @@ def create_backbone(
     source = resolve_source(model_name).as_trained()
     _check_arguments(model_args, preprocessing)
     size, default_size = preprocessing.image_size, source.pretrained_cfg["input_size"][-1]
-    arguments = {
-        **source.model_args,
-        **model_args,
-        "num_classes": num_classes,
-        "in_chans": preprocessing.in_chans,
-    }
+    arguments = {**source.model_args, **model_args, "num_classes": num_classes, "in_chans": preprocessing.in_chans}
     if source.pretrained_cfg.get("fixed_input_size"):
         arguments["img_size"] = size
     weights = source.read_weights() if pretrained else None
@@ -270,12 +278,11 @@ def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bo
         ) from error
     preprocessing = _preprocessing_of(resolved.as_trained())
     form = resolved.trained_form()
-    upsample = 1 if form is None else form.upsample
     notes = _other_test_input(resolved.pretrained_cfg, preprocessing)
     for sentence in notes:
         logger.warning("%s", sentence)
     return LoadedModel(
-        model=PixelModel(backbone, preprocessing.mean, preprocessing.std, upsample).eval(),
+        model=PixelModel(backbone, preprocessing.mean, preprocessing.std, form.upsample if form else 1).eval(),
         preprocessing=preprocessing,
         class_names=_class_names(resolved),
         metadata={key: value for key, value in resolved.extra.items() if key != TRAINED_FORM_KEY},
@@ -303,8 +310,7 @@ def _check_arguments(model_args: Mapping[str, object], preprocessing: Preprocess
 
 
 def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str, Tensor] | None) -> nn.Module:
-    # Weights travel inside the configuration: timm adapts classifier, stem and position embeddings to the arguments,
-    # but has no file of its own to look for.
+    # Inside the configuration, timm adapts weights to the arguments and looks for no file of its own.
     cfg = source.pretrained_cfg if weights is None else {**source.pretrained_cfg, "state_dict": weights}
     with nullcontext() if source.trusted else BuildLimit(weights):
         model: Any = timm.create_model(
@@ -318,13 +324,12 @@ def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str,
     return backbone
 
 
+@torch.no_grad()
 def _output_shape(backbone: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
     size = preprocessing.image_size
-    backbone.eval()
-    with torch.no_grad():
-        logits = backbone(torch.zeros(1, preprocessing.in_chans, size, size))
+    shape = tuple(backbone.eval()(torch.zeros(1, preprocessing.in_chans, size, size)).shape)
     backbone.train()
-    return tuple(logits.shape)
+    return shape
 
 
 def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preprocessing:

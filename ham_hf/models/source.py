@@ -1,8 +1,9 @@
-"""What a model name stands for: a timm architecture, its arguments, its preprocessing and where its weights are.
+"""What a model name stands for: a timm architecture, its arguments, its preprocessing, its weights and its origin.
 
 Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
 (``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
-safetensors alone: a source that offers only pickled weights is rejected.
+safetensors alone: a source that offers only pickled weights is rejected. A card is untrusted text: only its first part
+is read, and only short words are taken from it.
 """
 
 from __future__ import annotations
@@ -10,24 +11,23 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import (
-    PretrainedCfg,
-    get_deprecated_models,
-    get_pretrained_cfg,
-    is_model,
-)
+from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg, is_model
 from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
-from ham_hf.hub_ids import split_revision
+from ham_hf.files import front_matter
+from ham_hf.hub_config import split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
 from ham_hf.models.untrusted import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
@@ -40,11 +40,16 @@ CONFIG_KEY = "ham_hf"
 """Top-level key of ``config.json`` under which this package keeps what timm has no place for."""
 TRAINED_FORM_KEY = "trained_form"
 """Key inside ``CONFIG_KEY`` that holds a :class:`TrainedForm`; the keys beside it are the caller's."""
+MAX_CARD_LENGTH = 2**20
+UNKNOWN_LICENSE = "unknown"
+"""The Hub's word for a license that is not stated."""
 
 _HUB_PREFIXES = ("hf-hub", "hf_hub")
 _FOLDER_PREFIX = "local-dir"
 _PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 _WEIGHT_LOCATIONS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+_WORD = re.compile(r"[\w.:+-]{1,80}", re.ASCII)
+_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +58,9 @@ class TrainedForm:
 
     Attributes:
         architecture: timm name of the network that was trained.
-        model_args: its arguments, as passed to ``timm.create_model``, but for the number of classes (older exports
-            have it here too).
-        image_size: side of its input in pixels.
-        interpolation: resampling by which images were brought to that size.
-        crop_pct: side of its input by the side that images were resized to.
+        model_args: its arguments, but for the number of classes (older exports have it here too).
+        image_size: of its input; this, interpolation, crop_pct and crop_mode are as in `Preprocessing`.
         upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
-        crop_mode: which sides were resized, by timm's names.
     """
 
     architecture: str
@@ -81,9 +82,10 @@ class ModelSource:
         pretrained_cfg: timm's description of weights and preprocessing, without the places weights come from.
         model_args: arguments of the architecture that ``config.json`` records; empty for a registered name.
         extra: what ``config.json`` keeps under ``CONFIG_KEY``; empty if nothing.
+        fetch: path of one of its files, by name; ValueError if there is none.
         trusted: True if the architecture and its arguments are timm's own, False if a ``config.json`` says them.
-        read_weights: reads the state dict; ValueError if there is none in safetensors.
         hub_id: OWNER/NAME of the weights on the Hub; None if they are not there.
+        embedded: whether the weights are those of plain ``resnet18`` that a CIFAR network was published as.
     """
 
     name: str
@@ -91,16 +93,13 @@ class ModelSource:
     pretrained_cfg: dict[str, Any]
     model_args: dict[str, Any]
     extra: dict[str, Any]
-    read_weights: Callable[[], dict[str, Tensor]]
+    fetch: Callable[[str], Path]
     trusted: bool
     hub_id: str | None = None
+    embedded: bool = False
 
     def trained_form(self) -> TrainedForm | None:
-        """The network that was trained, if this package exported the model; else None.
-
-        Raises:
-            ValueError: if the record in ``config.json`` is damaged.
-        """
+        """The network that was trained, if this package exported the model; ValueError if the record is damaged."""
         record = self.extra.get(TRAINED_FORM_KEY)
         if record is None:
             return None
@@ -132,12 +131,20 @@ class ModelSource:
                 "crop_pct": form.crop_pct,
                 "crop_mode": form.crop_mode,
             },
-            read_weights=self.read_weights if form.upsample == 1 else self._read_extracted_weights,
+            embedded=form.upsample != 1,
         )
 
-    def _read_extracted_weights(self) -> dict[str, Tensor]:
+    def read_weights(self) -> dict[str, Tensor]:
+        """The state dict; ValueError if there is none in safetensors, or it is damaged or not of the network."""
+        weights = self.fetch(WEIGHTS_NAME)
         try:
-            return extract_from_resnet18(self.read_weights())
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.name}: {weights} is damaged, or a Git LFS pointer instead of the file itself ({error})"
+            ) from error
+        try:
+            return extract_from_resnet18(state) if self.embedded else state
         except (KeyError, ValueError) as error:
             raise ValueError(f"{self.name} cannot be turned back into its CIFAR network: {error}") from error
 
@@ -154,10 +161,10 @@ def resolve_source(name: str) -> ModelSource:
     prefix, colon, rest = name.partition(":")
     if colon and prefix == _FOLDER_PREFIX:
         folder = Path(rest).expanduser()
-        return _source_from_folder(name, folder, lambda: _weights_in_folder(name, folder))
+        return _source_from_folder(name, folder, partial(_file_in_folder, name, folder))
     if colon and prefix in _HUB_PREFIXES:
         folder = _download(name, rest, CONFIG_NAME).parent
-        source = _source_from_folder(name, folder, lambda: _download(name, rest, WEIGHTS_NAME))
+        source = _source_from_folder(name, folder, partial(_download, name, rest))
         return dataclasses.replace(source, hub_id=rest.partition("@")[0])
     if "/" in name or "\\" in name:
         raise ValueError(
@@ -166,22 +173,51 @@ def resolve_source(name: str) -> ModelSource:
     return _source_from_registry(name)
 
 
-def fetch_card(name: str, hub_id: str | None) -> Path | None:
-    """Path of the card, ``README.md``, of a model; None, with a line in the log, if it has none.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a model comes from.
 
-    ``name`` is as for `resolve_source`; ``hub_id`` is OWNER/NAME of the model on the Hub, if it is there.
+    Attributes:
+        license: of its weights, a Hub license id; `UNKNOWN_LICENSE` if neither card nor ``config.json`` says it.
+        base_model: its id on the Hub or, for a folder, the base model that its card names; None if there is neither.
+        tags: of its card.
     """
-    prefix, colon, rest = name.partition(":")
-    if colon and prefix == _FOLDER_PREFIX:
-        path = Path(rest).expanduser() / CARD_NAME
-        return path if path.is_file() else None
-    if hub_id is None:
-        return None
+
+    license: str
+    base_model: str | None
+    tags: tuple[str, ...]
+
+
+def read_origin(source: str, *, revision: str | None = None) -> Origin:
+    """Read card and ``config.json`` of a model, named as for `load_pixel_model`; ValueError if there is none."""
+    resolved = resolve_source(complete_name(source, revision))
+    card = _card_metadata(resolved)
+    licenses = _matching(_WORD, [card.get("license"), resolved.pretrained_cfg.get("license")])
+    bases = _matching(_REPO_ID, [resolved.hub_id, *_as_list(card.get("base_model"))])
+    return Origin(
+        license=licenses[0].lower() if licenses else UNKNOWN_LICENSE,
+        base_model=bases[0] if bases else None,
+        tags=tuple(_matching(_WORD, _as_list(card.get("tags"))[:100])),
+    )
+
+
+def _card_metadata(source: ModelSource) -> dict[str, Any]:
+    """The YAML block at the beginning of a model's card; empty, with a line in the log, where none can be read."""
     try:
-        return _download(name, rest if colon else hub_id, CARD_NAME)
-    except ValueError as error:
-        logger.warning("no card is carried over: %s", error)
-        return None
+        with source.fetch(CARD_NAME).open(encoding="utf-8", errors="replace") as file:
+            values = yaml.safe_load(front_matter(file.read(MAX_CARD_LENGTH)))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        logger.warning("no card is carried over: %s", " ".join(str(error).split())[:200])
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _as_list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _matching(pattern: re.Pattern[str], values: Iterable[object]) -> list[str]:
+    return [value for value in values if isinstance(value, str) and pattern.fullmatch(value)]
 
 
 def complete_name(source: str, revision: str | None = None) -> str:
@@ -226,9 +262,9 @@ def _source_from_registry(name: str) -> ModelSource:
         raise ValueError(f"--model_name {name}: no such tag; timm has {', '.join(tags)}") from error
     cfg = cfg or PretrainedCfg(architecture=architecture)
 
-    def fetch_weights() -> Path:
+    def fetch(filename: str) -> Path:
         if cfg.hf_hub_id:
-            return _download(name, cfg.hf_hub_id, WEIGHTS_NAME)
+            return _download(name, cfg.hf_hub_id, filename)
         if cfg.has_weights:
             raise ValueError(f"{name}: its pretrained weights exist only as a pickle, which is never loaded")
         raise ValueError(f"{name}: timm has no pretrained weights for it; train from scratch or choose another model")
@@ -239,13 +275,13 @@ def _source_from_registry(name: str) -> ModelSource:
         pretrained_cfg=_as_dict(cfg),
         model_args={},
         extra={},
-        read_weights=lambda: _read_weights(name, fetch_weights()),
+        fetch=fetch,
         trusted=True,
         hub_id=cfg.hf_hub_id or None,
     )
 
 
-def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Path]) -> ModelSource:
+def _source_from_folder(name: str, folder: Path, fetch: Callable[[str], Path]) -> ModelSource:
     config_file = folder / CONFIG_NAME
     if not config_file.is_file():
         what = f"has no {CONFIG_NAME}" if folder.is_dir() else "is not a folder"
@@ -277,7 +313,7 @@ def _source_from_folder(name: str, folder: Path, fetch_weights: Callable[[], Pat
         pretrained_cfg=pretrained_cfg,
         model_args=model_args,
         extra=extra,
-        read_weights=lambda: _read_weights(name, fetch_weights()),
+        fetch=fetch,
         trusted=False,
     )
 
@@ -290,20 +326,12 @@ def _check_registered(architecture: str) -> None:
         )
 
 
-def _weights_in_folder(name: str, folder: Path) -> Path:
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise ValueError(f"{name}: {folder} has no {WEIGHTS_NAME}; pickled weights (.bin, .pth) are never loaded")
-    return weights
-
-
-def _read_weights(name: str, weights: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{name}: {weights} is damaged, or a Git LFS pointer instead of the file itself ({error})"
-        ) from error
+def _file_in_folder(name: str, folder: Path, filename: str) -> Path:
+    path = folder / filename
+    if not path.is_file():
+        hint = "; pickled weights (.bin, .pth) are never loaded" if filename == WEIGHTS_NAME else ""
+        raise ValueError(f"{name}: {folder} has no {filename}{hint}")
+    return path
 
 
 def _download(name: str, hub_id: str, filename: str) -> Path:
@@ -321,8 +349,8 @@ def _download(name: str, hub_id: str, filename: str) -> Path:
 
 def _as_dict(cfg: PretrainedCfg) -> dict[str, Any]:
     """A ``pretrained_cfg`` that cannot make timm fetch or unpickle anything by itself."""
-    known = {key: value for key, value in dataclasses.asdict(cfg).items() if value is not None}
-    return {key: value for key, value in known.items() if key not in _WEIGHT_LOCATIONS} | {"custom_load": False}
+    values = dataclasses.asdict(cfg) | dict.fromkeys(_WEIGHT_LOCATIONS) | {"custom_load": False}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _nearest(name: str) -> str:

@@ -1,8 +1,8 @@
 """Validation of a model's ``config.json`` before timm sees it.
 
 The file is untrusted: reject anything that is not an image classifier, that would make timm download or unpickle
-files, or that would not fit in memory. The messages name the entry. The limits are our choice, far above every model
-of timm. `BuildLimit` also limits the memory for building a network; nothing is built before.
+files, or that would not fit in memory. A ValueError names the entry and what was expected. The limits are our choice,
+far above every model of timm. `BuildLimit` also limits the memory for building a network; nothing is built before.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ FORBIDDEN_PREFIXES = ("pretrained", "feature", "out_indices")
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a ``config.json`` and check its outline: sizes, numbers, nesting, and the arguments of the network.
-
-    Raises:
-        ValueError: saying what is wrong with it.
-    """
+    """Read a ``config.json`` and check sizes, numbers, nesting and arguments; ValueError says what is wrong."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
@@ -62,11 +58,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def check_model_args(arguments: Mapping[str, object], where: str) -> None:
-    """Reject arguments that make timm read a file, or build something that does not fit in memory.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Reject arguments that make timm read a file, or do not fit in memory; ValueError names the argument."""
     for name, value in arguments.items():
         if name in FORBIDDEN_ARGUMENTS or name.startswith(FORBIDDEN_PREFIXES):
             raise ValueError(f"{where} {_word(name)} cannot be set: it is no argument of a network")
@@ -74,18 +66,12 @@ def check_model_args(arguments: Mapping[str, object], where: str) -> None:
 
 
 def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
-    """Check the entries used of timm's description of the weights: input, preprocessing, classes.
-
-    Raises:
-        ValueError: naming the key and what was expected.
-    """
-    _expect(cfg, "input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size)
+    """Check the entries used of timm's description of the weights: input, preprocessing, classes."""
+    size = f"channels, height and width of at most {MAX_SIDE} pixels"
+    for prefix in ("", "test_"):
+        _expect(cfg, f"{prefix}input_size", size, _is_size, optional=bool(prefix))
+        _expect(cfg, f"{prefix}crop_pct", _CROP_RANGE, _is_crop, optional=bool(prefix))
     _expect(cfg, "interpolation", _INTERPOLATION, _is_interpolation)
-    _expect(cfg, "crop_pct", _CROP_RANGE, _is_crop)
-    _expect(
-        cfg, "test_input_size", f"channels, height and width of at most {MAX_SIDE} pixels", _is_size, optional=True
-    )
-    _expect(cfg, "test_crop_pct", _CROP_RANGE, _is_crop, optional=True)
     _expect(cfg, "crop_mode", f"one of {', '.join(CROP_MODES)}", lambda value: value in CROP_MODES)
     _expect(cfg, "mean", "one number per channel", lambda value: _is_list(value, _is_number))
     positive = "one number > 0 per channel"
@@ -100,11 +86,7 @@ def check_pretrained_cfg(cfg: Mapping[str, Any]) -> None:
 
 
 def check_trained_form(form: Mapping[str, object]) -> None:
-    """Check this package's record of the network and the pixel space of training.
-
-    Raises:
-        ValueError: naming the key and what was expected.
-    """
+    """Check this package's record of the network and the pixel space of training."""
     _expect(form, "architecture", "the name of an architecture", lambda value: isinstance(value, str))
     _expect(form, "model_args", "an object", lambda value: isinstance(value, dict))
     check_model_args(form["model_args"], "model_args")  # type: ignore[arg-type]  # as just checked
@@ -118,22 +100,13 @@ def check_trained_form(form: Mapping[str, object]) -> None:
 
 
 def check_metadata(metadata: Mapping[str, object]) -> None:
-    """Check what this package reads of the metadata that came with a model; the rest may be anything.
-
-    Raises:
-        ValueError: naming the key and what was expected.
-    """
+    """Check what this package reads of the metadata that came with a model; the rest may be anything."""
     _expect(metadata, "norm", "linf or l2", lambda value: value in ("linf", "l2"), optional=True)
     _expect(metadata, "epsilon", "a number > 0", lambda value: _is_number(value) and value > 0, optional=True)
     fraction = "a number in (0, 1)"
     _expect(metadata, "test_fraction", fraction, lambda value: _is_number(value) and 0 < value < 1, optional=True)
-    _expect(
-        metadata,
-        "calibration",
-        "an object with the original bias of each head and a shift per class",
-        _is_calibration,
-        optional=True,
-    )
+    calibration = "an object with the original bias of each head and a shift per class"
+    _expect(metadata, "calibration", calibration, _is_calibration, optional=True)
     _expect(metadata, "trained_on", "an object", lambda value: isinstance(value, dict), optional=True)
     for key in ("dataset", "method"):
         _expect(metadata, key, "a name", lambda value: isinstance(value, str), optional=True)
@@ -143,9 +116,7 @@ def _expect(
     values: Mapping[str, object], key: str, what: str, holds: Callable[[Any], bool], *, optional: bool = False
 ) -> None:
     value = values.get(key)
-    if value is None and optional:
-        return
-    if value is None or not holds(value):
+    if not (optional if value is None else holds(value)):
         raise ValueError(f"{key} should be {what}, got {_shown(value)}")
 
 

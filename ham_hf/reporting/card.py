@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
-from ham_hf.hub_ids import is_hub_id, split_revision
+from ham_hf.hub_config import is_hub_id, split_revision
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
     Markdown,

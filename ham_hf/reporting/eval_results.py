@@ -38,7 +38,7 @@ def model_index(report: RunReport) -> list[EvalResult]:
                 dataset_type=dataset.hub_id or local or "local",
                 dataset_name=dataset.title,
                 dataset_config=plain_text(dataset.config_name) if dataset.config_name else None,
-                dataset_split=_test_split(dataset.test_split_origin),
+                dataset_split=plain_text(dataset.test_split_origin),
                 dataset_revision=plain_text(dataset.revision) if dataset.revision else None,
                 metric_type=metric,
                 metric_name=title,
@@ -97,9 +97,3 @@ def write_eval_results(report: RunReport, folder: str | Path, *, suffix: str = "
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
     return path
-
-
-def _test_split(origin: str) -> str:
-    """Name of the split that the test images are from, also if they were held out of it."""
-    held_out = re.match(r"held out of (.+) \([\d.]+ %, stratified, seed \d+\)$", origin)
-    return plain_text(held_out[1] if held_out else origin)

@@ -185,9 +185,7 @@ def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
     if method is None:
         return {}
     awp_start = config.get("awp_start_epoch") if config.get("awp_gamma") is not None else None
-    start = awp_start if isinstance(awp_start, int) else None
-    words = method.start_words(start)
-    return {name: (first, words[name]) for name, first in method.start_epochs(start).items()}
+    return method.starts(awp_start if isinstance(awp_start, int) else None)
 
 
 def cited_methods(config: Mapping[str, object]) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ham_hf.evaluation.calibration import FrontierPoint
+from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
 from ham_hf.metrics import FairnessSummary
@@ -182,11 +182,10 @@ class TrainingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationReport:
+class CalibrationReport(Calibration):
     """Class shifts that were folded into a model, and what they cost.
 
     Attributes:
-        fairness, shifts, factors, counts, frontier, attack, passes: see `ham_hf.evaluation.calibration.Calibration`.
         max_average_drop: the drop that F was chosen by; None if F was given.
         images: the images that the shifts were found on, in words that follow "found on".
         seen_in_training: whether the model was trained on them.
@@ -194,17 +193,10 @@ class CalibrationReport:
         tags: of the calibrated model's card.
     """
 
-    fairness: float
     max_average_drop: float | None
-    shifts: tuple[float, ...]
-    factors: tuple[float, ...]
-    counts: tuple[int, ...]
-    frontier: tuple[FrontierPoint, ...]
-    attack: Mapping[str, object]
     images: str
     seen_in_training: bool
     seconds: float
-    passes: int
     tags: tuple[str, ...] = ()
 
     def point(self, fairness: float) -> FrontierPoint:

@@ -23,17 +23,16 @@ from ham_hf.data import ImageData, TestData
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.calibration import Calibration
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
 from ham_hf.files import atomic_write
-from ham_hf.hub_ids import is_hub_id
+from ham_hf.hub_config import is_hub_id
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
-from ham_hf.models.origin import Origin
+from ham_hf.models.source import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
@@ -337,26 +336,6 @@ def evaluation_report(
         corruptions=corruption_report(
             corrupted, data.test.labels, len(data.class_names), constants=constants_of(data.image_size)
         ),
-    )
-
-
-def calibration_report(
-    calibration: Calibration,
-    *,
-    images: str,
-    seen_in_training: bool,
-    max_average_drop: float | None,
-    seconds: float,
-    tags: Sequence[str] = (),
-) -> CalibrationReport:
-    """A calibration in the form of the report; see `CalibrationReport` for the arguments."""
-    return CalibrationReport(
-        **{name: value for name, value in vars(calibration).items() if name != "rounds"},
-        max_average_drop=max_average_drop,
-        images=images,
-        seen_in_training=seen_in_training,
-        seconds=seconds,
-        tags=tuple(tags),
     )
 
 

@@ -17,7 +17,7 @@ from ham_hf.reporting.formats import (
     ratio,
     with_interval,
 )
-from ham_hf.reporting.report import CalibrationReport, RunReport
+from ham_hf.reporting.report import RunReport
 
 MAX_GROUP_ROWS = 50
 """Groups that a table lists; of more, the weakest."""
@@ -172,7 +172,7 @@ def breakdown_tables(report: RunReport) -> list[tuple[str, list[dict[str, str]]]
     return tables
 
 
-def frontier_rows(found: CalibrationReport | Calibration) -> list[dict[str, str]]:
+def frontier_rows(found: Calibration) -> list[dict[str, str]]:
     """One row per point of the frontier, with intervals."""
     return [
         {

@@ -33,28 +33,13 @@ class GatedAverage:
         self.updates = 0
 
     def update(self, model: nn.Module, class_accuracies: Sequence[float | None]) -> bool:
-        """Take in the model of this epoch if it passes, that is, if its worst class reaches the threshold.
+        """Take in the model of this epoch if it passes, that is, if its worst class reaches the threshold; whether so.
 
         Every entry of the state dict takes part, BatchNorm's buffers too: ``decay * average + (1 - decay) * model``
-        in the entry's own dtype; integers are averaged and truncated, as the authors do.
-
-        Args:
-            model: the model as it is now.
-            class_accuracies: in [0, 1], on held-out images under attack; None for a class without an example.
-
-        Returns:
-            Whether it passed.
-
-        Raises:
-            ValueError: if no class has an accuracy; nothing was changed.
+        in the entry's own dtype; integers are averaged and truncated, as the authors do. ``class_accuracies``, in
+        [0, 1], are of held-out images under attack; None for some classes, without an example.
         """
-        known = [accuracy for accuracy in class_accuracies if accuracy is not None]
-        if not known:
-            raise ValueError(
-                f"class_accuracies holds no accuracy ({len(class_accuracies)} classes, all without an example): "
-                "weight averaging gated by the worst class needs held-out images of at least one class; hold out more"
-            )
-        passed = min(known) >= self.threshold
+        passed = min(accuracy for accuracy in class_accuracies if accuracy is not None) >= self.threshold
         current = model.state_dict()
         if self.updates == 0:
             self.module.load_state_dict(current)

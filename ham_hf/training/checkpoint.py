@@ -10,6 +10,7 @@ Checksums tell a damaged checkpoint: the latest whole one is resumed, a damaged 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import pickle
@@ -18,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,41 +77,40 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     flush(path)
 
 
-class _Written:
+class _Written(io.BufferedWriter):
     """A file for ``torch.save``, whose own error for a full disk does not say so."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:  # noqa: ANN401 (bytes of any kind)
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
 
-    def flush(self) -> None:
-        self.file.flush()
-
 
 def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
-    target = _Written(path)
-    with target.file:
+    with _Written(io.FileIO(path, "w")) as target:
         try:
-            torch.save(state, cast(IO[bytes], target))
+            torch.save(state, target)
         except RuntimeError as error:
-            if target.error is not None:
-                raise target.error from error
-            raise
+            raise target.error or error from error
 
 
-def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int | None,
+    selected: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+) -> Path:
     """Write ``checkpoint-{step}``, complete or not at all; call it on the main process only.
 
     Older checkpoints beyond the ``keep`` newest (None: none of them) are removed afterwards, and only if the new one
     reads back as it was written. The selected weights of the moment go with it, so that a run resumed from it
-    publishes weights of its own past only.
+    publishes weights of its own past only. What is ``selected`` and not yet on the disk, as `save_best` takes it, is
+    written first.
 
     Raises:
         CheckpointWriteError: if the disk does not take it, with the space it needs.
@@ -119,6 +119,8 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
     part = _part_of(final)
     best = output_dir / BEST_NAME / WEIGHTS
     try:
+        if selected is not None:
+            save_best(output_dir, *selected)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         save_weights(part / WEIGHTS, checkpoint.model)
@@ -129,8 +131,6 @@ def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | Non
         if best.is_file():
             shutil.copyfile(best, part / BEST)
         (part / STATE_FILE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False))
-        for file in part.iterdir():
-            flush(file)
         write_checksums(part)
         check_checkpoint(part)
         replace_folder(part, final)

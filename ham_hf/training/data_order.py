@@ -98,12 +98,12 @@ def training_class_counts(train: Images | TrainingStream, objective: Method, num
     if not isinstance(train, TrainingStream):
         return count_per_class(train.labels, num_classes)
     asking = [objective.flag_of(rule) for rule in objective.rules if rule.uses_class_counts]
-    counts = train.shards.class_counts() if asking else None
-    if counts is not None:
-        return counts
-    if asking:
+    if not asking:
+        return torch.full((num_classes,), torch.nan)
+    counts = train.shards.class_counts()
+    if counts is None:
         raise ValueError(
             f"{asking[0]} needs the number of training images of each class, and of .tar archives it is not "
             "known before all are read; stream parquet files, or leave --dataset_streaming out"
         )
-    return torch.full((num_classes,), torch.nan)
+    return counts

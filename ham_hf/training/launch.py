@@ -16,15 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, broadcast_object_list
 
 from ham_hf.faults import FaultError
-from ham_hf.recipe_files import shown_path
-from ham_hf.training.environment import (
-    check_variables,
-    is_on,
-    mpi_processes,
-    overruled,
-    rounding,
-    unknown,
-)
+from ham_hf.invocation import shown_path
+from ham_hf.training.environment import check_variables, is_on, mpi_processes, overruled, rounding, unknown
 from ham_hf.training.sharding import shard_on_cpu, sharding_plugin
 
 logger = logging.getLogger(__name__)
@@ -175,15 +168,10 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def check_shared_folder(written: Path, accelerator: Accelerator, *, patience: float) -> None:
-    """Refuse an output folder that is not the same one on all nodes; call it on all processes.
+    """Refuse, with ValueError, an output folder that is not the same one on all nodes; call it on all processes.
 
-    Args:
-        written: a file that the main process has just written.
-        accelerator: the accelerator.
-        patience: seconds to wait for the file: clients of NFS remember for half a minute that a file is not there.
-
-    Raises:
-        ValueError: if a process does not read there what the main one wrote.
+    ``written`` is a file that the main process has just written. It is waited for, up to ``patience`` seconds: clients
+    of NFS remember for half a minute that a file is not there.
     """
     if accelerator.num_processes == 1:
         return

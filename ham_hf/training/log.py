@@ -63,9 +63,6 @@ class RunLog:
             disable=not (show_progress and accelerator.is_local_main_process),
         )
 
-    def advance(self) -> None:
-        self.bar.update()
-
     def show(self, values: Mapping[str, float | None]) -> None:
         """Show numbers behind the bar; None is left out."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items() if value is not None})

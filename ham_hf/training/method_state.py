@@ -5,7 +5,6 @@ The state is the same on every process: only sums over all processes change it. 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods import ClassRule, Method, Stateful, TrainingRows, class_counts, class_sums
+from ham_hf.methods import ClassRule, Method, TrainingRows, class_counts, class_sums
 
 
 class MethodState:
     """State of a method and of its class rules, and a log of the current epoch.
 
-    Args:
-        objective: the method.
-        class_counts: (num_classes,) number of training images of each class, float64 where the device has it.
+    ``class_counts`` (num_classes,) are the numbers of training images, float64 where the device has it.
 
     Attributes:
         states: the state of each part, by its name.
@@ -55,28 +52,22 @@ class MethodState:
                 return probabilities
         return None
 
-    def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> Tensor:
-        """What the parts observe of one batch of labels ``y`` (N,), in one flat vector, of one length in an epoch.
+    def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> dict[str, Tensor]:
+        """What the parts observe of one batch of labels ``y`` (N,), by name; of the same shapes in all of an epoch.
 
         ``logits`` (R, num_classes) are those of the training forward; R may be 0.
         """
         early = rows.early_logits
         labels = rows.adversarial_y if early is None else y
-        seen = logits[: len(labels)] if early is None else early
-        sums = [part.observe(seen.detach(), labels, epoch=epoch) for part, _ in self._observing(epoch)]
-        return torch.cat([one.flatten() for one in sums] or [self.log.new_zeros(0)])
+        seen = (logits[: len(labels)] if early is None else early).detach()
+        sums = {part.name: part.observe(seen, labels, epoch=epoch) for part in self.objective.parts}
+        return {name: found for name, found in sums.items() if found is not None}
 
-    def after_update(self, observed: Tensor, *, epoch: int) -> None:
+    def after_update(self, observed: Mapping[str, Tensor], *, epoch: int) -> None:
         """Hand the global sums of `observe` to the parts that they are for."""
-        observing = self._observing(epoch)
-        pieces = torch.split(observed, [math.prod(shape) for _, shape in observing])
-        for (part, shape), sums in zip(observing, pieces, strict=True):
-            part.after_update(self.states[part.name], sums.view(shape))
-
-    def _observing(self, epoch: int) -> list[tuple[Stateful, tuple[int, ...]]]:
-        """The parts that observe in this epoch, with the shape of their sums."""
-        shapes = [(part, part.observed_shape(self.num_classes, epoch=epoch)) for part in self.objective.parts]
-        return [(part, shape) for part, shape in shapes if shape is not None]
+        for part in self.objective.parts:
+            if part.name in observed:
+                part.after_update(self.states[part.name], observed[part.name], epoch=epoch)
 
     def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""

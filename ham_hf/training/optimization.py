@@ -58,9 +58,8 @@ def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Op
     Layer decay goes by timm's division of its networks into layers; the classifier has the full rate.
 
     Raises:
-        ValueError: if timm has no such optimizer, or cannot tell the layers of the network apart.
+        ValueError: if timm cannot tell the layers of the network apart.
     """
-    check_optimizer(config.optimizer)
     if config.layer_decay is not None:
         # Only the network itself knows its layers, not the normalization around it, which has no parameters.
         model = getattr(model, "backbone", model)
@@ -108,11 +107,6 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, *
         updates_per_epoch=updates_per_epoch,
     )
     return scheduler
-
-
-def depends_on_end(kind: str) -> bool:
-    """Whether a schedule's rates depend on where it ends: those that decay smoothly to the last epoch."""
-    return kind not in ("piecewise", "constant")
 
 
 def set_learning_rate(scheduler: Scheduler, *, epoch: int, step: int) -> float:

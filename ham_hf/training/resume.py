@@ -22,24 +22,28 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack
 from ham_hf.data import ImageData, TrainingStream
 from ham_hf.methods import Method
-from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, list_checkpoints, tidy
+from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
 from ham_hf.training.config import TrainingConfig
-from ham_hf.training.optimization import depends_on_end
 
 logger = logging.getLogger(__name__)
 
+MATTERS = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",  # with the accumulation and the processes it makes examples_per_update
+    "gradient_accumulation_steps",
+    "memory_format",
+    "torch_compile",
+)
+"""Settings of the training loop that a resumed run may change, although it can change numbers by them, if only in the
+last bits or by a validation more."""
 MAY_CHANGE = frozenset(
     {
+        *MATTERS,
         "output_dir",
         "overwrite_output_dir",
         "resume_from_checkpoint",
-        "num_train_epochs",
-        "max_steps",
         "max_train_hours",
-        "per_device_train_batch_size",  # with the accumulation and the processes it makes examples_per_update
-        "gradient_accumulation_steps",
-        "memory_format",
-        "torch_compile",
         "use_cpu",
         "ddp_timeout",
         "logging_steps",
@@ -52,16 +56,7 @@ MAY_CHANGE = frozenset(
         "disable_tqdm",
     }
 )
-"""Settings of the training loop that a resumed run may change."""
-MATTERS = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "memory_format",
-    "torch_compile",
-)
-"""Those of them that can change numbers, if only in the last bits or by a validation more."""
+"""All that it may change."""
 
 
 @dataclass(kw_only=True)
@@ -74,8 +69,8 @@ class Progress:
         overflowed_updates: updates skipped because a gradient overflowed in float16.
         loss_scale: state of the scaler of the loss (``mixed_precision`` fp16); None without one.
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
-        passes: passes over the network for updates, validation and held-out sums so far, of all processes; None if
-            the run began before they were counted. See `ham_hf.training.passes`.
+        passes: passes over the network for updates, validation and held-out sums so far, of all processes
+            (`ham_hf.training.train_step.PassCounter`).
         class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
         averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
@@ -92,7 +87,7 @@ class Progress:
     overflowed_updates: int = 0
     loss_scale: dict[str, Any] | None = None
     seconds: float = 0.0
-    passes: float | None = 0.0
+    passes: float = 0.0
     class_log: list[list[float]] = field(default_factory=list)
     averaged_epochs: int = 0
     since_log: dict[str, float] = field(default_factory=dict)
@@ -110,25 +105,27 @@ def anywhere(accelerator: Accelerator, happened: bool) -> bool:
     return count.item() > 0
 
 
-def agreed_checkpoint(output_dir: Path, name: str, accelerator: Accelerator) -> Path | None:
-    """What `find_checkpoint` finds, the same on every process; call it on all of them.
+def agreed_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that the configuration names, the same on every process; None where it names or finds none.
 
     Raises:
         ValueError: see `find_checkpoint`; and if a process does not find what the main one does.
     """
-    found: list[Any] = [None, None]
+    output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
+    if name is None:
+        return None
+    found: list[Path | ValueError | None] = [None]
     if accelerator.is_main_process:
         tidy(output_dir)
         try:
-            found = [find_checkpoint(output_dir, name), None]
+            found = [find_checkpoint(output_dir, name)]
         except ValueError as error:
-            found = [None, str(error)]
-    path, problem = broadcast_object_list(found)
-    if problem is not None:
-        raise ValueError(problem)
+            found = [error]
+    path: Path | ValueError | None = broadcast_object_list(found)[0]
+    if isinstance(path, ValueError):
+        raise path
     if path is None:
         return None
-    path = Path(path)
     if anywhere(accelerator, not (path / STATE_FILE).is_file()):
         raise ValueError(
             f"--resume_from_checkpoint {name}: not every process finds {path}, from which the main one resumes; "
@@ -178,7 +175,8 @@ def run_plan(
     }
     if data.crop_mode != "center":  # checkpoints of earlier versions know no other
         plan["crop_mode"] = data.crop_mode
-    if depends_on_end(config.lr_scheduler_type):
+    if config.lr_scheduler_type not in ("piecewise", "constant"):
+        # The rates depend on where the schedule ends.
         plan["num_train_epochs"] = config.num_train_epochs
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(per_update)
@@ -227,14 +225,6 @@ def _or_none(value: object) -> object:
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
     """Refuse a checkpoint whose plan is another one, with a ValueError that names what differs."""
-    if "num_train_epochs" in plan and "num_train_epochs" not in saved:
-        logger.warning(
-            "%s does not say for how many epochs its --lr_scheduler_type %s was meant: taking it to be the %d of now",
-            checkpoint,
-            plan["lr_scheduler_type"],
-            plan["num_train_epochs"],
-        )
-        plan = {key: value for key, value in plan.items() if key != "num_train_epochs"}
     changed = [
         f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
         for key in {**saved, **plan}
@@ -245,7 +235,7 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]
             f"an update of --method {plan['method']} with these options depends on how its examples are split into "
             "batches, so batch size and number of processes have to stay"
         )
-    if "num_train_epochs" in plan and saved["num_train_epochs"] != plan["num_train_epochs"]:
+    if "num_train_epochs" in plan and saved.get("num_train_epochs") != plan["num_train_epochs"]:
         changed.append(
             f"--lr_scheduler_type {plan['lr_scheduler_type']} ends with the last epoch, so that another number of "
             "epochs would give learning rates that no single run has (piecewise and constant do not depend on the end)"
@@ -257,50 +247,34 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]
         )
 
 
-def keep_update_size(config: TrainingConfig, accelerator: Accelerator) -> TrainingConfig:
-    """The settings with the accumulation that the checkpoint to resume from asks for; call it on all processes.
+def keep_update_size(config: TrainingConfig, checkpoint: Path | None, *, num_processes: int) -> TrainingConfig:
+    """The settings with the accumulation that the checkpoint to resume from asks for.
 
     Raises:
         ValueError: if no accumulation makes updates of the size that the run has had so far, with values that do.
     """
-    if config.resume_from_checkpoint is None:
+    if checkpoint is None:
         return config
-    found: list[int | None] = [None]
-    if accelerator.is_main_process:
-        tidy(Path(config.output_dir))
-        found = [_examples_per_update(Path(config.output_dir), config.resume_from_checkpoint)]
-    (wanted,) = broadcast_object_list(found)
-    if wanted is None:
-        return config
-    at_once = accelerator.num_processes * config.per_device_train_batch_size
-    steps, rest = divmod(wanted, at_once)
+    wanted = json.loads((checkpoint / STATE_FILE).read_text())["plan"]["examples_per_update"]
+    batch_size = config.per_device_train_batch_size
+    steps, rest = divmod(wanted, num_processes * batch_size)
     if rest:
         raise ValueError(
             f"--resume_from_checkpoint {config.resume_from_checkpoint}: the run makes updates of {wanted} examples, "
-            f"and batches of {config.per_device_train_batch_size} on {accelerator.num_processes} process(es) cannot; "
-            f"{_what_works(wanted, accelerator.num_processes, config.per_device_train_batch_size)}"
+            f"and batches of {batch_size} on {num_processes} process(es) cannot; "
+            f"{_what_works(wanted, num_processes, batch_size)}"
         )
     if steps != config.gradient_accumulation_steps:
         logger.info(
             "the run makes updates of %d examples: with %d process(es) and --per_device_train_batch_size %d it goes "
             "on with --gradient_accumulation_steps %d instead of %d, and the same learning rate",
             wanted,
-            accelerator.num_processes,
-            config.per_device_train_batch_size,
+            num_processes,
+            batch_size,
             steps,
             config.gradient_accumulation_steps,
         )
     return replace(config, gradient_accumulation_steps=steps)
-
-
-def _examples_per_update(output_dir: Path, resume_from: str) -> int | None:
-    """What the checkpoints of a run say; None where none can be read, which `find_checkpoint` will refuse by name."""
-    for path in list_checkpoints(output_dir)[::-1] if resume_from == "latest" else [Path(resume_from)]:
-        try:
-            return int(json.loads((path / STATE_FILE).read_text())["plan"]["examples_per_update"])
-        except (OSError, ValueError, KeyError, TypeError) as error:  # noqa: PERF203 (each by itself)
-            logger.debug("%s does not say how large an update is: %r", path, error)
-    return None
 
 
 def _what_works(wanted: int, num_processes: int, batch_size: int) -> str:

@@ -17,13 +17,12 @@ import socket
 from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
+from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
 from ham_hf.training.checkpoint import (
     ABANDONED,
@@ -36,7 +35,6 @@ from ham_hf.training.checkpoint import (
     list_checkpoints,
     save_best,
     save_checkpoint,
-    space_needed,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,24 +66,12 @@ class RunFiles:
     def save(self, checkpoint: Checkpoint) -> CheckpointWriteError | None:
         """Write a checkpoint, after selected weights that still wait; returns why it could not be written."""
         try:
-            if self._waiting is not None:
-                self._write_waiting(*self._waiting, checkpoint)
-            save_checkpoint(self.output_dir, checkpoint, keep=self.keep)
+            save_checkpoint(self.output_dir, checkpoint, keep=self.keep, selected=self._waiting)
         except CheckpointWriteError as error:
             logger.error("%s; kept: %s; training continues, and the next save tries again", error, self.kept())
             return error
-        return None
-
-    def _write_waiting(self, weights: dict[str, Tensor], state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        try:
-            save_best(self.output_dir, weights, state)
-        except OSError as error:
-            name = self.output_dir / f"checkpoint-{checkpoint.state['step']}"
-            raise CheckpointWriteError(
-                f"{name} could not be written, nor the selected weights, which come first: {error} "
-                f"({space_needed(checkpoint, self.output_dir)})"
-            ) from error
         self._waiting = None
+        return None
 
     def kept(self) -> str:
         """The newest checkpoint on the disk, in words."""
@@ -106,7 +92,10 @@ OWNED_BY_EVALUATION = (
     "EVALUATION.md",
 )
 OWNED_BY_CALIBRATION = (*OWNED_BY_EVALUATION[:-1], WEIGHTS, "config.json", "rgb", "README.md", "image.png")
-OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, "train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS)
+LOADING_NAME = "LOADING.md"
+"""Beside the weights of a network that timm cannot build: how they are loaded."""
+_TRAINING_ALONE = ("train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS, LOADING_NAME)
+OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, *_TRAINING_ALONE)
 """What a training run writes into its output folder beside numbered checkpoints."""
 
 
@@ -263,9 +252,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -276,10 +263,8 @@ def is_locked(folder: Path) -> bool:
     try:
         with _lock(folder / LOCK_NAME):
             return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, Timeout)
 
 
 def _lock(path: Path) -> FileLock:

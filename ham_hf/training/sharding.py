@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from ham_hf.recipe_files import shown_path
+from ham_hf.invocation import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
 
 if TYPE_CHECKING:
@@ -79,11 +79,6 @@ def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the accelerator shards weights."""
-    return bool(accelerator.is_fsdp2)
-
-
 def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
     """Refuse, by name, settings that need whole weights at every update."""
     if config.mixed_precision == "fp16":
@@ -105,7 +100,7 @@ def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
 
 def memory_format_of(config: TrainingConfig, accelerator: Accelerator) -> torch.memory_format:
     """The layout of weights and images: only contiguous weights can be sharded."""
-    channels_last = config.memory_format == "channels_last" and not is_sharded(accelerator)
+    channels_last = config.memory_format == "channels_last" and not accelerator.is_fsdp2
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -113,7 +108,7 @@ def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """``accelerator.prepare``, with autocast around a sharded model too, as around any other."""
-    if is_sharded(accelerator) and accelerator.native_amp:
+    if accelerator.is_fsdp2 and accelerator.native_amp:
         forward = cast(Callable[..., Tensor], model.forward)
 
         def autocast_forward(x: Tensor) -> Tensor:

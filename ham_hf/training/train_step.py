@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +32,6 @@ from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, derive_seed, make_generator
 from ham_hf.training.config import TrainingConfig
 from ham_hf.training.method_state import MethodState
-from ham_hf.training.passes import PassCounter
 from ham_hf.training.sharding import gathered, local_part, memory_format_of
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
 
@@ -63,7 +63,7 @@ class Totals:
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop.
-        passes: passes over the network; see `ham_hf.training.passes`.
+        passes: passes over the network; see `PassCounter`.
     """
 
     loss: float = 0.0
@@ -82,7 +82,7 @@ class Totals:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Work:
-    """One accumulation step: its number, the batch, the rows to train on, and the share (T, E) of each in the loss."""
+    """One accumulation step, and the share (T, E) of each row in the loss."""
 
     number: int
     batch: Batch
@@ -91,17 +91,11 @@ class _Work:
 
 
 class TrainStep:
-    """Makes updates of one model.
+    """Makes updates of one model by a method, with an attack for its inner maximization.
 
-    Args:
-        model: what ``accelerator.prepare`` made of the pixel model; likewise ``optimizer``.
-        optimizer: see ``model``.
-        objective: training method.
-        attack: attack of the inner maximization.
-        accelerator: the accelerator.
-        config: settings of the training loop.
-        class_counts: (num_classes,) number of training images of each class.
-        ema: moving average of weights that follows every update.
+    ``model`` and ``optimizer`` are what ``accelerator.prepare`` made of the pixel model and its optimizer,
+    ``class_counts`` (num_classes,) the numbers of training images of each class; the average ``ema`` follows every
+    update.
     """
 
     def __init__(
@@ -130,12 +124,7 @@ class TrainStep:
         self.passes.watch(self.module)
 
     def __call__(
-        self,
-        batches: Sequence[PixelBatch],
-        *,
-        epoch: int,
-        step: int,
-        stop: Callable[[], str | None] = lambda: None,
+        self, batches: Sequence[PixelBatch], *, epoch: int, step: int, stop: Callable[[], str | None] = lambda: None
     ) -> Totals:
         """One update: all inner maximizations, then a forward and a backward each; then the optimizer.
 
@@ -194,8 +183,8 @@ class TrainStep:
         )
 
     def _over_all_processes(
-        self, mine: Mapping[str, Tensor | float], observed: Tensor, divisor: Tensor
-    ) -> tuple[dict[str, float], Tensor]:
+        self, mine: Mapping[str, Tensor | float], observed: Mapping[str, Tensor], divisor: Tensor
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Named numbers and what the method observed, each added up over all processes.
 
         ``weight`` is the largest of the divisors, which are added up already: 0 where nothing is trained on.
@@ -203,10 +192,12 @@ class TrainStep:
         row = divisor.new_zeros(len(mine))
         for position, value in enumerate(mine.values()):
             row[position] = value
-        sums = self.accelerator.reduce(torch.cat([row, observed]), "sum")
+        sums = self.accelerator.reduce(torch.cat([row, *map(torch.flatten, observed.values())]), "sum")
+        numbers, *parts = sums.split([len(mine), *(one.numel() for one in observed.values())])
         # The only wait for the device in an update, apart from finding the hard rows.
-        found = torch.cat([sums[: len(mine)], divisor.amax()[None]]).tolist()
-        return dict(zip([*mine, "weight"], found, strict=True)), sums[len(mine) :]
+        found = torch.cat([numbers, divisor.amax()[None]]).tolist()
+        everywhere = {name: part.view_as(observed[name]) for name, part in zip(observed, parts, strict=True)}
+        return dict(zip([*mine, "weight"], found, strict=True)), everywhere
 
     def _to_attack(self, batch: PixelBatch, number: int, place: tuple[int, int]) -> Batch:
         """One accumulation step of an update, with the random stream of its place: epoch and update."""
@@ -295,7 +286,7 @@ class TrainStep:
             return log.new_zeros(())
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
-    def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
         losses, observed = [], []
         for work in works:
@@ -313,7 +304,8 @@ class TrainStep:
                     self.accelerator.backward(loss * self.accelerator.num_processes)
             losses.append(loss.detach())
             observed.append(self.method_state.observe(logits, rows, batch.y, epoch=batch.epoch))
-        return torch.stack(losses).sum(), torch.stack(observed).sum(0)
+        sums = {name: torch.stack([one[name] for one in observed]).sum(0) for name in observed[0]}
+        return torch.stack(losses).sum(), sums
 
     def _training_forward(self, model: nn.Module, rows: TrainingRows, number: int, place: tuple[int, int]) -> Tensor:
         """Logits (R, num_classes) of the rows in training mode."""
@@ -374,3 +366,33 @@ class TrainStep:
             parts = torch.split(agreed, [buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
+
+
+class PassCounter:
+    """What a run costs: the passes of this process over some modules, whatever asked for them.
+
+    The unit is one forward of one image: a count of arithmetic, not of time. With its forward, a gradient of the input
+    costs 2, one of input and parameters 3, which a step of an attack costs in much published code, and none here. A
+    module that is deep-copied later brings along a counter of its own, which nothing reads.
+    """
+
+    def __init__(self) -> None:
+        self._passes = 0
+
+    def watch(self, module: nn.Module) -> None:
+        """Count every call of ``module``, whose first argument is a batch (N, C, H, W)."""
+        module.register_forward_pre_hook(self._count)
+
+    def take(self) -> int:
+        """The passes since the last call."""
+        passes, self._passes = self._passes, 0
+        return passes
+
+    # A compiled network would trace the counter, and be compiled anew at every number.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        cost = 1
+        if torch.is_grad_enabled():
+            cost = 3 if module.training else 2 if x.requires_grad else 1
+        self._passes += cost * len(x)

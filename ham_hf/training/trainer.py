@@ -49,7 +49,6 @@ from ham_hf.training.run_folder import RunFiles
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
-    is_sharded,
     load_model,
     load_optimizer,
     memory_format_of,
@@ -58,12 +57,7 @@ from ham_hf.training.sharding import (
 )
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
-from ham_hf.training.validation import (
-    HeldOutAccuracy,
-    HeldOutPart,
-    held_out_record,
-    selection_score,
-)
+from ham_hf.training.validation import HeldOutAccuracy, HeldOutPart, held_out_record, selection_score
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +78,11 @@ class Trainer:
 
     Attributes:
         config: those settings, with the accumulation that keeps the size of the updates of a run that continues.
+        checkpoint: the one that they name to continue from, or None.
 
     Raises:
-        ValueError: if the training split is smaller than one update's batch, no accumulation keeps the size of the
-            updates of a run that continues, or a setting needs whole weights and they are sharded.
+        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, no
+            accumulation keeps the size of its run's updates, or a setting needs whole weights and they are sharded.
     """
 
     def __init__(
@@ -103,10 +98,10 @@ class Trainer:
         after_save: Callable[[Trainer], None] | None = None,
         plan_besides: Mapping[str, object] | None = None,
     ) -> None:
-        config = keep_update_size(config, accelerator)
+        self.checkpoint = agreed_checkpoint(config, accelerator)
+        config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
         self.data, self.objective, self.attack, self.config = data, objective, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
-        self.plan_besides = plan_besides or {}
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
@@ -119,7 +114,7 @@ class Trainer:
         )
         self._count_updates()
         self._warn_of_late_starts()
-        if is_sharded(accelerator):
+        if accelerator.is_fsdp2:
             check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
@@ -144,7 +139,17 @@ class Trainer:
         self.module, self.passes = self.train_step.module, self.train_step.passes
         if self.average is not None:
             self.passes.watch(cast(nn.Module, self.average.module))
-        self.progress = Progress(plan=self._plan(), changeable=changeable(config, accelerator))
+        plan = run_plan(
+            config,
+            objective,
+            attack,
+            data,
+            self.module,
+            accelerator=accelerator,
+            eval_batch_size=eval_batch_size,
+            besides=plan_besides or {},
+        )
+        self.progress = Progress(plan=plan, changeable=changeable(config, accelerator))
 
     def _count_updates(self) -> None:
         """How many updates there are in an epoch and in all."""
@@ -168,13 +173,12 @@ class Trainer:
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
         epochs = -(-self.total_steps // self.updates_per_epoch)
-        words = self.objective.start_words(self.config.first_perturbed_epoch)
-        for what, first in self.objective.start_epochs(self.config.first_perturbed_epoch).items():
+        for what, (first, words) in self.objective.starts(self.config.first_perturbed_epoch).items():
             if epochs <= first < self.config.num_train_epochs:
                 logger.warning(
                     "%s starts at %s, and --max_steps %s ends the run in epoch %d: it will never be active",
                     what,
-                    words[what],
+                    words,
                     self.config.max_steps,
                     epochs,
                 )
@@ -193,7 +197,7 @@ class Trainer:
             TrainingStopped: if ``stop`` gave a reason; everything up to here is in a checkpoint.
             NonFiniteLossError: before an update whose loss or gradient is not finite, or where the logits of held-out
                 images, or the weights that were to be selected, are not.
-            MemoryExhaustedError: if there is not enough memory, with settings that need less.
+            FaultError: if there is not enough memory, with settings that need less.
             CheckpointWriteError: if the last checkpoint, of the run or before a stop, could not be written. Earlier
                 ones that cannot be written are logged, and training continues.
         """
@@ -247,7 +251,12 @@ class Trainer:
             if stopping:
                 # Validation can take longer than there is time: a run that continues begins with it.
                 self.progress.validation_due = epoch if self.progress.step == last else None
-                self._save_and_stop(stop() or "a request to another process")
+                reason = stop() or "a request to another process"
+                self._save(ends_training=True)
+                raise TrainingStopped(
+                    f"stopped by {reason} after update {self.progress.step} of {self.total_steps}; saved in "
+                    f"{self.output_dir / f'checkpoint-{self.progress.step}'}"
+                )
             elif self.progress.step == last:
                 self._end_of_epoch(epoch)
             elif self._save_is_due(epoch_ended=False):
@@ -269,13 +278,6 @@ class Trainer:
         if self._save_is_due(epoch_ended=True):
             self._save()
 
-    def _save_and_stop(self, reason: str) -> None:
-        self._save(ends_training=True)
-        raise TrainingStopped(
-            f"stopped by {reason} after update {self.progress.step} of {self.total_steps}; saved in "
-            f"{self.output_dir / f'checkpoint-{self.progress.step}'}"
-        )
-
     def _save_is_due(self, *, epoch_ended: bool) -> bool:
         if self.config.save_steps is None or self.progress.step == self.total_steps:
             return epoch_ended
@@ -291,14 +293,13 @@ class Trainer:
         totals = self.train_step(micro_batches, epoch=epoch, step=step, stop=stop)
         elapsed = time.perf_counter() - since
         self.progress.seconds += elapsed
-        if self.progress.passes is not None:
-            self.progress.passes += totals.passes
+        self.progress.passes += totals.passes
         window = Totals(**self.progress.since_log) + replace(totals, seconds=elapsed, stops=0.0)
         self.progress.since_log = asdict(window)
         self.progress.skipped_updates += totals.updates + totals.overflows == 0
         self.progress.overflowed_updates += int(totals.overflows)
         self.progress.step = step + 1
-        self.log.advance()
+        self.log.bar.update()
         if self.progress.step % self.config.logging_steps == 0 or self.progress.step == self.total_steps:
             self._log_training(epoch, learning_rate, window)
         return totals.stops > 0
@@ -360,9 +361,7 @@ class Trainer:
     def _count_passes(self) -> None:
         """Add up the passes of all processes since the last update."""
         passes = torch.tensor(float(self.passes.take()), device=self.accelerator.device)
-        total = float(self.accelerator.reduce(passes, "sum"))
-        if self.progress.passes is not None:
-            self.progress.passes += total
+        self.progress.passes += float(self.accelerator.reduce(passes, "sum"))
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Refuse to select weights that are not finite; without held-out images no logits have told so."""
@@ -433,8 +432,12 @@ class Trainer:
                 state=asdict(self.progress),
             )
             problem = self.files.save(checkpoint)
-            if problem is None:
-                self._after_save()
+            if problem is None and self.after_save is not None:
+                try:
+                    self.after_save(self)
+                except Exception:
+                    # Whatever it is, it is worth less than the training; the next save tries again.
+                    logger.exception("after the checkpoint of update %d", self.progress.step)
         step = self.progress.step
         if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
             raise CheckpointWriteError(
@@ -444,40 +447,29 @@ class Trainer:
                 f"{self.files.kept()}"
             )
 
-    def _after_save(self) -> None:
-        if self.after_save is None:
-            return
-        try:
-            self.after_save(self)
-        except Exception:
-            # Whatever it is, it is worth less than the training; the next save tries again.
-            logger.exception("after the checkpoint of update %d", self.progress.step)
-
     def selected_weights(self) -> dict[str, Tensor]:
         """State dict of the best validation so far; before the first, of the current (averaged) weights."""
         if self.progress.best is None:
-            if is_sharded(self.accelerator):
+            if self.accelerator.is_fsdp2:
                 # Gathering would wait for the other processes; the checkpoint that was just written holds them whole.
                 return load_checkpoint(list_checkpoints(self.output_dir)[-1]).model
             return dict(self.selected_module.state_dict())
         return load_best(self.output_dir)[0]
 
     def resume(self) -> None:
-        """Go to the checkpoint that the configuration names, if it names one.
+        """Go to `checkpoint`, if there is one.
 
         Raises:
-            ValueError: if there is no such checkpoint or it belongs to a run with other settings.
+            ValueError: if it belongs to a run with other settings.
         """
-        if self.config.resume_from_checkpoint is None:
-            return
-        path = agreed_checkpoint(self.output_dir, self.config.resume_from_checkpoint, self.accelerator)
+        path = self.checkpoint
         if path is None:
-            logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
+            if self.config.resume_from_checkpoint is not None:
+                logger.warning("no checkpoint in %s yet: starting from the beginning", self.output_dir)
             return
         checkpoint = load_checkpoint(path)
-        # A checkpoint that is older than the count of passes does not know them.
-        progress = Progress(**{"passes": None, **checkpoint.state})
-        check_same_run(path, progress.plan, self._plan())
+        progress = Progress(**checkpoint.state)
+        check_same_run(path, progress.plan, self.progress.plan)
         load_model(self.module, checkpoint.model)
         if self.average is not None and checkpoint.averaged is not None:
             self.average.module.load_state_dict(checkpoint.averaged)
@@ -489,10 +481,7 @@ class Trainer:
             # As run_plan holds the precision, this run scales its loss too.
             self.accelerator.scaler.load_state_dict(progress.loss_scale)
         note_changes(
-            progress,
-            changeable(self.config, self.accelerator),
-            total_steps=self.total_steps,
-            updates_per_epoch=self.updates_per_epoch,
+            progress, self.progress.changeable, total_steps=self.total_steps, updates_per_epoch=self.updates_per_epoch
         )
         self.progress = progress
         if self.accelerator.is_main_process:
@@ -500,18 +489,6 @@ class Trainer:
             # The log is global: one process continues it, the others begin at zero.
             self.method_state.log += torch.tensor(progress.class_log, dtype=torch.float64).to(self.method_state.log)
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
-
-    def _plan(self) -> dict[str, Any]:
-        return run_plan(
-            self.config,
-            self.objective,
-            self.attack,
-            self.data,
-            self.module,
-            accelerator=self.accelerator,
-            eval_batch_size=self.eval_batch_size,
-            besides=self.plan_besides,
-        )
 
     def _class_log(self) -> Tensor:
         """What the epoch did to each class so far, of all processes."""

@@ -85,18 +85,13 @@ def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
 
 
 def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> float:
-    """What weights are selected by, of ``--selection_metric``; higher is better. ``last`` is the score of "last".
-
-    Raises:
-        ValueError: if ``metric`` is "verdict" and CW was not run.
-    """
-    if metric == "verdict":
-        if found.verdict is None:
-            raise ValueError("--selection_metric verdict needs the held-out images attacked by CW too")
-        return found.verdict.average
-    return {
+    """What weights are selected by, of ``--selection_metric``; higher is better. ``last`` is the score of "last"."""
+    scores = {
         "robust_accuracy": found.robust.average,
         "worst_class": found.robust.worst_class,
         "robust_plus_worst": found.robust.average + found.robust.worst_class,
         "last": last,
-    }[metric]
+    }
+    if found.verdict is not None:
+        scores["verdict"] = found.verdict.average
+    return scores[metric]

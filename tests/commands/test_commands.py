@@ -11,9 +11,8 @@ import pytest
 from ham_hf.__main__ import main
 from ham_hf.commands import COMMANDS
 from ham_hf.config import load_train_config, parse_calibrate_config, parse_evaluate_config, parse_train_config
-from ham_hf.invocation import SCRIPTS, command, program
+from ham_hf.invocation import SCRIPTS, command, find_recipe, list_recipes, program, shown_path
 from ham_hf.methods import available
-from ham_hf.recipe_files import find_recipe, list_recipes, shown_path
 from tests.conftest import ROOT
 from tests.support.recipe_runs import recipe_module
 
@@ -173,5 +172,5 @@ def test_messages_name_the_command_that_the_reader_has(started, expected, usage,
 def test_launch_configurations_are_named_where_they_are(tmp_path, monkeypatch):
     assert shown_path("accelerate/ddp.yaml") == "recipes/accelerate/ddp.yaml"
     (tmp_path / "ham_hf/recipes").mkdir(parents=True)
-    monkeypatch.setattr("ham_hf.recipe_files.__file__", str(tmp_path / "ham_hf/recipe_files.py"))
+    monkeypatch.setattr("ham_hf.invocation.__file__", str(tmp_path / "ham_hf/invocation.py"))
     assert shown_path("accelerate/ddp.yaml") == str(tmp_path / "ham_hf/recipes/accelerate/ddp.yaml")

@@ -8,14 +8,12 @@ from ham_hf.comparison.execution import bring_weights, execute
 from ham_hf.comparison.plan import read_plan
 from ham_hf.config import ConfigError, config_to_yaml, parse_train_config
 from ham_hf.reporting.report import read_report
-from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import HELD_OUT, recipe_module
 
 pytestmark = pytest.mark.slow
 
 BASE = [
-    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
-    "--limit_train_examples=800",
-    "--validation_fraction=0.3",
+    *HELD_OUT,
     "--num_train_epochs=1",
     "--mining_start_epoch=0",
     "--validation_num_steps=1",

@@ -38,18 +38,9 @@ def place(tmp_path_factory):
 
 
 def run(place, out, *options):
-    command = [
-        str(place / "model"),
-        f"--dataset_name={place / 'set'}",
-        f"--output_dir={out}",
-        "--epsilon=1/255",
-        "--eval_num_steps=1",
-        "--per_device_eval_batch_size=16",
-        "--use_cpu",
-        "--disable_tqdm",
-        *options,
-    ]
-    recipe_module("evaluate.py").main(command)
+    quick = ["--epsilon=1/255", "--eval_num_steps=1", "--per_device_eval_batch_size=16", "--use_cpu", "--disable_tqdm"]
+    places = [str(place / "model"), f"--dataset_name={place / 'set'}", f"--output_dir={out}"]
+    recipe_module("evaluate.py").main([*places, *quick, *options])
 
 
 def test_all_three_are_in_report_predictions_evaluation_and_page(place, tmp_path, monkeypatch, capsys):

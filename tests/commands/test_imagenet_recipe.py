@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.example_images import dataset, noise
-from tests.support.hub_server import Blob, Hub, Repo, hub_environment
+from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import finish
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def finished(tmp_path_factory):
     tree = {}
     for name, examples in splits:
         examples.to_parquet(folder / "one.parquet")
-        tree[f"data/{name}.parquet"] = Blob((folder / "one.parquet").read_bytes(), lfs=False)
+        tree[f"data/{name}.parquet"] = (folder / "one.parquet").read_bytes()
 
     def arguments(recipe: str, name: str, *more: str) -> list[str]:
         net = [f"--model_name={NETS[recipe]}", f"--output_dir={folder / name}"]
@@ -82,8 +82,7 @@ def finished(tmp_path_factory):
 
     streamed = ("convnext_tiny_ham", "--dataset_streaming", "--shuffle_buffer_size=12")
     with Hub(tokens={"hf_me": "me"}) as hub:
-        repo = hub.repos["dataset", "ILSVRC/imagenet-1k"] = Repo("dataset", "ILSVRC/imagenet-1k", private=False)
-        repo.refs["main"] = repo.add_commit(tree, None)
+        hub.add("dataset", "ILSVRC/imagenet-1k", tree)
         runs = [
             arguments(streamed[0], "whole", *streamed[1:]),
             arguments(streamed[0], "parts", *streamed[1:], "--max_steps=3"),
@@ -93,16 +92,8 @@ def finished(tmp_path_factory):
         runs += [["evaluate.py", str(folder / "whole"), *evaluation, "--eval_num_steps=1", "--use_cpu"]]
         copied = [arguments("vit_small_patch16_pgd_at", "copied", "--max_steps=1")]
         for home, these in (("home_streamed", runs), ("home_copied", copied)):
-            done = subprocess.run(
-                [sys.executable, "-c", RUN],
-                input=json.dumps(these),
-                env=hub_environment(hub, folder / home, token="hf_me") | {"ACCELERATE_USE_CPU": "true"},
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
+            env = hub_environment(hub, folder / home, token="hf_me") | {"ACCELERATE_USE_CPU": "true"}
+            finish([sys.executable, "-c", RUN], env, input=json.dumps(these), cwd=ROOT)
     return folder
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from ham_hf.data.augment import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
+from ham_hf.data.pixels import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
 
 
-def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor:
+def naive_crop_flip(x, padding, seed, *, flip):
     """One image and one pixel at a time; the same numbers drawn in the same order."""
     generator = torch.Generator().manual_seed(seed)
     num_images, _, height, width = x.shape
@@ -35,7 +34,7 @@ def naive_crop_flip(x: Tensor, padding: int, seed: int, *, flip: bool) -> Tensor
 @pytest.mark.parametrize("augmentation", ["crop", "crop_flip"])
 @given(seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=5)
-def test_equals_the_loop_over_images(dtype: torch.dtype, augmentation: str, seed: int) -> None:
+def test_equals_the_loop_over_images(dtype, augmentation, seed):
     x = torch.randint(1, 256, (6, 2, 16, 16), generator=torch.Generator().manual_seed(1)).to(dtype)
     before = x.clone()
     out = augment_batch(x, augmentation, seed)
@@ -46,12 +45,12 @@ def test_equals_the_loop_over_images(dtype: torch.dtype, augmentation: str, seed
 
 
 @pytest.mark.parametrize("augmentation", ["none", "timm"])
-def test_nothing_is_changed_without_batched_augmentation(augmentation: str) -> None:
+def test_nothing_is_changed_without_batched_augmentation(augmentation):
     x = torch.rand(4, 3, 8, 8)
     assert torch.equal(augment_batch(x, augmentation, 0), x)
 
 
-def test_every_window_and_both_orientations_occur() -> None:
+def test_every_window_and_both_orientations_occur():
     x = torch.arange(1, 33 * 33 + 1, dtype=torch.float32).view(1, 1, 33, 33)[..., :32, :32].repeat(2000, 1, 1, 1)
     crops = random_crop(x, 4, torch.Generator().manual_seed(0))
     assert len(crops.flatten(1).unique(dim=0)) == 81
@@ -61,11 +60,11 @@ def test_every_window_and_both_orientations_occur() -> None:
     assert 900 < int(flipped.sum()) < 1100
 
 
-def draws() -> tuple[float, float, float]:
+def draws():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_seed_for_example_fixes_all_three_generators_and_is_undone() -> None:
+def test_seed_for_example_fixes_all_three_generators_and_is_undone():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     expected = draws()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import random
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
 
 from ham_hf.data.class_folders import sort_into_classes
-from ham_hf.data.sources import open_source
-from tests.support.example_images import encode, grays, load, noise, write_parquet
+from tests.support.example_images import (
+    encode,
+    grays,
+    in_class_folders,
+    load,
+    noise,
+    open_stored,
+    pictures,
+    write_files,
+    write_parquet,
+)
 
 SPLIT_NAMES = {
     "train": ["train", "Training", "TRAIN"],
@@ -35,7 +44,7 @@ ENDINGS = [".png", ".PNG", ".Png", ".jpg", ".JPEG", ".Jpg", ".webp", ".bmp", ".t
 class Tree:
     """A random folder that is written to disk, and where each image belongs: known because it was put there."""
 
-    def __init__(self, root: Path, rng: random.Random) -> None:
+    def __init__(self, root, rng):
         self.root, self.rng, self.number = root, rng, 0
         self.expected: dict[str, tuple[str, str]] = {}
         self.hidden = 0
@@ -59,12 +68,12 @@ class Tree:
             wrapper + (f"{next(iter(self.expected)).removeprefix(wrapper).split('/')[0]}/" if splits else "")
         )
 
-    def write(self, path: str) -> None:
+    def write(self, path):
         self.number += 1
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).write_bytes(b"image %d" % self.number)
 
-    def add_class(self, folder: str, split: str, name: str) -> None:
+    def add_class(self, folder, split, name):
         place, linked = folder, self.rng.random() < 0.15
         for _ in range(self.rng.randint(1, 4)):
             self.number += 1
@@ -84,7 +93,7 @@ class Tree:
                 self.write(f"{place}/{file}")
             self.expected[f"{place}/{file}"] = (split, name)
 
-    def add_noise(self, wrapper: str) -> None:
+    def add_noise(self, wrapper):
         somewhere = self.rng.choice(list(self.expected)).rpartition("/")[0]
         for path in ["README.md", "labels.txt", f"{wrapper}notes.csv", "empty.json", f"{somewhere}/Thumbs.db"]:
             if self.rng.random() < 0.5:
@@ -99,7 +108,7 @@ class Tree:
         if self.rng.random() < 0.2:
             (self.root / somewhere / "loop").symlink_to(self.root)
 
-    def add_defect(self, top: str) -> None:
+    def add_defect(self, top):
         defect = self.rng.choice([None] * 6 + ["loose", "deeper", "same name"])
         if defect == "loose":
             self.write(f"{top}loose.png")
@@ -112,19 +121,17 @@ class Tree:
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
-def test_every_image_of_200_trees_is_accounted_for(
-    seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_image_of_200_trees_is_accounted_for(seed, tmp_path, caplog):
     outcomes = {"read": 0, "refused": 0}
     for number in range(25):
         tree = Tree(tmp_path / f"set [{number}] a:b 100%", random.Random(1000 * seed + number))
         caplog.clear()
         if tree.refused:
             with pytest.raises(ValueError, match=r"--dataset_name .* (put|rename)"):
-                open_source(str(tree.root), None, None)
+                open_stored(str(tree.root))
             outcomes["refused"] += 1
             continue
-        source = open_source(str(tree.root), None, None)
+        source = open_stored(str(tree.root))
         found = {}
         for split, rows in source.splits.items():
             names = rows.features["label"].names
@@ -140,18 +147,14 @@ def test_every_image_of_200_trees_is_accounted_for(
     assert min(outcomes.values()) >= 3
 
 
-def write(root: Path, *paths: str) -> str:
-    for number, path in enumerate(paths):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(encode(noise(number)))
-    return str(root)
+def write(root, *paths):
+    return write_files(root, pictures(*paths))
 
 
-def classes_in(*classes: str, count: int = 6) -> list[str]:
-    return [f"{name}/{number}.png" for name in classes for number in range(count)]
+classes_in = partial(in_class_folders, count=6)
 
 
-def test_words_in_file_and_class_names_decide_nothing(tmp_path: Path) -> None:
+def test_words_in_file_and_class_names_decide_nothing(tmp_path):
     paths = [f"{name}/{word} {number}.png" for name in ("cat", "dog") for word in ("stress test", "val", "shot")
              for number in range(10)]  # fmt: skip
     data = load(write(tmp_path / "words", *paths), validation_fraction=0.1)
@@ -167,29 +170,20 @@ def test_words_in_file_and_class_names_decide_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (
-            [*classes_in("cat", "dog"), "logo.png"],
-            r"1 of 13 images lie beside the class .*such as 'logo.png'",
-        ),
-        (
-            [*classes_in("train/cat", "train/dog"), "test/1.png"],
-            r"lie beside .* folders, in test, .*'test/1.png'",
-        ),
+        ([*classes_in("cat", "dog"), "logo.png"], r"1 of 13 images lie beside the class .*such as 'logo.png'"),
+        ([*classes_in("train/cat", "train/dog"), "test/1.png"], r"lie beside .* folders, in test, .*'test/1.png'"),
         (["train/1.png", "test/2.png"], r"1 images lie in the split folder 'test' itself"),
-        (
-            classes_in("val/a", "val/b", "dev/a", "dev/b"),
-            "folders 'dev' and 'val' are both the split 'validation'",
-        ),
+        (classes_in("val/a", "val/b", "dev/a", "dev/b"), "folders 'dev' and 'val' are both the split 'validation'"),
         (classes_in("cat/2020", "dog/2020"), "the folders 'cat/2020' and 'dog/2020' have one name"),
         ([*classes_in("cat", "dog"), "dog/old/1.png"], "class folders are not equally deep"),
     ],
 )
-def test_what_does_not_say_its_class_is_refused_by_name(paths: list[str], message: str, tmp_path: Path) -> None:
+def test_what_does_not_say_its_class_is_refused_by_name(paths, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path / "set", *paths))
 
 
-def test_what_lies_beside_splits_is_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_lies_beside_splits_is_counted_aloud(tmp_path, caplog):
     inside = [f"{split}/{path}" for split in ("train", "test") for path in classes_in("cat", "dog")]
     root = tmp_path / "set"
     write(root, *inside, "assets/logo.png", "sample.png", "train/cat/.hidden.png")
@@ -208,7 +202,7 @@ def test_what_lies_beside_splits_is_counted_aloud(tmp_path: Path, caplog: pytest
         assert any(part in note for note in data.notes)
 
 
-def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path):
     root = tmp_path / "set"
     write(root, *classes_in("cat", "dog"))
     (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -217,7 +211,7 @@ def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
     assert load(str(root), skip_corrupt=True).num_skipped == 1
 
 
-def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_listed_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1 files are listed twice, such as 'cat/1\.png'"):
         sort_into_classes(["cat/1.png", "dog/1.png", "cat/1.png"])
     folder = Path(write_parquet(tmp_path / "set", train=grays(6)))
@@ -228,7 +222,7 @@ def test_a_path_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
             load(str(folder), dataset_streaming=streaming)
 
 
-def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path, caplog):
     folder = tmp_path / "set"
     folder.mkdir()
     for name in ("train", "more"):
@@ -239,7 +233,7 @@ def test_parquet_files_that_no_split_takes_are_counted_aloud(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_images_in_train_and_test_are_counted(linked: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_in_train_and_test_are_counted(linked, tmp_path, caplog):
     root = tmp_path / "set"
     write(root, *classes_in("train/cat", "train/dog", "test/cat", "test/dog"))
     for number in range(3):
@@ -252,10 +246,10 @@ def test_images_in_train_and_test_are_counted(linked: bool, tmp_path: Path, capl
     assert load(str(root), cache_images="none", augmentation="none", skip_corrupt=True).num_test_in_train == 3
 
 
-def test_the_order_of_images_is_that_of_their_paths(tmp_path: Path) -> None:
+def test_the_order_of_images_is_that_of_their_paths(tmp_path):
     """As before, so that the held-out parts of earlier runs are found again."""
     root = write(tmp_path / "set", *classes_in("b", "a 1", "a"))
-    rows = open_source(root, None, None).splits["train"].cast_column("image", datasets.Image(decode=False))
+    rows = open_stored(root).splits["train"].cast_column("image", datasets.Image(decode=False))
     paths = [row["image"]["path"] for row in rows]
     assert paths == sorted(paths)
     before = datasets.load_dataset(root, split="train").cast_column("image", datasets.Image(decode=False))
@@ -263,8 +257,8 @@ def test_the_order_of_images_is_that_of_their_paths(tmp_path: Path) -> None:
     assert torch.equal(torch.tensor(rows["label"][:]), torch.tensor(before["label"][:]))
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder: Any = write_parquet(tmp_path / "set", train=grays(6))
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    folder = write_parquet(tmp_path / "set", train=grays(6))
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     for streaming in (False, True):
@@ -274,5 +268,5 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 @pytest.fixture(autouse=True)
-def _warnings(caplog: pytest.LogCaptureFixture) -> None:
+def _warnings(caplog):
     caplog.set_level(logging.WARNING)

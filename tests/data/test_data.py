@@ -7,20 +7,15 @@ import os
 import pickle
 import random
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from sklearn.datasets import load_digits
-from timm.data import create_transform
 from torchvision.transforms.functional import pil_to_tensor
 
 import ham_hf.data.dataset
-from ham_hf.data import BatchRequest, ImageData, Images, PixelBatch, stratified_subset
+from ham_hf.data import BatchRequest, PixelBatch, stratified_subset
 from tests.support.example_images import (
     dataset,
     encode,
@@ -36,14 +31,14 @@ from tests.support.example_images import (
 CPU = torch.device("cpu")
 
 
-def some_requests(images: Images) -> list[BatchRequest]:
+def some_requests(images):
     """Overlapping batches of different sizes, with and without augmentation."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     parts = [order[:5], order[5:7], order[3:9], order[:1], order[2:8]]
     return [BatchRequest(part, None if number == 2 else 2**62 + number) for number, part in enumerate(parts)]
 
 
-def assert_same(left: Sequence[PixelBatch], right: Sequence[PixelBatch]) -> None:
+def assert_same(left, right):
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert torch.equal(one.x, other.x)
@@ -54,28 +49,23 @@ def assert_same(left: Sequence[PixelBatch], right: Sequence[PixelBatch]) -> None
 # The digits, and the parts that are held out
 
 
-def test_digits_are_complete() -> None:
+def test_digits_are_complete():
     data = load("digits", in_chans=1)
     assert data.class_names == tuple("0123456789")
     assert (data.image_size, data.augmentation, data.crop_pct, data.num_skipped) == (8, "none", 1.0, 0)
     assert data.test_split_origin == "held out of train (20 %, stratified, seed 0)"
-    assert data.validation is not None
     assert (len(data.train), len(data.validation), len(data.test)) == (1380, 58, 359)
-    parts = (data.train, data.validation, data.test)
-    pixels = torch.cat([everything(part) for part in parts]).flatten(1).double().sum(1)
-    expected = np.round(load_digits().images * 255 / 16).sum((1, 2)) / 255
-    assert pixels.sort().values.tolist() == pytest.approx(np.sort(expected).tolist())
     assert torch.equal(torch.bincount(data.test.labels), torch.tensor([36, 36, 35, 37, 36, 36, 36, 36, 35, 36]))
 
 
-def test_digits_in_three_channels_and_larger() -> None:
+def test_digits_in_three_channels_and_larger():
     data = load("digits", image_size=16, limit_train_examples=50, limit_test_examples=20)
     x = everything(data.test)
     assert x.shape == (20, 3, 16, 16)
     assert torch.equal(x[:, 0], x[:, 2])
 
 
-def test_the_test_part_is_the_same_for_every_seed(tmp_path: Path) -> None:
+def test_the_test_part_is_the_same_for_every_seed(tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(100, 4))
     runs = [load(folder, seed=seed, validation_fraction=0.1, limit_test_examples=12) for seed in (0, 1)]
     tests = [gray_values(run.test) for run in runs]
@@ -83,7 +73,6 @@ def test_the_test_part_is_the_same_for_every_seed(tmp_path: Path) -> None:
     held_out = [gray_values(run.validation) for run in runs if run.validation]
     assert held_out[0] != held_out[1]
     for run in runs:
-        assert run.validation is not None
         used = gray_values(run.train) + gray_values(run.validation)
         assert len(set(used)) == 80
         assert not set(used) & set(gray_values(run.test))
@@ -92,7 +81,7 @@ def test_the_test_part_is_the_same_for_every_seed(tmp_path: Path) -> None:
         assert run.train.labels.tolist() == [value % 4 for value in gray_values(run.train)]
 
 
-def test_limits_are_stratified_and_at_most_everything(tmp_path: Path) -> None:
+def test_limits_are_stratified_and_at_most_everything(tmp_path):
     labels = [0] * 60 + [1] * 30 + [2] * 10
     examples = dataset([gray(index) for index in range(100)], labels)
     folder = write_parquet(tmp_path / "set", train=examples, test=examples)
@@ -119,7 +108,7 @@ def test_limits_are_stratified_and_at_most_everything(tmp_path: Path) -> None:
         ({"cache_images": "ram", "image_size": 128}, "--cache_images ram .* --augmentation crop_flip"),
     ],
 )
-def test_settings_that_do_not_fit(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_do_not_fit(options, message, tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(10), test=grays(4))
     if "test_fraction" in options:
         folder = write_parquet(tmp_path / "one", train=grays(10))
@@ -130,18 +119,13 @@ def test_settings_that_do_not_fit(options: dict[str, Any], message: str, tmp_pat
 # Decoding
 
 
-def palette_with_transparency() -> bytes:
-    image = noise(1).convert("P", palette=Image.Palette.ADAPTIVE)
-    return encode(image, transparency=3)
-
-
 DECODED_AS_PIL_DOES = {
     "RGB": encode(noise(0)),
     "jpeg": encode(noise(0), "JPEG"),
     "L": encode(noise(0, mode="L")),
     "LA": encode(noise(0).convert("LA")),
     "RGBA": encode(noise(0, mode="RGBA")),
-    "P": palette_with_transparency(),
+    "P": encode(noise(1).convert("P", palette=Image.Palette.ADAPTIVE), transparency=3),
     "CMYK": encode(noise(0, mode="CMYK"), "TIFF"),
     "1": encode(noise(0).convert("1")),
 }
@@ -149,7 +133,7 @@ DECODED_AS_PIL_DOES = {
 
 @pytest.mark.parametrize(("in_chans", "mode"), [(3, "RGB"), (1, "L")])
 @pytest.mark.parametrize("kind", DECODED_AS_PIL_DOES)
-def test_every_mode_becomes_what_pil_makes_of_it(kind: str, in_chans: int, mode: str, tmp_path: Path) -> None:
+def test_every_mode_becomes_what_pil_makes_of_it(kind, in_chans, mode, tmp_path):
     encoded = DECODED_AS_PIL_DOES[kind]
     folder = write_parquet(tmp_path / "set", train=grays(4), test=dataset([encoded] * 2, [0, 1]))
     data = load(folder, in_chans=in_chans)
@@ -159,7 +143,7 @@ def test_every_mode_becomes_what_pil_makes_of_it(kind: str, in_chans: int, mode:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
-def test_16_bit_gray_is_scaled_not_clipped(file_format: str, tmp_path: Path) -> None:
+def test_16_bit_gray_is_scaled_not_clipped(file_format, tmp_path):
     deep = np.array([[0, 128, 129, 257], [32768, 40000, 65406, 65407], [65535] * 4, [300] * 4], np.uint16)
     image = dataset([encode(Image.fromarray(deep), file_format)] * 2, [0, 1])
     data = load(write_parquet(tmp_path / "set", train=image, test=image), validation_fraction=0)
@@ -168,7 +152,7 @@ def test_16_bit_gray_is_scaled_not_clipped(file_format: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_pixels_without_a_range_are_an_error(dtype: type, tmp_path: Path) -> None:
+def test_pixels_without_a_range_are_an_error(dtype, tmp_path):
     image = encode(Image.fromarray(np.ones((8, 8), dtype)), "TIFF")
     folder = write_parquet(tmp_path / "set", train=grays(4), test=dataset([image] * 2, [0, 1]))
     with pytest.raises(ValueError, match=r"'test', row 0: .*no defined range; store 8- or 16-bit"):
@@ -176,7 +160,7 @@ def test_pixels_without_a_range_are_an_error(dtype: type, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("deep", [False, True])
-def test_exif_orientation_is_applied(deep: bool, tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(deep, tmp_path):
     upright = np.arange(64, dtype=np.uint16 if deep else np.uint8).reshape(8, 8)
     upright = upright * 257 if deep else upright
     exif = Image.Exif()
@@ -189,32 +173,6 @@ def test_exif_orientation_is_applied(deep: bool, tmp_path: Path) -> None:
 # Geometry
 
 
-@pytest.mark.parametrize("cache_images", ["ram", "none"])
-@pytest.mark.parametrize(("image_size", "crop_pct"), [(100, 0.875), (97, 1.0), (24, 0.875)])
-def test_geometry_is_that_of_timm(image_size: int, crop_pct: float, cache_images: str, tmp_path: Path) -> None:
-    images = [noise(0, (40, 60)), noise(1, (131, 77)), noise(2, (image_size, image_size)), noise(3, (120, 9), "L")]
-    examples = dataset(images, [0, 1, 0, 1])
-    data = load(
-        write_parquet(tmp_path / "set", train=examples, test=examples),
-        image_size=image_size,
-        crop_pct=crop_pct,
-        augmentation="crop_flip",
-        validation_fraction=0,
-        cache_images=cache_images,
-    )
-    used_crop_pct = 1.0 if image_size <= 96 else crop_pct
-    assert data.crop_pct == used_crop_pct
-    transform = create_transform(
-        input_size=(3, image_size, image_size),
-        interpolation="bicubic",
-        crop_pct=used_crop_pct,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-    expected = torch.stack([transform(image.convert("RGB")) for image in images])
-    assert torch.equal(everything(data.test), expected)
-
-
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
@@ -225,7 +183,7 @@ def test_geometry_is_that_of_timm(image_size: int, crop_pct: float, cache_images
         ([(32, 32)] * 3 + [(28, 28)], 112),
     ],
 )
-def test_the_images_own_size(sizes: list[tuple[int, int]], expected: int, tmp_path: Path) -> None:
+def test_the_images_own_size(sizes, expected, tmp_path):
     # The odd one out is in the other split, so that every split has to be looked at.
     train = dataset([gray(0, size) for size in sizes[:2]], [0, 1])
     test = dataset([gray(0, size) for size in sizes[2:]], [0, 1])
@@ -239,7 +197,7 @@ def test_the_images_own_size(sizes: list[tuple[int, int]], expected: int, tmp_pa
 # Batches
 
 
-def test_batches_are_float_in_0_1_and_exact(tmp_path: Path) -> None:
+def test_batches_are_float_in_0_1_and_exact(tmp_path):
     data = load(write_parquet(tmp_path / "set", train=grays(256), test=grays(4)), validation_fraction=0)
     indices = torch.randperm(256)
     (batch,) = data.train.batches([BatchRequest(indices, None)], device=CPU)
@@ -250,7 +208,7 @@ def test_batches_are_float_in_0_1_and_exact(tmp_path: Path) -> None:
     assert torch.equal(batch.indices, indices)
 
 
-def load_noise(tmp_path: Path, **options: Any) -> ImageData:
+def load_noise(tmp_path, **options):
     if not (tmp_path / "set").exists():
         examples = dataset([noise(index, (24, 20)) for index in range(12)], [0, 1] * 6)
         write_parquet(tmp_path / "set", train=examples, test=examples)
@@ -258,11 +216,11 @@ def load_noise(tmp_path: Path, **options: Any) -> ImageData:
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip", "timm"])
-def test_a_batch_depends_on_its_request_alone(augmentation: str, tmp_path: Path) -> None:
-    loads: list[dict[str, Any]] = [{"cache_images": "none", "dataloader_num_workers": workers} for workers in (0, 2)]
+def test_a_batch_depends_on_its_request_alone(augmentation, tmp_path):
+    loads = [{"cache_images": "none", "dataloader_num_workers": workers} for workers in (0, 2)]
     if augmentation != "timm":
         loads.append({"cache_images": "ram"})
-    reference: list[PixelBatch] | None = None
+    reference = None
     for options in loads:
         images = load_noise(tmp_path, augmentation=augmentation, **options).train
         requests = some_requests(images)
@@ -272,7 +230,6 @@ def test_a_batch_depends_on_its_request_alone(augmentation: str, tmp_path: Path)
         # A resumed run asks for the tail only.
         assert_same(list(images.batches(requests[3:], device=CPU)), reference[3:])
         assert list(images.batches([], device=CPU)) == []
-    assert reference is not None
     for request, batch in zip(requests, reference, strict=True):
         unchanged = everything(images)[request.indices]
         assert torch.equal(batch.x, unchanged) == (request.seed is None or augmentation == "none")
@@ -283,7 +240,7 @@ def test_a_batch_depends_on_its_request_alone(augmentation: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("augmentation", "workers"), [("crop_flip", 2), ("timm", 0)])
-def test_global_random_state_is_left_alone(augmentation: str, workers: int, tmp_path: Path) -> None:
+def test_global_random_state_is_left_alone(augmentation, workers, tmp_path):
     images = load_noise(tmp_path, augmentation=augmentation, cache_images="none", dataloader_num_workers=workers).train
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     list(images.batches(some_requests(images), device=CPU))
@@ -293,7 +250,7 @@ def test_global_random_state_is_left_alone(augmentation: str, workers: int, tmp_
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
-def test_timm_augmentation_applies_to_train_only(in_chans: int, tmp_path: Path) -> None:
+def test_timm_augmentation_applies_to_train_only(in_chans, tmp_path):
     data = load_noise(tmp_path, augmentation="timm", in_chans=in_chans)
     request = BatchRequest(torch.arange(6), 7)
     (train,) = data.train.batches([request], device=CPU)
@@ -303,7 +260,7 @@ def test_timm_augmentation_applies_to_train_only(in_chans: int, tmp_path: Path) 
     assert torch.equal(test.x, everything(data.test)[:6])
 
 
-def test_timm_augmentation_differs_between_examples_of_a_batch(tmp_path: Path) -> None:
+def test_timm_augmentation_differs_between_examples_of_a_batch(tmp_path):
     twins = dataset([noise(0, (24, 20))] * 8, [0, 1] * 4)
     folder = write_parquet(tmp_path / "set", train=twins, test=grays(4))
     images = load(folder, image_size=16, validation_fraction=0, augmentation="timm").train
@@ -314,14 +271,14 @@ def test_timm_augmentation_differs_between_examples_of_a_batch(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("augmentation", ["crop_flip", "timm"])
-def test_streamed_images_can_be_sent_to_workers_that_do_not_fork(augmentation: str, tmp_path: Path) -> None:
+def test_streamed_images_can_be_sent_to_workers_that_do_not_fork(augmentation, tmp_path):
     images = load_noise(tmp_path, augmentation=augmentation, cache_images="none", dataloader_num_workers=0).train
     copy = pickle.loads(pickle.dumps(images))
     requests = some_requests(images)
     assert_same(list(copy.batches(requests, device=CPU)), list(images.batches(requests, device=CPU)))
 
 
-def test_stopping_in_the_middle_and_starting_again(tmp_path: Path) -> None:
+def test_stopping_in_the_middle_and_starting_again(tmp_path):
     images = load_noise(tmp_path, cache_images="none").train
     requests = some_requests(images)
     batches = images.batches(requests, device=CPU)
@@ -333,7 +290,7 @@ def test_stopping_in_the_middle_and_starting_again(tmp_path: Path) -> None:
 # Unreadable images
 
 READABLE = encode(noise(0, (64, 64)))
-BROKEN: dict[str, bytes | None] = {
+BROKEN = {
     "garbage": b"this is not an image",
     "truncated": READABLE[: len(READABLE) // 2],
     "truncated jpeg": encode(noise(0, (64, 64)), "JPEG")[:900],
@@ -344,10 +301,10 @@ BROKEN: dict[str, bytes | None] = {
 
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("kind", BROKEN)
-def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_or_left_out(kind, tmp_path):
     images = [BROKEN[kind] if index in (5, 9) else gray(index, (64, 64)) for index in range(12)]
     folder = write_parquet(tmp_path / "set", train=dataset(images, [0, 1, 2] * 4), test=grays(4))
-    options: dict[str, Any] = {"validation_fraction": 0, "image_size": 64, "augmentation": "none"}
+    options = {"validation_fraction": 0, "image_size": 64, "augmentation": "none"}
     with pytest.raises(ValueError, match=r"split 'train', row 5: the image cannot be read \(.*--skip_corrupt"):
         load(folder, **options, cache_images="ram")
     for cache_images in ("ram", "none"):
@@ -358,7 +315,7 @@ def test_an_unreadable_image_is_named_or_left_out(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only on Linux workers are forked whatever Python does")
-def test_workers_are_forked_whatever_the_start_method_of_python_is(tmp_path: Path) -> None:
+def test_workers_are_forked_whatever_the_start_method_of_python_is(tmp_path):
     """Python 3.14's method imports torch in every worker, and cannot send what is defined in a function."""
     streamed = load_noise(tmp_path, augmentation="none", cache_images="none", dataloader_num_workers=2).train
     streamed._pixels._transform = lambda image: torch.full((3, 4, 4), 7, dtype=torch.uint8)
@@ -373,7 +330,7 @@ def test_workers_are_forked_whatever_the_start_method_of_python_is(tmp_path: Pat
 
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_in_the_stream(workers: int, tmp_path: Path) -> None:
+def test_an_unreadable_image_in_the_stream(workers, tmp_path):
     test = dataset([gray(1), gray(2), b"bad", gray(4)], [0, 1, 0, 1])
     folder = write_parquet(tmp_path / "set", train=grays(4), test=test)
     data = load(folder, image_size=8, cache_images="none", dataloader_num_workers=workers, validation_fraction=0)
@@ -386,7 +343,7 @@ def test_an_unreadable_image_in_the_stream(workers: int, tmp_path: Path) -> None
     assert "Traceback" not in str(caught.value)
 
 
-def test_small_splits_are_cached_and_large_ones_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_splits_are_cached_and_large_ones_streamed(tmp_path, monkeypatch):
     test = dataset([gray(1), b"bad"], [0, 1])
     folder = write_parquet(tmp_path / "set", train=grays(4), test=test)
     # Cached images are decoded at the start, streamed ones when they are asked for.
@@ -398,7 +355,7 @@ def test_small_splits_are_cached_and_large_ones_streamed(tmp_path: Path, monkeyp
         everything(images)
 
 
-def test_nothing_readable_at_all(tmp_path: Path) -> None:
+def test_nothing_readable_at_all(tmp_path):
     folder = write_parquet(tmp_path / "set", train=dataset([b"bad"] * 4, [0, 1] * 2), test=grays(4))
     with pytest.raises(ValueError, match=r"split 'train' has no readable image"):
         load(folder, validation_fraction=0, skip_corrupt=True)
@@ -407,38 +364,34 @@ def test_nothing_readable_at_all(tmp_path: Path) -> None:
 # Statistics
 
 
-def test_channel_statistics(tmp_path: Path) -> None:
-    images = [noise(index) for index in range(20)]
-    folder = write_parquet(tmp_path / "set", train=dataset(images, [0, 1] * 10), test=grays(4))
-    data = load(folder, validation_fraction=0)
+@pytest.mark.parametrize(
+    ("images", "std"),
+    [
+        ([noise(index) for index in range(20)], None),
+        # A constant channel has a standard deviation to divide by.
+        ([gray(7)] * 4, [1 / 255] * 3),
+    ],
+)
+def test_channel_statistics(images, std, tmp_path):
+    examples = dataset(images, [0, 1] * (len(images) // 2))
+    data = load(write_parquet(tmp_path / "set", train=examples, test=grays(4)), validation_fraction=0)
     pixels = np.stack([np.asarray(image) for image in images]) / 255
     assert data.channel_mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-7)
-    assert data.channel_std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
-
-
-def test_a_constant_channel_has_a_standard_deviation_to_divide_by(tmp_path: Path) -> None:
-    examples = dataset([gray(7)] * 4, [0, 1] * 2)
-    data = load(write_parquet(tmp_path / "set", train=examples, test=examples), validation_fraction=0)
-    assert data.channel_mean == pytest.approx([7 / 255] * 3)
-    assert data.channel_std == pytest.approx([1 / 255] * 3)
+    assert data.channel_std == pytest.approx(std or pixels.std((0, 1, 2)), abs=1e-6)
 
 
 # Where there is more
 
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+CIFAR10_CLASSES = (*("airplane", "automobile", "bird", "cat", "deer"), *("dog", "frog", "horse", "ship", "truck"))
 
 
 @pytest.mark.cifar10
 @pytest.mark.skipif("HAM_HF_CIFAR10" not in os.environ, reason="HAM_HF_CIFAR10 does not name a folder")
-def test_cifar10() -> None:
+def test_cifar10():
     data = load(os.environ["HAM_HF_CIFAR10"], limit_test_examples=1000)
     assert data.class_names == CIFAR10_CLASSES
     assert (data.image_size, data.augmentation, data.test_split_origin) == (32, "crop_flip", "test")
-    assert data.validation is not None
     assert torch.bincount(data.train.labels).tolist() == [4800] * 10
     assert torch.bincount(data.validation.labels).tolist() == [200] * 10
     assert torch.bincount(data.test.labels).tolist() == [100] * 10
@@ -450,12 +403,11 @@ def test_cifar10() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
 @pytest.mark.parametrize("cache_images", ["auto", "ram", "none"])
-def test_batches_on_the_accelerator_are_the_same_bit_for_bit(cache_images: str, tmp_path: Path) -> None:
+def test_batches_on_the_accelerator_are_the_same_bit_for_bit(cache_images, tmp_path):
     images = load_noise(tmp_path, augmentation="crop_flip", cache_images=cache_images).train
     requests = some_requests(images)
     expected = list(images.batches(requests, device=CPU))
     device = torch.accelerator.current_accelerator()
-    assert device is not None
     batches = list(images.batches(requests, device=device))
     assert all(batch.x.device.type == batch.y.device.type == device.type for batch in batches)
     assert_same([PixelBatch(batch.x.cpu(), batch.y.cpu(), batch.indices) for batch in batches], expected)

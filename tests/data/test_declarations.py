@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -13,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ham_hf.data import BatchRequest, ImageData, TrainingStream
+from ham_hf.data import BatchRequest, TrainingStream
 from ham_hf.data.columns import read_labels
-from ham_hf.data.sources import open_source
-from tests.support.example_images import dataset, encode, gray, load
+from tests.support.example_images import dataset, encode, gray, load, open_stored
 
 CPU = torch.device("cpu")
 
@@ -24,7 +22,7 @@ CPU = torch.device("cpu")
 Rows = list[tuple[int, str]]  # gray value, class
 
 
-def write(folder: Path, files: dict[str, tuple[list[str] | None, Rows]], order: list[str], readme: Any = None) -> str:
+def write(folder, files, order, readme=None):
     """One parquet file per entry; ``order`` is what files that declare nothing count."""
     (folder / "data").mkdir(parents=True)
     for file, (names, rows) in files.items():
@@ -40,9 +38,9 @@ def write(folder: Path, files: dict[str, tuple[list[str] | None, Rows]], order: 
     return str(folder)
 
 
-def pairs(data: ImageData) -> dict[str, dict[int, str]]:
+def pairs(data):
     """Class of every image by part."""
-    found: dict[str, dict[int, str]] = {}
+    found = {}
     for part, images in (("train", data.train), ("validation", data.validation), ("test", data.test)):
         if images is None:
             continue
@@ -59,17 +57,17 @@ def pairs(data: ImageData) -> dict[str, dict[int, str]]:
     return found
 
 
-def random_case(rng: random.Random) -> tuple[dict[str, tuple[list[str] | None, Rows]], list[str], Any]:
+def random_case(rng):
     """Files that declare the classes in their own order, some of them only, some nothing or one that no other has."""
     everything = rng.sample(["cat", "dog", "owl", "ape", "bee", "1", "0"], rng.randint(2, 5))
     readme = rng.sample(everything, len(everything)) if rng.random() < 0.25 else None
     value = iter(range(250))
-    files: dict[str, tuple[list[str] | None, Rows]] = {}
+    files = {}
     num_train = rng.randint(1, 3)
     for number in range(num_train + 1):
         split = "train" if number < num_train else "test"
         kind = rng.choice(["same", "same", "permuted", "fewer", "none", "other"] if number else ["same", "permuted"])
-        names: list[str] | None = list(everything)
+        names = list(everything)
         if kind == "permuted":
             names = rng.sample(everything, len(everything))
         elif kind == "fewer":
@@ -81,14 +79,11 @@ def random_case(rng: random.Random) -> tuple[dict[str, tuple[list[str] | None, R
         usable = names or readme or next(iter(files.values()))[0] or everything
         files[
             f"{split}-{number if split == 'train' else 0:05d}-of-{num_train if split == 'train' else 1:05d}.parquet"
-        ] = (
-            names,
-            [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))],
-        )
+        ] = (names, [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))])
     return files, readme or next(iter(files.values()))[0] or everything, readme
 
 
-def refusal(files: dict[str, tuple[list[str] | None, Rows]], readme: Any) -> bool:
+def refusal(files, readme):
     """Naive oracle: whether some image's class cannot be told, or is none that train declares."""
     train = [names for file, (names, _) in files.items() if file.startswith("train")]
     declared = [names for names, _ in files.values() if names]
@@ -102,7 +97,7 @@ def refusal(files: dict[str, tuple[list[str] | None, Rows]], readme: Any) -> boo
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
-def test_every_label_of_200_sets_of_declarations_keeps_its_name(seed: int, tmp_path: Path) -> None:
+def test_every_label_of_200_sets_of_declarations_keeps_its_name(seed, tmp_path):
     outcomes = {False: 0, True: 0}
     for number in range(25):
         files, order, readme = random_case(random.Random(1000 * seed + number))
@@ -121,14 +116,13 @@ def test_every_label_of_200_sets_of_declarations_keeps_its_name(seed: int, tmp_p
     assert min(outcomes.values()) >= 3
 
 
-def labels_of(folder: str) -> dict[str, list[str]]:
-    source = open_source(folder, None, None)
+def labels_of(folder):
+    source = open_stored(folder)
     train, test, names = read_labels(source.splits, "label", "train", "test", source.declared)
-    assert test is not None
     return {"train": [names[label] for label in train], "test": [names[label] for label in test]}
 
 
-PERMUTED: dict[str, tuple[list[str] | None, Rows]] = {
+PERMUTED = {
     "train-00000-of-00002.parquet": (["owl", "cat"], [(10 + i, ["owl", "cat"][i % 2]) for i in range(10)]),
     "train-00001-of-00002.parquet": (
         ["cat", "dog", "owl"],
@@ -139,9 +133,9 @@ PERMUTED: dict[str, tuple[list[str] | None, Rows]] = {
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_image_keeps_its_class_stored_and_streamed(streaming: bool, tmp_path: Path) -> None:
+def test_every_image_keeps_its_class_stored_and_streamed(streaming, tmp_path):
     folder = write(tmp_path / "set", PERMUTED, [])
-    options: dict[str, Any] = {"dataset_streaming": True, "dataloader_num_workers": 0} if streaming else {}
+    options = {"dataset_streaming": True, "dataloader_num_workers": 0} if streaming else {}
     data = load(folder, validation_fraction=0.2, augmentation="none", **options)
     assert data.class_names == ("cat", "dog", "owl")
     found = pairs(data)
@@ -150,13 +144,12 @@ def test_every_image_keeps_its_class_stored_and_streamed(streaming: bool, tmp_pa
     assert found["train"] | found["validation"] == {value: name for value, name in truth.items() if value < 60}
     if isinstance(data.train, TrainingStream):
         counts = data.train.shards.class_counts()
-        assert counts is not None
         trained = list(found["train"].values())
         assert counts.tolist() == [trained.count(name) for name in data.class_names]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_names_that_do_not_match_are_refused_with_both_files_and_lists(streaming: bool, tmp_path: Path) -> None:
+def test_names_that_do_not_match_are_refused_with_both_files_and_lists(streaming, tmp_path):
     files = {**PERMUTED, "train-00000-of-00002.parquet": (["owl", "ape"], [(1, "ape"), (2, "owl")])}
     both = r"train-00001-of-00002.parquet declares the 3 classes \['cat', 'dog', 'owl'\], and .*train-00000-of-00002"
     with pytest.raises(ValueError, match=both + r".parquet the 2 classes \['owl', 'ape'\]: \['ape'\] of the second"):
@@ -170,7 +163,7 @@ def test_names_that_do_not_match_are_refused_with_both_files_and_lists(streaming
         load(write(tmp_path / "readme", PERMUTED, [], ["owl", "cat"]), dataset_streaming=streaming)
 
 
-def test_a_label_beyond_its_own_files_names_is_refused(tmp_path: Path) -> None:
+def test_a_label_beyond_its_own_files_names_is_refused(tmp_path):
     folder = Path(write(tmp_path / "set", PERMUTED, []))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["owl", "cat"])})
     images = [{"bytes": encode(gray(value)), "path": None} for value in range(3)]
@@ -182,7 +175,7 @@ def test_a_label_beyond_its_own_files_names_is_refused(tmp_path: Path) -> None:
         load(str(folder), dataset_streaming=True, validation_fraction=0)
 
 
-def test_files_without_names_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_names_are_warned_of(tmp_path, caplog):
     files = {
         "train-00000-of-00001.parquet": (["cat", "dog"], [(i, ["cat", "dog"][i % 2]) for i in range(10)]),
         "test-00000-of-00001.parquet": (None, [(20, "dog"), (21, "cat")]),
@@ -195,8 +188,8 @@ def test_files_without_names_are_warned_of(tmp_path: Path, caplog: pytest.LogCap
     assert "declare no class names" not in caplog.text
 
 
-def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path: Path) -> None:
-    def split(names: list[str], rows: Rows) -> datasets.Dataset:
+def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path):
+    def split(names, rows):
         labels = [names.index(name) for _, name in rows]
         images = [gray(value) for value, _ in rows]
         return dataset(images, labels, label_feature=datasets.ClassLabel(names=names))
@@ -219,18 +212,16 @@ def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path: Path) -> None:
         (["crane", "crane"], "duplicated"),
     ],
 )
-def test_names_that_yaml_reads_as_something_else_are_refused(
-    names: list[str], said: str, streaming: bool, tmp_path: Path
-) -> None:
+def test_names_that_yaml_reads_as_something_else_are_refused(names, said, streaming, tmp_path):
     rows = [(i, "ab"[i % 2]) for i in range(6)]
-    files: Any = {f"{split}-00000-of-00001.parquet": (None, rows) for split in ("train", "test")}
+    files = {f"{split}-00000-of-00001.parquet": (None, rows) for split in ("train", "test")}
     folder = write(tmp_path / "set", files, ["a", "b"], names)
     with pytest.raises(ValueError, match=said):
         load(folder, dataset_streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_two_classes_of_one_name_are_refused(streaming: bool, tmp_path: Path) -> None:
+def test_two_classes_of_one_name_are_refused(streaming, tmp_path):
     folder = Path(
         write(tmp_path / "set", {"train-0.parquet": (None, [(i, "ab"[i % 2]) for i in range(6)])}, ["a", "b"])
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -28,7 +26,7 @@ from tests.support.example_images import dataset, gray, gray_values, grays, load
         (["train", "extra"], {}, ("train", "train")),
     ],
 )
-def test_split_to_evaluate_on(names: list[str], asked: dict[str, str], expected: tuple[str, str | None]) -> None:
+def test_split_to_evaluate_on(names, asked, expected):
     assert choose_evaluation_split(names, asked.get("train_split"), asked.get("test_split")) == expected
 
 
@@ -40,13 +38,13 @@ def test_split_to_evaluate_on(names: list[str], asked: dict[str, str], expected:
         (["validation", "test"], "tset", "--test_split tset"),
     ],
 )
-def test_splits_that_cannot_be_chosen(names: list[str], test_split: str | None, message: str) -> None:
+def test_splits_that_cannot_be_chosen(names, test_split, message):
     with pytest.raises(ValueError, match=message):
         choose_evaluation_split(names, None, test_split)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_only_or_named_split_is_taken_whole(streaming: bool, tmp_path: Path) -> None:
+def test_the_only_or_named_split_is_taken_whole(streaming, tmp_path):
     only = write_parquet(tmp_path / "only", test=grays(20))
     data = load_to_evaluate(only, dataset_streaming=streaming)
     assert (gray_values(data.test), data.test_split_origin) == (list(range(20)), "test")
@@ -61,16 +59,13 @@ def test_the_only_or_named_split_is_taken_whole(streaming: bool, tmp_path: Path)
     assert (gray_values(data.test), data.class_names) == (list(range(50, 56)), ("c0", "c1", "c2"))
 
 
-def record_of(folder: str, **options: Any) -> TrainedOn:
+def record_of(folder, **options):
     data = load(folder, **options)
-    assert data.provenance is not None
     return TrainedOn(record=data.provenance, class_names=data.class_names)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_renamed_copy_of_the_training_data_gives_the_held_out_part(
-    streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_renamed_copy_of_the_training_data_gives_the_held_out_part(streaming, tmp_path, caplog):
     """Also where the split has another name and its classes another order."""
     names = ["c0", "c1", "c2"]
     labels = [index * 7 % 3 if index % 4 else 0 for index in range(41)]
@@ -90,7 +85,7 @@ def test_a_renamed_copy_of_the_training_data_gives_the_held_out_part(
         load_to_evaluate(folder, trained, test_fraction=0.5, dataset_streaming=streaming)
 
 
-def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path: Path) -> None:
+def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(40), test=grays(8, first=100))
     trained = record_of(folder)
     assert gray_values(load_to_evaluate(folder, trained).test) == list(range(100, 108))
@@ -102,8 +97,8 @@ def test_training_images_of_a_model_with_a_test_split_are_refused(tmp_path: Path
     assert len(load_to_evaluate(folder, TrainedOn(), test_split="train").test) == 40
 
 
-def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_classes(tmp_path: Path) -> None:
-    def by_class(first: int) -> datasets.Dataset:
+def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_classes(tmp_path):
+    def by_class(first):
         return dataset([gray(first + index) for index in range(20)], [0] * 10 + [1] * 10)
 
     trained = record_of(write_parquet(tmp_path / "set", train=by_class(0)))
@@ -113,12 +108,11 @@ def test_other_images_with_the_same_labels_are_no_copy_if_labels_only_count_clas
     assert len(load_to_evaluate(same, trained).test) == 4
 
 
-def test_models_of_earlier_versions_are_known_by_the_name_of_their_data(tmp_path: Path) -> None:
+def test_models_of_earlier_versions_are_known_by_the_name_of_their_data(tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(40))
     old = TrainedOn(dataset="set", test_fraction=0.3)
     assert len(load_to_evaluate(folder, old).test) == 12
     assert len(load_to_evaluate(folder, TrainedOn(dataset="another", test_fraction=0.3)).test) == 40
     streamed = load(write_parquet(tmp_path / "far", train=grays(40), test=grays(6)), dataset_streaming=True)
-    assert streamed.provenance is not None
     with pytest.raises(ValueError, match="that the model was trained on"):
         load_to_evaluate(str(tmp_path / "far"), TrainedOn(record=streamed.provenance), test_split="train")

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import zipfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -16,22 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ham_hf.data.sources import open_source
-from tests.support.example_images import encode, load, noise
+from tests.support.example_images import (
+    encode,
+    in_class_folders,
+    load,
+    noise,
+    open_stored,
+    pictures,
+    write_files,
+    zipped,
+)
 
 
-def write(root: Path, files: Mapping[str, bytes]) -> str:
-    for path, content in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-    return str(root)
-
-
-def images(*paths: str) -> dict[str, bytes]:
-    return {path: encode(noise(number)) for number, path in enumerate(paths)}
-
-
-def table(rows: Sequence[tuple[str, object]], kind: str = "csv", label: str = "label") -> bytes:
+def table(rows, kind="csv", label="label"):
     if kind == "jsonl":
         return "".join(json.dumps({"file_name": name, label: value}) + "\n" for name, value in rows).encode()
     if kind == "parquet":
@@ -43,18 +39,10 @@ def table(rows: Sequence[tuple[str, object]], kind: str = "csv", label: str = "l
     return text.getvalue().encode()
 
 
-def archive(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
-        for path, content in files.items():
-            opened.writestr(path, content)
-    return buffer.getvalue()
-
-
-def found(root: str) -> dict[str, list[tuple[bytes, object]]]:
+def found(root):
     """Of each split every image, as the bytes of its file, with the name of its class."""
     splits = {}
-    for split, rows in open_source(root, None, None).splits.items():
+    for split, rows in open_stored(root).splits.items():
         names = getattr(rows.features["label"], "names", None)
         splits[split] = sorted(
             (Path(row["image"]["path"]).read_bytes(), names[row["label"]] if names else row["label"])
@@ -63,9 +51,8 @@ def found(root: str) -> dict[str, list[tuple[bytes, object]]]:
     return splits
 
 
-def classes_in(*classes: str, count: int = 4, first: int = 0) -> dict[str, bytes]:
-    paths = [f"{name}/{number}.png" for name in classes for number in range(count)]
-    return {path: encode(noise(first + number)) for number, path in enumerate(paths)}
+def classes_in(*classes, first=0):
+    return pictures(*in_class_folders(*classes), first=first)
 
 
 FOLDERS = ["", "", "train/", "images/train/", "my test set/", "val.d/"]
@@ -74,20 +61,20 @@ FILES = ["{}.png", "train_{}.png", "{} test.PNG", "a:b {}.jpg", "val{}.png", "[{
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("archived", [False, True])
-def test_every_row_of_random_tables_is_read_with_its_label(kind: str, archived: bool, tmp_path: Path) -> None:
+def test_every_row_of_random_tables_is_read_with_its_label(kind, archived, tmp_path):
     for number in range(8):
         rng = random.Random(f"{kind} {archived} {number}")
         names = rng.sample(["cat", "NA", "null", "train", "test", "dog 1", "nan", "x,y"], 3)
         splits = rng.choice([["train"], ["train", "test"], ["train", "val", "test"]])
         common = rng.random() < 0.5
-        files: dict[str, bytes] = {}
-        expected: dict[str, list[tuple[bytes, object]]] = {}
-        rows: list[tuple[str, object]] = []
+        files = {}
+        expected = {}
+        rows = []
         for split in splits:
             top = f"{split}/" if len(splits) > 1 else ""
             # Beside a folder at the top that is named like a split, images of no split would be refused.
             inside = FOLDERS if top else [folder for folder in FOLDERS if folder != "train/"]
-            own: list[tuple[str, object]] = []
+            own = []
             for image in range(9):
                 path = rng.choice(inside) + rng.choice(FILES).format(image)
                 files[top + path] = encode(noise(rng.randrange(2**30)))
@@ -100,16 +87,16 @@ def test_every_row_of_random_tables_is_read_with_its_label(kind: str, archived: 
                 files[f"{top}metadata.{kind}"] = table(own, kind)
         if common:
             files[f"metadata.{kind}"] = table(rows, kind)
-        root = write(tmp_path / f"{number}", {"data.zip": archive(files)} if archived else files)
+        root = write_files(tmp_path / f"{number}", {"data.zip": zipped(files)} if archived else files)
         assert found(root) == {split: sorted(of_split) for split, of_split in expected.items()}, root
 
 
-def test_words_in_names_decide_nothing_beside_a_table(tmp_path: Path) -> None:
+def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
     """Each of these lost all but the images with the word in their path, or the labels of the table."""
     for number, path in enumerate(["train {}.png", "images/train/{}.png", "test_{}.png"]):
         paths = [path.format(image) for image in range(5)] + [f"images/other/{image}.png" for image in range(15)]
         rows = [(path, ("cat", "dog")[image % 2]) for image, path in enumerate(paths)]
-        root = write(tmp_path / str(number), {**images(*paths), "metadata.csv": table(rows)})
+        root = write_files(tmp_path / str(number), {**pictures(*paths), "metadata.csv": table(rows)})
         data = load(root, validation_fraction=0)
         assert (data.class_names, len(data.train) + len(data.test)) == (("cat", "dog"), 20)
 
@@ -135,19 +122,19 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path: Path) -> None:
             r"1 images with a row lie outside of the split folders, such as 'a\.png'",
         ),
         (
-            {"metadata.csv": table([("val/c.png", "x"), ("dev/d.png", "y")]), **images("val/c.png", "dev/d.png")},
+            {"metadata.csv": table([("val/c.png", "x"), ("dev/d.png", "y")]), **pictures("val/c.png", "dev/d.png")},
             "folders 'dev' and 'val' are both the split 'validation'",
         ),
     ],
 )
-def test_tables_that_do_not_fit_are_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
-    root = write(tmp_path / "set", {**images("a.png", "b.png", "more/c.png"), **files})
+def test_tables_that_do_not_fit_are_refused(files, message, tmp_path):
+    root = write_files(tmp_path / "set", {**pictures("a.png", "b.png", "more/c.png"), **files})
     with pytest.raises(ValueError, match=message):
-        open_source(root, None, None)
+        open_stored(root)
 
 
-def test_tables_declare_classes_alike_or_are_refused(tmp_path: Path) -> None:
-    def declared(path: str, names: list[str]) -> bytes:
+def test_tables_declare_classes_alike_or_are_refused(tmp_path):
+    def declared(path, names):
         features = datasets.Features(
             {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
         )
@@ -155,19 +142,21 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path: Path) -> None:
         datasets.Dataset.from_dict({"file_name": [path], "label": [0]}, features=features).to_parquet(buffer)
         return buffer.getvalue()
 
-    files = images("train/a.png", "test/a.png")
+    files = pictures("train/a.png", "test/a.png")
     files["train/metadata.parquet"] = declared("a.png", ["cat", "dog"])
     files["test/metadata.parquet"] = declared("a.png", ["dog", "cat"])
     with pytest.raises(ValueError, match=r"column 'label': .*\['dog', 'cat'\].*\['cat', 'dog'\]"):
-        open_source(write(tmp_path / "set", files), None, None)
+        open_stored(write_files(tmp_path / "set", files))
     files["test/metadata.parquet"] = files["train/metadata.parquet"]
-    splits = open_source(write(tmp_path / "set", files), None, None).splits
+    splits = open_stored(write_files(tmp_path / "set", files)).splits
     assert splits["test"].features["label"].names == ["cat", "dog"]
 
 
-def test_images_without_a_row_are_counted_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_without_a_row_are_counted_aloud(tmp_path, caplog):
     rows = [(f"{number}.png", "xy"[number % 2]) for number in range(10)]
-    root = write(tmp_path / "set", {**images(*(name for name, _ in rows), "more/1.png"), "metadata.csv": table(rows)})
+    root = write_files(
+        tmp_path / "set", {**pictures(*(name for name, _ in rows), "more/1.png"), "metadata.csv": table(rows)}
+    )
     sentence = "1 image files have no row in 'metadata.csv' and are not read, such as 'more/1.png'"
     assert sentence in load(root, validation_fraction=0).notes
     assert sentence in caplog.text
@@ -184,13 +173,11 @@ def test_images_without_a_row_are_counted_aloud(tmp_path: Path, caplog: pytest.L
                        classes_in("cat", "dog", first=ord(split[0])).items()}},
             {"train": 8, "validation": 8},
         ),
-        ({f"{name}.zip": images("1.png", f"{name}.PNG", "stress test.png") for name in ("cat", "dog")}, {"train": 6}),
+        ({f"{name}.zip": pictures("1.png", f"{name}.PNG", "a test.png") for name in ("cat", "dog")}, {"train": 6}),
     ],
 )  # fmt: skip
-def test_an_archive_is_a_folder_of_its_name(
-    files: dict[str, dict[str, bytes]], expected: dict[str, int], tmp_path: Path
-) -> None:
-    root = write(tmp_path / "set", {name: archive(content) for name, content in files.items()})
+def test_an_archive_is_a_folder_of_its_name(files, expected, tmp_path):
+    root = write_files(tmp_path / "set", {name: zipped(content) for name, content in files.items()})
     splits = found(root)
     assert {split: len(rows) for split, rows in splits.items()} == expected
     flat = {f"{name[:-4]}/{path}": image for name, content in files.items() for path, image in content.items()}
@@ -200,48 +187,48 @@ def test_an_archive_is_a_folder_of_its_name(
     )
 
 
-def test_a_new_archive_under_an_old_name_is_read(tmp_path: Path) -> None:
+def test_a_new_archive_under_an_old_name_is_read(tmp_path):
     for number in range(2):
         files = classes_in("cat", "dog", first=50 * number)
-        root = write(tmp_path / "set", {"photos.zip": archive(files)})
+        root = write_files(tmp_path / "set", {"photos.zip": zipped(files)})
         os.utime(tmp_path / "set" / "photos.zip", ns=(number, number))
         assert found(root)["train"] == sorted((image, path.split("/")[0]) for path, image in files.items())
 
 
-def test_archives_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    one, other = archive(classes_in("cat", "dog")), archive(classes_in("cat", "dog", first=50))
+def test_archives_that_do_not_fit_are_refused(tmp_path):
+    one, other = zipped(classes_in("cat", "dog")), zipped(classes_in("cat", "dog", first=50))
     with pytest.raises(ValueError, match=r"the folders 'a/cat' and 'latest test/cat' have one name"):
-        open_source(write(tmp_path / "two", {"a.zip": one, "latest test.zip": other}), None, None)
+        open_stored(write_files(tmp_path / "two", {"a.zip": one, "latest test.zip": other}))
     with pytest.raises(ValueError, match=r"the archive 'a.zip' cannot be unpacked"):
-        open_source(write(tmp_path / "cut", {"a.zip": one[:-80], "train.zip": other}), None, None)
+        open_stored(write_files(tmp_path / "cut", {"a.zip": one[:-80], "train.zip": other}))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
         opened.writestr("cat/1.png", encode(noise(1)))
         with pytest.warns(UserWarning, match="Duplicate name"):
             opened.writestr("cat/1.png", encode(noise(2)))
     with pytest.raises(ValueError, match=r"1 files are listed twice, such as 'a\.zip/cat/1\.png'"):
-        open_source(write(tmp_path / "twice", {"a.zip": buffer.getvalue()}), None, None)
+        open_stored(write_files(tmp_path / "twice", {"a.zip": buffer.getvalue()}))
 
 
-def readme(**patterns: str) -> bytes:
+def readme(**patterns):
     lines = [f"  - split: {split}\n    path: '{pattern}'\n" for split, pattern in patterns.items()]
     return ("---\nconfigs:\n- config_name: default\n  data_files:\n" + "".join(lines) + "---\n").encode()
 
 
-def below(folder: str, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def below(folder, files):
     return {f"{folder}/{path}": content for path, content in files.items()}
 
 
-def test_readme_decides_the_splits_of_image_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_readme_decides_the_splits_of_image_files(tmp_path, caplog):
     files = {**below("a", classes_in("cat", "dog", "train")), **below("b", classes_in("dog", first=50))}
     files |= below("forgotten", classes_in("owl"))
-    splits = found(write(tmp_path / "set", {**files, "README.md": readme(train="a/**", test="b/**")}))
+    splits = found(write_files(tmp_path / "set", {**files, "README.md": readme(train="a/**", test="b/**")}))
     for split, folder in (("train", "a/"), ("test", "b/")):
         assert splits[split] == sorted((f, p.split("/")[1]) for p, f in files.items() if p.startswith(folder))
     assert "4 image files are in no data_files of README.md and are not read, such as 'forgotten/owl/0." in caplog.text
     tables = {f"{top}/metadata.csv": table([("x/train.png", "dog"), ("0.png", "cat")]) for top in ("a", "b")}
-    files = {**tables, **images(*(f"{top}/{name}.png" for top in ("a", "b") for name in ("0", "x/train")))}
-    splits = found(write(tmp_path / "tables", {**files, "README.md": readme(train="a/**", test="b/**")}))
+    files = {**tables, **pictures(*(f"{top}/{name}.png" for top in ("a", "b") for name in ("0", "x/train")))}
+    splits = found(write_files(tmp_path / "tables", {**files, "README.md": readme(train="a/**", test="b/**")}))
     for split, folder in (("train", "a"), ("test", "b")):
         rows = [(files[f"{folder}/0.png"], "cat"), (files[f"{folder}/x/train.png"], "dog")]
         assert splits[split] == sorted(rows)
@@ -250,16 +237,14 @@ def test_readme_decides_the_splits_of_image_files(tmp_path: Path, caplog: pytest
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (images("train/1.png", "test/1.png"), "1 of 1 images lie beside the class folders, in "),
+        (pictures("train/1.png", "test/1.png"), "1 of 1 images lie beside the class folders, in "),
         (
-            {**below("train", classes_in("cat", "dog")), **images("test/1.png", "train/cat/old/1.png")},
+            {**below("train", classes_in("cat", "dog")), **pictures("test/1.png", "train/cat/old/1.png")},
             "class folders are not equally deep|lie beside",
         ),
     ],
 )
-def test_split_folders_are_no_classes(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_split_folders_are_no_classes(files, message, tmp_path):
     """``datasets`` called every image of the split test a ``test``."""
     with pytest.raises(ValueError, match=message):
-        open_source(
-            write(tmp_path / "set", {**files, "README.md": readme(train="train/**", test="test/**")}), None, None
-        )
+        open_stored(write_files(tmp_path / "set", {**files, "README.md": readme(train="train/**", test="test/**")}))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -23,7 +21,7 @@ COLUMNS = {
 COMPLETE = ("year", "full")
 
 
-def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
+def folder_with_columns(path, *, damaged=None):
     images = [b"no image" if number == damaged else gray(number) for number in range(6)]
     split = dataset(images, [0, 1, 0, 1, 0, 1])
     for name, (values, feature, _, _) in COLUMNS.items():
@@ -33,14 +31,11 @@ def folder_with_columns(path: Path, *, damaged: int | None = None) -> str:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("column", COLUMNS)
-def test_groups_of_each_kind_of_column(
-    column: str, streaming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_groups_of_each_kind_of_column(column, streaming, tmp_path, caplog):
     data = load_to_evaluate(
         folder_with_columns(tmp_path / "set"), group_column=column, **LABELED, dataset_streaming=streaming
     )
     _, _, names, groups = COLUMNS[column]
-    assert data.groups is not None
     assert (data.groups.column, data.groups.names, data.groups.of_image.tolist()) == (column, names, groups)
     assert data.groups.num_missing == (column not in COMPLETE)
     told = "1 of 6 images have no value; they are a group of their own, (missing)" in caplog.text
@@ -48,11 +43,10 @@ def test_groups_of_each_kind_of_column(
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path) -> None:
+def test_groups_follow_the_images_that_are_left(streaming, tmp_path):
     folder = folder_with_columns(tmp_path / "set", damaged=1)
     whole = load_to_evaluate(folder, group_column="site", **LABELED, dataset_streaming=streaming, skip_corrupt=True)
     assert whole.num_skipped == 1
-    assert whole.groups is not None
     assert whole.groups.of_image.tolist() == [1, 1, 2, 0, 1]
     assert len(whole.test) == 5
     limited = load_to_evaluate(
@@ -62,7 +56,6 @@ def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path)
         dataset_streaming=streaming,
         limit_test_examples=2,
     )
-    assert limited.groups is not None
     assert len(limited.groups.of_image) == len(limited.test) == 2
     assert load_to_evaluate(folder, **LABELED, skip_corrupt=True).groups is None
 
@@ -78,31 +71,30 @@ def test_groups_follow_the_images_that_are_left(streaming: bool, tmp_path: Path)
         ("image", "--group_column image: expected one class label, integer, string or boolean per image"),
     ],
 )
-def test_columns_that_are_no_groups(column: str, message: str, streaming: bool, tmp_path: Path) -> None:
+def test_columns_that_are_no_groups(column, message, streaming, tmp_path):
     folder = folder_with_columns(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
         load_to_evaluate(folder, group_column=column, **LABELED, dataset_streaming=streaming)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming: bool, tmp_path: Path) -> None:
+def test_groups_are_matched_by_name_where_files_declare_other_orders(streaming, tmp_path):
     (tmp_path / "data").mkdir()
     for number, names in enumerate((["dark", "noon"], ["noon", "dark"])):
         light = datasets.ClassLabel(names=names)
         split = dataset([gray(number), gray(10 + number)], [0, 1]).add_column("light", [0, 1], feature=light)
         split.to_parquet(tmp_path / "data" / f"test-{number}.parquet")
     groups = load_to_evaluate(str(tmp_path), group_column="light", **LABELED, dataset_streaming=streaming).groups
-    assert groups is not None
     assert groups.values() == ["dark", "noon", "noon", "dark"]
 
 
-def test_too_many_values_are_no_groups() -> None:
+def test_too_many_values_are_no_groups():
     assert len(make_groups("c", list(range(MAX_GROUPS))).names) == MAX_GROUPS
     with pytest.raises(ValueError, match=f"{MAX_GROUPS + 1} different values, at most {MAX_GROUPS} can be groups"):
         make_groups("c", list(range(MAX_GROUPS + 1)))
 
 
-def test_missing_values_have_a_name_that_no_group_has() -> None:
+def test_missing_values_have_a_name_that_no_group_has():
     groups = make_groups("c", ["(missing)", None, "((missing))"])
     assert groups.names == ("((missing))", "(missing)", "(((missing)))")
     assert groups.values() == ["(missing)", None, "((missing))"]

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from huggingface_hub import constants
+from sklearn.datasets import load_digits
 
 from ham_hf.data.columns import read_labels
-from tests.support.example_images import dataset, encode, gray, grays, load, noise, write_parquet
+from ham_hf.data.sources import DIGITS_FILE, read_digits
+from tests.support.example_images import dataset, encode, gray, grays, load, noise, open_stored, write_parquet, zipped
 from tests.support.hub_server import Hub, hub_environment
+
+# The digits of the package
+
+
+def test_the_digits_are_those_of_scikit_learn_as_gray_images_in_that_order():
+    scans, (images, labels) = load_digits(), read_digits()
+    assert (images.dtype, labels.dtype) == (np.uint8, scans.target.dtype)
+    rows = open_stored("digits").splits["train"]
+    assert rows["label"][:] == scans.target.tolist()
+    stretched = np.round(scans.images * (255 / 16))
+    assert all(np.array_equal(image, expected) for image, expected in zip(rows["image"], stretched, strict=True))
+    assert rows[0]["image"].mode == "L"
+
+
+def test_the_digits_are_small_and_have_their_licence_beside_them():
+    assert DIGITS_FILE.stat().st_size < 60_000
+    text = DIGITS_FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
+    for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):
+        assert part in text
+
 
 # Splits
 
@@ -34,7 +51,7 @@ from tests.support.hub_server import Hub, hub_environment
         (["extra"], 16, "held out of extra (20 %, stratified, seed 0)"),
     ],
 )
-def test_splits_by_rule(tmp_path: Path, names: list[str], train: int, origin: str) -> None:
+def test_splits_by_rule(tmp_path, names, train, origin):
     splits = {"train": 20, "extra": 20, "test": 6, "validation": 8}
     folder = write_parquet(tmp_path / "set", **{name: grays(splits[name]) for name in names})
     data = load(folder, validation_fraction=0)
@@ -44,24 +61,49 @@ def test_splits_by_rule(tmp_path: Path, names: list[str], train: int, origin: st
     assert data.validation is None
 
 
-def test_splits_by_name(tmp_path: Path) -> None:
+def test_splits_by_name(tmp_path):
     folder = write_parquet(tmp_path / "set", train=grays(20), test=grays(6), validation=grays(8))
     data = load(folder, train_split="validation", test_split="train", validation_fraction=0.25)
     assert (len(data.train), len(data.validation or []), len(data.test)) == (6, 2, 20)
 
 
+TWO_SPLITS = {"train": grays, "test": grays}
+
+
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        (["one", "two"], {}, "no split is called 'train': choose one of 'one', 'two' with --train_split"),
-        (["train", "test"], {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
-        (["train", "test"], {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
-        (["train", "test"], {"test_split": "train"}, "--test_split train is the training split"),
+        (
+            {"one": grays, "two": grays},
+            {},
+            "no split is called 'train': choose one of 'one', 'two' with --train_split",
+        ),
+        (TWO_SPLITS, {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
+        (TWO_SPLITS, {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
+        (TWO_SPLITS, {"test_split": "train"}, "--test_split train is the training split"),
+        (TWO_SPLITS, {"image_column": "imag"}, "--image_column imag: .* did you mean 'image'"),
+        (TWO_SPLITS, {"image_column": "label"}, "--image_column label: expected images or encoded bytes"),
+        (TWO_SPLITS, {"label_column": "labels"}, "--label_column labels: .* did you mean 'label'"),
+        (TWO_SPLITS, {"label_column": "image"}, "--label_column image: expected one class label"),
+        (
+            {"train": lambda size: grays(size).remove_columns("image").add_column("text", ["a"] * size)},
+            {},
+            "no image column; .*'label', 'text' with --image_column",
+        ),
+        (
+            {"train": lambda size: grays(size).remove_columns("label")},
+            {},
+            "no label column; .*'image' with --label_column",
+        ),
+        (
+            {"train": grays, "test": lambda size: grays(size).rename_column("label", "other")},
+            {},
+            "split 'test' has no column 'label', only 'image', 'other'",
+        ),
     ],
 )
-def test_splits_that_do_not_fit(tmp_path: Path, splits: list[str], options: dict[str, Any], message: str) -> None:
-    saved = datasets.DatasetDict({name: grays(6) for name in splits})
-    saved.save_to_disk(tmp_path / "set")
+def test_splits_and_columns_that_do_not_fit(tmp_path, splits, options, message):
+    datasets.DatasetDict({name: make(6) for name, make in splits.items()}).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
         load(str(tmp_path / "set"), **options)
 
@@ -69,14 +111,14 @@ def test_splits_that_do_not_fit(tmp_path: Path, splits: list[str], options: dict
 # Columns
 
 
-def test_odd_column_names(tmp_path: Path) -> None:
+def test_odd_column_names(tmp_path):
     examples = grays(10, image="picture of it", label="what it is")
     examples = examples.add_column("note", ["x"] * 10)
     data = load(write_parquet(tmp_path / "set", train=examples))
     assert data.class_names == ("c0", "c1")
 
 
-def test_fine_label_goes_before_coarse_label(tmp_path: Path) -> None:
+def test_fine_label_goes_before_coarse_label(tmp_path):
     coarse = datasets.ClassLabel(names=["all", "none"])
     examples = grays(12, 3, label="fine_label").add_column("coarse_label", [0] * 12, feature=coarse)
     folder = write_parquet(tmp_path / "set", train=examples)
@@ -85,7 +127,7 @@ def test_fine_label_goes_before_coarse_label(tmp_path: Path) -> None:
         load(write_parquet(tmp_path / "one", train=grays(4, 1, label="coarse_label")), label_column="coarse_label")
 
 
-def test_several_images_or_labels_have_to_be_named(tmp_path: Path) -> None:
+def test_several_images_or_labels_have_to_be_named(tmp_path):
     examples = grays(10, image="left", label="kind")
     right = grays(10, image="right").remove_columns("label")
     examples = datasets.concatenate_datasets([examples, right], axis=1)
@@ -98,49 +140,8 @@ def test_several_images_or_labels_have_to_be_named(tmp_path: Path) -> None:
     assert load(folder, image_column="left", label_column="mood").class_names == ("sad", "glad")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_column": "imag"}, "--image_column imag: .* did you mean 'image'"),
-        ({"image_column": "label"}, "--image_column label: expected images or encoded bytes"),
-        ({"label_column": "labels"}, "--label_column labels: .* did you mean 'label'"),
-        ({"label_column": "image"}, "--label_column image: expected one class label"),
-    ],
-)
-def test_named_columns_that_do_not_fit(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load(write_parquet(tmp_path / "set", train=grays(10)), **options)
-
-
-def test_no_image_and_no_label_column(tmp_path: Path) -> None:
-    text = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
-    with pytest.raises(ValueError, match=r"no image column; .*'text', 'label' with --image_column"):
-        load(write_parquet(tmp_path / "text", train=text))
-    with pytest.raises(ValueError, match=r"no label column; .*'image' with --label_column"):
-        load(write_parquet(tmp_path / "bare", train=grays(4).remove_columns("label")))
-
-
-def test_column_missing_in_the_test_split(tmp_path: Path) -> None:
-    splits = datasets.DatasetDict(train=grays(6), test=grays(6).rename_column("label", "other"))
-    splits.save_to_disk(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"split 'test' has no column 'label', only 'image', 'other'"):
-        load(str(tmp_path / "set"))
-
-
-@pytest.mark.faults(quick=True)
-def test_a_label_that_is_none_of_the_declared_classes_is_named(tmp_path: Path) -> None:
-    """The file itself declares the classes, so nothing casts its labels to them."""
-    classes = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    images = [{"bytes": encode(gray(value)), "path": None} for value in range(6)]
-    rows = pa.table({"image": images, "label": [0, 1, 0, 1, 7, 1]}, schema=classes.arrow_schema)
-    (tmp_path / "set").mkdir()
-    pq.write_table(rows, tmp_path / "set" / "train-0.parquet")
-    with pytest.raises(ValueError, match=r"split 'train', row 4: label 7, and column 'label' declares 2 classes"):
-        load(str(tmp_path / "set"))
-
-
 @pytest.mark.parametrize("kind", ["binary", "struct"])
-def test_encoded_bytes_without_an_image_feature(tmp_path: Path, kind: str) -> None:
+def test_encoded_bytes_without_an_image_feature(tmp_path, kind):
     binary = datasets.Value("binary")
     feature = binary if kind == "binary" else {"bytes": binary, "path": datasets.Value("string")}
     plain = grays(10).cast_column("image", datasets.Image(decode=False))
@@ -163,7 +164,7 @@ def test_encoded_bytes_without_an_image_feature(tmp_path: Path, kind: str) -> No
         ("bool", [True, False, True, False], ("False", "True")),
     ],
 )
-def test_labels_become_0_to_c(tmp_path: Path, dtype: str, values: list[Any], names: tuple[str, ...]) -> None:
+def test_labels_become_0_to_c(tmp_path, dtype, values, names):
     examples = dataset([gray(index) for index in range(8)], values * 2, label_feature=datasets.Value(dtype))
     data = load(write_parquet(tmp_path / "set", train=examples, test=examples), validation_fraction=0)
     assert data.class_names == names
@@ -171,7 +172,7 @@ def test_labels_become_0_to_c(tmp_path: Path, dtype: str, values: list[Any], nam
     assert data.test.labels.tolist() == data.train.labels.tolist()
 
 
-def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
     names = datasets.ClassLabel(names=["cat", "ghost", "dog"])
     train = dataset([gray(index) for index in range(8)], [0, 2] * 4, label_feature=names)
     test = dataset([gray(9), gray(10)], [1, 2], label_feature=names)
@@ -190,7 +191,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
     ("dtype", "train", "test", "message"),
     [
         ("string", ["a", "b"], ["b", "z"], "'test', row 1: label 'z' does not occur in split 'train'"),
-        ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*--test_split"),
+        ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'"),
         ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
         ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
         (
@@ -201,7 +202,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path: Path, caplog: pytest.LogC
         ),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], test: list[Any], message: str) -> None:
+def test_labels_that_do_not_fit(tmp_path, dtype, train, test, message):
     feature, images = datasets.Value(dtype), [gray(1), gray(2)]
     folder = write_parquet(
         tmp_path / "set",
@@ -212,16 +213,7 @@ def test_labels_that_do_not_fit(tmp_path: Path, dtype: str, train: list[Any], te
         load(folder)
 
 
-def test_unlabeled_test_split_of_a_class_label(tmp_path: Path) -> None:
-    names = datasets.ClassLabel(names=["cat", "dog"])
-    test = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
-    folder = write_parquet(tmp_path / "set", train=grays(4), test=test, extra=grays(4))
-    with pytest.raises(ValueError, match=r"2 of 2 examples have no label .*there are 'train', 'test', 'extra'"):
-        load(folder)
-    assert load(folder, test_split="extra", validation_fraction=0).test_split_origin == "extra"
-
-
-def test_empty_split(tmp_path: Path) -> None:
+def test_empty_split(tmp_path):
     splits = datasets.DatasetDict(train=grays(4), test=grays(4).select([]))
     with pytest.raises(ValueError, match=r"split 'test' is empty"):
         read_labels(splits, "label", "train", "test")
@@ -233,7 +225,7 @@ def test_empty_split(tmp_path: Path) -> None:
 # Folders
 
 
-def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.parquet").touch()
     (tmp_path / "broken").mkdir()
@@ -257,7 +249,6 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
 
 LOAD = """
 import json, sys
-from ham_hf.data.columns import read_labels
 from tests.support.example_images import load
 
 for options in json.load(sys.stdin):
@@ -287,22 +278,13 @@ configs:
 """
 
 
-def archive() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
-        for name in ("bus", "train"):
-            for number in range(2):
-                opened.writestr(f"{name}/test {number}.PNG", encode(noise(number)))
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parquet")
     grays(10).to_parquet(folder / "a.parquet")
     rows = (folder / "a.parquet").read_bytes()
 
-    def add(hub: Hub, name: str, *configs: str, private: bool = False) -> None:
+    def add(hub, name, *configs, private=False):
         tree = {f"{config}/{split}-0.parquet": rows for config in configs for split in ("train", "test")}
         if len(configs) > 1:
             lines = [f"- config_name: {config}\n  data_dir: {config}" for config in configs]
@@ -317,6 +299,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         add(hub, "me/secret", "data", private=True)
         add(hub, "me/empty")
         picture = encode(noise(0))
+        archived = {f"{name}/test {number}.PNG": picture for name in ("bus", "train") for number in range(2)}
         folders = {
             f"{split}/{name}/{word} [{number}] a:b 50%.PNG": picture
             for split in ("train", "test")
@@ -340,7 +323,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
                 },
                 "README.md": DECLARED.encode(),
             },
-            "archives": {f"{split}.zip": archive() for split in ("train", "test")},
+            "archives": {f"{split}.zip": zipped(archived) for split in ("train", "test")},
             "loose": {**{path.partition("/")[2]: picture for path in folders}, "logo.png": picture},
         }.items():
             hub.add("dataset", f"me/{name}", tree)
@@ -348,12 +331,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.mark.slow
-def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], list[Any] | tuple[str, str]]] = [
-        ({"dataset_name": "me/one"}, ["default", hub.repos["dataset", "me/one"].refs["main"], 8, 10, ["c0", "c1"]]),
+def test_datasets_of_the_hub(hub, tmp_path):
+    def commit(name):
+        return hub.repos["dataset", name].refs["main"]
+
+    cases = [
+        ({"dataset_name": "me/one"}, ["default", commit("me/one"), 8, 10, ["c0", "c1"]]),
         (
             {"dataset_name": "me/many", "dataset_config_name": "large"},
-            ["large", hub.repos["dataset", "me/many"].refs["main"], 8, 10, ["c0", "c1"]],
+            ["large", commit("me/many"), 8, 10, ["c0", "c1"]],
         ),
         (
             {"dataset_name": "me/many"},
@@ -365,25 +351,19 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
         ({"dataset_name": "me/one", "dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
         ({"dataset_name": "me/empty"}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
         ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
-        (
-            {"dataset_name": "me/folders"},
-            ["default", hub.repos["dataset", "me/folders"].refs["main"], 14, 6, ["bus", "stress test", "train"]],
-        ),
-        (
-            {"dataset_name": "me/flat"},
-            ["default", hub.repos["dataset", "me/flat"].refs["main"], 11, 4, ["bus", "stress test", "train"]],
-        ),
+        ({"dataset_name": "me/folders"}, ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]]),
+        ({"dataset_name": "me/flat"}, ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]]),
         (
             {"dataset_name": "me/tables", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/tables"].refs["main"], 4, 4, ["NA", "dog"]],
+            ["default", commit("me/tables"), 4, 4, ["NA", "dog"]],
         ),
         (
             {"dataset_name": "me/declared", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/declared"].refs["main"], 6, 6, ["test", "train"]],
+            ["default", commit("me/declared"), 6, 6, ["test", "train"]],
         ),
         (
             {"dataset_name": "me/archives", "validation_fraction": 0},
-            ["default", hub.repos["dataset", "me/archives"].refs["main"], 4, 4, ["bus", "train"]],
+            ["default", commit("me/archives"), 4, 4, ["bus", "train"]],
         ),
         ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
     ]
@@ -412,7 +392,7 @@ def test_datasets_of_the_hub(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults(quick=True)
-def test_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_cannot_be_reached(monkeypatch):
     for module in (constants, datasets.config):
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"--dataset_name me/far: .* the Hub cannot be reached .*HF_HUB_OFFLINE"):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ham_hf.data.splits import stratified_split, stratified_subset
 
@@ -15,12 +14,12 @@ seeds = st.integers(0, 2**63 - 1)
 fractions = st.floats(0.01, 0.99)
 
 
-def counts(labels: Tensor) -> Tensor:
+def counts(labels):
     return torch.bincount(labels, minlength=7)
 
 
 @given(labels_of_examples, fractions, seeds)
-def test_split_is_complete_disjoint_and_proportional_to_within_one(labels: Tensor, fraction: float, seed: int) -> None:
+def test_split_is_complete_disjoint_and_proportional_to_within_one(labels, fraction, seed):
     if int(counts(labels).max()) == 1:
         with pytest.raises(ValueError, match="last example of a class"):
             stratified_split(labels, fraction, seed)
@@ -38,7 +37,7 @@ def test_split_is_complete_disjoint_and_proportional_to_within_one(labels: Tenso
 
 
 @given(labels_of_examples, st.integers(1, 100), seeds)
-def test_subset_has_its_size_and_is_proportional_to_within_one(labels: Tensor, size: int, seed: int) -> None:
+def test_subset_has_its_size_and_is_proportional_to_within_one(labels, size, seed):
     subset = stratified_subset(labels, size, seed)
     assert len(subset) == len(subset.unique()) == min(size, len(labels))
     assert torch.equal(subset, subset.sort().values)
@@ -47,7 +46,7 @@ def test_subset_has_its_size_and_is_proportional_to_within_one(labels: Tensor, s
     assert torch.equal(subset, stratified_subset(labels, size, seed))
 
 
-def test_draws_depend_on_the_seed_and_are_nested() -> None:
+def test_draws_depend_on_the_seed_and_are_nested():
     labels = torch.arange(10).repeat_interleave(100)
     small, large = stratified_subset(labels, 100, 0), stratified_subset(labels, 300, 0)
     assert counts(labels[small])[:7].tolist() == [10] * 7
@@ -58,11 +57,11 @@ def test_draws_depend_on_the_seed_and_are_nested() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_fraction_out_of_range(fraction: float) -> None:
+def test_fraction_out_of_range(fraction):
     with pytest.raises(ValueError, match=r"\(0, 1\)"):
         stratified_split(torch.zeros(10, dtype=torch.int64), fraction, 0)
 
 
-def test_subset_of_nothing() -> None:
+def test_subset_of_nothing():
     with pytest.raises(ValueError, match="at least 1"):
         stratified_subset(torch.zeros(10, dtype=torch.int64), 0, 0)

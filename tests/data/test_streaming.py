@@ -6,10 +6,8 @@ import io
 import json
 import tarfile
 import threading
-from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import fsspec
@@ -17,21 +15,19 @@ import pytest
 import torch
 
 import ham_hf.data.streaming
-from ham_hf.data import ImageData, TrainingStream
 from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
-from ham_hf.data.pixels import PixelBatch
 from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.methods import FAAL, HAM
 from ham_hf.training.data_order import training_class_counts
-from tests.support.example_images import dataset, encode, gray, grays, load, noise
+from tests.support.example_images import dataset, encode, gray, gray_values, grays, load, noise
 
 CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
 
 
-def write_files(folder: Path, train: list[datasets.Dataset], **splits: Any) -> str:
+def write_files(folder, train, **splits):
     """The Hub's layout with several files of train."""
     (folder / "data").mkdir(parents=True)
     for number, examples in enumerate(train):
@@ -41,44 +37,32 @@ def write_files(folder: Path, train: list[datasets.Dataset], **splits: Any) -> s
     return str(folder)
 
 
-def numbered_files(folder: Path, files: tuple[int, ...] = FILES) -> str:
+def numbered_files(folder, files=FILES):
     """Training example i has the gray value i and the label i % 2; test examples are lighter."""
     starts = [sum(files[:number]) for number in range(len(files))]
     train = [grays(rows, first=start) for start, rows in zip(starts, files, strict=True)]
-    for examples, start in zip(train, starts, strict=True):
-        assert examples["label"][0] == 0, start
     return write_files(folder, train, validation=grays(6, first=200))
 
 
-def stream(folder: str, **options: Any) -> ImageData:
+def stream(folder, **options):
     defaults = {"dataset_streaming": True, "validation_fraction": 0.0, "augmentation": "none"}
     return load(folder, **{**defaults, "dataloader_num_workers": 0, "shuffle_buffer_size": 8, **options})
 
 
-def epoch(
-    data: ImageData,
-    *,
-    number: int = 0,
-    first: int = 0,
-    per_update: int = 4,
-    batch: int = 4,
-    world: int = 1,
-    rank: int = 0,
-) -> list[PixelBatch]:
-    assert isinstance(data.train, TrainingStream)
+def epoch(data, *, number=0, first=0, per_update=4, batch=4, world=1, rank=0):
     options = {"seed": 0, "per_update": per_update, "batch_size": batch, "world": world, "rank": rank}
     return list(data.train.batches(epoch=number, first_update=first, device=CPU, **options))
 
 
-def numbers(batches: list[PixelBatch]) -> list[list[int]]:
+def numbers(batches):
     return [batch.indices.tolist() for batch in batches]
 
 
-def flat(lists: Iterable[list[int]]) -> list[int]:
+def flat(lists):
     return list(chain.from_iterable(lists))
 
 
-def values(batch: PixelBatch) -> list[int]:
+def values(batch):
     """Gray values, which are the numbers of the examples."""
     return (batch.x[:, 0, 0, 0] * 255).round().int().tolist()
 
@@ -86,7 +70,7 @@ def values(batch: PixelBatch) -> list[int]:
 # --- the order
 
 
-def naive_buffer(length: int, size: int, draws: list[float]) -> list[int]:
+def naive_buffer(length, size, draws):
     waiting, held, given = list(range(length)), [], []
     while waiting and len(held) < size:
         held.append(waiting.pop(0))
@@ -102,7 +86,7 @@ def naive_buffer(length: int, size: int, draws: list[float]) -> list[int]:
 
 
 @pytest.mark.parametrize(("length", "size"), [(30, 7), (30, 1), (5, 9), (1, 1)])
-def test_shuffle_buffer_gives_everything_once_and_holds_no_more_than_it_may(length: int, size: int) -> None:
+def test_shuffle_buffer_gives_everything_once_and_holds_no_more_than_it_may(length, size):
     order = buffer_order(length, size, torch.Generator().manual_seed(3)).tolist()
     assert sorted(order) == list(range(length))
     assert all(place < number + size for number, place in enumerate(order))
@@ -114,11 +98,11 @@ def test_shuffle_buffer_gives_everything_once_and_holds_no_more_than_it_may(leng
     ("per_update", "files", "lanes"),
     [(8, 3, 2), (8, 100, 8), (1024, 300, 8), (8192, 300, 64), (7, 100, 7), (13, 9, 1)],
 )
-def test_lanes_divide_an_update(per_update: int, files: int, lanes: int) -> None:
+def test_lanes_divide_an_update(per_update, files, lanes):
     assert num_lanes(per_update, files) == lanes
 
 
-def test_each_example_comes_once_and_updates_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+def test_each_example_comes_once_and_updates_are_the_same_for_any_number_of_processes(tmp_path):
     data = stream(numbered_files(tmp_path / "set"))
     assert len(data.train) == 50
     alone = numbers(epoch(data, per_update=8, batch=8))
@@ -135,7 +119,7 @@ def test_each_example_comes_once_and_updates_are_the_same_for_any_number_of_proc
             assert flat(parts) == together
 
 
-def test_epochs_differ_and_seeds_differ_and_pixels_and_labels_belong_to_the_numbers(tmp_path: Path) -> None:
+def test_epochs_differ_and_seeds_differ_and_pixels_and_labels_belong_to_the_numbers(tmp_path):
     data = stream(numbered_files(tmp_path / "set"))
     first, second = epoch(data), epoch(data, number=1)
     assert numbers(first) != numbers(second)
@@ -150,17 +134,17 @@ def test_epochs_differ_and_seeds_differ_and_pixels_and_labels_belong_to_the_numb
 
 @pytest.mark.parametrize(("augmentation", "workers"), [("timm", 0), ("crop_flip", 2)])
 def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
-    tmp_path: Path, augmentation: str, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, augmentation, workers, monkeypatch
+):
     files = [dataset([noise(10 * f + i, (24, 20)) for i in range(10)], [i % 2 for i in range(10)]) for f in range(4)]
     folder = write_files(tmp_path / "set", files, test=grays(4))
     data = stream(folder, augmentation=augmentation, image_size=16, dataloader_num_workers=workers)
     options = {"per_update": 8, "batch": 2, "world": 2, "rank": 1}
     whole = epoch(data, **options)
-    decoded: list[str] = []
+    decoded = []
     original = ham_hf.data.streaming.decode_or_explain
 
-    def spy(*args: Any, where: str) -> Any:
+    def spy(*args, where):
         decoded.append(where)
         return original(*args, where=where)
 
@@ -177,44 +161,39 @@ def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
             decoded.clear()
 
 
-def test_resuming_late_does_not_read_the_files_that_are_done_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = stream(numbered_files(tmp_path / "set", (20,) * 6), shuffle_buffer_size=4)
-    opened: list[int] = []
-    original = ham_hf.data.streaming.Shards.read
+@pytest.fixture
+def opened_files(monkeypatch):
+    """Numbers of the files that are read, in order."""
+    opened, original = [], ham_hf.data.streaming.Shards.read
 
-    def spy(self: Any, file: int, start: int, stop: int) -> Any:
+    def spy(self, file, start, stop):
         opened.append(file)
         return original(self, file, start, stop)
 
     monkeypatch.setattr(ham_hf.data.streaming.Shards, "read", spy)
+    return opened
+
+
+def test_resuming_late_does_not_read_the_files_that_are_done_with(tmp_path, opened_files):
+    data = stream(numbered_files(tmp_path / "set", (20,) * 6), shuffle_buffer_size=4)
     epoch(data, per_update=1, batch=1)
-    assert sorted(opened) == list(range(6))
-    opened.clear()
+    assert sorted(opened_files) == list(range(6))
+    opened_files.clear()
     epoch(data, first=110, per_update=1, batch=1)
-    assert len(opened) == 1
+    assert len(opened_files) == 1
 
 
-def test_a_process_reads_only_the_files_of_its_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_reads_only_the_files_of_its_lanes(tmp_path, opened_files):
     data = stream(numbered_files(tmp_path / "set", (10,) * 8))
-    opened: list[int] = []
-    original = ham_hf.data.streaming.Shards.read
-    monkeypatch.setattr(
-        ham_hf.data.streaming.Shards,
-        "read",
-        lambda self, file, *rows: opened.append(file) or original(self, file, *rows),
-    )
     epoch(data, per_update=8, batch=4, world=2, rank=0)
-    mine = set(opened)
-    opened.clear()
+    mine = set(opened_files)
+    opened_files.clear()
     epoch(data, per_update=8, batch=4, world=2, rank=1)
-    assert (len(mine), len(set(opened)), len(mine & set(opened))) == (4, 4, 0)
+    assert (len(mine), len(set(opened_files)), len(mine & set(opened_files))) == (4, 4, 0)
 
 
-def test_stopping_in_the_middle_leaves_no_thread_behind(tmp_path: Path) -> None:
+def test_stopping_in_the_middle_leaves_no_thread_behind(tmp_path):
     data = stream(numbered_files(tmp_path / "set"))
-    assert isinstance(data.train, TrainingStream)
     options = {"seed": 0, "per_update": 4, "batch_size": 4, "world": 1, "rank": 0, "device": CPU}
     batches = data.train.batches(epoch=0, first_update=0, **options)
     assert len(list(islice(batches, 2))) == 2
@@ -226,16 +205,13 @@ def test_stopping_in_the_middle_leaves_no_thread_behind(tmp_path: Path) -> None:
 # --- the parts
 
 
-def test_held_out_are_the_first_rows_of_every_file_and_train_never_sees_them(tmp_path: Path) -> None:
+def test_held_out_are_the_first_rows_of_every_file_and_train_never_sees_them(tmp_path):
     data = stream(numbered_files(tmp_path / "set"), validation_fraction=0.2)
-    assert data.validation is not None
     starts = [sum(FILES[:number]) for number in range(len(FILES))]
     held_out = held_out_rows(FILES, 0.2)
     assert sum(held_out) == 10
     expected = {start + row for start, rows in zip(starts, held_out, strict=True) for row in range(rows)}
-    requests = [ham_hf.data.BatchRequest(torch.arange(10), None)]
-    (batch,) = data.validation.batches(requests, device=CPU)
-    assert set(values(batch)) == expected
+    assert set(gray_values(data.validation)) == expected
     assert len(data.train) == 40
     seen = {number for some in range(5) for batch in epoch(data, number=some) for number in values(batch)}
     assert seen == set(range(50)) - expected
@@ -243,7 +219,7 @@ def test_held_out_are_the_first_rows_of_every_file_and_train_never_sees_them(tmp
 
 
 @pytest.mark.parametrize(("files", "fraction"), [((5, 5), 0.9), ((1, 1, 8), 0.5), ((100,) * 7, 0.013), ((0, 4), 0.5)])
-def test_held_out_part_has_its_share_and_leaves_every_file_one(files: tuple[int, ...], fraction: float) -> None:
+def test_held_out_part_has_its_share_and_leaves_every_file_one(files, fraction):
     found = held_out_rows(files, fraction)
     assert all(0 <= held < max(rows, 1) for held, rows in zip(found, files, strict=True))
     assert sum(found) <= round(fraction * sum(files))
@@ -252,7 +228,7 @@ def test_held_out_part_has_its_share_and_leaves_every_file_one(files: tuple[int,
 
 
 @pytest.mark.faults(quick=True)
-def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path):
     folder = numbered_files(tmp_path / "set")
     file = sorted(Path(folder).glob("data/train-*"))[2]
     file.write_bytes(file.read_bytes()[:-40])
@@ -261,18 +237,16 @@ def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path: Pa
 
 
 @pytest.mark.faults(quick=True)
-def test_a_missing_label_is_named_where_classes_are_counted(tmp_path: Path) -> None:
-    labels = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"image": [gray(value) for value in range(6)], "label": [0, 1, 0, None, 1, 0]}
-    examples = datasets.Dataset.from_dict(rows, features=labels)
-    validation = grays(6, first=200, label_feature=labels["label"])
-    folder = write_files(tmp_path / "set", [examples], validation=validation)
+def test_a_missing_label_is_named_where_classes_are_counted(tmp_path):
+    names = datasets.ClassLabel(names=["a", "b"])
+    examples = dataset([gray(value) for value in range(6)], [0, 1, 0, None, 1, 0], label_feature=names)
+    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200, label_feature=names))
     data = stream(folder, validation_fraction=0.3)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 3: label None"):
         training_class_counts(data.train, FAAL(), 2)
 
 
-def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path: Path) -> None:
+def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path):
     folder = write_files(
         tmp_path / "set",
         [dataset([gray(i) for i in range(4)], [2, 0, 0, 1]), dataset([gray(i) for i in range(3)], [2, 2, 2])],
@@ -284,7 +258,7 @@ def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_test_split_without_labels_is_passed_over(tmp_path: Path, streaming: bool) -> None:
+def test_test_split_without_labels_is_passed_over(tmp_path, streaming):
     """As in ImageNet-1k, whose test labels are all -1."""
     names = datasets.ClassLabel(names=["c0", "c1"])
     hidden = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
@@ -295,7 +269,7 @@ def test_test_split_without_labels_is_passed_over(tmp_path: Path, streaming: boo
         load(folder, dataset_streaming=streaming, validation_fraction=0.2, test_split="test")
 
 
-def test_a_new_version_of_the_files_is_read_anew(tmp_path: Path) -> None:
+def test_a_new_version_of_the_files_is_read_anew(tmp_path):
     folder = numbered_files(tmp_path / "set")
     assert len(stream(folder).train) == 50
     grays(3).to_parquet(tmp_path / "set" / "data" / "train-00000-of-00009.parquet")
@@ -305,7 +279,7 @@ def test_a_new_version_of_the_files_is_read_anew(tmp_path: Path) -> None:
 # --- archives
 
 
-def write_archive(path: Path, values: list[int], *, start: int = 0) -> None:
+def write_archive(path, values, *, start=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for number, value in enumerate(values, start):
@@ -335,7 +309,7 @@ dataset_info:
 """
 
 
-def archives(folder: Path, lengths: tuple[int, ...] = (5, 7), *, card: bool = True) -> str:
+def archives(folder, lengths=(5, 7), *, card=True):
     start = 0
     for number, length in enumerate(lengths):
         write_archive(folder / f"set-train-{number}.tar", list(range(start, start + length)), start=start)
@@ -346,7 +320,7 @@ def archives(folder: Path, lengths: tuple[int, ...] = (5, 7), *, card: bool = Tr
     return str(folder)
 
 
-def test_webdataset_archives(tmp_path: Path) -> None:
+def test_webdataset_archives(tmp_path):
     data = stream(archives(tmp_path / "set"), validation_fraction=0.17)
     assert data.class_names == ("even", "odd")
     assert (len(data.train), len(data.validation or []), len(data.test)) == (10, 2, 3)
@@ -357,17 +331,17 @@ def test_webdataset_archives(tmp_path: Path) -> None:
         training_class_counts(data.train, FAAL(), 2)
 
 
-def test_archives_without_names_of_classes_are_refused(tmp_path: Path) -> None:
+def test_archives_without_names_of_classes_are_refused(tmp_path):
     folder = archives(tmp_path / "set", card=False)
     with pytest.raises(ValueError, match=r"--dataset_streaming: column 'cls' is int64, and the classes .*README\.md"):
         stream(folder, label_column="cls")
 
 
-def archive_files(*files: str) -> SplitFiles:
+def archive_files(*files):
     return SplitFiles(split="train", files=files, version="1", stream=None)
 
 
-def test_number_of_examples_of_archives(tmp_path: Path) -> None:
+def test_number_of_examples_of_archives(tmp_path):
     folder = Path(archives(tmp_path / "set"))
     files = [str(folder / f"set-train-{number}.tar") for number in (0, 1)]
     assert count_rows(archive_files(*files), None) == (5, 7)
@@ -394,14 +368,14 @@ def test_number_of_examples_of_archives(tmp_path: Path) -> None:
     ],
     ids=lambda text: text[-25:-3].strip()[:20] or "white",
 )
-def test_hostile_list_of_archives(tmp_path: Path, text: str) -> None:
+def test_hostile_list_of_archives(tmp_path, text):
     folder = Path(archives(tmp_path / "set"))
     (folder / "_info.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"_info\.json: expected splits with filenames and shard_lengths"):
         count_rows(archive_files(str(folder / "set-train-0.tar")), None)
 
 
-def test_remote_archives_need_a_number_of_examples() -> None:
+def test_remote_archives_need_a_number_of_examples():
     files = ["memory://set/a.tar", "memory://set/b.tar"]
     with fsspec.open(files[0], "wb") as opened:
         opened.write(b"")
@@ -416,7 +390,7 @@ def test_remote_archives_need_a_number_of_examples() -> None:
 
 
 @pytest.mark.faults(quick=True)
-def test_a_file_that_is_shorter_than_it_should_be(tmp_path: Path) -> None:
+def test_a_file_that_is_shorter_than_it_should_be(tmp_path):
     folder = Path(archives(tmp_path / "set"))
     info = {"splits": {"train": {"filenames": ["set-train-0.tar", "set-train-1.tar"], "shard_lengths": [9, 7]}}}
     (folder / "_info.json").write_text(json.dumps(info))
@@ -425,7 +399,7 @@ def test_a_file_that_is_shorter_than_it_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults(quick=True)
-def test_label_that_is_no_class_and_file_that_vanishes(tmp_path: Path) -> None:
+def test_label_that_is_no_class_and_file_that_vanishes(tmp_path):
     names = datasets.ClassLabel(names=["c0", "c1"])
     bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=names)
     data = stream(write_files(tmp_path / "set", [bad], test=grays(4)), image_size=8, validation_fraction=0.34)
@@ -438,8 +412,8 @@ def test_label_that_is_no_class_and_file_that_vanishes(tmp_path: Path) -> None:
 
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path: Path, workers: int) -> None:
-    images: list[Any] = [gray(value) for value in range(6)]
+def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path, workers):
+    images = [gray(value) for value in range(6)]
     images[4] = b"no image"
     folder = write_files(tmp_path / "set", [dataset(images, [0, 1] * 3)], test=grays(4))
     options = {"image_size": 8, "dataloader_num_workers": workers, "validation_fraction": 0.2}
@@ -472,12 +446,12 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path: P
         ),
     ],
 )
-def test_what_is_refused(tmp_path: Path, make: Any, options: dict[str, Any], message: str) -> None:
+def test_what_is_refused(tmp_path, make, options, message):
     with pytest.raises(ValueError, match=message):
         stream(make(tmp_path / "set"), **options)
 
 
-def test_class_folders_and_saved_datasets_are_refused(tmp_path: Path) -> None:
+def test_class_folders_and_saved_datasets_are_refused(tmp_path):
     for split in ("train", "test"):
         for name in ("a", "b"):
             (tmp_path / "folders" / split / name).mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +65,14 @@ def no_random_start() -> Iterator[None]:
         yield
 
 
-def make_trainer(accelerator: Accelerator, folder: Path, objective: Method, **changes) -> Trainer:
-    """Two epochs of three updates of 16 images; float64, no batch statistics."""
+def make_trainer(
+    accelerator: Accelerator, folder: Path, objective: Method, labels: Sequence[int] = range(4), **changes
+) -> Trainer:
+    """Two epochs of three updates of 16 images; float64, no batch statistics; in training, other ``labels``."""
     data = image_data(48)
     for part in (data.train, data.validation):
         part.x = part.x.double().expand(-1, 3, -1, -1)
-    data = replace(data, train=RecordedImages(data.train.x, data.train.labels))
+    data = replace(data, train=RecordedImages(data.train.x, torch.tensor(labels)[data.train.labels]))
     settings = config(
         folder,
         num_train_epochs=2,

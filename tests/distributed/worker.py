@@ -17,9 +17,9 @@ from ham_hf.evaluation.corruption_accuracy import evaluate_corruptions
 from ham_hf.evaluation.foreign import foreign_attack
 from ham_hf.methods import HAM
 from ham_hf.training.launch import create_accelerator
-from ham_hf.training.sharding import is_sharded, prepare, whole_state
+from ham_hf.training.sharding import prepare, whole_state
 from tests.distributed.legs import no_random_start, run_leg, run_sharded
-from tests.support.nets import TensorImages, batch_norm_net, group_norm_net, labeled_for, pixel_batch
+from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for, pixel_batch
 from tests.support.updates import train_step
 
 ROWS = 16
@@ -71,19 +71,6 @@ def run_update(accelerator: Accelerator, name: str, *, batch_norm: bool) -> dict
     }
 
 
-class LittleMemory(torch.nn.Module):
-    """A network on a device that takes two images at once."""
-
-    def __init__(self, net: torch.nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return self.net(x)
-
-
 def random_signs(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """An attack that draws from torch's global random state."""
     return (x + 0.05 * torch.randn_like(x).sign()).clamp(0, 1)
@@ -95,7 +82,7 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     y = labeled_for(net, x, [i % 5 == 0 for i in range(23)])
     threat, place = ThreatModel("linf", 0.05), Workplace(accelerator=accelerator, batch_size=4, seed=1)
     # Of two processes, the second one has to halve its batches; the first one does not wait for it.
-    attacked = LittleMemory(net) if accelerator.process_index else net
+    attacked = Watched(net, limit_always=2) if accelerator.process_index else net
     results = evaluate(
         attacked,
         TensorImages(x, y),
@@ -107,21 +94,9 @@ def run_evaluation(accelerator: Accelerator) -> dict[str, torch.Tensor]:
     )
     attacked.float()
     auto = evaluate_autoattack(
-        attacked,
-        TensorImages(x.float(), y),
-        place,
-        num_classes=4,
-        threat_model=threat,
-        num_examples=7,
+        attacked, TensorImages(x.float(), y), place, num_classes=4, threat_model=threat, num_examples=7
     )
-    corrupted = evaluate_corruptions(
-        attacked,
-        TensorImages(x.float(), y),
-        ["gaussian_noise", "fog"],
-        [1, 5],
-        place,
-        num_channels=3,
-    )
+    corrupted = evaluate_corruptions(attacked, TensorImages(x.float(), y), ["gaussian_noise", "fog"], [1, 5], place)
     return {
         "corrupted": torch.stack([found.flags for found in corrupted]),
         "noise": results["noise"].predictions,
@@ -145,10 +120,10 @@ def main(target: str, folder: str) -> None:
             for key, value in run_update(accelerator, name, batch_norm=kind == "batch_norm").items():
                 found[f"{kind}/{name}/{key}"] = value.contiguous()
             accelerator.free_memory()
-    if accelerator.num_processes <= 2 and not is_sharded(accelerator):
+    if accelerator.num_processes <= 2 and not accelerator.is_fsdp2:
         found |= {f"evaluation/{key}": value for key, value in run_evaluation(accelerator).items()}
     with no_random_start():
-        run = run_sharded if is_sharded(accelerator) else run_leg
+        run = run_sharded if accelerator.is_fsdp2 else run_leg
         found |= {f"trained/{key}": value for key, value in run(accelerator, Path(folder)).items()}
     found["num_processes"] = torch.tensor(accelerator.num_processes)
     if accelerator.is_main_process:

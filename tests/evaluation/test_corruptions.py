@@ -170,11 +170,7 @@ def naive_hsv(pixel):
         return 0.0, 0.0, value
     red, green, blue = pixel
     sector = {red: (green - blue) / (value - low), green: 2 + (blue - red) / (value - low)}
-    hue = (
-        sector.get(value, 4 + (red - green) / (value - low))
-        if value in (red, green)
-        else 4 + (red - green) / (value - low)
-    )
+    hue = sector.get(value, 4 + (red - green) / (value - low))
     return hue % 6, (value - low) / value, value
 
 
@@ -293,7 +289,7 @@ def test_names_are_the_benchmarks_and_what_is_left_out_says_why():
 
 def accuracy(net, images, folder=None, names=("gaussian_noise", "contrast"), seed=3):
     place = Workplace(accelerator=Accelerator(cpu=True), batch_size=4, seed=seed, output_dir=folder)
-    return evaluate_corruptions(net, images, names, (1, 5), place, num_channels=3)
+    return evaluate_corruptions(net, images, names, (1, 5), place)
 
 
 def test_flags_are_those_of_a_loop_and_an_interrupted_evaluation_goes_on(tmp_path):

@@ -17,10 +17,10 @@ from torch import nn
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import Workplace, evaluate, memory_layout, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.partial_results import PARTIAL_RESULTS, remove_partial_results
+from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS, remove_partial_results
 from ham_hf.reporting.report import read_report
 from tests.support.nets import TensorImages, Watched, group_norm_net
-from tests.support.recipe_runs import SMALL, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
@@ -230,19 +230,12 @@ def test_training_killed_in_its_evaluation_goes_on_with_it(before, after, tmp_pa
     kill_when_kept(run, folder, "autoattack-apgd-ce", subprocess_env)
     assert not (folder / "report.json").exists()
     resumed = [*options, batch[after], f"--output_dir={folder}", "--resume_from_checkpoint=latest"]
-    said = finish(launch_command("train_ham.py", *resumed, processes=after), subprocess_env)
-    assert "batches are kept from an interrupted run" in said
+    done = finish(launch_command("train_ham.py", *resumed, processes=after), subprocess_env)
+    assert "batches are kept from an interrupted run" in done.stderr
     ours, theirs = (read_report(path / "report.json") for path in (folder, whole))
     for name, result in ours.results.items():
         assert result.summary == theirs.results[name].summary
     assert not (folder / PARTIAL_RESULTS).exists()
-
-
-def finish(command, env):
-    """Run to the end; what was logged."""
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 def kill_when_kept(command, folder, stage, env):

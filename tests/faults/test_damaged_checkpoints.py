@@ -13,7 +13,7 @@ from ham_hf.training import checkpoint as checkpoints
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
 from tests.faults.same_runs import assert_same_weights, timeless_log
 from tests.support.checkpoints import make
-from tests.support.training import trainer
+from tests.support.training import resumed
 
 pytestmark = pytest.mark.faults(quick=True)
 FILES = [
@@ -73,8 +73,7 @@ def test_damaged_newest_checkpoint_is_found_out(cut_off, name, damage, caplog):
 @pytest.mark.parametrize("damage", [delete, flip])
 def test_run_goes_on_from_the_one_before_to_the_same_weights(undisturbed, cut_off, damage):
     damage(cut_off / "checkpoint-16" / "trainer_state.json")
-    run = trainer(cut_off, resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(cut_off)
     assert run.progress.step == 12
     assert (cut_off / "checkpoint-16.abandoned").is_dir()
     assert run.fit().history == undisturbed[1].history
@@ -97,12 +96,6 @@ def test_nothing_whole_is_refused_with_every_reason(cut_off):
         ValueError, match=r"no checkpoint in .* is whole .*checkpoint-16: .*checkpoint-4: optimizer.pt"
     ):
         find_checkpoint(cut_off, "latest")
-
-
-def test_folder_of_a_checkpoint_that_holds_nothing(cut_off):
-    shutil.rmtree(cut_off / "checkpoint-16")
-    (cut_off / "checkpoint-16").mkdir()
-    assert find_checkpoint(cut_off, "latest").name == "checkpoint-12"
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -29,15 +29,9 @@ def command(folder, processes, *more, launcher=True):
     # 44 updates, 11 per epoch.
     arguments = [*SMALL, "--num_train_epochs=4", "--save_steps=7", "--resume_from_checkpoint=latest", BATCH[processes]]
     arguments += [f"--output_dir={folder}", *more]
-    return (
-        launch_command("train_ham.py", *arguments, processes=processes)
-        if launcher
-        else [
-            sys.executable,
-            SCRIPT,
-            *arguments,
-        ]
-    )
+    if launcher:
+        return launch_command("train_ham.py", *arguments, processes=processes)
+    return [sys.executable, SCRIPT, *arguments]
 
 
 class Run:

@@ -17,8 +17,8 @@ from ham_hf.training.checkpoint import list_checkpoints
 from ham_hf.training.stopping import EXIT_REQUEUE, SIGNALS, TrainingStopped, stop_requests
 from tests.conftest import ROOT
 from tests.faults.same_runs import FINAL, assert_same_weights, before_updates, timeless_log
-from tests.support.recipe_runs import SMALL, recipe_module
-from tests.support.training import trainer
+from tests.support.recipe_runs import SMALL, recipe_module, refused
+from tests.support.training import resumed, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -36,8 +36,7 @@ def test_signal_saves_after_the_update_and_the_run_goes_on_bit_for_bit(undisturb
     assert f"stopped by {number.name}" in message
     assert "--resume_from_checkpoint latest" in message
     assert list_checkpoints(folder)[-1].name == f"checkpoint-{stopped_at}"
-    again = trainer(folder, resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(folder)
     assert again.progress.step == stopped_at
     progress = again.fit()
     assert_same_weights(folder, undisturbed[0], *FINAL)
@@ -52,8 +51,7 @@ def test_stop_at_the_end_of_an_epoch_leaves_validation_to_the_next_job(undisturb
     with pytest.raises(TrainingStopped):
         run.fit(lambda: "a test" if run.progress.step == 5 else None)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6"]
-    again = trainer(tmp_path / "run", resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(tmp_path / "run")
     assert again.fit().history == undisturbed[1].history
     assert_same_weights(tmp_path / "run", undisturbed[0], *FINAL)
 
@@ -67,15 +65,13 @@ def test_kill_after_a_validation_that_was_due_does_not_log_it_twice(undisturbed,
     def killed(*_):
         raise KeyboardInterrupt
 
-    run = trainer(folder, resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(folder)
     monkeypatch.setattr(run, "_train_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
     assert timeless_log(folder)[-1]["type"] == "validation"
-    run = trainer(folder, resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(folder)
     run.fit()
     assert timeless_log(folder) == timeless_log(undisturbed[0])
 
@@ -93,8 +89,7 @@ def test_signal_in_the_last_validation_leaves_before_the_evaluation(undisturbed,
     with pytest.raises(SystemExit) as exit_, stop_requests(tmp_path) as stop, stop.deferred():
         run.fit(stop)
     assert exit_.value.code == EXIT_REQUEUE
-    again = trainer(tmp_path / "run", resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(tmp_path / "run")
     assert again.progress.history == undisturbed[1].history
 
 
@@ -108,8 +103,7 @@ def test_time_limit_stops_and_counts_this_job_only(undisturbed, tmp_path, monkey
     jobs = 0
     while True:
         jobs += 1
-        run = trainer(folder, resume_from_checkpoint="latest")
-        run.resume()
+        run = resumed(folder)
         update = run.train_step
 
         def slow(*args, update=update, **kwargs):
@@ -172,15 +166,12 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
 def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--max_steps=3", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
-    recipe = recipe_module("train_ham.py")
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "evaluate_on_test", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit) as exit_:
-            recipe.main(arguments)
-    assert exit_.value.code == EXIT_REQUEUE
+        refused(capsys, "train_ham.py", *arguments, status=EXIT_REQUEUE)
     assert not (folder / "report.json").exists()
     monkeypatch.setattr(training_run.Trainer, "_one_update", lambda *args, **kwargs: pytest.fail("it trains again"))
-    recipe.main([*arguments, "--resume_from_checkpoint=latest"])
+    recipe_module("train_ham.py").main([*arguments, "--resume_from_checkpoint=latest"])
     assert read_report(folder / "report.json").training.steps == 3
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     capsys.readouterr()

@@ -209,13 +209,6 @@ def test_three_kinds_make_no_pass_that_they_do_not_need(case):
     assert not mined.wrong_at_start[mined.attacked].any()
 
 
-@pytest.mark.parametrize("mining_step", [0, 6])
-def test_three_kinds_need_a_step_that_tells(case, mining_step):
-    net, x, y, _ = case
-    with pytest.raises(ValueError, match=r"1\.\.num_steps=5"):
-        mine_three_kinds(net, x, y, attack=ATTACK, mining_step=mining_step)
-
-
 def test_what_is_wrong_at_the_start_and_right_at_the_mining_step_stays_of_the_first_kind():
     """A loss that the attack lowers: it makes right what was wrong."""
     case, net = golden_case("ham_m3"), golden_net()

@@ -95,23 +95,3 @@ def test_tau_grows_at_the_given_epochs():
     assert [FAT().tau(epoch) for epoch in (0, 49, 50, 89, 90, 119)] == [0, 0, 1, 1, 2, 2]
     assert FAT(fat_tau_epochs=()).tau(1000) == 0
     assert FAT(fat_tau_epochs=(0, 0, 7)).tau(0) == 2
-
-
-def test_rows_that_are_wrong_at_once_cost_one_look():
-    x, _ = golden_batch(16)
-    net = golden_net()
-    with evaluation_mode(net), torch.no_grad():
-        wrong = (net(x).argmax(1) + 1) % 10
-    fat, steps = FAT(), StepCounter()
-    with starting_at(uniform=0.0), steps.patch:
-        batch = rows_of(fat, net, x, wrong, attack=LONG)
-    assert torch.equal(batch.x, x)
-    assert steps.rows == [0]
-
-
-def test_options_out_of_range_are_refused():
-    for epochs in ((-1,), (90, 50)):
-        with pytest.raises(ValueError, match=f"--fat_tau_epochs {epochs[0]}.*: expected epochs of at least 0"):
-            FAT(fat_tau_epochs=epochs).check(num_steps=10)
-    with pytest.raises(ValueError, match="class_margin trades"):
-        FAT(class_margin="trades").check(num_steps=10)

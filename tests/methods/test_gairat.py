@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ham_hf.attacks import evaluation_mode, pgd
-from ham_hf.methods import PGDAT
 from ham_hf.methods.gairat import GAIRAT, CorrectIterates, gairat_weights
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
@@ -59,15 +58,6 @@ def test_kappa_counts_the_correct_iterates_before_the_last_one():
     assert torch.equal(counted.count, by_hand)
 
 
-def test_plain_pgd_at_until_it_starts():
-    gairat = GAIRAT(gairat_start_epoch=4)
-    assert gairat.warmup_epochs == 4
-    _, _, plain = outer(PGDAT(), epoch=3, rows=16)
-    _, _, weighted = outer(gairat, epoch=4, rows=16)
-    assert torch.equal(weighted.x, plain.x)
-    assert weighted.weight.unique().numel() > 3
-
-
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 10, 100])
 def test_no_weight_vanishes_in_single_precision_and_none_grows_with_kappa(function, num_steps):
@@ -77,14 +67,6 @@ def test_no_weight_vanishes_in_single_precision_and_none_grows_with_kappa(functi
         assert weights[0] == 1
         assert (weights > math.exp(-30.1)).all()
         assert (weights.diff() <= 0).all()
-
-
-def test_the_published_form_loses_the_weights_that_ours_keeps():
-    kappa = torch.full((8,), 10.0)
-    theirs = (torch.tanh(-10 + 5 * (5 - kappa) / 5) + 1) / 2
-    assert float(theirs.sum()) == 0
-    ours = gairat_weights(kappa, 10, "tanh", -10.0).float()
-    assert (ours / ours.mean()).tolist() == pytest.approx([1.0] * 8)
 
 
 def test_one_step_uses_the_papers_half_where_the_published_code_divides_by_zero():

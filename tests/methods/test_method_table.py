@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods.bat import BalanceLoss
+from ham_hf.methods.losses import MartLoss, TradesLoss
 from ham_hf.methods.rules.hard_fraction import HardFraction
 from ham_hf.settings import setting_problems
 from tests.support.golden_data import golden_net
@@ -24,6 +26,7 @@ from tests.support.method_checks import (
     attack_of,
     exact,
     golden_batch,
+    golden_frl,
     golden_noise,
     golden_tensors,
     initial_states,
@@ -83,17 +86,8 @@ def faal(mode, base_loss, **changes):
 
 def frl(variant, **changes):
     """After the held-out errors of the epochs before; the authors round weights to float32."""
-    hyper = hyper_of("frl")
-    options = {"frl_bound": "bound0", "frl_rate1": "rate1", "frl_rate2": "rate2", "frl_limit": "lim", "beta": "beta"}
-    return Authors(
-        "frl",
-        FRL(frl_margin=variant == "rw_rm", **{name: hyper[theirs] for name, theirs in options.items()}),
-        f"out/{variant}_batch/",
-        epoch=hyper["loss_epoch"],
-        x_tolerance=1e-8,
-        tolerance=1e-7,
-        **changes,
-    )
+    changes |= {"epoch": hyper_of("frl")["loss_epoch"], "x_tolerance": 1e-8, "tolerance": 1e-7}
+    return Authors("frl", golden_frl(variant)[0], f"out/{variant}_batch/", **changes)
 
 
 def gairat(function):
@@ -156,10 +150,8 @@ def state_of(case, tensors):
     """Class state of the method when the authors took their numbers."""
     states = initial_states(case.method)
     if case.file == "frl":
-        for epoch in range(case.epoch + 1):
-            right = 1 - tensors["in/class_clean_error"][epoch]
-            sums = torch.stack([torch.ones(10), right, right - tensors["in/class_bndy_error"][epoch]])
-            case.method.rule.after_held_out(states["frl"], sums, epoch=epoch)
+        _, epochs = golden_frl("rw_rm" if case.method.frl_margin else "rw")
+        states = next(found for epoch, found in epochs if epoch == case.epoch)
     elif case.state is not None:
         name, value = case.state(tensors)
         states[case.method.name][name] = value.clone()
@@ -332,3 +324,16 @@ def test_options_out_of_range_are_refused(kind, wrong):
         (problem,) = setting_problems(kind(**{option: value}))
         assert problem.startswith(f"--{option} "), problem
         assert "expected" in problem
+
+
+@pytest.mark.parametrize("loss", [TradesLoss(), MartLoss(), BalanceLoss()], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("size", [90.0, 300.0])
+def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size):
+    logits = size * torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]] * 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(dtype).requires_grad_()
+        terms = loss.terms(given, torch.zeros(2 if loss.name == "bat" else 3, dtype=torch.long))
+        assert terms.dtype == torch.float32
+        assert torch.isfinite(terms).all()
+        (gradient,) = torch.autograd.grad(terms.sum(), given)
+        assert torch.isfinite(gradient).all()

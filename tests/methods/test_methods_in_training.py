@@ -15,21 +15,20 @@ from torch import nn
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.training.checkpoint import list_checkpoints
-from ham_hf.training.trainer import Trainer
+from tests.faults.same_runs import assert_same_weights
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages
-from tests.support.training import config, image_data, make_net
+from tests.support.training import image_data, resumed
 
 METHODS = every_method()
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
 
 
-def trainer(folder, label, data=None, net=None, accelerator=None, **changes):
+def of_method(folder, label, data=None, net=None, accelerator=None, **changes):
+    """A `resumed` trainer of the method."""
     objective, own = METHODS[label]
-    settings = {"num_train_epochs": 3, "ema_decay": None, "save_steps": 4}
-    made = config(folder, **{**settings, **own, **changes})
-    accelerator = accelerator or Accelerator(cpu=True)
-    return Trainer(net or make_net(), data or image_data(), objective, ATTACK, made, accelerator)
+    settings = {"ema_decay": None, **own, **changes}
+    return resumed(folder, objective, data, net, ATTACK, accelerator, **settings)
 
 
 def few_classes():
@@ -43,24 +42,21 @@ def few_classes():
 @pytest.mark.parametrize("label", METHODS)
 def test_resumes_bit_for_bit_and_a_class_without_an_image_does_no_harm(tmp_path, label):
     """Cut in the middle of the second epoch and at its end: 3 updates an epoch, checkpoints every 2 and at the end."""
-    whole = trainer(tmp_path / "whole", label, few_classes(), save_steps=2).fit()
+    whole = of_method(tmp_path / "whole", label, few_classes(), save_steps=2).fit()
     json.dumps(whole.history, allow_nan=False)
-    for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors"):
-        assert all(torch.isfinite(value).all() for value in load_file(path).values()), path.name
+    weights = [f"checkpoint-9/{path.name}" for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors")]
+    for name in weights:
+        assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "whole" / name).values()), name
     for cut_at in (4, 6):
         folder = tmp_path / f"cut{cut_at}"
         shutil.copytree(tmp_path / "whole", folder)
         for path in list_checkpoints(folder):
             if int(path.name.split("-")[1]) > cut_at:
                 shutil.rmtree(path)
-        run = trainer(folder, label, few_classes(), save_steps=2, resume_from_checkpoint="latest")
-        run.resume()
+        run = of_method(folder, label, few_classes(), save_steps=2)
         assert run.progress.step == cut_at
         again = run.fit()
-        for path in (tmp_path / "whole/checkpoint-9").glob("*.safetensors"):
-            theirs, ours = load_file(path), load_file(folder / "checkpoint-9" / path.name)
-            assert theirs.keys() == ours.keys()
-            assert all(torch.equal(ours[key], value) for key, value in theirs.items()), path.name
+        assert_same_weights(folder, tmp_path / "whole", *weights)
         assert again.history == whole.history
 
 
@@ -77,7 +73,7 @@ def test_a_hundred_classes_in_bf16(tmp_path, label):
     AcceleratorState._reset_state(True)
     try:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-        progress = trainer(tmp_path / "run", label, data, net, accelerator, **changes).fit()
+        progress = of_method(tmp_path / "run", label, data, net, accelerator, **changes).fit()
     finally:
         AcceleratorState._reset_state(True)
     json.dumps(progress.history, allow_nan=False)
@@ -88,7 +84,7 @@ def test_a_hundred_classes_in_bf16(tmp_path, label):
 
 
 def test_a_sampler_shows_what_it_drew(tmp_path):
-    run = trainer(tmp_path / "run", "cfol")
+    run = of_method(tmp_path / "run", "cfol")
     object.__setattr__(run.objective.rule, "cfol_eta", 0.05)
     last = run.fit().history[-1]
     drawn = run.method_state.states["cfol"]["probabilities"] * 4
@@ -97,8 +93,6 @@ def test_a_sampler_shows_what_it_drew(tmp_path):
 
 
 def test_a_resumed_run_keeps_what_its_class_state_depends_on(tmp_path):
-    trainer(tmp_path / "run", "wat", max_steps=4).fit()
-    run = trainer(tmp_path / "run", "wat", resume_from_checkpoint="latest")
-    run.eval_batch_size = 20
+    of_method(tmp_path / "run", "wat", max_steps=4).fit()
     with pytest.raises(ValueError, match="per_device_eval_batch_size 256 -> 20"):
-        run.resume()
+        of_method(tmp_path / "run", "wat", more={"eval_batch_size": 20})

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.config import ConfigError, parse_train_config
 from ham_hf.methods import HAM
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.method_checks import exact, golden_batch, rows_of
@@ -22,10 +21,7 @@ def three_batches():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"hard_weighting": "margin"},
-        {"base_loss": "trades"},
-        {"base_loss": "mart"},
         {"class_margin": "cfa"},
         {"class_weighting": "dafa"},
     ],
@@ -89,19 +85,5 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
         rows.clear()
         batch = rows_of(objective, net, x, y, attack=attack, epoch=epoch, states=states)
         assert rows == expected
-        objective.after_update(states["ham"], objective.observe(batch.early_logits, y, epoch=epoch))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ([], "--pack_hard_examples packs the batches of an update, and there is one"),
-        (["--easy_weight", "1", "--easy_fraction", "0.3"], "--pack_hard_examples does not know --easy_fraction 0.3"),
-        (["--hard_weighting", "probability_move"], "--pack_hard_examples does not know --hard_weighting"),
-    ],
-)
-def test_packing_without_meaning_is_refused(flags, message, capsys):
-    accumulation = ["--gradient_accumulation_steps", "2"] if flags else []
-    with pytest.raises((SystemExit, ConfigError)):
-        parse_train_config(["--method", "ham", "--pack_hard_examples", *accumulation, *flags])
-    assert message in capsys.readouterr().err
+        observed = objective.observe(batch.early_logits, y, epoch=epoch)
+        objective.after_update(states["ham"], observed, epoch=epoch)

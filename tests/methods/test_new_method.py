@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
 from ham_hf.settings import setting
-from tests.support.training import ATTACK, trainer
+from tests.faults.same_runs import assert_same_weights
+from tests.support.training import ATTACK, resumed, trainer
 
 
 @pytest.fixture
@@ -27,17 +28,19 @@ def made_up():
 
         underdog_gain: float = setting(1.0, "how much failures count", above=0)
 
+        def check(self, *, num_steps):
+            if self.underdog_gain > num_steps:
+                raise ValueError(f"--underdog_gain {self.underdog_gain:g}: expected at most --num_steps {num_steps}")
+
         def initial_state(self, class_counts):
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
-
-        def observed_shape(self, num_classes, *, epoch):
-            return (num_classes,)
 
         def observe(self, logits, y, *, epoch):
             return class_sums(logits.argmax(1) != y, y, logits.shape[1])
 
-        def after_update(self, state, sums):
-            state["wrong"] += sums
+        def after_update(self, state, sums, *, epoch):
+            if epoch < 2:
+                state["wrong"] += sums
 
         def before_epoch(self, state, *, epoch):
             state["share"] = state["wrong"] / state["wrong"].sum().clamp(min=1)
@@ -65,31 +68,31 @@ def test_its_options_are_flags_and_yaml(made_up, tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_train_config(["--method", "underdog", "--underdog_gain", "0"])
     assert "--underdog_gain 0: expected a number > 0" in capsys.readouterr().err
+    for words in (["--method", "underdog", "--underdog_gain", "99"],
+                  ["--class_margin", "underdog", "--class_rule_args", "underdog_gain=99"]):  # fmt: skip
+        with pytest.raises(SystemExit):
+            parse_train_config(words)
+        assert "--underdog_gain 99: expected at most --num_steps 10" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_train_config(["--help", "all"])
     assert "--method underdog: made up for a test" in capsys.readouterr().out
 
 
 def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
-    def make(folder, **changes):
-        return trainer(folder, made_up(underdog_gain=2.0), ema_decay=None, save_steps=4, **changes)
-
-    whole = make(tmp_path / "whole").fit()
+    method, settings = made_up(underdog_gain=2.0), {"ema_decay": None, "save_steps": 4}
+    whole = trainer(tmp_path / "whole", method, **settings).fit()
     first, last = whole.history[0], whole.history[-1]
     assert first["class_epsilon"] == pytest.approx([ATTACK.threat_model.epsilon] * 4)
     wrong = load_file(tmp_path / "whole/checkpoint-12/method.safetensors")["underdog.wrong"]
     expected = (1 + 2 * wrong / wrong.sum()) * ATTACK.threat_model.epsilon
     assert last["class_epsilon"] == pytest.approx(expected.tolist())
     assert last["class_weight"] is not None
-    make(tmp_path / "cut", max_steps=8).fit()
-    run = make(tmp_path / "cut", resume_from_checkpoint="latest")
-    run.resume()
-    run.fit()
-    for name in ("model", "method"):
-        ours, theirs = (
-            load_file(tmp_path / where / f"checkpoint-18/{name}.safetensors") for where in ("cut", "whole")
-        )
-        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+    at_the_end = load_file(tmp_path / "whole/checkpoint-18/method.safetensors")["underdog.wrong"]
+    assert torch.equal(at_the_end, wrong)  # as the rule knows the epoch
+    trainer(tmp_path / "cut", method, max_steps=8, **settings).fit()
+    resumed(tmp_path / "cut", method, **settings).fit()
+    names = [f"checkpoint-18/{name}.safetensors" for name in ("model", "method")]
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole", *names)
 
 
 def test_other_methods_can_borrow_from_it(made_up, tmp_path):

@@ -18,29 +18,21 @@ from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from ham_hf.models import PixelModel, Preprocessing, create_backbone, input_defaults, load_pixel_model
+from ham_hf.models import PixelModel, create_backbone, input_defaults, load_pixel_model
 from ham_hf.models.cifar_nets import embed_in_resnet18, extract_from_resnet18
-from tests.support.exports import (
-    CLASSES,
-    FAMILIES,
-    SMALL_RESNET,
-    SMALL_WIDE,
-    export,
-    preprocessing,
-    trained,
-)
+from tests.support.exports import CLASSES, FAMILIES, SMALL_RESNET, SMALL_WIDE, export, preprocessing, trained
 
 
-def logits_of(backbone: nn.Module, settings: Preprocessing, x: torch.Tensor) -> torch.Tensor:
+def logits_of(backbone, settings, x):
     with torch.no_grad():
         return PixelModel(copy.deepcopy(backbone).eval(), settings.mean, settings.std)(x)
 
 
-def pixels(size: int = 32, in_chans: int = 3) -> torch.Tensor:
+def pixels(size=32, in_chans=3):
     return torch.rand(3, in_chans, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def compiled_in_place(model: nn.Module) -> nn.Module:
+def compiled_in_place(model):
     model = copy.deepcopy(model)
     model.compile(backend="eager")
     return model
@@ -211,15 +203,7 @@ class TestWrappers:
             lambda model: copy.deepcopy(model).to(memory_format=torch.channels_last),
             lambda model: copy.deepcopy(model).double(),
         ],
-        ids=[
-            "pixel",
-            "compiled_twice",
-            "compiled_in_place",
-            "ema",
-            "ema_module",
-            "channels_last",
-            "double",
-        ],
+        ids=["pixel", "compiled_twice", "compiled_in_place", "ema", "ema_module", "channels_last", "double"],
     )
     def test_are_taken_off(self, backbone, wrap, tmp_path):
         wrapped = wrap(backbone)

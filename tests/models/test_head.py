@@ -29,7 +29,7 @@ HEADS = {
 }
 
 
-def built(name: str, model_args) -> PixelModel:
+def built(name, model_args):
     torch.manual_seed(0)
     return PixelModel(timm.create_model(name, num_classes=10, **model_args), (0.5,) * 3, (0.25,) * 3).eval()
 
@@ -63,11 +63,11 @@ def test_a_shift_of_zero_is_the_identity_bit_for_bit():
 class Tempered(nn.Module):
     """A head whose logits are scaled after its last layer."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear):
         super().__init__()
         self.linear = linear
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return 4 * self.linear(x)
 
 

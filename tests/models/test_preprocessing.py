@@ -6,8 +6,6 @@ The oracle is timm's own evaluation transform, made from the published files alo
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +13,10 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from torch import Tensor
 
 from ham_hf.config import DataConfig, ModelConfig
-from ham_hf.data import BatchRequest, ImageData, load_image_data
-from ham_hf.models import LoadedModel, Preprocessing, input_defaults, load_pixel_model, new_model
+from ham_hf.data import BatchRequest, load_image_data
+from ham_hf.models import input_defaults, load_pixel_model, new_model
 from ham_hf.models.pixel_model import PixelModel
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 
@@ -35,18 +32,18 @@ GEOMETRIES = [
 ]
 
 
-def ids(geometry: dict) -> str:
+def ids(geometry):
     return "-".join(map(str, geometry.values()))
 
 
 @pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
+def images():
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIDES]
 
 
 @pytest.fixture(scope="module")
-def folder(images: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(images, tmp_path_factory):
     """Class folders: the images above, in order, as both splits."""
     root = tmp_path_factory.mktemp("images")
     for split in ("train", "test"):
@@ -56,12 +53,12 @@ def folder(images: list[Image.Image], tmp_path_factory: pytest.TempPathFactory) 
     return root
 
 
-def opened(folder: Path, inputs: Preprocessing, image_size: int | None = None, **settings: object) -> ImageData:
+def opened(folder, inputs, image_size=None, **settings):
     config = DataConfig(dataset_name=str(folder), validation_fraction=0.0, augmentation="none", **settings)
     return load_image_data(config, inputs, seed=0, image_size=image_size)
 
 
-def by_file(data: ImageData) -> Tensor:
+def by_file(data):
     """The test pixels in the order of the file names: the loader goes class by class."""
     order = sorted(range(len(SIDES)), key=lambda index: (index % 2, index))
     request = BatchRequest(torch.arange(len(SIDES)), seed=None)
@@ -71,12 +68,12 @@ def by_file(data: ImageData) -> Tensor:
     return pixels
 
 
-def timm_inputs(model: torch.nn.Module, images: Sequence[Image.Image], mode: str, **changes: object) -> Tensor:
+def timm_inputs(model, images, mode, **changes):
     transform = create_transform(**{**resolve_model_data_config(model), **changes}, is_training=False)
     return torch.stack([transform(image.convert(mode)) for image in images])
 
 
-def normalized(loaded: LoadedModel, x: Tensor) -> Tensor:
+def normalized(loaded, x):
     return (x - loaded.model.mean) / loaded.model.std
 
 
@@ -111,7 +108,7 @@ def test_geometries_and_channels(geometry, in_chans, cache_images, images, folde
     assert torch.equal(normalized(loaded, by_file(data)), expected)
 
 
-def foreign(folder: Path, **changes: object) -> str:
+def foreign(folder, **changes):
     """A model of somebody else's: timm's own export, and then another config.json."""
     torch.manual_seed(0)
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=2), folder, safe_serialization=True)
@@ -196,8 +193,9 @@ def test_training_keeps_the_geometry(geometry, pretrained, images, folder, tmp_p
 def test_small_images_stay_whole_in_training_of_a_large_model(folder):
     """At another size than the model's own, its crop is not wanted; its way to make images square is."""
     inputs = preprocessing(224, crop_pct=0.875, crop_mode="squash")
-    data = opened(folder, inputs, 32)
-    assert (data.crop_pct, data.crop_mode) == (1.0, "squash")
+    for size, crop_pct in ((32, 1.0), (96, 1.0), (97, 0.875), (224, 0.875)):
+        data = opened(folder, inputs, size)
+        assert (data.crop_pct, data.crop_mode) == (crop_pct, "squash")
 
 
 def test_exports_of_earlier_versions_are_centered(tmp_path):

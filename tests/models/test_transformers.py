@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from tests.support.exports import CLASSES, FAMILIES, SMALL_RESNET, export, prepr
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; the test extra has it")
 
 
-def plain_timm(folder: Path) -> torch.nn.Module:
+def plain_timm(folder):
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
@@ -39,7 +38,7 @@ def test_families_give_the_logits_of_plain_timm(name, size, in_chans, tmp_path):
         torch.testing.assert_close(model(x).logits, plain_timm(tmp_path)(x), rtol=1e-5, atol=1e-4)
 
 
-def pictures() -> dict[str, Image.Image]:
+def pictures():
     """Images unlike those of training in size, shape and mode."""
     random = np.random.default_rng(0)
     color = Image.fromarray(random.integers(0, 256, (70, 90, 3), dtype=np.uint8))
@@ -56,13 +55,13 @@ def pictures() -> dict[str, Image.Image]:
     }
 
 
-def probabilities(found: list[dict]) -> torch.Tensor:
+def probabilities(found):
     """What a pipeline gives, in the order of the classes."""
     scores = {entry["label"]: entry["score"] for entry in found}
     return torch.tensor([scores[name] for name in CLASSES])
 
 
-def of_timm(folder: Path, image: Image.Image, mode: str = "RGB", **changes: object) -> torch.Tensor:
+def of_timm(folder, image, mode="RGB", **changes):
     """Plain timm on one image: its own transform and network."""
     model = plain_timm(folder)
     transform = create_transform(**{**resolve_model_data_config(model), **changes}, is_training=False)
@@ -137,7 +136,7 @@ def test_lines_of_the_card_give_the_evaluated_numbers(name, in_chans, tmp_path, 
     (with_timm,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (with_transformers,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    variables: dict = {}
+    variables = {}
     exec(with_timm, variables)
     capsys.readouterr()
     exec(with_transformers, variables)

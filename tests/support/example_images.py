@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ham_hf.data import BatchRequest, DataConfig, ImageData, Images, TestData, load_image_data, load_test_data
 from ham_hf.data.evaluation_data import TrainedOn
+from ham_hf.data.sources import Source, open_source
 from ham_hf.models import Preprocessing
 
 
@@ -66,6 +68,32 @@ def write_parquet(folder: Path, **splits: datasets.Dataset) -> str:
     return str(folder)
 
 
+def write_files(root: Path, files: Mapping[str, bytes]) -> str:
+    """Files by their paths below ``root``."""
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return str(root)
+
+
+def pictures(*paths: str, first: int = 0) -> dict[str, bytes]:
+    """A different image for each path."""
+    return {path: encode(noise(first + number)) for number, path in enumerate(paths)}
+
+
+def in_class_folders(*classes: str, count: int = 4) -> list[str]:
+    """Paths of ``count`` images of each class."""
+    return [f"{name}/{number}.png" for name in classes for number in range(count)]
+
+
+def zipped(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        for path, content in files.items():
+            opened.writestr(path, content)
+    return buffer.getvalue()
+
+
 def load(dataset_name: str, **options: Any) -> ImageData:
     """``load_image_data`` with the small values that a model would give."""
     in_chans, image_size = options.pop("in_chans", 3), options.pop("image_size", None)
@@ -79,6 +107,11 @@ def load(dataset_name: str, **options: Any) -> ImageData:
     )
     seed = options.pop("seed", 0)
     return load_image_data(DataConfig(dataset_name=dataset_name, **options), inputs, seed=seed, image_size=image_size)
+
+
+def open_stored(dataset_name: str) -> Source[datasets.Dataset]:
+    """The dataset of this name, by the rules."""
+    return open_source(DataConfig(dataset_name=dataset_name))
 
 
 def load_to_evaluate(

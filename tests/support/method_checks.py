@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import DAFA, FAAL, FAT, HAM, MART, PGDAT, TRADES, Batch, TradesLoss, available
+from ham_hf.methods import DAFA, FAAL, FAT, FRL, HAM, MART, PGDAT, TRADES, Batch, TradesLoss, available
 from tests.support.golden_data import GOLDEN
 
 
@@ -91,6 +91,28 @@ def assert_loss_and_gradients(method, net, rows, *, epoch, states, tensors, pref
     for (name, _), gradient in zip(net.named_parameters(), gradients, strict=True):
         exact(gradient, tensors[f"{prefix}grad/{name}"], tolerance)
     return logits.detach()
+
+
+def golden_frl(variant):
+    """FRL with the authors' options, "rw" or, with margins, "rw_rm"; and its states after each of their epochs.
+
+    The overall error of the golden case is the mean over classes: one held-out image each.
+    """
+    tensors, hyper = golden_tensors("frl")
+    theirs = {"frl_bound": "bound0", "frl_rate1": "rate1", "frl_rate2": "rate2", "frl_limit": "lim", "beta": "beta"}
+    frl = FRL(frl_margin=variant == "rw_rm", **{name: hyper[other] for name, other in theirs.items()})
+
+    def epochs():
+        states = initial_states(frl)
+        errors = zip(tensors["in/class_clean_error"], tensors["in/class_bndy_error"], strict=True)
+        for epoch, (clean, boundary) in enumerate(errors):
+            exact(clean.mean(), tensors["in/total_clean_error"][epoch])
+            exact(boundary.mean(), tensors["in/total_bndy_error"][epoch])
+            sums = torch.stack([torch.ones(10), 1 - clean, 1 - clean - boundary])
+            frl.rule.after_held_out(states["frl"], sums, epoch=epoch)
+            yield epoch, states
+
+    return frl, epochs()
 
 
 def early(kind, **options):

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from tests.conftest import ROOT
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -49,6 +51,14 @@ SMALL = [
 ]
 
 
+# The same with enough held-out images of every class to calibrate on.
+HELD_OUT = [
+    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
+    "--limit_train_examples=800",
+    "--validation_fraction=0.3",
+]
+
+
 def launch_command(script: str, *arguments: str, processes: int = 1) -> list[str]:
     return [*LAUNCH, *PROCESSES[processes], str(ROOT / "recipes" / script), *arguments]
 
@@ -58,11 +68,23 @@ def launch(script: str, *arguments: str, env: dict[str, str], processes: int = 1
     return finish(launch_command(script, *arguments, processes=processes), env, timeout).stdout
 
 
-def finish(command: list[str], env: dict[str, str], timeout: int = 500) -> subprocess.CompletedProcess[str]:
-    """Run a program to its successful end."""
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+def finish(
+    command: list[str], env: dict[str, str] | None, timeout: int = 500, **options: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its successful end; ``options`` are those of `subprocess.run`."""
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: str, status: int = 2) -> str:
+    """What a recipe says that ends with this status, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        recipe_module(script).main(list(arguments))
+    assert stop.value.code == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
 
 
 def recipe_module(script: str) -> ModuleType:

@@ -81,10 +81,17 @@ def config(folder, **changes):
     return replace(settings, **changes)
 
 
-def trainer(folder, objective=HAM_FROM_1, data=None, **changes):
-    return Trainer(
-        make_net(), data or image_data(), objective, ATTACK, config(folder, **changes), Accelerator(cpu=True)
-    )
+def trainer(folder, objective=HAM_FROM_1, data=None, net=None, attack=ATTACK, accelerator=None, more=None, **changes):
+    """A trainer with these changes of its `config`, and ``more`` arguments."""
+    settings, accelerator = config(folder, **changes), accelerator or Accelerator(cpu=True)
+    return Trainer(net or make_net(), data or image_data(), objective, attack, settings, accelerator, **(more or {}))
+
+
+def resumed(folder, *args, **options):
+    """A `trainer` that has gone to its checkpoint: the latest one unless another is named."""
+    run = trainer(folder, *args, **({"resume_from_checkpoint": "latest"} | options))
+    run.resume()
+    return run
 
 
 def log_of(folder):

@@ -87,15 +87,6 @@ def test_the_threshold_itself_passes_and_a_class_without_example_does_not_count(
     assert not average.update(model, [0.29999, None, 0.8])
 
 
-def test_no_class_with_an_example_is_an_error_that_changes_nothing():
-    model = batch_norm_net()
-    average = GatedAverage(model, decay=0.5, threshold=0.0)
-    for class_accuracies in ([None, None], []):
-        with pytest.raises(ValueError, match="class_accuracies holds no accuracy"):
-            average.update(moved(model, 1), class_accuracies)
-    assert_same_state(average.module, model.state_dict(), rtol=0, atol=0)
-
-
 def test_the_average_is_a_frozen_copy_and_the_model_is_left_alone():
     model = batch_norm_net().train()
     average = GatedAverage(model, decay=0.5, threshold=0.3)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ham_hf.evaluation.partial_results import PARTIAL_RESULTS
+from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
 from ham_hf.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,

@@ -12,15 +12,15 @@ import pytest
 import torch
 import torch.distributed.elastic.agent.server
 from huggingface_hub.utils import enable_progress_bars
-from safetensors.torch import load_file
 
 from ham_hf import training_run
 from ham_hf.reporting.report import read_report
 from ham_hf.training import environment
 from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
+from tests.faults.same_runs import assert_same_weights
 from tests.support.environment_reads import variables_of
-from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module
+from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module, refused
 
 pytestmark = pytest.mark.slow
 
@@ -45,16 +45,10 @@ def train(folder, env):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, subprocess_env):
-    """Weights of a run with nothing set from environment."""
+    """The folder of a run with nothing set from environment."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(folder, subprocess_env)
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(folder, expected):
-    found = load_file(folder / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    return folder
 
 
 def test_variables_that_settings_overrule_change_no_weight_and_are_said_not_to_count(
@@ -74,7 +68,7 @@ def test_variables_that_settings_overrule_change_no_weight_and_are_said_not_to_c
             "ACCELERATE_NEW_SWITCH": "1",
         },
     )
-    assert_same_weights(tmp_path / "run", undisturbed)
+    assert_same_weights(tmp_path / "run", undisturbed, "model.safetensors")
     for sentence in (
         "--gradient_accumulation_steps decides, not the launcher's 8",
         "--mixed_precision decides, not the launcher's bf16",
@@ -182,14 +176,8 @@ def test_what_accelerate_reads_at_import_is_refused_by_name(name, subprocess_env
         ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU=maybe in the environment: expected true or false"),
         ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP=maybe in the environment: expected true or false"),
         ({"ACCELERATE_DYNAMO_USE_DYNAMIC": ""}, "ACCELERATE_DYNAMO_USE_DYNAMIC= (empty) in the environment"),
-        (
-            {"ACCELERATE_TORCH_DEVICE": "cuda:99"},
-            "ACCELERATE_TORCH_DEVICE=cuda:99 in the environment: there is no",
-        ),
-        (
-            {"ACCELERATE_TORCH_DEVICE": "gpu"},
-            "ACCELERATE_TORCH_DEVICE=gpu in the environment: there is no such",
-        ),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda:99"}, "ACCELERATE_TORCH_DEVICE=cuda:99 in the environment: there is no"),
+        ({"ACCELERATE_TORCH_DEVICE": "gpu"}, "ACCELERATE_TORCH_DEVICE=gpu in the environment: there is no such"),
         ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE=meta in the environment: there is no such"),
         ({"PMI_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, "MASTER_ADDR, where they meet, is not set"),
         ({"ACCELERATE_USE_SAGEMAKER": "true"}, "accelerate launch asks for SageMaker's data parallelism"),
@@ -206,10 +194,7 @@ def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tm
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module("train_ham.py").main([f"--output_dir={tmp_path}/run"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = refused(capsys, "train_ham.py", f"--output_dir={tmp_path}/run").strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
     assert not (tmp_path / "run/train_config.yaml").exists()
@@ -217,10 +202,8 @@ def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tm
 
 def test_evaluation_refuses_them_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "")
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module("evaluate.py").main(["resnet18", "--dataset_name=digits", f"--output_dir={tmp_path}/run"])
-    assert exit_.value.code == 2
-    assert "error: WORLD_SIZE= (empty) in the environment" in capsys.readouterr().err
+    said = refused(capsys, "evaluate.py", "resnet18", "--dataset_name=digits", f"--output_dir={tmp_path}/run")
+    assert "error: WORLD_SIZE= (empty) in the environment" in said
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +19,8 @@ from ham_hf.methods import HAM, PGDAT
 from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import prepare
 from ham_hf.training.train_step import NonFiniteLossError
-from ham_hf.training.trainer import Trainer
 from tests.support.nets import pixel_batch
-from tests.support.training import ATTACK, config, image_data, log_of, make_net
+from tests.support.training import log_of, resumed
 from tests.support.updates import train_step
 
 
@@ -123,16 +121,9 @@ def test_what_is_not_finite_without_a_scale_ends_training(scale, monkeypatch):
 
 
 def run(folder, accelerator, **changes):
-    settings = replace(config(folder, ema_decay=None, mixed_precision="fp16", max_grad_norm=1.0), **changes)
-    made = Trainer(
-        make_net(),
-        image_data(),
-        HAM(mining_start_epoch=1, mining_step=1, easy_weight=0.5),
-        ATTACK,
-        settings,
-        accelerator,
-    )
-    made.resume()
+    settings = {"ema_decay": None, "mixed_precision": "fp16", "max_grad_norm": 1.0, **changes}
+    method = HAM(mining_start_epoch=1, mining_step=1, easy_weight=0.5)
+    made = resumed(folder, method, accelerator=accelerator, **settings)
     return made, made.fit()
 
 
@@ -149,13 +140,11 @@ def test_a_resumed_run_repeats_scale_and_weights_bit_for_bit(tmp_path):
     run(tmp_path / "cut", scaled_accelerator(2.0**22, growth_interval=4), max_steps=12)
     saved = json.loads((tmp_path / "cut/checkpoint-12/trainer_state.json").read_text())
     assert saved["loss_scale"]["scale"] != 2.0**22
-    resumed, again = run(
-        tmp_path / "cut", scaled_accelerator(65536.0, growth_interval=4), resume_from_checkpoint="latest"
-    )
-    assert again.loss_scale == progress.loss_scale
-    assert again.overflowed_updates == progress.overflowed_updates
+    again, finished = run(tmp_path / "cut", scaled_accelerator(65536.0, growth_interval=4))
+    assert finished.loss_scale == progress.loss_scale
+    assert finished.overflowed_updates == progress.overflowed_updates
     for name, value in whole.module.state_dict().items():
-        assert torch.equal(value, resumed.module.state_dict()[name]), name
+        assert torch.equal(value, again.module.state_dict()[name]), name
 
 
 def test_fp16_is_refused_on_the_cpu():

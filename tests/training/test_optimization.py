@@ -13,7 +13,7 @@ from torch import nn
 
 from ham_hf.config import LearningRateDrop, TrainingConfig
 from ham_hf.models import PixelModel
-from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
+from ham_hf.training.optimization import check_optimizer, create_optimizer, create_scheduler, set_learning_rate
 
 
 def rates(kind, *, epochs=6, updates=4, unit="epoch", drops=(), warmup=0.0, floor=0.0, steps=None):
@@ -89,7 +89,7 @@ def test_decay_of_norm_and_bias_is_a_choice():
     sizes = {group["weight_decay"]: len(group["params"]) for group in filtered.param_groups}
     assert sizes == {0.0: 3, 0.01: 1}
     with pytest.raises(ValueError, match=r"--optimizer momentun"):
-        optimizer_of(net, "momentun")
+        check_optimizer("momentun")
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_vit", "resnet18_cifar"])

@@ -10,8 +10,6 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from ham_hf.config import TrainingConfig
 from ham_hf.methods import CFA, PGDAT
-from ham_hf.training import trainer as trainer_module
-from ham_hf.training.launch import create_accelerator
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
@@ -78,6 +76,7 @@ def test_what_cannot_attack_is_refused_by_name(environment, named):
     ],
 )
 def test_settings_that_need_whole_weights_are_refused_by_name(changes, method, named):
+    check_sharded_settings(TrainingConfig(max_grad_norm=1.0), uses_fawa=False)
     config = TrainingConfig(**changes)
     with pytest.raises(ValueError) as error:
         check_sharded_settings(config, uses_fawa=config.uses_fawa(method))
@@ -86,13 +85,9 @@ def test_settings_that_need_whole_weights_are_refused_by_name(changes, method, n
 
 
 def test_trainer_refuses_them_before_it_touches_the_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
     with pytest.raises(ValueError, match=r"--ema_decay 0\.9 needs whole weights"):
         trainer(tmp_path / "run")
-
-
-def test_other_settings_shard():
-    check_sharded_settings(TrainingConfig(max_grad_norm=1.0), uses_fawa=False)
 
 
 def test_without_sharding_states_are_as_they_are():
@@ -112,16 +107,6 @@ def test_without_sharding_states_are_as_they_are():
     assert other.param_groups[0]["lr"] == 0.1
     with pytest.raises(RuntimeError, match="extra"):
         load_model(again, model | {"extra": torch.ones(1)})
-
-
-def test_the_launchers_compiler_is_not_used_and_said_not_to_be(tmp_path, monkeypatch, caplog):
-    """It would wrap the network, whose weights would then have other names in every file."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    accelerator = create_accelerator(use_cpu=True)
-    assert "--torch_compile decides, not the launcher's dynamo_backend EAGER" in caplog.text
-    net = group_norm_net()
-    prepared = accelerator.prepare(net)
-    assert list(prepared.state_dict()) == list(net.state_dict())
 
 
 def test_every_launch_configuration_says_what_it_is_for():

@@ -43,6 +43,16 @@ class Recorded(torch.optim.SGD):
         return super().step(closure)
 
 
+def assert_moved_by(net, before, gradients):
+    """A step of rate 1 was made from the parameters ``before``."""
+    for parameter, old, gradient in zip(net.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(old - parameter, gradient, rtol=1e-9, atol=1e-12)
+
+
+def copies(net):
+    return [parameter.detach().clone() for parameter in net.parameters()]
+
+
 def start_with(monkeypatch, start):
     """Replace the random start by recorded noise: golden cases come with theirs."""
     monkeypatch.setattr(ThreatModel, "random_start", lambda self, x, generator=None: start)
@@ -108,21 +118,6 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
     assert max((drift[key] - before[key]).abs().max() for key in drift) > 1e-6
 
 
-def test_accumulation_is_one_mean_over_all_hard_examples(accelerator):
-    net = group_norm_net()
-    x = torch.rand(12, 3, 6, 6, dtype=torch.float64)
-    hard = [True] * 5 + [False] * 3 + [True] + [False] * 3
-    y = labeled_for(net, x, hard)
-    mask = torch.tensor(hard)
-    expected = torch.autograd.grad(F.cross_entropy(net(x[mask]), y[mask]), list(net.parameters()))
-    before = [parameter.detach().clone() for parameter in net.parameters()]
-    step = make_step(net, accelerator)
-    totals = step([pixel_batch(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)], epoch=0, step=0)
-    assert (totals.updates, totals.hard, totals.seen) == (1, 6, 12)
-    for parameter, old, gradient in zip(net.parameters(), before, expected, strict=True):
-        torch.testing.assert_close(old - parameter, gradient, rtol=1e-9, atol=1e-12)
-
-
 def test_counts_per_class(accelerator):
     net = group_norm_net()
     x = torch.rand(9, 3, 6, 6, dtype=torch.float64)
@@ -148,10 +143,9 @@ def test_a_single_hard_row_trains_and_keeps_its_own_gradient(accelerator):
     plain = group_norm_net()
     y = labeled_for(plain, x, [False, False, True, False])
     gradient = torch.autograd.grad(F.cross_entropy(plain(x[2:3]), y[2:3]), list(plain.parameters()))
-    old = [parameter.detach().clone() for parameter in plain.parameters()]
+    old = copies(plain)
     make_step(plain, accelerator)([pixel_batch(x, y)], epoch=0, step=0)
-    for parameter, start, expected in zip(plain.parameters(), old, gradient, strict=True):
-        torch.testing.assert_close(start - parameter, expected, rtol=1e-9, atol=1e-12)
+    assert_moved_by(plain, old, gradient)
 
 
 @pytest.mark.faults(quick=True)
@@ -183,11 +177,10 @@ def test_weights_of_rows_normalize_the_loss(accelerator):
     weights = torch.arange(1, 6, dtype=torch.float64)
     loss = (F.cross_entropy(net(x), y, reduction="none") * weights).sum() / weights.sum()
     expected = torch.autograd.grad(loss, list(net.parameters()))
-    old = [parameter.detach().clone() for parameter in net.parameters()]
+    old = copies(net)
     totals = make_step(net, accelerator, Weighted())([pixel_batch(x, y)], epoch=0, step=0)
     assert totals.loss == pytest.approx(loss.item())
-    for parameter, start, gradient in zip(net.parameters(), old, expected, strict=True):
-        torch.testing.assert_close(start - parameter, gradient, rtol=1e-9, atol=1e-12)
+    assert_moved_by(net, old, expected)
 
 
 def test_gradient_is_clipped_after_it_was_normalized(accelerator):

@@ -1,7 +1,8 @@
-"""The loop: order of examples, logs, validation and selection, checkpoints, resuming bit for bit."""
+"""The loop: order of examples, logs, validation and selection, checkpoints, resuming bit for bit, passes counted."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from dataclasses import replace
@@ -23,10 +24,11 @@ from ham_hf.training.log import RunLog
 from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.trackers import end_training, start_trackers
-from ham_hf.training.train_step import NonFiniteLossError
-from ham_hf.training.trainer import Trainer
+from ham_hf.training.train_step import NonFiniteLossError, PassCounter
 from ham_hf.training.validation import HeldOutAccuracy
-from tests.support.training import ATTACK, HAM_FROM_1, config, image_data, log_of, make_net, trainer
+from tests.benchmarks.yardsticks import PassCounter as Yardstick
+from tests.faults.same_runs import FINAL, assert_same_weights, timeless_log
+from tests.support.training import ATTACK, image_data, log_of, make_net, resumed, trainer
 
 
 class Untouchable:
@@ -100,21 +102,13 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path
     for path in list_checkpoints(folder):
         if int(path.name.split("-")[1]) > cut_at:
             shutil.rmtree(path)
-    run = trainer(folder, resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(folder)
     assert run.progress.step == cut_at
     again = run.fit()
-    for name in ("model.safetensors", "averaged.safetensors"):
-        ours, theirs = (load_file(where / "checkpoint-18" / name) for where in (folder, full))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_same_weights(folder, full, *FINAL)
     assert again.history == progress.history
     assert again.best == progress.best
-
-    def timeless(log):
-        return [{key: value for key, value in line.items() if key != "images_per_second"} for line in log]
-
-    assert timeless(log_of(folder)) == timeless(log_of(full))
+    assert timeless_log(folder) == timeless_log(full)
 
 
 def test_selected_weights_are_those_of_the_best_validation(finished):
@@ -198,25 +192,12 @@ def test_every_example_is_seen_at_most_once_per_epoch_in_an_order_of_its_own(tmp
     assert len(set(seeds)) == len(seeds)
 
 
-def test_accumulation_takes_the_same_examples_as_a_larger_batch(tmp_path):
-    large = requests_of(trainer(tmp_path / "a", per_device_train_batch_size=16), 0)
-    small = requests_of(trainer(tmp_path / "b", gradient_accumulation_steps=2), 0)
-    assert len(small) == 2 * len(large)
-    assert torch.equal(torch.cat([r.indices for r in large]), torch.cat([r.indices for r in small]))
-
-
 def test_updates_that_nobody_needs_are_skipped_and_counted(tmp_path):
     # After enough warm-up nothing is misclassified under a zero perturbation any more.
     settings = {"num_train_epochs": 14, "learning_rate": 0.2, "ema_decay": None, "save_steps": None}
-    run = Trainer(
-        make_net(),
-        image_data(validation=False),
-        HAM(mining_start_epoch=10, mining_step=0),
-        Attack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01),
-        config(tmp_path / "run", selection_metric="last", **settings),
-        Accelerator(cpu=True),
-    )
-    progress = run.fit()
+    still = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=1, step_size=0.01)
+    data, ham = image_data(validation=False), HAM(mining_start_epoch=10, mining_step=0)
+    progress = trainer(tmp_path / "run", ham, data, attack=still, selection_metric="last", **settings).fit()
     assert progress.skipped_updates > 0
     assert progress.step == 14 * 6
     skipped = [record["skipped_updates"] for record in log_of(tmp_path / "run") if record["type"] == "train"]
@@ -234,51 +215,35 @@ def test_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
 
 
 OTHERS = [
-    ({"changes": {"seed": 3}}, r"seed 0 -> 3"),
-    ({"changes": {"ema_decay": None}}, "ema_decay 0.9 -> None"),
-    (
-        {"changes": {"learning_rate": 0.2, "weight_decay": 0.1}},
-        r"learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1",
-    ),
-    ({"changes": {"optimizer": "adamw"}}, r"optimizer momentum -> adamw"),
-    ({"changes": {"resume_from_checkpoint": "nowhere/checkpoint-3"}}, "there is no such folder; expected latest or"),
+    ({"seed": 3}, r"seed 0 -> 3"),
+    ({"ema_decay": None}, "ema_decay 0.9 -> None"),
+    ({"learning_rate": 0.2, "weight_decay": 0.1}, "learning_rate 0.1 -> 0.2; weight_decay 0.0005 -> 0.1"),
+    ({"optimizer": "adamw"}, r"optimizer momentum -> adamw"),
+    ({"resume_from_checkpoint": "nowhere/checkpoint-3"}, "there is no such folder; expected latest or"),
     # Rates of no single command: 2 epochs of a cosine, then the last 2 of one of 4.
-    (
-        {"changes": {"num_train_epochs": 4}},
-        "num_train_epochs 3 -> 4; --lr_scheduler_type cosine ends with the last epoch",
-    ),
+    ({"num_train_epochs": 4}, "num_train_epochs 3 -> 4; --lr_scheduler_type cosine ends with the last epoch"),
     ({"data": image_data(46)}, r"num_train_examples 50 -> 46"),
     ({"data": replace(image_data(), image_size=16)}, "image_size 8 -> 16"),
     ({"data": replace(image_data(), revision="b" * 40)}, "dataset .*None.* -> .*bbbb"),
-    ({"method": HAM(mining_start_epoch=1, mining_step=2)}, r"ham.mining_step 1 -> 2"),
-    ({"method": PGDAT()}, "method ham -> pgd_at"),
+    ({"objective": HAM(mining_start_epoch=1, mining_step=2)}, r"ham.mining_step 1 -> 2"),
+    ({"objective": PGDAT()}, "method ham -> pgd_at"),
     ({"attack": replace(ATTACK, threat_model=ThreatModel("linf", 0.06))}, r"epsilon 0.05 -> 0.06"),
     ({"net": nn.Sequential(*make_net()[:-1], nn.Linear(8, 4, bias=False))}, "parameter_shapes"),
-    ({"besides": {"model_args": {"drop_path_rate": 0.1}}}, "model_args None -> .*drop_path_rate"),
+    ({"more": {"plan_besides": {"model_args": {"drop_path_rate": 0.1}}}}, "model_args None -> .*drop_path_rate"),
 ]
 
 
 @pytest.mark.faults(quick=True)
 @pytest.mark.parametrize(("other", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
 def test_checkpoint_of_another_run_is_refused(finished, other, message):
-    run = Trainer(
-        other.get("net") or make_net(),
-        other.get("data") or image_data(),
-        other.get("method") or HAM_FROM_1,
-        other.get("attack") or ATTACK,
-        config(finished[0], **{"resume_from_checkpoint": "latest", **other.get("changes", {})}),
-        Accelerator(cpu=True),
-        plan_besides=other.get("besides"),
-    )
     with pytest.raises(ValueError, match=message):
-        run.resume()
+        resumed(finished[0], **other)
 
 
 def test_resuming_an_older_checkpoint_forgets_what_came_after_it(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    run = trainer(folder, resume_from_checkpoint=str(folder / "checkpoint-8"), max_steps=10, save_total_limit=1)
-    run.resume()
+    run = resumed(folder, resume_from_checkpoint=str(folder / "checkpoint-8"), max_steps=10, save_total_limit=1)
     progress = run.fit()
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10"]
     assert load_best(folder)[1] == progress.best
@@ -287,8 +252,7 @@ def test_resuming_an_older_checkpoint_forgets_what_came_after_it(finished, tmp_p
 
 def test_resuming_elsewhere_takes_the_best_weights_along(finished, tmp_path):
     source = finished[0] / "checkpoint-18"
-    run = trainer(tmp_path / "elsewhere", resume_from_checkpoint=str(source))
-    run.resume()
+    run = resumed(tmp_path / "elsewhere", resume_from_checkpoint=str(source))
     progress = run.fit()
     assert progress.step == 18
     assert load_best(tmp_path / "elsewhere")[1] == progress.best == finished[1].best
@@ -300,8 +264,7 @@ def test_max_steps_ends_in_mid_epoch_and_a_longer_run_keeps_the_counts(finished,
     assert progress.step == 8
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
     assert [record["step"] for record in progress.history] == [6, 8]
-    run = trainer(folder, resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(folder)
     whole = {record["step"]: record["hard_per_class"] for record in finished[1].history}
     again = {record["step"]: record["hard_per_class"] for record in run.fit().history}
     assert again[12] == whole[12]
@@ -366,8 +329,7 @@ def test_what_goes_wrong_after_a_save_does_not_stop_training(tmp_path, caplog):
         seen.append((run.progress.step, len(run.selected_weights())))
         raise RuntimeError("the line is down")
 
-    settings = config(tmp_path / "run", max_steps=8, save_steps=4)
-    run = Trainer(make_net(), image_data(), HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True), after_save=broken)
+    run = trainer(tmp_path / "run", max_steps=8, save_steps=4, more={"after_save": broken})
     assert run.fit().step == 8
     count = len(run.module.state_dict())
     assert seen == [(4, count), (8, count)]  # 4 is before the first validation: current weights
@@ -443,8 +405,7 @@ def test_max_steps_before_mining_is_said(tmp_path, caplog):
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):
-    run = trainer(tmp_path / "run", resume_from_checkpoint="latest")
-    run.resume()
+    run = resumed(tmp_path / "run")
     assert run.progress.step == 0
     assert "starting from the beginning" in caplog.text
 
@@ -461,10 +422,9 @@ def test_too_few_examples_for_one_update(tmp_path):
 def test_compiled_training_equals_eager_training(tmp_path):
     weights = []
     for compiled in (False, True):
-        settings = config(tmp_path / str(compiled), torch_compile=compiled, max_steps=8, ema_decay=None)
+        settings = {"torch_compile": compiled, "max_steps": 8, "ema_decay": None}
         # Compiled dropout draws other numbers.
-        run = Trainer(make_net(dropout=0.0), image_data(), HAM_FROM_1, ATTACK, settings, Accelerator(cpu=True))
-        run.fit()
+        trainer(tmp_path / str(compiled), net=make_net(dropout=0.0), **settings).fit()
         weights.append(load_file(tmp_path / str(compiled) / "checkpoint-8" / "model.safetensors"))
     eager, fast = weights
     assert eager.keys() == fast.keys()
@@ -479,14 +439,8 @@ def test_bf16_keeps_pixels_and_weights_in_float32(tmp_path, request):
     seen = []
     net = make_net()
     net[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
-    run = Trainer(
-        net,
-        image_data(),
-        PGDAT(),
-        ATTACK,
-        config(tmp_path / "run", mixed_precision="bf16", num_train_epochs=1),
-        accelerator,
-    )
+    settings = {"mixed_precision": "bf16", "num_train_epochs": 1}
+    run = trainer(tmp_path / "run", PGDAT(), net=net, accelerator=accelerator, **settings)
     progress = run.fit()
     assert (torch.float32, torch.bfloat16) in seen
     assert all(value.dtype != torch.bfloat16 for value in run.module.state_dict().values())
@@ -499,8 +453,7 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
 ):
     settings = {"lr_scheduler_type": schedule}
     trainer(tmp_path / "run", num_train_epochs=1, **settings).fit()
-    longer = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
-    longer.resume()
+    longer = resumed(tmp_path / "run", num_train_epochs=2, **settings)
     progress = longer.fit()
     direct = trainer(tmp_path / "direct", num_train_epochs=2, **settings)
     direct.fit()
@@ -510,16 +463,14 @@ def test_a_longer_run_of_a_schedule_without_an_end_is_the_direct_one_and_says_wh
     assert progress.changes == [f"After update 6, from epoch 2 on, the run had {changed}."]
     assert f"the run continues with {changed}: the card will say so" in caplog.text
     assert direct.progress.changes == []
-    again = trainer(tmp_path / "run", num_train_epochs=2, resume_from_checkpoint="latest", **settings)
-    again.resume()
+    again = resumed(tmp_path / "run", num_train_epochs=2, **settings)
     assert again.progress.changes == progress.changes, "said once, and kept"
 
 
 def test_settings_that_change_when_training_is_complete_train_nothing(finished, tmp_path, caplog):
     folder, _, run = finished
     shutil.copytree(folder, tmp_path / "run")
-    again = trainer(tmp_path / "run", max_steps=run.total_steps, resume_from_checkpoint="latest")
-    again.resume()
+    again = resumed(tmp_path / "run", max_steps=run.total_steps)
     (sentence,) = again.progress.changes
     assert sentence.startswith(
         f"After update {run.total_steps}, the last, the run was started again with --max_steps "
@@ -529,8 +480,47 @@ def test_settings_that_change_when_training_is_complete_train_nothing(finished, 
     assert "the card will say so" in caplog.text
 
 
-def test_checkpoints_from_before_schedules_were_noted_go_on_with_a_warning(finished, caplog):
-    _, progress, run = finished
-    saved = {name: value for name, value in progress.plan.items() if name != "num_train_epochs"}
-    check_same_run(run.output_dir, saved, progress.plan)
-    assert "does not say for how many epochs its --lr_scheduler_type cosine was meant" in caplog.text
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 3}, {"awp_gamma": 0.01}], ids=str)
+def test_forwards_and_gradients_of_a_whole_run_are_counted(tmp_path, changes):
+    run = trainer(tmp_path, ema_decay=None, num_train_epochs=2, **changes)
+    yardstick = Yardstick(run.module)
+    progress = run.fit()
+    yardstick.close()
+    assert progress.passes == yardstick.passes(1) > 0
+
+
+def test_pgd_adversarial_training_costs_what_its_formula_says(tmp_path):
+    progress = trainer(
+        tmp_path, PGDAT(), data=image_data(validation=False), ema_decay=None, selection_metric="last"
+    ).fit()
+    images = 3 * 6 * 8  # epochs, updates, batch
+    assert progress.passes == images * (2 * ATTACK.num_steps + 3)
+    assert {line["passes_per_image"] for line in log_of(tmp_path)[:3]} == {2 * ATTACK.num_steps + 3.0}
+
+
+def test_the_average_of_weights_that_is_validated_counts_too(tmp_path):
+    progress = trainer(tmp_path, PGDAT(), ema_decay=0.9).fit()
+    updates = 3 * 6 * 8 * (2 * ATTACK.num_steps + 3)
+    # Each of three validations classifies all 64 held-out images and attacks at least one.
+    assert progress.passes > updates + 3 * 64
+
+
+def test_a_resumed_run_has_counted_what_the_whole_one_did(tmp_path):
+    whole = trainer(tmp_path / "whole").fit()
+    stopped = trainer(tmp_path / "stopped")
+    with pytest.raises(TrainingStopped):
+        stopped.fit(lambda: "a test" if stopped.progress.step == 8 else None)
+    again = resumed(tmp_path / "stopped")
+    assert again.progress.step == 9
+    assert again.fit().passes == whole.passes
+
+
+def test_a_copy_of_the_network_does_not_count():
+    net, counter = make_net(), PassCounter()
+    counter.watch(net)
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        copy.deepcopy(net)(x)
+        assert counter.take() == 0
+        net(x)
+    assert (counter.take(), counter.take()) == (4, 0)

@@ -53,14 +53,11 @@ class CFARule(RadiusRule, WeightRule):
             "counts": class_counts.new_zeros(len(class_counts), 2),
         }
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        return num_classes, 2
-
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count correct and all examples of each class."""
         return class_counts(predicted(logits) == y, y, logits.shape[1])
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:

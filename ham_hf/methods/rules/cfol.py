@@ -69,14 +69,11 @@ class CFOLRule(WeightRule):
         """Settle the probabilities of this epoch's draws."""
         state["probabilities"] = mixture(state["log_weight"], state["base"], self.cfol_gamma)
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        return (num_classes,)
-
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count the misclassified adversarial examples of each class."""
         return class_sums(predicted(logits) != y, y, logits.shape[1])
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         """Divide by the probability that the examples were drawn with."""
         drawn_with = state["probabilities"] if self.cfol_as == "sampler" else state["base"]
         state["log_weight"] += torch.where(drawn_with > 0, self.cfol_eta * sums / drawn_with, 0.0)

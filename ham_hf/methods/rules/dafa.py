@@ -39,20 +39,16 @@ class DAFARule(RadiusRule, WeightRule):
     def initial_state(self, class_counts: Tensor) -> State:
         """The weights, and the sums they are made of."""
         num_classes = len(class_counts)
-        return {
-            "weight": torch.ones_like(class_counts),
-            "sums": class_counts.new_zeros(num_classes, num_classes + 1),
-        }
+        return {"weight": torch.ones_like(class_counts), "sums": class_counts.new_zeros(num_classes, num_classes + 1)}
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        return (num_classes, num_classes + 1) if epoch == self.dafa_start_epoch - 1 else None
-
-    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
+    def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """Sum the class probabilities, and count, per true class."""
+        if epoch != self.dafa_start_epoch - 1:
+            return None
         probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
         return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["sums"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:

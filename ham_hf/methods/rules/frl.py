@@ -92,11 +92,9 @@ class FRLRule(RadiusRule, WeightRule):
 class _OnTrades(Method):
     """TRADES with the weight of the KL term that the authors take."""
 
-    beta: float = setting(1.5, "weight of the KL term", at_least=0)
+    loss_kind: ClassVar[type[BaseLoss]] = TradesLoss
 
-    @property
-    def loss(self) -> BaseLoss:
-        return TradesLoss(beta=self.beta)
+    beta: float = setting(1.5, "weight of the KL term", at_least=0)
 
 
 FRL = method_of(FRLRule, _OnTrades)

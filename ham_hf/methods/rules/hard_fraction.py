@@ -54,14 +54,11 @@ class HardFractionRule(WeightRule):
         """The weights, and wrong and all examples seen in this epoch."""
         return {"weight": torch.ones_like(class_counts), "counts": class_counts.new_zeros(len(class_counts), 2)}
 
-    def observed_shape(self, num_classes: int, *, epoch: int) -> tuple[int, ...] | None:
-        return num_classes, 2
-
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count wrong and all examples of each class."""
         return class_counts(predicted(logits) != y, y, logits.shape[1])
 
-    def after_update(self, state: State, sums: Tensor) -> None:
+    def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:

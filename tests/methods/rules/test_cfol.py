@@ -31,7 +31,7 @@ def test_sampler_is_the_authors_where_probabilities_change_after_every_batch(bas
         exact(state["log_weight"].softmax(0), expected["q"][number])
         exact(cfol.rule.class_probabilities(state), expected["p"][number])
         assert cfol.rule.class_weight(state, BaseLoss(), epoch=0) is None
-        cfol.rule.after_update(state, observed(cfol, y, wrong))
+        cfol.rule.after_update(state, observed(cfol, y, wrong), epoch=0)
         # Ours change with the epoch: here every batch is one.
         cfol.rule.before_epoch(state, epoch=number + 1)
     exact(state["log_weight"], expected["w"][6])
@@ -42,7 +42,7 @@ def test_sampler_is_frozen_for_an_epoch_where_the_authors_go_on():
     cfol = CFOL(**OPTIONS)
     state = cfol.rule.initial_state(COUNTS)
     for y, wrong in zip(TENSORS["in/batch_y"], TENSORS["in/batch_wrong"], strict=True):
-        cfol.rule.after_update(state, observed(cfol, y, wrong))
+        cfol.rule.after_update(state, observed(cfol, y, wrong), epoch=0)
         assert cfol.rule.class_probabilities(state).tolist() == pytest.approx([0.1] * 10)
     total = torch.zeros(10, dtype=torch.float64)
     for label, wrong in zip(TENSORS["in/batch_y"].flatten(), TENSORS["in/batch_wrong"].flatten(), strict=True):
@@ -65,7 +65,7 @@ def test_weights_divide_by_the_base_and_are_the_authors(base):
         weight, divisor = cfol.weigh(batch, epoch=0, states={"cfol": state})
         exact(weight[0] / 10, TENSORS[f"out/{base}_reweight/batch_weight"][number])
         exact((weight[0] * terms).sum() / divisor[0], TENSORS[f"out/{base}_reweight/weighted_loss_mean"][number])
-        cfol.rule.after_update(state, observed(cfol, y, wrong))
+        cfol.rule.after_update(state, observed(cfol, y, wrong), epoch=0)
     exact(state["log_weight"], TENSORS[f"out/{base}_reweight/w"][6])
     exact(state["base"], TENSORS[f"out/{base}_reweight/p"][6])
 
@@ -82,8 +82,8 @@ def test_classes_without_training_images_are_never_drawn(base, num_classes):
         for epoch in range(4):
             cfol.rule.before_epoch(state, epoch=epoch)
             wrong = torch.nn.functional.one_hot(torch.zeros_like(y), num_classes).double()
-            cfol.rule.after_update(state, cfol.rule.observe(wrong, y, epoch=epoch))
-            cfol.rule.after_update(state, cfol.rule.observe(wrong[:0], y[:0], epoch=epoch))
+            cfol.rule.after_update(state, cfol.rule.observe(wrong, y, epoch=epoch), epoch=epoch)
+            cfol.rule.after_update(state, cfol.rule.observe(wrong[:0], y[:0], epoch=epoch), epoch=epoch)
         assert all(torch.isfinite(value).all() for value in state.values())
         assert float(state["log_weight"][0]) == 0
         assert (state["log_weight"][1:] > 0).all()

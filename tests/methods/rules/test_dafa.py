@@ -28,7 +28,7 @@ def weights_from(probabilities, labels, scale, num_classes):
     state = dafa.rule.initial_state(torch.ones(num_classes, dtype=torch.float64))
     for rows in torch.arange(len(labels)).chunk(2):
         sums = dafa.rule.observe(probabilities[rows].log(), labels[rows], epoch=2)
-        dafa.rule.after_update(state, sums)
+        dafa.rule.after_update(state, sums, epoch=2)
     dafa.rule.before_epoch(state, epoch=3)
     return state["weight"]
 
@@ -86,8 +86,9 @@ def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_al
 def test_only_the_epoch_before_the_weights_is_observed():
     dafa = DAFA(dafa_start_epoch=5)
     assert dafa.warmup_epochs == 5
-    shapes = [dafa.rule.observed_shape(10, epoch=e) for e in range(7)]
-    assert shapes == [(10, 11) if e == 4 else None for e in range(7)]
+    logits, y = torch.zeros(2, 10), torch.zeros(2, dtype=torch.long)
+    observed = [dafa.rule.observe(logits, y, epoch=epoch) is not None for epoch in range(7)]
+    assert observed == [epoch == 4 for epoch in range(7)]
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
@@ -100,13 +101,6 @@ def test_weights_sum_to_the_number_of_classes_and_a_missing_class_keeps_one(num_
     assert float(weights.sum()) == pytest.approx(num_classes)
 
 
-def test_nothing_observed_changes_nothing():
-    dafa = DAFA(dafa_start_epoch=1)
-    state = dafa.rule.initial_state(torch.ones(10, dtype=torch.float64))
-    dafa.rule.before_epoch(state, epoch=1)
-    assert state["weight"].tolist() == [1.0] * 10
-
-
 def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     weight = torch.linspace(0.5, 1.5, 10, dtype=torch.float64)
     combined = PGDAT(class_weighting="dafa", class_margin="dafa", class_rule_args={"dafa_start_epoch": 1})
@@ -116,15 +110,6 @@ def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     for objective in (combined, own):
         states = initial_states(objective)
         states["dafa"]["weight"] = weight
-        batch = rows_of(
-            objective,
-            net,
-            x,
-            y,
-            attack=attack_of(HYPER),
-            epoch=1,
-            states=states,
-            seed=0,
-        )
+        batch = rows_of(objective, net, x, y, attack=attack_of(HYPER), epoch=1, states=states, seed=0)
         found.append((batch.x, *objective.weigh(batch, epoch=1, states=states)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

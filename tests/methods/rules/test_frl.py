@@ -7,13 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from ham_hf.attacks import input_gradient
-from ham_hf.methods import HAM, PGDAT, Batch
+from ham_hf.methods import HAM, Batch
 from ham_hf.methods.rules.frl import FRL
 from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     attack_of,
     exact,
     golden_batch,
+    golden_frl,
     golden_noise,
     golden_tensors,
     initial_states,
@@ -23,39 +24,13 @@ from tests.support.method_checks import (
 )
 
 TENSORS, HYPER = golden_tensors("frl")
-OPTIONS = {
-    "beta": HYPER["beta"],
-    "frl_bound": HYPER["bound0"],
-    "frl_rate1": HYPER["rate1"],
-    "frl_rate2": HYPER["rate2"],
-    "frl_limit": HYPER["lim"],
-}
 ATTACK = attack_of(HYPER)
-
-
-def make(variant):
-    return FRL(frl_margin=variant == "rw_rm", **OPTIONS)
-
-
-def epochs(frl, count=8):
-    """The state after the held-out errors of each golden epoch."""
-    states = initial_states(frl)
-    for epoch in range(count):
-        clean_error, boundary_error = TENSORS["in/class_clean_error"][epoch], TENSORS["in/class_bndy_error"][epoch]
-        # The overall error of the golden case is the mean over classes: one held-out image each.
-        exact(clean_error.mean(), TENSORS["in/total_clean_error"][epoch])
-        exact(boundary_error.mean(), TENSORS["in/total_bndy_error"][epoch])
-        right = 1 - clean_error
-        frl.rule.after_held_out(
-            states["frl"], torch.stack([torch.ones(10), right, right - boundary_error]), epoch=epoch
-        )
-        yield epoch, states
 
 
 @pytest.mark.parametrize("variant", ["rw", "rw_rm"])
 def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
-    frl = make(variant)
-    for epoch, states in epochs(frl):
+    frl, epochs = golden_frl(variant)
+    for epoch, states in epochs:
         state = states["frl"]
         for found, name in zip((*state["multipliers"], state["radius"]), ("0", "1", "2"), strict=True):
             exact(found, TENSORS[f"out/{variant}/lmbda{name}"][epoch])
@@ -72,8 +47,8 @@ def test_multipliers_weights_and_radii_are_the_authors_over_epochs(variant):
 
 
 def test_step_is_of_the_largest_radius_of_all_classes_where_the_authors_take_the_batch():
-    frl, net = make("rw_rm"), golden_net()
-    *_, (epoch, states) = epochs(frl)
+    (frl, epochs), net = golden_frl("rw_rm"), golden_net()
+    *_, (epoch, states) = epochs
     x, y = golden_batch(64)
     radius, step = frl.rule.class_attack(states["frl"], ATTACK, epoch=epoch)
     assert step.tolist() == [float(radius.max()) / 4] * 10
@@ -164,17 +139,8 @@ def test_ham_borrows_weights_and_radii():
     kept = clean[batch.hard]
     divergence = (kept.softmax(1) * (kept.log_softmax(1) - adversarial.log_softmax(1))).sum(1)
     expected = 0
-    for scale, multiplier, term, labels in (
-        (1, 0.4, natural, y),
-        (ham.loss.beta, 0.2, divergence, hard_y),
-    ):
+    for scale, multiplier, term, labels in ((1, 0.4, natural, y), (ham.loss.beta, 0.2, divergence, hard_y)):
         weights = torch.full((10,), 0.1 - multiplier / 10, dtype=torch.float64)
         weights[3] += multiplier
         expected += scale * (weights[labels] * term).sum() / weights[y].sum()
     exact(loss, expected)
-
-
-def test_what_has_no_meaning_is_refused():
-    with pytest.raises(ValueError, match="--class_weighting frl weighs the terms of trades"):
-        PGDAT(class_weighting="frl").check(num_steps=10)
-    PGDAT(class_margin="frl").check(num_steps=10)

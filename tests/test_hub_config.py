@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ham_hf.hub_ids import is_hub_id, split_revision
+from ham_hf.hub_config import is_hub_id, split_revision
 
 NAMES = (
     *("mnist", "me/robust", "timm/resnet50.a1_in1k", "_me/_robust_", "a", "a/b", "1", "a.b-c_d", "x" * 96),
