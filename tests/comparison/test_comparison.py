@@ -337,23 +337,6 @@ def test_averaged_weights_are_another_budget():
     }
 
 
-def test_labels_that_are_cut_alike_stay_different():
-    long = "a method with a very long name (its settings are 1 and then "
-    labels = [f"{long}{end})" for end in ("2", "3")]
-    runs = [one for label in [*labels, "short"] for one in by_seeds(label, [5] * 3)]
-    missing = MissingRun(label=f"{long}4)", seed=0, reason="lost", state="failed")
-    comparison = compare(runs, missing=[missing])
-    names = [f"a method with a very long name #{number}" for number in (1, 2)]
-    assert comparison.names == dict(zip(labels, names, strict=True)) | {
-        "short": "short",
-        f"{long}4)": "a method with a very long name #3",
-    }
-    rows = json.loads(comparison_json(comparison, command="x"))["rows"]
-    assert [(row["label"], row["name"]) for row in rows] == list(
-        zip([*labels, "short"], [*names, "short"], strict=True)
-    )
-
-
 def test_setting_younger_than_a_report_has_its_default():
     old = found("old", method="ham")
     new = found("new", seed=1, method="ham", awp_gamma=None, base_loss="pgd_at")
