@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,11 +11,11 @@ from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, ThreatConfig
-from ham_hf.evaluation import AttackResult
 from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.training.log import read_log
+from tests.support.example_report import attack_result
 from tests.support.nets import TensorImages
 
 PREPROCESSING = Preprocessing(
@@ -150,15 +151,8 @@ def outcome(labels, withstood):
     """An evaluation in which every image is right as it is, and those of ``withstood`` under PGD."""
 
     def result(name, flags):
-        return AttackResult(
-            name=name,
-            settings={},
-            predictions=torch.where(flags, labels, (labels + 1) % 20),
-            margins=torch.where(flags, 1.0, -1.0),
-            labels=labels,
-            indices=torch.arange(len(labels)),
-            seconds=1.0,
-        )
+        found = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 20), labels)
+        return dataclasses.replace(found, margins=torch.where(flags, 1.0, -1.0))
 
     return {"clean": result("clean", torch.ones_like(withstood)), "pgd-2": result("pgd-2", withstood)}
 

@@ -26,7 +26,7 @@ from ham_hf.config import TrainConfig, config_to_yaml, parse_evaluate_config, pa
 from ham_hf.config.assembly import group_settings, method_settings
 from ham_hf.reporting.report import write_report
 from tests.support.example_report import make_report
-from tests.support.recipe_runs import recipe_module
+from tests.support.recipe_runs import recipe_module, refused
 
 SETTINGS = [one for group in group_settings(TrainConfig).values() for one in group]
 SETTINGS += [one for options in method_settings().values() for one in options]
@@ -197,10 +197,7 @@ def test_a_slip_of_the_hand_is_refused_by_name(tmp_path, monkeypatch, capsys, sc
         write_report(report, name)
         for file in ("model.safetensors", "config.json"):
             (tmp_path / name / file).touch()
-    with pytest.raises(SystemExit) as stop:
-        recipe_module(script).main(argv)
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
+    assert named in refused(capsys, script, *argv)
 
 
 # Data sets

@@ -16,7 +16,7 @@ from PIL import Image
 from ham_hf import terminal
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
-from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
+from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module, refused
 
 pytestmark = pytest.mark.slow
 
@@ -165,10 +165,8 @@ def test_an_output_folder_that_cannot_be_written_is_named_with_what_to_do(script
     folder, owls = finished
     (tmp_path / "file").write_text("")
     words = [str(folder)] if script == "compare.py" else [*SMALL, *QUICK, f"--dataset_name={owls}"]
-    with pytest.raises(SystemExit) as exit_:
-        recipe_module(script).main([*words, f"--output_dir={tmp_path / 'file' / 'run'}"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    said = refused(capsys, script, *words, f"--output_dir={tmp_path / 'file' / 'run'}")
+    error = said.strip().splitlines()[-1]
     assert error.startswith(f"error: --output_dir {tmp_path}/file/run cannot be written (")
     assert "name a folder that can" in error
     datasets.enable_progress_bars()

@@ -28,7 +28,7 @@ from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, judged_run, run_report
-from tests.support.hub_server import Blob, Hub, Repo, use_hub
+from tests.support.hub_server import Hub, use_hub
 from tests.support.recipe_runs import SMALL, finish, recipe_module
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison_tradeoff.png", "comparison_per_class.png"}
@@ -515,11 +515,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def publish(hub, name, report, tmp_path):
-    repo = Repo("model", name, private=False)
-    blob = Blob(write_report(report, tmp_path / "published").read_bytes(), lfs=False)
-    repo.refs["main"] = repo.add_commit({"report.json": blob}, repo.refs["main"])
-    hub.repos["model", name] = repo
-    return repo
+    return hub.add("model", name, {"report.json": write_report(report, tmp_path / "published").read_bytes()})
 
 
 def test_models_on_the_hub_are_compared_with_folders(hub, tmp_path, capsys):
@@ -550,9 +546,7 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
 
     publish(hub, "me/robust", report([6, 9, 14], method="other"), tmp_path)
     publish(hub, "you/net", report([7, 8, 9], method="third"), tmp_path)
-    publish(hub, "you/broken", report([7, 8, 9]), tmp_path)
-    broken = hub.model("you/broken")
-    broken.refs["main"] = broken.add_commit({"report.json": Blob(b"{}", lfs=False)}, broken.refs["main"])
+    hub.add("model", "you/broken", {"report.json": b"{}"})
     models, out = tmp_path / "models.txt", tmp_path / "out"
     models.write_text("# ours\nme/robust\nnet of you=you/net\nyou/gone\nyou/broken\n")
     words = ["--models", models, "--output_dir", out, "--page"]
@@ -567,11 +561,10 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
     assert 'data-label="net of you"' in page
     assert "30.0" in page
     # What is on the Hub now counts, not what was fetched before.
-    repo = hub.model("me/robust")
-    blob = Blob(write_report(report([1, 9, 14], method="other"), tmp_path / "new").read_bytes(), lfs=False)
-    repo.refs["main"] = repo.add_commit({"report.json": blob}, repo.refs["main"])
+    publish(hub, "me/robust", report([1, 9, 14], method="other"), tmp_path)
     assert compare_recipe(*words) == 1
-    worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows_of(out)}
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows}
     assert worst == {"other": 0.05, "net of you": 0.35}
     models.write_text("you/gone\n")
     capsys.readouterr()
@@ -580,17 +573,12 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
     assert not (tmp_path / "none").exists()
 
 
-def rows_of(folder):
-    return json.loads((folder / "comparison.json").read_text())["rows"]
-
-
 def test_predictions_of_models_on_the_hub_are_paired_and_nothing_huge_is_fetched(hub, tmp_path, capsys, monkeypatch):
     for label, right in (("base", [20, 50, 60, 70]), ("own", [40, 60, 70, 80])):
         judged = judged_run(label, right)
-        repo = publish(hub, f"me/{label}", judged.report, tmp_path)
-        table = Blob(write_verdicts(judged.verdicts, tmp_path / "published").read_bytes(), lfs=False)
-        commit = repo.refs["main"]
-        repo.refs["main"] = repo.add_commit({**repo.tree("main"), "predictions.parquet": table}, commit)
+        publish(hub, f"me/{label}", judged.report, tmp_path)
+        table = write_verdicts(judged.verdicts, tmp_path / "published").read_bytes()
+        hub.commit(f"me/{label}", {"predictions.parquet": table})
     words = ["base=me/base", "own=me/own", "--baseline", "base", "--output_dir", tmp_path / "out"]
     assert compare_recipe(*words) == 0
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -56,13 +56,6 @@ def test_takes_the_weights_of_the_same_seed_and_trains_nothing(tmp_path, capsys)
     assert "2 runs: 2 done already, 0 to go" in capsys.readouterr().out
 
 
-def test_settings_are_those_of_the_other_row(tmp_path):
-    fair, plain = read_plan(write_plan(tmp_path)).runs
-    assert (fair.config.method, fair.config.calibration.fairness) == (plain.config.method, 1)
-    assert fair.weights_from == plain.folder
-    assert plain.weights_from is None
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [

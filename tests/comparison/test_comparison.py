@@ -128,12 +128,11 @@ def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
     assert [cell.startswith("**") for cell in row] == [False, False, False, True, True, True]
 
 
-def test_json_csv_and_markdown_agree():
+def test_json_and_csv_agree():
     runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8], [12, 13, 9], seconds=30.0)]
     comparison = compare(runs, baseline="base")
     values = json.loads(comparison_json(comparison, command="x"))
     lines = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
-    tables = markdown_tables(comparison_markdown(comparison, command="x"))
     assert [line["label"] + line["evaluation"] for line in lines] == [
         "baseclean",
         "basepgd-20",
@@ -149,13 +148,6 @@ def test_json_csv_and_markdown_agree():
         assert float(line["rho"]) == numbers["rho"]
         assert float(line["training_seconds_mean"]) == row["training_seconds"]["mean"]
         assert float(line["peak_memory_bytes_mean"]) == row["peak_memory_bytes"]["mean"] == 6e8
-    assert values["schema_version"] == 1
-    header, base, own = tables["PGD-20"]
-    assert header == ["", "Seeds", "Average", "Worst class", "Worst 30 %", "NSD", "ρ"]
-    assert base[:4] == ["base", "2", "46.7 ± 4.7", "25.0 ± 7.1"]
-    assert own[:4] == ["own", "2", "55.0 ± 2.4", "**42.5 ± 3.5**"]
-    assert own[6] == f"{17.5 / 25 + (55 - 140 / 3) / (140 / 3):+.2f}"
-    assert tables["Cost"][2] == ["own", "2", "30.0 ± 0.0", "572 ± 0"]
 
 
 def test_missing_class_is_none_and_enters_no_mean():
