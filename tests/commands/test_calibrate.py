@@ -177,10 +177,8 @@ class TestOwnRun:
         folder, _ = own
         read = spy_on_images(monkeypatch)
         run(folder, "--fairness=0", f"--output_dir={tmp_path / 'out'}")
-        validation = digits(limit_train_examples=800, validation_fraction=0.3).validation
-        assert all(
-            torch.equal(everything(images), everything(validation)) for images in {images for images, _ in read}
-        )
+        validation = everything(digits(limit_train_examples=800, validation_fraction=0.3).validation)
+        assert all(torch.equal(everything(images), validation) for images in {images for images, _ in read})
         record = record_of(folder)
         assert record_of(tmp_path / "out")["original_bias"] == record["original_bias"]
         assert read_biases(load_pixel_model(str(tmp_path / "out")).model.backbone, 10) == record["original_bias"]
@@ -281,12 +279,10 @@ class TestStranger:
         inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
         geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
         geometry |= {"image_size": 32, "default_image_size": 32}
-        expected = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
-        others = load(colors, validation_fraction=0, **geometry)
-        assert not any(
-            torch.equal(everything(expected)[:12], everything(part)[:12]) for part in (others.train, others.test)
-        )
-        assert all(torch.equal(everything(images), everything(expected)) for images in {images for images, _ in read})
+        extra = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
+        expected, others = everything(extra), load(colors, validation_fraction=0, **geometry)
+        assert not any(torch.equal(expected[:12], everything(part)[:12]) for part in (others.train, others.test))
+        assert all(torch.equal(everything(images), expected) for images in {images for images, _ in read})
         assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
 
     def test_training_images_only_with_a_flag_and_card_and_report_say_so(self, quick, colors, tmp_path, capsys):

@@ -29,9 +29,11 @@ from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, judged_run, run_report
 from tests.support.hub_server import Hub, use_hub
-from tests.support.recipe_runs import SMALL, finish, recipe_module
+from tests.support.recipe_runs import SMALL, finish, recipe_module, write_plan
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison_tradeoff.png", "comparison_per_class.png"}
+BASE = [*SMALL, "--num_train_epochs=1", "--mining_start_epoch=0", "--per_device_train_batch_size=16"]
+BASE += ["--validation_num_steps=1"]
 PLAN = """\
 recipe: base.yaml
 output_dir: FOLDER
@@ -57,16 +59,6 @@ shutil.copy(reports / f"{folder.parent.name}-{folder.name}", folder / "report.js
 """
 
 
-def write_plan(place: Path, plan: str = PLAN) -> Path:
-    """A base recipe as small as the trainer's tests have it, and a compare.yaml beside it."""
-    words = [*SMALL, "--num_train_epochs=1", "--mining_start_epoch=0", "--per_device_train_batch_size=16"]
-    config = parse_train_config([*words, "--validation_num_steps=1"])
-    (place / "base.yaml").write_text(config_to_yaml(config))
-    path = place / "compare.yaml"
-    path.write_text(plan.replace("FOLDER", str(place / "out")))
-    return path
-
-
 def compare_recipe(*arguments: str) -> int:
     """Exit status of the recipe, run in this process."""
     try:
@@ -87,7 +79,7 @@ def empty_figures(comparison, folder):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A plan run by the stand-in trainer: the recipe's main, the plan's path, and what was started since asked."""
-    plan_path = write_plan(tmp_path)
+    plan_path = write_plan(tmp_path, PLAN, BASE)
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "reports").mkdir()
     for planned in read_plan(plan_path).runs:
@@ -116,7 +108,7 @@ def fake(tmp_path, monkeypatch):
 def compared(tmp_path_factory, subprocess_env):
     """A real comparison, interrupted in its second run and taken up again; the folder and what the two calls said."""
     place = tmp_path_factory.mktemp("compare")
-    plan, folder = write_plan(place), place / "out"
+    plan, folder = write_plan(place, PLAN, BASE), place / "out"
     command = [sys.executable, str(ROOT / "recipes/compare.py"), "--config", str(plan)]
     first = subprocess.Popen(
         command,
@@ -465,7 +457,7 @@ def test_unfinished_run_with_other_settings_is_refused(fake, tmp_path, capsys):
 )
 def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, fragments):
     assert old in PLAN
-    assert compare_recipe("--config", write_plan(tmp_path, PLAN.replace(old, new))) == 2
+    assert compare_recipe("--config", write_plan(tmp_path, PLAN.replace(old, new), BASE)) == 2
     complaint = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in complaint
@@ -495,7 +487,7 @@ def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, frag
 def test_flags_and_folders_that_make_no_sense_are_refused(tmp_path, capsys, arguments, fragments):
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path), folder=folder).split()) == 2
+    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path, PLAN, BASE), folder=folder).split()) == 2
     complaint = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in complaint
