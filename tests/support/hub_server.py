@@ -173,13 +173,7 @@ class _Server(ThreadingHTTPServer):
 class Hub:
     """The server, a context manager; ``tokens`` maps a token to its user, those in ``read_only`` may not write."""
 
-    def __init__(
-        self,
-        tokens: Mapping[str, str] | None = None,
-        *,
-        read_only: Collection[str] = (),
-        port: int = 0,
-    ) -> None:
+    def __init__(self, tokens: Mapping[str, str] | None = None, *, read_only: Collection[str] = ()) -> None:
         self.tokens = {"hf_test": "me"} if tokens is None else dict(tokens)
         self.read_only = frozenset(read_only)
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -188,7 +182,7 @@ class Hub:
         self.lock = threading.RLock()
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = _Server(("127.0.0.1", port), handler)
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
