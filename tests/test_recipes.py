@@ -38,11 +38,6 @@ def load(name: str) -> TrainConfig:
     return load_train_config(ROOT / "recipes" / name)
 
 
-def test_the_recipes_of_the_readme_exist():
-    folders = "digits cifar10 cifar100 svhn imagenette finetune imagenet"
-    assert {path.parent.name for path in RECIPES} >= set(folders.split())
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
 def test_header_says_what_how_and_what_to_expect(path, monkeypatch, tmp_path):
     header = HEADER.match(path.read_text())

@@ -330,14 +330,8 @@ def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_p
     assert len(commands) == 4
     for command, planned in zip(commands, read_plan(plan).runs, strict=True):
         script = command.index(str(tmp_path / "fake.py"))
-        assert command[:script] == [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            "--cpu",
-        ]
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+        assert command[:script] == [sys.executable, *launch]
         ours, theirs = config_to_dict(parse_train_config(command[script + 1 :])), config_to_dict(planned.config)
         assert ours == theirs | {"disable_tqdm": True}
     assert started() == []
