@@ -23,10 +23,10 @@ PREPROCESSING = Preprocessing(
 )
 
 
-def loaded(class_names=("cat", "dog", "owl"), metadata=None):
+def loaded(class_names=("cat", "dog", "owl"), metadata=None, num_classes=3):
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    backbone.num_classes = 3
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
+    backbone.num_classes = num_classes
     return LoadedModel(
         model=PixelModel(backbone, (0.5,), (0.5,)).eval(),
         preprocessing=PREPROCESSING,
@@ -103,15 +103,11 @@ def test_a_name_that_the_model_has_twice_matches_nothing():
 
 def test_a_model_without_names_knows_imagenet_by_its_synsets():
     """ImageNet-A and ImageNet-R: 200 class folders named by synsets, and timm's models name no classes."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 1000))
-    backbone.num_classes = 1000
-    model = PixelModel(backbone, (0.5,), (0.5,)).eval()
-    found = LoadedModel(model=model, preprocessing=PREPROCESSING, class_names=None, metadata={})
+    found = loaded(class_names=None, num_classes=1000)
     x = torch.rand(2, 1, 4, 4)
     aligned, order = align_classes(found, ("n01498041", "n01440764"))  # stingray 6, tench 0
     assert order == "subset"
-    assert torch.equal(aligned(x), model(x)[:, [6, 0]])
+    assert torch.equal(aligned(x), found.model(x)[:, [6, 0]])
     for names in (("n01498041", "n99999999"), ("stingray", "tench")):
         with pytest.raises(ValueError, match="tells 1000 classes apart and the dataset has 2"):
             align_classes(found, names)

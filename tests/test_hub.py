@@ -109,7 +109,6 @@ def test_access_check_creates_repository_and_branch(hub: Hub) -> None:
     [
         (None, "robust", False, "main", r"--push_to_hub needs a token .* `hf auth login`"),
         ("hf_unknown0123456789", "robust", False, "main", r"does not accept the token.*renew HF_TOKEN"),
-        (READER, "robust", False, "main", r"--hub_model_id robust: the token may not write"),
         (READER, "me/public", False, "main", r"--hub_model_id me/public: the token may not write"),
         (STRANGER, "me/public", False, "main", r"--hub_model_id me/public: the token may not write"),
         (STRANGER, "me/new", False, "main", r"--hub_model_id me/new: the token may not write"),

@@ -103,13 +103,6 @@ def test_control_is_alike_but_for_the_method(stem):
     assert differ == set()
 
 
-@pytest.mark.parametrize("net", ["preactresnet18", "resnet18"])
-def test_benchmark_recipes_use_the_usual_budget(net):
-    config = load(f"cifar10/{net}_ham.yaml")
-    assert config.model.model_name == f"{net}_cifar"
-    assert (config.attack.norm, config.attack.epsilon, config.attack.step_size) == ("linf", 8 / 255, 2 / 255)
-
-
 @pytest.mark.parametrize(
     ("name", "dataset", "mining", "start", "rate", "keep"),
     [

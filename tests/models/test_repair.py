@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ from ham_hf.models.export import repair_folder
 from tests.conftest import ROOT
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 from tests.support.hub_server import Hub, content, hub_environment, use_hub
-from tests.support.recipe_runs import recipe_module, refused
+from tests.support.recipe_runs import finish, recipe_module, refused
 
 
 def older(folder, name="resnet18_cifar", in_chans=3):
@@ -192,9 +191,6 @@ def test_transformers_loads_both_forms_from_the_hub(hub, tmp_path):
     export(trained("test_vit", 32, 1, patch_size=8), tmp_path / "run", preprocessing(32, 1))
     publish(tmp_path / "run", "me/both")
     environment = hub_environment(hub, tmp_path / "home", token=WRITER) | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LOAD_FROM_HUB]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    number, name = done.stdout.splitlines()
+    number, name = finish([sys.executable, "-c", LOAD_FROM_HUB], environment).stdout.splitlines()
     assert number == "10"
     assert name.startswith("class ")
