@@ -18,18 +18,15 @@ from ham_hf.training.log import read_log
 from tests.support.example_report import attack_result
 from tests.support.nets import TensorImages
 
-PREPROCESSING = Preprocessing(
-    image_size=4, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.5,)
-)
-
 
 def loaded(class_names=("cat", "dog", "owl"), metadata=None, num_classes=3):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
     backbone.num_classes = num_classes
+    inputs = {"image_size": 4, "in_chans": 1, "interpolation": "bilinear", "crop_pct": 1.0}
     return LoadedModel(
         model=PixelModel(backbone, (0.5,), (0.5,)).eval(),
-        preprocessing=PREPROCESSING,
+        preprocessing=Preprocessing(**inputs, mean=(0.5,), std=(0.5,)),
         class_names=class_names,
         metadata=metadata or {},
     )

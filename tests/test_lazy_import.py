@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 import ham_hf
 from ham_hf.imports import _AfterTimm, register_networks
+from tests.conftest import ROOT
 from tests.support.recipe_runs import finish
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "timm", "numpy", "pyarrow", "accelerate", "datasets", "matplotlib", "huggingface_hub", "sklearn")
 MAKE = "timm.create_model('preactresnet18_cifar')"
 # What a user types before anything is to be computed, right or wrong.

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +13,8 @@ import yaml
 from ham_hf.config import TrainConfig, config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.config.configs import sections
 from ham_hf.methods import HAM, PGDAT
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 RECIPES = [path for path in RECIPES if path.parent.name != "accelerate" and not path.name.startswith("compare")]
 NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]

@@ -103,9 +103,11 @@ def test_damaged_reports_are_refused_by_name(tmp_path: Path, change, message: st
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text("{")
-    with pytest.raises(ValueError, match=r"report\.json is not a report"):
-        read_report(tmp_path)
+    nested = '{"schema_version": 1, "config": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for text in ("{", nested):
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(ValueError, match=r"report\.json is not a report of ham_hf"):
+            read_report(tmp_path)
     (tmp_path / "report.json").write_text("[]")
     with pytest.raises(ValueError, match="schema_version None"):
         read_report(tmp_path)
