@@ -298,7 +298,7 @@ def test_the_command_that_repeats_a_push_keeps_branch_and_privacy(hub: Hub, fold
     del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id, private=True, revision="v1")
-    command = f"    ham-hf push {folder} --hub_model_id me/robust --hub_revision v1 --hub_private_repo"
+    command = f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_revision v1"
     assert str(caught.value).endswith(command)
 
 
