@@ -40,7 +40,7 @@ from ham_hf.reporting.report import CalibrationReport
 from ham_hf.reporting.run_report import calibrated_report, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
-from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock, check_calibration_dir
+from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock
 
 logger = logging.getLogger("ham_hf.calibrate")
 
@@ -81,7 +81,7 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
 
 def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfig], HeldOut, Origin]:
     """Everything that can be refused, before anything is written."""
-    accelerator = begin(config, check_calibration_dir)
+    accelerator = begin(config, OWNED_BY_CALIBRATION)
     with accelerator.main_process_first():
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
@@ -340,10 +340,8 @@ def export_calibrated(
 ) -> ExportInfo:
     """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
 
-    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits.
-
-    Raises:
-        HeadError: if they differ; nothing of the export is left then.
+    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits. If the
+    comparison fails, nothing of the export is left.
     """
     name = complete_name(config.model, config.model_revision)
     # The network as it was trained, where it was published inside another one.

@@ -39,7 +39,7 @@ from ham_hf.reporting.run_report import evaluation_report, write_evaluation
 from ham_hf.reporting.tables import breakdown_tables, results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes
-from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_evaluation_dir, clear_output_dir
+from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_results_dir, clear_output_dir
 
 logger = logging.getLogger("ham_hf.evaluate")
 
@@ -148,11 +148,11 @@ class Job(Generic[ConfigT]):
         )
 
 
-def begin(config: EvaluateConfig | CalibrateConfig, check_folder: Callable[..., None]) -> Accelerator:
+def begin(config: EvaluateConfig | CalibrateConfig, owned: Sequence[str]) -> Accelerator:
     """Refuse what can be refused without model and data, and start the accelerator."""
     if config.evaluation.autoattack:
         require_autoattack()
-    check_folder(config.output_path, overwrite=config.overwrite_output_dir)
+    check_results_dir(config.output_path, owned, overwrite=config.overwrite_output_dir)
     return create_accelerator(use_cpu=config.use_cpu, ddp_timeout=config.ddp_timeout)
 
 
@@ -247,7 +247,7 @@ def shell_command(config: EvaluateConfig) -> str:
 
 def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
     """Everything that can be refused, before anything is written."""
-    accelerator = begin(config, check_evaluation_dir)
+    accelerator = begin(config, OWNED_BY_EVALUATION)
     if config.hub.push_to_hub and accelerator.is_main_process:
         if config.hub.create_pr:
             check_pull_request(str(config.repo_id))

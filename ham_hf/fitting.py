@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -136,20 +135,12 @@ class ReorderedLogits(nn.Module):
         return logits[:, self.order]
 
 
-class AlignedModel(NamedTuple):
-    """A model with its logits in the order of a dataset's classes.
-
-    Attributes:
-        class_order: ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
-            their logits are attacked and decided over; ``assumed``: names do not match, the orders are assumed equal.
-    """
-
-    model: nn.Module
-    class_order: str
-
-
-def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedModel:
+def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> tuple[nn.Module, str]:
     """Put the model's logits in the order of the dataset's classes; names that both have decide.
+
+    Returns:
+        The model, and ``by name``; ``subset``: by name, and the dataset has some of the model's classes only, so only
+        their logits are attacked and decided over; or ``assumed``: names do not match, the orders are assumed equal.
 
     Raises:
         ValueError: if the dataset has a class that the model does not name while they share others at different
@@ -163,7 +154,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
     if names is None and all(name in (synsets or ()) for name in class_names):
         names = synsets  # timm's models name no classes; ImageNet-A and ImageNet-R have 200 of the 1,000
     if names is not None and tuple(names) == tuple(class_names):
-        return AlignedModel(loaded.model, "by name")
+        return loaded.model, "by name"
     shared = set(names or ()) & set(class_names)
     lists = f"the model's: {_shown_names(names or ())}; the dataset's: {_shown_names(class_names)}"
     if names is not None and shared == set(class_names):
@@ -181,7 +172,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
                 number,
             )
         order = [names.index(name) for name in class_names]
-        return AlignedModel(ReorderedLogits(loaded.model, order), "by name" if same else "subset")
+        return ReorderedLogits(loaded.model, order), "by name" if same else "subset"
     if number != len(class_names):
         raise ValueError(
             f"the model tells {number} classes apart and the dataset has {len(class_names)}"
@@ -190,7 +181,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
         )
     if names is None:
         logger.warning("the model does not name its classes: taking them to be in the order of the dataset's")
-        return AlignedModel(loaded.model, "assumed")
+        return loaded.model, "assumed"
     moved = [name for name, own in zip(class_names, names, strict=True) if name in shared and name != own]
     unknown = [name for name in class_names if name not in shared]
     if moved:
@@ -204,7 +195,7 @@ def align_classes(loaded: LoadedModel, class_names: Sequence[str]) -> AlignedMod
         ", ".join(map(plain_text, names[:5])),
         ", ".join(map(plain_text, class_names[:5])),
     )
-    return AlignedModel(loaded.model, "assumed")
+    return loaded.model, "assumed"
 
 
 def _shown_names(names: Sequence[str]) -> str:

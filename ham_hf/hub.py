@@ -291,11 +291,7 @@ def try_push(
 def download_file(
     repo_id: str, name: str, folder: Path, *, revision: str = DEFAULT_REVISION, required: bool = True
 ) -> None:
-    """Download the file ``name`` of a model on the Hub to the same place in a folder.
-
-    Raises:
-        ValueError: if the download fails, or there is no such repository or ``required`` file.
-    """
+    """Download the file ``name`` of a model to the same place in a folder; ValueError if a ``required`` one fails."""
     try:
         retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
     except PUSH_ERRORS as error:
@@ -308,11 +304,7 @@ def download_file(
 
 
 def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
-    """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay.
-
-    Raises:
-        PushError: if the push failed.
-    """
+    """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
     upload = partial(
         HfApi().upload_folder,
         repo_id=repo_id,

@@ -199,17 +199,12 @@ def _attacked_on(
 
 
 def hard_weights(mined: HardExamples, kind: str) -> Tensor:
-    """Weight of each hard example (H,): "none" (1), "probability_move" or "margin" (our forms).
-
-    Raises:
-        ValueError: for another kind, or if moves were to weigh and `mine_hard_examples` did not track them.
-    """
+    """Weight of each hard example (H,): "none" (1), "margin" or, of tracked moves, "probability_move" (our forms)."""
     if kind == "none":
         return torch.ones_like(mined.x_adv[:, 0, 0, 0])
     if kind == "margin":
         return 1 + margin_loss(mined.early.logits[mined.rows].softmax(1), mined.y)
-    if kind != "probability_move" or mined.largest_move is None:
-        raise ValueError(f"there is no weight of hard examples by {kind!r} here")
+    assert mined.largest_move is not None  # noqa: S101 (tracked where it weighs)
     # The shape left in the authors' script, 1 - (tanh(-1 + 5 (m/2 - w) / (m/2)) + 1) / 2, with m = 2, the largest
     # distance two distributions can have, where the script took the batch maximum: a weight then does not depend on
     # the other rows, nor on how they are spread over processes.

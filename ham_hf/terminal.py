@@ -36,7 +36,7 @@ def show(text: str) -> None:
         _discard_output()
 
 
-SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.batch_sharing", "ham_hf.evaluation.working_size")
+SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.batch_sharing")
 """Modules whose warnings concern the rows of one process; those of the others are the same on every process."""
 
 

@@ -51,10 +51,10 @@ from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launch import check_shared_folder, create_accelerator, launched_processes, peak_memory_bytes
+from ham_hf.training.log import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
-from ham_hf.training.trackers import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
 

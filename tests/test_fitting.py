@@ -56,17 +56,17 @@ def test_the_order_is_assumed_where_names_do_not_contradict_it(names, caplog):
     assert align_classes(found, names) == (found.model, "assumed")
     assert "taking them to be in the same order" in caplog.text
     unnamed = loaded(class_names=None)
-    assert align_classes(unnamed, names).model is unnamed.model
-    assert align_classes(unnamed, names).class_order == ("by name" if names[0] == "0" else "assumed")
+    assert align_classes(unnamed, names)[0] is unnamed.model
+    assert align_classes(unnamed, names)[1] == ("by name" if names[0] == "0" else "assumed")
 
 
 @pytest.mark.parametrize("names", [("0", "2", "1"), ("2", "0", "1")])
 def test_numbers_of_logits_are_their_names_to_a_model_without_names(names):
     unnamed = loaded(class_names=None)
-    aligned = align_classes(unnamed, names)
+    model, order = align_classes(unnamed, names)
     x = torch.rand(2, 1, 4, 4)
-    assert torch.equal(aligned.model(x), unnamed.model(x)[:, [int(name) for name in names]])
-    assert aligned.class_order == "by name"
+    assert torch.equal(model(x), unnamed.model(x)[:, [int(name) for name in names]])
+    assert order == "by name"
     with pytest.raises(ValueError, match="3 classes apart and the dataset has 2"):
         align_classes(unnamed, names[:2])  # some other data set that counts its classes
 

@@ -44,11 +44,7 @@ class GroupReader:
         self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches.
-
-        Raises:
-            ValueError: if a batch is no mapping, has no such key, or other values, or not one for each image.
-        """
+        """The batches; ValueError if one is no mapping, has no such key, other values, or not one for each image."""
         if isinstance(self._loader, Images):
             raise ValueError(f"group_column {self.column}: Images have no columns; give batches that are mappings")
         for batch in self._loader:
@@ -72,11 +68,7 @@ class GroupReader:
 
 
 def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterator[PixelBatch]:
-    """The batches of a loader, checked, on a device; ``batch_size`` is for `Images` alone.
-
-    Raises:
-        ValueError: for what is no batch of pixels and labels, or pixels outside [0, 1].
-    """
+    """The batches of a loader on a device: pixels in [0, 1] and labels; ``batch_size`` is for `Images` alone."""
     if isinstance(loader, Images):
         parts = torch.split(torch.arange(len(loader)), batch_size)
         yield from loader.batches([BatchRequest(rows, None) for rows in parts], device=device)
@@ -93,11 +85,7 @@ def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterato
 
 
 def held_images(loader: Loader) -> Images:
-    """All images of a loader, in memory.
-
-    Raises:
-        ValueError: as `batches_of`; also if there is none, or images differ in size.
-    """
+    """All images of a loader, one at least and of one size, in memory."""
     if isinstance(loader, Images):
         return loader
     batches = list(batches_of(loader, torch.device("cpu"), 1))
@@ -110,11 +98,7 @@ def held_images(loader: Loader) -> Images:
 
 
 def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names of the classes: those given, those that a torchvision or datasets dataset has, or numbers.
-
-    Raises:
-        ValueError: if names are given and their number is not that of the logits.
-    """
+    """Names of the classes: those given, one for each logit, those of the loader's dataset, or numbers."""
     if given is not None:
         if len(given) != num_classes:
             raise ValueError(f"class_names has {len(given)} names, but the model has {num_classes} logits")

@@ -31,9 +31,9 @@ from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
+from ham_hf.training.log import end_training, track_test_results
 from ham_hf.training.run_folder import LOADING_NAME, RunLock
 from ham_hf.training.stopping import stop_requests
-from ham_hf.training.trackers import end_training, track_test_results
 from ham_hf.training_run import Run, begin, check_settings, measure, run_of, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)

@@ -30,12 +30,9 @@ _TEXT_TAG, _LIST_TAG = "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq"
 
 
 class Entry(NamedTuple):
-    """One setting as written.
+    """One setting as written: its name, which may be unknown, and its value, not yet read.
 
-    Attributes:
-        name: as written; may be unknown.
-        node: its value, not yet read.
-        origin: file and line, to begin a message with; empty for a flag.
+    ``origin`` is file and line, to begin a message with; empty for a flag.
     """
 
     name: str

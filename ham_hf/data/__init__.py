@@ -2,7 +2,8 @@
 
 `dataset` opens a dataset and prepares it: `sources` finds its files, `columns` chooses splits, columns and classes,
 `splits` holds images out, `provenance` records it, `decoding` makes pixels, and `pixels` makes augmented batches of
-them. `streaming` and `shards` read training data without a local copy; `in_memory` takes datasets in Python.
+them. `streaming` and `shards` read training data without a local copy; `in_memory` takes datasets in Python;
+`evaluation_data` opens what a finished model is evaluated on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from ham_hf.imports import names_on_demand
 
 if TYPE_CHECKING:
     from ham_hf.data.config import CalibrationDataConfig, DataConfig
-    from ham_hf.data.dataset import ImageData, TestData, load_image_data, load_test_data
+    from ham_hf.data.dataset import ImageData, TestData, load_image_data
+    from ham_hf.data.evaluation_data import load_test_data
     from ham_hf.data.in_memory import image_data_from
     from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
     from ham_hf.data.splits import stratified_subset
@@ -38,7 +40,8 @@ __getattr__ = names_on_demand(
     __name__,
     {
         "ham_hf.data.config": ["CalibrationDataConfig", "DataConfig"],
-        "ham_hf.data.dataset": ["ImageData", "TestData", "load_image_data", "load_test_data"],
+        "ham_hf.data.dataset": ["ImageData", "TestData", "load_image_data"],
+        "ham_hf.data.evaluation_data": ["load_test_data"],
         "ham_hf.data.in_memory": ["image_data_from"],
         "ham_hf.data.pixels": ["BatchRequest", "Images", "PixelBatch"],
         "ham_hf.data.splits": ["stratified_subset"],

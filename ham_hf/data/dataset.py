@@ -23,9 +23,8 @@ from ham_hf.data.decoding import (
     for_each_image,
     timm_train_transform,
 )
-from ham_hf.data.evaluation_data import TrainedOn, evaluation_part
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, PixelStore, StreamedPixels
+from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, StreamedPixels
 from ham_hf.data.provenance import STREAMED, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
@@ -66,14 +65,14 @@ class TestData:
     __test__ = False  # no test of pytest
 
     name: str
-    config_name: str | None
-    revision: str | None
+    config_name: str | None = None
+    revision: str | None = None
     test: Images
     class_names: tuple[str, ...]
     image_size: int
     in_chans: int
     augmentation: str
-    num_skipped: int
+    num_skipped: int = 0
     test_split_origin: str
     provenance: Provenance | None = None
     notes: tuple[str, ...] = ()
@@ -104,43 +103,6 @@ class ImageData(TestData):
     crop_mode: str = "center"
 
 
-def load_test_data(
-    config: DataConfig, inputs: Preprocessing, trained: TrainedOn, *, group_column: str | None = None
-) -> TestData:
-    """Open the images to evaluate a finished model on; `ham_hf.data.evaluation_data.evaluation_part` says which.
-
-    Args:
-        config: says which data.
-        inputs: what the model takes.
-        trained: what is known of the model's training data.
-        group_column: column of groups to evaluate beside the classes; None for none.
-
-    Raises:
-        ValueError: for anything that does not fit; the message names the setting.
-        CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
-    """
-    _check_channels(inputs.in_chans)
-    part = evaluation_part(config, inputs.in_chans, trained, group_column)
-    geometry = _geometry(inputs, inputs.image_size)
-    images, _, rows = _make_ready(part.encoded, geometry, config, augmentation="none")
-    _warn_of_absent_classes("test", images.labels, part.class_names)
-    logger.info("%d images to test on (%s)", len(images), part.origin)
-    return TestData(
-        name=config.dataset_name,
-        config_name=part.source.config_name,
-        revision=part.source.revision,
-        test=images,
-        class_names=part.class_names,
-        image_size=geometry.image_size,
-        in_chans=inputs.in_chans,
-        augmentation="none",
-        num_skipped=len(part.encoded) - len(images),
-        test_split_origin=part.origin,
-        notes=part.source.notes,
-        groups=None if part.groups is None else part.groups.only(torch.isin(part.encoded.rows, rows)),
-    )
-
-
 def load_image_data(
     config: DataConfig, inputs: Preprocessing, *, seed: int, image_size: int | None = None
 ) -> ImageData:
@@ -166,12 +128,12 @@ def load_image_data(
         ValueError: for anything that does not fit; the message names the setting.
         CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
     """
-    _check_channels(inputs.in_chans)
+    check_channels(inputs.in_chans)
     if config.dataset_streaming:
         parts = split_stream(config, inputs.in_chans)
     else:
         parts = split_dataset(config, inputs.in_chans, seed)
-    geometry = _geometry(
+    geometry = evaluation_geometry(
         inputs, image_size or common_side(parts.encoded.values(), SMALL_IMAGE_SIZE) or inputs.image_size
     )
     # Of a stream, train is never cached.
@@ -181,7 +143,7 @@ def load_image_data(
     digests: dict[str, list[bytes] | None] = {}
     for part, encoded in parts.encoded.items():
         own = augmentation if part == "train" else "none"
-        images[part], digests[part], _ = _make_ready(encoded, geometry, config, augmentation=own)
+        images[part], digests[part], _ = make_ready(encoded, geometry, config, augmentation=own)
     _report_sizes(images, parts)
     # Of a stream, the images that are read already: the held-out part of train, or a sample of it.
     mean, std = channel_statistics(images.get("train") or images.get("validation") or images["sample"], seed)
@@ -209,12 +171,14 @@ def load_image_data(
     )
 
 
-def _check_channels(in_chans: int) -> None:
+def check_channels(in_chans: int) -> None:
+    """ValueError unless images can have so many channels."""
     if in_chans not in MODE_OF_CHANNELS:
         raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
 
 
-def _geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
+def evaluation_geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
+    """How images of this size are made; small ones of another size than the model's own stay whole."""
     small = image_size <= SMALL_IMAGE_SIZE and image_size != inputs.image_size
     return EvalTransform(
         image_size,
@@ -242,7 +206,7 @@ def _report_sizes(images: Mapping[str, Images], parts: Parts) -> None:
     """Log the numbers of images, and warn of classes without one and of a small held-out part."""
     for part in images:
         if part != "sample":
-            _warn_of_absent_classes(part, images[part].labels, parts.class_names)
+            warn_of_absent_classes(part, images[part].labels, parts.class_names)
     held_out, num_classes, origin = len(images.get("validation", ())), len(parts.class_names), parts.test_split_origin
     what = "%d images held out of train to select the weights with, %d to test on (%s)"
     logger.info(what, held_out, len(images["test"]), origin)
@@ -293,14 +257,14 @@ def train_transform(geometry: EvalTransform, augmentation: str) -> PixelTransfor
     return geometry
 
 
-def _make_ready(
+def make_ready(
     encoded: EncodedImages, geometry: EvalTransform, config: DataConfig, *, augmentation: str
 ) -> tuple[Images, list[bytes] | None, Tensor]:
     """The images of a part, a digest of each where all are read here, and the row of the split that each is."""
     cache_images, skip_corrupt = config.cache_images, config.skip_corrupt
     num_bytes = len(encoded) * encoded.in_chans * geometry.image_size**2
     fits = num_bytes <= CACHE_LIMIT_BYTES and augmentation != "timm"
-    pixels: PixelStore
+    pixels: CachedPixels | StreamedPixels
     digests: list[bytes] | None = None
     if cache_images == "ram" or (cache_images == "auto" and fits):
         logger.info("decoding %d images of %r into %.0f MiB of memory", len(encoded), encoded.split, num_bytes / 2**20)
@@ -342,7 +306,8 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
     return found
 
 
-def _warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
+def warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
+    """Warn of classes without an example in a part."""
     if part == "train" and len(labels) <= len(class_names):
         return  # An evaluation asked for so few that some classes have to be absent.
     absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()

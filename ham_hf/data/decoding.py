@@ -110,15 +110,8 @@ class EvalTransform:
     """Evaluation geometry of timm: PIL image to uint8 (C, S, S), pixel for pixel as timm makes it.
 
     An image of that size stays exactly as it is if ``crop_pct`` is 1. A class, not a closure: worker processes that do
-    not fork get it by pickle.
-
-    Args:
-        image_size: S, in pixels.
-        crop_pct: S by the side that is resized to; above 1, timm pads the smaller image: with black, or with
-            ``border_color`` for ``border``.
-        interpolation: as timm names it: ``bicubic``, ``bilinear``, ``nearest``, ...
-        crop_mode: as timm names it: ``center`` resizes the shorter side, ``border`` the longer one, ``squash`` both.
-        border_color: of what ``border`` adds: per channel, of pixels in [0, 1]; timm takes the mean.
+    not fork get it by pickle. Arguments are as in `ham_hf.models.Preprocessing`, S is ``image_size``. Above a
+    ``crop_pct`` of 1, timm pads the smaller image: with black, or with ``border_color`` (in [0, 1]) for ``border``.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import datasets
 import torch
@@ -23,13 +23,17 @@ from ham_hf.data.columns import (
     read_labels,
 )
 from ham_hf.data.config import DataConfig
+from ham_hf.data.dataset import TestData, check_channels, evaluation_geometry, make_ready, warn_of_absent_classes
 from ham_hf.data.declarations import Declarations
 from ham_hf.data.decoding import EncodedImages
-from ham_hf.data.image_groups import ImageGroups, read_groups
+from ham_hf.data.image_groups import read_groups
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import SplitFiles, read_whole
 from ham_hf.data.sources import Source, is_local, open_source, open_streamed_source
 from ham_hf.data.splits import TEST_SEED, held_out_origin, limit_rows, named_labels, stratified_split
+
+if TYPE_CHECKING:
+    from ham_hf.models import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -65,30 +69,59 @@ class _Opened(NamedTuple):
     image_column: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationPart:
-    """The images to evaluate on, not decoded; ``origin`` is their split, or how they were held out of it."""
+def load_test_data(
+    config: DataConfig, inputs: Preprocessing, trained: TrainedOn, *, group_column: str | None = None
+) -> TestData:
+    """Open the images to evaluate a finished model on.
 
-    source: Source[datasets.Dataset] | Source[SplitFiles]
-    encoded: EncodedImages
-    class_names: tuple[str, ...]
-    origin: str
-    groups: ImageGroups | None = None
+    These are the named split, else the only one, else the test split by the rule of `choose_splits`. Of a split that
+    the model was trained on, also of a copy under another name (by its fingerprint), only the recorded test part is
+    used. ``config.test_fraction`` is held out of a split that is for training by its name. A stream is read into the
+    cache.
 
-
-def evaluation_part(
-    config: DataConfig, in_chans: int, trained: TrainedOn, group_column: str | None = None
-) -> EvaluationPart:
-    """The named split, else the only one, else the test split by the rule of `ham_hf.data.columns.choose_splits`.
-
-    Of a split that the model was trained on, also of a copy under another name (by its fingerprint), only the recorded
-    test part is used. ``config.test_fraction`` is held out of a split that is for training by its name. A stream is
-    read into the cache.
+    Args:
+        config: says which data.
+        inputs: what the model takes.
+        trained: what is known of the model's training data.
+        group_column: column of groups to evaluate beside the classes; None for none.
 
     Raises:
-        ValueError: for anything that does not fit, or if the model was trained on every image of the split.
+        ValueError: for anything that does not fit, or if the model was trained on every image of the split; the
+            message names the setting.
+        CorruptImageError: (a ValueError) for an unreadable image, unless ``skip_corrupt``.
     """
+    check_channels(inputs.in_chans)
     opened = _open(config, group_column)
+    encoded, origin = _choose_images(config, inputs.in_chans, opened, trained)
+    groups = None
+    if group_column is not None:
+        declared = _alone(opened.source.declared, opened.split)
+        of_files = declared.row_names(group_column, opened.split, opened.split)
+        groups = read_groups(opened.rows[opened.split], group_column, encoded.rows, of_files)
+    geometry = evaluation_geometry(inputs, inputs.image_size)
+    images, _, rows = make_ready(encoded, geometry, config, augmentation="none")
+    warn_of_absent_classes("test", images.labels, opened.class_names)
+    logger.info("%d images to test on (%s)", len(images), origin)
+    return TestData(
+        name=config.dataset_name,
+        config_name=opened.source.config_name,
+        revision=opened.source.revision,
+        test=images,
+        class_names=opened.class_names,
+        image_size=geometry.image_size,
+        in_chans=inputs.in_chans,
+        augmentation="none",
+        num_skipped=len(encoded) - len(images),
+        test_split_origin=origin,
+        notes=opened.source.notes,
+        groups=groups and groups.only(torch.isin(encoded.rows, rows)),
+    )
+
+
+def _choose_images(
+    config: DataConfig, in_chans: int, opened: _Opened, trained: TrainedOn
+) -> tuple[EncodedImages, str]:
+    """The images to evaluate on, not decoded; and their split, or how they were held out of it."""
     images_at = partial(encoded_images, opened.rows, opened.image_column, in_chans, opened.split)
     rows, origin = torch.arange(len(opened.labels)), opened.split
     fraction = None
@@ -103,18 +136,7 @@ def evaluation_part(
         _, rows = stratified_split(labels, fraction, TEST_SEED)
         origin = held_out_origin(opened.split, fraction)
     rows = limit_rows(opened.labels, rows, config.limit_test_examples, TEST_SEED)
-    groups = None
-    if group_column is not None:
-        declared = _alone(opened.source.declared, opened.split)
-        of_files = declared.row_names(group_column, opened.split, opened.split)
-        groups = read_groups(opened.rows[opened.split], group_column, rows, of_files)
-    return EvaluationPart(
-        source=opened.source,
-        encoded=images_at(rows, opened.labels),
-        class_names=opened.class_names,
-        origin=origin,
-        groups=groups,
-    )
+    return images_at(rows, opened.labels), origin
 
 
 def choose_evaluation_split(

@@ -298,7 +298,6 @@ def _joined(contents: Mapping[str, pa.Table]) -> pa.Table:
 
 
 def _images_of(table: str, names: Sequence[object]) -> list[str]:
-    """Path of the image of each row."""
     found = []
     for row, name in enumerate(names):
         path = posixpath.normpath(posixpath.join(posixpath.dirname(table), name)) if isinstance(name, str) else ".."

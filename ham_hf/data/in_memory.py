@@ -6,7 +6,7 @@ Every image is read once and kept as bytes; pixels of float tensors are rounded 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import datasets
@@ -88,20 +88,17 @@ def image_data_from(
     mean, std = channel_statistics(training, seed)
     return ImageData(
         name=NAME,
-        config_name=None,
-        revision=None,
         train=training,
         validation=held_out,
         test=_images(test_pixels, test_labels, "none"),
         class_names=names,
         image_size=image_size,
         in_chans=in_chans,
-        crop_pct=1.0 if image_size <= SMALL_IMAGE_SIZE else crop_pct,
+        crop_pct=geometry.crop_pct,
         interpolation=interpolation,
         channel_mean=mean,
         channel_std=std,
         augmentation=augmentation,
-        num_skipped=0,
         test_split_origin="given",
     )
 
@@ -126,11 +123,9 @@ def _images(pixels: Tensor, labels: Tensor, augmentation: str) -> Images:
     return Images(labels, CachedPixels(pixels, move_to_device=True), augmentation)
 
 
-def _read(
-    given: Examples, part: str, geometry: Callable[[Image.Image], Tensor], in_chans: int
-) -> tuple[Tensor, Tensor]:
+def _read(given: Examples, part: str, geometry: EvalTransform, in_chans: int) -> tuple[Tensor, Tensor]:
     """Pixels (N, C, S, S) uint8 and labels (N,) int64 of a dataset."""
-    size: int = geometry.image_size  # type: ignore[attr-defined]
+    size = geometry.image_size
     pixels, labels = torch.empty(len(given), in_chans, size, size, dtype=torch.uint8), []
     for index, (image, label) in enumerate(_pairs(given, part)):
         where = f"{part}[{index}]"
@@ -146,7 +141,6 @@ def _read(
 
 
 def _pairs(given: Any, part: str) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 (whatever a dataset holds)
-    """Image and label of each example, in order."""
     image_key: Any = 0
     label_key: Any = 1
     if isinstance(given, datasets.Dataset):
@@ -161,7 +155,6 @@ def _pairs(given: Any, part: str) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401 
 
 
 def _picture(image: Any, in_chans: int, where: str) -> Image.Image:  # noqa: ANN401 (checked here)
-    """The image in mode L or RGB."""
     mode = MODE_OF_CHANNELS[in_chans]
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,13 +53,6 @@ class PixelBatch(NamedTuple):
     indices: Tensor
 
 
-class PixelStore(Protocol):
-    """Where the pixels of a split come from."""
-
-    def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
-        """One (B, C, S, S) uint8 tensor on ``device`` per request, in order."""
-
-
 class CachedPixels:
     """Pixels of a whole split in one tensor.
 
@@ -74,7 +67,7 @@ class CachedPixels:
         self._move_to_device = move_to_device
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
-        """See ``PixelStore``."""
+        """One (B, C, S, S) uint8 tensor on ``device`` per request, in order."""
         if self._move_to_device and self._pixels.device != device and self._fits(device):
             self._pixels = self._pixels.to(device)
         for request in requests:
@@ -123,7 +116,7 @@ class StreamedPixels:
         return torch.stack(pixels)
 
     def read(self, requests: Sequence[BatchRequest], device: torch.device) -> Iterator[Tensor]:
-        """See ``PixelStore``."""
+        """As `CachedPixels.read`."""
         num_workers = min(self._num_workers, len(requests))
         # Workers get the number of a request, as they have the requests already.
         load = partial(_load_numbered, self, requests)
@@ -138,7 +131,7 @@ class Images:
         labels: (N,) int64 classes, on the CPU.
     """
 
-    def __init__(self, labels: Tensor, pixels: PixelStore, augmentation: str) -> None:
+    def __init__(self, labels: Tensor, pixels: CachedPixels | StreamedPixels, augmentation: str) -> None:
         self.labels = labels
         self._pixels = pixels
         self._augmentation = augmentation

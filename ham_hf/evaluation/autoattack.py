@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel, attack_mode, finite_rows, predicted
 from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.data.splits import TEST_SEED
-from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.batch_sharing import Outcome, PiecewiseModel, SharedBatches, StopWatch, WorkingSize, Workplace
 from ham_hf.evaluation.robustness import (
     AttackResult,
     check_pixel_range,
@@ -29,7 +29,6 @@ from ham_hf.evaluation.robustness import (
     true_margins,
     warn_of_not_finite,
 )
-from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, derive_seed
 
 logger = logging.getLogger(__name__)
@@ -48,11 +47,7 @@ def autoattack_version(num_classes: int) -> tuple[str, list[str], int]:
 
 
 def require_autoattack() -> type:
-    """The AutoAttack class of pyautoattack.
-
-    Raises:
-        ValueError: naming the extra to install, if the package is absent.
-    """
+    """The AutoAttack class of pyautoattack; ValueError names the extra to install, if the package is absent."""
     try:
         from pyautoattack import AutoAttack
     except ModuleNotFoundError as error:

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import evaluation_mode, predicted
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, WorkingSize, Workplace
 from ham_hf.evaluation.corruptions import corrupt
 from ham_hf.evaluation.robustness import logits_of, true_margins
-from ham_hf.evaluation.working_size import WorkingSize
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CorruptionResult:
-    """Outcome of one corruption of one severity on every image of a split.
+class CorruptionResult(NamedTuple):
+    """One corruption of one severity: the images (N,) of a split that are right, not where logits are not finite.
 
-    Attributes:
-        name: of the corruption.
-        severity: 1 to 5.
-        flags: (N,) bool, CPU: the corrupted image is classified correctly; not where its logits are not finite.
-        seconds: wall-clock time, corrupting included, the mean over processes.
+    ``seconds`` is wall-clock time, corrupting included, the mean over processes.
     """
 
     name: str

@@ -70,11 +70,7 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
 
 
 def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str, ...]:
-    """The corruptions that words ask for, each once: names, lists of them with commas, or "all" for `CORRUPTIONS`.
-
-    Raises:
-        ValueError: for a corruption that is unknown or impossible with so many channels.
-    """
+    """The corruptions that words ask for, each once: names, lists of them with commas, or "all" for `CORRUPTIONS`."""
     words = [word for item in asked for word in item.replace(",", " ").split()]
     names = tuple(dict.fromkeys(name for word in words for name in (CORRUPTIONS if word == "all" else [word])))
     for name in names:
@@ -83,11 +79,7 @@ def chosen_corruptions(asked: Sequence[str], *, num_channels: int) -> tuple[str,
 
 
 def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
-    """Reject an unknown corruption or severity.
-
-    Raises:
-        ValueError: naming it and the known ones.
-    """
+    """Raise ValueError for a corruption or severity that is unknown, or impossible with so many channels."""
     if name in LEFT_OUT:
         raise ValueError(f"--corruptions {name}: not available, {LEFT_OUT[name]}")
     if name not in _DEFINITIONS:

@@ -165,11 +165,7 @@ def load_foreign_attacks(places: Sequence[str]) -> list[ForeignAttack]:
 
 
 def foreign_attack(name: str, function: AttackFunction, *, source: str | None = None) -> ForeignAttack:
-    """A function as an attack; its file's checksum is part of the settings, so that a change of it is noticed.
-
-    Raises:
-        ValueError: see `ForeignAttack`.
-    """
+    """A function as an attack; its file's checksum is part of the settings, so that a change of it is noticed."""
     try:
         file = inspect.getsourcefile(function)
     except TypeError:  # an instance, or a function without source
@@ -203,8 +199,7 @@ def _module_of(origin: str, flag: str) -> Any:  # noqa: ANN401 (a module)
 def _left_as_it_was(model: nn.Module, name: str) -> Iterator[None]:
     """Evaluation mode without gradients of parameters inside; modes, gradients and buffers as they were afterwards.
 
-    Raises:
-        ForeignAttackError: if weights or buffers were changed; buffers are restored.
+    A change of weights or buffers is a ForeignAttackError; buffers are restored.
     """
     versions = {key: parameter._version for key, parameter in model.named_parameters()}
     # By value: BatchNorm updates its statistics without a new version.

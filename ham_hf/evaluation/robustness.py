@@ -35,9 +35,8 @@ from ham_hf.attacks import (
     unsaturated_cross_entropy,
 )
 from ham_hf.data import Images, PixelBatch
-from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, Workplace
+from ham_hf.evaluation.batch_sharing import Outcome, PiecewiseModel, SharedBatches, StopWatch, WorkingSize, Workplace
 from ham_hf.evaluation.foreign import ForeignAttack
-from ham_hf.evaluation.working_size import PiecewiseModel, WorkingSize
 from ham_hf.seeding import Stream, make_generator
 
 logger = logging.getLogger(__name__)

@@ -141,7 +141,7 @@ class Method(Stateful):
 
     def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
         """Value of each term for each example (T, E) from the logits (R, num_classes) of ``rows.x``, unweighted."""
-        return self.loss.terms(logits, rows.y)
+        return self.loss.terms(logits, rows.y, rows.with_adversarial)
 
     def weigh(self, rows: TrainingRows, *, epoch: int, states: States) -> tuple[Tensor, Tensor]:
         """Weight of each term and example (T, E), and this batch's part of each term's divisor (T,).

@@ -52,7 +52,7 @@ class BalanceLoss(TradesLoss):
         """See `BaseLoss.start`: that of TRADES, clipped to [0, 1], as published."""
         return super().start(x, threat_model, generator).clamp_(0, 1)
 
-    def terms(self, logits: Tensor, y: Tensor) -> Tensor:
+    def terms(self, logits: Tensor, y: Tensor, some: Tensor | None = None) -> Tensor:
         wrong, correct, clean = full_precision(logits).chunk(3)
         return torch.stack(
             [

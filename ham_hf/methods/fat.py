@@ -114,22 +114,27 @@ def early_stopped_pgd(
         noise: standard deviation of Gaussian noise added at every step before projection, in pixel units.
         generator: source of that noise, drawn for the whole batch.
     """
-    watched = WatchedLoss(loss_fn)
     x_adv = start.detach()
     stopped, last_correct = x_adv.clone(), x_adv.clone()
     rows, budget = torch.arange(len(y), device=y.device), torch.full_like(y, tau)
-    unbroken = torch.ones_like(y, dtype=torch.bool)
+    wrong, unbroken = torch.zeros_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
+
+    def watched(logits: Tensor, y: Tensor) -> Tensor:
+        nonlocal wrong
+        wrong = predicted(logits.detach()) != y
+        return loss_fn(logits, y)
+
     with attack_mode(model):
         for _ in range(attack.num_steps):
             if not len(rows):
                 break
             gradient = input_gradient(model, x_adv, y, watched)
-            wrong = watched.wrong
             unbroken &= ~wrong
             last_correct[rows] = _where(unbroken, x_adv, last_correct[rows])
             left = (~wrong | (budget > 0)).nonzero().squeeze(1)
             attack = attack.rows(left)
-            watched.keep(left)
+            if isinstance(loss_fn, RowLoss):
+                loss_fn.keep(left)
             budget -= wrong.to(budget.dtype)
             rows, x_adv, gradient, y, budget, unbroken = (
                 values[left] for values in (rows, x_adv, gradient, y, budget, unbroken)
@@ -140,23 +145,6 @@ def early_stopped_pgd(
             x_adv = stopped[rows] = attack.threat_model.project(moved, x[rows])
     last_correct[rows] = _where(unbroken, x_adv, last_correct[rows])
     return StoppedAttack(stopped=stopped, last_correct=last_correct)
-
-
-class WatchedLoss:
-    """A loss that also notes which rows the last call found misclassified: ``wrong`` (N,)."""
-
-    wrong: Tensor
-
-    def __init__(self, loss_fn: LossFn) -> None:
-        self.loss_fn = loss_fn
-
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        self.wrong = predicted(logits.detach()) != y
-        return self.loss_fn(logits, y)
-
-    def keep(self, rows: Tensor) -> None:
-        if isinstance(self.loss_fn, RowLoss):
-            self.loss_fn.keep(rows)
 
 
 def _where(rows: Tensor, chosen: Tensor, others: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, ThreatModel, predicted, rows_of
 from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.batch import Batch, TrainingRows
-from ham_hf.methods.losses import trades_terms_of_some
 from ham_hf.methods.rule_method import Borrowing
 from ham_hf.methods.state import State
 from ham_hf.mining import HardExamples, hard_weights, mine_hard_examples, mine_three_kinds, most_confident_easy
@@ -132,11 +131,6 @@ class HAM(BuiltOnLoss, Borrowing):
     def tells_wrong_at_start(self) -> bool:
         return self.stop_misclassified
 
-    @property
-    def trains_on_all(self) -> bool:
-        """Whether every example is trained on: all easy ones are kept, or the first term takes all clean images."""
-        return self.loss.clean_term or (self.easy_weight > 0 and self.easy_fraction == 1)
-
     def inner_maximization(self, model: nn.Module, batch: Batch) -> TrainingRows:
         if batch.epoch < self.mining_start_epoch:
             return super().inner_maximization(model, batch)
@@ -201,12 +195,6 @@ class HAM(BuiltOnLoss, Borrowing):
         rows, x_adv = torch.cat([mined.rows, kept]), torch.cat([mined.x_adv, early[kept]])
         return rows, x_adv, torch.cat([weight, weight.new_full((len(kept),), self.easy_weight)])
 
-    def losses(self, logits: Tensor, rows: TrainingRows) -> Tensor:
-        """Give the terms of the base loss; of TRADES also where hard examples alone have an adversarial image."""
-        if rows.with_adversarial is None:
-            return super().losses(logits, rows)
-        return trades_terms_of_some(logits, rows.y, rows.with_adversarial)
-
     def initial_state(self, class_counts: Tensor) -> State:
         return {"mined": class_counts.new_zeros(2), "classify_in_step": torch.zeros((), dtype=torch.bool)}
 
@@ -245,7 +233,8 @@ def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list
         mined.append(method.mine(model, replace(batch, attack=to_mining_step)))
     full = max(len(batch.y) for batch in batches)
     mined = _attacked_to_the_end(method, model, batches, mined, full)
-    if method.trains_on_all:
+    if method.loss.clean_term or method.easy_weight:
+        # Every example is trained on: the first term takes all clean images, or all easy examples are kept.
         return [method.chosen(found, batch) for found, batch in zip(mined, batches, strict=True)]
     x = torch.cat([batch.x[found.rows] for batch, found in zip(batches, mined, strict=True)])
     y, x_adv = torch.cat([found.y for found in mined]), torch.cat([found.x_adv for found in mined])

@@ -55,12 +55,14 @@ class BaseLoss:
         """Rows of the training forward for the examples ``x`` (E, C, H, W) and their adversarial images."""
         return torch.cat([x_adv, x]) if self.paired else x_adv
 
-    def terms(self, logits: Tensor, y: Tensor) -> Tensor:
+    def terms(self, logits: Tensor, y: Tensor, some: Tensor | None = None) -> Tensor:
         """Value of each term for each example (T, E), unweighted.
 
         Args:
             logits: (R, num_classes) of `rows`.
             y: (E,) labels.
+            some: (A,) positions of the examples that have an adversarial image, where not all do, which a loss with a
+                `clean_term` alone knows.
         """
         return cross_entropy(logits, y)[None]
 
@@ -69,7 +71,7 @@ class BaseLoss:
 class TradesLoss(BaseLoss):
     """Cross-entropy of clean images, and beta times KL(p(x) || p(x_adv)) (Zhang et al., ICML 2019).
 
-    The attack increases the KL term, from ``x`` plus Gaussian noise.
+    The attack increases the KL term, from ``x`` plus Gaussian noise. Without an adversarial image the term is 0.
     """
 
     name: ClassVar[str] = "trades"
@@ -88,9 +90,13 @@ class TradesLoss(BaseLoss):
         with evaluation_mode(model), torch.no_grad():
             return KLFromClean(full_precision(model(x)))
 
-    def terms(self, logits: Tensor, y: Tensor) -> Tensor:
-        adversarial, clean = full_precision(logits).chunk(2)
-        return torch.stack([F.cross_entropy(clean, y, reduction="none"), kl(clean, adversarial)])
+    def terms(self, logits: Tensor, y: Tensor, some: Tensor | None = None) -> Tensor:
+        adversarial, clean = torch.split(full_precision(logits), [len(logits) - len(y), len(y)])
+        if some is None:
+            divergence = kl(clean, adversarial)
+        else:
+            divergence = torch.zeros_like(clean[:, 0]).index_copy(0, some, kl(clean[some], adversarial))
+        return torch.stack([F.cross_entropy(clean, y, reduction="none"), divergence])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,7 @@ class MartLoss(TradesLoss):
         """See `BaseLoss.attack_loss`: the cross-entropy."""
         return cross_entropy
 
-    def terms(self, logits: Tensor, y: Tensor) -> Tensor:
+    def terms(self, logits: Tensor, y: Tensor, some: Tensor | None = None) -> Tensor:
         adversarial, clean = full_precision(logits).chunk(2)
         p_adv, p_clean = adversarial.softmax(1), clean.softmax(1)
         runner_up = p_adv.scatter(1, y[:, None], -1.0).amax(1)
@@ -130,19 +136,6 @@ def kl(target: Tensor, logits: Tensor) -> Tensor:
     From logarithms, as the gradient with respect to a probability of exactly 0 would be NaN.
     """
     return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(1)
-
-
-def trades_terms_of_some(logits: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    """The terms of TRADES (2, E) where some of the examples alone have an adversarial image; KL is 0 elsewhere.
-
-    Args:
-        logits: (A + E, num_classes) of the A adversarial images, then of all clean ones.
-        y: (E,) labels.
-        rows: (A,) positions of the examples that the adversarial images belong to.
-    """
-    adversarial, clean = torch.split(full_precision(logits), [len(rows), len(y)])
-    divergence = torch.zeros_like(clean[:, 0]).index_copy(0, rows, kl(clean[rows], adversarial))
-    return torch.stack([F.cross_entropy(clean, y, reduction="none"), divergence])
 
 
 class KLFromClean:

@@ -319,7 +319,6 @@ def _write_rgb_form(folder: Path) -> bool:
 
 
 def _remove_rgb_form(folder: Path) -> None:
-    """Remove ``rgb/`` of an earlier export, if there is one."""
     if (folder / RGB_FOLDER / CONFIG_NAME).is_file():
         shutil.rmtree(folder / RGB_FOLDER)
 

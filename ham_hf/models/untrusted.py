@@ -204,13 +204,8 @@ class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count new tensors inside, and raise before taking the memory of one too many.
 
     A configuration can ask for any number of layers, channels and classes, but its weights have to be that size too:
-    the network may be ``FACTOR`` times as large as they are, plus a margin.
-
-    Args:
-        weights: state dict that the network is built for; None if it has none: limits are fixed then.
-
-    Raises:
-        TooLargeError: from inside, when the limit is reached.
+    the network may be ``FACTOR`` times as large as ``weights``, its state dict, plus a margin; without weights, limits
+    are fixed. TooLargeError is raised from inside.
     """
 
     def __init__(self, weights: Mapping[str, Tensor] | None) -> None:

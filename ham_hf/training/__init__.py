@@ -1,6 +1,6 @@
 """The training loop on accelerate, and all that a run needs in order to be left alone.
 
 `trainer` is the loop and `train_step` one update of it. Around the update: `method_state`, `weight_perturbation`,
-`averaging`, `optimization`, `sharding`. Around the loop: `data_order`, `validation`, `log`, `trackers`;
+`averaging`, `optimization`, `sharding`. Around the loop: `data_order`, `validation`, `log`;
 `checkpoint` and `resume`; `launch`, `stopping` and `environment` of a process; `run_folder`.
 """

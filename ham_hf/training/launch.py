@@ -36,7 +36,7 @@ def create_accelerator(
     Args:
         use_cpu: use the CPU even if there is an accelerator.
         mixed_precision: "no", "bf16" or "fp16".
-        trackers: what `ham_hf.training.trackers.chosen_trackers` gives.
+        trackers: what `ham_hf.training.log.chosen_trackers` gives.
         logging_dir: folder of trackers that write files.
         ddp_timeout: seconds that a process waits for the others.
 

@@ -126,34 +126,20 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | No
         )
 
 
-def check_evaluation_dir(output_dir: Path, *, overwrite: bool) -> None:
-    """Refuse an output folder for an evaluation that holds something, or a model, which is never overwritten.
+def check_results_dir(output_dir: Path, owned: Collection[str], *, overwrite: bool) -> None:
+    """Refuse an output folder for an evaluation or a calibration, which own these names.
 
-    An interrupted evaluation is not refused: the same command continues it.
-
-    Raises:
-        ValueError: if the path is a file, or the folder holds a model, a training run, or anything that is not to be
-            replaced.
-    """
-    if any((output_dir / name).exists() for name in (WEIGHTS, "train_config.yaml", BEST_NAME)):
-        raise ValueError(f"--output_dir {output_dir} holds a model; an evaluation needs a folder of its own")
-    _check_unoccupied(output_dir, OWNED_BY_EVALUATION, "an evaluation", overwrite=overwrite)
-
-
-def check_calibration_dir(output_dir: Path, *, overwrite: bool) -> None:
-    """The same for a calibrated model, which replaces a model but never a training run.
+    Neither ever replaces a training run, nor an evaluation a model. One that was interrupted is not refused: the same
+    command continues it.
 
     Raises:
-        ValueError: if the path is a file, or the folder holds a training run, or anything that is not to be replaced.
+        ValueError: if the path is a file, or the folder holds what is never replaced, or anything that is not to be.
     """
-    if any((output_dir / name).exists() for name in ("train_config.yaml", BEST_NAME)):
-        raise ValueError(
-            f"--output_dir {output_dir} holds a training run; a calibrated model needs a folder of its own"
-        )
-    _check_unoccupied(output_dir, OWNED_BY_CALIBRATION, "a calibration", overwrite=overwrite)
-
-
-def _check_unoccupied(output_dir: Path, owned: Collection[str], who: str, *, overwrite: bool) -> None:
+    held, what, who = "a model", "an evaluation", "an evaluation"
+    if WEIGHTS in owned:
+        held, what, who = "a training run", "a calibrated model", "a calibration"
+    if any((output_dir / name).exists() for name in {WEIGHTS, "train_config.yaml", BEST_NAME} - {*owned}):
+        raise ValueError(f"--output_dir {output_dir} holds {held}; {what} needs a folder of its own")
     # Partial results are removed last: beside them, the rest is what was being written.
     unfinished = (output_dir / PARTIAL_RESULTS).exists()
     if _is_occupied(output_dir, besides=(PARTIAL_RESULTS, *owned) if unfinished else ()) and not overwrite:
@@ -191,10 +177,6 @@ PATIENCE = 0.5
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-class BusyFolderError(ValueError):
-    """Another run uses the output folder."""
-
-
 class RunLock:
     """The lock of one output folder; as a context manager it is released at the end, if it was acquired.
 
@@ -211,7 +193,7 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            BusyFolderError: naming process, machine and start of the run that has it.
+            ValueError: naming process, machine and start of another run that has it.
             OSError: if the folder is not writable.
         """
         folder = self.path.parent
@@ -220,7 +202,7 @@ class RunLock:
         try:
             self._lock.acquire()
         except Timeout:
-            raise BusyFolderError(
+            raise ValueError(
                 f"--output_dir {folder} is in use by another run, {_describe(self._owner)}; wait for it, stop it "
                 "(SIGTERM lets it save), or name another folder"
             ) from None

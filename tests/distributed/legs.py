@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +65,7 @@ def no_random_start() -> Iterator[None]:
         yield
 
 
-def make_trainer(
-    accelerator: Accelerator, folder: Path, objective: Method, labels: Sequence[int] = range(4), **changes
-) -> Trainer:
+def make_trainer(accelerator, folder, objective, labels=range(4), **changes) -> Trainer:
     """Two epochs of three updates of 16 images; float64, no batch statistics; in training, other ``labels``."""
     data = image_data(48)
     for part in (data.train, data.validation):

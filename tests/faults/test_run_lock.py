@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME, BusyFolderError, RunLock
+from ham_hf.training.run_folder import LOCK_NAME, OWNER_NAME, RunLock
 from tests.conftest import ROOT
 from tests.support.recipe_runs import SMALL, refused
 
@@ -41,7 +41,7 @@ def owner(folder, mode="alone"):
 def test_second_run_is_refused_by_name_until_the_first_is_dead(tmp_path):
     folder = tmp_path / "run"
     process, _ = owner(folder)
-    with pytest.raises(BusyFolderError, match=rf"--output_dir .*run is in use .*process {process.pid} on .*since 20"):
+    with pytest.raises(ValueError, match=rf"--output_dir .*run is in use .*process {process.pid} on .*since 20"):
         RunLock(folder).acquire()
     process.kill()
     process.wait()
@@ -86,7 +86,7 @@ def test_run_that_ends_between_our_opening_and_locking_is_no_obstacle(tmp_path, 
     monkeypatch.setattr(fcntl, "flock", first_ends_now)
     second.acquire()
     assert fcntl.flock is lock
-    with pytest.raises(BusyFolderError):
+    with pytest.raises(ValueError, match="in use by another run"):
         RunLock(tmp_path).acquire()
     second.release()
 

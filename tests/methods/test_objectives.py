@@ -26,17 +26,8 @@ def outer(method, case, epoch=5):
 
 
 def mined_alike(net, case, **options):
-    return mine_hard_examples(
-        net,
-        case.x,
-        case.y,
-        threat_model=ATTACK.threat_model,
-        num_steps=6,
-        step_size=0.005,
-        mining_step=2,
-        generator=torch.Generator().manual_seed(3),
-        **options,
-    )
+    options |= {"threat_model": ATTACK.threat_model, "num_steps": 6, "step_size": 0.005, "mining_step": 2}
+    return mine_hard_examples(net, case.x, case.y, generator=torch.Generator().manual_seed(3), **options)
 
 
 @pytest.mark.parametrize("easy_weight", [0.4, 1.0])

@@ -20,8 +20,8 @@ from ham_hf.training.checkpoint import (
 from ham_hf.training.run_folder import (
     OWNED_BY_EVALUATION,
     OWNED_BY_TRAINING,
-    check_evaluation_dir,
     check_output_dir,
+    check_results_dir,
     clear_output_dir,
 )
 from tests.support.checkpoints import make
@@ -148,20 +148,20 @@ def test_interrupted_evaluation_goes_on_in_its_folder(tmp_path):
     (tmp_path / PARTIAL_RESULTS).mkdir()
     for name in OWNED_BY_EVALUATION:
         (tmp_path / name).write_text("half")
-    check_evaluation_dir(tmp_path, overwrite=False)
+    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
     (tmp_path / PARTIAL_RESULTS).rmdir()
     with pytest.raises(ValueError, match=r"already holds files.*--overwrite_output_dir") as error:
-        check_evaluation_dir(tmp_path, overwrite=False)
+        check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
     assert "resume" not in str(error.value)
-    check_evaluation_dir(tmp_path, overwrite=True)
+    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "train_config.yaml"])
 def test_evaluation_never_goes_where_a_model_is(tmp_path, name):
-    check_evaluation_dir(tmp_path, overwrite=False)
+    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match="holds a model"):
-        check_evaluation_dir(tmp_path, overwrite=True)
+        check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=True)
 
 
 def test_clearing_removes_a_run_and_nothing_else(tmp_path):

@@ -20,10 +20,9 @@ from ham_hf.methods import HAM, PGDAT
 from ham_hf.metrics import ClassAccuracy
 from ham_hf.training.checkpoint import list_checkpoints, load_best
 from ham_hf.training.data_order import epoch_order
-from ham_hf.training.log import RunLog
+from ham_hf.training.log import RunLog, end_training, start_trackers
 from ham_hf.training.resume import check_same_run
 from ham_hf.training.stopping import TrainingStopped
-from ham_hf.training.trackers import end_training, start_trackers
 from ham_hf.training.train_step import NonFiniteLossError, PassCounter
 from ham_hf.training.validation import HeldOutAccuracy
 from tests.benchmarks.yardsticks import PassCounter as Yardstick

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
 from ham_hf.comparison.plan import read_plan
-from ham_hf.training.trackers import TRACKERS, chosen_trackers, class_numbers, start_trackers
+from ham_hf.training.log import TRACKERS, chosen_trackers, class_numbers, start_trackers
 from tests.conftest import ROOT
 from tests.support.recipe_runs import SMALL, recipe_module
 
