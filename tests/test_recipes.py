@@ -124,3 +124,11 @@ def test_paper_recipes_hold_the_published_values(name, dataset, mining, start, r
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (120, 128)
     assert (training.learning_rate, training.momentum, training.weight_decay) == (rate, 0.9, 2e-4)
     assert (training.optimizer, training.decay_norm_and_bias) == ("momentum", True)
+
+
+def test_the_default_run_needs_no_network():
+    config = load("digits/ham.yaml")
+    assert config.data.dataset_name == "digits"
+    assert config.hub.push_to_hub is False
+    assert config.model.pretrained is False
+    assert config.model.model_args["in_chans"] == 1
