@@ -120,7 +120,7 @@ def run_page(options: argparse.Namespace) -> None:
     """Write the page that ``options`` ask for.
 
     Raises:
-        SystemExit: status 2 if there is nothing to make it of, or no place for it.
+        SystemExit: status 2 if there is nothing to make it of.
     """
     with clean_exit(ValueError, OSError):
         path = _write_page(options.folders, options.output, baseline=options.baseline, images=not options.no_images)
@@ -132,13 +132,7 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
-    if output is None and len(folders) > 1:
-        raise ValueError(f"{len(folders)} folders make one page: name it with --output FILE")
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file, such as {output / PAGE_NAME}")
     path = output or folders[0] / PAGE_NAME
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
     existing = read_runs(sources, _no_download)
     runs = label_runs(existing.found)
     if not runs:
@@ -149,10 +143,8 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
         labels, shown = [plain_text(label) if label else ""], None
     else:
         comparison = compare(runs, baseline=baseline or existing.baseline or runs[0].label, missing=existing.missing)
-        labels, shown = (
-            [f"{comparison.names[run.label]}, seed {run.seed}" for run in runs],
-            _page_comparison(comparison),
-        )
+        labels = [f"{comparison.names[run.label]}, seed {run.seed}" for run in runs]
+        shown = _page_comparison(comparison)
     pages = [
         PageRun(
             label=label,
