@@ -153,11 +153,11 @@ class Setting:
             )
         if self.is_list:
             return isinstance(value, tuple) and all(
-                item in self.choices if self.choices else _is_kind(item, self.item_kind) for item in value
+                item in self.choices if self.choices else is_kind(item, self.item_kind) for item in value
             )
         if self.choices:
             return value in self.choices
-        return _is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
+        return is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
 
 
 def _kind_words(kind: object) -> str:
@@ -165,7 +165,8 @@ def _kind_words(kind: object) -> str:
     return words.get(kind, "a text")
 
 
-def _is_kind(value: object, kind: object) -> bool:
+def is_kind(value: object, kind: object) -> bool:
+    """Whether ``value`` is of a setting's type: float takes whole numbers, and no number type takes true or false."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
     if kind is int:
