@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
-from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -37,34 +37,29 @@ class ConfigError(ValueError):
 class Bounds:
     """Where a number has to lie: an interval, each end of which is open, closed or missing."""
 
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        """Whether the number ``value`` lies in between."""
-        return (
-            (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-        )
+        """Whether the finite number ``value`` lies in between."""
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
 
     @property
-    def has_two_ends(self) -> bool:
-        """Whether there is a lower and an upper end."""
-        return self.below is not None or self.at_most is not None
+    def has_upper_end(self) -> bool:
+        """Whether there is an upper end; none is without a lower one."""
+        return min(self.below, self.at_most) < math.inf
 
     def __str__(self) -> str:
         """``[0, 1)``, ``>= 1`` or ``> 0``; empty without an end."""
-        low = f"{self.above}" if self.at_least is None else f"{self.at_least}"
-        if self.has_two_ends:
-            low = f"({low}" if self.at_least is None else f"[{low}"
-            return f"{low}, {self.below})" if self.at_most is None else f"{low}, {self.at_most}]"
-        if self.above is None and self.at_least is None:
-            return ""
-        return f"> {low}" if self.at_least is None else f">= {low}"
+        is_open = self.at_least == -math.inf
+        if self.has_upper_end:
+            low = f"({self.above}" if is_open else f"[{self.at_least}"
+            return f"{low}, {self.below})" if self.at_most == math.inf else f"{low}, {self.at_most}]"
+        if is_open:
+            return "" if self.above == -math.inf else f"> {self.above}"
+        return f">= {self.at_least}"
 
 
 def setting(default: T, help: str, *, limits: str = "", items: str = "", **ends: float) -> T:
@@ -140,7 +135,7 @@ class Setting:
         else:
             what = _kind_words(self.kind)
         if self.limits:
-            what += f" in {self.limits}" if self.bounds.has_two_ends else f" {self.limits}"
+            what += f" in {self.limits}" if self.bounds.has_upper_end else f" {self.limits}"
         return what + (" or none" if self.optional else "")
 
     def accepts(self, value: object) -> bool:
@@ -187,16 +182,12 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-_READ: WeakKeyDictionary[type, tuple[Setting, ...]] = WeakKeyDictionary()
-
-
+@cache
 def settings_of(settings_class: type) -> tuple[Setting, ...]:
     """The settings that a settings class declares, in order; nested groups, which have a title, are not among them."""
-    if settings_class not in _READ:
-        own = [declared for declared in fields(settings_class) if "title" not in declared.metadata]
-        hints = get_type_hints(settings_class) if own else {}
-        _READ[settings_class] = tuple(_read_field(declared, hints[declared.name]) for declared in own)
-    return _READ[settings_class]
+    own = [declared for declared in fields(settings_class) if "title" not in declared.metadata]
+    hints = get_type_hints(settings_class) if own else {}
+    return tuple(_read_field(declared, hints[declared.name]) for declared in own)
 
 
 def _read_field(declared: Field[Any], hint: object) -> Setting:

@@ -300,13 +300,10 @@ def _source_from_folder(name: str, folder: Path, fetch: Callable[[str], Path]) -
         check_pretrained_cfg(pretrained_cfg)
         extra = config.get(CONFIG_KEY, {})
         check_metadata(extra)
+        _check_registered(architecture)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else ascii(error)[:300]
         raise ValueError(f"{name}: {CONFIG_NAME} is not one of a timm model: {reason}") from error
-    try:
-        _check_registered(architecture)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
     return ModelSource(
         name=name,
         architecture=architecture,

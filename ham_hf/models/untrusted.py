@@ -68,12 +68,14 @@ def _is_names(value: object) -> bool:
     return isinstance(names, list | tuple) and all(map(_is_text, names))
 
 
-def _is_calibration(value: object) -> bool:
-    biases, shifts = (value.get("original_bias"), value.get("shifts")) if isinstance(value, dict) else (None, None)
-    numbers = _list("numbers", _number("a number").holds)
-    return numbers.holds(shifts) and _list("", lambda bias: numbers.holds(bias) and len(bias) == len(shifts)).holds(
-        biases
-    )
+_NUMBERS = _list("one number per channel", _number("a number").holds)
+
+
+def _is_calibration(value: Any) -> bool:  # noqa: ANN401 (that is the question)
+    if not isinstance(value, dict) or not _NUMBERS.holds(shifts := value.get("shifts")):
+        return False
+    fits = _list("numbers per head", lambda bias: _NUMBERS.holds(bias) and len(bias) == len(shifts))
+    return fits.holds(value.get("original_bias"))
 
 
 _OBJECT = _Rule("an object", lambda value: isinstance(value, dict))
@@ -98,7 +100,7 @@ _RULES = {
     "test_crop_pct": _CROP_PCT,
     "crop_mode": _one_of(CROP_MODES),
     "interpolation": _one_of(INTERPOLATIONS, " (timm's random is for training alone)"),
-    "mean": _list("one number per channel", _number("a number").holds),
+    "mean": _NUMBERS,
     "std": _list("one number > 0 per channel", _number("a number > 0", above=0).holds),
     "image_size": _whole(1, MAX_SIDE),
     "upsample": _whole(1, MAX_UPSAMPLE),
