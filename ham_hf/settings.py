@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
 
@@ -182,12 +182,16 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | str)
 
 
-@cache
+_READ: WeakKeyDictionary[type, tuple[Setting, ...]] = WeakKeyDictionary()
+
+
 def settings_of(settings_class: type) -> tuple[Setting, ...]:
     """The settings that a settings class declares, in order; nested groups, which have a title, are not among them."""
-    own = [declared for declared in fields(settings_class) if "title" not in declared.metadata]
-    hints = get_type_hints(settings_class) if own else {}
-    return tuple(_read_field(declared, hints[declared.name]) for declared in own)
+    if settings_class not in _READ:
+        own = [declared for declared in fields(settings_class) if "title" not in declared.metadata]
+        hints = get_type_hints(settings_class) if own else {}
+        _READ[settings_class] = tuple(_read_field(declared, hints[declared.name]) for declared in own)
+    return _READ[settings_class]
 
 
 def _read_field(declared: Field[Any], hint: object) -> Setting:

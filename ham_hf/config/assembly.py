@@ -35,7 +35,6 @@ _KNOWN_ELSEWHERE = {
     "per_device_train_batch_size": "batch bs batch_size b",
     "per_device_eval_batch_size": "batch bs batch_size b validation_batch_size test_batch_size",
     "max_grad_norm": "clip_grad grad_clip gradient_clipping",
-    "ema_decay": "ema model_ema model_ema_decay",
     "num_steps": "steps attack_steps pgd_steps attack_iters",
     "eval_num_steps": "num_steps steps attack_steps pgd_steps attack_iters",
     "step_size": "alpha attack_step_size",
@@ -48,10 +47,7 @@ _KNOWN_ELSEWHERE = {
     "model": "model_name model_name_or_path model_path model_id arch architecture backbone checkpoint",
     "model_name": "model model_name_or_path arch architecture backbone",
     "model_revision": "revision",
-    "dataset_revision": "revision",
     "image_size": "img_size input_size resolution",
-    "mining_start_epoch": "begin_epoch",
-    "mining_step": "classify_step",
     "report_to": "log_wandb wandb tensorboard trackio",
 }
 

@@ -146,8 +146,7 @@ class EvaluateConfig(SettingsGroup):
         """A step size on the 0..255 scale, and a push to nowhere."""
         if self.hub.push_to_hub and self.repo_id is None:
             yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
-        if self.attack.norm is not None:
-            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+        yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +197,7 @@ class CalibrateConfig(SettingsGroup):
         source = Path(self.model.removeprefix("local-dir:")).expanduser()
         if source.is_dir() and source.resolve() == self.output_path.resolve():
             yield f"--output_dir {self.output_path} is the model's own folder; name another one"
-        if self.attack.norm is not None:
-            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+        yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
 AnyConfig: TypeAlias = TrainConfig | EvaluateConfig | CalibrateConfig

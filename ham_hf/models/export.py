@@ -356,7 +356,15 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{folder / CONFIG_NAME} was not written by ham_hf: there is no {CONFIG_KEY!r} in it")
     changes = []
     if _name_classes_once(config, folder / CONFIG_NAME):
-        _replace(folder, config)
+        with _staging(folder) as staging:
+            (staging / CONFIG_NAME).write_text(_as_text(config), encoding="utf-8")
+            shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
+            if not _same_network(folder, staging):
+                raise RuntimeError(
+                    f"timm loads another network from the repaired {CONFIG_NAME} of {folder}: left as it was"
+                )
+            shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
+            os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
         changes.append(f"{CONFIG_NAME}: num_classes taken out of model_args")
     one_channel = config["pretrained_cfg"]["input_size"][0] == 1
     if one_channel and not (folder / RGB_FOLDER / CONFIG_NAME).is_file() and _write_rgb_form(folder):
@@ -379,18 +387,6 @@ def _name_classes_once(config: dict[str, Any], file: Path) -> bool:
         del arguments["num_classes"]
         found = True
     return found
-
-
-def _replace(folder: Path, config: dict[str, Any]) -> None:
-    with _staging(folder) as staging:
-        (staging / CONFIG_NAME).write_text(_as_text(config), encoding="utf-8")
-        shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
-        if not _same_network(folder, staging):
-            raise RuntimeError(
-                f"timm loads another network from the repaired {CONFIG_NAME} of {folder}: left as it was"
-            )
-        shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
-        os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
 
 
 def _same_network(before: Path, after: Path) -> bool:

@@ -72,7 +72,8 @@ _NUMBERS = _list("one number per channel", _number("a number").holds)
 
 
 def _is_calibration(value: Any) -> bool:  # noqa: ANN401 (that is the question)
-    if not isinstance(value, dict) or not _NUMBERS.holds(shifts := value.get("shifts")):
+    shifts: Any = value.get("shifts") if isinstance(value, dict) else None
+    if not _NUMBERS.holds(shifts):
         return False
     fits = _list("numbers per head", lambda bias: _NUMBERS.holds(bias) and len(bias) == len(shifts))
     return fits.holds(value.get("original_bias"))
