@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
-from queue import Queue
-from threading import Event, Semaphore, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -260,44 +260,20 @@ def _decode(
     if not kept:
         raise errors[0]
     # Batches keep their size, as sums over processes count on it.
-    again = range(len(request.examples) - len(kept))
-    pixels += [pixels[number % len(kept)] for number in again]
-    kept += [kept[number % len(kept)] for number in again]
-    labels = torch.tensor([example.label for example in kept])
-    numbers = torch.tensor([example.number for example in kept])
-    return torch.stack(pixels), labels, numbers, request.seed
+    taken = [number % len(kept) for number in range(len(request.examples))]
+    labels = torch.tensor([kept[number].label for number in taken])
+    numbers = torch.tensor([kept[number].number for number in taken])
+    return torch.stack([pixels[number] for number in taken]), labels, numbers, request.seed
 
 
 def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """The items, made by a thread that is at most ``depth`` ahead; it starts when the first one is asked for."""
-    ready: Queue[tuple[T | None, BaseException | None]] = Queue()
-    wanted, stopped = Semaphore(depth), Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                wanted.acquire()
-                if stopped.is_set():
-                    return
-            ready.put((None, None))
-        except BaseException as error:  # noqa: BLE001 (raised again where the items are asked for)
-            ready.put((None, error))
-        finally:
-            items.close()  # and with it the files
-
-    thread = Thread(target=work, name="ham_hf stream", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ham_hf stream")
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            wanted.release()
+        ahead = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, items, None))
             yield item
     finally:
-        stopped.set()
-        wanted.release()
-        thread.join(timeout=5)
+        pool.shutdown(cancel_futures=True)
+        items.close()  # and with it the files

@@ -177,7 +177,7 @@ PATIENCE = 0.5
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-class RunLock:
+class RunLock(contextlib.AbstractContextManager):
     """The lock of one output folder; as a context manager it is released at the end, if it was acquired.
 
     Args:
@@ -230,9 +230,6 @@ class RunLock:
         with contextlib.suppress(OSError):  # not empty: there is something to keep
             for folder in self._made:
                 folder.rmdir()
-
-    def __enter__(self) -> RunLock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
