@@ -177,7 +177,7 @@ PATIENCE = 0.5
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
-class RunLock(contextlib.AbstractContextManager):
+class RunLock:
     """The lock of one output folder; as a context manager it is released at the end, if it was acquired.
 
     Args:
@@ -230,6 +230,9 @@ class RunLock(contextlib.AbstractContextManager):
         with contextlib.suppress(OSError):  # not empty: there is something to keep
             for folder in self._made:
                 folder.rmdir()
+
+    def __enter__(self) -> RunLock:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
