@@ -33,6 +33,7 @@ from torch import Tensor
 from ham_hf.data.decoding import CorruptImageError, PixelTransform, decode_or_explain
 from ham_hf.data.pixels import (
     PixelBatch,
+    UpdateLayout,
     augment_batch,
     done_by_workers,
     isolated_rng,
@@ -143,34 +144,21 @@ class TrainingStream:
         return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
 
     def batches(
-        self,
-        *,
-        epoch: int,
-        first_update: int,
-        seed: int,
-        per_update: int,
-        batch_size: int,
-        world: int,
-        rank: int,
-        device: torch.device,
+        self, layout: UpdateLayout, *, epoch: int, first_update: int, device: torch.device
     ) -> Iterator[PixelBatch]:
         """This process's batches of an epoch from an update on, one per accumulation step, in order.
 
         Args:
+            layout: how updates are made.
             epoch: 0-based epoch.
             first_update: 0-based update of the epoch to begin with; what came before is not decoded.
-            seed: the run's seed.
-            per_update: examples of an update, of all processes; a multiple of ``batch_size * world``.
-            batch_size: examples per batch.
-            world: number of processes.
-            rank: this one's.
             device: where the batches go.
 
         Raises:
             StreamError: if the stream breaks.
             CorruptImageError: if an image cannot be read, unless ``skip_corrupt``.
         """
-        requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
+        requests = self._requests(layout, epoch, first_update)
         # A thread reads, as it only waits for files and network; workers decode.
         with closing(_read_ahead(requests, READ_AHEAD)) as ready:
             batches = done_by_workers(self._decode, ready, self._num_workers, device)
@@ -178,16 +166,15 @@ class TrainingStream:
                 pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
                 yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
 
-    def _requests(
-        self, epoch: int, first_update: int, seed: int, per_update: int, batch_size: int, world: int, rank: int
-    ) -> Generator[Request, None, None]:
-        cpu = torch.device("cpu")
+    def _requests(self, layout: UpdateLayout, epoch: int, first_update: int) -> Generator[Request, None, None]:
+        cpu, seed, rank, batch_size = torch.device("cpu"), layout.seed, layout.rank, layout.batch_size
+        per_update = layout.per_update
         updates = len(self) // per_update
         lanes = num_lanes(per_update, len(self.shards.num_rows))
         stretches = lane_stretches(
             self.shards, updates * per_update, lanes, make_generator(cpu, seed, Stream.DATA_ORDER, epoch)
         )
-        share, of_lane = per_update // world, per_update // lanes
+        share, of_lane = per_update // layout.world, per_update // lanes
         readers = []
         for lane in range(rank * share // of_lane, math.ceil((rank + 1) * share / of_lane)):
             generator = make_generator(cpu, seed, Stream.DATA_ORDER, epoch, 1 + lane)
@@ -200,9 +187,8 @@ class TrainingStream:
                 opened.enter_context(closing(reader))
             for update, parts in enumerate(zip(*readers, strict=True), first_update):
                 examples = [example for part in parts for example in part]
-                steps = len(examples) // batch_size
-                for step in range(steps):
-                    place = (epoch, update * steps + step, rank)
+                for step in range(layout.accumulation):
+                    place = (epoch, update * layout.accumulation + step, rank)
                     batch = examples[step * batch_size : (step + 1) * batch_size]
                     yield Request(batch, derive_seed(seed, Stream.AUGMENTATION, *place))
 
