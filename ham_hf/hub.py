@@ -6,6 +6,7 @@ Messages and logs never contain the token.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import threading
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
+from ham_hf.hub_config import HubConfig
 from ham_hf.hub_requests import (
     ACCESS_ERRORS,
     CONFLICTS,
@@ -43,6 +45,7 @@ from ham_hf.reporting.card import without_images as card_without_images
 from ham_hf.reporting.eval_results import EVAL_RESULTS
 from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files, without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +183,7 @@ def push_folder(
     if space:
         page = withheld.get(PAGE_NAME) or (folder / PAGE_NAME).read_bytes()
         attempt(partial(_fill_space, page.decode(), folder, repo_id), f"{folder} to the Space {repo_id}")
-        logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+        logger.info("Published %s at %s", PAGE_NAME, _space_url(repo_id))
     return url
 
 
@@ -215,8 +218,21 @@ def _push_again(folder: Path, repo_id: str, revision: str, **flags: bool) -> str
     return f"Push it again with:\n    {shlex.join(words)}"
 
 
-def space_url(repo_id: str) -> str:
-    """URL of the page of a pushed model."""
+def push_finished(folder: Path, repo_id: str, options: HubConfig | argparse.Namespace) -> None:
+    """`push_folder` with the settings of a push, whose URLs are shown on the terminal."""
+    url = push_folder(
+        folder,
+        repo_id,
+        private=options.hub_private_repo,
+        revision=options.hub_revision,
+        commit_message="Robust model",
+        publish_images=options.publish_images,
+        space=options.hub_space,
+    )
+    show(f"pushed to {url}\n" + (f"its page is at {_space_url(repo_id)}\n" if options.hub_space else ""))
+
+
+def _space_url(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 

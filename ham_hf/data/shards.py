@@ -142,7 +142,9 @@ class Shards:
             for values in self.source.rows(columns, file, start, stop):
                 label = values[self.label_column]
                 self._check_label(label, file, row)
-                image = _encoded(values[self.image_column])
+                image = values[self.image_column]
+                if isinstance(image, bytes):  # columns of plain bytes are images too
+                    image = {"bytes": image, "path": None}
                 yield Example(self.offsets[file] + row, image, label, self._where(file, row))
                 row += 1
         except StreamError:
@@ -277,11 +279,6 @@ def _parquet_rows(file: str, columns: Sequence[str], start: int, stop: int | Non
                 for row in rows:
                     yield {name: table[name][row].as_py() for name in columns}
             first = end
-
-
-def _encoded(image: Mapping[str, Any] | bytes | None) -> Mapping[str, Any] | None:
-    """An encoded image as ``{"bytes": ..., "path": ...}``; columns of plain bytes are images too."""
-    return {"bytes": image, "path": None} if isinstance(image, bytes) else image
 
 
 def _archive_length(file: str) -> int:
