@@ -145,7 +145,7 @@ class Trainer:
             attack,
             data,
             self.module,
-            accelerator=accelerator,
+            layout=self.layout,
             eval_batch_size=eval_batch_size,
             besides=plan_besides or {},
         )
