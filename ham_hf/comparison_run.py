@@ -125,7 +125,7 @@ def run_page(options: argparse.Namespace) -> None:
     """Write the page that ``options`` ask for.
 
     Raises:
-        SystemExit: status 2 if there is nothing to make it of, or no place for it.
+        SystemExit: status 2 if there is nothing to make it of.
     """
     with clean_exit(ValueError, OSError):
         path = _write_page(options.folders, options.output, baseline=options.baseline, images=not options.no_images)
@@ -137,13 +137,7 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
-    if output is None and len(folders) > 1:
-        raise ValueError(f"{len(folders)} folders make one page: name it with --output FILE")
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file, such as {output / PAGE_NAME}")
     path = output or folders[0] / PAGE_NAME
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
     if len(folders) == 1 and (folders[0] / "report.json").is_file():
         page = PageRun(
             label=plain_text(label) if (label := split_label(sources[0])[0]) else "",

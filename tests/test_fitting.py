@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,25 +11,22 @@ from torch import nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import EvaluationConfig, ThreatConfig
-from ham_hf.evaluation import AttackResult
 from ham_hf.fitting import align_classes, threat_model_of
 from ham_hf.models import LoadedModel, PixelModel, Preprocessing
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.training.log import read_log
+from tests.support.example_report import attack_result
 from tests.support.nets import TensorImages
 
-PREPROCESSING = Preprocessing(
-    image_size=4, in_chans=1, interpolation="bilinear", crop_pct=1.0, mean=(0.5,), std=(0.5,)
-)
 
-
-def loaded(class_names=("cat", "dog", "owl"), metadata=None):
+def loaded(class_names=("cat", "dog", "owl"), metadata=None, num_classes=3):
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    backbone.num_classes = 3
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
+    backbone.num_classes = num_classes
+    inputs = {"image_size": 4, "in_chans": 1, "interpolation": "bilinear", "crop_pct": 1.0}
     return LoadedModel(
         model=PixelModel(backbone, (0.5,), (0.5,)).eval(),
-        preprocessing=PREPROCESSING,
+        preprocessing=Preprocessing(**inputs, mean=(0.5,), std=(0.5,)),
         class_names=class_names,
         metadata=metadata or {},
     )
@@ -102,15 +100,11 @@ def test_a_name_that_the_model_has_twice_matches_nothing():
 
 def test_a_model_without_names_knows_imagenet_by_its_synsets():
     """ImageNet-A and ImageNet-R: 200 class folders named by synsets, and timm's models name no classes."""
-    torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 1000))
-    backbone.num_classes = 1000
-    model = PixelModel(backbone, (0.5,), (0.5,)).eval()
-    found = LoadedModel(model=model, preprocessing=PREPROCESSING, class_names=None, metadata={})
+    found = loaded(class_names=None, num_classes=1000)
     x = torch.rand(2, 1, 4, 4)
     aligned, order = align_classes(found, ("n01498041", "n01440764"))  # stingray 6, tench 0
     assert order == "subset"
-    assert torch.equal(aligned(x), model(x)[:, [6, 0]])
+    assert torch.equal(aligned(x), found.model(x)[:, [6, 0]])
     for names in (("n01498041", "n99999999"), ("stingray", "tench")):
         with pytest.raises(ValueError, match="tells 1000 classes apart and the dataset has 2"):
             align_classes(found, names)
@@ -150,15 +144,8 @@ def outcome(labels, withstood):
     """An evaluation in which every image is right as it is, and those of ``withstood`` under PGD."""
 
     def result(name, flags):
-        return AttackResult(
-            name=name,
-            settings={},
-            predictions=torch.where(flags, labels, (labels + 1) % 20),
-            margins=torch.where(flags, 1.0, -1.0),
-            labels=labels,
-            indices=torch.arange(len(labels)),
-            seconds=1.0,
-        )
+        found = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 20), labels)
+        return dataclasses.replace(found, margins=torch.where(flags, 1.0, -1.0))
 
     return {"clean": result("clean", torch.ones_like(withstood)), "pgd-2": result("pgd-2", withstood)}
 

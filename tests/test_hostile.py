@@ -41,7 +41,7 @@ from ham_hf.training.checkpoint import load_checkpoint
 from tests.conftest import ROOT
 from tests.support.example_report import make_report
 from tests.support.hub_server import Hub, hub_environment, use_hub
-from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.recipe_runs import SMALL, recipe_module, refused
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -116,6 +116,7 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"architecture": "hf-hub:evil/model"}, {}, "no architecture 'hf-hub:evil/model'"),
     ({"architecture": "local-dir:/tmp"}, {}, "no architecture 'local-dir:/tmp'"),
     ({"architecture": "__class__"}, {}, "no architecture '__class__'"),
+    ({"architecture": "reznet18"}, {}, "no architecture 'reznet18'; nearest"),
     ({"architecture": "x" * 10_000}, {}, "no architecture 'xxx"),
     ({"architecture": "\u202e\x1b[31m\x00"}, {}, r"no architecture '\\u202e\\x1b\[31m\\x00'"),
     ({"architecture": ["resnet18"]}, {}, "architecture should be the name"),
@@ -174,6 +175,7 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (form(upsample=BAD), {}, "damaged .*upsample should be"),
     (form(upsample=0), {}, "damaged .*upsample should be"),
     (form(crop_pct=[]), {}, "damaged .*crop_pct should be"),
+    (form(crop_mode="stretch"), {}, r"damaged ham_hf\.trained_form .*crop_mode should be one of"),
 ]
 
 
@@ -195,9 +197,10 @@ def test_a_configuration_of_another_depth_encoding_or_size_is_refused(folder: Pa
         (folder / "config.json").write_text(f'{{"architecture": "test_resnet", "model_args": {{"x": {text}}}}}')
         with pytest.raises(ValueError, match="nested too deeply"):
             load_pixel_model(str(folder))
-    (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ValueError, match="is not one of a timm model"):
-        load_pixel_model(str(folder))
+    for data in (b"\xff\xfe{}", b"{", b"{}"):
+        (folder / "config.json").write_bytes(data)
+        with pytest.raises(ValueError, match="is not one of a timm model"):
+            load_pixel_model(str(folder))
     with (folder / "config.json").open("wb") as file:
         file.truncate(10**9)
     with pytest.raises(ValueError, match="1000000000 bytes"):
@@ -329,12 +332,8 @@ def test_a_repository_of_pickles_is_refused_by_name(folder, tmp_path, monkeypatc
         files = {"config.json": (folder / "config.json").read_bytes(), pickled: pickle.dumps(Bomb(mark))}
         hub.add("model", "evil/model", files)
         use_hub(hub, monkeypatch, tmp_path / "hf_home", "hf_test")
-        with pytest.raises(SystemExit) as stop:
-            recipe_module("evaluate.py").main(
-                ["evil/model", "--dataset_name=digits", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
-            )
-        assert stop.value.code == 2
-        said = capsys.readouterr().err
+        words = ["evil/model", "--dataset_name=digits", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
+        said = refused(capsys, "evaluate.py", *words)
         assert "could not get model.safetensors of evil/model" in said
         assert "pickled weights are never loaded" in said
         assert not [entry for entry in hub.log if pickled in entry.path]
@@ -342,20 +341,16 @@ def test_a_repository_of_pickles_is_refused_by_name(folder, tmp_path, monkeypatc
 
 
 def test_a_checkpoint_that_holds_a_bomb_is_refused_with_a_message(tmp_path, capsys):
-    output, train = tmp_path / "run", recipe_module("train_ham.py")
+    output = tmp_path / "run"
     command = [*SMALL, "--max_steps=2", "--per_device_train_batch_size=16", f"--output_dir={output}"]
-    train.main(command)
+    recipe_module("train_ham.py").main(command)
     mark, checkpoint = tmp_path / "unpickled", output / "checkpoint-2"
     torch.save(Bomb(mark), checkpoint / "optimizer.pt")
     with pytest.raises(ValueError, match=r"optimizer\.pt holds something other than tensors .* never loaded"):
         load_checkpoint(checkpoint)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        train.main([*command, "--max_steps=3", f"--resume_from_checkpoint={checkpoint}"])
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert str(checkpoint) in said
-    assert "Traceback" not in said
+    words = [*command, "--max_steps=3", f"--resume_from_checkpoint={checkpoint}"]
+    assert str(checkpoint) in refused(capsys, "train_ham.py", *words)
     assert not mark.exists()
 
 
@@ -424,14 +419,13 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     command = [word for word in SMALL if not word.startswith(("--dataset_name", "in_chans", "--limit"))]
     command += ["--max_steps=2", "--per_device_train_batch_size=16", "--save_total_limit=1"]
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stop:  # a card that is no YAML is an error that names the data set
-        recipe_module("train_ham.py").main([*command, f"--dataset_name={source}", "--output_dir=run"])
-    assert stop.value.code == 2
-    assert "error: --dataset_name" in capsys.readouterr().err
+    command += [f"--dataset_name={source}", "--output_dir=run"]
+    # A card that is no YAML is an error that names the data set.
+    assert "error: --dataset_name" in refused(capsys, "train_ham.py", *command)
     (source / "README.md").write_text(
         "---\nlicense: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data\n---\n<script>"
     )
-    recipe_module("train_ham.py").main([*command, f"--dataset_name={source}", "--output_dir=run"])
+    recipe_module("train_ham.py").main(command)
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
     assert "\u202e" not in said.out + said.err
@@ -519,12 +513,6 @@ def test_a_report_whose_method_has_impossible_settings_is_refused(report: dict[s
     )
     with pytest.raises(ValueError, match="the settings of ham in the report: --mining_start_epoch None: expected"):
         write_card(read_report(tmp_path), tmp_path, repo_id=None, model_license="mit")
-
-
-def test_a_report_that_is_nested_deeply_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text('{"schema_version": 1, "config": ' + "[" * 100_000 + "]" * 100_000 + "}")
-    with pytest.raises(ValueError, match="is not a report of ham_hf"):
-        read_report(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../escaped", "a/b", "a\\b", "", ".", "x" * 300, "clean\n", "\u202e"])

@@ -23,7 +23,7 @@ from ham_hf import hub_requests, training_run
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, try_push
 from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source
-from tests.support.hub_server import BOTH_WAYS, Blob, Hub, content, use_hub
+from tests.support.hub_server import BOTH_WAYS, Hub, content, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
@@ -129,12 +129,7 @@ def test_a_fault_that_passes_is_sat_out(hub: Hub, folder: Path, waits: list[floa
 def test_a_commit_of_somebody_else_in_between_stays(hub: Hub, folder: Path) -> None:
     repo_id = check_write_access("robust", private=False)
     repo = hub.model("me/robust")
-
-    def commit() -> None:
-        parent = repo.resolve("main")
-        repo.refs["main"] = repo.add_commit({**repo.tree(), "notes.md": Blob(b"mine", lfs=False)}, parent, "notes")
-
-    hub.before("POST .*/commit/", commit)
+    hub.before("POST .*/commit/", lambda: hub.commit("me/robust", {"notes.md": b"mine"}, "notes"))
     push_folder(folder, repo_id)
     assert repo.tree()["notes.md"].data == b"mine"
     assert repo.tree()["config.json"].data == (folder / "config.json").read_bytes()

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
 import ham_hf
 from ham_hf.imports import _AfterTimm, register_networks
+from tests.conftest import ROOT
 from tests.support.recipe_runs import finish
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "timm", "numpy", "pyarrow", "accelerate", "datasets", "matplotlib", "huggingface_hub", "sklearn")
 MAKE = "timm.create_model('preactresnet18_cifar')"
 # What a user types before anything is to be computed, right or wrong.
 WORDS = """
 --help|--version|trian|recipes|compare --help|train --help|evaluate --help|evaluate --help all|evaluate m --nope 1
 evaluate m --dataset_name digits --print_config|evaluate m --dataset_name digits --epsilon 0|calibrate --help
-calibrate m --fairness 2|push --help|push --nope|page --help|page|page a --nope|compare|compare --only ham|compare a
+calibrate m --fairness 2|push --help|push --nope|page --help|page|page a --nope|page a b|page a --output /
+page a --output /none/a.html|compare|compare --only ham|compare a
 compare --config digits/compare a|compare --config digits/compare --jobs 0|compare a --output_dir b --dry_run
 compare a --output_dir b --seeds 0|compare a --output_dir b --jobs 2|compare a --output_dir b --launch_args=--cpu
 """

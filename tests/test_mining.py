@@ -51,13 +51,6 @@ def test_mining_gives_the_authors_mask_and_examples(name, in_step):
         torch.testing.assert_close(mined.x_adv, case.out["x_adv_hard"], **TOLERANCE)
 
 
-def test_a_row_that_is_right_again_later_stays_hard():
-    case, net = golden_case("ham_recross"), golden_net()
-    mined = mine(net, case)
-    right_again = net(mined.x_adv).argmax(1) == mined.y
-    assert int(right_again.sum()) > 0
-
-
 @settings(max_examples=15, deadline=None)
 @given(mining_step=st.integers(0, 6), norm=st.sampled_from(["linf", "l2"]), per_example=st.booleans())
 def test_mining_is_pgd_a_mask_and_pgd(mining_step, norm, per_example):

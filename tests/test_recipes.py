@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +13,8 @@ import yaml
 from ham_hf.config import TrainConfig, config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.config.configs import sections
 from ham_hf.methods import HAM, PGDAT
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 RECIPES = [path for path in RECIPES if path.parent.name != "accelerate" and not path.name.startswith("compare")]
 NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]
@@ -36,11 +35,6 @@ SELF_CONTAINED = {
 @functools.cache
 def load(name: str) -> TrainConfig:
     return load_train_config(ROOT / "recipes" / name)
-
-
-def test_the_recipes_of_the_readme_exist():
-    folders = "digits cifar10 cifar100 svhn imagenette finetune imagenet"
-    assert {path.parent.name for path in RECIPES} >= set(folders.split())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)
@@ -106,13 +100,6 @@ def test_control_is_alike_but_for_the_method(stem):
         assert control["num_steps"] == ham["mining_step"]
         differ -= {"num_steps"}
     assert differ == set()
-
-
-@pytest.mark.parametrize("net", ["preactresnet18", "resnet18"])
-def test_benchmark_recipes_use_the_usual_budget(net):
-    config = load(f"cifar10/{net}_ham.yaml")
-    assert config.model.model_name == f"{net}_cifar"
-    assert (config.attack.norm, config.attack.epsilon, config.attack.step_size) == ("linf", 8 / 255, 2 / 255)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--no_images", action="store_true", help="leave the images of the dataset out, as to show the page to others"
     )
     options = parser.parse_args(argv)
+    output, number = options.output, len(options.folders)
+    if output is None and number > 1:
+        parser.error(f"{number} folders make one page: name it with --output FILE")
+    if output is not None and output.is_dir():
+        parser.error(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if output is not None and not output.parent.is_dir():
+        parser.error(f"--output {output}: there is no folder {output.parent}; make it first")
     # Only now: torch and pyarrow take seconds to import, and --help needs none of them.
     from ham_hf.comparison_run import run_page
 

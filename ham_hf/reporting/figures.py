@@ -228,13 +228,13 @@ def write_share(axes: Axes, down: int, across: int, share: float, *, size: int, 
     axes.text(across, down, f"{100 * share:.0f}", ha="center", va="center", color=color, size=size, weight=weight)
 
 
-def examples_figure(examples: ExampleStrip, class_names: Sequence[str], *, max_images: int = 8) -> Figure:
+def examples_figure(examples: ExampleStrip, class_names: Sequence[str]) -> Figure:
     """Rows of clean images, adversarial images, and their amplified difference around mid-gray.
 
     The caption under each image is the model's prediction; a wrong one is marked with a cross and in red. That under a
     difference is its largest absolute value.
     """
-    clean, adversarial = examples.clean[:max_images].cpu(), examples.adversarial[:max_images].cpu()
+    clean, adversarial = examples.clean, examples.adversarial
     difference = adversarial - clean
     largest = float(difference.abs().max())
     factor = max(1, math.floor(0.5 / largest)) if largest > 0 else 1

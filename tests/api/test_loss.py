@@ -147,9 +147,16 @@ def test_refused_with_a_reason(change: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("norm", "epsilon", "message"),
-    [("Linf", 0.1, "did you mean linf"), ("L2", 0.1, "did you mean l2"), ("linf", 8, "did you mean 8/255")],
+    [
+        ("Linf", 0.1, "did you mean linf"),
+        ("L2", 0.1, "did you mean l2"),
+        ("linf", 8, "did you mean 8/255"),
+        ("l1", 0.1, "norm must be one of"),
+        ("linf", -0.1, "epsilon must not be negative"),
+        ("linf", float("nan"), "epsilon must not be negative"),
+    ],
 )
-def test_threat_model_says_what_was_meant(norm: str, epsilon: float, message: str) -> None:
+def test_impossible_threat_models_are_refused_and_say_what_was_meant(norm: str, epsilon: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ThreatModel(norm, epsilon)
     assert ham_hf.ThreatModel("l2", 8).epsilon == 8

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import ham_hf
-from ham_hf.data import BatchRequest, image_data_from
+from ham_hf.data import image_data_from
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import read_report
+from tests.support.example_images import everything
 from tests.support.nets import batch_norm_net
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
@@ -113,9 +114,8 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
 def test_pixels_and_labels_are_those_given() -> None:
     given = tensors(12)
     data = image_data_from(given, rows(8), validation_fraction=0.0)
-    (batch,) = data.train.batches([BatchRequest(torch.arange(12), None)], device=torch.device("cpu"))
-    torch.testing.assert_close(batch.x, (given.tensors[0] * 255).round() / 255)
-    assert torch.equal(batch.y, given.tensors[1])
+    torch.testing.assert_close(everything(data.train), (given.tensors[0] * 255).round() / 255)
+    assert torch.equal(data.train.labels, given.tensors[1])
     assert (data.image_size, data.class_names, len(data.test)) == (8, ("0", "1", "2", "3"), 8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import datasets
@@ -15,17 +16,19 @@ from timm.models import save_for_hf
 from ham_hf import calibration_run
 from ham_hf.commands import calibrate as command
 from ham_hf.config import parse_calibrate_config
-from ham_hf.data import BatchRequest, Images
+from ham_hf.data import Images
 from ham_hf.evaluation import calibration
 from ham_hf.fitting import ReorderedLogits
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable, read_biases
-from ham_hf.reporting.report import CalibrationReport, read_report
+from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
-from tests.support.example_images import dataset, load, noise, write_parquet
+from tests.support.documents import calibration as made_up_calibration
+from tests.support.example_images import dataset, everything, load, noise, write_parquet
 from tests.support.exports import FAMILIES
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import HELD_OUT, finish, recipe_module
+from tests.support.recipe_runs import refused as recipe_refused
 
 pytestmark = pytest.mark.slow
 
@@ -86,10 +89,7 @@ def run(model, *arguments):
 
 
 def refused(capsys, model, *arguments) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(model, *arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    return recipe_refused(capsys, "calibrate.py", str(model), *QUICK, *map(str, arguments))
 
 
 def record_of(folder) -> dict:
@@ -117,12 +117,6 @@ def spy_on_images(monkeypatch) -> list:
     return read
 
 
-def pixels(images, rows=None) -> torch.Tensor:
-    rows = torch.arange(len(images)) if rows is None else rows
-    (batch,) = images.batches([BatchRequest(rows, None)], device=torch.device("cpu"))
-    return batch.x
-
-
 def digits(**options):
     model = {"in_chans": 1, "image_size": 8, "interpolation": "bilinear", "crop_pct": 1.0}
     return load("digits", **model, **options)
@@ -145,7 +139,7 @@ class TestTraining:
         _, read = own
         data = digits(limit_train_examples=800, validation_fraction=0.3, augmentation="none", limit_test_examples=40)
         assert len({id(images) for images, _ in read}) == 1
-        assert torch.equal(pixels(read[0][0]), pixels(data.validation))
+        assert torch.equal(everything(read[0][0]), everything(data.validation))
         assert {int(row) for _, rows in read for row in rows} == set(range(240))
 
     def test_report_card_figure_and_config(self, own):
@@ -172,12 +166,8 @@ class TestTraining:
         assert bias == added.tolist()
 
     def test_too_few_held_out_images_are_refused_before_training(self, capsys, tmp_path):
-        with pytest.raises(SystemExit) as stop:
-            recipe_module("train_ham.py").main(
-                [*TRAINED, "--validation_fraction=0.1", "--fairness=0.5", f"--output_dir={tmp_path / 'run'}"]
-            )
-        assert stop.value.code == 2
-        assert "and lacks 12" in capsys.readouterr().err.replace("and lacks 11", "and lacks 12")
+        words = [*TRAINED, "--validation_fraction=0.1", "--fairness=0.5", f"--output_dir={tmp_path / 'run'}"]
+        assert re.search("and lacks 1[12]", recipe_refused(capsys, "train_ham.py", *words))
         assert not (tmp_path / "run").exists()
 
 
@@ -187,8 +177,8 @@ class TestOwnRun:
         folder, _ = own
         read = spy_on_images(monkeypatch)
         run(folder, "--fairness=0", f"--output_dir={tmp_path / 'out'}")
-        validation = digits(limit_train_examples=800, validation_fraction=0.3).validation
-        assert all(torch.equal(pixels(images), pixels(validation)) for images in {images for images, _ in read})
+        validation = everything(digits(limit_train_examples=800, validation_fraction=0.3).validation)
+        assert all(torch.equal(everything(images), validation) for images in {images for images, _ in read})
         record = record_of(folder)
         assert record_of(tmp_path / "out")["original_bias"] == record["original_bias"]
         assert read_biases(load_pixel_model(str(tmp_path / "out")).model.backbone, 10) == record["original_bias"]
@@ -240,18 +230,8 @@ class TestStranger:
         check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
-        report = CalibrationReport(
-            fairness=0.0,
-            shifts=(0.7, -0.7),
-            factors=(1.0,) * 2,
-            counts=(2, 2),
-            frontier=(point,),
-            passes=1,
-            attack={},
-            images="none",
-            seen_in_training=False,
-            max_average_drop=None,
-            seconds=0.0,
+        report = made_up_calibration(
+            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,)
         )
         config = parse_calibrate_config(words)
         calibration_run.export_calibrated(
@@ -299,10 +279,10 @@ class TestStranger:
         inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
         geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
         geometry |= {"image_size": 32, "default_image_size": 32}
-        expected = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
-        others = load(colors, validation_fraction=0, **geometry)
-        assert not any(torch.equal(pixels(expected)[:12], pixels(part)[:12]) for part in (others.train, others.test))
-        assert all(torch.equal(pixels(images), pixels(expected)) for images in {images for images, _ in read})
+        extra = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
+        expected, others = everything(extra), load(colors, validation_fraction=0, **geometry)
+        assert not any(torch.equal(expected[:12], everything(part)[:12]) for part in (others.train, others.test))
+        assert all(torch.equal(everything(images), expected) for images in {images for images, _ in read})
         assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
 
     def test_training_images_only_with_a_flag_and_card_and_report_say_so(self, quick, colors, tmp_path, capsys):

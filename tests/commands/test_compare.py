@@ -28,10 +28,12 @@ from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, judged_run, run_report
-from tests.support.hub_server import Blob, Hub, Repo, use_hub
-from tests.support.recipe_runs import SMALL, finish, recipe_module
+from tests.support.hub_server import Hub, use_hub
+from tests.support.recipe_runs import SMALL, finish, recipe_module, write_plan
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison_tradeoff.png", "comparison_per_class.png"}
+BASE = [*SMALL, "--num_train_epochs=1", "--mining_start_epoch=0", "--per_device_train_batch_size=16"]
+BASE += ["--validation_num_steps=1"]
 PLAN = """\
 recipe: base.yaml
 output_dir: FOLDER
@@ -57,16 +59,6 @@ shutil.copy(reports / f"{folder.parent.name}-{folder.name}", folder / "report.js
 """
 
 
-def write_plan(place: Path, plan: str = PLAN) -> Path:
-    """A base recipe as small as the trainer's tests have it, and a compare.yaml beside it."""
-    words = [*SMALL, "--num_train_epochs=1", "--mining_start_epoch=0", "--per_device_train_batch_size=16"]
-    config = parse_train_config([*words, "--validation_num_steps=1"])
-    (place / "base.yaml").write_text(config_to_yaml(config))
-    path = place / "compare.yaml"
-    path.write_text(plan.replace("FOLDER", str(place / "out")))
-    return path
-
-
 def compare_recipe(*arguments: str) -> int:
     """Exit status of the recipe, run in this process."""
     try:
@@ -87,7 +79,7 @@ def empty_figures(comparison, folder):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A plan run by the stand-in trainer: the recipe's main, the plan's path, and what was started since asked."""
-    plan_path = write_plan(tmp_path)
+    plan_path = write_plan(tmp_path, PLAN, BASE)
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "reports").mkdir()
     for planned in read_plan(plan_path).runs:
@@ -116,7 +108,7 @@ def fake(tmp_path, monkeypatch):
 def compared(tmp_path_factory, subprocess_env):
     """A real comparison, interrupted in its second run and taken up again; the folder and what the two calls said."""
     place = tmp_path_factory.mktemp("compare")
-    plan, folder = write_plan(place), place / "out"
+    plan, folder = write_plan(place, PLAN, BASE), place / "out"
     command = [sys.executable, str(ROOT / "recipes/compare.py"), "--config", str(plan)]
     first = subprocess.Popen(
         command,
@@ -243,6 +235,10 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(fake, tmp_path, cap
     assert values["command"].endswith("--config compare.yaml --output_dir out")
     assert values["jobs"] == 1
     assert values["rows"][0]["runs"][0]["source"] == "plain/seed0"
+    assert [(one["label"], one["seed"], one["failed"]) for one in values["missing"]] == [
+        ("mined", 0, True),
+        ("mined", 1, True),
+    ]
     assert values["missing"][0]["reason"].startswith("status 1; the end of mined/seed0.log:")
     assert not [name for name in FILES if str(tmp_path).encode() in (folder / name).read_bytes()]
     (tmp_path / "reports" / "mended").touch()
@@ -324,7 +320,7 @@ def test_only_and_seeds_choose_what_is_run(fake, tmp_path, capsys):
     assert started() == ["mined/seed0"]
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0])]
-    assert [(one["label"], one["seed"], one["state"]) for one in values["missing"]] == [("mined", 1, "not run")]
+    assert [(one["label"], one["state"], one["failed"]) for one in values["missing"]] == [("mined", "not run", False)]
 
 
 def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_path, capsys):
@@ -334,14 +330,8 @@ def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_p
     assert len(commands) == 4
     for command, planned in zip(commands, read_plan(plan).runs, strict=True):
         script = command.index(str(tmp_path / "fake.py"))
-        assert command[:script] == [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            "1",
-            "--cpu",
-        ]
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+        assert command[:script] == [sys.executable, *launch]
         ours, theirs = config_to_dict(parse_train_config(command[script + 1 :])), config_to_dict(planned.config)
         assert ours == theirs | {"disable_tqdm": True}
     assert started() == []
@@ -461,7 +451,7 @@ def test_unfinished_run_with_other_settings_is_refused(fake, tmp_path, capsys):
 )
 def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, fragments):
     assert old in PLAN
-    assert compare_recipe("--config", write_plan(tmp_path, PLAN.replace(old, new))) == 2
+    assert compare_recipe("--config", write_plan(tmp_path, PLAN.replace(old, new), BASE)) == 2
     complaint = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in complaint
@@ -491,7 +481,7 @@ def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, frag
 def test_flags_and_folders_that_make_no_sense_are_refused(tmp_path, capsys, arguments, fragments):
     folder = tmp_path / "empty"
     folder.mkdir()
-    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path), folder=folder).split()) == 2
+    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path, PLAN, BASE), folder=folder).split()) == 2
     complaint = capsys.readouterr().err
     for fragment in fragments:
         assert fragment in complaint
@@ -511,11 +501,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def publish(hub, name, report, tmp_path):
-    repo = Repo("model", name, private=False)
-    blob = Blob(write_report(report, tmp_path / "published").read_bytes(), lfs=False)
-    repo.refs["main"] = repo.add_commit({"report.json": blob}, repo.refs["main"])
-    hub.repos["model", name] = repo
-    return repo
+    return hub.add("model", name, {"report.json": write_report(report, tmp_path / "published").read_bytes()})
 
 
 def test_models_on_the_hub_are_compared_with_folders(hub, tmp_path, capsys):
@@ -546,9 +532,7 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
 
     publish(hub, "me/robust", report([6, 9, 14], method="other"), tmp_path)
     publish(hub, "you/net", report([7, 8, 9], method="third"), tmp_path)
-    publish(hub, "you/broken", report([7, 8, 9]), tmp_path)
-    broken = hub.model("you/broken")
-    broken.refs["main"] = broken.add_commit({"report.json": Blob(b"{}", lfs=False)}, broken.refs["main"])
+    hub.add("model", "you/broken", {"report.json": b"{}"})
     models, out = tmp_path / "models.txt", tmp_path / "out"
     models.write_text("# ours\nme/robust\nnet of you=you/net\nyou/gone\nyou/broken\n")
     words = ["--models", models, "--output_dir", out, "--page"]
@@ -563,11 +547,10 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
     assert 'data-label="net of you"' in page
     assert "30.0" in page
     # What is on the Hub now counts, not what was fetched before.
-    repo = hub.model("me/robust")
-    blob = Blob(write_report(report([1, 9, 14], method="other"), tmp_path / "new").read_bytes(), lfs=False)
-    repo.refs["main"] = repo.add_commit({"report.json": blob}, repo.refs["main"])
+    publish(hub, "me/robust", report([1, 9, 14], method="other"), tmp_path)
     assert compare_recipe(*words) == 1
-    worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows_of(out)}
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows}
     assert worst == {"other": 0.05, "net of you": 0.35}
     models.write_text("you/gone\n")
     capsys.readouterr()
@@ -576,17 +559,12 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
     assert not (tmp_path / "none").exists()
 
 
-def rows_of(folder):
-    return json.loads((folder / "comparison.json").read_text())["rows"]
-
-
 def test_predictions_of_models_on_the_hub_are_paired_and_nothing_huge_is_fetched(hub, tmp_path, capsys, monkeypatch):
     for label, right in (("base", [20, 50, 60, 70]), ("own", [40, 60, 70, 80])):
         judged = judged_run(label, right)
-        repo = publish(hub, f"me/{label}", judged.report, tmp_path)
-        table = Blob(write_verdicts(judged.verdicts, tmp_path / "published").read_bytes(), lfs=False)
-        commit = repo.refs["main"]
-        repo.refs["main"] = repo.add_commit({**repo.tree("main"), "predictions.parquet": table}, commit)
+        publish(hub, f"me/{label}", judged.report, tmp_path)
+        table = write_verdicts(judged.verdicts, tmp_path / "published").read_bytes()
+        hub.commit(f"me/{label}", {"predictions.parquet": table})
     words = ["base=me/base", "own=me/own", "--baseline", "base", "--output_dir", tmp_path / "out"]
     assert compare_recipe(*words) == 0
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())

@@ -6,9 +6,9 @@ import pytest
 
 from ham_hf.comparison.execution import bring_weights, execute
 from ham_hf.comparison.plan import read_plan
-from ham_hf.config import ConfigError, config_to_yaml, parse_train_config
+from ham_hf.config import ConfigError
 from ham_hf.reporting.report import read_report
-from tests.support.recipe_runs import HELD_OUT, recipe_module
+from tests.support.recipe_runs import HELD_OUT, recipe_module, write_plan
 
 pytestmark = pytest.mark.slow
 
@@ -30,16 +30,9 @@ runs:
 """
 
 
-def write_plan(place, plan: str = PLAN):
-    (place / "base.yaml").write_text(config_to_yaml(parse_train_config(BASE)))
-    path = place / "compare.yaml"
-    path.write_text(plan.replace("FOLDER", str(place / "out")))
-    return path
-
-
 def test_takes_the_weights_of_the_same_seed_and_trains_nothing(tmp_path, capsys):
     """The calibrated row is the first of the file, and runs after the one that it takes its weights from."""
-    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path))])
+    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path, PLAN, BASE))])
     said = capsys.readouterr().out
     assert said.index("done plain seed 0") < said.index("start fair seed 0")
     plain, fair = (tmp_path / "out" / label / "seed0" for label in ("plain", "fair"))
@@ -52,15 +45,8 @@ def test_takes_the_weights_of_the_same_seed_and_trains_nothing(tmp_path, capsys)
     weights = next((plain / "checkpoint-best").glob("*.safetensors"))
     assert (fair / "checkpoint-best" / weights.name).read_bytes() == weights.read_bytes()
     assert "| fair " in (tmp_path / "out" / "comparison.md").read_text()
-    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path))])
+    recipe_module("compare.py").main(["--config", str(write_plan(tmp_path, PLAN, BASE))])
     assert "2 runs: 2 done already, 0 to go" in capsys.readouterr().out
-
-
-def test_settings_are_those_of_the_other_row(tmp_path):
-    fair, plain = read_plan(write_plan(tmp_path)).runs
-    assert (fair.config.method, fair.config.calibration.fairness) == (plain.config.method, 1)
-    assert fair.weights_from == plain.folder
-    assert plain.weights_from is None
 
 
 @pytest.mark.parametrize(
@@ -79,11 +65,11 @@ def test_settings_are_those_of_the_other_row(tmp_path):
 def test_what_is_refused(tmp_path, row, message):
     plan = PLAN.replace("{calibrated_from: plain, fairness: 1, calibration_num_steps: 1}", row)
     with pytest.raises(ConfigError, match=message):
-        read_plan(write_plan(tmp_path, plan))
+        read_plan(write_plan(tmp_path, plan, BASE))
 
 
 def test_without_the_other_run(tmp_path):
-    (fair, _) = read_plan(write_plan(tmp_path)).runs
+    (fair, _) = read_plan(write_plan(tmp_path, PLAN, BASE)).runs
     with pytest.raises(ValueError, match="which is not finished: run that first"):
         bring_weights(fair, fair.weights_from)
     said = []
@@ -95,7 +81,7 @@ def test_without_the_other_run(tmp_path):
 def test_a_row_may_have_fewer_seeds(tmp_path):
     plan = PLAN.replace("seeds: [0]", "seeds: [0, 1]").replace("{method: pgd_at}", "{method: pgd_at, seeds: [1]}")
     plan += "  other: {method: trades}\n"
-    found = [(run.label, run.seed) for run in read_plan(write_plan(tmp_path, plan)).runs]
+    found = [(run.label, run.seed) for run in read_plan(write_plan(tmp_path, plan, BASE)).runs]
     assert found == [("other", 0), ("fair", 1), ("plain", 1), ("other", 1)]
     with pytest.raises(ConfigError, match="run plain: seeds one: expected a list of whole numbers"):
-        read_plan(write_plan(tmp_path, plan.replace("seeds: [1]", "seeds: [one]")))
+        read_plan(write_plan(tmp_path, plan.replace("seeds: [1]", "seeds: [one]"), BASE))

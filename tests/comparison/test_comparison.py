@@ -99,20 +99,29 @@ def test_rho_of_a_published_table():
 
 
 @pytest.mark.parametrize(
-    ("other", "own", "best"),
+    ("metric", "other", "own", "best"),
     [
-        ([[10, 10, 10], [12, 12, 12]], [[16, 16, 16], [18, 18, 18]], "own"),  # 30 points apart, noise 10
-        ([[10, 10, 10], [16, 16, 16]], [[12, 12, 12], [18, 18, 18]], None),  # 10 points apart, noise 30
-        ([[10, 10, 10], [12, 12, 12]], [[18, 18, 18]], None),  # one seed
-        ([[10, 10, 10], [10, 10, 10]], [[10, 10, 10], [10, 10, 10]], None),  # a tie
+        ("average", [10, 12], [16, 18], "own"),  # 30 points apart, noise 10
+        ("average", [10, 16], [12, 18], None),  # 10 points apart, noise 30
+        ("average", [10, 12], [18], None),  # one seed
+        ("average", [10, 10], [10, 10], None),  # a tie
+        # All seeds agree, but of 20 images a class, 10 and 14 right are 20 points apart, and sqrt(p q / 20) of both
+        # together 15: a few images are noise.
+        ("worst_class", [10, 10], [11, 11], None),
+        ("worst_class", [10, 10], [12, 12], None),
+        ("worst_class", [10, 10], [14, 14], "own"),
     ],
 )
-def test_best_is_what_beats_the_next_by_more_than_the_noise(other, own, best):
-    comparison = compare([*by_seeds("other", *other), *by_seeds("own", *own)])
-    assert comparison.best("pgd-20", "average") == best
+def test_best_is_what_beats_the_next_by_more_than_the_noise(metric, other, own, best):
+    """Of three classes with so many right in each seed."""
+    rows = (by_seeds(label, *([right] * 3 for right in counts)) for label, counts in (("other", other), ("own", own)))
+    comparison = compare([run for row in rows for run in row])
+    assert comparison.best("pgd-20", metric) == best
+    assert comparison.best("pgd-20", "nsd") is None
     assert comparison.best("clean", "average") is None
     text = comparison_markdown(comparison, command="x")
-    assert ("**" in re.sub(r"\*\*Not the same.*?\*\*", "", text)) == (best is not None)
+    bold = any(comparison.best("pgd-20", name) for name in ("average", "worst_class", "worst_30_percent"))
+    assert ("**" in re.sub(r"\*\*Not the same.*?\*\*", "", text)) == bold
 
 
 def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
@@ -128,12 +137,11 @@ def test_noise_is_that_of_the_next_best_and_lower_nsd_is_better():
     assert [cell.startswith("**") for cell in row] == [False, False, False, True, True, True]
 
 
-def test_json_csv_and_markdown_agree():
+def test_json_and_csv_agree():
     runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8], [12, 13, 9], seconds=30.0)]
     comparison = compare(runs, baseline="base")
     values = json.loads(comparison_json(comparison, command="x"))
     lines = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
-    tables = markdown_tables(comparison_markdown(comparison, command="x"))
     assert [line["label"] + line["evaluation"] for line in lines] == [
         "baseclean",
         "basepgd-20",
@@ -149,13 +157,6 @@ def test_json_csv_and_markdown_agree():
         assert float(line["rho"]) == numbers["rho"]
         assert float(line["training_seconds_mean"]) == row["training_seconds"]["mean"]
         assert float(line["peak_memory_bytes_mean"]) == row["peak_memory_bytes"]["mean"] == 6e8
-    assert values["schema_version"] == 1
-    header, base, own = tables["PGD-20"]
-    assert header == ["", "Seeds", "Average", "Worst class", "Worst 30 %", "NSD", "ρ"]
-    assert base[:4] == ["base", "2", "46.7 ± 4.7", "25.0 ± 7.1"]
-    assert own[:4] == ["own", "2", "55.0 ± 2.4", "**42.5 ± 3.5**"]
-    assert own[6] == f"{17.5 / 25 + (55 - 140 / 3) / (140 / 3):+.2f}"
-    assert tables["Cost"][2] == ["own", "2", "30.0 ± 0.0", "572 ± 0"]
 
 
 def test_missing_class_is_none_and_enters_no_mean():
@@ -167,16 +168,6 @@ def test_missing_class_is_none_and_enters_no_mean():
     (row,) = compare([run("own", results, class_names=NAMES)]).rows
     assert row.attacks["pgd-20"].per_class == (0.5, None, 0.25)
     assert row.attacks["pgd-20"].worst_class.mean == 0.25
-
-
-def test_failed_and_absent_runs_are_listed_with_the_reason():
-    runs = [*by_seeds("base", [10, 12, 4], [11, 13, 6]), *by_seeds("own", [12, 12, 8])]
-    failed = MissingRun(label="new", seed=0, reason="out of memory", state="failed")
-    missing = json.loads(comparison_json(compare(runs, missing=[failed]), command="x"))["missing"]
-    assert [(entry["label"], entry["seed"], entry["failed"]) for entry in missing] == [
-        ("new", 0, True),
-        ("own", 1, False),
-    ]
 
 
 def test_attack_that_a_run_lacks_has_fewer_seeds():
@@ -271,14 +262,6 @@ def test_equal_means_are_a_tie_whatever_the_last_bit_says():
     assert dataclasses.replace(exact, rows=rows).best("pgd-20", "nsd") is None
 
 
-@pytest.mark.parametrize(("correct", "best"), [(11, None), (12, None), (14, "own")])
-def test_a_few_images_are_noise_though_all_seeds_agree(correct, best):
-    """Of 20 images a class, 10 and 14 right are 20 points apart, and sqrt(p q / 20) of both together 15."""
-    comparison = compare([*by_seeds("other", [10] * 3, [10] * 3), *by_seeds("own", [correct] * 3, [correct] * 3)])
-    assert comparison.best("pgd-20", "worst_class") == best
-    assert comparison.best("pgd-20", "nsd") is None
-
-
 def test_image_noise_is_that_of_a_naive_count_and_not_less_with_more_seeds():
     counts = ([3, 6, 5, 9], [10, 20, 10, 12])  # 30 % of four classes are two: 3 of 10 and 6 of 20
     runs = [run("own", {"pgd-20": counts}, seed=seed, class_names="abcd") for seed in range(3)]
@@ -345,23 +328,6 @@ def test_averaged_weights_are_another_budget():
         "none": ("one",),
         "none (no epoch passed the gate)": ("cfa",),
     }
-
-
-def test_labels_that_are_cut_alike_stay_different():
-    long = "a method with a very long name (its settings are 1 and then "
-    labels = [f"{long}{end})" for end in ("2", "3")]
-    runs = [one for label in [*labels, "short"] for one in by_seeds(label, [5] * 3)]
-    missing = MissingRun(label=f"{long}4)", seed=0, reason="lost", state="failed")
-    comparison = compare(runs, missing=[missing])
-    names = [f"a method with a very long name #{number}" for number in (1, 2)]
-    assert comparison.names == dict(zip(labels, names, strict=True)) | {
-        "short": "short",
-        f"{long}4)": "a method with a very long name #3",
-    }
-    rows = json.loads(comparison_json(comparison, command="x"))["rows"]
-    assert [(row["label"], row["name"]) for row in rows] == list(
-        zip([*labels, "short"], [*names, "short"], strict=True)
-    )
 
 
 def test_setting_younger_than_a_report_has_its_default():

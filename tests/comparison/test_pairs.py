@@ -8,7 +8,6 @@ import pytest
 
 from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.pairs import mcnemar
-from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.reporting.report import write_report
@@ -64,18 +63,6 @@ def test_several_seeds_have_to_agree():
     differences = disagreed.pairs.found["own"]["verdict"].differences.worst_class
     assert differences.per_seed == pytest.approx((0.2, 0.2, -0.01))
     assert differences.low > 0
-
-
-def test_rows_without_predictions_are_shown_and_say_so():
-    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [40, 60, 70, 80])
-    older = judged_run("older", [50, 60, 70, 80], kept=False)
-    comparison = compare([base, own, older], baseline="base")
-    assert list(comparison.pairs.found) == ["own"]
-    assert bold(comparison, "older", "pgd-20") == []
-    assert comparison.pairs.found["own"]["verdict"].differences.only_other == (50,)
-    assert comparison.pairs.unpaired == {"older": "no predictions.parquet of it or of the baseline with seed 0"}
-    all_old = compare([judged_run(label, [9, 9, 9, 9], kept=False) for label in ("base", "own")], baseline="base")
-    assert "Nothing is tested image by image" in comparison_markdown(all_old, command="x")
 
 
 def test_rows_on_other_images_are_not_paired():

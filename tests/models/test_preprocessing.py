@@ -15,9 +15,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from ham_hf.config import DataConfig, ModelConfig
-from ham_hf.data import BatchRequest, load_image_data
+from ham_hf.data import load_image_data
 from ham_hf.models import input_defaults, load_pixel_model, new_model
 from ham_hf.models.pixel_model import PixelModel
+from tests.support.example_images import everything
 from tests.support.exports import FAMILIES, export, preprocessing, trained
 
 SIDES = [(40, 60), (70, 33), (32, 32), (90, 20), (31, 64)]
@@ -61,10 +62,9 @@ def opened(folder, inputs, image_size=None, **settings):
 def by_file(data):
     """The test pixels in the order of the file names: the loader goes class by class."""
     order = sorted(range(len(SIDES)), key=lambda index: (index % 2, index))
-    request = BatchRequest(torch.arange(len(SIDES)), seed=None)
-    (batch,) = data.test.batches([request], device=torch.device("cpu"))
-    pixels = torch.empty_like(batch.x)
-    pixels[order] = batch.x
+    found = everything(data.test)
+    pixels = torch.empty_like(found)
+    pixels[order] = found
     return pixels
 
 
@@ -196,19 +196,6 @@ def test_small_images_stay_whole_in_training_of_a_large_model(folder):
     for size, crop_pct in ((32, 1.0), (96, 1.0), (97, 0.875), (224, 0.875)):
         data = opened(folder, inputs, size)
         assert (data.crop_pct, data.crop_mode) == (crop_pct, "squash")
-
-
-def test_exports_of_earlier_versions_are_centered(tmp_path):
-    export(trained("resnet18_cifar", **FAMILIES["resnet18_cifar"]), tmp_path, preprocessing(crop_pct=0.9))
-    file = tmp_path / "config.json"
-    config = json.loads(file.read_text())
-    del config["ham_hf"]["trained_form"]["crop_mode"]
-    file.write_text(json.dumps(config))
-    assert load_pixel_model(str(tmp_path)).preprocessing == preprocessing(crop_pct=0.9)
-    config["ham_hf"]["trained_form"]["crop_mode"] = "stretch"
-    file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"damaged ham_hf\.trained_form .*crop_mode should be one of"):
-        load_pixel_model(str(tmp_path))
 
 
 def test_every_registered_model_is_understood_or_refused_by_name():

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from ham_hf.data.decoding import EvalTransform
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.card import write_card
 from tests.support.example_report import make_report, with_model
@@ -136,9 +137,18 @@ def test_lines_of_the_card_give_the_evaluated_numbers(name, in_chans, tmp_path, 
     (with_timm,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (with_transformers,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
+    assert ("`resolve_model_data_config` gives all of this" in text) is (info.upsample == 1)
     variables = {}
     exec(with_timm, variables)
-    capsys.readouterr()
+    # What our own pipeline makes of the image.
+    image = Image.open("image.png").convert("L" if in_chans == 1 else "RGB")
+    x = EvalTransform(32, 0.9, "bicubic")(image)[None] / 255
+    with torch.inference_mode():
+        expected = load_pixel_model(str(tmp_path)).model(x).softmax(dim=1)[0]
+    torch.testing.assert_close(variables["probabilities"], expected, rtol=0, atol=1e-6)
+    shown, probability = capsys.readouterr().out.rsplit(maxsplit=1)
+    assert shown == CLASSES[int(expected.argmax())]
+    assert float(probability) == pytest.approx(float(expected.max()), rel=1e-5)
     exec(with_transformers, variables)
     printed = capsys.readouterr().out
     if "classify" not in variables:

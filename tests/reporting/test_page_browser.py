@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from ham_hf.evaluation.calibration import frontier_point
-from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.page import PageRun, page_html
 from tests.support.browser import NEEDS_BROWSER, Browser, assert_quiet, browser, soonest_paint
 from tests.support.documents import calibration
-from tests.support.example_report import make_report
+from tests.support.example_report import make_report, one_example
 
 pytestmark = NEEDS_BROWSER
 HOSTILE = (
@@ -51,19 +50,7 @@ def written(path: Path, names: Sequence[str], *, images: bool = False) -> Path:
     )
     report = make_report(class_names=names, num_test=20 * count, treatment={"hard_per_class": 2})
     report = dataclasses.replace(report, calibration=shown)
-    example = ClassExample(
-        label=0,
-        position=7,
-        kind="weak",
-        margin=-0.5,
-        clean_prediction=0,
-        attacked_prediction=1,
-        enlargement=16.0,
-        clean=PIXEL,
-        attacked=PIXEL,
-        difference=PIXEL,
-    )
-    examples = ClassExamples(attack="PGD-20", examples=(example,)) if images else None
+    examples = one_example(PIXEL) if images else None
     path.write_text(page_html([PageRun(label="run", report=report, examples=examples)]), encoding="utf-8")
     return path
 

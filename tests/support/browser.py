@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import socket
@@ -83,10 +82,6 @@ class Browser:
     def log(self) -> list[str]:
         """What the console said since it was asked last."""
         return [entry["message"] for entry in self.command("POST", "/se/log", {"type": "browser"})]
-
-    def screenshot(self, path: Path, *, full: bool = False) -> None:
-        taken = self.devtools("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": full})
-        path.write_bytes(base64.b64decode(taken["data"]))
 
 
 @contextmanager

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ham_hf.training.checkpoint import (
-    Checkpoint,
-)
+from ham_hf.training.checkpoint import Checkpoint
 
 
 def make(step, value=1.0):

@@ -10,6 +10,7 @@ import torch
 from ham_hf.evaluation import AttackResult
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import summarize_counts
+from ham_hf.reporting.class_examples import ClassExample, ClassExamples
 from ham_hf.reporting.figures import ExampleStrip
 from ham_hf.reporting.report import (
     AttackReport,
@@ -247,3 +248,20 @@ def make_examples(num_images: int, *, in_chans: int, num_classes: int) -> Exampl
         adversarial_predictions=(labels + torch.arange(num_images) % 2) % num_classes,
         attack="PGD-20",
     )
+
+
+def one_example(image: bytes = b"image") -> ClassExamples:
+    """One image of class 0 that an attack broke."""
+    example = ClassExample(
+        label=0,
+        position=7,
+        kind="weak",
+        margin=-0.5,
+        clean_prediction=0,
+        attacked_prediction=1,
+        enlargement=16.0,
+        clean=image,
+        attacked=image,
+        difference=image,
+    )
+    return ClassExamples(attack="PGD-20", examples=(example,))

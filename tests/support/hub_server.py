@@ -4,10 +4,9 @@
         environment = hub_environment(hub, tmp_path, token="hf_writer")   # for a subprocess
         hub.fail("POST .*/commit/", status=503, times=1)
 
-Every commit is an immutable mapping of path to blob; branches, tags and pull-request refs point to commits. Files of
-``lfs_threshold`` bytes and more travel as LFS (clients then need ``HF_HUB_DISABLE_XET=1``); with None everything is
-base64 in the commit, which works with every client. It knows what huggingface_hub, timm and datasets ask for, no more:
-no organizations, pagination, multipart LFS, Xet, or gated repositories.
+Every commit is an immutable mapping of path to blob; branches, tags and pull-request refs point to commits. Every file
+is base64 in the commit, which works with every client. It knows what huggingface_hub, timm and datasets ask for, no
+more: no organizations, pagination, LFS, Xet, or gated repositories.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ BOTH_WAYS = pytest.mark.parametrize("hub", ["pipeline", "single commit"], indire
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 API = re.compile(r"^/api/(models|datasets|spaces)/([^/]+)/([^/]+)(?:/(.*))?$")
 RESOLVE = re.compile(r"^/(?:(datasets|spaces)/)?([^/]+)/([^/]+)/(?:resolve|raw)/(.+)$")
-LFS = re.compile(r"^/(?:(datasets|spaces)/)?([^/]+)/([^/]+)\.git/info/lfs/objects/(batch|verify)$")
 FRONT_MATTER = re.compile(r"^---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 
 
@@ -112,16 +110,9 @@ class Fault:
 class Blob:
     """A file of a commit."""
 
-    def __init__(self, data: bytes, *, lfs: bool) -> None:
-        self.data, self.lfs = data, lfs
-        self.sha256 = hashlib.sha256(data).hexdigest()
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(data)}\n".encode()
-        stored = pointer if lfs else data
-        self.oid = hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.oid
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @dataclass
@@ -141,7 +132,7 @@ class Repo:
         self.kind, self.name, self.private, self.created = kind, name, private, now()
         self.commits: dict[str, Commit] = {}
         self.tags: dict[str, str] = {}
-        self.refs = {"main": self.add_commit({".gitattributes": Blob(b"*.safetensors -text\n", lfs=False)}, None)}
+        self.refs = {"main": self.add_commit({".gitattributes": Blob(b"*.safetensors -text\n")}, None)}
 
     def add_commit(
         self, tree: Mapping[str, Blob], parent: str | None, title: str = "initial commit", description: str = ""
@@ -182,25 +173,16 @@ class _Server(ThreadingHTTPServer):
 class Hub:
     """The server, a context manager; ``tokens`` maps a token to its user, those in ``read_only`` may not write."""
 
-    def __init__(
-        self,
-        tokens: Mapping[str, str] | None = None,
-        *,
-        read_only: Collection[str] = (),
-        port: int = 0,
-        lfs_threshold: int | None = None,
-    ) -> None:
+    def __init__(self, tokens: Mapping[str, str] | None = None, *, read_only: Collection[str] = ()) -> None:
         self.tokens = {"hf_test": "me"} if tokens is None else dict(tokens)
         self.read_only = frozenset(read_only)
-        self.lfs_threshold = lfs_threshold
         self.repos: dict[tuple[str, str], Repo] = {}
-        self.lfs_store: dict[str, bytes] = {}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = _Server(("127.0.0.1", port), handler)
+        self.server = _Server(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -226,8 +208,14 @@ class Hub:
     def add(self, kind: str, name: str, files: Mapping[str, bytes], *, private: bool = False) -> Repo:
         """A repository with one commit of these files."""
         repo = self.repos[kind, name] = Repo(kind, name, private=private)
-        repo.refs["main"] = repo.add_commit({path: Blob(data, lfs=False) for path, data in files.items()}, None)
+        repo.refs["main"] = repo.add_commit({path: Blob(data) for path, data in files.items()}, None)
         return repo
+
+    def commit(self, name: str, files: Mapping[str, bytes], title: str = "commit") -> None:
+        """Somebody's commit of these files to the model's main branch."""
+        repo = self.model(name)
+        tree = {**repo.tree(), **{path: Blob(data) for path, data in files.items()}}
+        repo.refs["main"] = repo.add_commit(tree, repo.resolve("main"), title)
 
     def model(self, name: str) -> Repo:
         return self.repos["model", name]
@@ -359,12 +347,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.create_repo(json.loads(body))
         elif path == "/api/validate-yaml":
             self.validate_yaml(json.loads(body).get("content", ""))
-        elif path.startswith("/_lfs/"):
-            self.lfs_object(path.removeprefix("/_lfs/"), body)
-        elif found := LFS.match(path):
-            repo_kind, namespace, name, step = found.groups()
-            self.repo(KINDS.get(repo_kind, "model"), namespace, name, write=True)
-            self.lfs_batch(path, step, json.loads(body))
         elif found := API.match(path):
             self.api(KINDS[found[1]], found[2], found[3], (found[4] or "").rstrip("/"), body)
         elif found := RESOLVE.match(path):
@@ -402,29 +384,6 @@ class _Handler(BaseHTTPRequestHandler):
         warnings = [] if front_matter else [{"message": "empty or missing yaml metadata in repo card"}]
         self.send(400 if errors else 200, {"errors": errors, "warnings": warnings})
 
-    def lfs_object(self, oid: str, body: bytes) -> None:
-        if self.command == "PUT":
-            if hashlib.sha256(body).hexdigest() != oid:
-                raise RefusalError(400, "sha256 mismatch")
-            self.hub.lfs_store[oid] = body
-            self.send(200, b"", {"ETag": f'"{oid}"'})
-        else:
-            self.send_file(self.hub.lfs_store[oid], {"ETag": f'"{oid}"'})
-
-    def lfs_batch(self, path: str, step: str, wanted: dict[str, Any]) -> None:
-        if step == "verify":
-            self.send(200 if wanted["oid"] in self.hub.lfs_store else 404, {})
-            return
-        objects = []
-        for entry in wanted["objects"]:
-            answer = {"oid": entry["oid"], "size": entry["size"]}
-            if entry["oid"] not in self.hub.lfs_store:
-                verify = f"{self.hub.url}{path.rsplit('/', 1)[0]}/verify"
-                upload = {"href": f"{self.hub.url}/_lfs/{entry['oid']}", "header": {}}
-                answer |= {"authenticated": True, "actions": {"upload": upload, "verify": {"href": verify}}}
-            objects.append(answer)
-        self.send(200, {"transfer": "basic", "objects": objects})
-
     def resolve(self, repo: Repo, rest: str) -> None:
         revision, _, path = rest.partition("/")
         commit_id = repo.resolve(revision)
@@ -433,9 +392,7 @@ class _Handler(BaseHTTPRequestHandler):
             missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             self.send(404, {"error": "Entry not found"}, {**missing, "X-Repo-Commit": commit_id})
             return
-        headers = {"X-Repo-Commit": commit_id, "ETag": f'"{blob.etag}"', "Accept-Ranges": "bytes"}
-        if blob.lfs:
-            headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
+        headers = {"X-Repo-Commit": commit_id, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         self.send_file(blob.data, headers)
 
     def api(self, kind: str, namespace: str, name: str, rest: str, body: bytes) -> None:
@@ -488,12 +445,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, [file_info(path, tree[path]) for path in paths if path in tree])
 
     def preupload(self, repo: Repo, revision: str, wanted: dict[str, Any]) -> None:
-        tree, threshold, answers = repo.tree(revision), self.hub.lfs_threshold, []
+        tree, answers = repo.tree(revision), []
         for entry in wanted["files"]:
-            lfs = threshold is not None and entry["size"] >= threshold
-            answer = {"path": entry["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            answer = {"path": entry["path"], "uploadMode": "regular", "shouldIgnore": False}
             if entry["path"] in tree:  # lets the client leave out what has not changed
-                answer["oid"] = tree[entry["path"]].etag
+                answer["oid"] = tree[entry["path"]].oid
             answers.append(answer)
         self.send(200, {"files": answers, "commitOid": repo.resolve(revision)})
 
@@ -507,11 +463,7 @@ class _Handler(BaseHTTPRequestHandler):
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
-                tree[value["path"]] = Blob(base64.b64decode(value["content"]), lfs=False)
-            elif operation["key"] == "lfsFile":
-                if value["oid"] not in self.hub.lfs_store:
-                    raise RefusalError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
-                tree[value["path"]] = Blob(self.hub.lfs_store[value["oid"]], lfs=True)
+                tree[value["path"]] = Blob(base64.b64decode(value["content"]))
             elif operation["key"] == "deletedFile":
                 del tree[value["path"]]
         commit_id = repo.add_commit(tree, parent, header["summary"], header.get("description", ""))
@@ -543,8 +495,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def file_info(path: str, blob: Blob) -> dict[str, Any]:
-    info: dict[str, Any] = {"type": "file", "oid": blob.oid, "size": len(blob.data), "path": path}
-    return info | ({"lfs": {"oid": blob.sha256, "size": len(blob.data), "pointerSize": 134}} if blob.lfs else {})
+    return {"type": "file", "oid": blob.oid, "size": len(blob.data), "path": path}
 
 
 def commit_info(commit: Commit) -> dict[str, Any]:

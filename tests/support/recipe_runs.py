@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from ham_hf.config import config_to_yaml, parse_train_config
 from tests.conftest import ROOT
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -93,3 +94,11 @@ def recipe_module(script: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return importlib.import_module(module.main.__module__)
+
+
+def write_plan(place: Path, plan: str, base: list[str]) -> Path:
+    """compare.yaml in a folder, with its runs below ``out`` there, and base.yaml with the flags of ``base``."""
+    (place / "base.yaml").write_text(config_to_yaml(parse_train_config(base)))
+    path = place / "compare.yaml"
+    path.write_text(plan.replace("FOLDER", str(place / "out")))
+    return path
