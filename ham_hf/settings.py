@@ -37,34 +37,29 @@ class ConfigError(ValueError):
 class Bounds:
     """Where a number has to lie: an interval, each end of which is open, closed or missing."""
 
-    above: float | None = None
-    at_least: float | None = None
-    below: float | None = None
-    at_most: float | None = None
+    above: float = -math.inf
+    at_least: float = -math.inf
+    below: float = math.inf
+    at_most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        """Whether the number ``value`` lies in between."""
-        return (
-            (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.below is None or value < self.below)
-            and (self.at_most is None or value <= self.at_most)
-        )
+        """Whether the finite number ``value`` lies in between."""
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
 
     @property
-    def has_two_ends(self) -> bool:
-        """Whether there is a lower and an upper end."""
-        return self.below is not None or self.at_most is not None
+    def has_upper_end(self) -> bool:
+        """Whether there is an upper end; none is without a lower one."""
+        return min(self.below, self.at_most) < math.inf
 
     def __str__(self) -> str:
         """``[0, 1)``, ``>= 1`` or ``> 0``; empty without an end."""
-        low = f"{self.above}" if self.at_least is None else f"{self.at_least}"
-        if self.has_two_ends:
-            low = f"({low}" if self.at_least is None else f"[{low}"
-            return f"{low}, {self.below})" if self.at_most is None else f"{low}, {self.at_most}]"
-        if self.above is None and self.at_least is None:
-            return ""
-        return f"> {low}" if self.at_least is None else f">= {low}"
+        is_open = self.at_least == -math.inf
+        if self.has_upper_end:
+            low = f"({self.above}" if is_open else f"[{self.at_least}"
+            return f"{low}, {self.below})" if self.at_most == math.inf else f"{low}, {self.at_most}]"
+        if is_open:
+            return "" if self.above == -math.inf else f"> {self.above}"
+        return f">= {self.at_least}"
 
 
 def setting(default: T, help: str, *, limits: str = "", items: str = "", **ends: float) -> T:
@@ -140,7 +135,7 @@ class Setting:
         else:
             what = _kind_words(self.kind)
         if self.limits:
-            what += f" in {self.limits}" if self.bounds.has_two_ends else f" {self.limits}"
+            what += f" in {self.limits}" if self.bounds.has_upper_end else f" {self.limits}"
         return what + (" or none" if self.optional else "")
 
     def accepts(self, value: object) -> bool:
@@ -153,11 +148,11 @@ class Setting:
             )
         if self.is_list:
             return isinstance(value, tuple) and all(
-                item in self.choices if self.choices else _is_kind(item, self.item_kind) for item in value
+                item in self.choices if self.choices else is_kind(item, self.item_kind) for item in value
             )
         if self.choices:
             return value in self.choices
-        return _is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
+        return is_kind(value, self.kind) and (not isinstance(value, int | float) or value in self.bounds)
 
 
 def _kind_words(kind: object) -> str:
@@ -165,7 +160,8 @@ def _kind_words(kind: object) -> str:
     return words.get(kind, "a text")
 
 
-def _is_kind(value: object, kind: object) -> bool:
+def is_kind(value: object, kind: object) -> bool:
+    """Whether ``value`` is of a setting's type: float takes whole numbers, and no number type takes true or false."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
     if kind is int:

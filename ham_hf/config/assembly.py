@@ -25,40 +25,19 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 
-# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name. Where an alias
-# stands for several, the first that the command has is suggested.
+# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name.
 _KNOWN_ELSEWHERE = {
     "learning_rate": "lr base_lr",
     "weight_decay": "wd",
-    "optimizer": "opt optim",
-    "lr_scheduler_type": "sched scheduler schedule lr_schedule",
-    "lr_drops": "lr_decay lr_decay_epochs decay_epochs milestones",
-    "num_train_epochs": "epoch epochs num_epochs n_epochs",
-    "per_device_train_batch_size": "batch bs batch_size b",
-    "per_device_eval_batch_size": "batch bs batch_size b validation_batch_size test_batch_size",
-    "gradient_accumulation_steps": "accum_steps grad_accum grad_accum_steps",
-    "max_grad_norm": "clip_grad grad_clip gradient_clipping",
-    "ema_decay": "ema model_ema model_ema_decay",
-    "epsilon": "eps",
-    "num_steps": "steps attack_steps pgd_steps attack_iters",
-    "eval_num_steps": "num_steps steps attack_steps pgd_steps attack_iters",
-    "step_size": "alpha attack_step_size",
-    "eval_step_size": "step_size alpha attack_step_size",
+    "lr_drops": "lr_decay milestones",
+    "num_train_epochs": "epoch epochs",
+    "max_grad_norm": "clip_grad grad_clip",
+    "step_size": "alpha",
+    "eval_step_size": "alpha",
     "mixed_precision fp16": "fp16",
-    "mixed_precision bf16": "bf16 amp amp_dtype half",
-    "memory_format channels_last": "channels_last",
-    "use_cpu": "cpu no_cuda device",
-    "dataset_name": "data dataset data_dir data_path dataset_path",
-    "model": "model_name model_name_or_path model_path model_id arch architecture backbone checkpoint",
-    "model_name": "model model_name_or_path arch architecture backbone",
-    "model_revision": "revision",
-    "dataset_revision": "revision",
-    "image_size": "img_size input_size resolution",
-    "model_args": "model_kwargs",
-    "resume_from_checkpoint": "resume",
-    "mining_start_epoch": "begin_epoch",
-    "mining_step": "classify_step",
-    "report_to": "log_wandb wandb tensorboard trackio",
+    "mixed_precision bf16": "bf16 amp",
+    "model": "arch architecture backbone checkpoint",
+    "model_name": "arch architecture backbone",
 }
 
 
@@ -219,7 +198,7 @@ def with_current_names(entries: Sequence[Entry]) -> list[Entry]:
         )
     rest = [entry for entry in entries if entry.name not in KEPT_EASY]
     fraction = old.get("keep_easy_fraction")
-    if fraction is None or _is_zero(fraction.node):
+    if fraction is None or show_node(fraction.node) in ("0", "0.0"):
         return rest
     kept_as = old.get("keep_easy_as")
     if kept_as is not None and show_node(kept_as.node) != "adversarial":
@@ -233,10 +212,3 @@ def with_current_names(entries: Sequence[Entry]) -> list[Entry]:
         Entry("easy_fraction", fraction.node, fraction.origin),
         *rest,
     ]
-
-
-def _is_zero(node: yaml.Node) -> bool:
-    try:
-        return float(show_node(node)) == 0
-    except ValueError:
-        return False

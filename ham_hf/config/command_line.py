@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import yaml
 
@@ -28,8 +28,11 @@ from ham_hf.config.yaml_file import (
     text_node,
 )
 from ham_hf.invocation import command, find_recipe, program
-from ham_hf.settings import ConfigError, Setting
+from ham_hf.settings import ConfigError, Setting, settings_of
 from ham_hf.terminal import show
+
+if TYPE_CHECKING:
+    from ham_hf.methods import Method
 
 logger = logging.getLogger(__name__)
 
@@ -254,14 +257,12 @@ class _Parser(argparse.ArgumentParser):
         """What ``--help TOPIC`` shows: the first screen for "", every setting for "all", else one method's options."""
         if not topic:
             return self._first_screen()
-        listings = _method_listings() if "method" in self.screen.settings else {}
+        methods = available_methods() if "method" in self.screen.settings else {}
         if topic == "all":
-            return self.format_help() + "".join(f"\n{text}" for text in listings.values())
-        found = [text for names, text in listings.items() if topic in names]
-        if not found:
-            expected = ", ".join(["all", *(names[0] for names in listings if len(names) == 1)])
-            raise ConfigError(f"--help {topic}: expected {expected}")
-        return "\n".join(found)
+            return self.format_help() + "".join(f"\n{_method_help(kind)}" for kind in methods.values())
+        if topic not in methods:
+            raise ConfigError(f"--help {topic}: expected {', '.join(['all', *methods])}")
+        return _method_help(methods[topic])
 
     def _first_screen(self) -> str:
         rows = [("--config RECIPE", "YAML file, or a name that ham-hf recipes lists")]
@@ -292,23 +293,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message.removeprefix("argument "))
 
 
-def _method_listings() -> dict[tuple[str, ...], str]:
-    """Help on options by the methods that have them: of each method alone, then of several, once for all of them."""
-    users: dict[tuple[str, str], tuple[Setting, list[str]]] = {}
-    for name, options in method_settings().items():
-        for known in options:
-            users.setdefault((known.name, _help(known)), (known, []))[1].append(name)
-    titles: dict[tuple[str, ...], str] = {
-        (name,): f"--method {name}: {kind.summary}" for name, kind in available_methods().items()
-    }
-    titles |= {tuple(names): f"--method {', '.join(names)}" for _, names in users.values() if len(names) > 1}
-    listings = {}
-    for names, title in titles.items():
-        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-        options = tuple(known for known, having in users.values() if tuple(having) == names)
-        _add_flags(parser.add_argument_group(title), options)
-        listings[names] = parser.format_help() if options else f"{title}\n"
-    return listings
+def _method_help(kind: type[Method]) -> str:
+    """Help on the options of one training method."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    title = f"--method {kind.name}: {kind.summary}"
+    _add_flags(parser.add_argument_group(title), settings_of(kind))
+    return parser.format_help() or f"{title}\n"
 
 
 def with_underscores(word: str) -> str:

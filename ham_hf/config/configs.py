@@ -39,7 +39,7 @@ def available_methods() -> dict[str, type[Method]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(SettingsGroup):
     """Everything that defines a training run.
 
     Raises:
@@ -57,27 +57,26 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
     hub: HubConfig = field(default_factory=HubConfig, metadata={"title": "Hub"})
 
-    def __post_init__(self) -> None:
-        problems = setting_problems(self.method) or list(self._method_problems())
-        problems.extend(pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size))
+    def contradictions(self) -> Iterator[str]:
+        """Problems of the method, of step sizes, and of what needs held-out images or several batches per update."""
+        yield from setting_problems(self.method) or self._method_problems()
+        yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
         if self.data.validation_fraction == 0 and self.training.selection_metric != "last":
-            problems.append(
+            yield (
                 f"--validation_fraction 0 leaves no images for --selection_metric {self.training.selection_metric}; "
                 "hold some out, or take --selection_metric last"
             )
         if self.data.validation_fraction == 0 and self.calibration.is_asked_for:
-            problems.append(
+            yield (
                 "--validation_fraction 0 leaves no images to calibrate on (--fairness, --max_average_drop); hold some "
                 "out"
             )
         if getattr(self.method, "pack_hard_examples", False) and self.training.gradient_accumulation_steps == 1:
-            problems.append(
+            yield (
                 "--pack_hard_examples packs the batches of an update, and there is one: raise "
                 "--gradient_accumulation_steps, and lower --per_device_train_batch_size to keep the size of an update "
                 "(a run that resumes with more processes has fewer batches per update: give it fewer processes)"
             )
-        if problems:
-            raise ConfigError(problems)
 
     def _method_problems(self) -> Iterator[str]:
         """Problems of the method, of the rules that it borrows, and of averaged weights."""
@@ -147,8 +146,7 @@ class EvaluateConfig(SettingsGroup):
         """A step size on the 0..255 scale, and a push to nowhere."""
         if self.hub.push_to_hub and self.repo_id is None:
             yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
-        if self.attack.norm is not None:
-            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+        yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +197,7 @@ class CalibrateConfig(SettingsGroup):
         source = Path(self.model.removeprefix("local-dir:")).expanduser()
         if source.is_dir() and source.resolve() == self.output_path.resolve():
             yield f"--output_dir {self.output_path} is the model's own folder; name another one"
-        if self.attack.norm is not None:
-            yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
+        yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
 AnyConfig: TypeAlias = TrainConfig | EvaluateConfig | CalibrateConfig

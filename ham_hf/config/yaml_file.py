@@ -69,11 +69,7 @@ def read_yaml(path: Path) -> list[Entry]:
     """
     try:
         size = path.stat().st_size
-        if size > MAX_RECIPE_BYTES:
-            raise ConfigError(f"--config {path}: expected a file of settings, and this one has {size} bytes")
-        text = path.read_text(encoding="utf-8")
-    except ConfigError:
-        raise
+        text = path.read_text(encoding="utf-8") if size <= MAX_RECIPE_BYTES else ""
     except FileNotFoundError:
         raise ConfigError(
             f"--config {path}: there is no such file, and no recipe of that name (ham-hf recipes lists them)"
@@ -84,6 +80,8 @@ def read_yaml(path: Path) -> list[Entry]:
         raise ConfigError(f"--config {path}: expected a YAML file in UTF-8") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {str(path)!r}: cannot be read ({error})") from None
+    if size > MAX_RECIPE_BYTES:
+        raise ConfigError(f"--config {path}: expected a file of settings, and this one has {size} bytes")
     root = _compose(text, str(path))
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"--config {path}: expected lines of the form 'setting: value'")

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from ham_hf.attacks import Attack, ThreatModel
 
 
-def pixel_unit_problems(norm: str, **lengths: float | None) -> Iterator[str]:
-    """Lengths in an image, by the name of their setting, that look as if they were meant on the 0..255 scale."""
+def pixel_unit_problems(norm: str | None, **lengths: float | None) -> Iterator[str]:
+    """Lengths in a linf ball, by the name of their setting, that look as if they were meant on the 0..255 scale."""
     for name, length in lengths.items():
-        if norm != "l2" and length is not None and length > 1:
+        if norm == "linf" and length is not None and length > 1:
             yield (
                 f"--{name} {length:g}: {name} is in pixel units of [0, 1], at most 1 unless --norm is l2; "
                 f"did you mean {length:g}/255?"
@@ -35,8 +35,7 @@ class ThreatConfig(SettingsGroup):
 
     def contradictions(self) -> Iterator[str]:
         """Epsilon on the 0..255 scale; where the model says the norm, `ham_hf.fitting.threat_model_of` looks again."""
-        if self.norm is not None:
-            yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
+        yield from pixel_unit_problems(self.norm, epsilon=self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True)

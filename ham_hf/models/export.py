@@ -307,10 +307,7 @@ def _write_rgb_form(folder: Path) -> bool:
         state[first_layer] = (weight * torch.tensor(GRAY_OF_RGB).view(1, 3, 1, 1)).contiguous()
         with _staging(folder) as staging:
             _write_files(staging, state, _as_text(_rgb_config(config)))
-            gray, color = _as_timm_loads(folder), _as_timm_loads(staging)
-            side = gray.pretrained_cfg["input_size"][-1]
-            difference, largest = compare_logits(_pixel_model(gray), _pixel_model(color), side)
-            if difference <= _LOGIT_TOLERANCE * max(1.0, largest):
+            if _same_network(folder, staging):
                 (folder / RGB_FOLDER).mkdir(exist_ok=True)
                 _move_files(staging, folder / RGB_FOLDER)
                 return True
@@ -359,7 +356,15 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{folder / CONFIG_NAME} was not written by ham_hf: there is no {CONFIG_KEY!r} in it")
     changes = []
     if _name_classes_once(config, folder / CONFIG_NAME):
-        _replace(folder, config)
+        with _staging(folder) as staging:
+            (staging / CONFIG_NAME).write_text(_as_text(config), encoding="utf-8")
+            shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
+            if not _same_network(folder, staging):
+                raise RuntimeError(
+                    f"timm loads another network from the repaired {CONFIG_NAME} of {folder}: left as it was"
+                )
+            shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
+            os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
         changes.append(f"{CONFIG_NAME}: num_classes taken out of model_args")
     one_channel = config["pretrained_cfg"]["input_size"][0] == 1
     if one_channel and not (folder / RGB_FOLDER / CONFIG_NAME).is_file() and _write_rgb_form(folder):
@@ -384,23 +389,9 @@ def _name_classes_once(config: dict[str, Any], file: Path) -> bool:
     return found
 
 
-def _replace(folder: Path, config: dict[str, Any]) -> None:
-    with _staging(folder) as staging:
-        (staging / CONFIG_NAME).write_text(_as_text(config), encoding="utf-8")
-        shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
-        _check_same_network(folder, staging)
-        shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
-        os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
-
-
-def _check_same_network(before: Path, after: Path) -> None:
+def _same_network(before: Path, after: Path) -> bool:
+    """Whether timm loads the same kind of network from both folders, with the same logits of gray or color images."""
     old, new = _as_timm_loads(before), _as_timm_loads(after)
-    states = old.state_dict(), new.state_dict()
-    x = torch.rand((1, *old.pretrained_cfg["input_size"]), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        same_logits = torch.allclose(old(x), new(x), rtol=1e-5, atol=1e-5, equal_nan=True)
-    same_weights = states[0].keys() == states[1].keys() and all(
-        torch.equal(value.nan_to_num(), states[1][key].nan_to_num()) for key, value in states[0].items()
-    )
-    if type(old) is not type(new) or not same_weights or not same_logits:
-        raise RuntimeError(f"timm loads another network from the repaired {CONFIG_NAME} of {before}: left as it was")
+    side = old.pretrained_cfg["input_size"][-1]
+    difference, largest = compare_logits(_pixel_model(old), _pixel_model(new), side)
+    return type(old) is type(new) and difference <= _LOGIT_TOLERANCE * max(1.0, largest)

@@ -41,7 +41,7 @@ def final_layers(backbone: nn.Module, num_classes: int) -> tuple[nn.Module, ...]
     layers = []
     for head in found:
         last = [layer for layer in head.modules() if isinstance(layer, _LAYERS)][-1:]
-        if not last or _num_outputs(last[0]) != num_classes:
+        if not last or last[0].weight.shape[0] != num_classes:
             raise HeadError(
                 f"{name}: its head, {type(head).__name__}, does not end in a Linear or Conv of {num_classes} outputs, "
                 "so there is no bias to shift"
@@ -133,7 +133,3 @@ def _heads(backbone: nn.Module) -> Iterator[nn.Module]:
 def _biases(backbone: nn.Module, num_classes: int) -> list[Tensor]:
     biases: list[Tensor] = [layer.bias for layer in final_layers(backbone, num_classes)]  # type: ignore[misc]
     return biases
-
-
-def _num_outputs(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]

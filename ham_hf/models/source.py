@@ -118,19 +118,13 @@ class ModelSource:
         form = self.trained_form()
         if form is None:
             return self
-        channels = self.pretrained_cfg["input_size"][0]
+        trained = {key: getattr(form, key) for key in ("architecture", "interpolation", "crop_pct", "crop_mode")}
+        trained["input_size"] = (self.pretrained_cfg["input_size"][0], form.image_size, form.image_size)
         return dataclasses.replace(
             self,
             architecture=form.architecture,
             model_args=form.model_args,
-            pretrained_cfg={
-                **self.pretrained_cfg,
-                "architecture": form.architecture,
-                "input_size": (channels, form.image_size, form.image_size),
-                "interpolation": form.interpolation,
-                "crop_pct": form.crop_pct,
-                "crop_mode": form.crop_mode,
-            },
+            pretrained_cfg=self.pretrained_cfg | trained,
             embedded=form.upsample != 1,
         )
 
@@ -300,13 +294,10 @@ def _source_from_folder(name: str, folder: Path, fetch: Callable[[str], Path]) -
         check_pretrained_cfg(pretrained_cfg)
         extra = config.get(CONFIG_KEY, {})
         check_metadata(extra)
+        _check_registered(architecture)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else ascii(error)[:300]
         raise ValueError(f"{name}: {CONFIG_NAME} is not one of a timm model: {reason}") from error
-    try:
-        _check_registered(architecture)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
     return ModelSource(
         name=name,
         architecture=architecture,

@@ -351,13 +351,14 @@ def test_config_error_is_a_value_error_that_carries_its_problems():
 # ---------------------------------------------------------------------------------------------- help, print_config
 
 
-def test_help_lists_every_setting_once_with_default_unit_and_range(capsys):
+def test_help_lists_every_setting_with_default_unit_and_range(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_train_config(["--help", "all"])
     shown = capsys.readouterr().out
     assert caught.value.code == 0
     for name in set(config_to_dict(TrainConfig(method=PGDAT()))):
-        assert len(re.findall(rf"^  --{name}[ ,\n]", shown, re.MULTILINE)) == 1, name
+        times = len(re.findall(rf"^  --{name}[ ,\n]", shown, re.MULTILINE))
+        assert times == 1 or (times > 1 and hasattr(PGDAT(), name)), name
     flat = re.sub(r"\s+", " ", shown)
     assert "in pixel units (> 0; default: 8/255)" in flat
     assert "default: 60:0.1 90:0.01 110:0.005" in flat
