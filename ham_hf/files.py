@@ -99,10 +99,8 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text("".join(lines))
 
 
-def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[str]) -> None:
-    """Check the files of ``folder`` against the checksums of `write_checksums`.
-
-    ``required`` files have to be listed, ``known`` ones if they exist; other unlisted files are ignored.
+def check_checksums(folder: Path, required: Iterable[str]) -> None:
+    """Check the files of ``folder`` against the checksums of `write_checksums`; ``required`` ones have to be listed.
 
     Raises:
         DamagedError: naming the first file that is missing, unlisted or changed.
@@ -118,7 +116,7 @@ def check_checksums(folder: Path, *, required: Iterable[str], known: Iterable[st
         if match is None:
             raise DamagedError(f"{CHECKSUMS} holds a line that is not a checksum")
         listed[match[2]] = match[1]
-    for name in (*required, *(name for name in known if (folder / name).exists())):
+    for name in required:
         if name not in listed:
             raise DamagedError(f"{CHECKSUMS} does not list {name}")
     for name, expected in listed.items():

@@ -6,6 +6,7 @@ Messages and logs never contain the token.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import shlex
 import threading
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -25,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
+from ham_hf.hub_config import HubConfig
 from ham_hf.hub_requests import (
     ACCESS_ERRORS,
     CONFLICTS,
@@ -42,6 +45,7 @@ from ham_hf.reporting.card import without_images as card_without_images
 from ham_hf.reporting.eval_results import EVAL_RESULTS
 from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files, without_images
 from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
 
@@ -169,41 +173,36 @@ def push_folder(
     folder = Path(folder)
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     withheld = _withheld(folder, publish_images=publish_images)
-    upload = partial(_upload, folder, repo_id, withheld, revision=revision, commit_message=commit_message)
+    files = _files(folder, ARTEFACTS, withheld)
+    upload = partial(_commit, repo_id, files, revision=revision, commit_message=commit_message)
     flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
     state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
     attempt = partial(_pushed, attempts=attempts, state=state, again=_push_again(folder, repo_id, revision, **flags))
     url = str(attempt(upload, f"{folder} to {repo_id}").commit_url)
     logger.info("Pushed %s to %s", folder, url)
     if space:
-        page = (withheld.get(PAGE_NAME) or (folder / PAGE_NAME).read_bytes()).decode()
-        attempt(partial(_fill_space, page, folder, repo_id), f"{folder} to the Space {repo_id}")
-        logger.info("Published %s at %s", PAGE_NAME, space_url(repo_id))
+        page = withheld.get(PAGE_NAME) or (folder / PAGE_NAME).read_bytes()
+        attempt(partial(_fill_space, page.decode(), folder, repo_id), f"{folder} to the Space {repo_id}")
+        logger.info("Published %s at %s", PAGE_NAME, _space_url(repo_id))
     return url
 
 
-def _upload(
-    folder: Path, repo_id: str, withheld: Mapping[str, bytes | None], *, revision: str, commit_message: str
-) -> CommitInfo:
-    replaced = {name: data for name, data in withheld.items() if data is not None}
-    if replaced:
-        HfApi().create_commit(
-            repo_id,
-            [CommitOperationAdd(name, data) for name, data in replaced.items()],
-            revision=revision,
-            commit_message=f"{commit_message}: {', '.join(replaced)}",
-        )
+def _files(folder: Path, names: Iterable[str], withheld: Mapping[str, bytes | None]) -> dict[str, bytes | Path]:
+    """The files of a folder that match a name, those ``withheld`` left out or replaced."""
+    found = sorted(path for name in names for path in folder.glob(name))
+    files = {path.relative_to(folder).as_posix(): path for path in found}
+    return {name: withheld.get(name) or path for name, path in files.items() if withheld.get(name, b"") is not None}
+
+
+def _commit(repo_id: str, files: Mapping[str, bytes | Path], **options: Any) -> CommitInfo:  # noqa: ANN401
+    """Commit files, which a folder or memory holds; without changes the last commit is returned."""
+    # Made anew for each try, as huggingface_hub notes in them what was uploaded.
+    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
     with warnings.catch_warnings():
         # predictions.parquet belongs to the model.
         warnings.filterwarnings("ignore", message=".*commit a data file", category=UserWarning)
-        return HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            allow_patterns=[name for name in ARTEFACTS if name not in replaced],
-            ignore_patterns=[name for name in withheld if name not in replaced],
-        )
+        commit: CommitInfo = HfApi().create_commit(repo_id, operations, **options)
+    return commit
 
 
 def _require(folder: Path, names: Iterable[str], kind: str) -> None:
@@ -219,8 +218,21 @@ def _push_again(folder: Path, repo_id: str, revision: str, **flags: bool) -> str
     return f"Push it again with:\n    {shlex.join(words)}"
 
 
-def space_url(repo_id: str) -> str:
-    """URL of the page of a pushed model."""
+def push_finished(folder: Path, repo_id: str, options: HubConfig | argparse.Namespace) -> None:
+    """`push_folder` with the settings of a push, whose URLs are shown on the terminal."""
+    url = push_folder(
+        folder,
+        repo_id,
+        private=options.hub_private_repo,
+        revision=options.hub_revision,
+        commit_message="Robust model",
+        publish_images=options.publish_images,
+        space=options.hub_space,
+    )
+    show(f"pushed to {url}\n" + (f"its page is at {_space_url(repo_id)}\n" if options.hub_space else ""))
+
+
+def _space_url(repo_id: str) -> str:
     return f"{constants.ENDPOINT}/spaces/{repo_id}"
 
 
@@ -231,8 +243,7 @@ def _fill_space(page: str, folder: Path, repo_id: str) -> CommitInfo:
     api.create_repo(repo_id, repo_type="space", space_sdk="static", private=private or None, exist_ok=True)
     _check_space(api, repo_id)
     files = space_files(page, read_report(folder), repo_id)
-    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-    return api.create_commit(repo_id, operations, repo_type="space", commit_message="Report of the model")
+    return _commit(repo_id, files, repo_type="space", commit_message="Report of the model")
 
 
 def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
@@ -293,26 +304,22 @@ def download_file(
 ) -> None:
     """Download the file ``name`` of a model to the same place in a folder; ValueError if a ``required`` one fails."""
     try:
-        retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder), attempts=3)
+        retry(lambda: hf_hub_download(repo_id, name, revision=revision, local_dir=folder))
     except PUSH_ERRORS as error:
-        if isinstance(error, EntryNotFoundError) and not required:
-            return
-        raise ValueError(
-            f"could not get {name} of {repo_id} (revision {revision}) from the Hub; expected OWNER/NAME of a model "
-            f"that this package pushed ({without_token(error)})"
-        ) from None
+        if required or not isinstance(error, EntryNotFoundError):
+            raise _not_downloaded(f"{name} of {repo_id} (revision {revision})", error) from None
+
+
+def _not_downloaded(what: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"could not get {what} from the Hub; expected OWNER/NAME of a model that this package pushed "
+        f"({without_token(error)})"
+    )
 
 
 def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
     """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
-    upload = partial(
-        HfApi().upload_folder,
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=commit_message,
-        allow_patterns=list(names),
-    )
+    upload = partial(_commit, repo_id, _files(folder, names, {}), revision=revision, commit_message=commit_message)
     state = f"{repo_id} is as it was."
     commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Give the same command again")
     return str(commit.commit_url)
@@ -333,11 +340,9 @@ def check_pull_request(repo_id: str) -> None:
         retry(lambda: HfApi().whoami())
         retry(lambda: HfApi().model_info(repo_id))
     except ACCESS_ERRORS as error:
-        if status_of(error) == 404:
-            raise ValueError(
-                f"--create_pr: there is no model {repo_id} on the Hub, or the token may not read it"
-            ) from None
-        raise ValueError(_access_problem(repo_id, DEFAULT_REVISION, error)) from None
+        missing = f"--create_pr: there is no model {repo_id} on the Hub, or the token may not read it"
+        problem = missing if status_of(error) == 404 else _access_problem(repo_id, DEFAULT_REVISION, error)
+        raise ValueError(problem) from None
 
 
 def push_evaluation(
@@ -363,26 +368,13 @@ def push_evaluation(
     """
     folder = Path(folder)
     _require(folder, (REPORT_NAME, EVALUATION_NAME), "an evaluation")
-    withheld = _withheld(folder, publish_images=publish_images)
-    found = sorted(path.relative_to(folder).as_posix() for pattern in EVALUATED for path in folder.glob(pattern))
+    files = _files(folder, EVALUATED, _withheld(folder, publish_images=publish_images))
 
     def upload() -> CommitInfo:
         place = "evaluation/" if _keeps_its_report(repo_id, revision) else ""
-        operations = [
-            CommitOperationAdd(
-                path_in_repo=name if name.startswith(EVAL_RESULTS) else place + name,
-                path_or_fileobj=withheld.get(name) or str(folder / name),
-            )
-            for name in found
-            if withheld.get(name, b"") is not None
-        ]
-        return HfApi().create_commit(
-            repo_id,
-            operations,
-            commit_message="Robustness per class, measured by ham_hf",
-            create_pr=create_pr,
-            revision=revision,
-        )
+        placed = {name if name.startswith(EVAL_RESULTS) else place + name: data for name, data in files.items()}
+        message = "Robustness per class, measured by ham_hf"
+        return _commit(repo_id, placed, commit_message=message, create_pr=create_pr, revision=revision)
 
     again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
     attempts, state = 1 if create_pr else 3, f"It is complete in {folder.resolve()}."
@@ -418,8 +410,8 @@ class SavePushes:
             logger.warning("an earlier push is still under way: the next save pushes again")
             return
         export()
-        options = {"revision": self.revision, "commit_message": commit_message}
-        self._last = threading.Thread(target=try_push, args=(self.folder, self.repo_id), kwargs=options, daemon=True)
+        push = partial(try_push, self.folder, self.repo_id, revision=self.revision, commit_message=commit_message)
+        self._last = threading.Thread(target=push, daemon=True)
         self._last.start()
         self.wait(self.patience)
 
@@ -449,10 +441,7 @@ def download_results(repo_id: str, revision: str | None = None) -> Path:
                     raise ValueError(f"{name} has {sizes[name]:,} bytes, more than {MAX_RESULT_BYTES:,}")
         paths = [retry(partial(hf_hub_download, repo_id, name, revision=commit)) for name in names]
     except PUSH_ERRORS as error:
-        raise ValueError(
-            f"could not get {REPORT_NAME} of {repo_id} from the Hub; expected OWNER/NAME of a model that this package "
-            f"pushed ({without_token(error)})"
-        ) from None
+        raise _not_downloaded(f"{REPORT_NAME} of {repo_id}", error) from None
     return Path(paths[0]).parent
 
 

@@ -17,8 +17,7 @@ from ham_hf.hub import (
     download_file,
     push_evaluation,
     push_files,
-    push_folder,
-    space_url,
+    push_finished,
 )
 from ham_hf.invocation import command
 from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
@@ -72,8 +71,7 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
             f"{folder} holds no training: its {REPORT_NAME} lacks "
             + ("the license; name it with --model_license" if made_here else "a training section")
         )
-    revision = options.hub_revision
-    space = options.hub_space
+    revision, space = options.hub_revision, options.hub_space
     if space:
         if not (folder / PAGE_NAME).is_file():
             raise ValueError(f"--hub_space: {folder} has no {PAGE_NAME}; write it with {command('page')} {folder}")
@@ -84,16 +82,7 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
     # The card's loading lines name the repository, which may be another one than the run knew of.
     write_card(report, folder, repo_id=repo_id, model_license=model_license)
     write_eval_results(report, folder)
-    url = push_folder(
-        folder,
-        repo_id,
-        private=options.hub_private_repo,
-        revision=revision,
-        commit_message="Robust model",
-        publish_images=options.publish_images,
-        space=space,
-    )
-    show(f"pushed to {url}\n" + (f"its page is at {space_url(repo_id)}\n" if space else ""))
+    push_finished(folder, repo_id, options)
 
 
 def _repair_on_hub(repo_id: str, options: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from ham_hf.faults import (
     explain_interrupt,
     explain_unfinished,
 )
-from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, space_url
+from ham_hf.hub import PushError, SavePushes, check_write_access, push_finished
 from ham_hf.hub_requests import limit_waiting
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.export import ExportInfo, export_for_timm
@@ -412,15 +412,5 @@ def export_model(
 
 def push(run: Run) -> None:
     """The finished folder to the Hub; on the main process."""
-    hub = run.config.hub
     with clean_exit(PushError):
-        url = push_folder(
-            run.folder,
-            str(run.repo_id),
-            private=hub.hub_private_repo,
-            revision=hub.hub_revision,
-            commit_message="Robust model",
-            publish_images=hub.publish_images,
-            space=hub.hub_space,
-        )
-    show(f"pushed to {url}\n" + (f"its page is at {space_url(str(run.repo_id))}\n" if hub.hub_space else ""))
+        push_finished(run.folder, str(run.repo_id), run.config.hub)

@@ -325,7 +325,7 @@ def test_the_token_appears_nowhere(hub, folder, monkeypatch, caplog):
     repo_id = check_write_access("robust", private=False)
     push_folder(folder, repo_id)
     monkeypatch.setenv("HF_TOKEN", "eyJ-a-token-of-another-shape")
-    monkeypatch.setattr(HfApi, "upload_folder", leak)
+    monkeypatch.setattr(HfApi, "create_commit", leak)
     assert not try_push(folder, repo_id)
     with pytest.raises(PushError) as caught:
         push_folder(folder, repo_id)

@@ -254,13 +254,13 @@ def test_training_goes_on_whatever_the_hub_does(hub, undisturbed, tmp_path, monk
         return met[fault]
 
     monkeypatch.setattr(ham_hub, "try_push", push_meeting_a_fault)
-    original = training_run.push_folder
+    original = training_run.push_finished
 
-    def last_push(*arguments: object, **options: object) -> str:
+    def last_push(*arguments: object) -> None:
         hub.fail("POST .*/commit/", status=503, times=ALWAYS)
-        return original(*arguments, **options)
+        original(*arguments)
 
-    monkeypatch.setattr(training_run, "push_folder", last_push)
+    monkeypatch.setattr(training_run, "push_finished", last_push)
     options = ["--push_to_hub", "--hub_model_id=robust", "--hub_strategy=every_save", f"--output_dir={folder}"]
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit) as stop:
         recipe.main([*RUN, *options])

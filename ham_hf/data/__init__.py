@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ham_hf.data.dataset import ImageData, TestData, load_image_data
     from ham_hf.data.evaluation_data import load_test_data
     from ham_hf.data.in_memory import image_data_from
-    from ham_hf.data.pixels import BatchRequest, Images, PixelBatch
+    from ham_hf.data.pixels import BatchRequest, Images, PixelBatch, UpdateLayout
     from ham_hf.data.splits import stratified_subset
     from ham_hf.data.streaming import TrainingStream
 
@@ -30,6 +30,7 @@ __all__ = [
     "PixelBatch",
     "TestData",
     "TrainingStream",
+    "UpdateLayout",
     "image_data_from",
     "load_image_data",
     "load_test_data",
@@ -43,7 +44,7 @@ __getattr__ = names_on_demand(
         "ham_hf.data.dataset": ["ImageData", "TestData", "load_image_data"],
         "ham_hf.data.evaluation_data": ["load_test_data"],
         "ham_hf.data.in_memory": ["image_data_from"],
-        "ham_hf.data.pixels": ["BatchRequest", "Images", "PixelBatch"],
+        "ham_hf.data.pixels": ["BatchRequest", "Images", "PixelBatch", "UpdateLayout"],
         "ham_hf.data.splits": ["stratified_subset"],
         "ham_hf.data.streaming": ["TrainingStream"],
     },

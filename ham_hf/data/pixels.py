@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ham_hf.data.decoding import CorruptImageError, EncodedImages, PixelTransform
+from ham_hf.seeding import Stream, derive_seed
 
 AUGMENTATIONS = ("none", "crop", "crop_flip", "timm")
 
@@ -37,6 +39,37 @@ class BatchRequest(NamedTuple):
 
     indices: Tensor
     seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateLayout:
+    """How updates are made of the training images: ``accumulation`` batches of each of ``world`` processes.
+
+    ``rank`` is this process, whose batches are given out; ``seed`` is that of the run.
+    """
+
+    batch_size: int
+    accumulation: int
+    world: int
+    rank: int
+    seed: int
+
+    @property
+    def per_update(self) -> int:
+        """Examples of an update, of all processes."""
+        return self.batch_size * self.world * self.accumulation
+
+    def requests(self, order: Tensor, epoch: int) -> list[BatchRequest]:
+        """This process's batches of an epoch, one per accumulation step.
+
+        Every update takes the next examples of ``order`` (N,); the last incomplete update is left out.
+        """
+        whole = len(order) // self.per_update * self.per_update
+        mine = order[:whole].view(-1, self.world, self.batch_size)[:, self.rank]
+        return [
+            BatchRequest(indices, derive_seed(self.seed, Stream.AUGMENTATION, epoch, number, self.rank))
+            for number, indices in enumerate(mine)
+        ]
 
 
 class PixelBatch(NamedTuple):

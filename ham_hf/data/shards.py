@@ -73,11 +73,13 @@ class SplitFiles:
         Reads the row groups of a parquet file that hold these rows, and an archive from its beginning. StreamError if
         a row of files from elsewhere names a file of this machine instead of holding an image.
         """
-        rows = self._own(self._rows(columns, file, start, stop), file, start)
         label = self.label_column
-        if label is None or label not in columns or self.file_names[file] == self.class_names:
-            return rows
-        return ({**values, label: self.class_of(values[label], file, row)} for row, values in enumerate(rows, start))
+        if label not in columns or self.file_names[file] == self.class_names:
+            label = None
+        for row, values in enumerate(self._rows(columns, file, start, stop), start):
+            if "://" in self.files[file]:
+                self._check_own(values, file, row)
+            yield values if label is None else {**values, label: self.class_of(values[label], file, row)}
 
     def class_of(self, label: object, file: int, row: int) -> object:
         """The class of a label of a file, matched by name, or StreamError; missing and negative labels stay."""
@@ -104,20 +106,17 @@ class SplitFiles:
             chosen = chosen.cast_column(name, datasets.Image(decode=False))
         return islice(iter(chosen), start, stop)
 
-    def _own(self, rows: Iterator[dict[str, Any]], file: int, start: int) -> Iterator[dict[str, Any]]:
-        """The rows; those of files from elsewhere must hold their images themselves."""
-        for row, values in enumerate(rows, start):
-            for name, value in values.items() if "://" in self.files[file] else ():
-                path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-                # What the column is declared as does not say what the file holds.
-                if isinstance(value, str) and _may_be_image(self.features[name]):
-                    path = value
-                if path is not None:
-                    raise StreamError(
-                        f"split {self.split!r}, {self.files[file]}, row {row} holds no image, it names the file "
-                        f"{path!r} of this machine, which a dataset of the Hub may not; choose another one"
-                    )
-            yield values
+    def _check_own(self, values: Mapping[str, Any], file: int, row: int) -> None:
+        for name, value in values.items():
+            path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
+            # What the column is declared as does not say what the file holds.
+            if isinstance(value, str) and _may_be_image(self.features[name]):
+                path = value
+            if path is not None:
+                raise StreamError(
+                    f"split {self.split!r}, {self.files[file]}, row {row} holds no image, it names the file {path!r} "
+                    "of this machine, which a dataset of the Hub may not; choose another one"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,9 @@ class Shards:
             for values in self.source.rows(columns, file, start, stop):
                 label = values[self.label_column]
                 self._check_label(label, file, row)
-                image = _encoded(values[self.image_column])
+                image = values[self.image_column]
+                if isinstance(image, bytes):  # columns of plain bytes are images too
+                    image = {"bytes": image, "path": None}
                 yield Example(self.offsets[file] + row, image, label, self._where(file, row))
                 row += 1
         except StreamError:
@@ -280,11 +281,6 @@ def _parquet_rows(file: str, columns: Sequence[str], start: int, stop: int | Non
             first = end
 
 
-def _encoded(image: Mapping[str, Any] | bytes | None) -> Mapping[str, Any] | None:
-    """An encoded image as ``{"bytes": ..., "path": ...}``; columns of plain bytes are images too."""
-    return {"bytes": image, "path": None} if isinstance(image, bytes) else image
-
-
 def _archive_length(file: str) -> int:
     """Examples of a local archive: runs of files whose names are alike up to the first dot, as in WebDataset."""
     with naming(file), tarfile.open(file, "r:*") as archive:
@@ -302,12 +298,11 @@ def _listed_rows(files: Sequence[str]) -> tuple[int, ...] | None:
                 text = opened.read(MAX_LIST_BYTES + 1)
             if len(text) > MAX_LIST_BYTES:
                 raise ValueError(f"it has more than {MAX_LIST_BYTES} bytes")
-            listed = [
-                pair
+            of_name = {
+                PurePosixPath(file).name: _checked_length(rows)
                 for split in json.loads(text)["splits"].values()
-                for pair in zip(split["filenames"], split["shard_lengths"], strict=True)
-            ]
-            of_name = {PurePosixPath(file).name: _checked_length(rows) for file, rows in listed}
+                for file, rows in zip(split["filenames"], split["shard_lengths"], strict=True)
+            }
         except FileNotFoundError:
             continue
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
-from queue import Queue
-from threading import Event, Semaphore, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from torch import Tensor
 from ham_hf.data.decoding import CorruptImageError, PixelTransform, decode_or_explain
 from ham_hf.data.pixels import (
     PixelBatch,
+    UpdateLayout,
     augment_batch,
     done_by_workers,
     isolated_rng,
@@ -143,34 +144,21 @@ class TrainingStream:
         return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
 
     def batches(
-        self,
-        *,
-        epoch: int,
-        first_update: int,
-        seed: int,
-        per_update: int,
-        batch_size: int,
-        world: int,
-        rank: int,
-        device: torch.device,
+        self, layout: UpdateLayout, *, epoch: int, first_update: int, device: torch.device
     ) -> Iterator[PixelBatch]:
         """This process's batches of an epoch from an update on, one per accumulation step, in order.
 
         Args:
+            layout: how updates are made.
             epoch: 0-based epoch.
             first_update: 0-based update of the epoch to begin with; what came before is not decoded.
-            seed: the run's seed.
-            per_update: examples of an update, of all processes; a multiple of ``batch_size * world``.
-            batch_size: examples per batch.
-            world: number of processes.
-            rank: this one's.
             device: where the batches go.
 
         Raises:
             StreamError: if the stream breaks.
             CorruptImageError: if an image cannot be read, unless ``skip_corrupt``.
         """
-        requests = self._requests(epoch, first_update, seed, per_update, batch_size, world, rank)
+        requests = self._requests(layout, epoch, first_update)
         # A thread reads, as it only waits for files and network; workers decode.
         with closing(_read_ahead(requests, READ_AHEAD)) as ready:
             batches = done_by_workers(self._decode, ready, self._num_workers, device)
@@ -178,16 +166,15 @@ class TrainingStream:
                 pixels = augment_batch(pixels.to(device, non_blocking=True), self._augmentation, request_seed)
                 yield PixelBatch(to_unit_interval(pixels), labels.to(device, non_blocking=True), indices.cpu())
 
-    def _requests(
-        self, epoch: int, first_update: int, seed: int, per_update: int, batch_size: int, world: int, rank: int
-    ) -> Generator[Request, None, None]:
-        cpu = torch.device("cpu")
+    def _requests(self, layout: UpdateLayout, epoch: int, first_update: int) -> Generator[Request, None, None]:
+        cpu, seed, rank, batch_size = torch.device("cpu"), layout.seed, layout.rank, layout.batch_size
+        per_update = layout.per_update
         updates = len(self) // per_update
         lanes = num_lanes(per_update, len(self.shards.num_rows))
         stretches = lane_stretches(
             self.shards, updates * per_update, lanes, make_generator(cpu, seed, Stream.DATA_ORDER, epoch)
         )
-        share, of_lane = per_update // world, per_update // lanes
+        share, of_lane = per_update // layout.world, per_update // lanes
         readers = []
         for lane in range(rank * share // of_lane, math.ceil((rank + 1) * share / of_lane)):
             generator = make_generator(cpu, seed, Stream.DATA_ORDER, epoch, 1 + lane)
@@ -200,9 +187,8 @@ class TrainingStream:
                 opened.enter_context(closing(reader))
             for update, parts in enumerate(zip(*readers, strict=True), first_update):
                 examples = [example for part in parts for example in part]
-                steps = len(examples) // batch_size
-                for step in range(steps):
-                    place = (epoch, update * steps + step, rank)
+                for step in range(layout.accumulation):
+                    place = (epoch, update * layout.accumulation + step, rank)
                     batch = examples[step * batch_size : (step + 1) * batch_size]
                     yield Request(batch, derive_seed(seed, Stream.AUGMENTATION, *place))
 
@@ -260,44 +246,20 @@ def _decode(
     if not kept:
         raise errors[0]
     # Batches keep their size, as sums over processes count on it.
-    again = range(len(request.examples) - len(kept))
-    pixels += [pixels[number % len(kept)] for number in again]
-    kept += [kept[number % len(kept)] for number in again]
-    labels = torch.tensor([example.label for example in kept])
-    numbers = torch.tensor([example.number for example in kept])
-    return torch.stack(pixels), labels, numbers, request.seed
+    taken = [number % len(kept) for number in range(len(request.examples))]
+    labels = torch.tensor([kept[number].label for number in taken])
+    numbers = torch.tensor([kept[number].number for number in taken])
+    return torch.stack([pixels[number] for number in taken]), labels, numbers, request.seed
 
 
 def _read_ahead(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """The items, made by a thread that is at most ``depth`` ahead; it starts when the first one is asked for."""
-    ready: Queue[tuple[T | None, BaseException | None]] = Queue()
-    wanted, stopped = Semaphore(depth), Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-                wanted.acquire()
-                if stopped.is_set():
-                    return
-            ready.put((None, None))
-        except BaseException as error:  # noqa: BLE001 (raised again where the items are asked for)
-            ready.put((None, error))
-        finally:
-            items.close()  # and with it the files
-
-    thread = Thread(target=work, name="ham_hf stream", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ham_hf stream")
     try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            wanted.release()
+        ahead = deque(pool.submit(next, items, None) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, items, None))
             yield item
     finally:
-        stopped.set()
-        wanted.release()
-        thread.join(timeout=5)
+        pool.shutdown(cancel_futures=True)
+        items.close()  # and with it the files

@@ -10,7 +10,6 @@ Checksums tell a damaged checkpoint: the latest whole one is resumed, a damaged 
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import pickle
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ham_hf.files import DamagedError, check_checksums, flush, replacing, write_checksums
 
@@ -77,25 +77,13 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, 
     flush(path)
 
 
-class _Written(io.BufferedWriter):
-    """A file for ``torch.save``, whose own error for a full disk does not say so."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:  # noqa: ANN401 (bytes of any kind)
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-
 def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
-    with _Written(io.FileIO(path, "w")) as target:
-        try:
+    try:
+        with path.open("wb") as target:
             torch.save(state, target)
-        except RuntimeError as error:
-            raise target.error or error from error
+    except RuntimeError as error:
+        # The error that torch puts over that of a full disk does not say so.
+        raise error.__context__ or error from None
 
 
 def save_checkpoint(
@@ -163,15 +151,10 @@ def _remove(checkpoint: Path) -> None:
 
 def space_needed(checkpoint: Checkpoint, output_dir: Path) -> str:
     """How much space a checkpoint needs, without headers, and how much there is, in words."""
-
-    def size(value: object) -> int:
-        if isinstance(value, Tensor):
-            return int(value.nbytes)
-        return sum(map(size, value.values())) if isinstance(value, Mapping) else 0
-
     # The selected weights go with it: as large as the weights, wherever they are now.
-    parts = (checkpoint.model, checkpoint.model, checkpoint.averaged, checkpoint.method, checkpoint.optimizer)
-    needed = f"it needs about {sum(map(size, parts)) / 1e6:.1f} MB"
+    parts = [checkpoint.model, checkpoint.model, checkpoint.averaged, checkpoint.method, checkpoint.optimizer]
+    size = sum(leaf.nbytes for leaf in tree_leaves(parts) if isinstance(leaf, Tensor))
+    needed = f"it needs about {size / 1e6:.1f} MB"
     try:
         return f"{needed}, and {shutil.disk_usage(output_dir).free / 1e6:.1f} MB are free there"
     except OSError:
@@ -212,17 +195,14 @@ def replace_folder(part: Path, final: Path) -> None:
     for file in part.iterdir():
         flush(file)
     flush(part)
+    aside = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
-        # A folder cannot be renamed over a folder with content; the old one steps aside first.
-        aside = final.with_name(f".{final.name}{REPLACED}")
+        # A folder cannot be renamed over a folder with content.
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
-        part.rename(final)
-        flush(final.parent)
-        shutil.rmtree(aside)
-    else:
-        part.rename(final)
-        flush(final.parent)
+    part.rename(final)
+    flush(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def tidy(output_dir: Path) -> None:
@@ -253,7 +233,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def check_checkpoint(path: Path) -> None:
     """Compare a checkpoint with its checksums; DamagedError with file and reason if it is not what was written."""
-    check_checksums(path, required=REQUIRED, known=(*REQUIRED, AVERAGED, BEST))
+    check_checksums(path, (*REQUIRED, *(name for name in (AVERAGED, BEST) if (path / name).exists())))
 
 
 def check_resume_name(output_dir: Path, resume_from: str) -> None:

@@ -10,15 +10,14 @@ a batch changes, hence the noise of their attack and augmentation, and BatchNorm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ham_hf.data import BatchRequest, Images, PixelBatch, TrainingStream
+from ham_hf.data import Images, PixelBatch, TrainingStream, UpdateLayout
 from ham_hf.methods import Method
 from ham_hf.metrics import count_per_class
-from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.seeding import Stream, make_generator
 
 
 def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tensor | None = None) -> Tensor:
@@ -34,59 +33,20 @@ def epoch_order(labels: Tensor, seed: int, epoch: int, class_probabilities: Tens
     return torch.multinomial(of_example, len(labels), replacement=True, generator=generator)
 
 
-@dataclass(frozen=True, kw_only=True)
-class UpdateLayout:
-    """How updates are made of the training images: ``accumulation`` batches of each of ``world`` processes.
-
-    ``rank`` is this process, whose batches are given out; ``seed`` is that of the run.
-    """
-
-    batch_size: int
-    accumulation: int
-    world: int
-    rank: int
-    seed: int
-
-    @property
-    def per_update(self) -> int:
-        """Examples of an update, of all processes."""
-        return self.batch_size * self.world * self.accumulation
-
-    def requests(self, order: Tensor, epoch: int) -> list[BatchRequest]:
-        """This process's batches of an epoch, one per accumulation step.
-
-        Every update takes the next examples of ``order`` (N,); the last incomplete update is left out.
-        """
-        whole = len(order) // self.per_update * self.per_update
-        mine = order[:whole].view(-1, self.world, self.batch_size)[:, self.rank]
-        return [
-            BatchRequest(indices, derive_seed(self.seed, Stream.AUGMENTATION, epoch, number, self.rank))
-            for number, indices in enumerate(mine)
-        ]
-
-    def batches(
-        self,
-        train: Images | TrainingStream,
-        *,
-        epoch: int,
-        first_update: int,
-        class_probabilities: Tensor | None,
-        device: torch.device,
-    ) -> Iterator[PixelBatch]:
-        """This process's batches of an epoch from an update on; a stream draws no classes."""
-        if isinstance(train, TrainingStream):
-            return train.batches(
-                epoch=epoch,
-                first_update=first_update,
-                seed=self.seed,
-                per_update=self.per_update,
-                batch_size=self.batch_size,
-                world=self.world,
-                rank=self.rank,
-                device=device,
-            )
-        order = epoch_order(train.labels, self.seed, epoch, class_probabilities)
-        return train.batches(self.requests(order, epoch)[first_update * self.accumulation :], device=device)
+def epoch_batches(
+    train: Images | TrainingStream,
+    layout: UpdateLayout,
+    *,
+    epoch: int,
+    first_update: int,
+    class_probabilities: Tensor | None,
+    device: torch.device,
+) -> Iterator[PixelBatch]:
+    """This process's batches of an epoch from an update on; a stream draws no classes."""
+    if isinstance(train, TrainingStream):
+        return train.batches(layout, epoch=epoch, first_update=first_update, device=device)
+    order = epoch_order(train.labels, layout.seed, epoch, class_probabilities)
+    return train.batches(layout.requests(order, epoch)[first_update * layout.accumulation :], device=device)
 
 
 def training_class_counts(train: Images | TrainingStream, objective: Method, num_classes: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
-from ham_hf.data import ImageData, TrainingStream
+from ham_hf.data import ImageData, TrainingStream, UpdateLayout
 from ham_hf.methods import Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
 from ham_hf.training.config import TrainingConfig
@@ -141,7 +140,7 @@ def run_plan(
     data: ImageData,
     module: nn.Module,
     *,
-    accelerator: Accelerator,
+    layout: UpdateLayout,
     eval_batch_size: int,
     besides: Mapping[str, object],
 ) -> dict[str, Any]:
@@ -149,8 +148,6 @@ def run_plan(
 
     JSON types only, as they come back from a checkpoint; ``besides`` is what else has to stay, by setting.
     """
-    split = [config.per_device_train_batch_size, accelerator.num_processes]
-    per_update = math.prod(split) * config.gradient_accumulation_steps
     plan = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     plan |= {f"{objective.name}.{name}": value for name, value in asdict(objective).items()}
     plan |= {
@@ -159,7 +156,7 @@ def run_plan(
         "epsilon": float(attack.threat_model.epsilon),
         "num_steps": attack.num_steps,
         "step_size": attack.step_size,
-        "examples_per_update": per_update,
+        "examples_per_update": layout.per_update,
         "num_train_examples": len(data.train),
         "num_validation_examples": len(data.validation) if data.validation is not None else 0,
         "class_names": data.class_names,
@@ -179,9 +176,9 @@ def run_plan(
         # The rates depend on where the schedule ends.
         plan["num_train_epochs"] = config.num_train_epochs
     if isinstance(data.train, TrainingStream):
-        plan["stream"] = data.train.plan(per_update)
+        plan["stream"] = data.train.plan(layout.per_update)
     if objective.depends_on_split:
-        plan["split"] = split
+        plan["split"] = [layout.batch_size, layout.world]
     if config.uses_fawa(objective) or any(rule.uses_held_out for rule in objective.rules):
         # The noise of held-out images is numbered by batch.
         plan["per_device_eval_batch_size"] = eval_batch_size

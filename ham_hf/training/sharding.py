@@ -21,7 +21,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ham_hf.invocation import shown_path
 from ham_hf.training.environment import REFUSED, SHARDING, is_on
@@ -160,9 +160,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def whole_state(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with whole tensors instead of sharded ones, on the CPU; call it on all processes."""
-    whole: dict[str, Any] = tree_map(
-        lambda leaf: leaf.full_tensor().cpu() if isinstance(leaf, DTensor) else leaf, state
-    )
+    whole: dict[str, Any] = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state)
     return whole
 
 

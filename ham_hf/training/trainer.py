@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
-from ham_hf.data import ImageData, PixelBatch
+from ham_hf.data import ImageData, PixelBatch, UpdateLayout
 from ham_hf.evaluation import NonFiniteLogitsError, Workplace, check_pixel_range
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
@@ -32,7 +32,7 @@ from ham_hf.training.checkpoint import (
     rewind,
 )
 from ham_hf.training.config import TrainingConfig
-from ham_hf.training.data_order import UpdateLayout, training_class_counts
+from ham_hf.training.data_order import epoch_batches, training_class_counts
 from ham_hf.training.log import RunLog
 from ham_hf.training.optimization import create_optimizer, create_scheduler, set_learning_rate
 from ham_hf.training.resume import (
@@ -145,7 +145,7 @@ class Trainer:
             attack,
             data,
             self.module,
-            accelerator=accelerator,
+            layout=self.layout,
             eval_batch_size=eval_batch_size,
             besides=plan_besides or {},
         )
@@ -232,8 +232,9 @@ class Trainer:
             self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
             self._count_passes()
-        batches = self.layout.batches(
+        batches = epoch_batches(
             self.data.train,
+            self.layout,
             epoch=epoch,
             first_update=first,
             class_probabilities=self.method_state.class_probabilities(),

@@ -30,7 +30,7 @@ from sklearn.datasets import load_sample_images
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import load_train_config
-from ham_hf.data import DataConfig, ImageData, TrainingStream, load_image_data
+from ham_hf.data import DataConfig, ImageData, TrainingStream, UpdateLayout, load_image_data
 from ham_hf.data.pixels import PixelBatch
 from ham_hf.methods import PGDAT
 from ham_hf.models import PixelModel, Preprocessing, create_backbone
@@ -86,16 +86,8 @@ def resident() -> float:
 def stream_through(data: ImageData, args: object, device: torch.device) -> list[dict[str, float]]:
     """Read one epoch and note memory and speed every tenth of it."""
     assert isinstance(data.train, TrainingStream)
-    batches = data.train.batches(
-        epoch=0,
-        first_update=0,
-        seed=0,
-        per_update=args.batch_size,
-        batch_size=args.batch_size,
-        world=1,
-        rank=0,
-        device=device,
-    )
+    layout = UpdateLayout(batch_size=args.batch_size, accumulation=1, world=1, rank=0, seed=0)
+    batches = data.train.batches(layout, epoch=0, first_update=0, device=device)
     notes: list[dict[str, float]] = []
     whole = len(data.train) // args.batch_size * args.batch_size
     seen, every, since = 0, whole // 10, time.perf_counter()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ham_hf.data import BatchRequest, TrainingStream
+from ham_hf.data import BatchRequest, TrainingStream, UpdateLayout
 from ham_hf.data.columns import read_labels
 from tests.support.example_images import dataset, encode, gray, load, open_stored
 
@@ -45,8 +45,8 @@ def pairs(data):
         if images is None:
             continue
         if isinstance(images, TrainingStream):
-            options = {"seed": 0, "per_update": 1, "batch_size": 1, "world": 1, "rank": 0}
-            batches = list(images.batches(epoch=0, first_update=0, device=CPU, **options))
+            layout = UpdateLayout(batch_size=1, accumulation=1, world=1, rank=0, seed=0)
+            batches = list(images.batches(layout, epoch=0, first_update=0, device=CPU))
         else:
             batches = list(images.batches([BatchRequest(torch.arange(len(images)), None)], device=CPU))
         found[part] = {

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ham_hf.data.streaming
+from ham_hf.data import UpdateLayout
 from ham_hf.data.declarations import StreamError
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
@@ -50,8 +51,8 @@ def stream(folder, **options):
 
 
 def epoch(data, *, number=0, first=0, per_update=4, batch=4, world=1, rank=0):
-    options = {"seed": 0, "per_update": per_update, "batch_size": batch, "world": world, "rank": rank}
-    return list(data.train.batches(epoch=number, first_update=first, device=CPU, **options))
+    layout = UpdateLayout(batch_size=batch, accumulation=per_update // (batch * world), world=world, rank=rank, seed=0)
+    return list(data.train.batches(layout, epoch=number, first_update=first, device=CPU))
 
 
 def numbers(batches):
@@ -194,12 +195,12 @@ def test_a_process_reads_only_the_files_of_its_lanes(tmp_path, opened_files):
 
 def test_stopping_in_the_middle_leaves_no_thread_behind(tmp_path):
     data = stream(numbered_files(tmp_path / "set"))
-    options = {"seed": 0, "per_update": 4, "batch_size": 4, "world": 1, "rank": 0, "device": CPU}
-    batches = data.train.batches(epoch=0, first_update=0, **options)
+    layout = UpdateLayout(batch_size=4, accumulation=1, world=1, rank=0, seed=0)
+    batches = data.train.batches(layout, epoch=0, first_update=0, device=CPU)
     assert len(list(islice(batches, 2))) == 2
-    assert any(thread.name == "ham_hf stream" for thread in threading.enumerate())
+    assert any(thread.name.startswith("ham_hf stream") for thread in threading.enumerate())
     batches.close()
-    assert not any(thread.name == "ham_hf stream" for thread in threading.enumerate())
+    assert not any(thread.name.startswith("ham_hf stream") for thread in threading.enumerate())
 
 
 # --- the parts

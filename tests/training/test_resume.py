@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf.data import UpdateLayout
 from ham_hf.methods import HAM
 from ham_hf.training.checkpoint import list_checkpoints
-from ham_hf.training.data_order import UpdateLayout
 from tests.support.training import log_of, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
