@@ -9,7 +9,7 @@ import pytest
 from tests.house import measure
 
 # A ceiling against growth, not the goal: lower it with every change that removes code.
-MAX_LINES = 27_050
+MAX_LINES = 26_727
 MAX_MODULES = 137
 MAX_SINGLE_IMPORTERS = 9
 MAX_CLONES = 5

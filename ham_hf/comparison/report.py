@@ -73,12 +73,8 @@ def write_comparison(
 ) -> list[Path]:
     """Write the three files into ``folder`` (made if needed), each in one step, and return their paths.
 
-    Args:
-        comparison: what to write.
-        folder: where to.
-        command: command line that makes the comparison again.
-        figures: images in ``folder`` to show in the Markdown.
-        jobs: runs at a time in this call; None if none was to be run.
+    ``command`` is the command line that makes the comparison again, ``figures`` are images in ``folder`` to show in
+    the Markdown, ``jobs`` runs at a time in this call; None if none was to be run.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -77,13 +77,7 @@ def load_test_data(
     These are the named split, else the only one, else the test split by the rule of `choose_splits`. Of a split that
     the model was trained on, also of a copy under another name (by its fingerprint), only the recorded test part is
     used. ``config.test_fraction`` is held out of a split that is for training by its name. A stream is read into the
-    cache.
-
-    Args:
-        config: says which data.
-        inputs: what the model takes.
-        trained: what is known of the model's training data.
-        group_column: column of groups to evaluate beside the classes; None for none.
+    cache. ``group_column`` names the column of groups to evaluate beside the classes, if there is one.
 
     Raises:
         ValueError: for anything that does not fit, or if the model was trained on every image of the split; the

@@ -214,11 +214,7 @@ def done_by_workers(
 ) -> Iterator[Any]:
     """Yield what ``work`` makes of each task, in order, on the CPU.
 
-    Args:
-        work: decodes; does not touch a device.
-        tasks: arguments of its calls.
-        num_workers: processes that decode; 0 decodes in the calling one.
-        device: where batches go next.
+    ``num_workers`` processes decode, 0 decodes in the calling one; ``device`` is where batches go next.
 
     Raises:
         CorruptImageError: if an image cannot be read.

@@ -89,11 +89,8 @@ TRAINING_SETTINGS = (
 def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, model_license: str) -> Path:
     """Write ``README.md`` into a run's output folder, replacing the one of an earlier evaluation; return its path.
 
-    Args:
-        report: what to write about.
-        folder: output folder; figures that exist in its ``figures`` are shown.
-        repo_id: "user/name" on the Hub for the loading line; None if it is not known, then the line loads the folder.
-        model_license: license of the weights, a Hub license id such as "apache-2.0".
+    Figures that exist in the folder's ``figures`` are shown. ``repo_id`` is "user/name" on the Hub for the loading
+    line, which loads the folder without it; ``model_license`` a Hub license id such as "apache-2.0".
 
     Raises:
         ValueError: if ``repo_id`` cannot be the id of a repository, or the report has neither training nor

@@ -150,11 +150,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, 
     TensorBoard continues in its folder, where updates after ``step`` are replaced; trackio in the run of the same
     name; Weights & Biases in the run whose id is in the output folder, where updates that it has stay as they are.
 
-    Args:
-        accelerator: made with the names of the trackers.
-        folder: output folder of the run.
-        config: settings of the run by name.
-        step: updates done before.
+    ``step`` is the number of updates done before.
 
     Raises:
         ValueError: if a tracker cannot begin: no login, no network, a full disk.

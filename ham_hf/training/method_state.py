@@ -101,10 +101,7 @@ class MethodState:
     def epoch_record(self, log: Tensor, attack: Attack, *, epoch: int) -> dict[str, Any]:
         """What the epoch did to each class, JSON types; None for what it left alone.
 
-        Args:
-            log: the sum of `log` over all processes.
-            attack: the attack before class radii.
-            epoch: 0-based epoch.
+        ``log`` is the sum of `log` over all processes, ``attack`` the one before class radii.
 
         Returns:
             ``hard_fraction`` and ``hard_per_class``: shares of hard examples; ``class_weight``: a class's share of the
