@@ -158,8 +158,10 @@ def mine_three_kinds(
     Rows misclassified at the start are hard too, but their attack ends at the mining step. Rows right both times are
     easy. The logits of the first gradient tell which rows are wrong at the start, at no cost. Our choice, after
     BulletTrain (Hua et al., NeurIPS 2021), which tells its three kinds by the clean image. Arguments are those of
-    `mine_hard_examples`; ``attack`` holds all K steps, and 1 <= mining_step <= K.
+    `mine_hard_examples`; ``attack`` holds all K steps. Raises ValueError unless 1 <= mining_step <= K.
     """
+    if not 1 <= mining_step <= attack.num_steps:
+        raise ValueError(f"mining_step must lie in 1..num_steps={attack.num_steps} for three kinds, got {mining_step}")
     seen = FirstLogits(loss_fn)
     with outside_inference_mode(), attack_mode(model):
         x, y = ordinary(x), ordinary(y)
