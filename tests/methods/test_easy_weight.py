@@ -201,6 +201,8 @@ def test_three_kinds_make_no_pass_that_they_do_not_need(case):
     _, counted = expected_loss(net, case, "pgd_at", 1.0, kinds=True)
     rows = []
     net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    with pytest.raises(ValueError, match=r"mining_step must lie in 1\.\.num_steps"):
+        mine_three_kinds(net, x, y, attack=ATTACK, mining_step=0, start=start)
     mined = mine_three_kinds(net, x, y, attack=ATTACK, mining_step=M, start=start)
     assert rows == [24] * (M + 1) + [counted[1]] * (K - M)
     assert torch.equal(mined.wrong_at_start, net(start).argmax(1) != y)
