@@ -118,13 +118,9 @@ class CachedPixels:
 
 
 class StreamedPixels:
-    """Pixels decoded batch by batch in worker processes.
+    """Pixels decoded batch by batch in worker processes; with 0 of them in the calling one.
 
-    Args:
-        images: what to decode.
-        transform: for requests without a seed.
-        train_transform: for requests with a seed; it may draw from the global generators.
-        num_workers: processes; 0 decodes in the calling one.
+    ``train_transform`` is for requests with a seed and may draw from the global generators.
     """
 
     def __init__(
