@@ -52,13 +52,7 @@ def test_what_is_measured(tmp_path):
         "class Some:\n    def method(self, a, b, c, d, e, f, g, h): ...\n"
     )
     found = measure(tmp_path, "made_up")
-    assert found.lines == {
-        "made_up": 0,
-        "made_up.one": 8,
-        "made_up.two": 11,
-        "made_up.three": 71,
-        "made_up.four": 8,
-    }
+    assert found.lines == {"made_up": 0, "made_up.one": 8, "made_up.two": 11, "made_up.three": 71, "made_up.four": 8}
     assert found.single_importers == {"made_up.one": "made_up.two", "made_up.three": "made_up.four"}
     assert found.long_functions == {"made_up.three:long": 71}
     assert found.long_signatures == {"made_up.four:many": 9}

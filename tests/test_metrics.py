@@ -12,13 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ham_hf.metrics import (
-    FairnessSummary,
-    mean_of_worst,
-    summarize,
-    summarize_counts,
-    wilson_interval,
-)
+from ham_hf.metrics import FairnessSummary, mean_of_worst, summarize, summarize_counts, wilson_interval
 from tests.support.golden_data import GOLDEN, TOLERANCE
 
 
@@ -71,10 +65,7 @@ def test_golden_class_accuracies_of_unbalanced_labels() -> None:
 
 
 @pytest.mark.faults(quick=True)
-@given(
-    num_classes=st.integers(1, 12),
-    data=st.data(),
-)
+@given(num_classes=st.integers(1, 12), data=st.data())
 def test_equals_naive_loops_with_missing_classes(num_classes: int, data: st.DataObject) -> None:
     present = data.draw(st.lists(st.integers(0, num_classes - 1), min_size=1, unique=True))
     examples = data.draw(st.lists(st.tuples(st.booleans(), st.sampled_from(present)), min_size=1, max_size=60))

@@ -44,7 +44,7 @@ def test_report_has_clean_both_attacks_and_the_verdict_of_each_class(data: Tenso
     assert repr(report) == text
     assert "24 images, 4 classes, linf 7.65/255" in text
     assert [line.split()[0] for line in text.splitlines() if line][1:] == [
-        *("Evaluation", "Verdict", "Clean", "PGD-3", "CW-3", "Class", "a", "b", "c", "d"),
+        *("Evaluation", "Verdict", "Clean", "PGD-3", "CW-3", "Class", "a", "b", "c", "d")
     ]
 
 

@@ -49,10 +49,7 @@ def measure(args: argparse.Namespace, accelerator: Accelerator, margin: float) -
 
     def ours() -> dict[str, AttackResult]:
         return evaluate(
-            model,
-            data.test,
-            [attack],
-            Workplace(accelerator=accelerator, batch_size=args.batch_size, seed=0),
+            model, data.test, [attack], Workplace(accelerator=accelerator, batch_size=args.batch_size, seed=0)
         )
 
     def bare() -> None:
@@ -101,10 +98,7 @@ def options() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     args = common.parse(options(), argv, num_images=16)
     accelerator = common.start(args)
-    figures = {
-        "none falls": measure(args, accelerator, MARGIN),
-        "all fall": measure(args, accelerator, 0.0),
-    }
+    figures = {"none falls": measure(args, accelerator, MARGIN), "all fall": measure(args, accelerator, 0.0)}
     common.write_json("evaluation", args, argv, accelerator.device, figures)
     rows = [
         {

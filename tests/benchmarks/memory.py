@@ -39,12 +39,7 @@ def build(kind: str, args: argparse.Namespace, accelerator: Accelerator) -> Call
     batch = batch_of(args.batch_size, float(fraction or 1), device)
     if kind != "ordinary":
         step = OurStep(
-            method,
-            model,
-            accelerator,
-            precision=args.precision,
-            batch_size=args.batch_size,
-            settings=args.training,
+            method, model, accelerator, precision=args.precision, batch_size=args.batch_size, settings=args.training
         )
         return lambda: step(batch)
     layout = torch.contiguous_format if args.training.get("memory_format") == "contiguous" else torch.channels_last

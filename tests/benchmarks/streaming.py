@@ -61,10 +61,7 @@ def crops(count: int) -> Iterator[dict[str, object]]:
 def write_shards(folder: Path, *, num_images: int, per_file: int) -> float:
     """Write the training files and a small test file; returns the mean size of an encoded image in KiB."""
     features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=[str(label) for label in range(NUM_CLASSES)]),
-        }
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(label) for label in range(NUM_CLASSES)])}
     )
     made = datasets.Dataset.from_generator(crops, gen_kwargs={"count": per_file}, features=features)
     (folder / "data").mkdir(parents=True)

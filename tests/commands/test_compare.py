@@ -85,9 +85,7 @@ def fake(tmp_path, monkeypatch):
     for planned in read_plan(plan_path).runs:
         correct = [6 + planned.seed, 9, 14] if planned.label == "plain" else [9 + planned.seed, 9, 12]
         report = run_report(
-            {"clean": even([20, 20, 19]), "pgd-20": even(correct)},
-            seed=planned.seed,
-            class_names=("a", "b", "c"),
+            {"clean": even([20, 20, 19]), "pgd-20": even(correct)}, seed=planned.seed, class_names=("a", "b", "c")
         )
         config = config_to_dict(planned.config)
         write_report(dataclasses.replace(report, config=config), tmp_path / "made")

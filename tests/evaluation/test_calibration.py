@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
 from ham_hf.evaluation import Workplace, calibration
-from ham_hf.evaluation.calibration import (
-    FRONTIER,
-    SearchAttack,
-    calibrate,
-    check_held_out,
-    frontier_point,
-    shrinkage,
-)
+from ham_hf.evaluation.calibration import FRONTIER, SearchAttack, calibrate, check_held_out, frontier_point, shrinkage
 from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.intervals import worst_class_interval
 from tests.conftest import ROOT

@@ -15,12 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ham_hf
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import Workplace, evaluate, standard_attacks
-from ham_hf.evaluation.foreign import (
-    ForeignAttackError,
-    foreign_attack,
-    load_foreign_attack,
-    load_foreign_attacks,
-)
+from ham_hf.evaluation.foreign import ForeignAttackError, foreign_attack, load_foreign_attack, load_foreign_attacks
 from tests.conftest import ROOT
 from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for
 

@@ -125,10 +125,7 @@ def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_
             change, {"batch_size": 11}
         )
     watched = Watched(net)
-    assert_same(
-        run(watched, images, accelerator, tmp_path, **options),
-        run(net, images, accelerator, **options),
-    )
+    assert_same(run(watched, images, accelerator, tmp_path, **options), run(net, images, accelerator, **options))
     fresh = Watched(net)
     run(fresh, images, accelerator, **options)
     assert watched.passes == fresh.passes

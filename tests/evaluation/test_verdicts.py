@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.verdicts import (
-    PREDICTIONS_NAME,
-    match_verdicts,
-    read_verdicts,
-    verdicts_of,
-    write_verdicts,
-)
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, match_verdicts, read_verdicts, verdicts_of, write_verdicts
 from ham_hf.reporting.run_report import verdict_report
 
 NAMES = ("cat", "dog", 'Vögel, \n"x"')

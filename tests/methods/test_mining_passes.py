@@ -19,13 +19,7 @@ def three_batches():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"hard_weighting": "margin"},
-        {"class_margin": "cfa"},
-        {"class_weighting": "dafa"},
-    ],
-    ids=str,
+    "options", [{"hard_weighting": "margin"}, {"class_margin": "cfa"}, {"class_weighting": "dafa"}], ids=str
 )
 def test_a_packed_update_is_the_update(options, monkeypatch):
     """The net has no batch statistics; a fixed start, as packing attacks the rows in other company."""

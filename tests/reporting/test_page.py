@@ -99,12 +99,7 @@ def test_taken_for_counts_what_the_first_evaluation_that_broke_an_image_made_of_
     verdicts, report = made_up_verdicts(), plain_report(verdict=True)
     entries = numbers_of(page_html([PageRun(label="run", report=report, verdicts=verdicts)]))["runs"][0]["entries"]
     found = {entry["name"]: entry["taken"] for entry in entries}
-    for name, order in {
-        "clean": [],
-        "pgd-20": ["pgd-20"],
-        "cw-20": ["cw-20"],
-        "verdict": ["pgd-20", "cw-20"],
-    }.items():
+    for name, order in {"clean": [], "pgd-20": ["pgd-20"], "cw-20": ["cw-20"], "verdict": ["pgd-20", "cw-20"]}.items():
         expected = [dict[int, int]() for _ in range(10)]
         for row, label in enumerate(verdicts.labels.tolist()):
             said = [int(verdicts.clean[row]), *(int(verdicts.attacked[attack][row]) for attack in order)]

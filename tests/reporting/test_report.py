@@ -87,10 +87,7 @@ def test_a_row_of_the_confusion_matrix_is_one_line(tmp_path: Path) -> None:
         (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1]), "an interval has two ends"),
         (lambda values: values["results"]["clean"]["intervals"].update(gap=[0.1, "a"]), r"gap\[1\] should be float"),
         (lambda values: values["groups"]["names"].append("one more"), "numbers are not of the 5 groups"),
-        (
-            lambda values: values["corruptions"]["results"][0]["correct"].pop(),
-            "on corrupted images are not of",
-        ),
+        (lambda values: values["corruptions"]["results"][0]["correct"].pop(), "on corrupted images are not of"),
     ],
 )
 def test_damaged_reports_are_refused_by_name(tmp_path: Path, change, message: str) -> None:

@@ -52,11 +52,7 @@ def trained(name: str, size: int = 32, in_chans: int = 3, **model_args) -> nn.Mo
     """A network after one SGD step on random pixels, with running statistics of its own."""
     torch.manual_seed(0)
     backbone = create_backbone(
-        name,
-        pretrained=False,
-        num_classes=10,
-        preprocessing=preprocessing(size, in_chans),
-        model_args=model_args,
+        name, pretrained=False, num_classes=10, preprocessing=preprocessing(size, in_chans), model_args=model_args
     )
     settings = preprocessing(size, in_chans)
     model = PixelModel(backbone, settings.mean, settings.std)
