@@ -23,7 +23,7 @@ from ham_hf.methods.rules.faal import FAAL
 from ham_hf.methods.rules.frl import FRL
 from ham_hf.methods.rules.hard_fraction import HardFraction
 from ham_hf.methods.rules.wat import WAT
-from ham_hf.methods.state import State, Stateful, States, class_counts, class_sums, statistics_dtype
+from ham_hf.methods.state import State, Stateful, States, class_sums, flagged_counts, statistics_dtype
 
 __all__ = [
     "BASE_LOSSES",
@@ -57,8 +57,8 @@ __all__ = [
     "TrainingRows",
     "WeightRule",
     "available",
-    "class_counts",
     "class_sums",
+    "flagged_counts",
     "method_of",
     "statistics_dtype",
 ]

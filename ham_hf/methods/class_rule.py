@@ -1,9 +1,8 @@
 """Class rules: how classes are told apart in training, by the radius of their attack or the weight of their loss.
 
 A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both. A
-method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or
-borrows one (``--class_margin``, ``--class_weighting``). Besides the hooks of
-`ham_hf.methods.state`, in the order of a run:
+method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or borrows one (``--class_margin``,
+``--class_weighting``). Besides the hooks of `ham_hf.methods.state`, in the order of a run:
 
     wants_held_out, held_out_sums -> after_held_out   after `before_epoch`, on held-out images
     class_probabilities                               every epoch, and again where a run resumes within it

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
-"""State of a method or class rule: named tensors, which its hooks change or replace by others of the same shape."""
+"""State of a method or class rule: named tensors, which its hooks change or replace by others of the same shape and
+dtype; none is a view of another, as each is written to a checkpoint by itself."""
 States: TypeAlias = Mapping[str, State]
 """The state of every part of a method (`ham_hf.methods.base.Method.parts`), by the name of the part."""
 
@@ -33,7 +34,7 @@ class Stateful:
 
     @property
     def warmup_epochs(self) -> int:
-        """Number of first epochs in which it changes nothing: its `start_option`, or 0 without one."""
+        """Number of first epochs in which it changes nothing: its `start_option`, or 0; 1 if it has to observe one."""
         option = self.start_option()
         epochs: int = getattr(self, option) if option else 0
         return epochs
@@ -58,7 +59,10 @@ class Stateful:
         return {}
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """Turn what was observed in the epoch before into what holds for this one."""
+        """Turn what was observed in the epoch before into what holds for this one.
+
+        Once per epoch, also before epoch 0, when nothing is observed yet, and not again where a run resumes within it.
+        """
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor | None:
         """Sums over examples with labels ``y`` (N,), of the same shape whatever their number (also 0).
@@ -84,7 +88,7 @@ def class_sums(values: Tensor, y: Tensor, num_classes: int) -> Tensor:
     return sums.index_add_(0, y, values.detach().to(sums.dtype))
 
 
-def class_counts(flags: Tensor, y: Tensor, num_classes: int) -> Tensor:
+def flagged_counts(flags: Tensor, y: Tensor, num_classes: int) -> Tensor:
     """Examples of each class that are flagged, and all (num_classes, 2); see `class_sums`."""
     flags = flags.to(statistics_dtype(flags.device))
     return class_sums(torch.stack([flags, torch.ones_like(flags)], 1), y, num_classes)

@@ -71,6 +71,7 @@ SELECTION_RULES = {
     "robust_plus_worst": "the highest sum of the average and the worst-class robust accuracy",
 }
 TRAINING_SETTINGS = (
+    ("Model arguments", "model_args"),
     ("Pretrained weights", "pretrained"),
     ("Attack steps K", "num_steps"),
     ("Attack step size", "step_size"),
@@ -347,15 +348,15 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
             continue
         if key == "step_size" and isinstance(value, float):
             value = fraction_text(value)
-        if value not in (None, []):
+        if value not in (None, [], {}):
             rows.append((label, option_text(key, value)))
     environment, versions = report.environment, report.environment.versions
     skipped = f" ({training.skipped_updates} skipped for want of a hard example)" if training.skipped_updates else ""
     computation = []
     if training.passes is not None:
-        # A forward counts 1, a gradient of the input 2, a training pass 3.
-        passes = f"{training.passes / report.dataset.num_train:.0f} forward passes per training image"
-        computation.append(("Computation", f"{passes}, validation included"))
+        passes = f"the cost of {training.passes / report.dataset.num_train:.0f} forward passes per training image"
+        counted = "forward 1, gradient of the input 2, training pass 3; validation included"
+        computation.append(("Computation", f"{passes} ({counted})"))
     return [
         *rows,
         ("Epochs", str(training.num_train_epochs)),
@@ -391,5 +392,5 @@ def _selection(report: RunReport, training: TrainingReport) -> Markdown:
     which = "" if training.selected_epoch is None else f" of epoch {training.selected_epoch + 1}"
     return Markdown(
         f"The weights are those{which} with {rule} on {report.dataset.num_validation} images held out of the training "
-        "images."
+        "images, the latest of equal ones."
     )

@@ -140,10 +140,7 @@ def per_class_figure(report: RunReport) -> Figure:
 def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]) -> Figure:
     """Held-out accuracies, hard fraction and loss per epoch; the warm-up is shaded, the selected epoch marked.
 
-    Args:
-        report: its training history gives the held-out accuracies (one point per epoch, the last validation of it).
-        train_log: "train" lines of ``metrics.jsonl``; loss and hard fraction are averaged per epoch. Lines without
-            a hard fraction (methods that do not mine) are fine: its panel then goes.
+    Accuracies are the last of each epoch, loss and hard fraction means of its lines; without one its panel goes.
     """
     history = report.training.history if report.training else ()
     curves = {

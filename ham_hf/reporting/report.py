@@ -161,7 +161,7 @@ class TrainingReport:
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
         passes: passes over the network of the whole run, validation included, in forwards of one image
-            (`ham_hf.training.train_step`); None if unknown.
+            (`ham_hf.training.train_step.PassCounter`); None if unknown.
         changes: one sentence per resumption with other settings; empty if the report's settings repeat the run.
     """
 

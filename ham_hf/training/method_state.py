@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ham_hf.attacks import Attack
-from ham_hf.methods import ClassRule, Method, TrainingRows, class_counts, class_sums
+from ham_hf.methods import ClassRule, Method, TrainingRows, class_sums, flagged_counts
 
 
 class MethodState:
@@ -72,7 +72,7 @@ class MethodState:
     def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
         if rows.hard is not None:
-            self.log[:2] += class_counts(rows.hard, y, self.num_classes).T
+            self.log[:2] += flagged_counts(rows.hard, y, self.num_classes).T
         self.log[2] += class_sums(torch.ones_like(y), y, self.num_classes)
         self.log[3 : 3 + len(share)] += class_sums(share.T, rows.y, self.num_classes).T
         if rows.wrong_at_start is not None:
@@ -80,7 +80,7 @@ class MethodState:
 
     def note_clean(self, y: Tensor, wrong: Tensor) -> None:
         """Log which images (N,) of labels ``y`` are misclassified without an attack, if the method compares by it."""
-        self.log[-2:] += class_counts(wrong, y, self.num_classes).T
+        self.log[-2:] += flagged_counts(wrong, y, self.num_classes).T
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint needs, but the log, which is spread over processes."""
@@ -88,11 +88,11 @@ class MethodState:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Load what `tensors` gave; ValueError if it is of another method or another number of classes."""
-        own = self.tensors()
-        if {name: value.shape for name, value in own.items()} != {k: v.shape for k, v in tensors.items()}:
+        found, own = ({k: [*v.shape] for k, v in state.items()} for state in (tensors, self.tensors()))
+        if found != own:
             raise ValueError(
-                f"the checkpoint holds class state {sorted(tensors)}, but --method {self.objective.name} keeps "
-                f"{sorted(own)} for {self.num_classes} classes"
+                f"the checkpoint holds class state {found}, but --method {self.objective.name} keeps {own} for "
+                f"{self.num_classes} classes"
             )
         for name, state in self.states.items():
             for key, value in state.items():

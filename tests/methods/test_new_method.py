@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ham_hf.attacks import predicted
 from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
 from ham_hf.settings import setting
@@ -36,7 +37,7 @@ def made_up():
             return {"wrong": torch.zeros_like(class_counts), "share": torch.zeros_like(class_counts)}
 
         def observe(self, logits, y, *, epoch):
-            return class_sums(logits.argmax(1) != y, y, logits.shape[1])
+            return class_sums(predicted(logits) != y, y, logits.shape[1])
 
         def after_update(self, state, sums, *, epoch):
             if epoch < 2:

@@ -23,7 +23,7 @@ from ham_hf.methods.base import BuiltOnLoss
 from ham_hf.methods.class_rule import WeightRule
 from ham_hf.methods.losses import BaseLoss
 from ham_hf.methods.rule_method import method_of
-from ham_hf.methods.state import State, class_counts
+from ham_hf.methods.state import State, flagged_counts
 from ham_hf.settings import setting
 
 
@@ -56,7 +56,7 @@ class HardFractionRule(WeightRule):
 
     def observe(self, logits: Tensor, y: Tensor, *, epoch: int) -> Tensor:
         """Count wrong and all examples of each class."""
-        return class_counts(predicted(logits) != y, y, logits.shape[1])
+        return flagged_counts(predicted(logits) != y, y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:
         state["counts"] += sums
