@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,15 +133,16 @@ def execute(
     waiting, running, failed = deque(runs), list[_Child](), list[MissingRun]()
 
     def fail(run: PlannedRun, problem: str | None) -> None:
+        name = f"{run.label} seed {run.seed}"
         if problem is None:
-            lock = run.folder / LOCK_NAME
-            announce(f"RUNNING {run.label} seed {run.seed}: another process is at it: {lock} is locked")
+            announce(f"RUNNING {name}: another process is at it: {run.folder / LOCK_NAME} is locked")
             failed.append(running_elsewhere(run.label, run.seed))
         else:
-            announce(f"FAILED {run.label} seed {run.seed}: {problem}")
+            announce(f"FAILED {name}: {problem}")
             failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
 
-    with _signals_interrupt():
+    # Signals reach this thread alone: a run that is being started when one comes is stopped like the others.
+    with _signals_interrupt(), ThreadPoolExecutor(1) as starter:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -151,12 +153,11 @@ def execute(
                         fail(run, None)
                         continue
                     try:
-                        child = _start(run, launcher, jobs)
+                        begun = starter.submit(_start, run, launcher, jobs, running).result()
                     except (ValueError, OSError) as error:
                         fail(run, str(error))
                         continue
-                    if child is not None:
-                        running.append(child)
+                    if begun:
                         announce(f"start {run.label} seed {run.seed}, log {run.log}")
                 time.sleep(POLL_SECONDS)
                 for child in [child for child in running if child.process.poll() is not None]:
@@ -168,6 +169,7 @@ def execute(
                         # Another comparison started it at the same moment, and was first.
                         fail(child.run, None if is_locked(child.run.folder) else _failure(child))
         finally:
+            starter.shutdown()
             _stop(running)
     return failed
 
@@ -194,10 +196,10 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
     return finished, missing
 
 
-def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
-    """Start a run in its own session, so that Ctrl-C reaches it once, from here; None if it is done by now."""
+def _start(run: PlannedRun, launcher: Launcher, jobs: int, running: list[_Child]) -> bool:
+    """Start a run in its own session, so that Ctrl-C reaches it once, from here; False if it is done by now."""
     if is_done(run):
-        return None
+        return False
     if run.weights_from is not None:
         bring_weights(run, run.weights_from)
     words = launcher.words(run)
@@ -213,7 +215,8 @@ def _start(run: PlannedRun, launcher: Launcher, jobs: int) -> _Child | None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Child(run=run, process=process, started=time.monotonic())
+    running.append(_Child(run=run, process=process, started=time.monotonic()))
+    return True
 
 
 def _next_ready(waiting: deque[PlannedRun], running: Sequence[PlannedRun]) -> PlannedRun | None:

@@ -49,17 +49,10 @@ def save_figures(
     examples: ExampleStrip | None,
     train_log: Sequence[Mapping[str, object]],
 ) -> list[Path]:
-    """Draw what ``report`` has numbers for into ``folder/figures/*.png``.
+    """Draw what ``report`` has numbers for into ``folder/figures/*.png``, and return the files written.
 
-    Args:
-        report: a finished run.
-        folder: output folder; ``figures`` is made in it.
-        examples: images for ``adversarial_examples.png``; None leaves it out.
-        train_log: the "train" lines of ``metrics.jsonl``; together with the report's history they make
-            ``training_curves.png``, which is left out if both are empty.
-
-    Returns:
-        The files written.
+    ``examples`` are for ``adversarial_examples.png``; ``train_log``, the "train" lines of ``metrics.jsonl``, and the
+    report's history for ``training_curves.png``. Without them the figure is left out.
     """
     figures = {"per_class_accuracy": per_class_figure(report)}
     history = report.training.history if report.training else ()

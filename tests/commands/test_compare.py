@@ -409,6 +409,23 @@ def test_stopped_comparison_leaves_no_child_behind(fake, tmp_path, capsys, numbe
     capsys.readouterr()
 
 
+def test_a_signal_while_a_run_is_being_started_leaves_no_child_behind(fake, tmp_path, capsys, monkeypatch):
+    main, plan, _ = fake
+    (tmp_path / "fake.py").write_text("import time; time.sleep(600)")
+    started, popen = [], subprocess.Popen
+
+    def interrupted(*words, **options):
+        started.append(popen(*words, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
+        return started[-1]
+
+    monkeypatch.setattr("ham_hf.comparison.execution.subprocess.Popen", interrupted)
+    assert main("--config", plan) == 130
+    assert [process.poll() is not None for process in started] == [True]
+    capsys.readouterr()
+
+
 def test_unfinished_run_with_other_settings_is_refused(fake, tmp_path, capsys):
     main, plan, started = fake
     folder = tmp_path / "out" / "plain" / "seed1"
