@@ -132,14 +132,13 @@ def execute(
     """
     waiting, running, failed = deque(runs), list[_Child](), list[MissingRun]()
 
-    def fail(run: PlannedRun, problem: str | None) -> None:
-        name = f"{run.label} seed {run.seed}"
-        if problem is None:
-            announce(f"RUNNING {name}: another process is at it: {run.folder / LOCK_NAME} is locked")
-            failed.append(running_elsewhere(run.label, run.seed))
-        else:
-            announce(f"FAILED {name}: {problem}")
-            failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
+    def fail(run: PlannedRun, problem: str) -> None:
+        announce(f"FAILED {run.label} seed {run.seed}: {problem}")
+        failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
+
+    def leave(run: PlannedRun) -> None:
+        announce(f"RUNNING {run.label} seed {run.seed}: another process is at it: {run.folder / LOCK_NAME} is locked")
+        failed.append(running_elsewhere(run.label, run.seed))
 
     # Signals reach this thread alone: a run that is being started when one comes is stopped like the others.
     with _signals_interrupt(), ThreadPoolExecutor(1) as starter:
@@ -150,7 +149,7 @@ def execute(
                     if run is None:
                         break
                     if is_locked(run.folder):
-                        fail(run, None)
+                        leave(run)
                         continue
                     try:
                         begun = starter.submit(_start, run, launcher, jobs, running).result()
@@ -165,9 +164,10 @@ def execute(
                     seconds = time.monotonic() - child.started
                     if child.process.returncode == 0 and (child.run.folder / REPORT_NAME).is_file():
                         announce(f"done {child.run.label} seed {child.run.seed} in {seconds:.0f} s")
+                    elif is_locked(child.run.folder):  # by another comparison, which was first
+                        leave(child.run)
                     else:
-                        # Another comparison started it at the same moment, and was first.
-                        fail(child.run, None if is_locked(child.run.folder) else _failure(child))
+                        fail(child.run, _failure(child))
         finally:
             starter.shutdown()
             _stop(running)
