@@ -163,13 +163,13 @@ def _no_download(source: str, revision: str | None) -> Path:
 
 
 def _page_comparison(comparison: Comparison) -> dict[str, object]:
-    """A comparison as the page shows it: the evaluations that are of the same images under the same attack."""
+    """A comparison as the page shows it: of each evaluation the rows of the same images under the same attack."""
     return {
         "baseline": plain_text(comparison.names.get(comparison.baseline or "", ""), 120),
         "rows": {
-            title: [_page_row(comparison, row, name) for row in comparison.rows if name in row.attacks]
+            title: [_page_row(comparison, row, name) for row in rows]
             for name, title in comparison.attacks.items()
-            if name in comparison.comparable
+            if (rows := comparison.like_the_baseline(name))
         },
     }
 
@@ -177,8 +177,9 @@ def _page_comparison(comparison: Comparison) -> dict[str, object]:
 def _page_row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     found, paired = row.attacks[name], comparison.pairs.found.get(row.label, {}).get(name)
     differences = {} if paired is None else {one: getattr(paired.differences, one) for one in PAIRED_METRICS}
-    unpaired = comparison.pairs.unpaired
-    note = unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label)
+    note = comparison.pairs.reason(row.label, comparison.attacks[name])
+    if paired is not None:
+        note = f"on {paired.differences.num_examples:,} images"
     return {
         "label": plain_text(comparison.names[row.label], 120),
         "seeds": found.seeds,

@@ -31,6 +31,8 @@ NOT_THE_RUN = frozenset(
 _OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
 """Settings of an evaluation that differ between seeds or are shown elsewhere."""
+IMAGES = "Images of each class"
+"""The only one of the `conditions` in which two runs may differ and still be compared on the images that both saw."""
 
 Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 """By title: each value that a run has, with the labels of the rows that have it."""
@@ -132,7 +134,13 @@ def conditions(report: RunReport, attack: str) -> dict[str, str]:
     shared = {title: facts[title] for title in ("Dataset", "Test images", "Threat model")}
     of = [one for one in report.results.values() if attack == "verdict"] or [result]
     attacks = {one.title: ", ".join(sorted(_attack_settings(one))) for one in of if one.name != "clean"}
-    return {**shared, "Images of each class": counts, **attacks}
+    return {**shared, IMAGES: counts, **attacks}
+
+
+def unlike(ours: RunReport, theirs: RunReport, attack: str) -> list[str]:
+    """Titles of the `conditions` that differ."""
+    one, other = conditions(ours, attack), conditions(theirs, attack)
+    return [title for title in {**one, **other} if one.get(title) != other.get(title)]
 
 
 def evaluations(report: RunReport) -> dict[str, AttackReport]:

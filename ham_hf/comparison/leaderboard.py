@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ham_hf.comparison.differences import budget, conditions, environment, evaluations
+from ham_hf.comparison.differences import IMAGES, budget, conditions, environment, evaluations
 from ham_hf.comparison.pairs import PAIRED_METRICS, Run
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
@@ -118,7 +118,7 @@ def _hardware(rows: Sequence[Row]) -> str:
 
 
 def _conditions_text(facts: Mapping[str, str]) -> str:
-    shown = {title: value for title, value in facts.items() if title != "Images of each class"}
+    shown = {title: value for title, value in facts.items() if title != IMAGES}
     return "; ".join(f"{title}: {plain_text(value, 300)}" for title, value in shown.items() if value)
 
 
@@ -129,7 +129,7 @@ def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str
         ours, theirs = facts.get(title), first.get(title)
         if ours == theirs:
             continue
-        if title == "Images of each class":
+        if title == IMAGES:
             words.append("other numbers of images per class")
         elif ours is None:
             words.append(f"{title}: not run")
@@ -244,12 +244,17 @@ def _classes(row: Row, name: str) -> list[tuple[str, str, str]]:
 
 
 def _paired(comparison: Comparison, row: Row) -> list[str]:
-    """Differences from the baseline with their intervals, of every evaluation that could be paired."""
+    """Differences from the baseline with their intervals, or why an evaluation, or the row, could not be paired."""
+    if reason := comparison.pairs.unpaired.get(row.label):
+        return [f"Not paired: {plain_text(reason, 300)}"]
     lines = []
-    for name, found in comparison.pairs.found.get(row.label, {}).items():
-        of_metrics = ((title.lower(), getattr(found.differences, metric)) for metric, title in TITLES.items())
-        shown = [f"{title} {signed_points(one.mean, one.low, one.high)}" for title, one in of_metrics]
-        lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
+    for name, title in comparison.attacks.items():
+        if found := comparison.pairs.found.get(row.label, {}).get(name):
+            of_metrics = ((words.lower(), getattr(found.differences, metric)) for metric, words in TITLES.items())
+            shown = [f"{words} {signed_points(one.mean, one.low, one.high)}" for words, one in of_metrics]
+            lines.append(f"{title}, {found.differences.num_examples:,} images: {', '.join(shown)}")
+        elif reason := comparison.pairs.reason(row.label, title):
+            lines.append(f"{title}: not paired: {plain_text(reason, 300)}")
     return lines
 
 

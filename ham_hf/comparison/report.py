@@ -63,8 +63,8 @@ RHO = (
 NO_RHO_WHERE = "NSD where no image is classified correctly"
 RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
 NOT_COMPARABLE = (
-    "**Not the same evaluation:** dataset, test images, threat model or settings of the attack differ, so nothing is "
-    "bold and there is no ρ."
+    "**Not the same evaluation{baseline}:** {rows}. Dataset, test images, threat model or settings of the attack differ, "
+    "so there is no ρ, and bold is only what is better in a paired test on the images that both saw."
 )
 
 
@@ -155,8 +155,7 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     """Tables to read: one per evaluation and one of the cost, then how to read them and what the runs share."""
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
-        note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
-        parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
+        parts += [f"## {_heading(comparison, name)}", *_not_alike(comparison, name), _attack_table(comparison, name)]
     if pairs := _pairs_section(comparison):
         parts.append(pairs)
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
@@ -202,6 +201,15 @@ def _notes(comparison: Comparison) -> list[str]:
     if len(comparison.environment["Commit"]) > 1:
         notes.append("**Not the same code:** the runs come from several commits; see the end of this page.")
     return notes
+
+
+def _not_alike(comparison: Comparison, attack: str) -> list[str]:
+    """A sentence that names the rows whose numbers are not of the baseline's evaluation, where there are any."""
+    alike = comparison.alike[attack]
+    others = [row.label for row in comparison.rows if attack in row.attacks and row.label not in alike]
+    named = ", ".join(text(comparison.names[label]) for label in others)
+    baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in alike else ""
+    return [NOT_COMPARABLE.format(rows=named, baseline=baseline)] if others else []
 
 
 def _shared(comparison: Comparison, command: str) -> str:
@@ -255,6 +263,7 @@ def _pairs_section(comparison: Comparison) -> str:
         if "verdict" in found:
             paired = found["verdict"].differences
             row = {"": names[label], "Seeds": Markdown(", ".join(map(str, found["verdict"].seeds)))}
+            row["Images"] = str(paired.num_examples)
             for metric in PAIRED_METRICS:
                 difference = getattr(paired, metric)
                 row[METRIC_TITLES[metric]] = signed_points(difference.mean, difference.low, difference.high)
@@ -262,7 +271,7 @@ def _pairs_section(comparison: Comparison) -> str:
     parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
     if rows:
         parts += [
-            "On the same images, in percentage points, with 95 % intervals; p of each seed.",
+            "On the images that both saw, in percentage points, with 95 % intervals; p of each seed.",
             markdown_table(rows),
         ]
     if pairs.unpaired:

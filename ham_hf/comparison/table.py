@@ -57,7 +57,7 @@ class AttackRow:
         average, worst_class, worst_30_percent, nsd: see `FairnessSummary`; which class is the worst may differ
             between seeds. NSD is None if a run has none (all accuracies 0).
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
-            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
+            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.alike`).
         image_variances: variance of a run's number from the finite test set, by metric, mean over the runs; NSD has
             none (`image_variances`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
@@ -114,8 +114,9 @@ class Comparison:
         class_names: names of the C classes; None if the runs do not have the same.
         budget: what a fair comparison needs to be equal: images, network, threat model, length, evaluation.
         environment: hardware and software.
-        comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
-            have no rho and no best.
+        alike: by evaluation, labels of the rows that were evaluated as the baseline was: on the same images, under the
+            same threat model and settings; the others have no rho and are never best. Without a baseline: all rows, or
+            none if some differ.
         missing: runs that failed or are not there.
     """
 
@@ -125,7 +126,7 @@ class Comparison:
     class_names: tuple[str, ...] | None
     budget: Facts
     environment: Facts
-    comparable: frozenset[str]
+    alike: Mapping[str, frozenset[str]]
     missing: tuple[MissingRun, ...]
     pairs: Pairs = field(default_factory=Pairs)
 
@@ -133,6 +134,16 @@ class Comparison:
     def names(self) -> dict[str, str]:
         """What tables and figures call each row and missing run, by label: short, and different for each."""
         return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
+
+    @property
+    def comparable(self) -> frozenset[str]:
+        """Evaluations under which all rows are `alike`."""
+        having = {name: {row.label for row in self.rows if name in row.attacks} for name in self.attacks}
+        return frozenset(name for name, labels in having.items() if labels == self.alike[name])
+
+    def like_the_baseline(self, attack: str) -> list[Row]:
+        """Rows that are `alike` in one evaluation, or compared with the baseline on the images that both saw."""
+        return [r for r in self.rows if r.label in self.alike[attack] or attack in self.pairs.found.get(r.label, {})]
 
     @property
     def unequal(self) -> Facts:
@@ -168,14 +179,12 @@ class Comparison:
 
         Its mean has to be better than the next best by more than the root of ``std_a^2 + std_b^2 + v_a + v_b``, with
         the spread over seeds and the variance ``v`` of having few test images, which is not divided by the number of
-        seeds: all see the same images. Both need two seeds, and the evaluation has to be `comparable`.
+        seeds: all see the same images. Both need two seeds, and only rows that are `alike` count.
         """
-        if attack not in self.comparable:
-            return None
         spreads = {
             row.label: spread
             for row in self.rows
-            if attack in row.attacks and (spread := getattr(row.attacks[attack], metric)) is not None
+            if row.label in self.alike[attack] and (spread := getattr(row.attacks[attack], metric)) is not None
         }
         order = sorted(spreads, key=lambda label: spreads[label].mean, reverse=metric not in LOWER_IS_BETTER)
         if len(order) < 2:
@@ -221,31 +230,35 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     titles = {name: attack.title for run in runs for name, attack in evaluations(run.report).items()}
     # The verdict comes first, whichever run is the first to have one.
     titles = {name: titles[name] for name in sorted(titles, key=lambda name: name != "verdict")}
-    comparable = frozenset(
-        name
-        for name in titles
-        if len({tuple(conditions(r.report, name).items()) for r in runs if name in evaluations(r.report)}) == 1
-    )
+    alike = {name: _alike(by_label, name, baseline) for name in titles}
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
-    base = {name: row for name, row in base.items() if name in comparable}
     base_passes = _passes(by_label[baseline]) if baseline in by_label else None
     class_names = {run.report.dataset.class_names for run in runs}
     different = _different_settings(by_label)
     return Comparison(
-        rows=tuple(_row(label, members, base, base_passes, different) for label, members in by_label.items()),
+        rows=tuple(
+            _row(members, {name: row for name, row in base.items() if label in alike[name]}, base_passes, different)
+            for label, members in by_label.items()
+        ),
         attacks=titles,
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
         budget=facts_of([(run.label, budget(run.report)) for run in runs]),
         environment=facts_of([(run.label, environment(run.report)) for run in runs]),
-        comparable=comparable,
+        alike=alike,
         missing=(*missing, *_absent(by_label, missing)),
-        pairs=pair_rows(
-            by_label,
-            baseline=baseline,
-            titles={name: title for name, title in titles.items() if name in comparable},
-        ),
+        pairs=pair_rows(by_label, baseline=baseline, titles=titles),
     )
+
+
+def _alike(by_label: Mapping[str, Sequence[Run]], name: str, baseline: str | None) -> frozenset[str]:
+    """See `Comparison.alike`; a baseline that does not have the evaluation counts as none."""
+    found = {
+        label: {tuple(conditions(run.report, name).items()) for run in runs if name in evaluations(run.report)}
+        for label, runs in by_label.items()
+    }
+    expected = found.get(baseline or "") or set().union(*found.values())
+    return frozenset(label for label, kinds in found.items() if kinds == expected and len(kinds) == 1)
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -265,14 +278,14 @@ def _passes(members: Sequence[Run]) -> Spread | None:
 
 
 def _row(
-    label: str, members: Sequence[Run], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
+    members: Sequence[Run], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
 ) -> Row:
     """One row; ``base`` and ``base_passes`` are the baseline's, ``different`` the settings that are not shared."""
     trained = [run.report.training for run in members if run.report.training is not None]
     passes = _passes(members)
     settings = run_settings(members[0].report.config)
     return Row(
-        label=label,
+        label=members[0].label,
         runs=tuple(members),
         attacks=_attack_rows(members, base),
         seconds=_known_spread(training.seconds for training in trained),

@@ -287,7 +287,7 @@ def test_different_evaluations_have_no_rho_and_no_bold(parts):
     assert compare([*base, *own], baseline="base").best("pgd-20", "average") == "own"
     comparison = compare([*base, *(changed(one, **parts) for one in own)], baseline="base")
     assert comparison.best("pgd-20", "average") is None
-    assert [row.attacks["pgd-20"].rho for row in comparison.rows] == [None, None]
+    assert [row.attacks["pgd-20"].rho for row in comparison.rows] == [0, None]
     assert comparison.comparable == frozenset()
 
 

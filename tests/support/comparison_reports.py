@@ -62,17 +62,21 @@ def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[Run
     ]
 
 
-def judged_run(label, correct, *, seed=0, swap=0, kept=True):
-    """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others."""
+def judged_run(label, correct, *, seed=0, swap=0, kept=True, seen=COUNT, epsilon=8 / 255):
+    """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others.
+
+    The attack saw the first ``seen`` images of each class.
+    """
     labels = torch.arange(len(NAMES)).repeat_interleave(COUNT)
     place = torch.arange(COUNT).repeat(len(NAMES))
     limit = torch.tensor(correct)[labels]
     right = (place >= swap) & (place < limit + swap)
     wrong = (labels + 1) % len(NAMES)
-    settings = {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    settings = {"norm": "linf", "epsilon": epsilon, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    attacked = attack_result("pgd-20", settings, torch.where(right, labels, wrong)[place < seen], labels[place < seen])
     results = {
         "clean": attack_result("clean", {}, labels, labels),
-        "pgd-20": attack_result("pgd-20", settings, torch.where(right, labels, wrong), labels),
+        "pgd-20": dataclasses.replace(attacked, indices=(place < seen).nonzero().squeeze(1)),
     }
     verdicts, counts = verdicts_of(results, NAMES), [COUNT] * len(NAMES)
     by_class = {"clean": (counts, counts), "pgd-20": (correct, counts)}

@@ -218,6 +218,9 @@ def comparison_variants() -> dict[str, Comparison]:
             [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)], baseline="base"
         ),
         "a part of the images": compare([run("a", part), run("b", part)]),
+        "judged on half of the images": compare(
+            [*runs[:4], judged_run("half", [40, 50, 50, 50], seen=50)], baseline="base"
+        ),
         "evaluated alone": compare([*base, evaluated], baseline="base"),
         "names": compare(
             [one for end in "23" for one in by_seeds(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
