@@ -6,13 +6,6 @@
 
 Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png. Called
 again after an interruption, it goes on where it was: finished runs stay, unfinished ones resume from their checkpoint.
-
-Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if its runs lie in
-LABEL/seedN, else by its method. The folder of an earlier comparison stands for all runs in it, with its order of rows
-and its baseline.
-
-Where runs kept their predictions (predictions.parquet), rows are set against the baseline image by image, and a number
-is bold if it is better for sure; runs of earlier versions are shown, and it is said that they could not be tested.
 """
 
 from __future__ import annotations

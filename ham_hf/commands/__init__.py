@@ -1,4 +1,4 @@
-"""What a user runs: the stages of each command in order. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
+"""What a user runs. ``COMMANDS`` lists it; the ``main(argv)`` of each module reads the words of a command line."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.config.command_line import with_underscores
-from ham_hf.invocation import command, program
+from ham_hf.invocation import command_parser
 from ham_hf.terminal import set_up_logging
 from ham_hf.training.environment import process_rank
 
@@ -36,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("push"),
-        description=(__doc__ or "").replace("ham-hf push", command("push")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("push", __doc__)
     parser.add_argument(
         "folder",
         type=Path,
