@@ -137,12 +137,6 @@ def conditions(report: RunReport, attack: str) -> dict[str, str]:
     return {**shared, IMAGES: counts, **attacks}
 
 
-def unlike(ours: RunReport, theirs: RunReport, attack: str) -> list[str]:
-    """Titles of the `conditions` that differ."""
-    one, other = conditions(ours, attack), conditions(theirs, attack)
-    return [title for title in {**one, **other} if one.get(title) != other.get(title)]
-
-
 def evaluations(report: RunReport) -> dict[str, AttackReport]:
     """The verdict, where there is one, and every evaluation, by name."""
     return {**({} if report.verdict is None else {"verdict": report.verdict}), **report.results}
@@ -182,7 +176,7 @@ def _optimizer(settings: Mapping[str, object]) -> str:
     )
 
 
-def environment(report: RunReport) -> dict[str, str]:
+def environment_facts(report: RunReport) -> dict[str, str]:
     """Hardware and software by title; seconds and memory are comparable only where the hardware is the same."""
     found = report.environment
     return {

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ham_hf.comparison.differences import IMAGES, budget, conditions, environment, evaluations
-from ham_hf.comparison.pairs import PAIRED_METRICS, Run
+from ham_hf.comparison.differences import IMAGES, budget, conditions, environment_facts, evaluations
+from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
 from ham_hf.hub_config import split_revision
@@ -84,7 +84,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
     """
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in comparison.rows:
-        alike: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        alike: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
         for run in row.runs:
             if name in evaluations(run.report):
                 alike.setdefault(tuple(conditions(run.report, name).items()), []).append(run)
@@ -113,7 +113,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def _hardware(rows: Sequence[Row]) -> str:
-    devices = {environment(run.report)["Device"] for row in rows for run in row.runs}
+    devices = {environment_facts(run.report)["Device"] for row in rows for run in row.runs}
     return "" if len(devices) == 1 else "; seconds are of different hardware"
 
 
@@ -168,7 +168,7 @@ def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     }
 
 
-def _budget_text(run: Run) -> str:
+def _budget_text(run: FinishedRun) -> str:
     facts = budget(run.report)
     if run.report.training is None:
         return "evaluated, not trained here"
@@ -215,16 +215,15 @@ def _place(share: float) -> str:
 def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[str, object]:
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
-    is_hub = split_revision(run.source) is not None and not Path(run.source).exists()
-    hub_id, revision = (split_revision(run.source) or ("", None)) if is_hub else ("", None)
-    facts = budget(run.report) | environment(run.report)
+    hub_id, revision = (None if Path(run.source).exists() else split_revision(run.source)) or ("", None)
+    facts = budget(run.report) | environment_facts(run.report)
     if row.passes is not None:
         facts["Passes in training"] = f"{row.passes.mean:,.0f}"
     facts["Seeds"] = ", ".join(map(str, row.seeds))
     facts["Made"] = run.report.created
     return {
         "label": plain_text(row.label, 1000),
-        "link": f"{HUB}/{hub_id}" + (f"/tree/{revision}" if revision else "") if is_hub else "",
+        "link": f"{HUB}/{hub_id}" + (f"/tree/{revision}" if revision else "") if hub_id else "",
         "source": ", ".join(plain_text(public_source(one.source, folder), 200) for one in row.runs),
         "facts": [(title, plain_text(value, 400)) for title, value in facts.items() if value],
         "classes_of": comparison.attacks[name],

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ham_hf.comparison.differences import IMAGES, evaluations, unlike
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts, read_verdicts
+from ham_hf.comparison.differences import IMAGES, conditions, evaluations
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts
 from ham_hf.intervals import REPETITIONS
 from ham_hf.metrics import num_worst, summarize
 from ham_hf.reporting.report import RunReport
@@ -114,7 +113,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Run:
+class FinishedRun:
     """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
 
     ``verdicts`` are its predictions; None for a run of a version that kept none.
@@ -127,16 +126,7 @@ class Run:
     verdicts: Verdicts | None = None
 
 
-def verdicts_beside(folder: str | Path) -> Verdicts | None:
-    """The predictions in a run's folder; None if there are none, as in runs of earlier versions.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
-    return read_verdicts(folder) if (Path(folder) / PREDICTIONS_NAME).is_file() else None
-
-
-def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
+def pair_rows(rows: Mapping[str, Sequence[FinishedRun]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
     """Compare every row with the baseline (without one: none), as far as there are predictions.
 
     Rows that were evaluated otherwise are not paired. ``titles`` are those of each evaluation, by name.
@@ -166,14 +156,15 @@ def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles
     return Pairs(found=found, unpaired=unpaired)
 
 
-def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
+def _pair(pairs: Sequence[tuple[FinishedRun, FinishedRun]], name: str) -> PairedRow | None:
     """One row under one evaluation; None if some run does not have it."""
     entries = [[evaluations(run.report).get(name) for run in pair] for pair in pairs]
     summaries = [[entry.summary for entry in pair if entry is not None] for pair in entries]
     if any(len(pair) < 2 for pair in summaries):
         return None
-    found = [title for pair in pairs for run in pair for title in unlike(pairs[0][0].report, run.report, name)]
-    if otherwise := [title for title in dict.fromkeys(found) if title != IMAGES]:
+    facts = [conditions(run.report, name) for pair in pairs for run in pair]
+    titles = dict.fromkeys(title for found in facts for title in found if title != IMAGES)
+    if otherwise := [title for title in titles if len({found.get(title) for found in facts}) > 1]:
         raise ValueError(f"evaluated otherwise than the baseline ({', '.join(otherwise)})")
     matched = [
         match_verdicts(reference.verdicts, other.verdicts, name)

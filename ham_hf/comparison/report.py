@@ -63,8 +63,8 @@ RHO = (
 NO_RHO_WHERE = "NSD where no image is classified correctly"
 RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
 NOT_COMPARABLE = (
-    "**Not the same evaluation{baseline}:** {rows}. Dataset, test images, threat model or settings of the attack differ, "
-    "so there is no ρ, and bold is only what is better in a paired test on the images that both saw."
+    "**Not the same evaluation{baseline}:** {rows}. Dataset, test images, threat model or settings of the attack "
+    "differ, so there is no ρ, and bold is only what is better in a paired test on the images that both saw."
 )
 
 
@@ -103,18 +103,12 @@ def comparison_json(
         "class_names": comparison.class_names,
         "rows": [_row_values(row, names[row.label], folder) for row in comparison.rows],
         "missing": [
-            {
-                "label": run.label,
-                "seed": run.seed,
-                "state": run.state,
-                "failed": run.state == "failed",
-                "reason": public_text(run.reason),
-            }
+            {**asdict(run), "failed": run.state == "failed", "reason": public_text(run.reason)}
             for run in comparison.missing
         ],
         "paired": comparison.pairs.found,
         "unpaired": comparison.pairs.unpaired,
-        "comparable": [name for name in comparison.attacks if name in comparison.comparable],
+        "comparable": [name for name in comparison.attacks if not comparison.unlike(name)],
         "unequal": list(comparison.unequal),
         "budget": comparison.budget,
         "environment": comparison.environment,
@@ -156,8 +150,7 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
         parts += [f"## {_heading(comparison, name)}", *_not_alike(comparison, name), _attack_table(comparison, name)]
-    if pairs := _pairs_section(comparison):
-        parts.append(pairs)
+    parts += _pairs_section(comparison)
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
     if comparison.missing:
         missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
@@ -205,11 +198,9 @@ def _notes(comparison: Comparison) -> list[str]:
 
 def _not_alike(comparison: Comparison, attack: str) -> list[str]:
     """A sentence that names the rows whose numbers are not of the baseline's evaluation, where there are any."""
-    alike = comparison.alike[attack]
-    others = [row.label for row in comparison.rows if attack in row.attacks and row.label not in alike]
-    named = ", ".join(text(comparison.names[label]) for label in others)
-    baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in alike else ""
-    return [NOT_COMPARABLE.format(rows=named, baseline=baseline)] if others else []
+    others = ", ".join(text(comparison.names[label]) for label in comparison.unlike(attack))
+    baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in comparison.alike[attack] else ""
+    return [NOT_COMPARABLE.format(rows=others, baseline=baseline)] if others else []
 
 
 def _shared(comparison: Comparison, command: str) -> str:
@@ -253,12 +244,11 @@ def _baseline_name(comparison: Comparison) -> str:
     return text(comparison.names[str(comparison.baseline)])
 
 
-def _pairs_section(comparison: Comparison) -> str:
+def _pairs_section(comparison: Comparison) -> list[str]:
     """Differences of the verdict from the baseline with their intervals, and which rows have none; or nothing."""
-    pairs, names = comparison.pairs, comparison.names
+    pairs, names, rows = comparison.pairs, comparison.names, []
     if not pairs.found:
-        return ""
-    rows = []
+        return []
     for label, found in pairs.found.items():
         if "verdict" in found:
             paired = found["verdict"].differences
@@ -270,15 +260,13 @@ def _pairs_section(comparison: Comparison) -> str:
             rows.append(row | {"McNemar p": Markdown(", ".join(f"{value:.2g}" for value in paired.p_values))})
     parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
     if rows:
-        parts += [
-            "On the images that both saw, in percentage points, with 95 % intervals; p of each seed.",
-            markdown_table(rows),
-        ]
+        about = "On the images that both saw, in percentage points, with 95 % intervals; p of each seed."
+        parts += [about, markdown_table(rows)]
     if pairs.unpaired:
         reasons = pairs.unpaired.items()
         listed = [f"- {text(names.get(label, label))}: {text(reason, 300)}" for label, reason in reasons]
         parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
-    return "\n\n".join(parts) if len(parts) > 1 else ""
+    return parts if len(parts) > 1 else []
 
 
 def _heading(comparison: Comparison, attack: str) -> str:

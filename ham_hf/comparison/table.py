@@ -14,8 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
-from ham_hf.comparison.pairs import PAIRED_METRICS, Pairs, Run, pair_rows
+from ham_hf.comparison.differences import (
+    Facts,
+    budget,
+    conditions,
+    environment_facts,
+    evaluations,
+    facts_of,
+    run_settings,
+)
+from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun, Pairs, pair_rows
 from ham_hf.metrics import FairnessSummary, num_worst
 from ham_hf.reporting.formats import short_names
 
@@ -28,7 +36,7 @@ LOWER_IS_BETTER = frozenset({"nsd"})
 class MissingRun:
     """A run without a report: what became of it, and why, in words.
 
-    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is at it),
+    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is running it),
     "not finished" (begun some time) or "not run". ``seed`` is None where it is not known.
     """
 
@@ -89,7 +97,7 @@ class Row:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     attacks: Mapping[str, AttackRow]
     seconds: Spread | None
     passes: Spread | None
@@ -135,15 +143,9 @@ class Comparison:
         """What tables and figures call each row and missing run, by label: short, and different for each."""
         return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
 
-    @property
-    def comparable(self) -> frozenset[str]:
-        """Evaluations under which all rows are `alike`."""
-        having = {name: {row.label for row in self.rows if name in row.attacks} for name in self.attacks}
-        return frozenset(name for name, labels in having.items() if labels == self.alike[name])
-
-    def like_the_baseline(self, attack: str) -> list[Row]:
-        """Rows that are `alike` in one evaluation, or compared with the baseline on the images that both saw."""
-        return [r for r in self.rows if r.label in self.alike[attack] or attack in self.pairs.found.get(r.label, {})]
+    def unlike(self, attack: str) -> list[str]:
+        """Labels of the rows that have an evaluation and are not `alike`."""
+        return [row.label for row in self.rows if attack in row.attacks and row.label not in self.alike[attack]]
 
     @property
     def unequal(self) -> Facts:
@@ -199,8 +201,8 @@ class Comparison:
         return order[0] if abs(first.mean - second.mean) > noise and not tie else None
 
 
-def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
+def _by_label(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    found: dict[str, list[FinishedRun]] = {}
     for run in runs:
         found.setdefault(run.label, []).append(run)
     for label, members in found.items():
@@ -213,7 +215,9 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
+def compare(
+    runs: Sequence[FinishedRun], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()
+) -> Comparison:
     """Put runs side by side.
 
     Runs of one label differ in the seed alone. A seed that some row has and another lacks without an entry in
@@ -244,14 +248,14 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
         budget=facts_of([(run.label, budget(run.report)) for run in runs]),
-        environment=facts_of([(run.label, environment(run.report)) for run in runs]),
+        environment=facts_of([(run.label, environment_facts(run.report)) for run in runs]),
         alike=alike,
         missing=(*missing, *_absent(by_label, missing)),
         pairs=pair_rows(by_label, baseline=baseline, titles=titles),
     )
 
 
-def _alike(by_label: Mapping[str, Sequence[Run]], name: str, baseline: str | None) -> frozenset[str]:
+def _alike(by_label: Mapping[str, Sequence[FinishedRun]], name: str, baseline: str | None) -> frozenset[str]:
     """See `Comparison.alike`; a baseline that does not have the evaluation counts as none."""
     found = {
         label: {tuple(conditions(run.report, name).items()) for run in runs if name in evaluations(run.report)}
@@ -271,14 +275,14 @@ def _known_spread(values: Iterable[float | None]) -> Spread | None:
     return _spread(known) if known else None
 
 
-def _passes(members: Sequence[Run]) -> Spread | None:
+def _passes(members: Sequence[FinishedRun]) -> Spread | None:
     """Passes of the runs of a row, if all of them were trained here and counted them."""
     counts = [None if run.report.training is None else run.report.training.passes for run in members]
     return _known_spread(counts) if None not in counts else None
 
 
 def _row(
-    members: Sequence[Run], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
+    members: Sequence[FinishedRun], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
 ) -> Row:
     """One row; ``base`` and ``base_passes`` are the baseline's, ``different`` the settings that are not shared."""
     trained = [run.report.training for run in members if run.report.training is not None]
@@ -296,7 +300,7 @@ def _row(
     )
 
 
-def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
+def _attack_rows(runs: Sequence[FinishedRun], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
     """Numbers of one row under every evaluation; ``base`` holds those of the baseline."""
     rows = {}
     for name in dict.fromkeys(name for run in runs for name in evaluations(run.report)):
@@ -330,7 +334,7 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
     return rows
 
 
-def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
+def _absent(by_label: Mapping[str, Sequence[FinishedRun]], missing: Sequence[MissingRun]) -> list[MissingRun]:
     """An entry for every seed that one row has and another lacks without an entry."""
     seeds = sorted({run.seed for runs in by_label.values() for run in runs})
     known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
@@ -343,7 +347,7 @@ def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]
     ]
 
 
-def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
+def _different_settings(by_label: Mapping[str, Sequence[FinishedRun]]) -> set[str]:
     """Names of the settings that are not the same in all rows; one that a row lacks differs."""
     rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
     names = {name for row in rows for name in row}

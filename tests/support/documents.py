@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ham_hf.comparison.leaderboard import leaderboard_html
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.data.image_groups import make_groups
@@ -172,14 +172,14 @@ def card_variants() -> dict[str, RunReport]:
     }
 
 
-def comparison_runs() -> list[Run]:
+def comparison_runs() -> list[FinishedRun]:
     """Two rows with predictions of two seeds each, and one from before there were predictions."""
     counts = {"base": ([20, 50, 60, 70], [20, 50, 60, 71]), "own": ([40, 60, 70, 80], [41, 60, 70, 80])}
     runs = [judged_run(label, right, seed=seed) for label, rows in counts.items() for seed, right in enumerate(rows)]
     return [*runs, judged_run("older", [50, 60, 70, 80], kept=False)]
 
 
-def changed(of: Run, **parts: Mapping[str, object]) -> Run:
+def changed(of: FinishedRun, **parts: Mapping[str, object]) -> FinishedRun:
     """A run with other values in the given parts of its report."""
     report = of.report
     for part, values in parts.items():
