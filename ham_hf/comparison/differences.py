@@ -176,7 +176,7 @@ def _optimizer(settings: Mapping[str, object]) -> str:
     )
 
 
-def environment_facts(report: RunReport) -> dict[str, str]:
+def machine_facts(report: RunReport) -> dict[str, str]:
     """Hardware and software by title; seconds and memory are comparable only where the hardware is the same."""
     found = report.environment
     return {

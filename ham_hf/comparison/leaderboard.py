@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ham_hf.comparison.differences import IMAGES, budget, conditions, environment_facts, evaluations
+from ham_hf.comparison.differences import IMAGES, budget, conditions, evaluations, machine_facts
 from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
@@ -113,7 +113,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def _hardware(rows: Sequence[Row]) -> str:
-    devices = {environment_facts(run.report)["Device"] for row in rows for run in row.runs}
+    devices = {machine_facts(run.report)["Device"] for row in rows for run in row.runs}
     return "" if len(devices) == 1 else "; seconds are of different hardware"
 
 
@@ -216,7 +216,7 @@ def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
     hub_id, revision = (None if Path(run.source).exists() else split_revision(run.source)) or ("", None)
-    facts = budget(run.report) | environment_facts(run.report)
+    facts = budget(run.report) | machine_facts(run.report)
     if row.passes is not None:
         facts["Passes in training"] = f"{row.passes.mean:,.0f}"
     facts["Seeds"] = ", ".join(map(str, row.seeds))

@@ -14,15 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.differences import (
-    Facts,
-    budget,
-    conditions,
-    environment_facts,
-    evaluations,
-    facts_of,
-    run_settings,
-)
+from ham_hf.comparison.differences import Facts, budget, conditions, evaluations, facts_of, machine_facts, run_settings
 from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun, Pairs, pair_rows
 from ham_hf.metrics import FairnessSummary, num_worst
 from ham_hf.reporting.formats import short_names
@@ -42,8 +34,8 @@ class MissingRun:
 
     label: str
     seed: int | None
-    reason: str
     state: Literal["failed", "running", "not finished", "not run"]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +240,7 @@ def compare(
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
         budget=facts_of([(run.label, budget(run.report)) for run in runs]),
-        environment=facts_of([(run.label, environment_facts(run.report)) for run in runs]),
+        environment=facts_of([(run.label, machine_facts(run.report)) for run in runs]),
         alike=alike,
         missing=(*missing, *_absent(by_label, missing)),
         pairs=pair_rows(by_label, baseline=baseline, titles=titles),
