@@ -38,7 +38,7 @@ HOW_TO_READ = (
     "prints the lowest of these means in bold: it is never below the worst class of the table. "
     "NSD is the standard deviation over classes divided by their mean; lower is better. {rho}"
     "{bold}"
-    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+    "– means not available: the row was not evaluated this way, or the value is undefined ({undefined})."
 )
 BOLD_BY_NOISE = (
     "A value is bold if it is better than the next best by more than the noise, with at least two seeds each; noise "
