@@ -64,7 +64,7 @@ NO_RHO_WHERE = "NSD where no image is classified correctly"
 RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
 NOT_COMPARABLE = (
     "**Not the same evaluation{baseline}:** {rows}. Dataset, test images, threat model or settings of the attack "
-    "differ, so there is no ρ, and bold is only what is better in a paired test on the images that both saw."
+    "differ, so these have no ρ, and are bold only where a paired test on the images that both saw says better."
 )
 
 
