@@ -86,8 +86,7 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
     with accelerator.main_process_first():
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
-        num_classes, image_size = num_logits(loaded), loaded.preprocessing.image_size
-        check_foldable(loaded.model, num_classes=num_classes, image_size=image_size)
+        check_foldable(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
         held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
     threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
@@ -172,12 +171,8 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     inputs = loaded.preprocessing
 
     def loaded_with(**changes: Any) -> ImageData:  # noqa: ANN401 (settings of data)
-        return load_image_data(
-            replace(settings, validation_fraction=0.0, **changes),
-            inputs,
-            seed=config.seed,
-            image_size=inputs.image_size,
-        )
+        wanted = replace(settings, validation_fraction=0.0, **changes)
+        return load_image_data(wanted, inputs, seed=config.seed, image_size=inputs.image_size)
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
     data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
@@ -232,8 +227,6 @@ def _check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: floa
 
 def _with_labels_by_name(images: Images, names: Sequence[str], wanted: Sequence[str], split: str) -> Images:
     """The images with labels that count ``wanted`` instead of ``names``."""
-    if tuple(names) == tuple(wanted):
-        return images
     unknown = sorted({*names} - {*wanted})
     if unknown:
         raise ValueError(
@@ -297,12 +290,8 @@ def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: i
 
     ``aligned`` is what `ham_hf.fitting.align_classes` made of the model; ``shifts`` are in the order of the dataset.
     """
-    found = torch.tensor(shifts)
-    if not isinstance(aligned, ReorderedLogits):
-        return found
-    own = torch.zeros(num_classes)
-    own[aligned.order.cpu()] = found
-    return own
+    order = aligned.order.cpu() if isinstance(aligned, ReorderedLogits) else torch.arange(num_classes)
+    return torch.zeros(num_classes).index_copy(0, order, torch.tensor(shifts))
 
 
 def own_class_names(loaded: LoadedModel, aligned: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:

@@ -241,10 +241,8 @@ class _Meter:
 
     def counts(self, halves: Sequence[int]) -> Tensor:
         """Images (C,) int64 of each class in these halves."""
-        return sum(
-            (count_per_class(self.images.labels[self.halves[half]], self.num_classes) for half in halves),
-            torch.zeros(self.num_classes, dtype=torch.long),
-        )
+        rows = torch.cat([self.halves[half] for half in halves])
+        return count_per_class(self.images.labels[rows], self.num_classes)
 
     def correct(self, shifts: Tensor, halves: Sequence[int]) -> Tensor:
         """Right images (C,) int64 of each class in these halves, attacked with ``shifts`` (C,) float32."""
@@ -350,11 +348,8 @@ def _start(meter: _Meter, fairness: float, halves: Sequence[int]) -> tuple[Tenso
 
 def _cross_fitted(meter: _Meter, fairness: float) -> FrontierPoint:
     """Counts of each half under the shifts of the other."""
-    correct = sum(
-        (meter.correct(_found_shifts(meter, fairness, [1 - half]), [half]) for half in (0, 1)),
-        torch.zeros(meter.num_classes, dtype=torch.long),
-    )
-    return frontier_point(fairness, correct.tolist(), meter.counts((0, 1)).tolist())
+    one, other = (meter.correct(_found_shifts(meter, fairness, [1 - half]), [half]) for half in (0, 1))
+    return frontier_point(fairness, (one + other).tolist(), meter.counts((0, 1)).tolist())
 
 
 def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int]) -> FrontierPoint:
