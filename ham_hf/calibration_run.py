@@ -125,8 +125,7 @@ class HeldOut:
 
 def restore_original(loaded: LoadedModel) -> None:
     """Restore a calibrated model's original bias, in place, so that calibrating again does not add up."""
-    record = loaded.metadata.get(CALIBRATION_KEY)
-    if record is not None:
+    if (record := loaded.metadata.get(CALIBRATION_KEY)) is not None:
         logger.info(
             "the model was calibrated with fairness %s: starting from its original bias", record.get("fairness")
         )
@@ -227,8 +226,9 @@ def _check_test_images(loaded: LoadedModel, data: ImageData, test_fraction: floa
 
 def _with_labels_by_name(images: Images, names: Sequence[str], wanted: Sequence[str], split: str) -> Images:
     """The images with labels that count ``wanted`` instead of ``names``."""
-    unknown = sorted({*names} - {*wanted})
-    if unknown:
+    if tuple(names) == tuple(wanted):
+        return images
+    if unknown := sorted({*names} - {*wanted}):
         raise ValueError(
             f"--calibration_split {split} has classes that the other splits do not have: {', '.join(unknown[:5])}"
         )
