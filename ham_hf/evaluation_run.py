@@ -184,21 +184,21 @@ def make_job(
 
 
 @contextmanager
-def refusals(way_on: str = RESUMED_BY) -> Iterator[None]:
+def refusals(continue_with: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for what is rejected before the work begins."""
     with (
         clean_exit(ValueError, OSError, FaultError),
-        explain_faults(num_processes=launched_processes(), way_on=way_on),
+        explain_faults(num_processes=launched_processes(), continue_with=continue_with),
     ):
         yield
 
 
 @contextmanager
-def faults_of_work(memory_advice: str, way_on: str = RESUMED_BY) -> Iterator[None]:
+def faults_of_work(memory_advice: str, continue_with: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
-        explain_faults(num_processes=launched_processes(), way_on=way_on),
+        explain_faults(num_processes=launched_processes(), continue_with=continue_with),
         explain_out_of_memory(memory_advice),
     ):
         yield

@@ -1,4 +1,4 @@
-"""A model of any origin on a data set: what it was trained on, its threat model, its logits in the data's order."""
+"""A model of any origin on a dataset: its training data, its threat model, its logits in the dataset's order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def what_trained(loaded: LoadedModel) -> TrainedOn:
-    """What is known of a model's training data.
+    """Return what is known about a model's training data.
 
     Raises:
         ValueError: if the record is damaged.

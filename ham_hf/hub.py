@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_REVISION = "main"
 REQUIRED = ("model.safetensors", "config.json")
 CARD_NAME = "README.md"
-ARTEFACTS = (
+ARTIFACTS = (
     *REQUIRED,
     CARD_NAME,
     "report.json",
@@ -150,7 +150,7 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTEFACTS`` of an output folder, which stays as it is, to a branch of an existing repository.
+    """Push the ``ARTIFACTS`` of an output folder, which is not changed, to a branch of an existing repository.
 
     Args:
         folder: what to push.
@@ -173,7 +173,7 @@ def push_folder(
     folder = Path(folder)
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     withheld = _withheld(folder, publish_images=publish_images)
-    files = _files(folder, ARTEFACTS, withheld)
+    files = _files(folder, ARTIFACTS, withheld)
     upload = partial(_commit, repo_id, files, revision=revision, commit_message=commit_message)
     flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
     state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."

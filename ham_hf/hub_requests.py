@@ -92,7 +92,7 @@ def retry(action: Callable[[], T], attempts: int = 3, also: Collection[int] = ()
                 raise
             asked = asked_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else None
             wait = min(max(2 ** (attempt - 1), asked or 0), WAIT_LIMIT)
-            logger.warning("The Hub did not do it (%s); trying again in %d s", without_token(error), wait)
+            logger.warning("The Hub request failed (%s); trying again in %d s", without_token(error), wait)
             time.sleep(wait)
     return action()
 

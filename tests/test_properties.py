@@ -194,7 +194,7 @@ def test_a_slip_of_the_hand_is_refused_by_name(tmp_path, monkeypatch, capsys, sc
     assert named in refused(capsys, script, *argv)
 
 
-# Data sets
+# Datasets
 
 MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "LA", "I", "F", "YCbCr")
 LABELS: dict[str, Callable[[int, int], Any]] = {

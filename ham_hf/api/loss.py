@@ -28,7 +28,7 @@ _SCHEDULE = "_start_epoch"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LossRecord:
-    """What became of a batch on this process.
+    """Statistics of one batch on this process.
 
     Attributes:
         method: the method.

@@ -7,7 +7,7 @@ precision and memory layout it is given in.
 
 PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
 stays under attack: it may be right again at the end, and dropping it would give a lower number ("wrong at any
-iterate") that no published one compares with. An image that is misclassified as it is is lost and not attacked.
+iterate") that no published one compares with. An image that is already misclassified is lost, and is not attacked.
 
 Logits that are not finite are never right: a model with such logits on clean images is rejected; under attack they
 count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
@@ -291,15 +291,15 @@ def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
     count = int((clean == NOT_FINITE).sum())
     if not count:
         return
-    spoilt = [
+    spoiled = [
         name
         for name, value in chain(model.named_parameters(), model.named_buffers())
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
-    listed = ", ".join(spoilt[:5]) + (f" and {len(spoilt) - 5} more" if len(spoilt) > 5 else "")
+    listed = ", ".join(spoiled[:5]) + (f" and {len(spoiled) - 5} more" if len(spoiled) > 5 else "")
     cause = (
         f"values in {listed} are not finite (a damaged file, or training that diverged)"
-        if spoilt
+        if spoiled
         else "its weights are finite, so numbers overflow on the way"
     )
     raise NonFiniteLogitsError(count, len(clean), cause)

@@ -113,13 +113,13 @@ class HAM(BuiltOnLoss, Borrowing):
         if self.hard_weighting == "probability_move" and (self.pack_hard_examples or self.stop_misclassified):
             option = "pack_hard_examples" if self.pack_hard_examples else "stop_misclassified"
             raise ValueError(
-                f"--{option} does not know --hard_weighting probability_move, which watches one attack from its start "
-                "to its end; take margin or none"
+                f"--{option} does not work with --hard_weighting probability_move, which follows one attack from its "
+                "start to its end; take margin or none"
             )
         if self.pack_hard_examples and self.depends_on_split:
             raise ValueError(
-                f"--pack_hard_examples does not know --easy_fraction {self.easy_fraction}, which goes by rank in a "
-                "batch; keep all easy examples (--easy_fraction 1) or none (--easy_weight 0)"
+                f"--pack_hard_examples does not work with --easy_fraction {self.easy_fraction}, which goes by rank in "
+                "a batch; keep all easy examples (--easy_fraction 1) or none (--easy_weight 0)"
             )
 
     @property

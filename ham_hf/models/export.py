@@ -42,7 +42,7 @@ from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIG
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")
 # What is left of a network whose pretrained_cfg is written anew; timm adapts weights to other arguments by it.
 _ARCHITECTURE_KEYS = ("first_conv", "classifier")
-_REGULARISATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
+_REGULARIZATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
 _LOGIT_TOLERANCE = 1e-4
 
 RGB_FOLDER = "rgb"
@@ -98,7 +98,7 @@ def export_for_timm(
 ) -> ExportInfo:
     """Write ``model.safetensors`` and ``config.json`` and compare what timm loads from them with the backbone.
 
-    ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
+    ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbor enlargement, which is the same
     function; an argument that would break the equality (another activation, say) keeps it under its own name. The
     files appear in ``folder`` only after the comparison has passed, each of them at once. A network for gray images
     is written a second time, into ``rgb/``, where it has that form.
@@ -198,7 +198,7 @@ def _copy_of_trained(model: nn.Module) -> tuple[Any, dict[str, Any]]:
         name: value
         for name, value in module._model_args.items()
         # The number of classes stands beside model_args; transformers refuses a second one.
-        if name != "num_classes" and name not in _REGULARISATION and not name.endswith("_drop_rate")
+        if name != "num_classes" and name not in _REGULARIZATION and not name.endswith("_drop_rate")
     }
     arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
     return module, arguments
@@ -273,8 +273,8 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
     original = PixelModel(trained, preprocessing.mean, preprocessing.std)
     difference, largest = compare_logits(original, published, preprocessing.image_size)
     if not math.isfinite(largest):
-        spoilt = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
-        weights = f"values in {', '.join(spoilt[:5])} are not finite" if spoilt else "its weights are finite"
+        spoiled = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
+        weights = f"values in {', '.join(spoiled[:5])} are not finite" if spoiled else "its weights are finite"
         raise RuntimeError(
             f"the logits of the trained network are not finite ({weights}), so nothing was written: train again with "
             "a lower --learning_rate, or take weights of an earlier epoch"

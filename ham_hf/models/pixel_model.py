@@ -102,7 +102,7 @@ class PixelModel(nn.Module):
         backbone: maps normalized images to logits.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
-        upsample: nearest-neighbour enlargement per side in front of the backbone; gradients and perturbations stay
+        upsample: nearest-neighbor enlargement per side in front of the backbone; gradients and perturbations stay
             in the small pixel space.
     """
 
@@ -360,7 +360,7 @@ def _other_test_input(cfg: Mapping[str, Any], used: Preprocessing) -> tuple[str,
     return (
         f"Images are those of the model's training, {used.image_size} px with crop_pct {used.crop_pct:g}; timm's own "
         f"results are for {size} px with crop_pct {crop:g} (test_input_size, test_crop_pct), so its clean accuracy "
-        "is another.",
+        "differs.",
     )
 
 

@@ -60,7 +60,7 @@ class TrainedForm:
         architecture: timm name of the network that was trained.
         model_args: its arguments, but for the number of classes (older exports have it here too).
         image_size: of its input; this, interpolation, crop_pct and crop_mode are as in `Preprocessing`.
-        upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
+        upsample: nearest-neighbor enlargement per side in front of the published network; 1: none.
     """
 
     architecture: str

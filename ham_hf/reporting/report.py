@@ -38,7 +38,7 @@ class ModelReport:
         needs_ham_hf: True if timm knows the architecture only after ``import ham_hf``.
         num_parameters: of the exported network.
         image_size, in_chans: side in pixels and channels of the images that were attacked.
-        upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
+        upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbor).
         interpolation, crop_pct, mean, std, crop_mode: see `ham_hf.models.Preprocessing`.
     """
 

@@ -1,4 +1,4 @@
-"""What comes from outside a run: variables that launchers set and accelerate and torch read; what becomes of each.
+"""Environment variables that accelerate and torch read, and how each is handled.
 
 A run is what its settings say. A variable that would change its numbers is therefore either fixed (a setting decides,
 whatever the variable says), refused, or recorded in ``report.json``; what rounds float32 is warned of as well. How

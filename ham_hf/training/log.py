@@ -233,5 +233,5 @@ def end_training(accelerator: Accelerator) -> None:
     try:
         accelerator.end_training()
     except Exception:
-        logger.exception("the tracker did not end well; every number is in metrics.jsonl")
+        logger.exception("the tracker failed while closing; every number is in metrics.jsonl")
         accelerator.state.destroy_process_group()

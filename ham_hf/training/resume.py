@@ -263,8 +263,8 @@ def keep_update_size(config: TrainingConfig, checkpoint: Path | None, *, num_pro
         )
     if steps != config.gradient_accumulation_steps:
         logger.info(
-            "the run makes updates of %d examples: with %d process(es) and --per_device_train_batch_size %d it goes "
-            "on with --gradient_accumulation_steps %d instead of %d, and the same learning rate",
+            "the run makes updates of %d examples: with %d process(es) and --per_device_train_batch_size %d it "
+            "continues with --gradient_accumulation_steps %d instead of %d, and the same learning rate",
             wanted,
             num_processes,
             batch_size,

@@ -80,7 +80,7 @@ def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
 
 
 def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
-    """Refuse, by name, settings that need whole weights at every update."""
+    """Reject settings that need whole weights at every update; the error names each."""
     if config.mixed_precision == "fp16":
         raise ValueError(
             f"--mixed_precision fp16 scales the loss, which was not tried with sharded weights; use bf16, or {_DDP}"

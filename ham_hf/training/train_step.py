@@ -46,7 +46,7 @@ class NonFiniteLossError(RuntimeError):
 
 STAY_FINITE = (
     "Lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the "
-    "last checkpoint is spoilt, resume from an earlier one"
+    "last checkpoint is spoiled, resume from an earlier one"
 )
 
 
@@ -312,8 +312,8 @@ class TrainStep:
         # Dropout and stochastic depth draw from torch's global streams.
         torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
         model.train()
-        # BatchNorm refuses to normalize a single value; a copy whose logits are dropped leaves the row's normalization
-        # and gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
+        # BatchNorm needs at least two values, so duplicate a lone row and discard the copy's logits. Batch statistics
+        # and gradients are unchanged; only the unbiased running variance sees n = 2.
         x = rows.x if len(rows.x) > 1 else rows.x.repeat(2, 1, 1, 1)
         logits: Tensor = model(x)
         return logits[: len(rows.x)]
@@ -369,7 +369,7 @@ class TrainStep:
 
 
 class PassCounter:
-    """What a run costs: the passes of this process over some modules, whatever asked for them.
+    """Count this process's passes over the watched modules.
 
     The unit is one forward of one image: a count of arithmetic, not of time. With its forward, a gradient of the input
     costs 2, one of input and parameters 3, which a step of an attack costs in much published code, and none here. A

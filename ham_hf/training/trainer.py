@@ -366,13 +366,13 @@ class Trainer:
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """Refuse to select weights that are not finite; without held-out images no logits have told so."""
-        spoilt = []
+        spoiled = []
         if self.accelerator.is_main_process:
-            spoilt = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-        if anywhere(self.accelerator, bool(spoilt)):
+            spoiled = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if anywhere(self.accelerator, bool(spoiled)):
             raise NonFiniteLossError(
-                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoilt[:5])}); they are "
-                f"not selected, and training ends here. {STAY_FINITE}"
+                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoiled[:5])}); they "
+                f"are not selected, and training ends here. {STAY_FINITE}"
             )
 
     @property
