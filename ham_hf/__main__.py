@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def overview() -> str:
-    """What ``ham-hf --help`` shows."""
+    """Text of ``ham-hf --help``."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
     return f"""\

@@ -102,7 +102,7 @@ def evaluate_on_test(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job(Generic[ConfigT]):
-    """What was checked and loaded: ``model`` has its logits in the order of the classes of ``data``."""
+    """A checked and loaded evaluation: ``model`` has its logits in the order of the classes of ``data``."""
 
     config: ConfigT
     accelerator: Accelerator
@@ -149,7 +149,7 @@ class Job(Generic[ConfigT]):
 
 
 def begin(config: EvaluateConfig | CalibrateConfig, owned: Sequence[str]) -> Accelerator:
-    """Refuse what can be refused without model and data, and start the accelerator."""
+    """Reject what can be rejected without model and data, and start the accelerator."""
     if config.evaluation.autoattack:
         require_autoattack()
     check_results_dir(config.output_path, owned, overwrite=config.overwrite_output_dir)
@@ -235,7 +235,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
 
 
 def shell_command(config: EvaluateConfig) -> str:
-    """The words that measure the same again, without where things lie on this machine."""
+    """The words of a command that repeats the measurement, without local paths."""
     settings = config_to_dict(config)
     defaults = config_to_dict(EvaluateConfig(model=config.model))
     given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
@@ -246,7 +246,7 @@ def shell_command(config: EvaluateConfig) -> str:
 
 
 def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
-    """Everything that can be refused, before anything is written."""
+    """Reject what can be rejected, before anything is written."""
     accelerator = begin(config, OWNED_BY_EVALUATION)
     if config.hub.push_to_hub and accelerator.is_main_process:
         if config.hub.create_pr:

@@ -158,7 +158,7 @@ def push_folder(
         private: whether the command that an error names makes a private repository.
         revision: branch.
         commit_message: its first line.
-        attempts: tries when the server or the connection fails, or somebody else commits meanwhile.
+        attempts: tries when the server or the connection fails, or another commit lands meanwhile.
         publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
             without them, and no figure of them is pushed.
         space: put the page into a static Space of the same name too, as private as the model.
@@ -247,7 +247,7 @@ def _fill_space(page: str, folder: Path, repo_id: str) -> CommitInfo:
 
 
 def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
-    """What is not pushed as it is, because it shows images of a dataset that is not known to be public.
+    """Files that are pushed without images, or not at all, because the dataset is not known to be public.
 
     Returns:
         The page and the cards without images, by name, and None for images.
@@ -279,7 +279,7 @@ def _has_public_images(folder: Path) -> bool:
     if dataset.hub_id is None:
         return dataset.name == "digits"
     try:
-        # Without a token: as anybody sees it.
+        # Without a token: as the public sees it.
         found = retry(partial(HfApi(token=False).dataset_info, dataset.hub_id))
     except ACCESS_ERRORS:
         return False
@@ -388,7 +388,7 @@ def _keeps_its_report(repo_id: str, revision: str) -> bool:
         report = read_report(hf_hub_download(repo_id, REPORT_NAME, revision=revision))
     except EntryNotFoundError:
         return False
-    except ValueError:  # somebody else's file
+    except ValueError:  # not a report of this package
         return True
     return report.training is not None or report.calibration is not None
 

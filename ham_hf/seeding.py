@@ -13,7 +13,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """What randomness is for. The numbers are part of every run's results: append, never renumber."""
+    """Purposes of randomness. The numbers are part of every run's results: append, never renumber."""
 
     DATA_ORDER = 0
     AUGMENTATION = 1

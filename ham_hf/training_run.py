@@ -350,7 +350,7 @@ def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
 
 
 def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
-    """Model, report, card and figures into the output folder."""
+    """Write model, report, card and figures into the output folder."""
     config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
@@ -411,6 +411,6 @@ def export_model(
 
 
 def push(run: Run) -> None:
-    """The finished folder to the Hub; on the main process."""
+    """Push the finished folder to the Hub; on the main process."""
     with clean_exit(PushError):
         push_finished(run.folder, str(run.repo_id), run.config.hub)

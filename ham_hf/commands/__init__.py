@@ -1,4 +1,4 @@
-"""What a user runs: the stages of each command in order. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
+"""The commands of ``ham-hf``. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def is_image(path: str) -> bool:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file or a folder above it is hidden, or left by an archiver of macOS."""
+    """Whether a file or a folder above it is hidden, or left by a macOS archiver."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 

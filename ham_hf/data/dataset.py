@@ -56,7 +56,7 @@ class TestData:
         num_skipped: unreadable images of all splits, which are left out.
         test_split_origin: name of the test split, or how it was held out of train.
         provenance: what decides which images these are, to find them again; None for data given in Python.
-        notes: what of the dataset is left out, each with its number and an example.
+        notes: images and files of the dataset that are left out, each kind with its number and an example.
         num_test_in_train: test images with the pixels of an image of train or validation; None if unknown, because
             images are not all decoded beforehand.
         groups: of the test images, where a column of groups was named.
@@ -109,7 +109,7 @@ def load_image_data(
     """Open a dataset, choose splits, columns and classes, and prepare its images.
 
     The order is: hold a test part out of train if there is no test split, apply the limits, hold the validation part
-    out of train, decode, leave out unreadable images. So the part of an example does not depend on unreadable ones.
+    out of train, decode, leave out unreadable images. Which part an example is in does not depend on unreadable ones.
     The test part and the limited test set are the same for every ``seed``.
 
     ``cache_images``: ``ram`` decodes every image once into memory; ``none`` decodes batch by batch in workers;
@@ -172,7 +172,7 @@ def load_image_data(
 
 
 def check_channels(in_chans: int) -> None:
-    """ValueError unless images can have so many channels."""
+    """Raise ValueError unless images can have this many channels."""
     if in_chans not in MODE_OF_CHANNELS:
         raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
 

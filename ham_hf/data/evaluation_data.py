@@ -42,7 +42,7 @@ DEFAULT_TEST_FRACTION = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """What is known of a model's training data.
+    """Known facts about a model's training data.
 
     Attributes:
         record: as its ``config.json`` has it; None if it has none.

@@ -57,7 +57,7 @@ class ImageFiles:
         where: of each path, relative and with ``/``, the file or URL.
         download: from URLs to files, in order; None for files of this machine.
         split_of: splits of files as the dataset's README.md declares them; None if it does not.
-        notes: what is left out, each with its number and an example.
+        notes: images and files that are left out, each kind with its number and an example.
     """
 
     where: Mapping[str, str]

@@ -27,7 +27,7 @@ STREAMED = "the training split was streamed, so its labels were not read before 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What tells one split of images from another, whatever its name.
+    """Fingerprint of a split of images, which does not depend on its name.
 
     Attributes:
         num_images: of the split.
@@ -46,7 +46,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a model was trained on, as ``config.json`` and ``report.json`` record it.
+    """The training data of a model, as ``config.json`` and ``report.json`` record it.
 
     Attributes:
         dataset: Hub id, or name of a local folder without its path.
@@ -115,13 +115,13 @@ class Provenance:
 
 
 def plain_name(dataset_name: str) -> str:
-    """A dataset's name without the path of a local folder, which concerns no one else."""
+    """A dataset's name, without the path of a local folder: local paths are not published."""
     folder = os.path.expanduser(dataset_name)
     return Path(os.path.abspath(folder)).name if os.path.exists(folder) else dataset_name
 
 
 def fingerprint_of(split: EncodedImages, class_names: Sequence[str]) -> Fingerprint:
-    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels count."""
+    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels index."""
     return Fingerprint(
         num_images=len(split),
         labels=label_fingerprint(split.labels, class_names),

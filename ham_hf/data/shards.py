@@ -48,9 +48,9 @@ class SplitFiles:
         version: tells one version of the files from another.
         stream: the split as ``datasets`` streams it; its shards are the files.
         num_rows: examples of each parquet file; None for archives.
-        label_column: column whose labels count ``file_names``; None if no file declares class names.
-        class_names: names that the labels count when they are given out.
-        file_names: of each file the names that its labels count.
+        label_column: column whose labels index ``file_names``; None if no file declares class names.
+        class_names: names that the labels index when they are given out.
+        file_names: of each file the names that its labels index.
     """
 
     split: str

@@ -55,7 +55,7 @@ class Source(Generic[Split]):
         splits: every split, by name: its rows, or the files that a stream reads.
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
-        notes: what of it is left out, each with its number and an example.
+        notes: images and files of it that are left out, each kind with its number and an example.
         declared: the class names that its files declare.
     """
 
@@ -166,7 +166,7 @@ def _front_matter(base: str) -> str:
 
 
 def _declared_configs(base: str) -> list[dict[str, object]]:
-    """What the front matter of a dataset's README.md declares as its configurations."""
+    """The configurations that the front matter of a dataset's README.md declares."""
     try:
         values = yaml.safe_load(_front_matter(base))
     except yaml.YAMLError:
@@ -259,7 +259,7 @@ def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
 
 
 def check_cache() -> None:
-    """Raise CacheError if the cache of ``datasets`` cannot be written, before the data is blamed for it."""
+    """Raise CacheError if the cache of ``datasets`` cannot be written: later it would look like a data error."""
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

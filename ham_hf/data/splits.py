@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLED_FILES = 8
 STATISTICS_EXAMPLES = 2_000
-"""Training images at most that the mean and the standard deviation of the channels are of."""
+"""Largest number of training images in the mean and the standard deviation of the channels."""
 TEST_SEED = 0
 """Seed of every test part, whatever a run's own seed: so no run is tested on what another was trained on, and runs of
 several seeds are compared on the same images."""
@@ -116,7 +116,7 @@ def _rank_in_class(labels: Tensor, seed: int) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """What of an opened dataset is used; ``test_split`` is None if the test part is held out of ``train_split``."""
+    """Splits and columns of a dataset that are used; ``test_split`` is None if test is held out of ``train_split``."""
 
     train_split: str
     test_split: str | None

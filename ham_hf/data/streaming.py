@@ -85,7 +85,7 @@ class Stretch(NamedTuple):
 
 
 def lane_stretches(shards: Shards, whole: int, lanes: int, generator: torch.Generator) -> list[list[Stretch]]:
-    """What each lane of an epoch reads, in order: files permuted, and ``whole`` training examples of them cut up."""
+    """The rows that each lane of an epoch reads, in order: ``whole`` examples of permuted files, cut up."""
     files = torch.randperm(len(shards.num_rows), generator=generator).tolist()
     length = whole // lanes
     found: list[list[Stretch]] = [[] for _ in range(lanes)]
@@ -140,7 +140,7 @@ class TrainingStream:
         return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
 
     def plan(self, per_update: int) -> list[Any]:
-        """What a resumed run must share to get the same examples; JSON types."""
+        """Settings that a resumed run must share to get the same examples; JSON types."""
         return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
 
     def batches(

@@ -67,7 +67,7 @@ class EvaluationConfig(SettingsGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class MoreEvaluationConfig(SettingsGroup):
-    """What an evaluation of a finished model can measure beside its own attacks and classes."""
+    """Further measurements in an evaluation of a finished model: other attacks, corruptions, groups."""
 
     foreign_attack: tuple[str, ...] = setting(
         (),

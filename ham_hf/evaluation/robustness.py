@@ -45,7 +45,7 @@ LOSSES: dict[str, LossFn] = {"cross-entropy": unsaturated_cross_entropy, "margin
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The logits of a model are not finite on ``count`` of ``total`` images as they are: nothing to attack, no result.
+    """The logits of a model are not finite on ``count`` of ``total`` clean images: nothing to attack, no result.
 
     ``cause`` is what its weights tell of it.
     """
@@ -72,7 +72,7 @@ class NamedAttack(Attack):
     loss: str = "cross-entropy"
 
     def settings(self, seed: int) -> dict[str, object]:
-        """What a report says of it; JSON types only."""
+        """The attack's settings as a report shows them; JSON types only."""
         return {**self.as_json(), "loss": self.loss, "random_start": True, "restarts": 1, "seed": seed}
 
 
@@ -86,7 +86,7 @@ class AttackResult:
         predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
         margins: (N,) float32, CPU: margin of the attacked image, logit of the true class minus the largest other one;
             positive = right. Of PGD and CW at the last iterate, of AutoAttack see `evaluate_autoattack`; an image that
-            is not attacked, as it is misclassified already, has its margin as it is.
+            is not attacked, as it is already misclassified, has its clean margin.
         labels: (N,) int64, CPU.
         indices: (N,) int64, CPU: positions of the examples in the split.
         seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
@@ -103,7 +103,7 @@ class AttackResult:
 
     @property
     def flags(self) -> Tensor:
-        """(N,) bool, CPU: right as it is and under the attack; one that is wrong as it is keeps that prediction."""
+        """(N,) bool, CPU: right when clean and under the attack; an image that is wrong when clean is not attacked."""
         return self.predictions == self.labels
 
 
@@ -119,9 +119,9 @@ def evaluate(
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
-    An image that is misclassified as it is counts as lost to every attack and is not attacked. Where the memory of the
-    device does not suffice for a batch, it is attacked in parts; noise is drawn for the whole batch, so that the
-    result is the same.
+    An image that is already misclassified counts as lost to every attack and is not attacked. A batch that does not
+    fit into the memory of the device is attacked in parts; noise is drawn for the whole batch, so that the result is
+    the same.
 
     Args:
         model: the unwrapped pixel model.
@@ -134,7 +134,7 @@ def evaluate(
 
     Raises:
         ValueError: if the split is empty or holds pixels outside [0, 1].
-        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+        NonFiniteLogitsError: if the logits of a clean image are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     if not len(images):

@@ -1,4 +1,4 @@
-"""Verdicts on disk: ``predictions.parquet``, what a model said of each image, clean and under each attack.
+"""Verdicts on disk: ``predictions.parquet``, the predictions for each image, clean and under each attack.
 
 One row per image: ``position`` in the test split as it was loaded, ``label``, ``prediction_clean`` and
 ``prediction_NAME`` of each attack (null where it did not see the image; -1 where the logits are not finite),
@@ -36,14 +36,14 @@ _NOT_COMPARED = ("seed",)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Verdicts:
-    """What a model said of each of N images.
+    """Predictions of a model for each of N images.
 
     Attributes:
         class_names: names of the C classes in label order.
         attacks: settings of each attack by its name, in the order in which they were run.
         positions: (N,) int64, in the test split as it was loaded.
         labels: (N,) int64.
-        clean: (N,) int64, predicted class of the image as it is; -1 where the logits are not finite.
+        clean: (N,) int64, predicted class of the clean image; -1 where the logits are not finite.
         attacked: by name of the attack, (N,) int64 likewise of the attacked image, ``UNSEEN`` where there is none.
         margins_clean: (N,) float32, logit of the true class minus the largest other one; may be NaN.
         margins_attacked: (N,) float32, the smallest such margin over the attacks; NaN where there is none.
@@ -91,7 +91,7 @@ class Verdicts:
 def verdicts_of(
     results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
 ) -> Verdicts:
-    """What the results of one evaluation say of each image; "clean" covers every attack's, indices ascending."""
+    """The predictions in the results of one evaluation; "clean" covers every attack's images, indices ascending."""
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
     for name, result in results.items():

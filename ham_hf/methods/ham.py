@@ -247,7 +247,7 @@ def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list
 
 
 def _found(mined: HardExamples) -> dict[str, Tensor | None]:
-    """What mining found of the whole batch."""
+    """The results of mining for the whole batch."""
     return {"hard": mined.hard, "wrong_at_start": mined.wrong_at_start, "early_logits": mined.early.logits}
 
 

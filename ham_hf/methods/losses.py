@@ -48,7 +48,7 @@ class BaseLoss:
         return threat_model.random_start(x, generator)
 
     def attack_loss(self, model: nn.Module, x: Tensor) -> LossFn:
-        """What the attack on the images ``x`` increases: the cross-entropy."""
+        """The quantity that the attack on the images ``x`` increases: the cross-entropy."""
         return cross_entropy
 
     def rows(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class BaseLoss:
         Args:
             logits: (R, num_classes) of `rows`.
             y: (E,) labels.
-            some: (A,) positions of the examples that have an adversarial image, where not all do, which a loss with a
-                `clean_term` alone knows.
+            some: (A,) positions of the examples that have an adversarial image, where not all do; only for a loss with
+                a `clean_term`.
         """
         return cross_entropy(logits, y)[None]
 

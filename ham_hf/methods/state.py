@@ -1,4 +1,4 @@
-"""What a method or a class rule remembers: named tensors, the same on every process, that only its hooks change.
+"""State of a method or a class rule: named tensors, the same on every process, that only its hooks change.
 
 The hooks come in the order of a run: `Stateful.initial_state` once, `Stateful.before_epoch` every epoch, and in every
 update `Stateful.observe` on each batch, then `Stateful.after_update` with the sums over all batches and processes.

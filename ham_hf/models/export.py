@@ -53,7 +53,7 @@ GRAY_OF_RGB = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
 @dataclass(frozen=True, kw_only=True)
 class ExportInfo:
-    """What was written.
+    """The exported network.
 
     Attributes:
         architecture: timm name in ``config.json``.
@@ -185,7 +185,7 @@ def _as_timm_loads(folder: Path) -> Any:  # noqa: ANN401 (with timm's attributes
 
 def _copy_of_trained(model: nn.Module) -> tuple[Any, dict[str, Any]]:
     """A float32 copy on the CPU, in eval mode, of the backbone that was trained, and its arguments."""
-    # A compiled module answers for the attributes of the one inside, so it is looked for first.
+    # A compiled module forwards the attributes of the one inside, so look for it first.
     while "_orig_mod" in model._modules or not hasattr(model, "pretrained_cfg"):
         inner = [model._modules[name] for name in _WRAPPER_ATTRIBUTES if name in model._modules]
         if not inner or inner[0] is None:
@@ -226,9 +226,9 @@ def _config(
     preprocessing: Preprocessing,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """What timm is told of the network, its input and its weights.
+    """Describe the network, its input and its weights to timm.
 
-    Nothing is copied that timm says of the weights that training started from: tag, license, paper, origin.
+    Nothing that timm says of the starting weights is copied: tag, license, paper, origin.
     """
     trained_form = TrainedForm(
         architecture=trained.pretrained_cfg["architecture"],
@@ -332,9 +332,9 @@ def _rgb_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 REPAIR_READS = (CONFIG_NAME, WEIGHTS_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}")
-"""What a repair looks at, by path inside of the folder."""
+"""Files that a repair reads, by path inside the folder."""
 REPAIR_WRITES = (CONFIG_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}", f"{RGB_FOLDER}/{WEIGHTS_NAME}")
-"""What a repair may write."""
+"""Files that a repair may write."""
 
 
 def repair_folder(folder: Path) -> tuple[str, ...]:
@@ -344,7 +344,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
     weights stay as they are, and the file is replaced only after timm has loaded the same network from the new one.
 
     Returns:
-        What was changed, in words; empty if the folder was in order.
+        The changes, in words; empty if the folder was in order.
 
     Raises:
         ValueError: if the folder was not exported by this package, contradicts itself, or is damaged.

@@ -352,7 +352,7 @@ def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preproces
 
 
 def _other_test_input(cfg: Mapping[str, Any], used: Preprocessing) -> tuple[str, ...]:
-    """Says so where timm measures its own results on larger images than those of training, or on more of them."""
+    """A note where timm measures its own results on larger images than those of training, or crops them less."""
     size = (cfg.get("test_input_size") or (used.image_size,))[-1]
     crop = cfg.get("test_crop_pct") or used.crop_pct
     if (size, crop) == (used.image_size, used.crop_pct):

@@ -1,4 +1,4 @@
-"""What a model name stands for: a timm architecture, its arguments, its preprocessing, its weights and its origin.
+"""Resolve a model name: to a timm architecture, its arguments, its preprocessing, its weights and its origin.
 
 Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
 (``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
@@ -144,7 +144,7 @@ class ModelSource:
 
 
 def resolve_source(name: str) -> ModelSource:
-    """Find out what a model name stands for; reads ``config.json``, but no weights.
+    """Resolve a model name; reads ``config.json``, but no weights.
 
     Args:
         name: ``ARCHITECTURE``, ``ARCHITECTURE.TAG``, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME[@REVISION]``.

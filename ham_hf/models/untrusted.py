@@ -27,7 +27,7 @@ MAX_SIDE = 4096
 """Longest side of an input in pixels."""
 MAX_UPSAMPLE = 64
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""What timm can evaluate with; its "random" draws one of two per image of training, and fails in its evaluation."""
+"""Interpolations that timm can evaluate with; its "random" is for training and fails in evaluation."""
 CROP_MODES = ("center", "squash", "border")
 MIN_CROP_PCT, MAX_CROP_PCT = 0.01, 2
 """Side of the input by the side that images are resized to; timm's own are from 0.8 to 1.15."""
@@ -113,7 +113,7 @@ _RULES = {
     "dataset": _Rule("a name", _is_text),
     "method": _Rule("a name", _is_text),
 }
-"""What each entry that is used has to be, wherever in the file it stands."""
+"""The rule of each entry that is used, wherever in the file it stands."""
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExampleStrip:
-    """A few test images before and after the attack, and what the model says of them; on the CPU.
+    """A few test images before and after the attack, and the model's predictions for them; on the CPU.
 
     Attributes:
         clean, adversarial: (N, C, H, W) pixels in [0, 1], C = 1 or 3.

@@ -22,7 +22,7 @@ from ham_hf.metrics import ClassAccuracy, FairnessSummary
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
 BLOCK = re.compile(r"^(\d{0,9})([-+.)](?=\s|$)|-(?=-)|=(?==|$))")
-"""What makes a line the item of a list, a rule or the underline of a heading."""
+"""Beginnings that make a line the item of a list, a rule or the underline of a heading."""
 MAX_NAME = 40
 _START = r"(?:~\w*/|/(?!/)|(?<!\w)[A-Za-z]:[/\\])"
 _QUOTED = re.compile(rf"(['\"])({_START}[^'\"\n]+)\1")

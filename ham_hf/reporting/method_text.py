@@ -54,7 +54,7 @@ def method_title(config: Mapping[str, object]) -> str:
 
 
 def combined_with(config: Mapping[str, object]) -> str:
-    """What was combined with the method, in words; empty if nothing was."""
+    """The combinations with the method, in words; empty if there are none."""
     parts = [f"the {what} of {config[setting]}" for setting, what in LENDERS.items() if _is_set(config.get(setting))]
     if config.get("awp_gamma") is not None:
         parts.append("adversarial weight perturbation")
@@ -68,8 +68,8 @@ def combined_with(config: Mapping[str, object]) -> str:
 def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[str, str]]:
     """Label and value of everything that is set about the method and what was combined with it.
 
-    What is off is left out, and so is what then has no effect. ``averaged``: whether a fairness-gated average let any
-    epoch in; else its row says so.
+    Settings that are off or have no effect are left out. ``averaged``: whether a fairness-gated average let any epoch
+    in; else its row says so.
     """
     rows = [("Method", method_title(config))]
     method = trained_method(config)
@@ -79,7 +79,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         unshown = {"base_loss", "class_rule_args", *LENDERS} | ({"beta"} if method.num_terms == 1 else set())
         if not config.get("easy_weight") or config.get("easy_fraction") == 1:
             unshown.add("easy_fraction")
-        # An option that is 0 unless somebody sets it is off at 0.
+        # An option whose default is 0 is off at 0.
         off = {field.name for field in fields(method) if field.default == 0 and config.get(field.name) == 0}
         options = [field.name for field in fields(method) if field.name not in unshown | off]
         rows += [
@@ -204,7 +204,7 @@ def _is_set(value: object) -> bool:
 
 
 def exchange_sentence(report: CalibrationReport) -> str:
-    """What the shifts cost and gained, in one sentence."""
+    """Cost and gain of the shifts, in one sentence."""
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
         return "Fairness 0 leaves the model unchanged."

@@ -55,7 +55,7 @@ class PageRun:
 
     @property
     def name(self) -> str:
-        """What to call it: the label or, without one, the model."""
+        """Its name: the label or, without one, the model."""
         return self.label or plain_text(Path(self.report.model.name).name)
 
 
@@ -172,7 +172,7 @@ def _source_hash(text: str) -> str:
 
 
 def _facts(report: RunReport) -> list[tuple[str, str]]:
-    """What a reader has to know of the first run, before any script has run."""
+    """Facts about the first run, which are shown without any script."""
     facts = [
         ("Model", plain_text(report.model.name, 120)),
         ("Dataset", plain_text(report.dataset.name, 120)),

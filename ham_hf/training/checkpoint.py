@@ -82,7 +82,7 @@ def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
         with path.open("wb") as target:
             torch.save(state, target)
     except RuntimeError as error:
-        # The error that torch puts over that of a full disk does not say so.
+        # torch raises its own error over that of a full disk, and hides the reason.
         raise error.__context__ or error from None
 
 

@@ -159,7 +159,7 @@ def fate(name: str) -> str | None:
 
 
 def check_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse, by name and with the fix, values that accelerate or torch would fail on."""
+    """Reject values that accelerate or torch would fail on; the error names the variable and the fix."""
     for name, least in LAYOUT.items():
         value = environment.get(name, str(least))
         if not re.fullmatch(r"\s*[-+]?[0-9]{1,9}\s*", value) or int(value) < least:
@@ -187,7 +187,7 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse, by name and with the fix, variables that are set to neither yes nor no."""
+    """Reject variables that are set to neither yes nor no; the error names the variable and the fix."""
     for name in names:
         value = environment.get(name, "no")
         if value.lower() not in _ON + _OFF:

@@ -43,7 +43,7 @@ def create_accelerator(
     Raises:
         ValueError: if the launcher asks for an engine that cannot run attacks, a variable of the environment has an
             impossible value, or fp16 is asked of a CPU.
-        FaultError: if the launcher started several processes and they do not know of each other.
+        FaultError: if the launcher started several processes and they are not connected.
     """
     check_variables()
     plugin = sharding_plugin()
@@ -91,7 +91,7 @@ def create_accelerator(
 
 
 def launched_processes() -> int:
-    """Number of processes that the launcher has started, known before they know of each other."""
+    """Number of processes that the launcher has started, known before they are connected."""
     check_variables()
     mpi = mpi_processes()
     return int(os.environ.get("WORLD_SIZE", mpi[1] if mpi else 1))

@@ -53,7 +53,7 @@ class MethodState:
         return None
 
     def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> dict[str, Tensor]:
-        """What the parts observe of one batch of labels ``y`` (N,), by name; of the same shapes in all of an epoch.
+        """Sums that the parts observe on one batch of labels ``y`` (N,), by name; the same shapes throughout an epoch.
 
         ``logits`` (R, num_classes) are those of the training forward; R may be 0.
         """
@@ -99,7 +99,7 @@ class MethodState:
                 state[key] = tensors[f"{name}.{key}"].to(value)
 
     def epoch_record(self, log: Tensor, attack: Attack, *, epoch: int) -> dict[str, Any]:
-        """What the epoch did to each class, JSON types; None for what it left alone.
+        """How the epoch treated each class, JSON types; None for quantities that it did not change.
 
         ``log`` is the sum of `log` over all processes, ``attack`` the one before class radii.
 

@@ -55,7 +55,7 @@ MAY_CHANGE = frozenset(
         "disable_tqdm",
     }
 )
-"""All that it may change."""
+"""All settings that it may change."""
 
 
 @dataclass(kw_only=True)
@@ -144,7 +144,7 @@ def run_plan(
     eval_batch_size: int,
     besides: Mapping[str, object],
 ) -> dict[str, Any]:
-    """What a run that continues another must share: data, network, method, and all that decides an update.
+    """Everything that a run must share to continue another: data, network, method, and all that decides an update.
 
     JSON types only, as they come back from a checkpoint; ``besides`` is what else has to stay, by setting.
     """

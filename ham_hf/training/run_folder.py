@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class RunFiles:
     """Checkpoints, of which the ``keep`` newest stay, and selected weights of one run; for the main process only.
 
-    What cannot be written is logged, and tried again at the next save; training continues.
+    A failed write is logged and tried again at the next save; training continues.
     """
 
     def __init__(self, output_dir: Path, keep: int | None) -> None:
@@ -96,7 +96,7 @@ LOADING_NAME = "LOADING.md"
 """Beside the weights of a network that timm cannot build: how they are loaded."""
 _TRAINING_ALONE = ("train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS, LOADING_NAME)
 OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, *_TRAINING_ALONE)
-"""What a training run writes into its output folder beside numbered checkpoints."""
+"""Names that a training run writes into its output folder besides numbered checkpoints."""
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:

@@ -34,7 +34,7 @@ _INSTEAD = f"use {_DDP} or {_FSDP}"
 
 
 def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
-    """What the launcher says about sharding; None if weights are not to be sharded.
+    """The launcher's options for sharding; None if weights are not to be sharded.
 
     Raises:
         ValueError: if the launcher asks for an engine, or an option of one, that this training cannot use.

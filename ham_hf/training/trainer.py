@@ -492,6 +492,6 @@ class Trainer:
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
 
     def _class_log(self) -> Tensor:
-        """What the epoch did to each class so far, of all processes."""
+        """How the epoch treated each class so far, over all processes."""
         log: Tensor = self.accelerator.reduce(self.method_state.log.clone(), "sum")
         return log

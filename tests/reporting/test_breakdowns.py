@@ -158,5 +158,5 @@ def test_python_interface_reads_groups_from_the_batches():
     assert "site" in str(found)
     with pytest.raises(ValueError, match="group_column size: a batch has no such key; its keys are 'pixel_values'"):
         ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="size", **options)
-    with pytest.raises(ValueError, match="it is no mapping: tuple"):
+    with pytest.raises(ValueError, match="it is not a mapping: tuple"):
         ham_hf.evaluate(net, [(x, torch.arange(12) % 4)], group_column="site", **options)
