@@ -321,7 +321,7 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
     """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
     upload = partial(_commit, repo_id, _files(folder, names, {}), revision=revision, commit_message=commit_message)
     state = f"{repo_id} is as it was."
-    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Give the same command again")
+    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Run the same command again")
     return str(commit.commit_url)
 
 
@@ -462,7 +462,7 @@ def _pushed(upload: Callable[[], CommitInfo], what: str, *, attempts: int, state
         advice = {
             401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
             403: "The token may not write there: get the rights, or take another --hub_model_id. ",
-            404: "There is no such repository or branch now: the command below makes it again. ",
+            404: "The repository or branch is gone: the command below creates it again. ",
         }.get(status_of(error) or 0, "")
         raise PushError(f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}") from None
 

@@ -195,7 +195,7 @@ def chosen_attacks(
     names = [attack.name for attack in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"two attacks are called {twice}: give each a name of its own")
+        raise ValueError(f"two attacks are called {twice}: give each a different name")
     return [replace(one, threat_model=attack.threat_model) for one in chosen]
 
 

@@ -152,7 +152,7 @@ def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, objective: M
 def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
     if isinstance(model, FullyShardedDataParallel):
         raise ValueError(
-            "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel takes apart: "
+            "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel shards: "
             "use DistributedDataParallel, or the trainer (ham_hf.train)"
         )
     check_batch(x, y)
@@ -173,7 +173,7 @@ def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Me
         raise ValueError(f"method {method!r}: expected one of {', '.join(stateless)}{hint}")
     if method not in stateless:
         raise ValueError(
-            f"method {method!r} keeps state of the classes from epoch to epoch, which one batch cannot tell: train "
+            f"method {method!r} keeps state of the classes across epochs, which one batch does not have: train "
             f"with ham_hf.train or {command('train')} --method {method}. In a loop of your own: {', '.join(stateless)}"
         )
     known = [field.name for field in fields(kinds[method]) if field.init]
@@ -184,7 +184,7 @@ def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Me
             continue
         reason = ""
         if name.endswith(_SCHEDULE) and name in known:
-            reason = "; a batch knows no epoch: call with method='pgd_at' in the epochs before"
+            reason = "; a batch has no epoch: call with method='pgd_at' in the epochs before"
         elif name in known:
             reason = "; it needs more than this batch: train with ham_hf.train"
         raise ValueError(f"option {name} of method {method!r}: expected one of {', '.join(usable) or 'none'}{reason}")

@@ -54,7 +54,7 @@ _EVALUATED = {
     "limit_test_examples": "use this many test images",
     "seed": "seed of the attacks",
     "use_cpu": "use the CPU even if there is an accelerator",
-    "output_dir": "folder for all that it writes",
+    "output_dir": "folder for everything it writes",
 }
 _SCREENS: dict[type, _Screen] = {
     TrainConfig: _Screen(
@@ -73,7 +73,7 @@ _SCREENS: dict[type, _Screen] = {
             "learning_rate": "highest learning rate",
             "seed": "seed of everything",
             "autoattack": "also run standard AutoAttack at the end",
-            "output_dir": "folder for all that the run writes",
+            "output_dir": "folder for everything the run writes",
             "resume_from_checkpoint": "latest, or a checkpoint's folder",
             "push_to_hub": "push the output folder to the Hub",
             "hub_model_id": "repository on the Hub: owner/name",

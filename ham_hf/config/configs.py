@@ -159,7 +159,7 @@ class CalibrateConfig(SettingsGroup):
         None, "split of images that the model was not trained on; none = the part that its training run held out"
     )
     allow_training_images: bool = setting(
-        False, "calibrate on the training split too, which overestimates what the shifts give; the card says so"
+        False, "calibrate on the training split too, which overestimates the gain; the card says so"
     )
     limit_calibration_examples: int | None = setting(
         None, "calibrate on this many images of --calibration_split, stratified", at_least=1

@@ -298,7 +298,7 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
     found = sum(digest in seen for digest in test)
     if found:
         logger.warning(
-            "%d of %d test images are training images too, pixel for pixel: what is measured on them says nothing "
+            "%d of %d test images are training images too, pixel for pixel: numbers on them say nothing "
             "about new images",
             found,
             len(test),

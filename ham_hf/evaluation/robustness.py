@@ -53,7 +53,7 @@ class NonFiniteLogitsError(RuntimeError):
     def __init__(self, count: int, total: int, cause: str) -> None:
         self.count, self.total, self.cause = count, total, cause
         super().__init__(
-            f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
+            f"the logits of the model are not finite on {count} of {total} clean images, "
             f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a "
             "lower --learning_rate"
         )
@@ -300,7 +300,7 @@ def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
     cause = (
         f"values in {listed} are not finite (a damaged file, or training that diverged)"
         if spoiled
-        else "its weights are finite, so numbers overflow on the way"
+        else "its weights are finite, so numbers overflow in between"
     )
     raise NonFiniteLogitsError(count, len(clean), cause)
 

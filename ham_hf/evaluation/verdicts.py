@@ -148,7 +148,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is none of ours, of another schema version, or contradicts itself.
+        ValueError: naming the file, if it is not ours, has another schema version, or contradicts itself.
     """
     path = Path(path)
     if path.is_dir():
@@ -160,7 +160,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
         about = json.loads((table.schema.metadata or {})[_METADATA.encode()])
         version = about["schema_version"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no table of predictions that ham_hf wrote: {error!r}") from error
+        raise ValueError(f"{path} is not a table of predictions that ham_hf wrote: {error!r}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema_version {version!r}, expected {SCHEMA_VERSION}; read it with the version of ham_hf "
@@ -169,7 +169,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
     try:
         return _decode(table, about)
     except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no table of predictions that ham_hf wrote: {error}") from error
+        raise ValueError(f"{path} is not a table of predictions that ham_hf wrote: {error}") from error
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

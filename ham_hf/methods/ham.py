@@ -61,7 +61,7 @@ class HAM(BuiltOnLoss, Borrowing):
     summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
 
     mining_step: int = setting(
-        3, "attack steps after which what is still right is dropped", limits=">= 0, below num_steps"
+        3, "attack steps after which examples still right are dropped", limits=">= 0, below num_steps"
     )
     mining_start_epoch: int = setting(50, "first 0-based epoch that mines; before it, the base loss alone", at_least=0)
     pack_hard_examples: bool = setting(

@@ -40,13 +40,13 @@ from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIG
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")
-# What is left of a network whose pretrained_cfg is written anew; timm adapts weights to other arguments by it.
+# Entries kept where pretrained_cfg is written anew: timm needs them to adapt weights to other arguments.
 _ARCHITECTURE_KEYS = ("first_conv", "classifier")
 _REGULARIZATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
 _LOGIT_TOLERANCE = 1e-4
 
 RGB_FOLDER = "rgb"
-"""Where the second form lies inside of the folder of the first."""
+"""Subfolder of the second form, in the folder of the first."""
 GRAY_OF_RGB = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 """Weights of ``Image.convert("L")`` (Pillow's documentation: ITU-R 601-2)."""
 

@@ -223,7 +223,7 @@ def create_backbone(
             f"patch_size=2 window_size=4 for a Swin, output_stride=8 for a ResNet"
         ) from error
     if shape != (1, num_classes):
-        raise ValueError(f"--model_name {model_name} is no classifier: one image gave {shape}, not (1, {num_classes})")
+        raise ValueError(f"--model_name {model_name} is not a classifier: it gave {shape}, not (1, {num_classes})")
     return backbone
 
 

@@ -138,7 +138,7 @@ def check_model_args(arguments: Mapping[str, object], where: str) -> None:
     for name, value in arguments.items():
         argument = f"{where} {name if name.isidentifier() and len(name) <= 60 else _shown(name)}"
         if name in FORBIDDEN_ARGUMENTS or name.startswith(FORBIDDEN_PREFIXES):
-            raise ValueError(f"{argument} cannot be set: it is no argument of a network")
+            raise ValueError(f"{argument} cannot be set: it is not an argument of a network")
         _check_numbers(value, argument)
 
 

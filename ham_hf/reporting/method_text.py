@@ -100,7 +100,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         rows.append(("Adversarial weight perturbation", f"gamma {config['awp_gamma']}{since} (Wu et al., 2020)"))
     if gates_averaging(config):
         gate = f"decay {config['fawa_decay']}, worst class at least {config['fawa_threshold']}"
-        never = "" if averaged else "; no epoch up to the selected one passed, so these weights are no average"
+        never = "" if averaged else "; no epoch up to the selected one passed, so these weights are not averaged"
         rows.append(("Averaged weights", f"fairness-gated, once per epoch: {gate} (Wei et al., 2023){never}"))
     elif config.get("ema_decay") is not None:
         rows.append(("Averaged weights", f"exponential moving average, decay {config['ema_decay']} per update"))

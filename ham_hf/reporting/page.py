@@ -359,5 +359,5 @@ def _settings_text(entry: AttackReport) -> str:
     if isinstance(settings.get("num_steps"), int):
         parts.append(f"{settings['num_steps']} steps")
     if entry.name == "clean":
-        return "images as they are"
+        return "clean images"
     return plain_text(", ".join(parts), 300) if parts else ""

@@ -209,7 +209,7 @@ def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, u
     if changed:
         later = f"from epoch {progress.step // updates_per_epoch + 1} on, the run had {changed}."
         if complete:
-            later = f"the last, the run was started again with {changed}, and trained no more."
+            later = f"the last, the run was started again with {changed}, without further training."
         progress.changes.append(f"After update {progress.step}, {later}")
         logger.warning("the run continues with %s: the card will say so", changed)
     if not complete:

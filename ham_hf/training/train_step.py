@@ -41,7 +41,7 @@ percent of a short attack's passes at most."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of an update is not finite, and it was not made; or what it led to is not finite."""
+    """The loss or gradient of an update is not finite, so it was not made; or logits or weights are not finite."""
 
 
 STAY_FINITE = (

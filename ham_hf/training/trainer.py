@@ -219,7 +219,7 @@ class Trainer:
             self.log.close()
         if isinstance(self.average, GatedAverage) and not self.average.updates:
             logger.warning(
-                "no epoch had a worst held-out class of --fawa_threshold %s: the weights are no average",
+                "no epoch had a worst held-out class of --fawa_threshold %s: the weights are not averaged",
                 self.config.fawa_threshold,
             )
         return self.progress
@@ -343,7 +343,7 @@ class Trainer:
         self._select_if_best(score, epoch)
 
     def _select_if_best(self, score: float, epoch: int) -> None:
-        """Keep the weights of now; of equal scores the later one, which was trained longer."""
+        """Keep the current weights; of equal scores the later ones, which were trained longer."""
         best = self.progress.best
         lost = anywhere(
             self.accelerator, best is not None and self.accelerator.is_main_process and self.files.selection_is_lost()
@@ -365,7 +365,7 @@ class Trainer:
         self.progress.passes += float(self.accelerator.reduce(passes, "sum"))
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
-        """Refuse to select weights that are not finite; without held-out images no logits have told so."""
+        """Refuse to select weights that are not finite; without held-out images no logits would show it."""
         spoiled = []
         if self.accelerator.is_main_process:
             spoiled = [name for name, value in weights.items() if not bool(value.isfinite().all())]
@@ -437,7 +437,7 @@ class Trainer:
                 try:
                     self.after_save(self)
                 except Exception:
-                    # Whatever it is, it is worth less than the training; the next save tries again.
+                    # No failure here may end the training; the next save tries again.
                     logger.exception("after the checkpoint of update %d", self.progress.step)
         step = self.progress.step
         if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
