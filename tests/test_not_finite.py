@@ -1,4 +1,4 @@
-"""What is not finite is never right and moves nothing: logits and gradients, in training and evaluation."""
+"""Logits and gradients that are not finite are never right and move nothing, in training and evaluation."""
 
 from __future__ import annotations
 

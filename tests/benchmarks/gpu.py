@@ -1,4 +1,4 @@
-"""What is measured when a GPU can be had, in one command; a short table last, all numbers as JSON.
+"""Measurements for when a GPU is available, in one command; a short table last, all numbers as JSON.
 
     python -m tests.benchmarks.gpu --parts 1 2 --data path/to/cifar10
     python -m tests.benchmarks.gpu --parts 3 --data path/to/cifar10 --work outputs/gpu --minutes 9

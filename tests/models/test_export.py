@@ -1,4 +1,4 @@
-"""What is written loads with plain timm and computes what was trained."""
+"""An export loads with plain timm and computes the trained function."""
 
 from __future__ import annotations
 
