@@ -1,6 +1,6 @@
 """Size and shape of the package, measured from its source: ``make house``; tests/test_house.py holds the limits.
 
-The rules of counting are our choice. Lines are physical lines. A *single importer* is a module that exactly one other module
+What is counted is our choice. Lines are physical lines. A *single importer* is a module that exactly one other module
 imports; methods (also FAWA and AWP, a paper each), class rules, commands with their stages, and what ``import ham_hf``
 offers are made to be so and do not count. A *pair* of clones is two places that share six or more lines of code in a
 row, indentation apart; imports, docstrings, comments and lines without a letter do not count.

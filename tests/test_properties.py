@@ -94,7 +94,7 @@ FILES = st.one_of(
 
 
 def outcome(parse: Callable[[list[str]], object], argv: list[str], named: str = "") -> object:
-    """The outcome of a command line; a refusal must be status 2 with a message that says where to look: at ``named``."""
+    """Outcome of a command line; a refusal must be status 2 with a message that says where to look: at ``named``."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
