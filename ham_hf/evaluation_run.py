@@ -1,4 +1,4 @@
-"""One evaluation of an existing model: check, measure, write; and what a calibration shares with it."""
+"""One evaluation of an existing model: check, measure, write; and the parts that a calibration shares."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def num_logits(loaded: LoadedModel) -> int:
 
 
 class ReorderedLogits(nn.Module):
-    """A classifier whose logits are put into another order of classes."""
+    """A classifier whose logits are put into a different order of classes."""
 
     order: Tensor
 

@@ -43,7 +43,7 @@ def command(name: str) -> str:
 
 
 class RecipeFile(NamedTuple):
-    """A file that comes with the package: what ``--config`` takes, its first comment line, and what it is for."""
+    """A file that comes with the package: its name for ``--config``, its first comment line, and its use."""
 
     name: str
     summary: str

@@ -63,14 +63,14 @@ logger = logging.getLogger("ham_hf.train")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is checked and put together.
+    """A checked and assembled run.
 
     Attributes:
         config: its settings; the accumulation is that of this number of processes.
         preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
         selected: takes the selected weights; the trainer changes forward and device of its own network.
         held_out: images to find class shifts on; None if none are asked for.
-        base_model: Hub id of the pretrained weights, if it starts from such.
+        base_model: Hub id of the pretrained weights that it starts from, if any.
         repo_id: repository to push to; None on the other processes, and if nothing is pushed.
     """
 
@@ -219,7 +219,7 @@ def run_of(
     after_save: Callable[[Trainer], None] | None = None,
     plan_besides: Mapping[str, object] | None = None,
 ) -> Run:
-    """Put a run together; makes its trainer, and a copy of the network before that changes it."""
+    """Assemble a run: make its trainer, and first a copy of the network, which the trainer changes."""
     selected = copy.deepcopy(network)
     trainer = Trainer(
         network,
@@ -233,7 +233,7 @@ def run_of(
         plan_besides=plan_besides,
     )
     return Run(
-        # With another number of processes than before, the accumulation is another one too.
+        # With a different number of processes than before, the accumulation differs too.
         config=replace(config, training=trainer.config),
         accelerator=accelerator,
         data=data,

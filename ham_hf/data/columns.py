@@ -269,7 +269,7 @@ def names_of_rows(
 ) -> Sequence[tuple[str, ...]]:
     """The names that the label of each row of a split indexes: those of its file, else the feature's.
 
-    ValueError, beginning with ``where``, if the files have another number of rows.
+    ValueError, beginning with ``where``, if the files have a different number of rows.
     """
     if not of_files:
         return [tuple(feature.names)] * num_rows

@@ -178,7 +178,7 @@ def check_channels(in_chans: int) -> None:
 
 
 def evaluation_geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
-    """How images of this size are made; small ones of another size than the model's own stay whole."""
+    """How images of this size are made; small ones whose size is not the model's own stay whole."""
     small = image_size <= SMALL_IMAGE_SIZE and image_size != inputs.image_size
     return EvalTransform(
         image_size,

@@ -1,7 +1,7 @@
 """Read the class names that each parquet file declares.
 
 ``datasets`` applies the declaration of the first file, or of the dataset's README.md, to all files. Labels are
-numbers, so those of a file with another order or fewer names would change their meaning. This module reads every
+numbers, so those of a file with a different order or fewer names would change their meaning. This module reads every
 file's declaration; labels are then matched by name.
 """
 
@@ -60,7 +60,7 @@ class Declarations:
     def class_names(self, column: str, train_split: str) -> tuple[str, ...] | None:
         """The classes of a column in label order: README.md's, else of the training file with the most; None without.
 
-        ValueError if a training file declares another name; both lists are named.
+        ValueError if a training file declares a name that is not in it; both lists are named.
         """
         files = self.files.get(train_split, ())
         declared = [(file.file, file.names[column]) for file in files if column in file.names]

@@ -154,7 +154,7 @@ def _unpacked(files: ImageFiles) -> ImageFiles:
 
 
 def _unpack(archive: str, file: str) -> Path:
-    """The folder in the cache of ``datasets`` that holds the files of an archive; another version has another."""
+    """The folder in the cache of ``datasets`` that holds the files of an archive; each version has its own."""
     status = os.stat(file)
     key = f"{os.path.realpath(file)}\n{status.st_size}\n{status.st_mtime_ns}"
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "ham_hf_archives"

@@ -105,7 +105,7 @@ class Provenance:
         }
 
     def is_of(self, found: Fingerprint) -> bool:
-        """Whether a split holds the very images of ``train_split``, under whatever name.
+        """Whether a split holds the same images as ``train_split``, whatever its name.
 
         Equal labels in the same order are enough, unless they are ordered by class: then the pixels decide.
         """

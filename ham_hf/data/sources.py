@@ -110,7 +110,7 @@ def open_source(config: DataConfig) -> Source[datasets.Dataset]:
 def open_streamed_source(config: DataConfig) -> Source[SplitFiles]:
     """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
 
-    ValueError if it cannot be opened or has another layout; the message names the fix.
+    ValueError if it cannot be opened or its layout is neither; the message names the fix.
     """
     name, local = config.dataset_name, _check_name(config)
     if name == DIGITS:

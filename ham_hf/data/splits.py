@@ -283,7 +283,7 @@ def limit_rows(labels: Tensor, rows: Tensor, limit: int | None, seed: int) -> Te
 
 
 def named_labels(labels: Tensor, class_names: Sequence[str], order: Sequence[str] | None) -> Tensor:
-    """The (N,) labels as places in another order of the same class names; as they are if the names differ."""
+    """The (N,) labels as places in a different order of the same class names; unchanged if the names differ."""
     if order is None or not set(class_names) <= set(order):
         return labels
     return torch.tensor([order.index(name) for name in class_names])[labels]

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 def num_lanes(per_update: int, num_files: int) -> int:
-    """Lanes of the stream: a divisor of ``per_update``, so that every update takes as many examples of each.
+    """Lanes of the stream: a divisor of ``per_update``, so that every update takes equally many examples of each.
 
     The largest one that is at most one per 128 examples of an update (but eight may be), and one per file.
     """

@@ -91,7 +91,7 @@ def evaluate_autoattack(
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
     labels, accuracy = images.labels[chosen], dict[str, float]()
-    # All count as right until "clean" has looked at them.
+    # All count as right until "clean" has classified them.
     predictions, margins, seconds = labels.clone(), torch.zeros(len(labels)), 0.0
     with attack_mode(model):
         for name in ("clean", *attacks):

@@ -1,7 +1,7 @@
 """Batches shared out over processes, each computed once: by one process, or by a run that was interrupted.
 
 Finished batches are kept on the disk until all of an evaluation is finished, so that a kill loses one batch: one small
-JSON file per batch, written under another name, flushed and renamed: it is there as a whole or not at all. Files are
+JSON file per batch, written under a temporary name, flushed and renamed: it is complete or absent. Files are
 filed under a key made of everything that decides the result (weights, network, images, attacks), so results of another
 model or another setting are never reused.
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 PARTIAL_RESULTS = "evaluation-progress"
 """Folder in the output folder of a run."""
 _LAYOUT = 2
-"""Part of the key: files of another layout (1 had no margins) are not looked at."""
+"""Part of the key: files of a different layout (1 had no margins) are ignored."""
 NUM_HASHED_IMAGES = 32
 """Images whose pixels are part of the key, spread over the split (our choice); labels are hashed in full."""
 

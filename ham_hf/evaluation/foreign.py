@@ -1,7 +1,7 @@
 """Attacks of other libraries: any function ``attack(model, x, y) -> x_adv``, checked before it counts.
 
 The function is given the pixel model in evaluation mode and the images that are classified correctly, and has to keep
-to the threat model of the evaluation by itself. Its results are checked: an attack of another radius would give a
+to the threat model of the evaluation by itself. Its results are checked: an attack of a different radius would give a
 number that looks like the others and is not comparable. Afterwards the model is restored.
 """
 
@@ -41,7 +41,7 @@ class ForeignAttackError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignAttack:
-    """An attack of another library.
+    """An attack from outside this package.
 
     Attributes:
         name: key of the result: letters, digits and ``. + -``.

@@ -271,7 +271,7 @@ class _BatchAttacker:
 
 
 def memory_layout(model: nn.Module) -> torch.memory_format:
-    """The layout that the weights of convolutions are in; images in another one are converted in every pass."""
+    """The layout that the weights of convolutions have; images in a different one would be converted in every pass."""
     weights = [weight for weight in model.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
     channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     return torch.channels_last if channels_last else torch.contiguous_format

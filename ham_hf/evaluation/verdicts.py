@@ -47,7 +47,7 @@ class Verdicts:
         attacked: by name of the attack, (N,) int64 likewise of the attacked image, ``UNSEEN`` where there is none.
         margins_clean: (N,) float32, logit of the true class minus the largest other one; may be NaN.
         margins_attacked: (N,) float32, the smallest such margin over the attacks; NaN where there is none.
-        groups: of the N images by another column than the label; None if there is none.
+        groups: of the N images by a column other than the label; None if there is none.
     """
 
     class_names: tuple[str, ...]
@@ -174,7 +174,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MatchedVerdicts:
-    """Two models on the same n images: positions and labels (n,), and what each was right on (n,) bool."""
+    """Two models on the same n images: positions and labels (n,), and whether each model was right (n,) bool."""
 
     positions: Tensor
     labels: Tensor
@@ -183,7 +183,7 @@ class MatchedVerdicts:
 
 
 def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") -> MatchedVerdicts:
-    """The images that two models were judged on, by position and label, and what each was right on.
+    """The images that two models were judged on, by position and label, and whether each was right.
 
     ``name`` is "verdict", "clean", or that of an attack.
 

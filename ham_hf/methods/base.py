@@ -85,7 +85,7 @@ class Method(Stateful):
 
     @property
     def parts(self) -> tuple[Stateful, ...]:
-        """Parts that may keep state, each of another name: this method and its class rules."""
+        """Parts that may keep state, each with its own name: this method and its class rules."""
         return (self, *self.rules)
 
     def starts(self, awp_start_epoch: int | None = None) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Class rules: how classes are told apart in training, by the radius of their attack or the weight of their loss.
+"""Class rules: how training treats classes differently, by the radius of their attack or the weight of their loss.
 
 A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both. A
 method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or borrows one (``--class_margin``,

@@ -4,8 +4,8 @@ Warm up with PGD-AT, then take the mean cross-entropy over the hard examples alo
 off by default; those that are our reading, because the authors shipped none that runs, say so. Mining under TRADES or
 MART, or with class radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
 
-*Easy examples*. Dropping them from the loss masks gradients: the training attack just fails on an example, and other
-attacks do not. ``easy_weight`` w keeps them, at the image of the mining step, which is already computed:
+*Easy examples*. Dropping them from the loss masks gradients: the training attack fails on an example where other
+attacks succeed. ``easy_weight`` w keeps them, at the image of the mining step, which is already computed:
 (sum of the losses of the hard + w sum of those of the easy) / (H + w E), over all processes and accumulation steps.
 0 is the paper; 1 trains on all alike, as BulletTrain does (Hua et al., NeurIPS 2021).
 

@@ -1,7 +1,7 @@
 """The CIFAR networks of the robustness literature, registered with timm, and one of them in exact plain-timm form.
 
 ``import ham_hf`` imports this module, so that ``timm.create_model("preactresnet18_cifar")`` works. All networks are
-timm's own residual ones with another stem: one 3x3 convolution of stride 1 and no pooling, so that a 32x32 image keeps
+timm's residual ones with a different stem: one 3x3 convolution of stride 1 and no pooling, so a 32x32 image keeps
 its resolution until the first stage that strides.
 
 ``resnet18_cifar`` need not be published under a name that only this package knows: on the image enlarged four times

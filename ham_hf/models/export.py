@@ -141,7 +141,7 @@ def export_for_timm(
     with _staging(folder) as staging:
         _write_files(staging, published.state, text)
         num_parameters = _verify(staging, trained, preprocessing, published.upsample)
-        # Of an earlier export: gone before the network that it belonged to is.
+        # Left by an earlier export: removed before the network that it belonged to is replaced.
         _remove_rgb_form(folder)
         _move_files(staging, folder)
     has_rgb_form = preprocessing.in_chans == 1 and _write_rgb_form(folder)
@@ -348,7 +348,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
 
     Raises:
         ValueError: if the folder was not exported by this package, contradicts itself, or is damaged.
-        RuntimeError: if timm loads another network from the repaired file; nothing is changed then.
+        RuntimeError: if timm loads a different network from the repaired file; nothing is changed then.
     """
     load_pixel_model(f"local-dir:{folder}")  # refuses what is damaged or dangerous, by name
     config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
@@ -361,7 +361,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
             shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
             if not _same_network(folder, staging):
                 raise RuntimeError(
-                    f"timm loads another network from the repaired {CONFIG_NAME} of {folder}: left as it was"
+                    f"timm loads a different network from the repaired {CONFIG_NAME} of {folder}: nothing was changed"
                 )
             shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
             os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)

@@ -54,7 +54,7 @@ _REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedForm:
-    """The network and the pixel space of training, where the published form may be another.
+    """The network and the pixel space of training, which may differ from the published form.
 
     Attributes:
         architecture: timm name of the network that was trained.

@@ -233,7 +233,7 @@ def read_examples(folder: str | Path) -> ClassExamples | None:
     """Read the ``examples.parquet`` of a folder; None if there is none.
 
     Raises:
-        ValueError: naming the file, if it is none of ours.
+        ValueError: naming the file, if it is not ours.
     """
     path = Path(folder) / EXAMPLES_NAME
     if not path.is_file():

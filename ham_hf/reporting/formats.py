@@ -58,7 +58,7 @@ def percent_with_ends(value: float, low: float, high: float) -> str:
 def class_cell(entry: ClassAccuracy, images: int | None = None) -> str:
     """The accuracy of a class with its interval, in percent; a dash where it has no example.
 
-    ``images`` is the number that its row shows: that of ``entry`` follows where it is another one.
+    ``images`` is the number that its row shows: that of ``entry`` follows where it differs.
     """
     if entry.accuracy is None or entry.low is None or entry.high is None:
         return "–"

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to continue, written under another name and renamed when complete.
+"""Checkpoints: everything a run needs to continue, written under a temporary name and renamed when complete.
 
 A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``averaged.safetensors``),
 ``method.safetensors`` (class state of the training method), ``optimizer.pt``, ``trainer_state.json``, after the first
@@ -227,7 +227,7 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; their checksums are not looked at."""
+    """Complete checkpoints of a run, oldest first; their checksums are not verified."""
     return [path for _, path in _numbered(output_dir) if (path / STATE_FILE).is_file()]
 
 

@@ -56,7 +56,7 @@ class LearningRateDrop(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> LearningRateDrop:
-        """Read ``EPOCH:FACTOR``; ValueError for another form."""
+        """Read ``EPOCH:FACTOR``; ValueError for any other form."""
         epoch, _, factor = text.partition(":")
         try:
             return cls(int(epoch), float(factor))

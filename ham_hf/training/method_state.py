@@ -22,8 +22,8 @@ class MethodState:
 
     Attributes:
         states: the state of each part, by its name.
-        log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that mining
-            looked at, all examples, and for each of the T terms of the loss the share of it that went to the class.
+        log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that were
+            mined, all examples, and for each of the T terms of the loss the share of it that went to the class.
             Three rows more where the method tells what is wrong at the start of the attack: examples that are, and
             of a part of the updates examples that are wrong without an attack, and all.
     """
@@ -87,7 +87,7 @@ class MethodState:
         return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `tensors` gave; ValueError if it is of another method or another number of classes."""
+        """Load what `tensors` gave; ValueError if it is of a different method or number of classes."""
         found, own = ({k: [*v.shape] for k, v in state.items()} for state in (tensors, self.tensors()))
         if found != own:
             raise ValueError(

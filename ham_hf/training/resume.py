@@ -1,6 +1,6 @@
-"""Where a run is, which checkpoint it continues from, and whether that belongs to the same run.
+"""Progress of a run, the checkpoint that it continues from, and whether that belongs to the same run.
 
-A run may continue with another number of processes: the accumulation is recomputed so that an update keeps its number
+A run may continue with more or fewer processes: the accumulation is recomputed so that an update keeps its number
 of examples, and the learning rate stays. Where no accumulation can, the run is refused with values that work.
 """
 
@@ -60,7 +60,7 @@ MAY_CHANGE = frozenset(
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
+    """Progress of a run; JSON types only, as it becomes the ``trainer_state.json`` of a checkpoint.
 
     Attributes:
         step: updates done, skipped ones included.
@@ -221,7 +221,7 @@ def _or_none(value: object) -> object:
 
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose plan is another one, with a ValueError that names what differs."""
+    """Reject a checkpoint with a different plan; the ValueError names what differs."""
     changed = [
         f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
         for key in {**saved, **plan}

@@ -1,11 +1,11 @@
 """Sharded weights (FSDP2) and the other engines of accelerate: what is prepared, and what is refused.
 
-Every process makes another number of passes in an attack, so a collective inside a pass would hang. All attacks of an
+Processes make different numbers of passes in an attack, so a collective inside a pass would hang. All attacks of an
 update, and all validation, therefore run with *gathered* weights: each process holds the whole network for that long
 and frees it before the training forward, which gathers layer by layer. Sharded at rest are weights, gradients and the
 optimizer's state.
 
-Checkpoints hold whole tensors, as those of one process do: a run may continue with another engine.
+Checkpoints hold whole tensors, as those of one process do: a run may continue with a different engine.
 """
 
 from __future__ import annotations

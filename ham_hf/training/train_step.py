@@ -59,7 +59,7 @@ class Totals:
         updates: updates that were made, skipped ones excluded.
         overflows: updates that were skipped as a gradient overflowed in float16.
         hard: hard examples.
-        mined: examples that mining looked at.
+        mined: examples that were mined.
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop.
@@ -269,7 +269,7 @@ class TrainStep:
             yield size
 
     def _counts(self, works: Sequence[_Work]) -> dict[str, Tensor]:
-        """Examples of this process: all, hard ones, and those that mining looked at."""
+        """Examples of this process: all, hard ones, and those that were mined."""
         seen, hard, mined = self.method_state.log.new_zeros(3).unbind()
         for work in works:
             seen += len(work.batch.y)
@@ -372,8 +372,8 @@ class PassCounter:
     """Count this process's passes over the watched modules.
 
     The unit is one forward of one image: a count of arithmetic, not of time. With its forward, a gradient of the input
-    costs 2, one of input and parameters 3, which a step of an attack costs in much published code, and none here. A
-    module that is deep-copied later brings along a counter of its own, which nothing reads.
+    costs 2, one of input and parameters 3. (In much published code a step of an attack costs 3; here it costs 2.) A
+    module that is deep-copied later has its own counter, which nothing reads.
     """
 
     def __init__(self) -> None:
