@@ -51,7 +51,7 @@ NOT_THE_NUMBERS = frozenset(
     {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
      "hub_model_id", "publish_images", "dataloader_num_workers"}
 )  # fmt: skip
-"""Settings that change nothing of what is measured."""
+"""Settings that do not change the results."""
 
 FAULTS = (NonFiniteLogitsError, CorruptImageError, StreamError, FaultError, ForeignAttackError, OSError)
 """Faults whose messages say what to do."""
@@ -166,7 +166,7 @@ def make_job(
     threat_model: ThreatModel,
     owned: Sequence[str],
 ) -> Job[ConfigT]:
-    """Match the classes, lock the output folder and remove what is ``owned`` by an earlier run, on all processes."""
+    """Match the classes, lock the output folder and remove ``owned`` files of an earlier run, on all processes."""
     model, class_order = align_classes(loaded, data.class_names)
     if accelerator.is_main_process:
         lock.acquire()
@@ -185,7 +185,7 @@ def make_job(
 
 @contextmanager
 def refusals(continue_with: str = RESUMED_BY) -> Iterator[None]:
-    """End the process with a message for what is rejected before the work begins."""
+    """End the process with a message for errors before the work begins."""
     with (
         clean_exit(ValueError, OSError, FaultError),
         explain_faults(num_processes=launched_processes(), continue_with=continue_with),

@@ -36,7 +36,7 @@ def what_trained(loaded: LoadedModel) -> TrainedOn:
 
 
 def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
-    """The data that a model was trained on, held out just as in training; ``validation`` is what it never trained on.
+    """The data of a model's training, held out just as in training; it never trained on ``validation``.
 
     Args:
         loaded: the model; its ``config.json`` records the split, the seed and the shares.
@@ -72,7 +72,7 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
 
 def provenance_of(loaded: LoadedModel) -> Provenance | None:
-    """Return what a model was trained on; None if its ``config.json`` does not say so.
+    """Return the record of a model's training data; None if its ``config.json`` has none.
 
     Raises:
         ValueError: if the record is damaged.

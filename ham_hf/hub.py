@@ -196,7 +196,7 @@ def _files(folder: Path, names: Iterable[str], withheld: Mapping[str, bytes | No
 
 def _commit(repo_id: str, files: Mapping[str, bytes | Path], **options: Any) -> CommitInfo:  # noqa: ANN401
     """Commit files, which a folder or memory holds; without changes the last commit is returned."""
-    # Made anew for each try, as huggingface_hub notes in them what was uploaded.
+    # Made anew for each try, as huggingface_hub marks in them the files that were uploaded.
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
     with warnings.catch_warnings():
         # predictions.parquet belongs to the model.

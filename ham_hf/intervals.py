@@ -72,7 +72,7 @@ def fairness_intervals(
     Hinkley, 1997, section 5.2): estimate minus the quantiles of what resampling changed, so that what noise adds to a
     spread is taken off and not added once more. Where the counts are compatible with equal accuracies (5 % test of
     the standard deviation, simulated), resampling changes too little at the low end: the interval then also covers
-    the one that resampling from equal accuracies gives (our choice). Ends are cut to what the number can be.
+    the one that resampling from equal accuracies gives (our choice). Ends are cut to the possible range.
 
     Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class
     (`python -m tests.benchmarks.coverage`):

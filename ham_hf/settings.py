@@ -24,7 +24,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, with everything that is wrong with it.
 
     Attributes:
-        problems: one sentence each; names the setting, its value and what was expected.
+        problems: one sentence each; names the setting, its value and the expected values.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:

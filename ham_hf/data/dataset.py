@@ -117,8 +117,8 @@ def load_image_data(
     and decodes train in workers for timm's augmentation, which needs the original pixels.
 
     Args:
-        config: which data, what is held out, and how it is read.
-        inputs: what the model takes. Its ``crop_pct`` holds at its own size and above 96 px; at other sizes up to
+        config: which data, which parts are held out, and how it is read.
+        inputs: input of the model. Its ``crop_pct`` holds at its own size and above 96 px; at other sizes up to
             there it is 1.0, which keeps images that are small already whole.
         seed: of the validation part and of the limited training set.
         image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else the

@@ -119,7 +119,7 @@ def files_of_builder(
 
 
 def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Images with labels, by tables where there are any, else by class folders; and notes on what is not read.
+    """Images with labels, by tables where there are any, else by class folders; and notes on files that are not read.
 
     Raises:
         ValueError: as `sort_into_classes` does, for an archive or a table that cannot be read, tables that do not fit

@@ -1,4 +1,4 @@
-"""Record what a model was trained on, recognize it in a copy, and find its held-out images again.
+"""Record the training data of a model, recognize it in a copy, and find its held-out images again.
 
 The record has the source of the images, every setting that decides which of them are held out, and two fingerprints of
 the training split: one of its labels, one of the pixels of a few images.
@@ -156,7 +156,7 @@ def _pixel_fingerprint(split: EncodedImages) -> str:
 def read_provenance(record: object) -> Provenance:
     """Read what `Provenance.record` gave, without the keys that a newer version adds.
 
-    ValueError names the key and what was expected.
+    ValueError names the key and the expected values.
     """
     names = {field.name for field in fields(Provenance)}
     if not isinstance(record, Mapping) or not names <= record.keys():
@@ -181,4 +181,4 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("validation_fraction", "test_fraction"), (0, 1)),
     **dict.fromkeys(("limit_train_examples", "num_train_examples", "num_images"), (1, 2**63)),
 }
-"""Least value, and what the value stays below."""
+"""Least value, and the bound that the value stays below."""

@@ -109,7 +109,7 @@ class SplitFiles:
     def _check_own(self, values: Mapping[str, Any], file: int, row: int) -> None:
         for name, value in values.items():
             path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-            # What the column is declared as does not say what the file holds.
+            # The declared type of the column does not tell the content of the file.
             if isinstance(value, str) and _may_be_image(self.features[name]):
                 path = value
             if path is not None:

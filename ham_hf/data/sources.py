@@ -170,7 +170,7 @@ def _declared_configs(base: str) -> list[dict[str, object]]:
     try:
         values = yaml.safe_load(_front_matter(base))
     except yaml.YAMLError:
-        return []  # datasets, which reads it next, says what is wrong with it
+        return []  # datasets, which reads it next, explains the error
     configs = values.get("configs") if isinstance(values, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
@@ -301,7 +301,7 @@ def is_local(name: str) -> bool:
 
 
 def _check_name(config: DataConfig) -> bool:
-    """`is_local`; ValueError for what is neither that nor a Hub id, or has an impossible configuration or revision."""
+    """`is_local`; ValueError for a name that is neither that nor a Hub id, or an impossible configuration."""
     name, config_name, revision = config.dataset_name, config.dataset_config_name, config.dataset_revision
     local = is_local(name)
     if local and revision is not None:

@@ -151,7 +151,7 @@ class TrainingStream:
         Args:
             layout: how updates are made.
             epoch: 0-based epoch.
-            first_update: 0-based update of the epoch to begin with; what came before is not decoded.
+            first_update: 0-based update of the epoch to begin with; earlier images are not decoded.
             device: where the batches go.
 
         Raises:

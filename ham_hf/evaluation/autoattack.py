@@ -1,7 +1,7 @@
 """AutoAttack (Croce and Hein, ICML 2020; the authors' code, from pyautoattack), shared out and resumable.
 
-Its attacks run one after the other, each on what the ones before have left, as the authors run them. Here every attack
-is finished on all processes before the next one starts; what is left then is cut into full batches anew. The seed of
+Its attacks run one after the other, each on the images that the earlier ones left, as the authors run them. Here every
+attack is finished on all processes before the next one starts; the images left are cut into full batches. The seed of
 a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
 evaluation was interrupted, and a process holds one batch at a time.
 

@@ -5,7 +5,7 @@ constants of the nearer one, unscaled (our choice): up to 96 px those for 32. As
 uint8. Where it used ImageMagick (motion blur and snow) or OpenCV, its definition is computed here in numpy. Noise is
 drawn from the seed, the corruption and the position of the image in its split: the same for every severity, batch size
 and number of processes. So the images are the benchmark's in kind, not bit for bit; ImageNet-C was also stored as JPEG
-of quality 85, which is not repeated. `LEFT_OUT` says what is missing.
+of quality 85, which is not repeated. `LEFT_OUT` lists the missing ones.
 """
 
 from __future__ import annotations

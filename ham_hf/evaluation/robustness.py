@@ -82,7 +82,7 @@ class AttackResult:
 
     Attributes:
         name: "clean", "pgd-20", "cw-20", "autoattack", ...
-        settings: what was run: norm, epsilon, num_steps, step_size, loss, seed, ...
+        settings: of the attack: norm, epsilon, num_steps, step_size, loss, seed, ...
         predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
         margins: (N,) float32, CPU: margin of the attacked image, logit of the true class minus the largest other one;
             positive = right. Of PGD and CW at the last iterate, of AutoAttack see `evaluate_autoattack`; an image that
@@ -248,7 +248,7 @@ class _BatchAttacker:
         return Outcome(torch.stack(predictions).cpu(), torch.stack(margins).cpu(), torch.tensor(seconds))
 
     def _attack(self, attack: NamedAttack | ForeignAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits (N, num_classes) at the last iterate, or of what a foreign attack returns."""
+        """Logits (N, num_classes) at the last iterate, or of the images that a foreign attack returns."""
         if isinstance(attack, ForeignAttack):
             shown, seed = PiecewiseModel(self.model, self.size).eval(), generator.initial_seed()
             found = self.size.whole(lambda: attack.perturb(shown, x, y, seed=seed), len(y))

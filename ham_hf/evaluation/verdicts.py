@@ -230,7 +230,7 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("its metadata does not list the class names")
     if not all(isinstance(settings, dict) for settings in attacks.values()):
-        raise ValueError("its metadata does not say what the attacks were")
+        raise ValueError("its metadata does not describe the attacks")
     verdicts = Verdicts(
         class_names=tuple(names),
         attacks=attacks,
@@ -255,7 +255,7 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
     stored = table.column("verdict")
     written = torch.tensor([-1 if value is None else int(value) for value in stored.to_pylist()])
     if not torch.equal(written, verdicts.withstood.long().where(verdicts.judged, -1)):
-        raise ValueError("the column verdict is not what the predictions say")
+        raise ValueError("the column verdict contradicts the predictions")
     return verdicts
 
 

@@ -133,7 +133,7 @@ class Method(Stateful):
         return batch.training_rows(self.loss.rows(x_adv, batch.x))
 
     def start_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, LossFn]:
-        """Where the attack of the method's loss starts (N, C, H, W), and what it increases."""
+        """Start (N, C, H, W) of the attack of the method's loss, and the quantity that it increases."""
         start = self.loss.start(batch.x, batch.attack.threat_model, batch.generator)
         return start, self.loss.attack_loss(model, batch.x)
 

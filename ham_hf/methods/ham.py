@@ -107,7 +107,7 @@ class HAM(BuiltOnLoss, Borrowing):
             )
         if self.stop_misclassified and not self.mining_step:
             raise ValueError(
-                "--stop_misclassified with --mining_step 0: expected at least 1, as the first step tells what is "
+                "--stop_misclassified with --mining_step 0: expected at least 1, as the first step finds the examples "
                 "misclassified at the start"
             )
         if self.hard_weighting == "probability_move" and (self.pack_hard_examples or self.stop_misclassified):
@@ -183,7 +183,7 @@ class HAM(BuiltOnLoss, Borrowing):
         )
 
     def _kept(self, mined: HardExamples) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Positions (A,) in the batch of what is trained on (None = all), adversarial images and weights."""
+        """Positions (A,) in the batch of the examples to train on (None = all), adversarial images and weights."""
         weight = hard_weights(mined, self.hard_weighting)
         if not self.easy_weight:
             return mined.rows, mined.x_adv, weight

@@ -44,7 +44,7 @@ class BaseLoss:
         return (1.0, self.beta)[: self.num_terms]
 
     def start(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Where the attack on the images ``x`` (N, C, H, W) starts: uniform in the ball."""
+        """Start of the attack on the images ``x`` (N, C, H, W): uniform in the ball."""
         return threat_model.random_start(x, generator)
 
     def attack_loss(self, model: nn.Module, x: Tensor) -> LossFn:

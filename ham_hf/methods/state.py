@@ -59,7 +59,7 @@ class Stateful:
         return {}
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """Turn what was observed in the epoch before into what holds for this one.
+        """Turn the observations of the epoch before into the state for this one.
 
         Once per epoch, also before epoch 0, when nothing is observed yet, and not again where a run resumes within it.
         """

@@ -350,7 +350,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
         ValueError: if the folder was not exported by this package, contradicts itself, or is damaged.
         RuntimeError: if timm loads a different network from the repaired file; nothing is changed then.
     """
-    load_pixel_model(f"local-dir:{folder}")  # refuses what is damaged or dangerous, by name
+    load_pixel_model(f"local-dir:{folder}")  # ValueError if it is damaged or dangerous
     config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if CONFIG_KEY not in config:
         raise ValueError(f"{folder / CONFIG_NAME} was not written by ham_hf: there is no {CONFIG_KEY!r} in it")

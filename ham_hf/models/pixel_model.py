@@ -150,7 +150,7 @@ class LoadedModel:
         model: in eval mode, on the CPU, float32; its pixel space is the one it was trained in.
         preprocessing: how an image becomes pixels for it.
         class_names: one per logit, in order; None if the source does not name them.
-        metadata: what was passed to ``export_for_timm`` as metadata; empty for models of other origin.
+        metadata: passed to ``export_for_timm``; empty for models of other origin.
         notes: sentences that a reader of results has to know.
     """
 

@@ -150,7 +150,7 @@ def resolve_source(name: str) -> ModelSource:
         name: ``ARCHITECTURE``, ``ARCHITECTURE.TAG``, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME[@REVISION]``.
 
     Raises:
-        ValueError: if there is no such model; the message has the nearest names or says what is missing where.
+        ValueError: if there is no such model; the message has the nearest names, or the missing file and its place.
     """
     prefix, colon, rest = name.partition(":")
     if colon and prefix == _FOLDER_PREFIX:
@@ -215,7 +215,7 @@ def _matching(pattern: re.Pattern[str], values: Iterable[object]) -> list[str]:
 
 
 def complete_name(source: str, revision: str | None = None) -> str:
-    """Turn what a user calls a model into a name for :func:`resolve_source`.
+    """Turn a user's name for a model into one for :func:`resolve_source`.
 
     Args:
         source: a name with prefix, a timm name, a folder, or ``OWNER/NAME`` on the Hub. A registered timm name wins

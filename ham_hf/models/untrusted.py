@@ -1,7 +1,7 @@
 """Validation of a model's ``config.json`` before timm sees it.
 
 The file is untrusted: reject anything that is not an image classifier, that would make timm download or unpickle
-files, or that would not fit in memory. A ValueError names the entry and what was expected. The limits are our choice,
+files, or that would not fit in memory. ValueError names the entry and the expected values. The limits are our choice,
 far above every model of timm. `BuildLimit` also limits the memory for building a network; nothing is built before.
 """
 
@@ -117,7 +117,7 @@ _RULES = {
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a ``config.json`` and check sizes, numbers, nesting and arguments; ValueError says what is wrong."""
+    """Read a ``config.json`` and check sizes, numbers, nesting and arguments; ValueError names the problem."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
@@ -218,7 +218,7 @@ class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: ANN401
-        """Count the tensors that ``func`` makes of sizes alone; what is made of tensors is no larger than they are."""
+        """Count the tensors that ``func`` makes from sizes alone; those made from tensors are no larger than these."""
         options = kwargs or {}
         if not any(isinstance(value, Tensor) for value in (*args, *options.values())):
             self._count(args, options.get("dtype") or torch.get_default_dtype())

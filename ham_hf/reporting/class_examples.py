@@ -85,7 +85,7 @@ class ClassExample:
         kind: ``WEAK`` or ``STRONG``.
         margin: logit of the true class minus the largest other one, the smallest over the attacks of the evaluation.
         clean_prediction, attacked_prediction: predicted classes; -1 where the logits are not finite.
-        enlargement: what the difference was multiplied by to be seen.
+        enlargement: factor that the difference was multiplied by to be visible.
         clean, attacked, difference: PNGs or JPEGs; the last is attacked minus clean, enlarged around middle gray.
     """
 
@@ -103,7 +103,7 @@ class ClassExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassExamples:
-    """Images of some classes; ``attack`` is the title of what they were attacked with for the page."""
+    """Images of some classes; ``attack`` is the title of their attack, for the page."""
 
     attack: str
     examples: tuple[ClassExample, ...]

@@ -13,7 +13,7 @@ from ham_hf.reporting.report import CalibrationReport, TrainingReport
 from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
-"""Settings that name another method, and what is borrowed from it."""
+"""Settings that name another method, and the part borrowed from it."""
 
 KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
 """Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
@@ -49,7 +49,7 @@ def trained_method(config: Mapping[str, object]) -> Method | None:
 
 
 def method_title(config: Mapping[str, object]) -> str:
-    """Name of the method and, if this version knows it, what it is."""
+    """Name of the method and, if this version knows it, its summary."""
     return _described(str(config.get("method", "unknown")))
 
 
@@ -66,7 +66,7 @@ def combined_with(config: Mapping[str, object]) -> str:
 
 
 def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[str, str]]:
-    """Label and value of everything that is set about the method and what was combined with it.
+    """Label and value of all settings of the method and of its combinations.
 
     Settings that are off or have no effect are left out. ``averaged``: whether a fairness-gated average let any epoch
     in; else its row says so.
@@ -171,7 +171,7 @@ def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
 
 
 def cited_methods(config: Mapping[str, object]) -> list[str]:
-    """Names in ``CITATIONS`` of the method, its base loss and what was combined with it, each once."""
+    """Names in ``CITATIONS`` of the method, its base loss and its combinations, each once."""
     names = [config.get(setting) for setting in ("method", "base_loss", *LENDERS)]
     names.append("awp" if config.get("awp_gamma") is not None else None)
     names.append("cfa" if gates_averaging(config) else None)

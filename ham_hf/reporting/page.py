@@ -234,7 +234,7 @@ def _entry_values(report: RunReport, entry: AttackReport, verdicts: Verdicts | N
 def _taken_for(entry: AttackReport, verdicts: Verdicts | None) -> list[list[int]] | None:
     """Of each class: other classes and how often it was taken for each, most often first; -1 stands for not finite.
 
-    Under the verdict, what the first evaluation that broke the image made of it. None where that is not known.
+    Under the verdict, the class that the first evaluation that broke the image found. None where it is not known.
     """
     num_classes = len(entry.summary.per_class)
     if verdicts is not None and (entry.name in ("verdict", "clean") or entry.name in verdicts.attacked):

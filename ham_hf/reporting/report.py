@@ -1,4 +1,4 @@
-"""RunReport: what was run, on what, and the results; write and read ``report.json``.
+"""RunReport: the run, its data, and the results; write and read ``report.json``.
 
 A report holds everything that the figures and the model card need, so both can be made again from ``report.json``
 alone. It holds no secret: tokens never enter it, and of the environment only the variables that change numbers do.
@@ -183,7 +183,7 @@ class TrainingReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport(Calibration):
-    """Class shifts that were folded into a model, and what they cost.
+    """Class shifts that were folded into a model, and their cost.
 
     Attributes:
         max_average_drop: the drop that F was chosen by; None if F was given.

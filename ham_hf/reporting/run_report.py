@@ -342,7 +342,7 @@ def evaluation_report(
 def calibrated_report(
     evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, from that of its evaluation, what was written and its origin."""
+    """Report of a model with class shifts folded in, from that of its evaluation, the export and its origin."""
     name = plain_name(evaluated.model.name)
     model = replace(
         evaluated.model,

@@ -232,7 +232,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with its checksums; DamagedError with file and reason if it is not what was written."""
+    """Compare a checkpoint with its checksums; DamagedError with file and reason if they differ."""
     check_checksums(path, (*REQUIRED, *(name for name in (AVERAGED, BEST) if (path / name).exists())))
 
 

@@ -161,7 +161,7 @@ class TrainingConfig(SettingsGroup):
         return self.awp_start_epoch if self.awp_gamma is not None else None
 
     def contradictions(self) -> Iterator[str]:
-        """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
+        """Impossible schedules, settings of a perturbation without one, and resuming a run to be overwritten."""
         yield from self._schedule_problems()
         yield from self._tracker_problems()
         if self.awp_gamma is None:
@@ -184,7 +184,7 @@ class TrainingConfig(SettingsGroup):
             yield "--resume_from_checkpoint and --overwrite_output_dir exclude each other; give one of them"
 
     def _tracker_problems(self) -> Iterator[str]:
-        """All trackers and one of them, and names for what is not there."""
+        """All trackers and one of them, and names for trackers that are not used."""
         if "all" in self.report_to and len(self.report_to) > 1:
             yield f"--report_to {' '.join(self.report_to)}: all stands alone"
         if not self.report_to:

@@ -210,7 +210,7 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def overruled(environment: Mapping[str, str] = os.environ, *, mixed_precision: str = "no") -> Iterator[str]:
-    """One sentence for each variable that asks for what a setting decides otherwise."""
+    """One sentence for each variable that a setting overrules."""
     for name, sentence in FIXED.items():
         value = environment.get(name, "no")
         decided = (mixed_precision,) if name == "ACCELERATE_MIXED_PRECISION" else ()
@@ -219,10 +219,9 @@ def overruled(environment: Mapping[str, str] = os.environ, *, mixed_precision: s
 
 
 def rounding(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """One sentence for each variable that makes a library round what is said to be float32."""
+    """One sentence for each variable that makes a library round float32 numbers."""
     return tuple(
-        f"{_shown(name, environment[name])} was set in the environment, by which libraries round numbers that are "
-        "said to be float32."
+        f"{_shown(name, environment[name])} was set in the environment, which makes libraries round float32 numbers."
         for name, values in ROUNDING.items()
         if environment.get(name, "").lower() in values
     )

@@ -1,4 +1,4 @@
-"""The state of a training method and its class rules during a run, and what the method did to each class in an epoch.
+"""The state of a training method and its class rules during a run, and how each epoch treated the classes.
 
 The state is the same on every process: only sums over all processes change it. It goes into checkpoints whole.
 """
@@ -24,8 +24,8 @@ class MethodState:
         states: the state of each part, by its name.
         log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that were
             mined, all examples, and for each of the T terms of the loss the share of it that went to the class.
-            Three rows more where the method tells what is wrong at the start of the attack: examples that are, and
-            of a part of the updates examples that are wrong without an attack, and all.
+            Three more rows where the method finds examples that are wrong at the start of the attack: their number
+            and, for a part of the updates, examples that are wrong without an attack, and all.
     """
 
     def __init__(self, objective: Method, class_counts: Tensor) -> None:
@@ -123,7 +123,7 @@ class MethodState:
             record |= _shares("turned_wrong", hard - start_wrong, mined)
             record |= _shares("stayed_right", mined - hard, mined)
             record |= _shares("clean_wrong", clean_wrong, clean_seen)
-        # A sampler shows in what was drawn: it is compared with the training images there are.
+        # A sampler changes the draws: they are compared with the training images there are.
         usual = seen if self.class_probabilities() is None else self.class_counts.cpu().double()
         for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
             plain = usual / usual.sum() * share.sum()

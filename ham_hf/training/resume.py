@@ -70,15 +70,15 @@ class Progress:
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
         passes: passes over the network for updates, validation and held-out sums so far, of all processes
             (`ham_hf.training.train_step.PassCounter`).
-        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
+        class_log: how the current epoch treated each class so far, over all processes; see `MethodState.log`.
         averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
         validation_due: epoch whose end was reached, but not yet validated, when the run was stopped; else None.
         best: state of the best validation so far; None before the first.
         history: one record per validation.
-        plan: what has to stay the same for a resumed run to continue this one.
+        plan: settings and data that a resumed run must share to continue this one.
         changeable: the settings that a resumed run may change although they can change numbers, as they are.
-        changes: what was changed of them on the way, one sentence per resumption that did so.
+        changes: changes of those settings, one sentence per resumption that made some.
     """
 
     step: int = 0
@@ -108,7 +108,7 @@ def agreed_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> Path 
     """The checkpoint that the configuration names, the same on every process; None where it names or finds none.
 
     Raises:
-        ValueError: see `find_checkpoint`; and if a process does not find what the main one does.
+        ValueError: see `find_checkpoint`; and if a process does not find the main one's checkpoint.
     """
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if name is None:
@@ -197,7 +197,7 @@ def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, An
 
 
 def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, updates_per_epoch: int) -> None:
-    """Add to ``progress.changes`` what is `changeable` and differs ``now``, if anything does, and warn of it."""
+    """Add the `changeable` settings that differ ``now``, if any, to ``progress.changes``, and warn of them."""
     before = progress.changeable
     words = {"processes": "{} processes", "device": "the device {}"}
     changed = ", ".join(

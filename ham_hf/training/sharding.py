@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2) and the other engines of accelerate: what is prepared, and what is refused.
+"""Sharded weights (FSDP2), and the other engines of accelerate, which are rejected.
 
 Processes make different numbers of passes in an attack, so a collective inside a pass would hang. All attacks of an
 update, and all validation, therefore run with *gathered* weights: each process holds the whole network for that long

@@ -185,7 +185,7 @@ class TrainStep:
     def _over_all_processes(
         self, mine: Mapping[str, Tensor | float], observed: Mapping[str, Tensor], divisor: Tensor
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Named numbers and what the method observed, each added up over all processes.
+        """Named numbers and the method's observations, each added up over all processes.
 
         ``weight`` is the largest of the divisors, which are added up already: 0 where nothing is trained on.
         """
@@ -228,7 +228,7 @@ class TrainStep:
         rule.before_update(self.method_state.states[rule.name], total)
 
     def _note_clean(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows], step: int) -> None:
-        """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""
+        """In every `CLEAN_EVERY`-th update, also log which examples are wrong without an attack."""
         if step % CLEAN_EVERY or chosen[0].wrong_at_start is None:
             return
         with evaluation_mode(self.module), torch.no_grad():
@@ -287,7 +287,7 @@ class TrainStep:
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
     def _backward(self, works: Sequence[_Work], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
+        """Forward and backward of all accumulation steps; this process's part of the loss, and its observations."""
         losses, observed = [], []
         for work in works:
             batch, rows = work.batch, work.rows

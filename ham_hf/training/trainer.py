@@ -321,7 +321,7 @@ class Trainer:
         self.progress.since_log = {}
 
     def _validate(self, epoch: int) -> None:
-        """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
+        """Measure held-out robustness, record how the epoch treated each class, keep the weights if they are best."""
         since = time.perf_counter()
         record: dict[str, Any] = {"epoch": epoch}
         record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)

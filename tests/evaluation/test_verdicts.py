@@ -134,7 +134,7 @@ def replaced(name, values):
         ({"change_table": replaced("label", ["a"] * 6)}, "no table of predictions"),
         ({"change_table": replaced("position", [0, 1, 2, 3, 4, 4])}, "a position occurs twice"),
         ({"change_table": replaced("prediction_pgd-2", [0, 0, 2, 1, 0, 3])}, "prediction_pgd-2 has values outside"),
-        ({"change_table": replaced("verdict", [True, True, False, None, None, None])}, "not what the predictions say"),
+        ({"change_table": replaced("verdict", [True, True, False, None, None, None])}, "contradicts the predictions"),
     ],
 )
 def test_files_that_are_not_ours_are_refused_by_name(tmp_path, changes, message):

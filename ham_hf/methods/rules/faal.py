@@ -32,7 +32,7 @@ from ham_hf.settings import setting
 BISECTIONS = 64
 """Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""
 TIE = 1e-9
-"""Classes whose values differ by less are alike: below what the published solver resolves, above what sums round."""
+"""Classes whose values differ by less are alike: below the resolution of the published solver, above rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
