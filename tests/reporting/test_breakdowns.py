@@ -136,7 +136,7 @@ def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path)
     assert "group" not in pq.read_table(path).column_names
     broken = table.set_column(table.column_names.index("group"), "group", [["nowhere"] * 80])
     pq.write_table(broken.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(ValueError, match="no table of predictions"):
+    with pytest.raises(ValueError, match="not a table of predictions"):
         read_verdicts(path)
 
 
