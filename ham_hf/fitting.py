@@ -61,12 +61,13 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
     seed = settings.pop("seed")
     inputs = loaded.preprocessing
     data = load_image_data(replace(config, **settings), inputs, seed=seed, image_size=inputs.image_size)
-    found = data.provenance
-    if found is None or (found.num_images, found.fingerprint) != (trained.num_images, trained.fingerprint):
+    known, found = data.provenance, data.fingerprint
+    same = trained.is_of(found) if found is not None else trained.fingerprint is None  # a stream has none
+    if known is None or known.num_images != trained.num_images or not same:
         raise ValueError(
             f"--dataset_name {config.dataset_name}: split {trained.train_split!r} is not what the model was trained "
-            f"on, {trained.num_images} images of {trained.dataset}: number of images or labels differ; give that "
-            "dataset, or a copy of it"
+            f"on, {trained.num_images} images of {trained.dataset}: number of images, labels or pixels differ; "
+            "give that dataset, or a copy of it"
         )
     return data
 

@@ -25,7 +25,7 @@ from ham_hf.data.decoding import (
 )
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, StreamedPixels
-from ham_hf.data.provenance import STREAMED, Provenance, plain_name
+from ham_hf.data.provenance import STREAMED, Fingerprint, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.streaming import TrainingStream
@@ -92,6 +92,7 @@ class ImageData(TestData):
         channel_mean: of at most 2,000 training images in [0, 1], one per channel.
         channel_std: standard deviation of the same pixels, at least one gray level.
         crop_mode: of the evaluation geometry.
+        fingerprint: of the whole split that ``train`` is of; None of a stream.
     """
 
     train: Images | TrainingStream
@@ -101,6 +102,7 @@ class ImageData(TestData):
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
     crop_mode: str = "center"
+    fingerprint: Fingerprint | None = None
 
 
 def load_image_data(
@@ -165,6 +167,7 @@ def load_image_data(
         num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
         test_split_origin=parts.test_split_origin,
         crop_mode=inputs.crop_mode,
+        fingerprint=parts.fingerprint,
         provenance=_provenance(parts, config, seed),
         notes=parts.source.notes,
         num_test_in_train=_test_images_in_train(digests),
@@ -308,7 +311,7 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
 
 def warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
     """Warn of classes without an example in a part."""
-    if part == "train" and len(labels) <= len(class_names):
+    if len(labels) <= (len(class_names) if part == "train" else 1):
         return  # An evaluation asked for so few that some classes have to be absent.
     absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()
     if absent:

@@ -10,7 +10,7 @@ from ham_hf.methods import HAM
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.method_checks import exact, golden_batch, rows_of
 from tests.support.nets import group_norm_net
-from tests.support.updates import updated
+from tests.support.updates import ATTACK, updated
 
 
 def three_batches():
@@ -47,6 +47,18 @@ def test_packing_fills_the_passes():
     packed = [10] * full + [rest]
     # Per batch two steps and a classification; per packed batch three steps; then the training passes.
     assert rows == [10] * 9 + [size for size in packed for _ in range(3)] + packed
+
+
+def test_price_as_documented():
+    """Per image 2 M + 1 + h (2 (K - M) + 3) in the paper's form, 2 M + 4 + 2 h (K - M) with easy examples kept."""
+    net, num_steps, mining_step = golden_net(), ATTACK.num_steps, 2
+    for easy_weight in (0.0, 1.0):
+        objective = HAM(mining_start_epoch=0, mining_step=mining_step, easy_weight=easy_weight)
+        _, totals, _ = updated(objective, net, [golden_batch(30)])
+        share, rest = totals.hard / 30, 2 * (num_steps - mining_step)
+        paper, kept = 2 * mining_step + 1 + share * (rest + 3), 2 * mining_step + 4 + share * rest
+        assert 0 < share < 1
+        assert totals.passes == pytest.approx(30 * (kept if easy_weight else paper))
 
 
 def test_packing_with_nothing_hard_skips_the_update():
