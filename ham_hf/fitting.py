@@ -1,4 +1,4 @@
-"""A model of any origin on a data set: what it was trained on, its threat model, its logits in the data's order."""
+"""A model of any origin on a dataset: its training data, its threat model, its logits in the dataset's order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def what_trained(loaded: LoadedModel) -> TrainedOn:
-    """What is known of a model's training data.
+    """Return what is known about a model's training data.
 
     Raises:
         ValueError: if the record is damaged.
@@ -36,7 +36,7 @@ def what_trained(loaded: LoadedModel) -> TrainedOn:
 
 
 def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
-    """The data that a model was trained on, held out just as in training; ``validation`` is what it never trained on.
+    """The data of a model's training, held out just as in training; it never trained on ``validation``.
 
     Args:
         loaded: the model; its ``config.json`` records the split, the seed and the shares.
@@ -73,7 +73,7 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
 
 
 def provenance_of(loaded: LoadedModel) -> Provenance | None:
-    """Return what a model was trained on; None if its ``config.json`` does not say so.
+    """Return the record of a model's training data; None if its ``config.json`` has none.
 
     Raises:
         ValueError: if the record is damaged.
@@ -121,7 +121,7 @@ def num_logits(loaded: LoadedModel) -> int:
 
 
 class ReorderedLogits(nn.Module):
-    """A classifier whose logits are put into another order of classes."""
+    """A classifier whose logits are put into a different order of classes."""
 
     order: Tensor
 

@@ -1,4 +1,4 @@
-"""What a model was trained on: recorded in config.json, recognized in a copy, its validation images found again."""
+"""Training data of a model: recorded in config.json, recognized in a copy, its validation images found again."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class TestFrontier:
             assert point.worst_30_percent_low <= point.worst_30_percent <= point.worst_30_percent_high
 
     def test_counts_come_from_images_that_the_shifts_were_not_found_on(self, quick, monkeypatch):
-        """What a half's shifts are found on and what they are counted on never overlap."""
+        """The images that a half's shifts are found on and those they are counted on never overlap."""
         searched, counted = [], []
         correct = calibration._Meter.correct
         found_shifts = calibration._found_shifts
