@@ -25,6 +25,7 @@ from ham_hf.reporting.formats import (
     literal,
     markdown_table,
     markdown_text,
+    norm_text,
     percent,
     plain_text,
     verbatim,
@@ -219,7 +220,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
     name = report.model.name
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
+    norm, epsilon = norm_text(report.threat_model.norm), fraction_text(report.threat_model.epsilon)
     cited = [] if report.training is None and report.calibration is not None else cited_methods(report.config)
     cited += [] if report.calibration is None else ["logit_adjustment"]
     return {
@@ -240,7 +241,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "citations": [Markdown(CITATIONS[name]) for name in cited],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
-        "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
+        "threat_model": Markdown(f"{norm}, ε = {epsilon}"),
         "repo_id": repo_id,
         "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),
