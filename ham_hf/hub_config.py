@@ -31,6 +31,15 @@ def split_revision(source: str) -> tuple[str, str | None] | None:
     return hub_id, revision or None
 
 
+def target_problems(repo_id: str | None) -> Iterator[str]:
+    """What is wrong with ``--hub_model_id``: a repository to make has at most 96 characters in all."""
+    if repo_id is not None and not (is_hub_id(repo_id) and len(repo_id) <= 96):
+        yield (
+            f"--hub_model_id {repo_id!r}: expected owner/name of at most 96 letters, digits and single '-', '_' or "
+            "'.', such as me/robust-cifar10"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubConfig(SettingsGroup):
     """Where the finished model goes."""
@@ -51,11 +60,7 @@ class HubConfig(SettingsGroup):
         if not self.push_to_hub:
             idle = "hub_model_id hub_private_repo hub_revision hub_strategy hub_space publish_images"
             yield from self.idle(idle.split(), "--push_to_hub")
-        if self.hub_model_id is not None and not (is_hub_id(self.hub_model_id) and len(self.hub_model_id) <= 96):
-            yield (
-                f"--hub_model_id {self.hub_model_id!r}: expected owner/name of at most 96 letters, digits and single "
-                "'-', '_' or '.', such as me/robust-cifar10"
-            )
+        yield from target_problems(self.hub_model_id)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
@@ -209,10 +208,8 @@ def _only_markdown(value: object) -> object:
 
 
 def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, model_license: str) -> dict[str, object]:
-    if repo_id is not None:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise ValueError(f"the card's loading line needs the full repository id, user/name, got {repo_id}")
+    if repo_id is not None and not is_hub_id(repo_id, with_owner=True):
+        raise ValueError(f"the card's loading line needs the full repository id, owner/name, got {repo_id!r}")
     metadata = card_metadata(report, repo_id=repo_id, model_license=model_license)
     reference = report.reference_attack()
     classes = class_rows(report)
