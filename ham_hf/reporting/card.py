@@ -15,6 +15,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
+from ham_hf.files import atomic_write
 from ham_hf.hub_config import is_hub_id, split_revision
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
@@ -107,7 +108,7 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
             "selection": _selection(report, report.training),
         }
     path = folder / "README.md"
-    path.write_text(_template(_template_source()).render(context), encoding="utf-8")
+    atomic_write(path, _template(_template_source()).render(context))
     return path
 
 
