@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
-from ham_hf.hub_config import HubConfig, target_problems
+from ham_hf.hub_config import DEFAULT_REVISION, HubConfig, target_problems
 from ham_hf.hub_requests import (
     ACCESS_ERRORS,
     CONFLICTS,
@@ -47,7 +47,6 @@ from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REVISION = "main"
 REQUIRED = ("model.safetensors", "config.json")
 CARD_NAME = "README.md"
 ARTEFACTS = (

@@ -9,6 +9,8 @@ from typing import Literal
 
 from ham_hf.settings import SettingsGroup, setting
 
+DEFAULT_REVISION = "main"
+"""The branch of the Hub that is meant where none is named."""
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"(?!.*(?:--|\.\.))(?:(?P<owner>{_PART})/)?{_PART}(?<!\.git)", re.ASCII)
 
@@ -47,7 +49,7 @@ class HubConfig(SettingsGroup):
     push_to_hub: bool = setting(False, "push the output folder to the Hub")
     hub_model_id: str | None = setting(None, "repository on the Hub: owner/name")
     hub_private_repo: bool = setting(False, "make the repository private when it is created")
-    hub_revision: str = setting("main", "branch to push to")
+    hub_revision: str = setting(DEFAULT_REVISION, "branch to push to")
     hub_strategy: Literal["end", "every_save"] = setting("end", "push at the end, or after every checkpoint too")
     hub_space: bool = setting(False, "publish report.html as a static Space of the same owner/name too, at the end")
     publish_images: bool = setting(False, "push the images of a dataset that is not public too")

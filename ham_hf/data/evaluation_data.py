@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TEST_FRACTION = 0.2
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
@@ -234,7 +232,7 @@ def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) 
     known = record.test_fraction if record is not None else trained.test_fraction
     if known is None:
         return asked
-    if asked not in (known, DEFAULT_TEST_FRACTION):
+    if asked not in (known, DataConfig.test_fraction):
         raise ValueError(
             f"--test_fraction {asked} would test on images that the model was trained on; "
             f"it was trained with --test_fraction {known}"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.resources import files
 
+from ham_hf.config.assembly import KEPT_EASY
 from ham_hf.methods import Method, available
 from ham_hf.reporting.formats import percent
 from ham_hf.reporting.report import CalibrationReport, TrainingReport
@@ -14,9 +15,6 @@ from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 """Settings that name another method, and what is borrowed from it."""
-
-KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
-"""Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
 
 _BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding="utf-8")
 _ENTRY = re.compile(r"^% (\w+): (\S+)\n(@.*?title\s*=\s*\{([^\n]*)\},.*?^\})", re.DOTALL | re.MULTILINE)
