@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ham_hf.settings import SettingsGroup, setting
+from ham_hf.settings import SettingsGroup, same_as, setting
 
 DEFAULT_REVISION = "main"
 """The branch of the Hub that is meant where none is named."""
@@ -72,7 +72,7 @@ class EvaluationHubConfig(SettingsGroup):
     push_to_hub: bool = setting(False, "push the report to the model's repository on the Hub")
     create_pr: bool = setting(False, "as a pull request, for a repository that is not one's own")
     hub_model_id: str | None = setting(None, "repository on the Hub: owner/name; none = the model's own")
-    publish_images: bool = setting(False, "push images of a dataset that is not public, too")
+    publish_images: bool = same_as(HubConfig, "publish_images")
 
     def contradictions(self) -> Iterator[str]:
         """Settings of a push without a push, and an impossible target."""
