@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ham_hf.attacks import check_batch, ordinary
+from ham_hf.attacks import check_batch, check_pixel_range, ordinary
 from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation import check_pixel_range
 
 Loader: TypeAlias = Iterable[Any] | Images
 """Batches (x, y), or mappings with "pixel_values" and "labels", of pixels (N, C, H, W) in [0, 1] and int64 labels."""

@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ham_hf.attacks import Attack, ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
-from ham_hf.evaluation import check_pixel_range
+from ham_hf.attacks import (
+    Attack,
+    ThreatModel,
+    check_batch,
+    check_pixel_range,
+    evaluation_mode,
+    ordinary,
+    outside_inference_mode,
+)
 from ham_hf.invocation import command
 from ham_hf.methods import Batch, Method, RuleMethod, TrainingRows, available
 from ham_hf.settings import setting_problems

@@ -30,7 +30,8 @@ from ham_hf.data.image_groups import read_groups
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import SplitFiles, read_whole
 from ham_hf.data.sources import Source, is_local, open_source, open_streamed_source
-from ham_hf.data.splits import TEST_SEED, held_out_origin, limit_rows, named_labels, stratified_split
+from ham_hf.data.splits import held_out_origin, limit_rows, named_labels, stratified_split
+from ham_hf.seeding import TEST_SEED
 
 if TYPE_CHECKING:
     from ham_hf.models import Preprocessing

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack
+from ham_hf.attacks import Attack, check_pixel_range
 from ham_hf.data import ImageData, PixelBatch, UpdateLayout
-from ham_hf.evaluation import NonFiniteLogitsError, Workplace, check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, Workplace
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
 from ham_hf.precision import attack_passes
