@@ -92,7 +92,7 @@ class TrainConfig(SettingsGroup):
                 "--dataset_streaming out, or take another method"
                 for flag in own
             )
-        held_out = [self.method.flag_of(rule) for rule in self.method.rules if rule.uses_held_out]
+        held_out = [self.method.flag_of(rule) for rule in self.method.rules if rule.num_held_out_sums]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):
             who = held_out[0] if held_out else "fairness-gated averaging (--fawa)"

@@ -38,8 +38,8 @@ class RuleMethod(Method):
         return self.rule if isinstance(self.rule, WeightRule) else None
 
     @property
-    def parts(self) -> tuple[ClassRule, ...]:
-        """See `Method.parts`: the rule, which bears the name of the method."""
+    def state_keepers(self) -> tuple[ClassRule, ...]:
+        """See `Method.state_keepers`: the rule, which bears the name of the method."""
         return (self.rule,)
 
 

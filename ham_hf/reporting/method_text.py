@@ -40,7 +40,7 @@ def trained_method(config: Mapping[str, object]) -> Method | None:
     given = {field.name: config[field.name] for field in fields(kind) if field.name in config}
     # JSON has lists alone.
     method = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    problems = setting_problems(method) or [found for part in method.parts for found in setting_problems(part)]
+    problems = setting_problems(method) or [found for one in method.state_keepers for found in setting_problems(one)]
     if problems:
         raise ValueError(f"the settings of {kind.name} in the report: {'; '.join(problems)}")
     return method

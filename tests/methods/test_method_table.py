@@ -242,7 +242,7 @@ def test_ham_weighs_its_hard_examples_by_the_rule_that_it_borrows(rule, state):
     """The weights themselves are the authors', see above; none of these rules divides by them."""
     ham = HAM(mining_start_epoch=0, mining_step=2, class_weighting=rule)
     ham.check(num_steps=10)
-    assert [part.name for part in ham.parts] == ["ham", rule]
+    assert [part.name for part in ham.state_keepers] == ["ham", rule]
     states = initial_states(ham)
     states[rule] |= state
     x, y = golden_batch(64)
@@ -291,7 +291,7 @@ def test_100_classes_most_of_them_absent_and_no_rows(method, rows):
     x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
     method.check(num_steps=10)
     states = initial_states(method, 100)
-    for part in method.parts:
+    for part in method.state_keepers:
         part.before_epoch(states[part.name], epoch=70)
     attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     found = rows_of(method, net, x, y, attack=attack, epoch=70, states=states)

@@ -79,7 +79,7 @@ def test_what_is_observed_has_one_shape_and_adds_up(label):
     method, _ = METHODS[label]
     logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
     for epoch in range(3):
-        for part in method.parts:
+        for part in method.state_keepers:
             parts = (slice(7), slice(4), slice(4, 7), slice(0))
             whole, first, second, nothing = (part.observe(logits[rows], y[rows], epoch=epoch) for rows in parts)
             if whole is not None:
@@ -91,10 +91,10 @@ def test_what_is_observed_has_one_shape_and_adds_up(label):
 def test_a_method_has_each_class_rule_once():
     ham = HAM(class_margin="dafa", class_weighting="dafa")
     assert ham.radii is ham.weights
-    assert [part.name for part in ham.parts] == ["ham", "dafa"]
+    assert [part.name for part in ham.state_keepers] == ["ham", "dafa"]
     assert [rule.name for rule in ham.rules] == ["dafa"]
     assert PGDAT().rules == ()
     cfa = available()["cfa"](cfa_lambda1=0.3)
-    assert [part.name for part in cfa.parts] == ["cfa"]
+    assert [part.name for part in cfa.state_keepers] == ["cfa"]
     assert cfa.radii is cfa.weights is cfa.rule
     assert cfa.rule.cfa_lambda1 == 0.3
