@@ -1,4 +1,4 @@
-"""Training methods: options, the rows and weights they choose, and agreement with the authors' training step."""
+"""HAM: the rows and weights it chooses, and how its passes are arranged: whichever way, the update is the same."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import HAM, PGDAT, available
+from ham_hf.methods import HAM
 from ham_hf.mining import mine_hard_examples
 from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import every_method, exact, rows_of
+from tests.support.method_checks import exact, golden_batch, rows_of
+from tests.support.nets import group_norm_net
+from tests.support.updates import updated
 
-METHODS = every_method()
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
 
 
@@ -74,27 +75,71 @@ def test_rows_without_weight_do_not_break_when_nothing_is_hard():
         assert len(batch.x) == len(batch.y) == len(batch.weight) == (3 if options is some else 0)
 
 
-@pytest.mark.parametrize("label", METHODS)
-def test_what_is_observed_has_one_shape_and_adds_up(label):
-    method, _ = METHODS[label]
-    logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
-    for epoch in range(3):
-        for part in method.state_keepers:
-            parts = (slice(7), slice(4), slice(4, 7), slice(0))
-            whole, first, second, nothing = (part.observe(logits[rows], y[rows], epoch=epoch) for rows in parts)
-            if whole is not None:
-                assert whole.shape == first.shape == second.shape == nothing.shape
-                torch.testing.assert_close(first + second, whole)
-                assert not nothing.any()
+def three_batches():
+    x, y = golden_batch(30)
+    return [(x[part], y[part]) for part in torch.arange(30).split(10)]
 
 
-def test_a_method_has_each_class_rule_once():
-    ham = HAM(class_margin="dafa", class_weighting="dafa")
-    assert ham.radii is ham.weights
-    assert [part.name for part in ham.state_keepers] == ["ham", "dafa"]
-    assert [rule.name for rule in ham.rules] == ["dafa"]
-    assert PGDAT().rules == ()
-    cfa = available()["cfa"](cfa_lambda1=0.3)
-    assert [part.name for part in cfa.state_keepers] == ["cfa"]
-    assert cfa.radii is cfa.weights is cfa.rule
-    assert cfa.rule.cfa_lambda1 == 0.3
+@pytest.mark.parametrize(
+    "options", [{"hard_weighting": "margin"}, {"class_margin": "cfa"}, {"class_weighting": "dafa"}], ids=str
+)
+def test_a_packed_update_is_the_update(options, monkeypatch):
+    """The net has no batch statistics; a fixed start, as packing attacks the rows in other company."""
+    net = golden_net()
+    net.eval()
+    monkeypatch.setattr(type(net), "train", lambda self, mode=True: self)
+    batches = three_batches()
+    plain, packed = (
+        updated(HAM(mining_start_epoch=0, mining_step=2, pack_hard_examples=pack, **options), net, batches)
+        for pack in (False, True)
+    )
+    assert plain[1].hard == packed[1].hard
+    assert packed[1].loss == pytest.approx(plain[1].loss, abs=1e-10)
+    for name, value in plain[0].items():
+        exact(packed[0][name], value)
+
+
+def test_packing_fills_the_passes():
+    net, batches = golden_net(), three_batches()
+    _, totals, rows = updated(HAM(mining_start_epoch=0, mining_step=2, pack_hard_examples=True), net, batches)
+    hard = int(totals.hard)
+    full, rest = divmod(hard, 10)
+    assert rest > 0
+    assert 1 <= full < 3
+    packed = [10] * full + [rest]
+    # Per batch two steps and a classification; per packed batch three steps; then the training passes.
+    assert rows == [10] * 9 + [size for size in packed for _ in range(3)] + packed
+
+
+def test_packing_with_nothing_hard_skips_the_update():
+    case = golden_case("ham_alleasy")
+    net = golden_net()
+    hyper = case.parameters
+    attack = Attack(threat_model=ThreatModel("linf", 1e-6), num_steps=3, step_size=hyper["step_size"])
+    ham = HAM(mining_start_epoch=0, mining_step=1, pack_hard_examples=True)
+    batches = [(case.x[:5], case.y[:5]), (case.x[5:], case.y[5:])]
+    after, totals, _ = updated(ham, net, batches, attack=attack)
+    assert totals.updates == totals.hard == 0
+    assert all(torch.equal(after[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("hard_fraction", [0.4, 0.6])
+def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_hard(hard_fraction):
+    net, rows = group_norm_net(), []
+    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    x = torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right = net(x).argmax(1).detach()
+    y = torch.where(torch.arange(10) < 10 * hard_fraction, (right + 1) % 4, right)
+    attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=4, step_size=0.1)
+    ham = HAM(mining_start_epoch=0, mining_step=1)
+    counts = torch.full((4,), 10.0, dtype=torch.float64)
+    states = {"ham": ham.initial_state(counts)}
+    hard = round(10 * hard_fraction)
+    separate, in_step = [10, 10, *[hard] * 3], [10, 10, *[hard] * 2]
+    for epoch, expected in enumerate([separate, in_step if hard_fraction > 0.5 else separate]):
+        ham.before_epoch(states["ham"], epoch=epoch)
+        rows.clear()
+        batch = rows_of(ham, net, x, y, attack=attack, epoch=epoch, states=states)
+        assert rows == expected
+        observed = ham.observe(batch.early_logits, y, epoch=epoch)
+        ham.after_update(states["ham"], observed, epoch=epoch)

@@ -15,7 +15,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods import (
+    BAT,
+    CFA,
+    CFOL,
+    DAFA,
+    FAAL,
+    FAT,
+    FRL,
+    GAIRAT,
+    HAM,
+    MART,
+    PGDAT,
+    TRADES,
+    WAT,
+    Method,
+    available,
+)
 from ham_hf.methods.bat import BalanceLoss
 from ham_hf.methods.losses import MartLoss, TradesLoss
 from ham_hf.methods.rules.hard_fraction import HardFraction
@@ -24,6 +40,7 @@ from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
     attack_of,
+    every_method,
     exact,
     golden_batch,
     golden_frl,
@@ -337,3 +354,29 @@ def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size
         assert torch.isfinite(terms).all()
         (gradient,) = torch.autograd.grad(terms.sum(), given)
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("label", every_method())
+def test_what_is_observed_has_one_shape_and_adds_up(label):
+    method, _ = every_method()[label]
+    logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
+    for epoch in range(3):
+        for part in method.state_keepers:
+            parts = (slice(7), slice(4), slice(4, 7), slice(0))
+            whole, first, second, nothing = (part.observe(logits[rows], y[rows], epoch=epoch) for rows in parts)
+            if whole is not None:
+                assert whole.shape == first.shape == second.shape == nothing.shape
+                torch.testing.assert_close(first + second, whole)
+                assert not nothing.any()
+
+
+def test_a_method_has_each_class_rule_once():
+    ham = HAM(class_margin="dafa", class_weighting="dafa")
+    assert ham.radii is ham.weights
+    assert [part.name for part in ham.state_keepers] == ["ham", "dafa"]
+    assert [rule.name for rule in ham.rules] == ["dafa"]
+    assert PGDAT().rules == ()
+    cfa = available()["cfa"](cfa_lambda1=0.3)
+    assert [part.name for part in cfa.state_keepers] == ["cfa"]
+    assert cfa.radii is cfa.weights is cfa.rule
+    assert cfa.rule.cfa_lambda1 == 0.3
