@@ -51,11 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared = {known.name: known for known in settings_of(HubConfig)}
     parser.add_argument("--hub_model_id", help=shared["hub_model_id"].help)
-    parser.add_argument("--hub_private_repo", action="store_true", help="create it private")
-    parser.add_argument("--publish_images", action="store_true", help=shared["publish_images"].help)
-    parser.add_argument(
-        "--hub_space", action="store_true", help="publish report.html as a static Space of the same owner/name too"
-    )
+    for name in ("hub_private_repo", "publish_images", "hub_space"):
+        parser.add_argument(f"--{name}", action="store_true", help=shared[name].help)
     parser.add_argument("--hub_revision", default=DEFAULT_REVISION, help=shared["hub_revision"].help)
     parser.add_argument("--model_license", help="license of the weights; default: that of the run's settings")
     parser.add_argument("--create_pr", action="store_true", help="push the folder of an evaluation as a pull request")
