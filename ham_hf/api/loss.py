@@ -13,15 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ham_hf.attacks import (
-    Attack,
-    ThreatModel,
-    check_batch,
-    check_pixel_range,
-    evaluation_mode,
-    ordinary,
-    outside_inference_mode,
-)
+from ham_hf.api.loader import check_images
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.invocation import command
 from ham_hf.methods import Batch, Method, RuleMethod, TrainingRows, available
 from ham_hf.settings import setting_problems
@@ -159,12 +152,9 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
             "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel takes apart: "
             "use DistributedDataParallel, or the trainer (ham_hf.train)"
         )
-    check_batch(x, y)
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold class numbers (int64), got {y.dtype}; mixed labels cannot be attacked")
+    check_images(x, y)
     if not len(y):
         raise ValueError("the batch holds no image")
-    check_pixel_range(x)
 
 
 def _instance(method: str, options: Mapping[str, object], num_steps: int) -> Method:

@@ -27,7 +27,6 @@ from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfi
 if TYPE_CHECKING:
     from ham_hf.methods import Method
 
-
 DEFAULT_METHOD = "ham"
 
 

@@ -57,7 +57,6 @@ from ham_hf.training.resume import Progress
 
 logger = logging.getLogger(__name__)
 
-
 MAX_CONFUSION_CLASSES = 200
 """Above this number of classes the confusion matrix is left out: it grows with the square."""
 

@@ -399,8 +399,7 @@ class Trainer:
 
     def _as_attacked(self, module: nn.Module) -> nn.Module:
         """The module as validation attacks it; an average of weights computes in float32."""
-        own = self.accelerator.mixed_precision if module is self.module else "no"
-        return attack_passes(module, "training", own)
+        return attack_passes(module, "training", self.accelerator.mixed_precision) if module is self.module else module
 
     @property
     def _held_out_part(self) -> HeldOutPart:
