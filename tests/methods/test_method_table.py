@@ -380,3 +380,11 @@ def test_a_method_has_each_class_rule_once():
     assert [part.name for part in cfa.state_keepers] == ["cfa"]
     assert cfa.radii is cfa.weights is cfa.rule
     assert cfa.rule.cfa_lambda1 == 0.3
+
+
+def test_a_method_is_settled_when_the_last_of_what_it_does_by_epochs_has_begun():
+    assert PGDAT().settled_epoch == 0
+    assert HAM(mining_start_epoch=7).settled_epoch == 7
+    assert HAM(mining_start_epoch=7, class_weighting="dafa").settled_epoch == 70
+    assert FAT(fat_tau_epochs=(3, 9)).settled_epoch == 9
+    assert FAT(fat_tau_epochs=()).settled_epoch == 0
