@@ -84,7 +84,6 @@ class Totals:
 class _WeighedBatch:
     """The batch of one accumulation step, its rows to train on, and their shares (T, E) in the loss."""
 
-    number: int
     batch: Batch
     rows: TrainingRows
     share: Tensor
@@ -242,9 +241,9 @@ class TrainStep:
         # Where nothing is trained on there is nothing to divide either.
         safe = torch.where(divisor > 0, divisor, 1)
         weighed = []
-        for number, (batch, rows, (weight, _)) in enumerate(zip(batches, chosen, weights, strict=True)):
+        for batch, rows, (weight, _) in zip(batches, chosen, weights, strict=True):
             share = weight / safe.to(weight.dtype)[:, None]
-            weighed.append(_WeighedBatch(number=number, batch=batch, rows=rows, share=share))
+            weighed.append(_WeighedBatch(batch=batch, rows=rows, share=share))
             self.method_state.note(batch.y, rows, share)
         return weighed, divisor
 
@@ -287,12 +286,12 @@ class TrainStep:
     def _backward(self, weighed: Sequence[_WeighedBatch], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
         losses, observed = [], []
-        for one in weighed:
+        for number, one in enumerate(weighed):
             batch, rows = one.batch, one.rows
-            last = one.number == len(weighed) - 1
+            last = number == len(weighed) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 if len(rows.y):
-                    logits = self._training_forward(self.model, rows, one.number, place)
+                    logits = self._training_forward(self.model, rows, number, place)
                     loss = (self.method.losses(logits, rows) * one.share).sum()
                 else:
                     logits = batch.x.new_zeros(0, self.method_state.num_classes)
