@@ -27,7 +27,7 @@ test:  ## all tests but the long fault tests, in TEST_PROCESSES processes
 test-quick:  ## tests that are not slow and start no program: a minute and a half
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not program and not browser"
 
-faults:  ## the fault table of docs/unattended.md: kill, fill, cut and starve runs; 16 minutes on 2 cores
+faults:  ## test the fault table of docs/unattended.md: kills, full disks, lost connections, no memory; 16 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist load -m faults
 
 same:  ## make same COMMIT=main: train with that commit and with this tree, and compare every number bit for bit

@@ -1,7 +1,7 @@
-"""Fair adversarial training for any timm backbone: what own training loops and notebooks are written with.
+"""Fair adversarial training for any timm backbone: functions for your own training loops and notebooks.
 
 `ThreatModel`, `pgd` and `mine_hard_examples` attack, `adversarial_loss` is the loss of one batch, `evaluate`,
-`summarize` and `calibrate` measure and mend fairness, `load_pixel_model` loads a published model, `train` is the
+`summarize` and `calibrate` measure and improve fairness, `load_pixel_model` loads a published model, `train` is the
 whole trainer. Importing the package imports neither torch nor timm; each name is imported when it is first used.
 Our CIFAR networks are registered with timm, whichever of the two is imported first.
 

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first of the words ``argv`` (None: the process's) names, with the others.
 
     Raises:
-        SystemExit: status 2 if the first word names no command; and what the command raises.
+        SystemExit: status 2 if the first word names no command; and exceptions of the command.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in COMMANDS:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def overview() -> str:
-    """What ``ham-hf --help`` shows."""
+    """Text of ``ham-hf --help``."""
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items())
     return f"""\

@@ -344,7 +344,7 @@ def pgd(
         num_steps: number of steps, >= 0.
         step_size: length of a step in pixel units, a number or (N,).
         start: images to start from, used as they are; None draws them uniformly from the ball.
-        loss_fn: what to increase, per example.
+        loss_fn: loss to increase, per example.
         generator: source of the random start, on the device of ``x``.
 
     Returns:

@@ -32,6 +32,7 @@ from ham_hf.fitting import (
 from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_model
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
+from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, Origin, complete_name, read_origin
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
@@ -52,7 +53,8 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
     """Run one calibration; ``lock`` is acquired here, on the main process."""
     with refusals():
         job, held_out, origin = _prepare(config, lock)
-    loaded, data, folder = job.loaded, job.data, config.output_path
+        loaded, data, folder = job.loaded, job.data, config.output_path
+        names = own_class_names(loaded, job.model, data.class_names)
     logger.info("calibrating %s on %s of %s", config.model, held_out.origin, data.name)
     with faults_of_work(
         "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
@@ -66,7 +68,6 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
     if job.accelerator.is_main_process:
         with clean_exit(ValueError, CorruptImageError, OSError):
             model_license = config.model_license or origin.license
-            names = own_class_names(job.model, data.class_names)
             exported = export_calibrated(config, loaded, found, shifts, class_names=names, model_license=model_license)
             report = calibrated_report(job.report(results), found, exported, origin, model_license=model_license)
             examples = run_examples(
@@ -85,8 +86,7 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
     with accelerator.main_process_first():
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
-        num_classes, image_size = num_logits(loaded), loaded.preprocessing.image_size
-        check_foldable(loaded.model, num_classes=num_classes, image_size=image_size)
+        check_foldable(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
         held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
     threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
@@ -125,8 +125,7 @@ class HeldOut:
 
 def restore_original(loaded: LoadedModel) -> None:
     """Restore a calibrated model's original bias, in place, so that calibrating again does not add up."""
-    record = loaded.metadata.get(CALIBRATION_KEY)
-    if record is not None:
+    if (record := loaded.metadata.get(CALIBRATION_KEY)) is not None:
         logger.info(
             "the model was calibrated with fairness %s: starting from its original bias", record.get("fairness")
         )
@@ -171,12 +170,8 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     inputs = loaded.preprocessing
 
     def loaded_with(**changes: Any) -> ImageData:  # noqa: ANN401 (settings of data)
-        return load_image_data(
-            replace(settings, validation_fraction=0.0, **changes),
-            inputs,
-            seed=config.seed,
-            image_size=inputs.image_size,
-        )
+        wanted = replace(settings, validation_fraction=0.0, **changes)
+        return load_image_data(wanted, inputs, seed=config.seed, image_size=inputs.image_size)
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
     data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
@@ -196,10 +191,11 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         raise ValueError(
             f"--calibration_split {split}: a stream cannot be calibrated on; leave --dataset_streaming out"
         )
-    part = loaded_with(**others, **limits)
-    found = part.provenance
-    same_images = trained is not None and found is not None and trained.fingerprint == found.fingerprint
-    seen = is_train or same_images
+    try:
+        part = loaded_with(**others, **limits)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--train_split", "--calibration_split")) from error
+    seen = is_train or (trained is not None and part.fingerprint is not None and trained.is_of(part.fingerprint))
     if seen and not config.allow_training_images:
         raise ValueError(
             f"--calibration_split {split} is the training split: shifts that are found on images which the model was "
@@ -232,8 +228,7 @@ def _with_labels_by_name(images: Images, names: Sequence[str], wanted: Sequence[
     """The images with labels that count ``wanted`` instead of ``names``."""
     if tuple(names) == tuple(wanted):
         return images
-    unknown = sorted({*names} - {*wanted})
-    if unknown:
+    if unknown := sorted({*names} - {*wanted}):
         raise ValueError(
             f"--calibration_split {split} has classes that the other splits do not have: {', '.join(unknown[:5])}"
         )
@@ -295,19 +290,19 @@ def shifts_of_logits(aligned: nn.Module, shifts: Sequence[float], num_classes: i
 
     ``aligned`` is what `ham_hf.fitting.align_classes` made of the model; ``shifts`` are in the order of the dataset.
     """
-    found = torch.tensor(shifts)
-    if not isinstance(aligned, ReorderedLogits):
-        return found
-    own = torch.zeros(num_classes)
-    own[aligned.order.cpu()] = found
-    return own
+    order = aligned.order.cpu() if isinstance(aligned, ReorderedLogits) else torch.arange(num_classes)
+    return torch.zeros(num_classes).index_copy(0, order, torch.tensor(shifts))
 
 
-def own_class_names(aligned: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:
-    """The dataset's names in the order of the model's own logits."""
-    if not isinstance(aligned, ReorderedLogits):
-        return tuple(class_names)
-    return tuple(class_names[int(place)] for place in aligned.order.argsort())
+def own_class_names(loaded: LoadedModel, aligned: nn.Module, class_names: Sequence[str]) -> tuple[str, ...]:
+    """A name for each of the model's logits: its own, or the dataset's and, for what that lacks, ImageNet's."""
+    if loaded.class_names is not None or not isinstance(aligned, ReorderedLogits):
+        return loaded.class_names or tuple(class_names)
+    number = num_logits(loaded)
+    names = [*(imagenet_synsets(number) or map(str, range(number)))]
+    for place, name in zip(aligned.order.tolist(), class_names, strict=True):
+        names[place] = name
+    return tuple(names)
 
 
 def folded(loaded: LoadedModel, shifts: Tensor) -> LoadedModel:
@@ -340,8 +335,8 @@ def export_calibrated(
 ) -> ExportInfo:
     """Write the folded model into the output folder, and compare what plain timm makes of it with logits plus shift.
 
-    ``shifts`` (C,) and ``class_names``, for a model that does not name its own, are in the order of its logits. If the
-    comparison fails, nothing of the export is left.
+    ``shifts`` (C,) and ``class_names`` are in the order of the model's logits. If the comparison fails, nothing of the
+    export is left.
     """
     name = complete_name(config.model, config.model_revision)
     # The network as it was trained, where it was published inside another one.
@@ -356,7 +351,7 @@ def export_calibrated(
         backbone,
         folder,
         preprocessing=loaded.preprocessing,
-        class_names=loaded.class_names or class_names,
+        class_names=class_names,
         metadata={**loaded.metadata, CALIBRATION_KEY: calibration_record(original, report, shifts)},
         model_license=model_license,
         tag=str(backbone.pretrained_cfg.get("tag") or "fair"),

@@ -1,4 +1,4 @@
-"""One evaluation of an existing model: check, measure, write; and what a calibration shares with it."""
+"""One evaluation of an existing model: check, measure, write; and the parts that a calibration shares."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NOT_THE_NUMBERS = frozenset(
     {"model", "output_dir", "overwrite_output_dir", "disable_tqdm", "ddp_timeout", "push_to_hub", "create_pr",
      "hub_model_id", "publish_images", "dataloader_num_workers"}
 )  # fmt: skip
-"""Settings that change nothing of what is measured."""
+"""Settings that do not change the results."""
 
 FAULTS = (NonFiniteLogitsError, CorruptImageError, StreamError, FaultError, ForeignAttackError, OSError)
 """Faults whose messages say what to do."""
@@ -102,7 +102,7 @@ def evaluate_on_test(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Job(Generic[ConfigT]):
-    """What was checked and loaded: ``model`` has its logits in the order of the classes of ``data``."""
+    """A checked and loaded evaluation: ``model`` has its logits in the order of the classes of ``data``."""
 
     config: ConfigT
     accelerator: Accelerator
@@ -149,7 +149,7 @@ class Job(Generic[ConfigT]):
 
 
 def begin(config: EvaluateConfig | CalibrateConfig, owned: Sequence[str]) -> Accelerator:
-    """Refuse what can be refused without model and data, and start the accelerator."""
+    """Reject what can be rejected without model and data, and start the accelerator."""
     if config.evaluation.autoattack:
         require_autoattack()
     check_results_dir(config.output_path, owned, overwrite=config.overwrite_output_dir)
@@ -166,7 +166,7 @@ def make_job(
     threat_model: ThreatModel,
     owned: Sequence[str],
 ) -> Job[ConfigT]:
-    """Match the classes, lock the output folder and remove what is ``owned`` by an earlier run, on all processes."""
+    """Match the classes, lock the output folder and remove ``owned`` files of an earlier run, on all processes."""
     model, class_order = align_classes(loaded, data.class_names)
     if accelerator.is_main_process:
         lock.acquire()
@@ -184,21 +184,21 @@ def make_job(
 
 
 @contextmanager
-def refusals(way_on: str = RESUMED_BY) -> Iterator[None]:
-    """End the process with a message for what is rejected before the work begins."""
+def refusals(continue_with: str = RESUMED_BY) -> Iterator[None]:
+    """End the process with a message for errors before the work begins."""
     with (
         clean_exit(ValueError, OSError, FaultError),
-        explain_faults(num_processes=launched_processes(), way_on=way_on),
+        explain_faults(num_processes=launched_processes(), continue_with=continue_with),
     ):
         yield
 
 
 @contextmanager
-def faults_of_work(memory_advice: str, way_on: str = RESUMED_BY) -> Iterator[None]:
+def faults_of_work(memory_advice: str, continue_with: str = RESUMED_BY) -> Iterator[None]:
     """End the process with a message for faults during the work."""
     with (
         clean_exit(*FAULTS),
-        explain_faults(num_processes=launched_processes(), way_on=way_on),
+        explain_faults(num_processes=launched_processes(), continue_with=continue_with),
         explain_out_of_memory(memory_advice),
     ):
         yield
@@ -235,7 +235,7 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
 
 
 def shell_command(config: EvaluateConfig) -> str:
-    """The words that measure the same again, without where things lie on this machine."""
+    """The words of a command that repeats the measurement, without local paths."""
     settings = config_to_dict(config)
     defaults = config_to_dict(EvaluateConfig(model=config.model))
     given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
@@ -246,7 +246,7 @@ def shell_command(config: EvaluateConfig) -> str:
 
 
 def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
-    """Everything that can be refused, before anything is written."""
+    """Reject what can be rejected, before anything is written."""
     accelerator = begin(config, OWNED_BY_EVALUATION)
     if config.hub.push_to_hub and accelerator.is_main_process:
         if config.hub.create_pr:

@@ -43,17 +43,17 @@ def clean_exit(*kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def explain_interrupt(way_on: str) -> Iterator[None]:
+def explain_interrupt(continue_with: str) -> Iterator[None]:
     """Turn Ctrl-C into one line that says how to continue, and exit status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted; {way_on}\n")
+        sys.stderr.write(f"interrupted; {continue_with}\n")
         raise SystemExit(130) from None
 
 
 @contextmanager
-def explain_faults(*, num_processes: int, way_on: str = FROM_CHECKPOINT) -> Iterator[None]:
+def explain_faults(*, num_processes: int, continue_with: str = FROM_CHECKPOINT) -> Iterator[None]:
     """Raise FaultError, with how to continue, if a data-loading process or another process of the run is gone."""
     try:
         yield
@@ -62,13 +62,13 @@ def explain_faults(*, num_processes: int, way_on: str = FROM_CHECKPOINT) -> Iter
         if text[0].startswith("DataLoader worker"):
             raise FaultError(
                 f"a process that decodes images is gone ({text[0]}), most often for lack of memory: lower "
-                f"--dataloader_num_workers, and continue with {way_on}"
+                f"--dataloader_num_workers, and continue with {continue_with}"
             ) from error
         if num_processes > 1 and (isinstance(error, dist.DistError) or _LOST.search(str(error))):
             raise FaultError(
                 f"another process of the run is gone or did not answer within --ddp_timeout ({text[0][:200]}); what "
                 "stopped it is in its own output. If it was still downloading or decoding the dataset, which the "
-                f"others wait for, give a longer --ddp_timeout. Continue with {way_on}"
+                f"others wait for, give a longer --ddp_timeout. Continue with {continue_with}"
             ) from error
         raise
 
@@ -96,15 +96,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explain_out_of_memory(way_out: str) -> Iterator[None]:
-    """Raise FaultError for an allocator's error; ``way_out`` says which settings need less memory."""
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
+    """Raise FaultError for an allocator's error; ``remedy`` says which settings need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise FaultError(f"out of memory ({first_line}); {way_out}") from error
+        raise FaultError(f"out of memory ({first_line}); {remedy}") from error
 
 
 def smaller_batch(batch_size: int, accumulation_steps: int, *, may_change: bool) -> str:

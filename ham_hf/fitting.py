@@ -1,4 +1,4 @@
-"""A model of any origin on a data set: what it was trained on, its threat model, its logits in the data's order."""
+"""A model of any origin on a dataset: its training data, its threat model, its logits in the dataset's order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def what_trained(loaded: LoadedModel) -> TrainedOn:
-    """What is known of a model's training data.
+    """Return what is known about a model's training data.
 
     Raises:
         ValueError: if the record is damaged.
@@ -36,7 +36,7 @@ def what_trained(loaded: LoadedModel) -> TrainedOn:
 
 
 def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
-    """The data that a model was trained on, held out just as in training; ``validation`` is what it never trained on.
+    """The data of a model's training, held out just as in training; it never trained on ``validation``.
 
     Args:
         loaded: the model; its ``config.json`` records the split, the seed and the shares.
@@ -61,18 +61,19 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
     seed = settings.pop("seed")
     inputs = loaded.preprocessing
     data = load_image_data(replace(config, **settings), inputs, seed=seed, image_size=inputs.image_size)
-    found = data.provenance
-    if found is None or (found.num_images, found.fingerprint) != (trained.num_images, trained.fingerprint):
+    known, found = data.provenance, data.fingerprint
+    same = trained.is_of(found) if found is not None else trained.fingerprint is None  # a stream has none
+    if known is None or known.num_images != trained.num_images or not same:
         raise ValueError(
             f"--dataset_name {config.dataset_name}: split {trained.train_split!r} is not what the model was trained "
-            f"on, {trained.num_images} images of {trained.dataset}: number of images or labels differ; give that "
-            "dataset, or a copy of it"
+            f"on, {trained.num_images} images of {trained.dataset}: number of images, labels or pixels differ; "
+            "give that dataset, or a copy of it"
         )
     return data
 
 
 def provenance_of(loaded: LoadedModel) -> Provenance | None:
-    """Return what a model was trained on; None if its ``config.json`` does not say so.
+    """Return the record of a model's training data; None if its ``config.json`` has none.
 
     Raises:
         ValueError: if the record is damaged.
@@ -120,7 +121,7 @@ def num_logits(loaded: LoadedModel) -> int:
 
 
 class ReorderedLogits(nn.Module):
-    """A classifier whose logits are put into another order of classes."""
+    """A classifier whose logits are put into a different order of classes."""
 
     order: Tensor
 

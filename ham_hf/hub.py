@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 REQUIRED = ("model.safetensors", "config.json")
 CARD_NAME = "README.md"
-ARTEFACTS = (
+ARTIFACTS = (
     *REQUIRED,
     CARD_NAME,
     "report.json",
@@ -145,7 +145,7 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTEFACTS`` of an output folder, which stays as it is, to a branch of an existing repository.
+    """Push the ``ARTIFACTS`` of an output folder, which is not changed, to a branch of an existing repository.
 
     Args:
         folder: what to push.
@@ -153,7 +153,7 @@ def push_folder(
         private: whether the command that an error names makes a private repository.
         revision: branch.
         commit_message: its first line.
-        attempts: tries when the server or the connection fails, or somebody else commits meanwhile.
+        attempts: tries when the server or the connection fails, or another commit lands meanwhile.
         publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
             without them, and no figure of them is pushed.
         space: put the page into a static Space of the same name too, as private as the model.
@@ -168,7 +168,7 @@ def push_folder(
     folder = Path(folder)
     _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     withheld = _withheld(folder, publish_images=publish_images)
-    files = _files(folder, ARTEFACTS, withheld)
+    files = _files(folder, ARTIFACTS, withheld)
     upload = partial(_commit, repo_id, files, revision=revision, commit_message=commit_message)
     flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
     state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
@@ -191,7 +191,7 @@ def _files(folder: Path, names: Iterable[str], withheld: Mapping[str, bytes | No
 
 def _commit(repo_id: str, files: Mapping[str, bytes | Path], **options: Any) -> CommitInfo:  # noqa: ANN401
     """Commit files, which a folder or memory holds; without changes the last commit is returned."""
-    # Made anew for each try, as huggingface_hub notes in them what was uploaded.
+    # Made anew for each try, as huggingface_hub marks in them the files that were uploaded.
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
     with warnings.catch_warnings():
         # predictions.parquet belongs to the model.
@@ -242,7 +242,7 @@ def _fill_space(page: str, folder: Path, repo_id: str) -> CommitInfo:
 
 
 def _withheld(folder: Path, *, publish_images: bool) -> dict[str, bytes | None]:
-    """What is not pushed as it is, because it shows images of a dataset that is not known to be public.
+    """Files that are pushed without images, or not at all, because the dataset is not known to be public.
 
     Returns:
         The page and the cards without images, by name, and None for images.
@@ -274,7 +274,7 @@ def _has_public_images(folder: Path) -> bool:
     if dataset.hub_id is None:
         return dataset.name == "digits"
     try:
-        # Without a token: as anybody sees it.
+        # Without a token: as the public sees it.
         found = retry(partial(HfApi(token=False).dataset_info, dataset.hub_id))
     except ACCESS_ERRORS:
         return False
@@ -316,7 +316,7 @@ def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: st
     """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
     upload = partial(_commit, repo_id, _files(folder, names, {}), revision=revision, commit_message=commit_message)
     state = f"{repo_id} is as it was."
-    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Give the same command again")
+    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Run the same command again")
     return str(commit.commit_url)
 
 
@@ -383,7 +383,7 @@ def _keeps_its_report(repo_id: str, revision: str) -> bool:
         report = read_report(hf_hub_download(repo_id, REPORT_NAME, revision=revision))
     except EntryNotFoundError:
         return False
-    except ValueError:  # somebody else's file
+    except ValueError:  # not a report of this package
         return True
     return report.training is not None or report.calibration is not None
 
@@ -457,7 +457,7 @@ def _pushed(upload: Callable[[], CommitInfo], what: str, *, attempts: int, state
         advice = {
             401: "The token is not accepted: run `hf auth login` or renew HF_TOKEN first. ",
             403: "The token may not write there: get the rights, or take another --hub_model_id. ",
-            404: "There is no such repository or branch now: the command below makes it again. ",
+            404: "The repository or branch is gone: the command below creates it again. ",
         }.get(status_of(error) or 0, "")
         raise PushError(f"pushing {what} failed: {without_token(error)}\n{state} {advice}{again}") from None
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 CONFLICTS = (409, 412)
-"""Somebody else committed meanwhile. A repeated push commits on top of that."""
+"""Another commit landed meanwhile. A repeated push commits on top of it."""
 
 SILENCE_LIMIT = 60.0
 """Seconds within which a server must send or take at least one byte, for requests without their own limit."""
@@ -32,7 +32,7 @@ WAIT_LIMIT = 60
 # huggingface_hub uses httpx or httpx2, depending on the version; its error derives from the base class of either.
 NETWORK_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 STRANGE_ANSWERS = (LookupError, TypeError, AttributeError, JSONDecodeError)
-"""What huggingface_hub raises when something other than a Hub answers, such as the login page of a network."""
+"""Exceptions of huggingface_hub when something other than a Hub answers, such as the login page of a network."""
 ACCESS_ERRORS: tuple[type[Exception], ...] = (*NETWORK_ERRORS, *STRANGE_ANSWERS)
 # RuntimeError: the transfer library (hf_xet); ValueError: metadata in README.md that the Hub refuses.
 PUSH_ERRORS: tuple[type[Exception], ...] = (*ACCESS_ERRORS, RuntimeError, ValueError)
@@ -92,7 +92,7 @@ def retry(action: Callable[[], T], attempts: int = 3, also: Collection[int] = ()
                 raise
             asked = asked_wait(error.response.headers) if isinstance(error, HfHubHTTPError) else None
             wait = min(max(2 ** (attempt - 1), asked or 0), WAIT_LIMIT)
-            logger.warning("The Hub did not do it (%s); trying again in %d s", without_token(error), wait)
+            logger.warning("The Hub request failed (%s); trying again in %d s", without_token(error), wait)
             time.sleep(wait)
     return action()
 

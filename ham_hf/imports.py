@@ -1,4 +1,4 @@
-"""Imports that wait, so that ``import ham_hf`` and ``--help`` import neither torch nor timm.
+"""Deferred imports, so that ``import ham_hf`` and ``--help`` import neither torch nor timm.
 
 `names_on_demand` lets a package offer names whose modules are imported when a name is first used.
 

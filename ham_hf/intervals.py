@@ -45,7 +45,7 @@ def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple
 
     Each of the C classes with an example gets its Wilson interval at 1 - 0.05 / C (Bonferroni); the smallest of the
     lower ends and the smallest of the upper ends, which may be another class's, are the interval. It holds whichever
-    class is the worst; that of one class alone, in `ham_hf.metrics.ClassAccuracy`, is another one. Simulated
+    class is the worst, unlike that of one class alone in `ham_hf.metrics.ClassAccuracy`. Simulated
     coverage for C = 10 and 36, 100 and 1,000 images a class (`python -m tests.benchmarks.coverage`): 97.9 to 100 %.
 
     Raises:
@@ -72,7 +72,7 @@ def fairness_intervals(
     Hinkley, 1997, section 5.2): estimate minus the quantiles of what resampling changed, so that what noise adds to a
     spread is taken off and not added once more. Where the counts are compatible with equal accuracies (5 % test of
     the standard deviation, simulated), resampling changes too little at the low end: the interval then also covers
-    the one that resampling from equal accuracies gives (our choice). Ends are cut to what the number can be.
+    the one that resampling from equal accuracies gives (our choice). Ends are cut to the possible range.
 
     Simulated coverage for C = 10, in percent, for 36 / 100 / 1,000 images a class
     (`python -m tests.benchmarks.coverage`):

@@ -1,4 +1,4 @@
-"""How this process was started and what its installation holds: a message names what its reader has.
+"""How this process was started and what its installation holds, so that messages name commands and files that exist.
 
 The commands run in two ways: as files of a checkout (``accelerate launch recipes/train_ham.py``), or by their names
 once the package is installed (``ham-hf train``, ``python -m ham_hf train``). The recipes, YAML files of settings,
@@ -33,7 +33,7 @@ def is_script() -> bool:
 
 
 def program(name: str) -> str:
-    """What usage lines call command ``name``: ``train_ham.py`` for a script, else ``ham-hf train``."""
+    """The name of command ``name`` in usage lines: ``train_ham.py`` for a script, else ``ham-hf train``."""
     return SCRIPTS[name] if name in SCRIPTS and is_script() else f"ham-hf {name}"
 
 
@@ -43,7 +43,7 @@ def command(name: str) -> str:
 
 
 class RecipeFile(NamedTuple):
-    """A file that comes with the package: what ``--config`` takes, its first comment line, and what it is for."""
+    """A file that comes with the package: its name for ``--config``, its first comment line, and its use."""
 
     name: str
     summary: str

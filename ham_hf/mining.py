@@ -101,7 +101,7 @@ def mine_hard_examples(
         step_size: length of a step in pixel units, a number or (N,).
         mining_step: M, the iterate that decides; 0 <= M <= K.
         start: images to start from; None draws them uniformly from the ball.
-        loss_fn: what the attack increases, per example; a `RowLoss` is told which rows are left.
+        loss_fn: loss that the attack increases, per example; a `RowLoss` is told which rows are left.
         generator: source of the random start, on the device of ``x``.
         track_moves: also return ``largest_move``; costs no pass over the model.
         classify_in_step: let the step after the mining step classify, if there is one.

@@ -1,9 +1,9 @@
 """Attacks whose passes run in 16 bits while pixels, the perturbation and the loss stay float32.
 
-An attack is nine tenths of what adversarial training costs, and a sign or a direction is all that a step takes from a
+The attack is about 90 % of the cost of adversarial training, and each step uses only the sign or the direction of a
 gradient. So convolutions and matrix products of the attack may be coarser than those of the update.
 
-float16 cannot hold the small gradients that an attack lives on: the input gradient of an image that the network is
+float16 cannot hold the small gradients that an attack needs: the input gradient of an image that the network is
 sure of is 0 in it. A direction stays the same when the loss of an image is multiplied by a positive number, so the
 gradient of each image is brought to one size where it enters the network's backward, and divided by the same power of
 two where it leaves it.

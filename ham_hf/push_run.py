@@ -80,7 +80,7 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
     repo_id = check_write_access(
         options.hub_model_id, private=options.hub_private_repo, revision=revision, space=space
     )
-    # The card's loading lines name the repository, which may be another one than the run knew of.
+    # The card's loading lines name the repository, which may differ from that of the run's settings.
     write_card(report, folder, repo_id=repo_id, model_license=model_license)
     write_eval_results(report, folder)
     push_finished(folder, repo_id, options)

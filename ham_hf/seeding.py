@@ -1,6 +1,6 @@
 """Random streams by name and position: no generator outlives the step it was made for.
 
-A stream depends only on the run's seed, what it is for, and where in the run it is used (epoch, step, rank), so a
+A stream depends only on the run's seed, its purpose, and its place in the run (epoch, step, rank), so a
 resumed run repeats the uninterrupted one and no random state needs to be saved.
 """
 
@@ -17,7 +17,7 @@ several seeds are compared on the same images."""
 
 
 class Stream(IntEnum):
-    """What randomness is for. The numbers are part of every run's results: append, never renumber."""
+    """Purposes of randomness. The numbers are part of every run's results: append, never renumber."""
 
     DATA_ORDER = 0
     AUGMENTATION = 1
@@ -35,7 +35,7 @@ def derive_seed(seed: int, stream: Stream, *position: int) -> int:
 
     Args:
         seed: the run's seed, >= 0.
-        stream: what the randomness is for.
+        stream: purpose of the randomness.
         *position: where in the run, non-negative numbers such as epoch, step and rank.
     """
     mixed = np.random.SeedSequence([seed, int(stream), *position]).generate_state(1, np.uint64)[0]

@@ -1,4 +1,4 @@
-"""What a setting is: a dataclass field with a type, a help line and a range, and the checks that follow from them.
+"""Settings: dataclass fields with a type, a help line and a range, and the checks that follow from them.
 
 Every settings class (the group of each component, and the training methods of `ham_hf.methods`) is a frozen dataclass
 whose fields are declared with `setting`. `settings_of` reads them into `Setting` objects, from which checks,
@@ -24,7 +24,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run, with everything that is wrong with it.
 
     Attributes:
-        problems: one sentence each; names the setting, its value and what was expected.
+        problems: one sentence each; names the setting, its value and the expected values.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
@@ -135,7 +135,7 @@ class Setting:
 
     @property
     def expected(self) -> str:
-        """What a value must be, to follow the word "expected"."""
+        """Description of the values that are allowed, to follow the word "expected"."""
         if self.choices:
             what = f"{'none, or some' if self.is_list else 'one'} of " + ", ".join(self.choices)
         elif self.is_mapping:

@@ -41,7 +41,7 @@ SAID_BY_EACH_PROCESS = ("ham_hf.data.streaming", "ham_hf.evaluation.batch_sharin
 
 
 def set_up_logging(rank: int) -> None:
-    """Log to standard error: everything of ours on the main process, elsewhere only what the main one cannot say.
+    """Log to standard error: all our messages on the main process, elsewhere only those that the main one lacks.
 
     Characters that standard output or error cannot show are replaced from here on. ``rank`` is the process's number.
     """

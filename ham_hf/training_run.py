@@ -63,14 +63,14 @@ logger = logging.getLogger("ham_hf.train")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that is checked and put together.
+    """A checked and assembled run.
 
     Attributes:
         config: its settings; the accumulation is that of this number of processes.
         preprocessing: what goes with the model; None for one that timm cannot build (`ham_hf.train`).
         selected: takes the selected weights; the trainer changes forward and device of its own network.
         held_out: images to find class shifts on; None if none are asked for.
-        base_model: Hub id of the pretrained weights, if it starts from such.
+        base_model: Hub id of the pretrained weights that it starts from, if any.
         repo_id: repository to push to; None on the other processes, and if nothing is pushed.
     """
 
@@ -219,7 +219,7 @@ def run_of(
     after_save: Callable[[Trainer], None] | None = None,
     plan_besides: Mapping[str, object] | None = None,
 ) -> Run:
-    """Put a run together; makes its trainer, and a copy of the network before that changes it."""
+    """Assemble a run: make its trainer, and first a copy of the network, which the trainer changes."""
     selected = copy.deepcopy(network)
     trainer = Trainer(
         network,
@@ -233,7 +233,7 @@ def run_of(
         plan_besides=plan_besides,
     )
     return Run(
-        # With another number of processes than before, the accumulation is another one too.
+        # With a different number of processes than before, the accumulation differs too.
         config=replace(config, training=trainer.config),
         accelerator=accelerator,
         data=data,
@@ -350,7 +350,7 @@ def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
 
 
 def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
-    """Model, report, card and figures into the output folder."""
+    """Write model, report, card and figures into the output folder."""
     config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
@@ -411,6 +411,6 @@ def export_model(
 
 
 def push(run: Run) -> None:
-    """The finished folder to the Hub; on the main process."""
+    """Push the finished folder to the Hub; on the main process."""
     with clean_exit(PushError):
         push_finished(run.folder, str(run.repo_id), run.config.hub)

@@ -1,12 +1,8 @@
 """Push the output folder of a finished run to the Hub, again if a push has failed; or repair an older export.
 
-    python recipes/push.py outputs/cifar10-ham --hub_model_id me/robust-cifar10
-    python recipes/push.py outputs/cifar10-ham --repair
-    python recipes/push.py me/robust-cifar10 --repair
+    python recipes/push.py outputs/digits-ham --hub_model_id me/robust-digits
 
---repair brings what an earlier version wrote into today's form, which transformers loads too: config.json names the
-number of classes once, and a network for gray images gets a second form in rgb/. The weights stay as they are. A
-folder is repaired in place (and pushed then, if --hub_model_id is given), a repository on the Hub with one commit.
+`--help` shows the options; docs/evaluation.md explains them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the recipes share: classes of a model and a dataset, the threat model of an evaluation, the shown images."""
+"""Steps that the recipes share: classes of a model and a dataset, threat model of an evaluation, the shown images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_numbers_of_logits_are_their_names_to_a_model_without_names(names):
     assert torch.equal(model(x), unnamed.model(x)[:, [int(name) for name in names]])
     assert order == "by name"
     with pytest.raises(ValueError, match="3 classes apart and the dataset has 2"):
-        align_classes(unnamed, names[:2])  # some other data set that counts its classes
+        align_classes(unnamed, names[:2])  # some other dataset that numbers its classes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What comes from outside may say anything: it is data, or it is refused by name. Nothing of it is executed."""
+"""Input from outside may say anything: it is data, or rejected with an error that names it. It is never executed."""
 
 from __future__ import annotations
 
@@ -354,12 +354,12 @@ def test_a_checkpoint_that_holds_a_bomb_is_refused_with_a_message(tmp_path, caps
     assert not mark.exists()
 
 
-# Data sets
+# Datasets
 
 
 @pytest.mark.slow
 def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
-    """A data set of the Hub whose rows name files, which training would read and a figure would publish."""
+    """A dataset of the Hub whose rows name files, which training would read and a figure would publish."""
     private = tmp_path / "private.png"
     PILImage.fromarray(np.zeros((8, 8, 3), dtype="uint8")).save(private)
     (tmp_path / "home").mkdir()
@@ -404,7 +404,7 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys, monkeypatch):
-    """Class names, column names, the folder and the card of the data set: nothing of it reaches beyond its place."""
+    """Class names, column names, the folder and the card of the dataset: nothing of it reaches beyond its place."""
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "<b>rogue | (x) {{ 7 * 7 }} &a"
     (source / "data").mkdir(parents=True)
@@ -420,7 +420,7 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     command += ["--max_steps=2", "--per_device_train_batch_size=16", "--save_total_limit=1"]
     before = set(tmp_path.rglob("*"))
     command += [f"--dataset_name={source}", "--output_dir=run"]
-    # A card that is no YAML is an error that names the data set.
+    # A card that is no YAML is an error that names the dataset.
     assert "error: --dataset_name" in refused(capsys, "train_ham.py", *command)
     (source / "README.md").write_text(
         "---\nlicense: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data\n---\n<script>"
@@ -487,7 +487,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Path, data: st.DataObject) -> None:
-    """``recipes/compare.py`` reads reports of the Hub: one changed at one place is read, or refused by name."""
+    """``recipes/compare.py`` reads reports of the Hub: one changed at one place is read, or rejected with its name."""
     changed = json.loads(json.dumps(report))
     *path, last = data.draw(st.sampled_from(places(report)))
     holder = changed

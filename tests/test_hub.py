@@ -164,7 +164,7 @@ def test_a_busy_hub_is_asked_again(hub: Hub, waits: list[float]) -> None:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("private", [False, True])
-def test_push_publishes_the_artefacts_and_nothing_else(hub: Hub, folder: Path, private: bool) -> None:
+def test_push_publishes_the_artifacts_and_nothing_else(hub: Hub, folder: Path, private: bool) -> None:
     repo_id = check_write_access("robust", private=private)
     url = push_folder(folder, repo_id, commit_message="Robust digits")
     assert_published(hub, folder)

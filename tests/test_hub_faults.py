@@ -1,4 +1,4 @@
-"""Everything that a Hub can do to a run: training goes on, and at the end every message says what is where."""
+"""Everything that a Hub can do to a run: training continues, and at the end every message says what is where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not finite is never right and moves nothing: logits and gradients, in training and evaluation."""
+"""Logits and gradients that are not finite are never right and move nothing, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-45, -1e-41, 1e-30, 3e38, -1e
     epsilon=st.floats(0, 1),
     per_example=st.booleans(),
 )
-def test_whatever_the_gradient_the_result_is_in_ball_and_box_and_spoilt_rows_stay(
+def test_whatever_the_gradient_the_result_is_in_ball_and_box_and_spoiled_rows_stay(
     norm, rows, seed, epsilon, per_example
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -228,7 +228,7 @@ def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monk
     assert robust(1000) > unscaled + 0.6
 
 
-class SpoiltWhere(nn.Module):
+class SpoiledWhere(nn.Module):
     """A net whose logits have the given value, or are all NaN, for images that ``where`` picks."""
 
     def __init__(self, net, where, value=NAN):
@@ -246,13 +246,13 @@ def bright(x):
 def test_nan_logits_make_an_example_hard():
     net = group_norm_net().eval()
     x = torch.rand(8, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    spoilt = bright(x)
-    assert 0 < spoilt.sum() < 8
+    spoiled = bright(x)
+    assert 0 < spoiled.sum() < 8
     # NaN is the largest logit to argmax: class 0.
-    y = torch.where(spoilt, 0, net(x).argmax(1))
+    y = torch.where(spoiled, 0, net(x).argmax(1))
     for classify_in_step in (False, True):
         mined = mine_hard_examples(
-            SpoiltWhere(net, bright),
+            SpoiledWhere(net, bright),
             x,
             y,
             threat_model=ThreatModel("linf", 0.0),
@@ -261,7 +261,7 @@ def test_nan_logits_make_an_example_hard():
             mining_step=1,
             classify_in_step=classify_in_step,
         )
-        assert torch.equal(mined.hard, spoilt)
+        assert torch.equal(mined.hard, spoiled)
         assert mined.x_adv.isfinite().all()
 
 
@@ -270,7 +270,7 @@ def test_a_model_with_logits_that_are_not_finite_is_refused(accelerator, trained
     x, labels = patterned(64, 1)
     count = int(bright(x).sum())
     assert 0 < count < 64
-    net, split = SpoiltWhere(trained_net, bright, value), TensorImages(x, labels)
+    net, split = SpoiledWhere(trained_net, bright, value), TensorImages(x, labels)
     place = Workplace(accelerator=accelerator, batch_size=16, seed=0, output_dir=tmp_path)
     for _ in range(2):  # anew, and from what the first evaluation left on the disk
         with pytest.raises(NonFiniteLogitsError, match=rf"not finite on {count} of 64 images.*weights are finite"):
@@ -294,7 +294,7 @@ def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
     accelerator, trained_net, norm, caplog, quick_autoattack
 ):
     x, _ = held_above()
-    net = SpoiltWhere(trained_net, darkened)
+    net = SpoiledWhere(trained_net, darkened)
     with torch.no_grad():
         labels = net(x).argmax(1)
     assert len(labels.unique()) > 1
@@ -322,7 +322,7 @@ def test_autoattack_finds_logits_that_are_not_finite_whatever_the_label(accelera
         certain[1].weight.zero_()
         certain[1].bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
     result = evaluate_autoattack(
-        SpoiltWhere(certain, darkened),
+        SpoiledWhere(certain, darkened),
         TensorImages(x, torch.zeros(24, dtype=torch.long)),
         Workplace(accelerator=accelerator, batch_size=16, seed=0),
         num_classes=4,

@@ -94,7 +94,7 @@ FILES = st.one_of(
 
 
 def outcome(parse: Callable[[list[str]], object], argv: list[str], named: str = "") -> object:
-    """What came of a command line; a refusal must be status 2 with a message that says where to look: at ``named``."""
+    """Outcome of a command line; a refusal must be status 2 with a message that says where to look: at ``named``."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -194,7 +194,7 @@ def test_a_slip_of_the_hand_is_refused_by_name(tmp_path, monkeypatch, capsys, sc
     assert named in refused(capsys, script, *argv)
 
 
-# Data sets
+# Datasets
 
 MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "LA", "I", "F", "YCbCr")
 LABELS: dict[str, Callable[[int, int], Any]] = {

@@ -1,4 +1,4 @@
-"""What the documents tell a reader to type works: paths exist, commands parse, Python runs."""
+"""Commands and code in the documents work: paths exist, commands parse, Python runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
+import ham_hf.commands
+from ham_hf.__main__ import main as ham_hf_command
 from ham_hf.config import load_train_config
 from tests.support.exports import export, preprocessing, trained
 
@@ -72,6 +74,11 @@ RECIPE_COMMANDS = [
     for index, word in enumerate(words)
     if re.fullmatch(r"recipes/\w+\.py", word)
 ]
+INSTALLED_COMMANDS = [
+    pytest.param(" ".join(words[:2]), words[2:], id=f"{place} {' '.join(words[:2])}")
+    for place, words in COMMANDS
+    if words[0] == "ham-hf"
+]
 LAUNCHES = [
     pytest.param(words[words.index("launch") + 1 :], id=place) for place, words in COMMANDS if "launch" in words
 ]
@@ -79,14 +86,17 @@ PYTHON_BLOCKS = [pytest.param(block, id=block.place) for block in BLOCKS if bloc
 
 
 def run_recipe(script: str, *arguments: str) -> str:
-    """Standard output of ``python SCRIPT ARGUMENTS``, run in this process from the root of the repository."""
+    """Standard output of a script, or of ``ham-hf NAME``, run in this process from the root of the repository."""
     status: object = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", [script, *arguments])
+        patch.setattr(sys, "argv", [*script.split(), *arguments])
         patch.setenv("HF_HUB_OFFLINE", "1")
         try:
-            runpy.run_path(script, run_name="__main__")
+            if script.startswith("ham-hf "):
+                ham_hf_command()
+            else:
+                runpy.run_path(script, run_name="__main__")
         except SystemExit as stop:
             status = stop.code
     assert status in (0, None), f"{script} {shlex.join(arguments)} stopped with {status!r}"
@@ -95,7 +105,7 @@ def run_recipe(script: str, *arguments: str) -> str:
 
 @functools.cache
 def flags_of(script: str) -> frozenset[str]:
-    """Every flag in the recipe's ``--help``."""
+    """Every flag in the ``--help`` of a script, or of ``ham-hf NAME``."""
     return frozenset(re.findall(r"--\w+", run_recipe(script, "--help", "all")))
 
 
@@ -107,13 +117,19 @@ def test_first_screen_has_the_commands_that_ci_runs() -> None:
         assert re.search(pattern, first.code, re.MULTILINE), f"no line of README.md's first block matches {pattern}"
 
 
-@pytest.mark.parametrize(("script", "arguments"), RECIPE_COMMANDS)
+@pytest.mark.parametrize(("script", "arguments"), RECIPE_COMMANDS + INSTALLED_COMMANDS)
 def test_recipe_command_parses(script: str, arguments: list[str]) -> None:
     if "--print_config" in flags_of(script):
         assert isinstance(yaml.safe_load(run_recipe(script, *arguments, "--print_config")), dict)
     else:
         given = {word.split("=")[0] for word in arguments if word.startswith("--")}
         assert given <= flags_of(script)
+
+
+def test_commands_of_the_installed_package_are_read_from_the_documents() -> None:
+    assert "ham-hf push" in [command.values[0] for command in INSTALLED_COMMANDS]
+    named = {name for document in DOCUMENTS for name in re.findall(r"`ham-hf (\w+)", (ROOT / document).read_text())}
+    assert {"train", "page", "recipes"} <= named <= set(ham_hf.commands.COMMANDS)
 
 
 @pytest.mark.parametrize("words", LAUNCHES)

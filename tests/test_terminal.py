@@ -1,4 +1,4 @@
-"""What a command shows where the terminal cannot show it, or there is none."""
+"""Output of commands where the terminal cannot show it, or there is none."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def finished(owls, tmp_path_factory, subprocess_env):
 
 
 def run(script, *arguments, env):
-    """What a recipe prints, to its successful end."""
+    """Output of a recipe, to its successful end."""
     command = [sys.executable, str(ROOT / "recipes" / script), *arguments]
     done = subprocess.run(command, env=env | {"PYTHONIOENCODING": "cp1252:strict"}, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -116,7 +116,7 @@ def test_a_process_without_a_console_and_a_closed_stream_go_on(stream, monkeypat
 
 
 def test_other_processes_repeat_no_warning_and_no_bar(owls, tmp_path, subprocess_env):
-    """What both processes know is said once; the main one says it."""
+    """Messages that both processes have are logged once, by the main one."""
     folder = tmp_path / "run"
     # Reaches less than epsilon: a warning.
     arguments = [*SMALL, *QUICK, "--step_size=0.001", f"--dataset_name={owls}", f"--output_dir={folder}"]

@@ -1,7 +1,7 @@
 """Attacks of torchattacks, foolbox and adv-lib for `--foreign_attack docs/examples/foreign_attacks.py:NAME`.
 
 Each is a function attack(model, x, y) that returns the attacked images, pixels in [0, 1]. It has to keep to the threat
-model of the evaluation by itself: set EPSILON to its --epsilon. What lies outside of ball or box is refused.
+model of the evaluation by itself: set EPSILON to its --epsilon. Images outside of ball or box end the evaluation.
 """
 
 from __future__ import annotations

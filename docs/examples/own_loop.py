@@ -19,7 +19,7 @@ parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--images", type=int, default=1797)
 arguments = parser.parse_args()
 
-# Pixels in [0, 1]; a network that needs normalized ones normalizes by itself.
+# Pixels in [0, 1]; a network that needs normalized inputs normalizes them itself.
 images, labels = read_digits()
 x = torch.tensor(images[: arguments.images, None] / 16, dtype=torch.float32)
 y = torch.tensor(labels[: arguments.images])

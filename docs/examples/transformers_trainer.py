@@ -1,4 +1,4 @@
-"""HAM in the Trainer of transformers: `compute_loss` is all there is to write, on one device or many.
+"""HAM in the Trainer of transformers: only `compute_loss` has to be written, for one device or many.
 
 python docs/examples/transformers_trainer.py --epochs 10
 """

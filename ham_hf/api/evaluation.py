@@ -43,12 +43,12 @@ MAX_ROWS = 20
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class EvaluationReport:
-    """What a model is worth against an adversary, per class; ``print`` shows it as a table.
+    """Robustness of a model per class; ``print`` shows it as a table.
 
     Attributes:
         class_names: names of the C classes in label order.
         threat_model: norm and radius of the attacks.
-        clean: on the images as they are.
+        clean: on clean images.
         attacks: one entry per attack, by its name, in the order they were run.
         verdict: the headline, right on the clean image and never broken by any attack; None without an attack.
             Its ``summary`` has average, worst class, gap and ``per_class`` with Wilson intervals, its ``intervals``
@@ -130,10 +130,10 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Clean accuracy and that under PGD and CW, and their verdict, for each class.
+    """Measure accuracy per class: clean, under PGD and CW, and by the verdict of both.
 
-    The model is left as it was: mode, weights and BatchNorm. This process evaluates all that the loader gives it; with
-    several processes, evaluate on one. Batches are read once and not kept, unless AutoAttack runs.
+    The model keeps its mode, weights and BatchNorm statistics. This process evaluates all that the loader yields; with
+    several processes, call it on one. Batches are read once and not kept, unless AutoAttack runs.
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes), and normalizes by itself.
@@ -153,9 +153,9 @@ def evaluate(
         seed: seed of the attacks.
 
     Raises:
-        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, what a
-            function returns that is no attack of the threat model, or if AutoAttack is not installed.
-        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, a
+            function whose result is outside the threat model, or if AutoAttack is not installed.
+        NonFiniteLogitsError: if the logits of a clean image are not finite.
     """
     if autoattack:
         require_autoattack()
@@ -190,7 +190,7 @@ def evaluate(
 def chosen_attacks(
     attack: Attack, others: Mapping[str, AttackFunction] | Sequence[NamedAttack | ForeignAttack] | None
 ) -> list[NamedAttack | ForeignAttack]:
-    """What to run, in the ball of ``attack``: it as PGD and CW with functions beside them, or a list instead of them.
+    """The attacks to run in the ball of ``attack``: PGD, CW and the given functions, or a list that replaces them.
 
     Raises:
         ValueError: if two have one name.
@@ -204,12 +204,12 @@ def chosen_attacks(
     names = [attack.name for attack in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"two attacks are called {twice}: give each a name of its own")
+        raise ValueError(f"two attacks are called {twice}: give each a different name")
     return [replace(one, threat_model=attack.threat_model) for one in chosen]
 
 
 class OneProcess:
-    """What evaluation asks of an ``accelerate.Accelerator``, without its state for the whole process."""
+    """The part of ``accelerate.Accelerator`` that evaluation uses, without its process-wide state."""
 
     num_processes, process_index = 1, 0
     is_main_process = is_local_main_process = True
@@ -232,7 +232,7 @@ def one_process(device: torch.device) -> Accelerator:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU for one without any."""
+    """The device of a model's weights; the CPU for a model without any."""
     tensor: Tensor | None = next(model.parameters(), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

@@ -1,4 +1,4 @@
-"""What `evaluate` and `calibrate` read: a DataLoader, any iterable of batches, or `ham_hf.data.Images`."""
+"""Input of `evaluate` and `calibrate`: a DataLoader, any iterable of batches, or `ham_hf.data.Images`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Loader: TypeAlias = Iterable[Any] | Images
 
 
 class HeldImages(Images):
-    """Images ``x`` (N, C, H, W) in [0, 1] with ``labels`` (N,) int64, in memory as they came, on the CPU."""
+    """Images ``x`` (N, C, H, W) in [0, 1] with ``labels`` (N,) int64, in memory, unchanged, on the CPU."""
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.x, self.labels = x, labels
@@ -43,12 +43,12 @@ class GroupReader:
         self.dataset = getattr(loader, "dataset", None)
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches; ValueError if one is no mapping, has no such key, other values, or not one for each image."""
+        """The batches; ValueError for one that is not a mapping, lacks the key, or has other values or too few."""
         if isinstance(self._loader, Images):
             raise ValueError(f"group_column {self.column}: Images have no columns; give batches that are mappings")
         for batch in self._loader:
             if not isinstance(batch, Mapping) or self.column not in batch:
-                listed = f"none, it is no mapping: {type(batch).__name__}"
+                listed = f"none, it is not a mapping: {type(batch).__name__}"
                 if isinstance(batch, Mapping):
                     listed = ", ".join(map(repr, batch))
                 raise ValueError(f"group_column {self.column}: a batch has no such key; its keys are {listed}")

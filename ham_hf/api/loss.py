@@ -1,4 +1,4 @@
-"""The adversarial loss of one batch, for training loops that are not ours."""
+"""The adversarial loss of one batch, for your own training loop."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SCHEDULE = "_start_epoch"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LossRecord:
-    """What became of a batch on this process.
+    """Statistics of one batch on this process.
 
     Attributes:
         method: the method.
         num_examples: N, images of the batch.
-        num_trained_on: E, examples that the loss is of; 0 = a loss of 0, which moves nothing: skip the optimizer's
-            step if that holds on all processes, as momentum and weight decay would move weights all the same.
+        num_trained_on: E, examples in the loss. If it is 0, so are the loss and its gradient: skip the optimizer's
+            step if it is 0 on all processes, as momentum and weight decay would still move the weights.
         hard: (N,) bool, True = misclassified at the mining step; None for methods that do not mine.
     """
 
@@ -46,7 +46,7 @@ class LossRecord:
 
 
 class AdversarialLoss(NamedTuple):
-    """A loss to call ``backward`` on, and what it is of."""
+    """A loss to call ``backward`` on, with the statistics of its batch."""
 
     loss: Tensor
     record: LossRecord
@@ -72,8 +72,8 @@ def adversarial_loss(
     without one joins with a loss of 0. Where gradients are off (``torch.no_grad()``, ``torch.inference_mode()``) the
     loss is a number of this process alone, without a graph, and no process waits for another.
 
-    A method with a warm-up is past it here: train with ``method="pgd_at"`` for as many epochs before. The pixels are
-    looked at, which waits for the device once per call.
+    Warm-up is assumed to be over: first train the warm-up epochs with ``method="pgd_at"``. Checking the range of the
+    pixels waits for the device once per call.
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes), and normalizes by itself; may be wrapped
@@ -134,11 +134,11 @@ def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, method: Meth
     if not len(rows.y):
         if not torch.is_grad_enabled():
             return batch.x.new_zeros(())
-        # Of a graph: `backward` takes it, and with DDP the other processes wait for this one's gradient.
+        # Part of a graph, so that `backward` takes it; with DDP the other processes wait for this one's gradient.
         with evaluation_mode(model):
             idle: Tensor = model(batch.x[:1]).sum() * 0
         return idle
-    # BatchNorm refuses to normalize a single value; the logits of the copy are dropped.
+    # BatchNorm needs at least two values, so duplicate a lone row; the logits of the copy are dropped.
     alone = model.training and len(rows.x) == 1
     logits: Tensor = model(rows.x.repeat(2, 1, 1, 1) if alone else rows.x)
     share = weight / torch.where(divisor > 0, divisor, 1)[:, None]
@@ -149,7 +149,7 @@ def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, method: Meth
 def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
     if isinstance(model, FullyShardedDataParallel):
         raise ValueError(
-            "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel takes apart: "
+            "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel shards: "
             "use DistributedDataParallel, or the trainer (ham_hf.train)"
         )
     check_images(x, y)
@@ -167,7 +167,7 @@ def _instance(method: str, options: Mapping[str, object], num_steps: int) -> Met
         raise ValueError(f"method {method!r}: expected one of {', '.join(stateless)}{hint}")
     if method not in stateless:
         raise ValueError(
-            f"method {method!r} keeps state of the classes from epoch to epoch, which one batch cannot tell: train "
+            f"method {method!r} keeps state of the classes across epochs, which one batch does not have: train "
             f"with ham_hf.train or {command('train')} --method {method}. In a loop of your own: {', '.join(stateless)}"
         )
     known = [field.name for field in fields(kinds[method]) if field.init]
@@ -178,7 +178,7 @@ def _instance(method: str, options: Mapping[str, object], num_steps: int) -> Met
             continue
         reason = ""
         if name.endswith(_SCHEDULE) and name in known:
-            reason = "; a batch knows no epoch: call with method='pgd_at' in the epochs before"
+            reason = "; a batch has no epoch: call with method='pgd_at' in the epochs before"
         elif name in known:
             reason = "; it needs more than this batch: train with ham_hf.train"
         raise ValueError(f"option {name} of method {method!r}: expected one of {', '.join(usable) or 'none'}{reason}")

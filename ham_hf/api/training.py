@@ -1,4 +1,4 @@
-"""The whole trainer in one call: any dataset, any network, in a script, a thread or a notebook, as often as wanted."""
+"""The whole trainer in one call: any dataset and network, from a script, thread or notebook, any number of times."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainedModel:
-    """What a training left.
+    """The result of `train`.
 
     Attributes:
         model: maps pixels (N, C, H, W) in [0, 1] to logits; the selected weights, in evaluation mode.
@@ -129,7 +129,7 @@ def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) ->
 
 
 def _check(settings: TrainConfig, train: Examples | None, test: Examples | None) -> None:
-    """Everything that can be refused before the data are read."""
+    """Reject what can be rejected before the data is read."""
     if (train is None) != (test is None):
         missing = "test" if test is None else "train"
         raise ValueError(f"{missing} is missing: give train and test, or neither for the dataset of the configuration")
@@ -144,10 +144,10 @@ def _check(settings: TrainConfig, train: Examples | None, test: Examples | None)
 
 @contextmanager
 def _accelerate_of_its_own() -> Iterator[None]:
-    """Let a run make its own accelerator, and give back the state of any other that this process has.
+    """Let a run make its own accelerator; afterwards, restore the state of any other that this process has.
 
-    accelerate keeps one state for the whole process, which a second run with other settings, or a notebook that has an
-    accelerator, would run into. Several launched processes keep what they know of each other.
+    accelerate keeps one state per process, which would clash with that of a second run with other settings, or of a
+    notebook's own accelerator. The connection between several launched processes is kept.
     """
     kinds: list[Any] = [AcceleratorState, GradientState]
     if launched_processes() == 1:
@@ -191,7 +191,7 @@ def _data(
 
 
 def _channels(train: Examples, otherwise: int) -> int:
-    """Channels of the images that a network of somebody's own takes: those of the first tensor or gray PIL image."""
+    """Number of channels that a user's own network takes: that of the first tensor or gray PIL image."""
     example = train[0]
     image = example[0] if isinstance(example, (tuple, list)) else None
     if isinstance(image, torch.Tensor) and image.ndim == 3:
@@ -250,7 +250,7 @@ def _finished(run: Run) -> TrainedModel:
 
 
 def _write_plain(selected: nn.Module, report: EvaluationReport, data: ImageData, folder: Path) -> None:
-    """Weights in safetensors, predictions, and a page on how the weights are loaded."""
+    """Write weights in safetensors, predictions, and a page on how to load the weights."""
     save_weights(folder / WEIGHTS_NAME, selected.state_dict())
     write_verdicts(report.verdicts, folder)
     kind = type(selected)
@@ -275,6 +275,4 @@ It takes pixels {size} in [0, 1] and normalizes by itself. Classes, in the order
 ```
 """
     atomic_write(folder / LOADING_NAME, text)
-    logger.info(
-        "%s is no network of timm: %s says how its weights are loaded", kind.__qualname__, folder / LOADING_NAME
-    )
+    logger.info("%s is not a timm network: %s says how to load its weights", kind.__qualname__, folder / LOADING_NAME)

@@ -1,4 +1,4 @@
-"""What a user runs: the stages of each command in order. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
+"""The commands of ``ham-hf``. ``COMMANDS`` lists them; each module has a ``main(argv)``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ham_hf.training.environment import AT_IMPORT, check_flags
 
 
 class Command(NamedTuple):
-    """A command: the module whose ``main`` runs it, imported when it is called, and what it does, in one line."""
+    """A command: the module whose ``main`` runs it, imported when it is called, and one line on its purpose."""
 
     module: str
     summary: str

@@ -1,8 +1,8 @@
-"""Write report.html of finished folders: one self-contained page on which a person sees which class fails and why.
+"""Write report.html of finished folders: one self-contained page that shows which class fails and why.
 
 One folder gives the page of a run, several give one page that also compares them, image by image where they kept
-their predictions. Everything is made of the files in the folders: report.json, predictions.parquet and
-examples.parquet, as far as they are there.
+their predictions. Everything comes from the files in the folders: report.json, predictions.parquet and
+examples.parquet, where they exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--baseline", metavar="LABEL", help="what several are compared with; default: the first")
     parser.add_argument(
-        "--no_images", action="store_true", help="leave the images of the dataset out, as to show the page to others"
+        "--no_images", action="store_true", help="leave the images of the dataset out, to show the page to others"
     )
     options = parser.parse_args(argv)
     output, number = options.output, len(options.folders)

@@ -6,8 +6,8 @@
     ham-hf push me/robust-cifar10 --repair
     ham-hf push evaluation/their-model --hub_model_id you/their-model --create_pr
 
---repair brings what an earlier version wrote into today's form, which transformers loads too: config.json names the
-number of classes once, and a network for gray images gets a second form in rgb/. The weights stay as they are. A
+--repair updates an export of an earlier version to the current form, which transformers loads too: config.json names
+the number of classes once, and a network for gray images gets a second form in rgb/. The weights do not change. A
 folder is repaired in place (and pushed then, if --hub_model_id is given), a repository on the Hub with one commit.
 The folder of an evaluation goes into the repository of the model, with --create_pr as a pull request.
 """
@@ -56,5 +56,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hub_revision", default=DEFAULT_REVISION, help=shared["hub_revision"].help)
     parser.add_argument("--model_license", help="license of the weights; default: that of the run's settings")
     parser.add_argument("--create_pr", action="store_true", help="push the folder of an evaluation as a pull request")
-    parser.add_argument("--repair", action="store_true", help="bring an older export into today's form first")
+    parser.add_argument("--repair", action="store_true", help="update an older export to the current form first")
     return parser

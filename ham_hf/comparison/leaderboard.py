@@ -259,8 +259,8 @@ def _footnotes(comparison: Comparison) -> list[str]:
         "Intervals are of the images: Wilson's for the average, simultaneous over the classes for the worst class, by "
         "bootstrap of the images of each class for the worst 30 %. Of several seeds (rings) a number is their mean, "
         "and so is its interval.",
-        f"Price: passes over the network in training and validation{relative}; a forward of one image counts 1, a "
-        "gradient of the input 2, a training pass 3. Seconds are of training, on the hardware that each model names.",
+        f"Price: passes of an image in training, validation and calibration{relative}; a forward counts 1, a gradient "
+        "of the input 2, a training pass 3. Seconds are of the same, on the hardware that each model names.",
     ]
     if "verdict" in comparison.attacks:
         notes.insert(0, "The verdict: right on the clean image and never broken by any attack that was run.")

@@ -340,13 +340,13 @@ def _cost_table(comparison: Comparison) -> str:
 
 def _cost_note(comparison: Comparison) -> str:
     note = (
-        "Seconds are of updates and held-out validation, and hold only for runs that had the machine to themselves: "
-        "not for runs made with --jobs above 1, or beside other work. Memory is the most that the main process held "
-        "up to the end of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
+        "Seconds are of updates, held-out validation and calibration, and hold only for runs alone on a machine: not "
+        "for runs made with --jobs above 1, or beside other work. Memory is the most that the main process held up to "
+        "the end of training: tensors on the accelerator or, on a CPU, the whole process with its libraries."
     )
     if any(row.price is not None for row in comparison.rows):
         note = (
-            "Price is the number of passes over the network in training and held-out validation, relative to the "
+            "Price is the number of passes over the network in training, validation and calibration, relative to the "
             "baseline's: a forward of one image counts 1, a gradient of the input 2, a training pass 3. "
         ) + note
     if len(comparison.environment["Device"]) > 1:

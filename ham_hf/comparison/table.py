@@ -81,8 +81,8 @@ class Row:
     Attributes:
         runs: by seed.
         attacks: numbers under each evaluation that one of the runs has.
-        seconds: duration of training; None if no run was trained here.
-        passes: passes over the network in training, in forwards of one image; None unless all its runs counted them.
+        seconds: duration of training and calibration; None if no run was trained here.
+        passes: passes over the network in both, in forwards of one image; None unless all its runs counted them.
         price: the same relative to the baseline's; None without a baseline, or where either did not count.
         peak_memory_bytes: see `ham_hf.reporting.report.TrainingReport`; None if no run knows it.
         settings: its settings, as far as the rows differ in them.
@@ -275,7 +275,11 @@ def _row(
         label=label,
         runs=tuple(members),
         attacks=_attack_rows(members, base),
-        seconds=_known_spread(training.seconds for training in trained),
+        seconds=_known_spread(
+            run.report.training.seconds + (run.report.calibration.seconds if run.report.calibration else 0)
+            for run in members
+            if run.report.training is not None
+        ),
         passes=passes,
         price=passes.mean / base_passes.mean if passes and base_passes and base_passes.mean else None,
         peak_memory_bytes=_known_spread(training.peak_memory_bytes for training in trained),

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 
-# What timm, transformers and attack libraries call it, where spelling alone would not lead to our name.
+# Names used by timm, transformers and attack libraries, where spelling alone would not lead to ours.
 _KNOWN_ELSEWHERE = {
     "learning_rate": "lr base_lr",
     "weight_decay": "wd",
@@ -138,7 +138,7 @@ def _choose_method(entries: Sequence[Entry]) -> tuple[type[Method], list[Entry]]
 
 
 def _unknown_name(name: str, known: Mapping[str, Setting], method: type[Method] | None) -> str:
-    """Say why ``name`` is no setting here, with the nearest one that is."""
+    """Say why ``name`` is not a setting here, with the nearest one that is."""
     if method is not None:
         owners = [owner for owner, options in method_settings().items() if name in {one.name for one in options}]
         if owners:

@@ -1,7 +1,7 @@
 """Command lines: flags and a recipe in, a checked configuration out.
 
 A setting's flag is ``--its_name``, with ``-`` and ``_`` alike; ``--config`` names a YAML file with the same names,
-and flags win over it. A command line that is not right ends the program with status 2 and a message, no traceback.
+and flags win over it. An invalid command line ends the program with status 2 and a message, without a traceback.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _EVALUATED = {
     "limit_test_examples": "use this many test images",
     "seed": "seed of the attacks",
     "use_cpu": "",
-    "output_dir": "folder for all that it writes",
+    "output_dir": "folder for everything it writes",
 }
 _SCREENS: dict[type, _Screen] = {
     TrainConfig: _Screen(
@@ -73,7 +73,7 @@ _SCREENS: dict[type, _Screen] = {
             "learning_rate": "",
             "seed": "seed of everything",
             "autoattack": "also run standard AutoAttack at the end",
-            "output_dir": "folder for all that the run writes",
+            "output_dir": "folder for everything the run writes",
             "resume_from_checkpoint": "latest, or a checkpoint's folder",
             "push_to_hub": "push the output folder to the Hub",
             "hub_model_id": "",
@@ -119,7 +119,7 @@ def parse_train_config(argv: Sequence[str] | None = None, *, default_recipe: Pat
         default_recipe: the recipe to take when the command line names neither a recipe nor a dataset.
 
     Raises:
-        SystemExit: status 2 for a command line or recipe that is not right, 0 after ``--help`` or ``--print_config``.
+        SystemExit: status 2 for an invalid command line or recipe, 0 after ``--help`` or ``--print_config``.
     """
     config = _parse(TrainConfig, argv, default_recipe=default_recipe)
     attack = config.attack
@@ -254,7 +254,7 @@ class _Parser(argparse.ArgumentParser):
         return words
 
     def help_on(self, topic: str) -> str:
-        """What ``--help TOPIC`` shows: the first screen for "", every setting for "all", else one method's options."""
+        """Text of ``--help TOPIC``: the first screen for "", every setting for "all", else one method's options."""
         if not topic:
             return self._first_screen()
         methods = available_methods() if "method" in self.screen.settings else {}
@@ -309,7 +309,7 @@ def with_underscores(word: str) -> str:
 
 
 def _help_topic(argv: Sequence[str]) -> str | None:
-    """What help is asked for: None = none, "" = the first screen."""
+    """The help topic that is asked for: None = none, "" = the first screen."""
     for at, word in enumerate(argv):
         flag, _, topic = word.partition("=")
         if flag in ("-h", "--help"):

@@ -139,7 +139,7 @@ class EvaluateConfig(SettingsGroup):
         return self.hub.hub_model_id or (source[0] if source else None)
 
     def contradictions(self) -> Iterator[str]:
-        """A step size on the 0..255 scale, and a push to nowhere."""
+        """A step size on the 0..255 scale, and a push without a repository."""
         if self.hub.push_to_hub and self.repo_id is None:
             yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
         yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
@@ -155,7 +155,7 @@ class CalibrateConfig(SettingsGroup):
         None, "split of images that the model was not trained on; none = the part that its training run held out"
     )
     allow_training_images: bool = setting(
-        False, "calibrate on the training split too, which overestimates what the shifts give; the card says so"
+        False, "calibrate on the training split too, which overestimates the gain; the card says so"
     )
     limit_calibration_examples: int | None = setting(
         None, "calibrate on this many images of --calibration_split, stratified", at_least=1

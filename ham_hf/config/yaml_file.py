@@ -1,4 +1,4 @@
-"""Text to values and back: the one reader of flags and of YAML files, and the writer of what it reads.
+"""Parse setting values from flags and YAML, and write them back to YAML.
 
 YAML's own guesses at types are not used. They turn ``no`` into False, ``1e-3`` into a text, ``010`` into 8 and
 ``60:0.1`` into 3600.1; here the type of the setting decides how its text is read. Only the values inside a mapping

@@ -3,7 +3,7 @@
 `dataset` opens a dataset and prepares it: `sources` finds its files, `columns` chooses splits, columns and classes,
 `splits` holds images out, `provenance` records it, `decoding` makes pixels, and `pixels` makes augmented batches of
 them. `streaming` and `shards` read training data without a local copy; `in_memory` takes datasets in Python;
-`evaluation_data` opens what a finished model is evaluated on.
+`evaluation_data` opens the images to evaluate a finished model on.
 """
 
 from __future__ import annotations

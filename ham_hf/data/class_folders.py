@@ -56,7 +56,7 @@ def is_image(path: str) -> bool:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file or a folder above it is hidden, or left by an archiver of macOS."""
+    """Whether a file or a folder above it is hidden, or left by a macOS archiver."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(path).parts)
 
 
@@ -74,7 +74,7 @@ def sort_into_classes(
             decide.
 
     Returns:
-        Of each split the paths of its images, sorted, each with its class; and notes on what is left out.
+        Of each split the paths of its images, sorted, each with its class; and notes on files that are left out.
 
     Raises:
         ValueError: for an image without a class folder, class folders at different depths, two class folders or two
@@ -229,7 +229,7 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
 
 
 def note(paths: Sequence[str], what: str) -> list[str]:
-    """Number of files, what is wrong with them, and an example; empty without files."""
+    """Number of files, their problem, and an example; empty without files."""
     return [f"{len(paths)} {what}, such as {shown(paths[0])}"] if paths else []
 
 

@@ -139,7 +139,7 @@ def categories(flag: str, column: str, features: datasets.Features) -> str:
 def labeled(
     splits: Mapping[str, datasets.Dataset] | Mapping[str, SplitFiles], label_column: str | None
 ) -> Callable[[str], bool]:
-    """Tell of a split, by its name, whether any of its examples, or of a stream the first one, has a label.
+    """Return a function that tells whether any example of a split has a label; of a stream it looks at the first.
 
     A split without the column counts as labeled, so that an error names it.
     """
@@ -267,9 +267,9 @@ def _label_values(
 def names_of_rows(
     where: str, feature: datasets.ClassLabel, num_rows: int, of_files: Sequence[tuple[FileClasses, tuple[str, ...]]]
 ) -> Sequence[tuple[str, ...]]:
-    """The names that the label of each row of a split counts: those of its file, else the feature's.
+    """The names that the label of each row of a split indexes: those of its file, else the feature's.
 
-    ValueError, beginning with ``where``, if the files have another number of rows.
+    ValueError, beginning with ``where``, if the files have a different number of rows.
     """
     if not of_files:
         return [tuple(feature.names)] * num_rows

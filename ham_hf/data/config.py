@@ -60,10 +60,10 @@ class DataConfig(SettingsGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationDataConfig(DataConfig):
-    """Which data set, by default the one that the model records; what is held out is taken from that record too."""
+    """The dataset, by default the one that the model records; held-out parts are taken from that record too."""
 
     dataset_name: str | None = setting(  # type: ignore[assignment]  # `named` gives one with a name
-        None, "Hub dataset id, local folder, or digits; none = what the model was trained on"
+        None, "Hub dataset id, local folder, or digits; none = the model's training data"
     )
 
     def named(self, dataset_name: str) -> DataConfig:

@@ -25,7 +25,7 @@ from ham_hf.data.decoding import (
 )
 from ham_hf.data.image_groups import ImageGroups
 from ham_hf.data.pixels import AUGMENTATIONS, BatchRequest, CachedPixels, Images, StreamedPixels
-from ham_hf.data.provenance import STREAMED, Provenance, plain_name
+from ham_hf.data.provenance import STREAMED, Fingerprint, Provenance, plain_name
 from ham_hf.data.sources import DIGITS
 from ham_hf.data.splits import STATISTICS_EXAMPLES, Parts, split_dataset, split_stream
 from ham_hf.data.streaming import TrainingStream
@@ -56,7 +56,7 @@ class TestData:
         num_skipped: unreadable images of all splits, which are left out.
         test_split_origin: name of the test split, or how it was held out of train.
         provenance: what decides which images these are, to find them again; None for data given in Python.
-        notes: what of the dataset is left out, each with its number and an example.
+        notes: images and files of the dataset that are left out, each kind with its number and an example.
         num_test_in_train: test images with the pixels of an image of train or validation; None if unknown, because
             images are not all decoded beforehand.
         groups: of the test images, where a column of groups was named.
@@ -92,6 +92,7 @@ class ImageData(TestData):
         channel_mean: of at most 2,000 training images in [0, 1], one per channel.
         channel_std: standard deviation of the same pixels, at least one gray level.
         crop_mode: of the evaluation geometry.
+        fingerprint: of the whole split that ``train`` is of; None of a stream.
     """
 
     train: Images | TrainingStream
@@ -101,6 +102,7 @@ class ImageData(TestData):
     channel_mean: tuple[float, ...]
     channel_std: tuple[float, ...]
     crop_mode: str = "center"
+    fingerprint: Fingerprint | None = None
 
 
 def load_image_data(
@@ -109,7 +111,7 @@ def load_image_data(
     """Open a dataset, choose splits, columns and classes, and prepare its images.
 
     The order is: hold a test part out of train if there is no test split, apply the limits, hold the validation part
-    out of train, decode, leave out unreadable images. So the part of an example does not depend on unreadable ones.
+    out of train, decode, leave out unreadable images. Which part an example is in does not depend on unreadable ones.
     The test part and the limited test set are the same for every ``seed``.
 
     ``cache_images``: ``ram`` decodes every image once into memory; ``none`` decodes batch by batch in workers;
@@ -117,8 +119,8 @@ def load_image_data(
     and decodes train in workers for timm's augmentation, which needs the original pixels.
 
     Args:
-        config: which data, what is held out, and how it is read.
-        inputs: what the model takes. Its ``crop_pct`` holds at its own size and above 96 px; at other sizes up to
+        config: which data, which parts are held out, and how it is read.
+        inputs: input of the model. Its ``crop_pct`` holds at its own size and above 96 px; at other sizes up to
             there it is 1.0, which keeps images that are small already whole.
         seed: of the validation part and of the limited training set.
         image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else the
@@ -165,6 +167,7 @@ def load_image_data(
         num_skipped=sum(len(encoded) - len(images[part]) for part, encoded in parts.encoded.items()),
         test_split_origin=parts.test_split_origin,
         crop_mode=inputs.crop_mode,
+        fingerprint=parts.fingerprint,
         provenance=_provenance(parts, config, seed),
         notes=parts.source.notes,
         num_test_in_train=_test_images_in_train(digests),
@@ -172,13 +175,13 @@ def load_image_data(
 
 
 def check_channels(in_chans: int) -> None:
-    """ValueError unless images can have so many channels."""
+    """Raise ValueError unless images can have this many channels."""
     if in_chans not in MODE_OF_CHANNELS:
         raise ValueError(f"the model takes {in_chans} input channels; images can be given as 1 (gray) or 3 (RGB)")
 
 
 def evaluation_geometry(inputs: Preprocessing, image_size: int) -> EvalTransform:
-    """How images of this size are made; small ones of another size than the model's own stay whole."""
+    """How images of this size are made; small ones whose size is not the model's own stay whole."""
     small = image_size <= SMALL_IMAGE_SIZE and image_size != inputs.image_size
     return EvalTransform(
         image_size,
@@ -298,7 +301,7 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
     found = sum(digest in seen for digest in test)
     if found:
         logger.warning(
-            "%d of %d test images are training images too, pixel for pixel: what is measured on them says nothing "
+            "%d of %d test images are training images too, pixel for pixel: numbers on them say nothing "
             "about new images",
             found,
             len(test),
@@ -308,7 +311,7 @@ def _test_images_in_train(digests: Mapping[str, list[bytes] | None]) -> int | No
 
 def warn_of_absent_classes(part: str, labels: Tensor, class_names: tuple[str, ...]) -> None:
     """Warn of classes without an example in a part."""
-    if part == "train" and len(labels) <= len(class_names):
+    if len(labels) <= (len(class_names) if part == "train" else 1):
         return  # An evaluation asked for so few that some classes have to be absent.
     absent = torch.nonzero(torch.bincount(labels, minlength=len(class_names)) == 0).flatten().tolist()
     if absent:

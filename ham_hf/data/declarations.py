@@ -1,7 +1,7 @@
 """Read the class names that each parquet file declares.
 
 ``datasets`` applies the declaration of the first file, or of the dataset's README.md, to all files. Labels are
-numbers, so those of a file with another order or fewer names would change their meaning. This module reads every
+numbers, so those of a file with a different order or fewer names would change their meaning. This module reads every
 file's declaration; labels are then matched by name.
 """
 
@@ -47,7 +47,7 @@ class FileClasses:
 
 @dataclass(frozen=True, kw_only=True)
 class Declarations:
-    """What a dataset declares about its classes.
+    """The class names that a dataset declares.
 
     Attributes:
         readme: names that README.md declares for the whole dataset, of each column.
@@ -60,7 +60,7 @@ class Declarations:
     def class_names(self, column: str, train_split: str) -> tuple[str, ...] | None:
         """The classes of a column in label order: README.md's, else of the training file with the most; None without.
 
-        ValueError if a training file declares another name; both lists are named.
+        ValueError if a training file declares a name that is not in it; both lists are named.
         """
         files = self.files.get(train_split, ())
         declared = [(file.file, file.names[column]) for file in files if column in file.names]
@@ -79,9 +79,9 @@ class Declarations:
         return names
 
     def row_names(self, column: str, split: str, train_split: str) -> list[tuple[FileClasses, tuple[str, ...]]]:
-        """Files of a split with the names that their labels count; empty if nothing is declared.
+        """Files of a split with the names that their labels index; empty if nothing is declared.
 
-        A file without names counts those of the whole dataset; unless README.md has them, this is warned of.
+        Labels of a file without names index those of the whole dataset, with a warning unless README.md has them.
         ValueError as of `class_names`, or if the files disagree on the names of a file without any.
         """
         common = self.class_names(column, train_split)
@@ -96,7 +96,7 @@ class Declarations:
                 raise ValueError(
                     f"column {column!r}: {silent[0]} declares no class names, and {known[0].file} and {second.file} "
                     f"declare different ones, {listed(known[0].names[column])} and {listed(second.names[column])}, "
-                    "so it is not known what its labels count; declare the names in every file, or in README.md"
+                    "so the meaning of its labels is unknown; declare the names in every file, or in README.md"
                 )
             logger.warning(
                 "%d of %d files of split %r declare no class names in column %r, such as %s: their labels are "
@@ -132,7 +132,7 @@ def names_in(features: datasets.Features | None) -> dict[str, tuple[str, ...]]:
 
 
 def read_file_classes(files: Sequence[str], version: str) -> tuple[FileClasses, ...]:
-    """What each parquet file declares; for files elsewhere it is kept in the cache of ``datasets``, per version."""
+    """The declarations of each parquet file; those of remote files are cached by ``datasets``, per version."""
 
     def found() -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
@@ -173,7 +173,7 @@ def naming(file: str) -> Iterator[None]:
 def cached(
     key: Sequence[str], features: datasets.Features, rows: Callable[[], Iterator[dict[str, Any]]]
 ) -> datasets.Dataset:
-    """What ``rows`` yields, on disk in the cache of ``datasets``; made once for a key."""
+    """The rows that ``rows`` yields, on disk in the cache of ``datasets``; made once for a key."""
     fingerprint = hashlib.sha256("\n".join(["ham_hf", *key]).encode()).hexdigest()[:32]
     try:
         return datasets.Dataset.from_generator(rows, features=features, fingerprint=fingerprint)

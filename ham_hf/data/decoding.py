@@ -1,6 +1,6 @@
 """Turn encoded images into uint8 pixels: decoding, channels, geometry.
 
-Training gets the pixels that a user of the published model gets by timm's way, ``Image.open(f).convert("RGB")`` (or
+Training sees the pixels that users of the published model get from timm: ``Image.open(f).convert("RGB")`` (or
 ``"L"``) and timm's evaluation transform; so the alpha channel is dropped, not composited. Two corrections: EXIF
 orientation is applied, as ``datasets`` does, and 16-bit gray is scaled to 8 bits, where Pillow would clip it to white.
 """

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedOn:
-    """What is known of a model's training data.
+    """Known facts about a model's training data.
 
     Attributes:
         record: as its ``config.json`` has it; None if it has none.
@@ -221,7 +221,7 @@ def _was_trained_on(
 
 
 def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) -> float:
-    """Share of the split that training held out to test on; ValueError if none, or if another share is asked for."""
+    """Share of the split that training held out to test on; ValueError if none, or not the share asked for."""
     record, asked = trained.record, config.test_fraction
     if record is not None and record.test_split is not None:
         raise ValueError(

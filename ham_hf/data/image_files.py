@@ -57,7 +57,7 @@ class ImageFiles:
         where: of each path, relative and with ``/``, the file or URL.
         download: from URLs to files, in order; None for files of this machine.
         split_of: splits of files as the dataset's README.md declares them; None if it does not.
-        notes: what is left out, each with its number and an example.
+        notes: images and files that are left out, each kind with its number and an example.
     """
 
     where: Mapping[str, str]
@@ -119,7 +119,7 @@ def files_of_builder(
 
 
 def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str, ...]]:
-    """Images with labels, by tables where there are any, else by class folders; and notes on what is not read.
+    """Images with labels, by tables where there are any, else by class folders; and notes on files that are not read.
 
     Raises:
         ValueError: as `sort_into_classes` does, for an archive or a table that cannot be read, tables that do not fit
@@ -154,7 +154,7 @@ def _unpacked(files: ImageFiles) -> ImageFiles:
 
 
 def _unpack(archive: str, file: str) -> Path:
-    """The folder in the cache of ``datasets`` that holds the files of an archive; another version has another."""
+    """The folder in the cache of ``datasets`` that holds the files of an archive; each version has its own."""
     status = os.stat(file)
     key = f"{os.path.realpath(file)}\n{status.st_size}\n{status.st_mtime_ns}"
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / "ham_hf_archives"

@@ -58,7 +58,7 @@ def read_groups(
     """The groups of some rows (N,) of a split, by a column of class labels, strings, integers or booleans.
 
     Groups are the names that a ``ClassLabel``, or each file in ``of_files``, declares, else the sorted values.
-    ValueError if there is no such column, it is of another kind, or it has more than `MAX_GROUPS` values.
+    ValueError if there is no such column, it is not of such a kind, or it has more than `MAX_GROUPS` values.
     """
     feature = split.features[categories("--group_column", column, split.features)]
     stored = split[column][:]

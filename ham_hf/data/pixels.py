@@ -43,7 +43,7 @@ class BatchRequest(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateLayout:
-    """How updates are made of the training images: ``accumulation`` batches of each of ``world`` processes.
+    """How updates are made from the training images: ``accumulation`` batches of each of ``world`` processes.
 
     ``rank`` is this process, whose batches are given out; ``seed`` is that of the run.
     """
@@ -193,7 +193,7 @@ def _load_numbered(pixels: StreamedPixels, requests: Sequence[BatchRequest], num
 
 
 class _Tasks(Dataset[Any]):
-    """What a DataLoader does with each task. Errors travel as values, so that their message holds no traceback."""
+    """The work of a DataLoader on each task. Errors are returned as values, so that messages hold no traceback."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
         self._work = work
@@ -208,7 +208,7 @@ class _Tasks(Dataset[Any]):
 def done_by_workers(
     work: Callable[[Any], Any], tasks: Iterable[object], num_workers: int, device: torch.device
 ) -> Iterator[Any]:
-    """Yield what ``work`` makes of each task, in order, on the CPU.
+    """Yield the result of ``work`` on each task, in order, on the CPU.
 
     ``num_workers`` processes decode, 0 decodes in the calling one; ``device`` is where batches go next.
 

@@ -1,4 +1,4 @@
-"""Record what a model was trained on, recognize it in a copy, and find its held-out images again.
+"""Record the training data of a model, recognize it in a copy, and find its held-out images again.
 
 The record has the source of the images, every setting that decides which of them are held out, and two fingerprints of
 the training split: one of its labels, one of the pixels of a few images.
@@ -27,7 +27,7 @@ STREAMED = "the training split was streamed, so its labels were not read before 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What tells one split of images from another, whatever its name.
+    """Fingerprint of a split of images, which does not depend on its name.
 
     Attributes:
         num_images: of the split.
@@ -46,7 +46,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a model was trained on, as ``config.json`` and ``report.json`` record it.
+    """The training data of a model, as ``config.json`` and ``report.json`` record it.
 
     Attributes:
         dataset: Hub id, or name of a local folder without its path.
@@ -105,7 +105,7 @@ class Provenance:
         }
 
     def is_of(self, found: Fingerprint) -> bool:
-        """Whether a split holds the very images of ``train_split``, under whatever name.
+        """Whether a split holds the same images as ``train_split``, whatever its name.
 
         Equal labels in the same order are enough, unless they are ordered by class: then the pixels decide.
         """
@@ -115,13 +115,13 @@ class Provenance:
 
 
 def plain_name(dataset_name: str) -> str:
-    """A dataset's name without the path of a local folder, which concerns no one else."""
+    """A dataset's name, without the path of a local folder: local paths are not published."""
     folder = os.path.expanduser(dataset_name)
     return Path(os.path.abspath(folder)).name if os.path.exists(folder) else dataset_name
 
 
 def fingerprint_of(split: EncodedImages, class_names: Sequence[str]) -> Fingerprint:
-    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels count."""
+    """Fingerprint of a whole split: its N images, of all rows in order, and the class names that its labels index."""
     return Fingerprint(
         num_images=len(split),
         labels=label_fingerprint(split.labels, class_names),
@@ -156,7 +156,7 @@ def _pixel_fingerprint(split: EncodedImages) -> str:
 def read_provenance(record: object) -> Provenance:
     """Read what `Provenance.record` gave, without the keys that a newer version adds.
 
-    ValueError names the key and what was expected.
+    ValueError names the key and the expected values.
     """
     names = {field.name for field in fields(Provenance)}
     if not isinstance(record, Mapping) or not names <= record.keys():
@@ -181,4 +181,4 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("validation_fraction", "test_fraction"), (0, 1)),
     **dict.fromkeys(("limit_train_examples", "num_train_examples", "num_images"), (1, 2**63)),
 }
-"""Least value, and what the value stays below."""
+"""Least value, and the bound that the value stays below."""

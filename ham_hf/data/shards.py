@@ -48,9 +48,9 @@ class SplitFiles:
         version: tells one version of the files from another.
         stream: the split as ``datasets`` streams it; its shards are the files.
         num_rows: examples of each parquet file; None for archives.
-        label_column: column whose labels count ``file_names``; None if no file declares class names.
-        class_names: names that the labels count when they are given out.
-        file_names: of each file the names that its labels count.
+        label_column: column whose labels index ``file_names``; None if no file declares class names.
+        class_names: names that the labels index when they are given out.
+        file_names: of each file the names that its labels index.
     """
 
     split: str
@@ -109,7 +109,7 @@ class SplitFiles:
     def _check_own(self, values: Mapping[str, Any], file: int, row: int) -> None:
         for name, value in values.items():
             path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
-            # What the column is declared as does not say what the file holds.
+            # The declared type of the column does not tell the content of the file.
             if isinstance(value, str) and _may_be_image(self.features[name]):
                 path = value
             if path is not None:
@@ -200,7 +200,7 @@ def count_rows(source: SplitFiles, num_examples: int | None) -> tuple[int, ...]:
 
     Parquet files say it. Archives have an ``_info.json`` beside them (``splits``, ``filenames``, ``shard_lengths``),
     or are counted by their headers if they are local; else all have the same share of ``num_examples``, the user's
-    number, rounded down. ValueError if none of these gives the numbers, or ``num_examples`` is another.
+    number, rounded down. ValueError if none of these gives the numbers, or ``num_examples`` differs.
     """
     files = source.files
     rows = source.num_rows if source.num_rows is not None else _listed_rows(files)
@@ -222,7 +222,7 @@ def count_rows(source: SplitFiles, num_examples: int | None) -> tuple[int, ...]:
 
 
 def held_out_rows(num_rows: Sequence[int], fraction: float) -> tuple[int, ...]:
-    """How many examples, the first ones, of each file are held out: its rounded share; one at least stays in train."""
+    """Number of first examples of each file that are held out: its rounded share; one at least stays in train."""
     ends = [round(fraction * end) for end in accumulate(num_rows, initial=0)]
     return tuple(
         min(end - start, rows - 1) if rows else 0 for (start, end), rows in zip(pairwise(ends), num_rows, strict=True)
@@ -290,7 +290,7 @@ def _archive_length(file: str) -> int:
 
 
 def _listed_rows(files: Sequence[str]) -> tuple[int, ...] | None:
-    """Examples of each archive as a list beside them says; None if there is none or it does not know them all."""
+    """Examples of each archive, from a list beside them; None if there is no list or it lacks some of them."""
     folder = files[0].rpartition("/")[0]
     for name in INFO_NAMES:
         try:

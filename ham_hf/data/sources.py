@@ -55,7 +55,7 @@ class Source(Generic[Split]):
         splits: every split, by name: its rows, or the files that a stream reads.
         config_name: the configuration that was opened; as given for local data.
         revision: its commit, if known, else the revision asked for; None for local data.
-        notes: what of it is left out, each with its number and an example.
+        notes: images and files of it that are left out, each kind with its number and an example.
         declared: the class names that its files declare.
     """
 
@@ -110,7 +110,7 @@ def open_source(config: DataConfig) -> Source[datasets.Dataset]:
 def open_streamed_source(config: DataConfig) -> Source[SplitFiles]:
     """Open parquet files or WebDataset archives, in a local folder or of the Hub, to be read as streams.
 
-    ValueError if it cannot be opened or has another layout; the message names the fix.
+    ValueError if it cannot be opened or its layout is neither; the message names the fix.
     """
     name, local = config.dataset_name, _check_name(config)
     if name == DIGITS:
@@ -166,11 +166,11 @@ def _front_matter(base: str) -> str:
 
 
 def _declared_configs(base: str) -> list[dict[str, object]]:
-    """What the front matter of a dataset's README.md declares as its configurations."""
+    """The configurations that the front matter of a dataset's README.md declares."""
     try:
         values = yaml.safe_load(_front_matter(base))
     except yaml.YAMLError:
-        return []  # datasets, which reads it next, says what is wrong with it
+        return []  # datasets, which reads it next, explains the error
     configs = values.get("configs") if isinstance(values, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
 
@@ -259,7 +259,7 @@ def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
 
 
 def check_cache() -> None:
-    """Raise CacheError if the cache of ``datasets`` cannot be written, before the data is blamed for it."""
+    """Raise CacheError if the cache of ``datasets`` cannot be written: later it would look like a data error."""
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,7 +301,7 @@ def is_local(name: str) -> bool:
 
 
 def _check_name(config: DataConfig) -> bool:
-    """`is_local`; ValueError for what is neither that nor a Hub id, or has an impossible configuration or revision."""
+    """`is_local`; ValueError for a name that is neither that nor a Hub id, or an impossible configuration."""
     name, config_name, revision = config.dataset_name, config.dataset_config_name, config.dataset_revision
     local = is_local(name)
     if local and revision is not None:

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLED_FILES = 8
 STATISTICS_EXAMPLES = 2_000
-"""Training images at most that the mean and the standard deviation of the channels are of."""
+"""Largest number of training images in the mean and the standard deviation of the channels."""
 
 
 def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:
@@ -114,7 +114,7 @@ def _rank_in_class(labels: Tensor, seed: int) -> Tensor:
 
 
 class Chosen(NamedTuple):
-    """What of an opened dataset is used; ``test_split`` is None if the test part is held out of ``train_split``."""
+    """Splits and columns of a dataset that are used; ``test_split`` is None if test is held out of ``train_split``."""
 
     train_split: str
     test_split: str | None
@@ -281,7 +281,7 @@ def limit_rows(labels: Tensor, rows: Tensor, limit: int | None, seed: int) -> Te
 
 
 def named_labels(labels: Tensor, class_names: Sequence[str], order: Sequence[str] | None) -> Tensor:
-    """The (N,) labels as places in another order of the same class names; as they are if the names differ."""
+    """The (N,) labels as places in a different order of the same class names; unchanged if the names differ."""
     if order is None or not set(class_names) <= set(order):
         return labels
     return torch.tensor([order.index(name) for name in class_names])[labels]

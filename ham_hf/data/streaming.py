@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 def num_lanes(per_update: int, num_files: int) -> int:
-    """Lanes of the stream: a divisor of ``per_update``, so that every update takes as many examples of each.
+    """Lanes of the stream: a divisor of ``per_update``, so that every update takes equally many examples of each.
 
     The largest one that is at most one per 128 examples of an update (but eight may be), and one per file.
     """
@@ -85,7 +85,7 @@ class Stretch(NamedTuple):
 
 
 def lane_stretches(shards: Shards, whole: int, lanes: int, generator: torch.Generator) -> list[list[Stretch]]:
-    """What each lane of an epoch reads, in order: files permuted, and ``whole`` training examples of them cut up."""
+    """The rows that each lane of an epoch reads, in order: ``whole`` examples of permuted files, cut up."""
     files = torch.randperm(len(shards.num_rows), generator=generator).tolist()
     length = whole // lanes
     found: list[list[Stretch]] = [[] for _ in range(lanes)]
@@ -140,7 +140,7 @@ class TrainingStream:
         return sum(self.shards.num_rows) - sum(self.shards.num_held_out)
 
     def plan(self, per_update: int) -> list[Any]:
-        """What a resumed run must share to get the same examples; JSON types."""
+        """Settings that a resumed run must share to get the same examples; JSON types."""
         return [self.buffer_size, num_lanes(per_update, len(self.shards.num_rows)), list(self.shards.num_rows)]
 
     def batches(
@@ -151,7 +151,7 @@ class TrainingStream:
         Args:
             layout: how updates are made.
             epoch: 0-based epoch.
-            first_update: 0-based update of the epoch to begin with; what came before is not decoded.
+            first_update: 0-based update of the epoch to begin with; earlier images are not decoded.
             device: where the batches go.
 
         Raises:

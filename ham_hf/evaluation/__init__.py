@@ -1,7 +1,7 @@
 """Attacks over a split: one flag per example, on any number of processes, resumable after a kill.
 
 `robustness` runs PGD and CW, `autoattack` AutoAttack; `verdicts` joins them image by image. `batch_sharing` hands
-batches to processes, keeps what is done, and finds how many images fit into memory.
+batches to processes, keeps finished ones, and finds how many images fit into memory.
 """
 
 from __future__ import annotations

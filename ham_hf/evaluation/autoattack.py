@@ -1,7 +1,7 @@
 """AutoAttack (Croce and Hein, ICML 2020; the authors' code, from pyautoattack), shared out and resumable.
 
-Its attacks run one after the other, each on what the ones before have left, as the authors run them. Here every attack
-is finished on all processes before the next one starts; what is left then is cut into full batches anew. The seed of
+Its attacks run one after the other, each on the images that the earlier ones left, as the authors run them. Here every
+attack is finished on all processes before the next one starts; the images left are cut into full batches. The seed of
 a batch follows from attack and batch, so the flags depend neither on the number of processes nor on where an
 evaluation was interrupted, and a process holds one batch at a time.
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def autoattack_version(num_classes: int) -> tuple[str, list[str], int]:
-    """Which attacks of AutoAttack exist for this many classes, what to call the set, and the number of targets.
+    """Name of the AutoAttack set for this many classes, its attacks, and the number of targets.
 
     The targeted attacks of the standard set need four classes, the DLR loss three.
     """
@@ -65,7 +65,7 @@ def evaluate_autoattack(
 ) -> AttackResult:
     """Run AutoAttack over a split.
 
-    Where the memory of the device does not suffice for a batch, it goes through the model in parts; noise is drawn for
+    A batch that does not fit into the memory of the device goes through the model in parts; noise is drawn for
     the whole batch, so that the result is the same. The margin of an image that falls is that of the adversarial one;
     that of an image that withstands is the clean one, which the authors' attacks return where they do not succeed.
 
@@ -74,7 +74,7 @@ def evaluate_autoattack(
 
     Raises:
         ValueError: if pyautoattack is not installed, or the split holds pixels outside [0, 1].
-        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+        NonFiniteLogitsError: if the logits of a clean image are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     version, attacks, num_targets = autoattack_version(num_classes)
@@ -89,7 +89,7 @@ def evaluate_autoattack(
     guarded = GuardedModel(PiecewiseModel(model, size))
     adversary = _standard_adversary(guarded, threat_model, attacks, num_targets, place.accelerator.device)
     labels, accuracy = images.labels[chosen], dict[str, float]()
-    # All count as right until "clean" has looked at them.
+    # All count as right until "clean" has classified them.
     predictions, margins, seconds = labels.clone(), torch.zeros(len(labels)), 0.0
     with attack_mode(model):
         for name in ("clean", *attacks):
@@ -119,7 +119,7 @@ def evaluate_autoattack(
 
 
 class GuardedModel(nn.Module):
-    """A model that shows finite logits and finite gradients to the attacks of others, on images x with labels y.
+    """A wrapper that shows finite logits and finite gradients to third-party attacks, on images x with labels y.
 
     An image whose logits are not finite is shown with those of a wrong class, so that an attack that finds it has
     found something; the gradient of a row is 0 if it is not finite. What is finite is shown as it is.
@@ -142,7 +142,7 @@ class GuardedModel(nn.Module):
             return logits
         pixels = x.detach().flatten(1)
         label = self.y[torch.cdist(pixels, self.x.flatten(1), p=torch.inf).argmin(1)]
-        # Pixels that are not finite are no image: showing their logits as wrong would call them a find.
+        # Pixels that are not finite are not an image: showing their logits as wrong would count them as found.
         shown = (label + pixels.isfinite().all(1).long()) % logits.shape[1]
         return torch.where(finite[:, None], logits, nn.functional.one_hot(shown, logits.shape[1]).to(logits.dtype))
 
@@ -177,7 +177,7 @@ def _stage(
     key: str,
     settings: Mapping[str, object],
 ) -> Outcome:
-    """What one of the attacks, or none ("clean"), makes of batches of these rows."""
+    """The outcome of one of the attacks, or of none ("clean"), on batches of these rows."""
     shared = SharedBatches(
         f"autoattack-{name}", rows, shape=(1, len(images)), place=place, key=key, settings={"autoattack": settings}
     )
@@ -197,7 +197,7 @@ def _stage(
 
 
 def _classify(adversary: Any, size: WorkingSize, batch: PixelBatch, *, checks: bool) -> Tensor:  # noqa: ANN401
-    """Logits of a batch as it is, which may also go through the authors' checks of the model."""
+    """Logits of a clean batch, which may also go through the authors' checks of the model."""
     check_pixel_range(batch.x)
     x = batch.x
     if checks:

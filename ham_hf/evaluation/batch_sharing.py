@@ -1,11 +1,11 @@
 """Batches shared out over processes, each computed once: by one process, or by a run that was interrupted.
 
 Finished batches are kept on the disk until all of an evaluation is finished, so that a kill loses one batch: one small
-JSON file per batch, written under another name, flushed and renamed: it is there as a whole or not at all. Files are
-filed under a key made of everything that decides the result (weights, network, images, attacks), so what another model
-or another setting left behind is never taken for this one's.
+JSON file per batch, written under a temporary name, flushed and renamed: it is complete or absent. Files are
+filed under a key made of everything that decides the result (weights, network, images, attacks), so results of another
+model or another setting are never reused.
 
-How many images of a batch a device takes at once is found out by trying: half as many after every out-of-memory error.
+The number of images that a device takes at once is found by trying: it is halved after every out-of-memory error.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ T = TypeVar("T")
 PARTIAL_RESULTS = "evaluation-progress"
 """Folder in the output folder of a run."""
 _LAYOUT = 2
-"""Part of the key: files of another layout (1 had no margins) are not looked at."""
+"""Part of the key: files of a different layout (1 had no margins) are ignored."""
 NUM_HASHED_IMAGES = 32
 """Images whose pixels are part of the key, spread over the split (our choice); labels are hashed in full."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What S evaluations ("clean", "pgd-20", ...) make of n rows.
+    """Results of S evaluations ("clean", "pgd-20", ...) on n rows.
 
     Attributes:
         predictions: (S, n) int64.
@@ -95,11 +95,11 @@ class Workplace:
     show_progress: bool = False
 
     def key(self, model: nn.Module, images: Images) -> str:
-        """What finished batches of this unwrapped model on this split are kept under; empty if none are kept."""
+        """Key of the finished batches of this unwrapped model on this split; empty if none are kept."""
         if self.output_dir is None:
             return ""
         digest = hashlib.sha256(f"ham_hf {__version__}, layout {_LAYOUT}\n".encode())
-        # Parts without a name of their own (functions) are shown with their address, which is another one every time.
+        # Parts without a name of their own (functions) are shown with their address, which differs every time.
         digest.update(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(model)).encode())
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -136,7 +136,7 @@ class SharedBatches:
     node has a disk of its own, each brings what it finds. Processes do not wait for each other inside of the loop.
 
     Args:
-        stage: what is done, in the names of files and in the progress bar.
+        stage: name of the stage, in the names of files and in the progress bar.
         rows: (n,) int64 rows of each batch, without overlap; the same on every process.
         shape: number S of results per row, and number N of rows that there are.
         place: where it runs.

@@ -4,9 +4,9 @@ Post-hoc logit adjustment (Menon et al., ICLR 2021) is the source; finding the n
 fairness, is ours. ``a_c`` is the share of held-out images of class c that are right under CW-10 *on the shifted
 model*. With fairness F in [0, 1] the goal of class c is mean(a) + (1 - F) (a_c(0) - mean a(0)), a_c(0) being its share
 before any shift: F 0 leaves the model as it is, bit for bit, and F 1 asks for equality. Ten rounds of
-``shift_c += 2 (goal_c - a_c) 0.9^round``, centered, find the shifts for the first F. Each further F takes four such
-rounds from the shifts of the nearest F that was searched, and the search on all images takes four from the mean of its
-halves: they end closer to the goal than ten rounds from zero do.
+``shift_c += 2 (goal_c - a_c) 0.9^round``, centered, find the shifts for the first F. Each further F takes the last
+four of them from the shifts of the nearest F that was searched, and the search on all images from the mean of its
+halves: about as close to the goal. Longer steps would lead away from it where logits are small and turn many images.
 
 Of few images the found shift is partly noise, so that of a class with n_c < 300 images is multiplied by
 n_c / (n_c + 10) x 310 / 300 (our choice: 10 is what empirical Bayes gives for class accuracies around 0.4 that spread
@@ -110,7 +110,7 @@ class Calibration:
         factors: what the found shift of each class was multiplied by, as few images say less; 0 without images.
         counts: held-out images of each class.
         frontier: points by growing F; the one of ``fairness`` is among them.
-        passes: most image passes that the search took (forward 1, gradient of the input 2).
+        passes: passes of an image that were counted in the search (forward 1, gradient of the input 2).
         attack: settings of the attack; JSON values only.
     """
 
@@ -196,7 +196,7 @@ def calibrate(
         factors=tuple(shrinkage(meter.counts((0, 1))).tolist()),
         counts=tuple(meter.counts((0, 1)).tolist()),
         frontier=tuple(points[value] for value in sorted(points)),
-        passes=len(meter.known) * -(-len(images) // 2) * attack.passes,
+        passes=meter.passes,
         attack=attack.settings(place.seed),
     )
 
@@ -235,15 +235,14 @@ class _Meter:
         self.halves = stratified_split(images.labels, 0.5, place.seed)
         self.size = WorkingSize(place.batch_size)
         self.known: dict[tuple[int, tuple[float, ...]], Tensor] = {}
+        self.passes = 0
         self.found: tuple[dict[float, Tensor], dict[float, Tensor]] = ({}, {})
         self.bar: tqdm | None = None  # type: ignore[type-arg]  # tqdm.auto's takes none
 
     def counts(self, halves: Sequence[int]) -> Tensor:
         """Images (C,) int64 of each class in these halves."""
-        return sum(
-            (count_per_class(self.images.labels[self.halves[half]], self.num_classes) for half in halves),
-            torch.zeros(self.num_classes, dtype=torch.long),
-        )
+        rows = torch.cat([self.halves[half] for half in halves])
+        return count_per_class(self.images.labels[rows], self.num_classes)
 
     def correct(self, shifts: Tensor, halves: Sequence[int]) -> Tensor:
         """Right images (C,) int64 of each class in these halves, attacked with ``shifts`` (C,) float32."""
@@ -272,20 +271,21 @@ class _Meter:
         shared = SharedBatches(
             "calibrating",
             torch.split(rows, self.place.batch_size),
-            shape=(1, len(labels)),
+            shape=(2, len(labels)),
             place=self.place,
             key=self.key,
-            settings={"calibration": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
+            settings={"calibration and clean": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
         )
         offset = half * len(torch.split(self.halves[0], self.place.batch_size))
         for number, batch in shared.of(self.images):
-            found = self._predictions(offset + number, batch)[None]
-            shared.add(number, Outcome(found, torch.full(found.shape, torch.nan), torch.zeros(1)))
-        right = shared.gather().predictions[0, rows] == labels[rows]
+            found = self._predictions(offset + number, batch)
+            shared.add(number, Outcome(found, torch.full(found.shape, torch.nan), torch.zeros(2)))
+        right_clean, right = shared.gather().predictions[:, rows] == labels[rows]
+        self.passes += len(rows) + int(right_clean.sum()) * (self.attack.passes - 1)
         return count_per_class(labels[rows], self.num_classes, right)
 
     def _predictions(self, number: int, batch: PixelBatch) -> Tensor:
-        """Predictions (n,) of the images of the batch with this number, under attack."""
+        """Predictions (2, n) of the images of the batch with this number: as they are, and under attack."""
         check_pixel_range(batch.x)
         # Of all rows, whichever are right as they are: that changes with the shifts.
         generator = make_generator(batch.x.device, self.place.seed, Stream.CALIBRATION, number)
@@ -293,15 +293,15 @@ class _Meter:
 
         def strike(rows: slice) -> Tensor:
             x, y = batch.x[rows].contiguous(memory_format=self.layout), batch.y[rows]
-            predicted = predict(self.model, x)
-            right = (predicted == y).nonzero().squeeze(1)
+            clean = predict(self.model, x)
+            predicted, right = clean.clone(), (clean == y).nonzero().squeeze(1)
             if len(right):
                 first = start[rows][right].contiguous(memory_format=self.layout)
                 x_adv = self.attack(self.attacked, x[right], y[right], start=first, loss_fn=margin_loss)
                 predicted[right] = predict(self.model, x_adv)
-            return predicted
+            return torch.stack([clean, predicted], dim=1)
 
-        return self.size.split(strike, len(batch.y))
+        return self.size.split(strike, len(batch.y)).T
 
 
 def _most_measurements(num_values: int) -> int:
@@ -326,7 +326,7 @@ def _found_shifts(meter: _Meter, fairness: float, halves: Sequence[int]) -> Tens
     first = shares(torch.zeros(len(counts)))
     spread = first - first[present].mean()
     shifts, num_rounds = _start(meter, fairness, halves)
-    for number in range(num_rounds):
+    for number in range(NUM_ROUNDS - num_rounds, NUM_ROUNDS):
         accuracy = shares(shifts)
         goal = accuracy[present].mean() + (1 - fairness) * spread
         shifts = shifts + torch.where(present, STEP * (goal - accuracy) * DECAY**number, 0.0)
@@ -348,11 +348,8 @@ def _start(meter: _Meter, fairness: float, halves: Sequence[int]) -> tuple[Tenso
 
 def _cross_fitted(meter: _Meter, fairness: float) -> FrontierPoint:
     """Counts of each half under the shifts of the other."""
-    correct = sum(
-        (meter.correct(_found_shifts(meter, fairness, [1 - half]), [half]) for half in (0, 1)),
-        torch.zeros(meter.num_classes, dtype=torch.long),
-    )
-    return frontier_point(fairness, correct.tolist(), meter.counts((0, 1)).tolist())
+    one, other = (meter.correct(_found_shifts(meter, fairness, [1 - half]), [half]) for half in (0, 1))
+    return frontier_point(fairness, (one + other).tolist(), meter.counts((0, 1)).tolist())
 
 
 def frontier_point(fairness: float, correct: Sequence[int], counts: Sequence[int]) -> FrontierPoint:

@@ -43,7 +43,7 @@ class EvaluationConfig(SettingsGroup):
     """The attacks on the test split, with the norm and epsilon of the threat model."""
 
     per_device_eval_batch_size: int = setting(
-        256, "images per process in evaluation; where memory does not suffice, fewer at once", at_least=1
+        256, "images per process in evaluation; fewer at once if memory runs out", at_least=1
     )
     eval_num_steps: int = setting(20, "steps of the PGD and CW attacks", at_least=1)
     eval_step_size: float | None = setting(None, "length of their steps in pixel units; none = epsilon / 4", above=0)
@@ -67,7 +67,7 @@ class EvaluationConfig(SettingsGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class MoreEvaluationConfig(SettingsGroup):
-    """What an evaluation of a finished model can measure beside its own attacks and classes."""
+    """Further measurements in an evaluation of a finished model: other attacks, corruptions, groups."""
 
     foreign_attack: tuple[str, ...] = setting(
         (),
@@ -79,7 +79,7 @@ class MoreEvaluationConfig(SettingsGroup):
     )
     severities: tuple[int, ...] = setting((1, 2, 3, 4, 5), "severities of the corruptions, 1 to 5")
     group_column: str | None = setting(
-        None, "also report accuracy by the groups of this column of the test split, and their worst"
+        None, "also report accuracy per group of this column of the test split, and the worst group"
     )
 
     def contradictions(self) -> Iterator[str]:

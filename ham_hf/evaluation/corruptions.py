@@ -5,7 +5,7 @@ constants of the nearer one, unscaled (our choice): up to 96 px those for 32. As
 uint8. Where it used ImageMagick (motion blur and snow) or OpenCV, its definition is computed here in numpy. Noise is
 drawn from the seed, the corruption and the position of the image in its split: the same for every severity, batch size
 and number of processes. So the images are the benchmark's in kind, not bit for bit; ImageNet-C was also stored as JPEG
-of quality 85, which is not repeated. `LEFT_OUT` says what is missing.
+of quality 85, which is not repeated. `LEFT_OUT` lists the missing ones.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def constants_of(size: int) -> str:
 
 
 def corruption_constants(name: str, size: int) -> Sequence[Any]:
-    """What each severity of a corruption is computed with, for images of this side: numbers, or tuples of them."""
+    """The constants of each severity of a corruption, for images of this side: numbers, or tuples of them."""
     _, small, large = _DEFINITIONS[name]
     return small if size <= MAX_SMALL_SIZE else large
 
@@ -156,7 +156,7 @@ def _disk(radius: float, alias_blur: float) -> Floats:
 def _glass_blur(x: Floats, c: tuple[float, int, int], generator: np.random.Generator) -> Floats:
     """Blurred, then every pixel takes over a near one, from the last row and column on, then blurred again.
 
-    The published program means to swap the two, but leaves the near one as it is; the published images are made so.
+    The published program means to swap the two, but leaves the near one unchanged; the published images have this bug.
     """
     sigma, move, rounds = c
     size = x.shape[0]
@@ -224,7 +224,7 @@ def _plasma(size: int, decay: float, generator: np.random.Generator) -> Floats:
 
 
 def _brightness(x: Floats, c: float, generator: np.random.Generator) -> Floats:
-    """The value of HSV grows; hue and saturation stay, so all channels of a pixel grow by one factor."""
+    """Raise the value of HSV; hue and saturation stay, so all channels of a pixel grow by one factor."""
     value: Floats = x.max(2, keepdims=True)
     brighter = np.clip(value + c, 0, 1)
     return np.where(value > 0, x * brighter / np.where(value > 0, value, 1), brighter)
@@ -442,7 +442,7 @@ _DEFINITIONS: Mapping[
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
     ),
 }  # fmt: skip
-"""What corrupts, with its constants for small and for large images, in the order of the benchmark.
+"""The corruptions, with their constants for small and for large images, in the order of the benchmark.
 
 The place of a corruption is part of its noise's seed: append, never reorder.
 """

@@ -1,8 +1,8 @@
 """Attacks of other libraries: any function ``attack(model, x, y) -> x_adv``, checked before it counts.
 
-The function is given the pixel model in evaluation mode and the images that are right as they are, and has to keep to
-the threat model of the evaluation by itself. What it returns is checked: an attack of another radius would give a
-number that looks like the others and is not comparable. Afterwards the model is as it was.
+The function is given the pixel model in evaluation mode and the images that are classified correctly, and has to keep
+to the threat model of the evaluation by itself. Its results are checked: an attack of a different radius would give a
+number that looks like the others and is not comparable. Afterwards the model is restored.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ RESERVED_NAMES = ("clean", "verdict", "autoattack")
 
 
 class ForeignAttackError(ValueError):
-    """A foreign attack returned what is no attack within the threat model, or changed the model."""
+    """A foreign attack returned images outside the threat model, or something else, or changed the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignAttack:
-    """An attack of another library.
+    """An attack from outside this package.
 
     Attributes:
         name: key of the result: letters, digits and ``. + -``.
@@ -73,7 +73,7 @@ class ForeignAttack:
             )
 
     def settings(self, seed: int) -> dict[str, object]:
-        """What a report says of it; JSON types only."""
+        """The attack's settings as a report shows them; JSON types only."""
         return {
             "norm": self.threat_model.norm,
             "epsilon": float(self.threat_model.epsilon),
@@ -88,7 +88,7 @@ class ForeignAttack:
         The model's modes and gradients are restored, and so are the global random states, which start from ``seed``.
 
         Raises:
-            ForeignAttackError: if the result is no attack of this threat model, or the model was changed.
+            ForeignAttackError: if the result is not within this threat model, or the model was changed.
         """
         with _left_as_it_was(model, self.name), _seeded(seed, x.device), torch.enable_grad():
             result = self.function(model, x.detach().clone(), y.clone())

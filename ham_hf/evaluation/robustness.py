@@ -7,7 +7,7 @@ precision and memory layout it is given in.
 
 PGD and CW count the **last** iterate, as published evaluations do. So an example that is misclassified on the way
 stays under attack: it may be right again at the end, and dropping it would give a lower number ("wrong at any
-iterate") that no published one compares with. An image that is misclassified as it is is lost and not attacked.
+iterate") that no published one compares with. An image that is already misclassified is lost, and is not attacked.
 
 Logits that are not finite are never right: a model with such logits on clean images is rejected; under attack they
 count as broken, with the prediction `ham_hf.attacks.NOT_FINITE`.
@@ -46,7 +46,7 @@ LOSSES: dict[str, LossFn] = {"cross-entropy": unsaturated_cross_entropy, "margin
 
 
 class NonFiniteLogitsError(RuntimeError):
-    """The logits of a model are not finite on ``count`` of ``total`` images as they are: nothing to attack, no result.
+    """The logits of a model are not finite on ``count`` of ``total`` clean images: nothing to attack, no result.
 
     ``cause`` is what its weights tell of it.
     """
@@ -54,7 +54,7 @@ class NonFiniteLogitsError(RuntimeError):
     def __init__(self, count: int, total: int, cause: str) -> None:
         self.count, self.total, self.cause = count, total, cause
         super().__init__(
-            f"the logits of the model are not finite on {count} of {total} images as they are, which is never right, "
+            f"the logits of the model are not finite on {count} of {total} clean images, "
             f"so there is no result: {cause}. Take other weights, of an earlier epoch for example, or train with a "
             "lower --learning_rate"
         )
@@ -73,7 +73,7 @@ class NamedAttack(Attack):
     loss: str = "cross-entropy"
 
     def settings(self, seed: int) -> dict[str, object]:
-        """What a report says of it; JSON types only."""
+        """The attack's settings as a report shows them; JSON types only."""
         return {**self.as_json(), "loss": self.loss, "random_start": True, "restarts": 1, "seed": seed}
 
 
@@ -83,11 +83,11 @@ class AttackResult:
 
     Attributes:
         name: "clean", "pgd-20", "cw-20", "autoattack", ...
-        settings: what was run: norm, epsilon, num_steps, step_size, loss, seed, ...
+        settings: of the attack: norm, epsilon, num_steps, step_size, loss, seed, ...
         predictions: (N,) int64, CPU: predicted class of the attacked image, -1 where its logits are not finite.
         margins: (N,) float32, CPU: margin of the attacked image, logit of the true class minus the largest other one;
             positive = right. Of PGD and CW at the last iterate, of AutoAttack see `evaluate_autoattack`; an image that
-            is not attacked, as it is misclassified already, has its margin as it is.
+            is not attacked, as it is already misclassified, has its clean margin.
         labels: (N,) int64, CPU.
         indices: (N,) int64, CPU: positions of the examples in the split.
         seconds: wall-clock time of this attack, the mean over processes; earlier parts of an evaluation that was
@@ -104,7 +104,7 @@ class AttackResult:
 
     @property
     def flags(self) -> Tensor:
-        """(N,) bool, CPU: right as it is and under the attack; one that is wrong as it is keeps that prediction."""
+        """(N,) bool, CPU: right when clean and under the attack; an image that is wrong when clean is not attacked."""
         return self.predictions == self.labels
 
 
@@ -120,9 +120,9 @@ def evaluate(
 ) -> dict[str, AttackResult]:
     """Clean accuracy and the accuracy under each attack, for every example of a split.
 
-    An image that is misclassified as it is counts as lost to every attack and is not attacked. Where the memory of the
-    device does not suffice for a batch, it is attacked in parts; noise is drawn for the whole batch, so that the
-    result is the same.
+    An image that is already misclassified counts as lost to every attack and is not attacked. A batch that does not
+    fit into the memory of the device is attacked in parts; noise is drawn for the whole batch, so that the result is
+    the same.
 
     Args:
         model: the unwrapped pixel model.
@@ -135,7 +135,7 @@ def evaluate(
 
     Raises:
         ValueError: if the split is empty or holds pixels outside [0, 1].
-        NonFiniteLogitsError: if the logits of an image as it is are not finite.
+        NonFiniteLogitsError: if the logits of a clean image are not finite.
         RuntimeError: the allocator's, if not even one image fits into memory.
     """
     if not len(images):
@@ -249,7 +249,7 @@ class _BatchAttacker:
         return Outcome(torch.stack(predictions).cpu(), torch.stack(margins).cpu(), torch.tensor(seconds))
 
     def _attack(self, attack: NamedAttack | ForeignAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Logits (N, num_classes) at the last iterate, or of what a foreign attack returns."""
+        """Logits (N, num_classes) at the last iterate, or of the images that a foreign attack returns."""
         if isinstance(attack, ForeignAttack):
             shown, seed = PiecewiseModel(self.model, self.size).eval(), generator.initial_seed()
             found = self.size.whole(lambda: attack.perturb(shown, x, y, seed=seed), len(y))
@@ -272,7 +272,7 @@ class _BatchAttacker:
 
 
 def memory_layout(model: nn.Module) -> torch.memory_format:
-    """The layout that the weights of convolutions are in; images in another one are converted in every pass."""
+    """The layout that the weights of convolutions have; images in a different one would be converted in every pass."""
     weights = [weight for weight in model.parameters() if weight.ndim == 4 and not weight.is_contiguous()]
     channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     return torch.channels_last if channels_last else torch.contiguous_format
@@ -292,16 +292,16 @@ def refuse_not_finite(model: nn.Module, clean: Tensor) -> None:
     count = int((clean == NOT_FINITE).sum())
     if not count:
         return
-    spoilt = [
+    spoiled = [
         name
         for name, value in chain(model.named_parameters(), model.named_buffers())
         if value.is_floating_point() and not bool(value.isfinite().all())
     ]
-    listed = ", ".join(spoilt[:5]) + (f" and {len(spoilt) - 5} more" if len(spoilt) > 5 else "")
+    listed = ", ".join(spoiled[:5]) + (f" and {len(spoiled) - 5} more" if len(spoiled) > 5 else "")
     cause = (
         f"values in {listed} are not finite (a damaged file, or training that diverged)"
-        if spoilt
-        else "its weights are finite, so numbers overflow on the way"
+        if spoiled
+        else "its weights are finite, so numbers overflow in between"
     )
     raise NonFiniteLogitsError(count, len(clean), cause)
 

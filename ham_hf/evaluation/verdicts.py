@@ -1,4 +1,4 @@
-"""Verdicts on disk: ``predictions.parquet``, what a model said of each image, clean and under each attack.
+"""Verdicts on disk: ``predictions.parquet``, the predictions for each image, clean and under each attack.
 
 One row per image: ``position`` in the test split as it was loaded, ``label``, ``prediction_clean`` and
 ``prediction_NAME`` of each attack (null where it did not see the image; -1 where the logits are not finite),
@@ -36,18 +36,18 @@ _NOT_COMPARED = ("seed",)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Verdicts:
-    """What a model said of each of N images.
+    """Predictions of a model for each of N images.
 
     Attributes:
         class_names: names of the C classes in label order.
         attacks: settings of each attack by its name, in the order in which they were run.
         positions: (N,) int64, in the test split as it was loaded.
         labels: (N,) int64.
-        clean: (N,) int64, predicted class of the image as it is; -1 where the logits are not finite.
+        clean: (N,) int64, predicted class of the clean image; -1 where the logits are not finite.
         attacked: by name of the attack, (N,) int64 likewise of the attacked image, ``UNSEEN`` where there is none.
         margins_clean: (N,) float32, logit of the true class minus the largest other one; may be NaN.
         margins_attacked: (N,) float32, the smallest such margin over the attacks; NaN where there is none.
-        groups: of the N images by another column than the label; None if there is none.
+        groups: of the N images by a column other than the label; None if there is none.
     """
 
     class_names: tuple[str, ...]
@@ -91,7 +91,7 @@ class Verdicts:
 def verdicts_of(
     results: Mapping[str, AttackResult], class_names: Sequence[str], groups: ImageGroups | None = None
 ) -> Verdicts:
-    """What the results of one evaluation say of each image; "clean" covers every attack's, indices ascending."""
+    """The predictions in the results of one evaluation; "clean" covers every attack's images, indices ascending."""
     clean = results["clean"]
     attacked, smallest = dict[str, Tensor](), torch.full_like(clean.margins, float("inf"))
     for name, result in results.items():
@@ -148,7 +148,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is none of ours, of another schema version, or contradicts itself.
+        ValueError: naming the file, if it is not ours, has another schema version, or contradicts itself.
     """
     path = Path(path)
     if path.is_dir():
@@ -160,7 +160,7 @@ def read_verdicts(path: str | Path) -> Verdicts:
         about = json.loads((table.schema.metadata or {})[_METADATA.encode()])
         version = about["schema_version"]
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no table of predictions that ham_hf wrote: {error!r}") from error
+        raise ValueError(f"{path} is not a table of predictions that ham_hf wrote: {error!r}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema_version {version!r}, expected {SCHEMA_VERSION}; read it with the version of ham_hf "
@@ -169,12 +169,12 @@ def read_verdicts(path: str | Path) -> Verdicts:
     try:
         return _decode(table, about)
     except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no table of predictions that ham_hf wrote: {error}") from error
+        raise ValueError(f"{path} is not a table of predictions that ham_hf wrote: {error}") from error
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MatchedVerdicts:
-    """Two models on the same n images: positions and labels (n,), and what each was right on (n,) bool."""
+    """Two models on the same n images: positions and labels (n,), and whether each model was right (n,) bool."""
 
     positions: Tensor
     labels: Tensor
@@ -183,7 +183,7 @@ class MatchedVerdicts:
 
 
 def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") -> MatchedVerdicts:
-    """The images that two models were judged on, by position and label, and what each was right on.
+    """The images that two models were judged on, by position and label, and whether each was right.
 
     ``name`` is "verdict", "clean", or that of an attack.
 
@@ -230,7 +230,7 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError("its metadata does not list the class names")
     if not all(isinstance(settings, dict) for settings in attacks.values()):
-        raise ValueError("its metadata does not say what the attacks were")
+        raise ValueError("its metadata does not describe the attacks")
     verdicts = Verdicts(
         class_names=tuple(names),
         attacks=attacks,
@@ -255,7 +255,7 @@ def _decode(table: pa.Table, about: Mapping[str, Any]) -> Verdicts:
     stored = table.column("verdict")
     written = torch.tensor([-1 if value is None else int(value) for value in stored.to_pylist()])
     if not torch.equal(written, verdicts.withstood.long().where(verdicts.judged, -1)):
-        raise ValueError("the column verdict is not what the predictions say")
+        raise ValueError("the column verdict contradicts the predictions")
     return verdicts
 
 

@@ -85,7 +85,7 @@ class Method(Stateful):
 
     @property
     def state_keepers(self) -> tuple[Stateful, ...]:
-        """What may keep state, each of another name: this method and its class rules."""
+        """What may keep state, each with its own name: this method and its class rules."""
         return (self, *self.rules)
 
     @property
@@ -138,7 +138,7 @@ class Method(Stateful):
         return batch.training_rows(self.loss.rows(x_adv, batch.x))
 
     def start_and_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, LossFn]:
-        """Where the attack of the method's loss starts (N, C, H, W), and what it increases."""
+        """Start (N, C, H, W) of the attack of the method's loss, and the quantity that it increases."""
         start = self.loss.start(batch.x, batch.attack.threat_model, batch.generator)
         return start, self.loss.attack_loss(model, batch.x)
 

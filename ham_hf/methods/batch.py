@@ -1,4 +1,4 @@
-"""What goes into the inner maximization of a method, and what comes out of it."""
+"""Input and output of a method's inner maximization."""
 
 from __future__ import annotations
 

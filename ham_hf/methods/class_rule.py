@@ -1,4 +1,4 @@
-"""Class rules: how classes are told apart in training, by the radius of their attack or the weight of their loss.
+"""Class rules: how training treats classes differently, by the radius of their attack or the weight of their loss.
 
 A class rule keeps state of each class and turns it into radii (`RadiusRule`), weights (`WeightRule`) or both. A
 method is built with one (`ham_hf.methods.rule_method`: ``--method cfa``), or borrows one (``--class_margin``,
@@ -82,7 +82,7 @@ class RadiusRule(ClassRule):
 
     def class_attack(self, state: State, attack: Attack, *, epoch: int) -> tuple[Tensor, Tensor] | None:
         """Radius and step size of each class, (num_classes,) each, in pixel units; None leaves the attack alone."""
-        raise NotImplementedError(f"{self.name} does not say what the radius of a class is")
+        raise NotImplementedError(f"{self.name} does not define the radius of a class")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,4 +109,4 @@ class WeightRule(ClassRule):
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
         """Weight of each class in each term of ``loss`` (T, num_classes), 1 = plain; None leaves all at 1."""
-        raise NotImplementedError(f"{self.name} does not say what the weight of a class is")
+        raise NotImplementedError(f"{self.name} does not define the weight of a class")

@@ -113,7 +113,7 @@ def early_stopped_pgd(
         y: labels (N,).
         attack: threat model, steps and step size; radius and step may be (N,).
         start: images to start from (N, C, H, W).
-        loss_fn: what to increase, per example; a `RowLoss` is told which rows are left.
+        loss_fn: loss to increase, per example; a `RowLoss` is told which rows are left.
         tau: number of further steps that a wrong example is given, >= 0.
         noise: standard deviation of Gaussian noise added at every step before projection, in pixel units.
         generator: source of that noise, drawn for the whole batch.

@@ -4,8 +4,8 @@ Warm up with PGD-AT, then take the mean cross-entropy over the hard examples alo
 off by default; those that are our reading, because the authors shipped none that runs, say so. Mining under TRADES or
 MART, or with class radii or weights of other methods (which then observe the whole batch at the mining step), is ours.
 
-*Easy examples*. Dropping them from the loss masks gradients: the training attack just fails on an example, and other
-attacks do not. ``easy_weight`` w keeps them, at the image of the mining step, which is already computed:
+*Easy examples*. Dropping them from the loss masks gradients: the training attack fails on an example where other
+attacks succeed. ``easy_weight`` w keeps them, at the image of the mining step, which is already computed:
 (sum of the losses of the hard + w sum of those of the easy) / (H + w E), over all processes and accumulation steps.
 0 is the paper; 1 trains on all alike, as BulletTrain does (Hua et al., NeurIPS 2021).
 
@@ -61,7 +61,7 @@ class HAM(BuiltOnLoss, Borrowing):
     summary: ClassVar[str] = "hard adversarial example mining (Lin et al., 2025)"
 
     mining_step: int = setting(
-        3, "attack steps after which what is still right is dropped", limits=">= 0, below num_steps"
+        3, "attack steps after which examples still right are dropped", limits=">= 0, below num_steps"
     )
     mining_start_epoch: int = setting(50, "first 0-based epoch that mines; before it, the base loss alone", at_least=0)
     pack_hard_examples: bool = setting(
@@ -107,19 +107,19 @@ class HAM(BuiltOnLoss, Borrowing):
             )
         if self.stop_misclassified and not self.mining_step:
             raise ValueError(
-                "--stop_misclassified with --mining_step 0: expected at least 1, as the first step tells what is "
+                "--stop_misclassified with --mining_step 0: expected at least 1, as the first step finds the examples "
                 "misclassified at the start"
             )
         if self.hard_weighting == "probability_move" and (self.pack_hard_examples or self.stop_misclassified):
             option = "pack_hard_examples" if self.pack_hard_examples else "stop_misclassified"
             raise ValueError(
-                f"--{option} does not know --hard_weighting probability_move, which watches one attack from its start "
-                "to its end; take margin or none"
+                f"--{option} does not work with --hard_weighting probability_move, which follows one attack from its "
+                "start to its end; take margin or none"
             )
         if self.pack_hard_examples and self.depends_on_split:
             raise ValueError(
-                f"--pack_hard_examples does not know --easy_fraction {self.easy_fraction}, which goes by rank in a "
-                "batch; keep all easy examples (--easy_fraction 1) or none (--easy_weight 0)"
+                f"--pack_hard_examples does not work with --easy_fraction {self.easy_fraction}, which goes by rank in "
+                "a batch; keep all easy examples (--easy_fraction 1) or none (--easy_weight 0)"
             )
 
     @property
@@ -183,7 +183,7 @@ class HAM(BuiltOnLoss, Borrowing):
         )
 
     def _kept(self, mined: HardExamples) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Positions (A,) in the batch of what is trained on (None = all), adversarial images and weights."""
+        """Positions (A,) in the batch of the examples to train on (None = all), adversarial images and weights."""
         weight = hard_weights(mined, self.hard_weighting)
         if not self.easy_weight:
             return mined.rows, mined.x_adv, weight
@@ -247,7 +247,7 @@ def packed_rows(method: HAM, model: nn.Module, batches: Sequence[Batch]) -> list
 
 
 def _found(mined: HardExamples) -> dict[str, Tensor | None]:
-    """What mining found of the whole batch."""
+    """The results of mining for the whole batch."""
     return {"hard": mined.hard, "wrong_at_start": mined.wrong_at_start, "early_logits": mined.early.logits}
 
 

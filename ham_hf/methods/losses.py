@@ -44,11 +44,11 @@ class BaseLoss:
         return (1.0, self.beta)[: self.num_terms]
 
     def start(self, x: Tensor, threat_model: ThreatModel, generator: torch.Generator | None) -> Tensor:
-        """Where the attack on the images ``x`` (N, C, H, W) starts: uniform in the ball."""
+        """Start of the attack on the images ``x`` (N, C, H, W): uniform in the ball."""
         return threat_model.random_start(x, generator)
 
     def attack_loss(self, model: nn.Module, x: Tensor) -> LossFn:
-        """What the attack on the images ``x`` increases: the cross-entropy."""
+        """The quantity that the attack on the images ``x`` increases: the cross-entropy."""
         return cross_entropy
 
     def rows(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ class BaseLoss:
         Args:
             logits: (R, num_classes) of `rows`.
             y: (E,) labels.
-            some: (A,) positions of the examples that have an adversarial image, where not all do, which a loss with a
-                `clean_term` alone knows.
+            some: (A,) positions of the examples that have an adversarial image, where not all do; only for a loss with
+                a `clean_term`.
         """
         return cross_entropy(logits, y)[None]
 

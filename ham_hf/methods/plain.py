@@ -15,7 +15,7 @@ from ham_hf.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class PGDAT(Borrowing):
-    """Plain PGD-AT: the control of every other method, and what they warm up with."""
+    """Plain PGD-AT: the control of every other method, and the warm-up of many."""
 
     name: ClassVar[str] = "pgd_at"
     summary: ClassVar[str] = "PGD adversarial training (Madry et al., 2018)"

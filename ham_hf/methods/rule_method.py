@@ -69,12 +69,8 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
 class Borrowing(Method):
     """A method that can borrow class radii and class weights from the class rules."""
 
-    class_margin: str = setting(
-        "none", "class-wise method whose radius of the attack for each class to use, such as cfa"
-    )
-    class_weighting: str = setting(
-        "none", "class-wise method whose weight of the loss for each class to use, such as dafa"
-    )
+    class_margin: str = setting("none", "class-wise method that gives each class its attack radius, such as cfa")
+    class_weighting: str = setting("none", "class-wise method that gives each class its loss weight, such as dafa")
     class_rule_args: Mapping[str, object] = setting(
         {}, "options of --class_margin and --class_weighting, such as dafa_lambda=1.5"
     )

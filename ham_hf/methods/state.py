@@ -1,4 +1,4 @@
-"""What a method or a class rule remembers: named tensors, the same on every process, that only its hooks change.
+"""State of a method or a class rule: named tensors, the same on every process, that only its hooks change.
 
 The hooks come in the order of a run: `Stateful.initial_state` once, `Stateful.before_epoch` every epoch, and in every
 update `Stateful.observe` on each batch, then `Stateful.after_update` with the sums over all batches and processes.
@@ -59,7 +59,7 @@ class Stateful:
         return {}
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        """Turn what was observed in the epoch before into what holds for this one.
+        """Turn the observations of the epoch before into the state for this one.
 
         Once per epoch, also before epoch 0, when nothing is observed yet, and not again where a run resumes within it.
         """

@@ -1,11 +1,11 @@
 """The CIFAR networks of the robustness literature, registered with timm, and one of them in exact plain-timm form.
 
 ``import ham_hf`` imports this module, so that ``timm.create_model("preactresnet18_cifar")`` works. All networks are
-timm's own residual ones with another stem: one 3x3 convolution of stride 1 and no pooling, so that a 32x32 image keeps
+timm's residual ones with a different stem: one 3x3 convolution of stride 1 and no pooling, so a 32x32 image keeps
 its resolution until the first stage that strides.
 
 ``resnet18_cifar`` need not be published under a name that only this package knows: on the image enlarged four times
-by nearest neighbour, timm's own ``resnet18`` with ``replace_stem_pool=True`` computes the same function, with the
+by nearest neighbor, timm's own ``resnet18`` with ``replace_stem_pool=True`` computes the same function, with the
 weights of :func:`embed_in_resnet18`. The pre-activation networks have no such form, because their max-pooling acts
 on raw convolution outputs and always sees more than one of them.
 """
@@ -135,7 +135,7 @@ def _refuse_stem_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _stem_convolution(replaced: Any) -> nn.Conv2d:
-    """A 3x3 stride-1 convolution of the same kind, channels, device and initialisation as the one it replaces."""
+    """A 3x3 stride-1 convolution of the same kind, channels, device and initialization as the one it replaces."""
     stem: nn.Conv2d = type(replaced)(
         replaced.in_channels,
         replaced.out_channels,

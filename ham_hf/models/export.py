@@ -40,20 +40,20 @@ from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIG
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")
-# What is left of a network whose pretrained_cfg is written anew; timm adapts weights to other arguments by it.
+# Entries kept where pretrained_cfg is written anew: timm needs them to adapt weights to other arguments.
 _ARCHITECTURE_KEYS = ("first_conv", "classifier")
-_REGULARISATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
+_REGULARIZATION = ("drop_rate", "drop_path_rate", "drop_block_rate")
 _LOGIT_TOLERANCE = 1e-4
 
 RGB_FOLDER = "rgb"
-"""Where the second form lies inside of the folder of the first."""
+"""Subfolder of the second form, in the folder of the first."""
 GRAY_OF_RGB = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 """Weights of ``Image.convert("L")`` (Pillow's documentation: ITU-R 601-2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportInfo:
-    """What was written.
+    """The exported network.
 
     Attributes:
         architecture: timm name in ``config.json``.
@@ -98,7 +98,7 @@ def export_for_timm(
 ) -> ExportInfo:
     """Write ``model.safetensors`` and ``config.json`` and compare what timm loads from them with the backbone.
 
-    ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbour enlargement, which is the same
+    ``resnet18_cifar`` is written as plain ``resnet18`` behind a 4x nearest-neighbor enlargement, which is the same
     function; an argument that would break the equality (another activation, say) keeps it under its own name. The
     files appear in ``folder`` only after the comparison has passed, each of them at once. A network for gray images
     is written a second time, into ``rgb/``, where it has that form.
@@ -141,7 +141,7 @@ def export_for_timm(
     with _staging(folder) as staging:
         _write_files(staging, published.state, text)
         num_parameters = _verify(staging, trained, preprocessing, published.upsample)
-        # Of an earlier export: gone before the network that it belonged to is.
+        # Left by an earlier export: removed before the network that it belonged to is replaced.
         _remove_rgb_form(folder)
         _move_files(staging, folder)
     has_rgb_form = preprocessing.in_chans == 1 and _write_rgb_form(folder)
@@ -185,7 +185,7 @@ def _as_timm_loads(folder: Path) -> Any:  # noqa: ANN401 (with timm's attributes
 
 def _copy_of_trained(model: nn.Module) -> tuple[Any, dict[str, Any]]:
     """A float32 copy on the CPU, in eval mode, of the backbone that was trained, and its arguments."""
-    # A compiled module answers for the attributes of the one inside, so it is looked for first.
+    # A compiled module forwards the attributes of the one inside, so look for it first.
     while "_orig_mod" in model._modules or not hasattr(model, "pretrained_cfg"):
         inner = [model._modules[name] for name in _WRAPPER_ATTRIBUTES if name in model._modules]
         if not inner or inner[0] is None:
@@ -198,7 +198,7 @@ def _copy_of_trained(model: nn.Module) -> tuple[Any, dict[str, Any]]:
         name: value
         for name, value in module._model_args.items()
         # The number of classes stands beside model_args; transformers refuses a second one.
-        if name != "num_classes" and name not in _REGULARISATION and not name.endswith("_drop_rate")
+        if name != "num_classes" and name not in _REGULARIZATION and not name.endswith("_drop_rate")
     }
     arguments.setdefault("in_chans", module.pretrained_cfg["input_size"][0])
     return module, arguments
@@ -226,9 +226,9 @@ def _config(
     preprocessing: Preprocessing,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    """What timm is told of the network, its input and its weights.
+    """Describe the network, its input and its weights to timm.
 
-    Nothing is copied that timm says of the weights that training started from: tag, license, paper, origin.
+    Nothing that timm says of the starting weights is copied: tag, license, paper, origin.
     """
     trained_form = TrainedForm(
         architecture=trained.pretrained_cfg["architecture"],
@@ -273,8 +273,8 @@ def _verify(folder: Path, trained: nn.Module, preprocessing: Preprocessing, upsa
     original = PixelModel(trained, preprocessing.mean, preprocessing.std)
     difference, largest = compare_logits(original, published, preprocessing.image_size)
     if not math.isfinite(largest):
-        spoilt = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
-        weights = f"values in {', '.join(spoilt[:5])} are not finite" if spoilt else "its weights are finite"
+        spoiled = [name for name, value in trained.state_dict().items() if not value.isfinite().all()]
+        weights = f"values in {', '.join(spoiled[:5])} are not finite" if spoiled else "its weights are finite"
         raise RuntimeError(
             f"the logits of the trained network are not finite ({weights}), so nothing was written: train again with "
             "a lower --learning_rate, or take weights of an earlier epoch"
@@ -332,9 +332,9 @@ def _rgb_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 REPAIR_READS = (CONFIG_NAME, WEIGHTS_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}")
-"""What a repair looks at, by path inside of the folder."""
+"""Files that a repair reads, by path inside the folder."""
 REPAIR_WRITES = (CONFIG_NAME, f"{RGB_FOLDER}/{CONFIG_NAME}", f"{RGB_FOLDER}/{WEIGHTS_NAME}")
-"""What a repair may write."""
+"""Files that a repair may write."""
 
 
 def repair_folder(folder: Path) -> tuple[str, ...]:
@@ -344,13 +344,13 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
     weights stay as they are, and the file is replaced only after timm has loaded the same network from the new one.
 
     Returns:
-        What was changed, in words; empty if the folder was in order.
+        The changes, in words; empty if the folder was in order.
 
     Raises:
         ValueError: if the folder was not exported by this package, contradicts itself, or is damaged.
-        RuntimeError: if timm loads another network from the repaired file; nothing is changed then.
+        RuntimeError: if timm loads a different network from the repaired file; nothing is changed then.
     """
-    load_pixel_model(f"local-dir:{folder}")  # refuses what is damaged or dangerous, by name
+    load_pixel_model(f"local-dir:{folder}")  # ValueError if it is damaged or dangerous
     config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     if CONFIG_KEY not in config:
         raise ValueError(f"{folder / CONFIG_NAME} was not written by ham_hf: there is no {CONFIG_KEY!r} in it")
@@ -361,7 +361,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
             shutil.copyfile(folder / WEIGHTS_NAME, staging / WEIGHTS_NAME)
             if not _same_network(folder, staging):
                 raise RuntimeError(
-                    f"timm loads another network from the repaired {CONFIG_NAME} of {folder}: left as it was"
+                    f"timm loads a different network from the repaired {CONFIG_NAME} of {folder}: nothing was changed"
                 )
             shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
             replace(staging / CONFIG_NAME, folder / CONFIG_NAME)

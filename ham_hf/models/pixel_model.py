@@ -102,7 +102,7 @@ class PixelModel(nn.Module):
         backbone: maps normalized images to logits.
         mean: per channel, of pixels in [0, 1].
         std: per channel, of pixels in [0, 1].
-        upsample: nearest-neighbour enlargement per side in front of the backbone; gradients and perturbations stay
+        upsample: nearest-neighbor enlargement per side in front of the backbone; gradients and perturbations stay
             in the small pixel space.
     """
 
@@ -150,7 +150,7 @@ class LoadedModel:
         model: in eval mode, on the CPU, float32; its pixel space is the one it was trained in.
         preprocessing: how an image becomes pixels for it.
         class_names: one per logit, in order; None if the source does not name them.
-        metadata: what was passed to ``export_for_timm`` as metadata; empty for models of other origin.
+        metadata: passed to ``export_for_timm``; empty for models of other origin.
         notes: sentences that a reader of results has to know.
     """
 
@@ -223,7 +223,7 @@ def create_backbone(
             f"patch_size=2 window_size=4 for a Swin, output_stride=8 for a ResNet"
         ) from error
     if shape != (1, num_classes):
-        raise ValueError(f"--model_name {model_name} is no classifier: one image gave {shape}, not (1, {num_classes})")
+        raise ValueError(f"--model_name {model_name} is not a classifier: it gave {shape}, not (1, {num_classes})")
     return backbone
 
 
@@ -351,7 +351,7 @@ def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preproces
 
 
 def _other_test_input(cfg: Mapping[str, Any], used: Preprocessing) -> tuple[str, ...]:
-    """Says so where timm measures its own results on larger images than those of training, or on more of them."""
+    """A note where timm measures its own results on larger images than those of training, or crops them less."""
     size = (cfg.get("test_input_size") or (used.image_size,))[-1]
     crop = cfg.get("test_crop_pct") or used.crop_pct
     if (size, crop) == (used.image_size, used.crop_pct):
@@ -359,7 +359,7 @@ def _other_test_input(cfg: Mapping[str, Any], used: Preprocessing) -> tuple[str,
     return (
         f"Images are those of the model's training, {used.image_size} px with crop_pct {used.crop_pct:g}; timm's own "
         f"results are for {size} px with crop_pct {crop:g} (test_input_size, test_crop_pct), so its clean accuracy "
-        "is another.",
+        "differs.",
     )
 
 

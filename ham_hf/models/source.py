@@ -1,4 +1,4 @@
-"""What a model name stands for: a timm architecture, its arguments, its preprocessing, its weights and its origin.
+"""Resolve a model name: to a timm architecture, its arguments, its preprocessing, its weights and its origin.
 
 Three kinds of names, as in timm: a registered architecture (``resnet18``, ``resnet18.a1_in1k``), a folder
 (``local-dir:PATH``) and a model on the Hub (``hf-hub:me/model``, ``hf-hub:me/model@revision``). Weights are read from
@@ -53,13 +53,13 @@ _WORD = re.compile(r"[\w.:+-]{1,80}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedForm:
-    """The network and the pixel space of training, where the published form may be another.
+    """The network and the pixel space of training, which may differ from the published form.
 
     Attributes:
         architecture: timm name of the network that was trained.
         model_args: its arguments, but for the number of classes (older exports have it here too).
         image_size: of its input; this, interpolation, crop_pct and crop_mode are as in `Preprocessing`.
-        upsample: nearest-neighbour enlargement per side in front of the published network; 1: none.
+        upsample: nearest-neighbor enlargement per side in front of the published network; 1: none.
     """
 
     architecture: str
@@ -143,13 +143,13 @@ class ModelSource:
 
 
 def resolve_source(name: str) -> ModelSource:
-    """Find out what a model name stands for; reads ``config.json``, but no weights.
+    """Resolve a model name; reads ``config.json``, but no weights.
 
     Args:
         name: ``ARCHITECTURE``, ``ARCHITECTURE.TAG``, ``local-dir:PATH`` or ``hf-hub:OWNER/NAME[@REVISION]``.
 
     Raises:
-        ValueError: if there is no such model; the message has the nearest names or says what is missing where.
+        ValueError: if there is no such model; the message has the nearest names, or the missing file and its place.
     """
     prefix, colon, rest = name.partition(":")
     if colon and prefix == _FOLDER_PREFIX:
@@ -214,7 +214,7 @@ def _matching(accepts: Callable[[str], object], values: Iterable[object]) -> lis
 
 
 def complete_name(source: str, revision: str | None = None) -> str:
-    """Turn what a user calls a model into a name for :func:`resolve_source`.
+    """Turn a user's name for a model into one for :func:`resolve_source`.
 
     Args:
         source: a name with prefix, a timm name, a folder, or ``OWNER/NAME`` on the Hub. A registered timm name wins

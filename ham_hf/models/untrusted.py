@@ -1,7 +1,7 @@
 """Validation of a model's ``config.json`` before timm sees it.
 
 The file is untrusted: reject anything that is not an image classifier, that would make timm download or unpickle
-files, or that would not fit in memory. A ValueError names the entry and what was expected. The limits are our choice,
+files, or that would not fit in memory. ValueError names the entry and the expected values. The limits are our choice,
 far above every model of timm. `BuildLimit` also limits the memory for building a network; nothing is built before.
 """
 
@@ -27,7 +27,7 @@ MAX_SIDE = 4096
 """Longest side of an input in pixels."""
 MAX_UPSAMPLE = 64
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""What timm can evaluate with; its "random" draws one of two per image of training, and fails in its evaluation."""
+"""Interpolations that timm can evaluate with; its "random" is for training and fails in evaluation."""
 CROP_MODES = ("center", "squash", "border")
 MIN_CROP_PCT, MAX_CROP_PCT = 0.01, 2
 """Side of the input by the side that images are resized to; timm's own are from 0.8 to 1.15."""
@@ -113,11 +113,11 @@ _RULES = {
     "dataset": _Rule("a name", _is_text),
     "method": _Rule("a name", _is_text),
 }
-"""What each entry that is used has to be, wherever in the file it stands."""
+"""The rule of each entry that is used, wherever in the file it stands."""
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a ``config.json`` and check sizes, numbers, nesting and arguments; ValueError says what is wrong."""
+    """Read a ``config.json`` and check sizes, numbers, nesting and arguments; ValueError names the problem."""
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"it has {size} bytes, expected at most {MAX_BYTES}")
@@ -138,7 +138,7 @@ def check_model_args(arguments: Mapping[str, object], where: str) -> None:
     for name, value in arguments.items():
         argument = f"{where} {name if name.isidentifier() and len(name) <= 60 else _shown(name)}"
         if name in FORBIDDEN_ARGUMENTS or name.startswith(FORBIDDEN_PREFIXES):
-            raise ValueError(f"{argument} cannot be set: it is no argument of a network")
+            raise ValueError(f"{argument} cannot be set: it is not an argument of a network")
         _check_numbers(value, argument)
 
 
@@ -218,7 +218,7 @@ class BuildLimit(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: ANN401
-        """Count the tensors that ``func`` makes of sizes alone; what is made of tensors is no larger than they are."""
+        """Count the tensors that ``func`` makes from sizes alone; those made from tensors are no larger than these."""
         options = kwargs or {}
         if not any(isinstance(value, Tensor) for value in (*args, *options.values())):
             self._count(args, options.get("dtype") or torch.get_default_dtype())

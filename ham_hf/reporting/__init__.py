@@ -1,1 +1,1 @@
-"""What a run came to: the report (`report`, made and written by `run_report`), and figures, card and page of it."""
+"""Results of a run: the report (`report`, built and written by `run_report`), and its figures, card and page."""

@@ -77,7 +77,7 @@ class CorruptionReport:
 
     Attributes:
         constants: whose constants were used: "CIFAR-10-C" or "ImageNet-C", with the size they are meant for if the
-            images have another one.
+            images have a different one.
         severities: that were computed.
         counts: images of each of the C classes.
         mean: mean corruption accuracy: the mean over all corruptions and severities of ``results``.

@@ -62,7 +62,7 @@ OTHER_FIGURES = (
     ("Training curves", "figures/training_curves.png"),
 )
 IMAGES = ("figures/adversarial_examples.png", "image.png")
-"""Files that show images of the dataset, which not everybody may see; see `without_images`."""
+"""Files that show images of the dataset, which may be private; see `without_images`."""
 _IMAGES_BEGIN, _IMAGES_END = "<!-- images of the dataset -->", "<!-- end of the images -->"
 SHOWN_SHIFTS = 40
 SELECTION_RULES = {
@@ -148,7 +148,7 @@ def card_metadata(report: RunReport, *, repo_id: str | None, model_license: str)
         "timm",
         "image-classification",
         "adversarial-robustness",
-        # How a stranger's model was trained is for its own card to say.
+        # How a model from elsewhere was trained is a matter for its own card.
         *(["adversarial-training"] if report.training else []),
         "robust-fairness",
         "ham_hf",

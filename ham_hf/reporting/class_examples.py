@@ -58,7 +58,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ExampleStrip:
-    """A few test images before and after the attack, and what the model says of them; on the CPU.
+    """A few test images before and after the attack, and the model's predictions for them; on the CPU.
 
     Attributes:
         clean, adversarial: (N, C, H, W) pixels in [0, 1], C = 1 or 3.
@@ -85,7 +85,7 @@ class ClassExample:
         kind: ``WEAK`` or ``STRONG``.
         margin: logit of the true class minus the largest other one, the smallest over the attacks of the evaluation.
         clean_prediction, attacked_prediction: predicted classes; -1 where the logits are not finite.
-        enlargement: what the difference was multiplied by to be seen.
+        enlargement: factor that the difference was multiplied by to be visible.
         clean, attacked, difference: PNGs or JPEGs; the last is attacked minus clean, enlarged around middle gray.
     """
 
@@ -103,7 +103,7 @@ class ClassExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassExamples:
-    """Images of some classes; ``attack`` is the title of what they were attacked with for the page."""
+    """Images of some classes; ``attack`` is the title of their attack, for the page."""
 
     attack: str
     examples: tuple[ClassExample, ...]
@@ -233,7 +233,7 @@ def read_examples(folder: str | Path) -> ClassExamples | None:
     """Read the ``examples.parquet`` of a folder; None if there is none.
 
     Raises:
-        ValueError: naming the file, if it is none of ours.
+        ValueError: naming the file, if it is not ours.
     """
     path = Path(folder) / EXAMPLES_NAME
     if not path.is_file():

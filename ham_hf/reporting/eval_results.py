@@ -87,7 +87,7 @@ def eval_results(report: RunReport) -> list[EvalResultEntry]:
 def write_eval_results(report: RunReport, folder: str | Path, *, suffix: str = "") -> Path | None:
     """Write ``.eval_results/OWNER-NAME.yaml``, called by the dataset, into ``folder``; None where there is nothing.
 
-    ``suffix`` is put behind the name, so that the evaluation of a model stands beside what its training run said.
+    ``suffix`` is appended to the name, so that an evaluation does not replace the results of the training run.
     """
     entries = eval_results(report)
     if not entries:

@@ -40,7 +40,7 @@ BAR_INCHES = 0.13
 """Height of the color bars."""
 UNKNOWN = "#CCCCCC"
 SMALLEST_RANGE = 0.01
-"""Half the range of a scale around 1 at the least, so that rounding is not shown as a difference."""
+"""Smallest half range of a scale around 1, so that rounding is not shown as a difference."""
 
 
 def save_figures(
@@ -134,7 +134,7 @@ def per_class_figure(report: RunReport) -> Figure:
 def training_figure(report: RunReport, train_log: Sequence[Mapping[str, object]]) -> Figure:
     """Held-out accuracies, hard fraction and loss per epoch; the warm-up is shaded, the selected epoch marked.
 
-    Accuracies are the last of each epoch, loss and hard fraction means of its lines; without one its panel goes.
+    Accuracies are the last of each epoch, loss and hard fraction means of its lines; without any, a panel is left out.
     """
     history = report.training.history if report.training else ()
     curves = {

@@ -22,7 +22,7 @@ from ham_hf.metrics import ClassAccuracy, FairnessSummary
 MARKUP = re.compile(r"([\\`*_{}\[\]#|~$!@]|:(?=\S)|(?<=www)\.)", flags=re.IGNORECASE)
 """Characters that mean something to Markdown inside a line, and those that make a bare address a link."""
 BLOCK = re.compile(r"^(\d{0,9})([-+.)](?=\s|$)|-(?=-)|=(?==|$))")
-"""What makes a line the item of a list, a rule or the underline of a heading."""
+"""Beginnings that make a line the item of a list, a rule or the underline of a heading."""
 MAX_NAME = 40
 _START = r"(?:~\w*/|/(?!/)|(?<!\w)[A-Za-z]:[/\\])"
 _QUOTED = re.compile(rf"(['\"])({_START}[^'\"\n]+)\1")
@@ -58,7 +58,7 @@ def percent_with_ends(value: float, low: float, high: float) -> str:
 def class_cell(entry: ClassAccuracy, images: int | None = None) -> str:
     """The accuracy of a class with its interval, in percent; a dash where it has no example.
 
-    ``images`` is the number that its row shows: that of ``entry`` follows where it is another one.
+    ``images`` is the number that its row shows: that of ``entry`` follows where it differs.
     """
     if entry.accuracy is None or entry.low is None or entry.high is None:
         return "–"

@@ -14,7 +14,7 @@ from ham_hf.reporting.report import CalibrationReport, TrainingReport
 from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
-"""Settings that name another method, and what is borrowed from it."""
+"""Settings that name another method, and the part borrowed from it."""
 
 _BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding="utf-8")
 _ENTRY = re.compile(r"^% (\w+): (\S+)\n(@.*?title\s*=\s*\{([^\n]*)\},.*?^\})", re.DOTALL | re.MULTILINE)
@@ -47,12 +47,12 @@ def trained_method(config: Mapping[str, object]) -> Method | None:
 
 
 def method_title(config: Mapping[str, object]) -> str:
-    """Name of the method and, if this version knows it, what it is."""
+    """Name of the method and, if this version knows it, its summary."""
     return _described(str(config.get("method", "unknown")))
 
 
 def combined_with(config: Mapping[str, object]) -> str:
-    """What was combined with the method, in words; empty if nothing was."""
+    """The combinations with the method, in words; empty if there are none."""
     parts = [f"the {what} of {config[setting]}" for setting, what in LENDERS.items() if _is_set(config.get(setting))]
     if config.get("awp_gamma") is not None:
         parts.append("adversarial weight perturbation")
@@ -64,10 +64,10 @@ def combined_with(config: Mapping[str, object]) -> str:
 
 
 def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[str, str]]:
-    """Label and value of everything that is set about the method and what was combined with it.
+    """Label and value of all settings of the method and of its combinations.
 
-    What is off is left out, and so is what then has no effect. ``averaged``: whether a fairness-gated average let any
-    epoch in; else its row says so.
+    Settings that are off or have no effect are left out. ``averaged``: whether a fairness-gated average let any epoch
+    in; else its row says so.
     """
     rows = [("Method", method_title(config))]
     method = trained_method(config)
@@ -77,7 +77,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         unshown = {"base_loss", "class_rule_args", *LENDERS} | ({"beta"} if method.num_terms == 1 else set())
         if not config.get("easy_weight") or config.get("easy_fraction") == 1:
             unshown.add("easy_fraction")
-        # An option that is 0 unless somebody sets it is off at 0.
+        # An option whose default is 0 is off at 0.
         off = {field.name for field in fields(method) if field.default == 0 and config.get(field.name) == 0}
         options = [field.name for field in fields(method) if field.name not in unshown | off]
         rows += [
@@ -98,7 +98,7 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
         rows.append(("Adversarial weight perturbation", f"gamma {config['awp_gamma']}{since} (Wu et al., 2020)"))
     if gates_averaging(config):
         gate = f"decay {config['fawa_decay']}, worst class at least {config['fawa_threshold']}"
-        never = "" if averaged else "; no epoch up to the selected one passed, so these weights are no average"
+        never = "" if averaged else "; no epoch up to the selected one passed, so these weights are not averaged"
         rows.append(("Averaged weights", f"fairness-gated, once per epoch: {gate} (Wei et al., 2023){never}"))
     elif config.get("ema_decay") is not None:
         rows.append(("Averaged weights", f"exponential moving average, decay {config['ema_decay']} per update"))
@@ -169,7 +169,7 @@ def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
 
 
 def cited_methods(config: Mapping[str, object]) -> list[str]:
-    """Names in ``CITATIONS`` of the method, its base loss and what was combined with it, each once."""
+    """Names in ``CITATIONS`` of the method, its base loss and its combinations, each once."""
     names = [config.get(setting) for setting in ("method", "base_loss", *LENDERS)]
     names.append("awp" if config.get("awp_gamma") is not None else None)
     names.append("cfa" if gates_averaging(config) else None)
@@ -202,7 +202,7 @@ def _is_set(value: object) -> bool:
 
 
 def exchange_sentence(report: CalibrationReport) -> str:
-    """What the shifts cost and gained, in one sentence."""
+    """Cost and gain of the shifts, in one sentence."""
     before, after = report.point(0.0), report.point(report.fairness)
     if report.fairness == 0:
         return "Fairness 0 leaves the model unchanged."

@@ -118,7 +118,7 @@
     const more = at("more");
     more.hidden = some.length === labels.length;
     more.textContent = `Show all ${labels.length.toLocaleString("en")} classes`;
-    if (!labels.length) list.append(element("li", { class: "quiet", text: "No class is called so." }));
+    if (!labels.length) list.append(element("li", { class: "quiet", text: "No class has such a name." }));
     const entry = point();
     if (entry) entry.tabIndex = 0;
     at("settings").textContent =
@@ -385,7 +385,7 @@
     if (!curves) return;
     const width = at("curves").clientWidth || 900;
     const options = { axis: "step", mark: curves.selected, width };
-    const note = curves.selected === null ? "" : ` Dashed upright: the selected weights (step ${curves.selected}).`;
+    const note = curves.selected === null ? "" : ` Dashed vertical line: the selected weights (step ${curves.selected}).`;
     const body = [plot("Held-out accuracy, percent", curves.steps, [
       { title: "clean", kind: "c-clean", values: curves.clean },
       { title: "robust", kind: "c-robust", values: curves.robust, dash: "7 3" },

@@ -55,7 +55,7 @@ class PageRun:
 
     @property
     def name(self) -> str:
-        """What to call it: the label or, without one, the model."""
+        """Its name: the label or, without one, the model."""
         return self.label or plain_text(Path(self.report.model.name).name)
 
 
@@ -172,7 +172,7 @@ def _source_hash(text: str) -> str:
 
 
 def _facts(report: RunReport) -> list[tuple[str, str]]:
-    """What a reader has to know of the first run, before any script has run."""
+    """Facts about the first run, which are shown without any script."""
     facts = [
         ("Model", plain_text(report.model.name, 120)),
         ("Dataset", plain_text(report.dataset.name, 120)),
@@ -234,7 +234,7 @@ def _entry_values(report: RunReport, entry: AttackReport, verdicts: Verdicts | N
 def _taken_for(entry: AttackReport, verdicts: Verdicts | None) -> list[list[int]] | None:
     """Of each class: other classes and how often it was taken for each, most often first; -1 stands for not finite.
 
-    Under the verdict, what the first evaluation that broke the image made of it. None where that is not known.
+    Under the verdict, the class that the first evaluation that broke the image found. None where it is not known.
     """
     num_classes = len(entry.summary.per_class)
     if verdicts is not None and (entry.name in ("verdict", "clean") or entry.name in verdicts.attacked):
@@ -359,5 +359,5 @@ def _settings_text(entry: AttackReport) -> str:
     if isinstance(settings.get("num_steps"), int):
         parts.append(f"{settings['num_steps']} steps")
     if entry.name == "clean":
-        return "images as they are"
+        return "clean images"
     return plain_text(", ".join(parts), 300) if parts else ""

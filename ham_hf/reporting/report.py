@@ -1,4 +1,4 @@
-"""RunReport: what was run, on what, and the results; write and read ``report.json``.
+"""RunReport: the run, its data, and the results; write and read ``report.json``.
 
 A report holds everything that the figures and the model card need, so both can be made again from ``report.json``
 alone. It holds no secret: tokens never enter it, and of the environment only the variables that change numbers do.
@@ -38,7 +38,7 @@ class ModelReport:
         needs_ham_hf: True if timm knows the architecture only after ``import ham_hf``.
         num_parameters: of the exported network.
         image_size, in_chans: side in pixels and channels of the images that were attacked.
-        upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbour).
+        upsample: factor by which the exported network's input is larger than ``image_size`` (nearest neighbor).
         interpolation, crop_pct, mean, std, crop_mode: see `ham_hf.models.Preprocessing`.
     """
 
@@ -74,7 +74,7 @@ class DatasetReport:
         trained_on: training images and validation part, as in ``config.json`` (`ham_hf.data.provenance.Provenance`);
             None if unknown.
         num_test_in_train: test images that are also training or validation images, pixel for pixel; None: unchecked.
-        notes: what was not read of the dataset, each with its number and an example.
+        notes: images and files of the dataset that were not read, each kind with its number and an example.
         class_order: how the model's classes were matched with the dataset's: ``by name``, ``assumed`` (same order, no
             common names), or ``subset`` (by name, only the classes that the dataset has); None if unknown.
         num_model_classes: classes of the model; None if unknown.
@@ -148,7 +148,7 @@ class AttackReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """How the weights came about.
+    """How the weights were trained.
 
     Attributes:
         num_train_epochs: epochs trained, one that ``max_steps`` cut short included.
@@ -183,7 +183,7 @@ class TrainingReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationReport(Calibration):
-    """Class shifts that were folded into a model, and what they cost.
+    """Class shifts that were folded into a model, and their cost.
 
     Attributes:
         max_average_drop: the drop that F was chosen by; None if F was given.

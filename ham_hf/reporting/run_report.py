@@ -194,7 +194,7 @@ def dataset_report(data: TestData) -> DatasetReport:
 def model_section(
     name: str, exported: ExportInfo, preprocessing: Preprocessing, *, base_model: str | None = None
 ) -> ModelReport:
-    """The network: what it is called, what was written of it, and the Hub id of the weights it began with."""
+    """The network: its name, its export, and the Hub id of the weights it started from."""
     return ModelReport(
         name=name,
         architecture=exported.architecture,
@@ -213,7 +213,7 @@ def training_section(
     peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
 ) -> TrainingReport:
-    """How the weights came about; ``best`` is the state that the evaluated ones were selected with.
+    """How the weights were trained; ``best`` is the state that the evaluated ones were selected with.
 
     ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
     count among those of the run.
@@ -267,7 +267,7 @@ def training_report(
 
 
 def overflow_notes(progress: Progress) -> tuple[str, ...]:
-    """What the card says of updates that were skipped because a gradient overflowed in float16."""
+    """The card's note on updates that were skipped because a gradient overflowed in float16."""
     count = progress.overflowed_updates
     if not count:
         return ()
@@ -277,8 +277,8 @@ def overflow_notes(progress: Progress) -> tuple[str, ...]:
 def write_config(config: TrainConfig, folder: Path) -> None:
     """Write ``train_config.yaml``, which repeats the run wherever it is read.
 
-    What concerns this one run only is left at its default: how it was resumed, what it overwrote, and that it was
-    pushed (``report.json`` has everything).
+    Settings that concern this one run only have their defaults: resuming, overwriting and pushing (``report.json``
+    has everything).
     """
     again = replace(
         config,
@@ -302,7 +302,7 @@ def evaluation_report(
 ) -> RunReport:
     """Report of an evaluation of a model that exists; ``class_order`` is that of `DatasetReport`.
 
-    ``corrupted`` is what came out on corrupted images.
+    ``corrupted`` holds the results on corrupted images.
     """
     backbone: Any = loaded.model.backbone
     architecture = str(backbone.pretrained_cfg["architecture"])
@@ -341,7 +341,7 @@ def evaluation_report(
 def calibrated_report(
     evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, from that of its evaluation, what was written and its origin."""
+    """Report of a model with class shifts folded in, from that of its evaluation, the export and its origin."""
     name = plain_name(evaluated.model.name)
     model = replace(
         evaluated.model,

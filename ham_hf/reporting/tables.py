@@ -103,7 +103,7 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
 
 
 def corruption_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per corruption: its average at each severity, and what it leaves of the weakest classes.
+    """One row per corruption: its average at each severity, and the accuracy of the weakest classes.
 
     Worst class and worst 30 % are of the highest severity that was computed. The last row is the mean over all
     corruptions, whose last cell of accuracy is the mean corruption accuracy.

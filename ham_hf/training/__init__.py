@@ -1,4 +1,4 @@
-"""The training loop on accelerate, and all that a run needs in order to be left alone.
+"""The training loop on accelerate, and all that a run needs to work unattended.
 
 `trainer` is the loop and `train_step` one update of it. Around the update: `method_state`, `weight_perturbation`,
 `averaging`, `optimization`, `sharding`. Around the loop: `data_order`, `validation`, `log`;

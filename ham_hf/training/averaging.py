@@ -18,7 +18,7 @@ class GatedAverage:
 
     Args:
         model: the model to average, not a DDP wrapper; it is copied and not kept.
-        decay: what the average keeps of itself at an update, in [0, 1]; paper 0.85, authors' code 0.88.
+        decay: share of the old average in the new one, in [0, 1]; paper 0.85, authors' code 0.88.
         threshold: least robust accuracy of the worst class, in [0, 1], for an epoch to pass; paper 0.2.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to continue, written under another name and renamed when complete.
+"""Checkpoints: everything a run needs to continue, written under a temporary name and renamed when complete.
 
 A checkpoint is a folder ``checkpoint-{step}`` with ``model.safetensors`` (and ``averaged.safetensors``),
 ``method.safetensors`` (class state of the training method), ``optimizer.pt``, ``trainer_state.json``, after the first
@@ -82,7 +82,7 @@ def _save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
         with path.open("wb") as target:
             torch.save(state, target)
     except RuntimeError as error:
-        # The error that torch puts over that of a full disk does not say so.
+        # torch raises its own error over that of a full disk, and hides the reason.
         raise error.__context__ or error from None
 
 
@@ -227,12 +227,12 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; their checksums are not looked at."""
+    """Complete checkpoints of a run, oldest first; their checksums are not verified."""
     return [path for _, path in _numbered(output_dir) if (path / STATE_FILE).is_file()]
 
 
 def check_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with its checksums; DamagedError with file and reason if it is not what was written."""
+    """Compare a checkpoint with its checksums; DamagedError with file and reason if they differ."""
     check_checksums(path, (*REQUIRED, *(name for name in (AVERAGED, BEST) if (path / name).exists())))
 
 

@@ -56,7 +56,7 @@ class LearningRateDrop(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> LearningRateDrop:
-        """Read ``EPOCH:FACTOR``; ValueError for another form."""
+        """Read ``EPOCH:FACTOR``; ValueError for any other form."""
         epoch, _, factor = text.partition(":")
         try:
             return cls(int(epoch), float(factor))
@@ -71,7 +71,7 @@ class LearningRateDrop(NamedTuple):
 class TrainingConfig(SettingsGroup):
     """Optimization, checkpoints, logging and hardware."""
 
-    output_dir: str = setting("outputs/ham", "folder for everything the run leaves behind")
+    output_dir: str = setting("outputs/ham", "folder for everything the run writes")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a run")
     resume_from_checkpoint: str | None = setting(None, "latest, or the path of a checkpoint folder")
     num_train_epochs: int = setting(120, "epochs", at_least=1)
@@ -85,7 +85,7 @@ class TrainingConfig(SettingsGroup):
     learning_rate: float = setting(0.1, "highest learning rate", above=0)
     layer_decay: float | None = setting(
         None,
-        "factor on the learning rate from each layer of a timm backbone to the one before; none = 1",
+        "factor on the learning rate from each layer of a timm backbone to the one before it; none = 1",
         above=0,
         at_most=1,
     )
@@ -118,7 +118,7 @@ class TrainingConfig(SettingsGroup):
         at_most=1,
     )
     awp_gamma: float | None = setting(
-        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = without", above=0
+        None, "size of the adversarial weight perturbation, such as 0.01 (0.005 with TRADES); none = off", above=0
     )
     awp_start_epoch: int = setting(0, "first 0-based epoch that perturbs weights", at_least=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = setting(
@@ -139,8 +139,8 @@ class TrainingConfig(SettingsGroup):
     save_total_limit: int | None = setting(2, "checkpoints kept, the oldest go first; none = all", at_least=1)
     selection_metric: Literal["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"] = setting(
         "robust_accuracy",
-        "what the weights that are kept are best at, on held-out images; verdict = images right under PGD and CW, "
-        "which attacks twice; last = final weights",
+        "number on held-out images that selects the weights; verdict = images right under PGD and CW, which attacks "
+        "twice; last = final weights",
     )
     validation_num_steps: int = setting(10, "PGD steps of the attack on held-out images", at_least=1)
     report_to: tuple[Literal["tensorboard", "trackio", "wandb", "all"], ...] = setting(
@@ -161,7 +161,7 @@ class TrainingConfig(SettingsGroup):
         return self.awp_start_epoch if self.awp_gamma is not None else None
 
     def contradictions(self) -> Iterator[str]:
-        """Impossible schedules, settings of a perturbation without one, and resuming what is to be overwritten."""
+        """Impossible schedules, settings of a perturbation without one, and resuming a run to be overwritten."""
         yield from self._schedule_problems()
         yield from self._tracker_problems()
         if self.awp_gamma is None:
@@ -184,7 +184,7 @@ class TrainingConfig(SettingsGroup):
             yield "--resume_from_checkpoint and --overwrite_output_dir exclude each other; give one of them"
 
     def _tracker_problems(self) -> Iterator[str]:
-        """All trackers and one of them, and names for what is not there."""
+        """All trackers and one of them, and names for trackers that are not used."""
         if "all" in self.report_to and len(self.report_to) > 1:
             yield f"--report_to {' '.join(self.report_to)}: all stands alone"
         if not self.report_to:

@@ -1,9 +1,9 @@
-"""What comes from outside a run: variables that launchers set and accelerate and torch read; what becomes of each.
+"""Environment variables that accelerate and torch read, and how each is handled.
 
-A run is what its settings say. A variable that would change its numbers is therefore either fixed (a setting decides,
-whatever the variable says), refused, or recorded in ``report.json``; what rounds float32 is warned of as well. How
-many processes there are and on which device is for the launcher to say, and ``report.json`` tells both. The rest is
-harmless, for the reason beside it. A ``*`` in a name stands for any characters.
+The settings alone define a run. A variable that would change its numbers is therefore fixed (a setting overrules it),
+rejected, or recorded in ``report.json``; one that makes libraries round float32 also causes a warning. The launcher
+chooses the number of processes and the device, and ``report.json`` records both. The other variables are harmless,
+for the reason beside them. A ``*`` in a name stands for any characters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIXED = {
     "ACCELERATE_DYNAMO_BACKEND": "--torch_compile decides, not the launcher's dynamo_backend {}",
     "ACCELERATE_FP8_BACKEND": "--mixed_precision decides and has no FP8: the launcher's fp8_backend {} is not used",
 }
-"""Variables that a setting overrules, and what is said where they ask for something else."""
+"""Variables that a setting overrules, and the warning where they ask for something else."""
 
 _NEUTRAL = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto")}
 """Values of `FIXED` that ask for nothing, besides "no"."""
@@ -27,7 +27,7 @@ REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed: its engine owns the backward, and attacks need gradients of images",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM: it trains the transformers that it defines itself, not timm's",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism: images are split by rows alone",
-    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism, which nothing here was tried with",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism, which is not tested here",
 }
 """Variables that ask for an engine which cannot run attacks, and why."""
 
@@ -50,7 +50,7 @@ LAYOUT = {
     "MPI_LOCALRANKID": 0, "OMPI_COMM_WORLD_LOCAL_RANK": 0, "MV2_COMM_WORLD_LOCAL_RANK": 0,
     "MPI_LOCALNRANKS": 1, "OMPI_COMM_WORLD_LOCAL_SIZE": 1, "MV2_COMM_WORLD_LOCAL_SIZE": 1,
 }  # fmt: skip
-"""Numbers by which processes know of each other, and the least each may be."""
+"""Numbers that connect processes, and the least each may be."""
 
 DEVICE = {
     "MASTER_ADDR": "where processes meet",
@@ -75,7 +75,7 @@ ROUNDING = {
     "XLA_USE_BF16": ("1",),
     "XLA_DOWNCAST_BF16": ("1",),
 }
-"""Variables by which libraries round what is said to be float32, and the values that do so: recorded, warned of."""
+"""Variables that make libraries round float32 numbers, and the values that do so: recorded, with a warning."""
 
 RECORDED = (
     "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DISABLE_ADDMM_CUDA_LT", "DNNL_MAX_CPU_ISA", "MKL_CBWR",
@@ -122,7 +122,7 @@ HARMLESS = {
 """Variables that change no number, by the reason."""
 
 AT_IMPORT = ("USE_TORCH_XLA", "ACCELERATE_ENABLE_RICH")
-"""Flags that accelerate reads when it is imported, where a value that is none is an error without their names."""
+"""Flags that accelerate reads on import; its error for an invalid value does not name them."""
 _FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY",
           "ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_DYNAMIC",
           "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_USE_MEGATRON_LM", "FORK_LAUNCHED")  # fmt: skip
@@ -141,7 +141,7 @@ def is_on(environment: Mapping[str, str], name: str) -> bool:
 
 
 def fate(name: str) -> str | None:
-    """In which of the lists of this module a variable is; None if in none."""
+    """Name of the list of this module that holds a variable; None if none does."""
     lists: dict[str, Sequence[str] | Mapping[str, object]] = {
         "fixed": FIXED,
         "refused": REFUSED,
@@ -159,7 +159,7 @@ def fate(name: str) -> str | None:
 
 
 def check_variables(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse, by name and with the fix, values that accelerate or torch would fail on."""
+    """Reject values that accelerate or torch would fail on; the error names the variable and the fix."""
     for name, least in LAYOUT.items():
         value = environment.get(name, str(least))
         if not re.fullmatch(r"\s*[-+]?[0-9]{1,9}\s*", value) or int(value) < least:
@@ -187,7 +187,7 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def check_flags(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse, by name and with the fix, variables that are set to neither yes nor no."""
+    """Reject variables that are set to neither yes nor no; the error names the variable and the fix."""
     for name in names:
         value = environment.get(name, "no")
         if value.lower() not in _ON + _OFF:
@@ -210,7 +210,7 @@ def process_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def overruled(environment: Mapping[str, str] = os.environ, *, mixed_precision: str = "no") -> Iterator[str]:
-    """One sentence for each variable that asks for what a setting decides otherwise."""
+    """One sentence for each variable that a setting overrules."""
     for name, sentence in FIXED.items():
         value = environment.get(name, "no")
         decided = (mixed_precision,) if name == "ACCELERATE_MIXED_PRECISION" else ()
@@ -219,17 +219,16 @@ def overruled(environment: Mapping[str, str] = os.environ, *, mixed_precision: s
 
 
 def rounding(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """One sentence for each variable that makes a library round what is said to be float32."""
+    """One sentence for each variable that makes a library round float32 numbers."""
     return tuple(
-        f"{_shown(name, environment[name])} was set in the environment, by which libraries round numbers that are "
-        "said to be float32."
+        f"{_shown(name, environment[name])} was set in the environment, which makes libraries round float32 numbers."
         for name, values in ROUNDING.items()
         if environment.get(name, "").lower() in values
     )
 
 
 def unknown(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Variables in the name of accelerate that are in none of the lists: of another version, or misspelled."""
+    """Variables named like accelerate's that are in none of the lists: of another version, or misspelled."""
     return tuple(sorted(name for name in environment if _OURS.fullmatch(name) and fate(name) is None))
 
 

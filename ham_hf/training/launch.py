@@ -44,7 +44,7 @@ def create_accelerator(
     Raises:
         ValueError: if the launcher asks for an engine that cannot run attacks, a variable of the environment has an
             impossible value, or fp16 is asked of a CPU.
-        FaultError: if the launcher started several processes and they do not know of each other.
+        FaultError: if the launcher started several processes and they are not connected.
     """
     check_variables()
     plugin = sharding_plugin()
@@ -62,11 +62,11 @@ def create_accelerator(
     world = _joined_processes(use_cpu=use_cpu)
     _choose_device(use_cpu=use_cpu, several=world > 1)
     accelerator = Accelerator(
-        # Without this, several processes on a machine without accelerators each believe to be alone.
+        # Without this, several processes on a machine without accelerators would each run alone.
         cpu=use_cpu or (world > 1 and not torch.accelerator.is_available()),
         mixed_precision=mixed_precision,
         fsdp_plugin=plugin,
-        # On, it would wrap the network, whose weights then have other names in every file.
+        # If it were on, it would wrap the network and change the names of weights in every file.
         dynamo_backend="no",
         # A plugin, as the number alone loses to the launcher's variable: accelerate would divide every gradient by it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -82,7 +82,7 @@ def create_accelerator(
             "on CPUs set ACCELERATE_USE_CPU=true before accelerate launch --multi_gpu"
         )
     if mixed_precision == "fp16" and accelerator.scaler is None:
-        # accelerate would train in float32 and not say so.
+        # accelerate would silently train in float32.
         raise ValueError(
             f"--mixed_precision fp16 is for accelerators, and this run is on the {accelerator.device.type}; use "
             "--mixed_precision bf16 or no (--attack_precision fp16 works everywhere, and is slow on CPUs)"
@@ -92,7 +92,7 @@ def create_accelerator(
 
 
 def launched_processes() -> int:
-    """Number of processes that the launcher has started, known before they know of each other."""
+    """Number of processes that the launcher has started, known before they are connected."""
     check_variables()
     mpi = mpi_processes()
     return int(os.environ.get("WORLD_SIZE", mpi[1] if mpi else 1))

@@ -177,7 +177,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, config: Mapping[str, 
         accelerator.init_trackers(project, config=settings, init_kwargs=options)
     except Exception as error:  # each tracker has its own
         raise ValueError(
-            f"--report_to {' '.join(names)} could not begin: {error}; see to that, or train with --report_to none "
+            f"--report_to {' '.join(names)} could not begin: {error}; fix that, or train with --report_to none "
             "(metrics.jsonl holds every number)"
         ) from error
 
@@ -197,7 +197,7 @@ def track(accelerator: Accelerator, numbers: Mapping[str, object], *, step: int)
     try:
         accelerator.log(plain, step=step)
     except Exception:
-        logger.exception("the tracker took no numbers of update %d; every number is in the output folder", step)
+        logger.exception("the tracker failed on the numbers of update %d; every number is in the output folder", step)
 
 
 def track_test_results(
@@ -233,5 +233,5 @@ def end_training(accelerator: Accelerator) -> None:
     try:
         accelerator.end_training()
     except Exception:
-        logger.exception("the tracker did not end well; every number is in metrics.jsonl")
+        logger.exception("the tracker failed while closing; every number is in metrics.jsonl")
         accelerator.state.destroy_process_group()

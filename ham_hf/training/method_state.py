@@ -1,4 +1,4 @@
-"""The state of a training method and its class rules during a run, and what the method did to each class in an epoch.
+"""The state of a training method and its class rules during a run, and how each epoch treated the classes.
 
 The state is the same on every process: only sums over all processes change it. It goes into checkpoints whole.
 """
@@ -22,10 +22,10 @@ class MethodState:
 
     Attributes:
         states: that of the method and of each rule, by its name.
-        log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that mining
-            looked at, all examples, and for each of the T terms of the loss the share of it that went to the class.
-            Three rows more where the method tells what is wrong at the start of the attack: examples that are, and
-            of a part of the updates examples that are wrong without an attack, and all.
+        log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that were
+            mined, all examples, and for each of the T terms of the loss the share of it that went to the class.
+            Three more rows where the method finds examples that are wrong at the start of the attack: their number
+            and, for a part of the updates, examples that are wrong without an attack, and all.
     """
 
     def __init__(self, method: Method, class_counts: Tensor) -> None:
@@ -53,7 +53,7 @@ class MethodState:
         return None
 
     def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> dict[str, Tensor]:
-        """What they observe of one batch of labels ``y`` (N,), by name; of the same shapes in all of an epoch.
+        """Sums that they observe on one batch of labels ``y`` (N,), by name; the same shapes throughout an epoch.
 
         ``logits`` (R, num_classes) are those of the training forward; R may be 0.
         """
@@ -87,7 +87,7 @@ class MethodState:
         return {f"{name}.{key}": value for name, state in self.states.items() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `tensors` gave; ValueError if it is of another method or another number of classes."""
+        """Load what `tensors` gave; ValueError if it is of a different method or number of classes."""
         found, own = ({k: [*v.shape] for k, v in state.items()} for state in (tensors, self.tensors()))
         if found != own:
             raise ValueError(
@@ -99,7 +99,7 @@ class MethodState:
                 state[key] = tensors[f"{name}.{key}"].to(value)
 
     def epoch_record(self, log: Tensor, attack: Attack, *, epoch: int) -> dict[str, Any]:
-        """What the epoch did to each class, JSON types; None for what it left alone.
+        """How the epoch treated each class, JSON types; None for quantities that it did not change.
 
         ``log`` is the sum of `log` over all processes, ``attack`` the one before class radii.
 
@@ -123,7 +123,7 @@ class MethodState:
             record |= _shares("turned_wrong", hard - start_wrong, mined)
             record |= _shares("stayed_right", mined - hard, mined)
             record |= _shares("clean_wrong", clean_wrong, clean_seen)
-        # A sampler shows in what was drawn: it is compared with the training images there are.
+        # A sampler changes the draws: they are compared with the training images there are.
         usual = seen if self.class_probabilities() is None else self.class_counts.cpu().double()
         for name, share in zip(("class_weight", "class_kl_weight"), shares, strict=False):
             plain = usual / usual.sum() * share.sum()

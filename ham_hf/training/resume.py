@@ -1,6 +1,6 @@
-"""Where a run is, which checkpoint it continues from, and whether that belongs to the same run.
+"""Progress of a run, the checkpoint that it continues from, and whether that belongs to the same run.
 
-A run may continue with another number of processes: the accumulation is recomputed so that an update keeps its number
+A run may continue with more or fewer processes: the accumulation is recomputed so that an update keeps its number
 of examples, and the learning rate stays. Where no accumulation can, the run is refused with values that work.
 """
 
@@ -55,12 +55,12 @@ MAY_CHANGE = frozenset(
         "disable_tqdm",
     }
 )
-"""All that it may change."""
+"""All settings that it may change."""
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run is; JSON types only, so that it is the ``trainer_state.json`` of a checkpoint.
+    """Progress of a run; JSON types only, as it becomes the ``trainer_state.json`` of a checkpoint.
 
     Attributes:
         step: updates done, skipped ones included.
@@ -70,15 +70,15 @@ class Progress:
         seconds: time of updates and validation so far, earlier parts of a resumed run included; not of saving.
         passes: passes over the network for updates, validation and held-out sums so far, of all processes
             (`ham_hf.training.train_step.PassCounter`).
-        class_log: what the current epoch did to each class so far, of all processes; see `MethodState.log`.
+        class_log: how the current epoch treated each class so far, over all processes; see `MethodState.log`.
         averaged_epochs: epochs that went into the fairness-gated average.
         since_log: sums since the last line of the log.
         validation_due: epoch whose end was reached, but not yet validated, when the run was stopped; else None.
         best: state of the best validation so far; None before the first.
         history: one record per validation.
-        plan: what has to stay the same for a resumed run to continue this one.
+        plan: settings and data that a resumed run must share to continue this one.
         changeable: the settings that a resumed run may change although they can change numbers, as they are.
-        changes: what was changed of them on the way, one sentence per resumption that did so.
+        changes: changes of those settings, one sentence per resumption that made some.
     """
 
     step: int = 0
@@ -108,7 +108,7 @@ def agreed_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> Path 
     """The checkpoint that the configuration names, the same on every process; None where it names or finds none.
 
     Raises:
-        ValueError: see `find_checkpoint`; and if a process does not find what the main one does.
+        ValueError: see `find_checkpoint`; and if a process does not find the main one's checkpoint.
     """
     output_dir, name = Path(config.output_dir), config.resume_from_checkpoint
     if name is None:
@@ -144,7 +144,7 @@ def run_plan(
     eval_batch_size: int,
     besides: Mapping[str, object],
 ) -> dict[str, Any]:
-    """What a run that continues another must share: data, network, method, and all that decides an update.
+    """Everything that a run must share to continue another: data, network, method, and all that decides an update.
 
     JSON types only, as they come back from a checkpoint; ``besides`` is what else has to stay, by setting.
     """
@@ -197,7 +197,7 @@ def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, An
 
 
 def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, updates_per_epoch: int) -> None:
-    """Add to ``progress.changes`` what is `changeable` and differs ``now``, if anything does, and warn of it."""
+    """Add the `changeable` settings that differ ``now``, if any, to ``progress.changes``, and warn of them."""
     before = progress.changeable
     words = {"processes": "{} processes", "device": "the device {}"}
     changed = ", ".join(
@@ -209,7 +209,7 @@ def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, u
     if changed:
         later = f"from epoch {progress.step // updates_per_epoch + 1} on, the run had {changed}."
         if complete:
-            later = f"the last, the run was started again with {changed}, and trained no more."
+            later = f"the last, the run was started again with {changed}, without further training."
         progress.changes.append(f"After update {progress.step}, {later}")
         logger.warning("the run continues with %s: the card will say so", changed)
     if not complete:
@@ -221,7 +221,7 @@ def _or_none(value: object) -> object:
 
 
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose plan is another one, with a ValueError that names what differs."""
+    """Reject a checkpoint with a different plan; the ValueError names what differs."""
     changed = [
         f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
         for key in {**saved, **plan}
@@ -263,8 +263,8 @@ def keep_update_size(config: TrainingConfig, checkpoint: Path | None, *, num_pro
         )
     if steps != config.gradient_accumulation_steps:
         logger.info(
-            "the run makes updates of %d examples: with %d process(es) and --per_device_train_batch_size %d it goes "
-            "on with --gradient_accumulation_steps %d instead of %d, and the same learning rate",
+            "the run makes updates of %d examples: with %d process(es) and --per_device_train_batch_size %d it "
+            "continues with --gradient_accumulation_steps %d instead of %d, and the same learning rate",
             wanted,
             num_processes,
             batch_size,

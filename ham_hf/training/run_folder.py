@@ -1,4 +1,4 @@
-"""The output folder of a run: what is in it, who may write there, and what to do when the disk is full or gone.
+"""The output folder of a run: its files, its lock, and saving when the disk is full or gone.
 
 One run per folder: a lock on a file in it, by ``filelock``. The operating system ends the lock with the process: files
 that a dead run left behind lock nothing. It holds between machines where the file system passes locks on (NFS 4,
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class RunFiles:
     """Checkpoints, of which the ``keep`` newest stay, and selected weights of one run; for the main process only.
 
-    What cannot be written is logged, and tried again at the next save; training continues.
+    A failed write is logged and tried again at the next save; training continues.
     """
 
     def __init__(self, output_dir: Path, keep: int | None) -> None:
@@ -96,11 +96,11 @@ LOADING_NAME = "LOADING.md"
 """Beside the weights of a network that timm cannot build: how they are loaded."""
 _TRAINING_ALONE = ("train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS, LOADING_NAME)
 OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, *_TRAINING_ALONE)
-"""What a training run writes into its output folder beside numbered checkpoints."""
+"""Names that a training run writes into its output folder besides numbered checkpoints."""
 
 
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:
-    """Refuse an output folder that holds what a training run would overwrite; nothing is written.
+    """Reject an output folder with files that a training run would overwrite; nothing is written.
 
     Raises:
         ValueError: if the path is a file, or the folder holds anything and is neither to be replaced nor that of the
@@ -133,14 +133,14 @@ def check_results_dir(output_dir: Path, owned: Collection[str], *, overwrite: bo
     command continues it.
 
     Raises:
-        ValueError: if the path is a file, or the folder holds what is never replaced, or anything that is not to be.
+        ValueError: if the path is a file, or the folder holds files that are never replaced, or not to be replaced.
     """
     held, what, who = "a model", "an evaluation", "an evaluation"
     if WEIGHTS in owned:
         held, what, who = "a training run", "a calibrated model", "a calibration"
     if any((output_dir / name).exists() for name in {WEIGHTS, "train_config.yaml", BEST_NAME} - {*owned}):
         raise ValueError(f"--output_dir {output_dir} holds {held}; {what} needs a folder of its own")
-    # Partial results are removed last: beside them, the rest is what was being written.
+    # Partial results are removed last: beside them, the other files belong to an interrupted write.
     unfinished = (output_dir / PARTIAL_RESULTS).exists()
     if _is_occupied(output_dir, besides=(PARTIAL_RESULTS, *owned) if unfinished else ()) and not overwrite:
         raise ValueError(

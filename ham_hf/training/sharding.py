@@ -1,11 +1,11 @@
-"""Sharded weights (FSDP2) and the other engines of accelerate: what is prepared, and what is refused.
+"""Sharded weights (FSDP2), and the other engines of accelerate, which are rejected.
 
-Every process makes another number of passes in an attack, so a collective inside a pass would hang. All attacks of an
+Processes make different numbers of passes in an attack, so a collective inside a pass would hang. All attacks of an
 update, and all validation, therefore run with *gathered* weights: each process holds the whole network for that long
 and frees it before the training forward, which gathers layer by layer. Sharded at rest are weights, gradients and the
 optimizer's state.
 
-Checkpoints hold whole tensors, as those of one process do: a run may continue with another engine.
+Checkpoints hold whole tensors, as those of one process do: a run may continue with a different engine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INSTEAD = f"use {_DDP} or {_FSDP}"
 
 
 def sharding_plugin(environment: Mapping[str, str] = os.environ) -> FullyShardedDataParallelPlugin | None:
-    """What the launcher says about sharding; None if weights are not to be sharded.
+    """The launcher's options for sharding; None if weights are not to be sharded.
 
     Raises:
         ValueError: if the launcher asks for an engine, or an option of one, that this training cannot use.
@@ -80,7 +80,7 @@ def shard_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
 
 
 def check_sharded_settings(config: TrainingConfig, *, uses_fawa: bool) -> None:
-    """Refuse, by name, settings that need whole weights at every update."""
+    """Reject settings that need whole weights at every update; the error names each."""
     if config.mixed_precision == "fp16":
         raise ValueError(
             f"--mixed_precision fp16 scales the loss, which was not tried with sharded weights; use bf16, or {_DDP}"

@@ -41,12 +41,12 @@ percent of a short attack's passes at most."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient of an update is not finite, and it was not made; or what it led to is not finite."""
+    """The loss or gradient of an update is not finite, so it was not made; or logits or weights are not finite."""
 
 
 STAY_FINITE = (
     "Lower --learning_rate, lengthen --warmup_epochs, clip with --max_grad_norm, or use --mixed_precision no; if the "
-    "last checkpoint is spoilt, resume from an earlier one"
+    "last checkpoint is spoiled, resume from an earlier one"
 )
 
 
@@ -59,7 +59,7 @@ class Totals:
         updates: updates that were made, skipped ones excluded.
         overflows: updates that were skipped as a gradient overflowed in float16.
         hard: hard examples.
-        mined: examples that mining looked at.
+        mined: examples that were mined.
         seen: all examples.
         seconds: time the updates took, waiting for data included; filled in by the trainer.
         stops: requests to stop.
@@ -182,7 +182,7 @@ class TrainStep:
     def _over_all_processes(
         self, mine: Mapping[str, Tensor | float], observed: Mapping[str, Tensor], divisor: Tensor
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Named numbers and what the method observed, each added up over all processes.
+        """Named numbers and the method's observations, each added up over all processes.
 
         ``weight`` is the largest of the divisors, which are added up already: 0 where nothing is trained on.
         """
@@ -225,7 +225,7 @@ class TrainStep:
         rule.before_update(self.method_state.states[rule.name], total)
 
     def _note_clean(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows], step: int) -> None:
-        """In every `CLEAN_EVERY`-th update, log what is wrong without an attack beside what is wrong at its start."""
+        """In every `CLEAN_EVERY`-th update, also log which examples are wrong without an attack."""
         if step % CLEAN_EVERY or chosen[0].wrong_at_start is None:
             return
         with evaluation_mode(self.module), torch.no_grad():
@@ -266,7 +266,7 @@ class TrainStep:
             yield size
 
     def _counts(self, weighed: Sequence[_WeighedBatch]) -> dict[str, Tensor]:
-        """Examples of this process: all, hard ones, and those that mining looked at."""
+        """Examples of this process: all, hard ones, and those that were mined."""
         seen, hard, mined = self.method_state.log.new_zeros(3).unbind()
         for one in weighed:
             seen += len(one.batch.y)
@@ -284,7 +284,7 @@ class TrainStep:
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
     def _backward(self, weighed: Sequence[_WeighedBatch], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of all accumulation steps; this process's part of the loss, and what it observed."""
+        """Forward and backward of all accumulation steps; this process's part of the loss, and its observations."""
         losses, observed = [], []
         for number, one in enumerate(weighed):
             batch, rows = one.batch, one.rows
@@ -309,8 +309,8 @@ class TrainStep:
         # Dropout and stochastic depth draw from torch's global streams.
         torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
         model.train()
-        # BatchNorm refuses to normalize a single value; a copy whose logits are dropped leaves the row's normalization
-        # and gradient as they are (the running variance alone, an unbiased estimate, counts the copy).
+        # BatchNorm needs at least two values, so duplicate a lone row and discard the copy's logits. Batch statistics
+        # and gradients are unchanged; only the unbiased running variance sees n = 2.
         x = rows.x if len(rows.x) > 1 else rows.x.repeat(2, 1, 1, 1)
         logits: Tensor = model(x)
         return logits[: len(rows.x)]
@@ -366,11 +366,11 @@ class TrainStep:
 
 
 class PassCounter:
-    """What a run costs: the passes of this process over some modules, whatever asked for them.
+    """Count this process's passes over the watched modules.
 
     The unit is one forward of one image: a count of arithmetic, not of time. With its forward, a gradient of the input
-    costs 2, one of input and parameters 3, which a step of an attack costs in much published code, and none here. A
-    module that is deep-copied later brings along a counter of its own, which nothing reads.
+    costs 2, one of input and parameters 3. (In much published code a step of an attack costs 3; here it costs 2.) A
+    module that is deep-copied later has its own counter, which nothing reads.
     """
 
     def __init__(self) -> None:

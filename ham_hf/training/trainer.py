@@ -219,7 +219,7 @@ class Trainer:
             self.log.close()
         if isinstance(self.average, GatedAverage) and not self.average.updates:
             logger.warning(
-                "no epoch had a worst held-out class of --fawa_threshold %s: the weights are no average",
+                "no epoch had a worst held-out class of --fawa_threshold %s: the weights are not averaged",
                 self.config.fawa_threshold,
             )
         return self.progress
@@ -321,7 +321,7 @@ class Trainer:
         self.progress.since_log = {}
 
     def _validate(self, epoch: int) -> None:
-        """Measure held-out robustness, note what the epoch did per class, keep the weights if they are the best."""
+        """Measure held-out robustness, record how the epoch treated each class, keep the weights if they are best."""
         since = time.perf_counter()
         record: dict[str, Any] = {"epoch": epoch}
         record |= self.method_state.epoch_record(self._class_log(), self.attack, epoch=epoch)
@@ -343,7 +343,7 @@ class Trainer:
         self._select_if_best(score, epoch)
 
     def _select_if_best(self, score: float, epoch: int) -> None:
-        """Keep the weights of now; of equal scores the later one, which was trained longer."""
+        """Keep the current weights; of equal scores the later ones, which were trained longer."""
         best = self.progress.best
         lost = anywhere(
             self.accelerator, best is not None and self.accelerator.is_main_process and self.files.selection_is_lost()
@@ -365,14 +365,14 @@ class Trainer:
         self.progress.passes += float(self.accelerator.reduce(passes, "sum"))
 
     def _refuse_weights_not_finite(self, weights: Mapping[str, Tensor], epoch: int) -> None:
-        """Refuse to select weights that are not finite; without held-out images no logits have told so."""
-        spoilt = []
+        """Refuse to select weights that are not finite; without held-out images no logits would show it."""
+        spoiled = []
         if self.accelerator.is_main_process:
-            spoilt = [name for name, value in weights.items() if not bool(value.isfinite().all())]
-        if anywhere(self.accelerator, bool(spoilt)):
+            spoiled = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+        if anywhere(self.accelerator, bool(spoiled)):
             raise NonFiniteLossError(
-                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoilt[:5])}); they are "
-                f"not selected, and training ends here. {STAY_FINITE}"
+                f"after epoch {epoch + 1} (counted from 1) weights are not finite ({', '.join(spoiled[:5])}); they "
+                f"are not selected, and training ends here. {STAY_FINITE}"
             )
 
     @property
@@ -436,7 +436,7 @@ class Trainer:
                 try:
                     self.after_save(self)
                 except Exception:
-                    # Whatever it is, it is worth less than the training; the next save tries again.
+                    # No failure here may end the training; the next save tries again.
                     logger.exception("after the checkpoint of update %d", self.progress.step)
         step = self.progress.step
         if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
@@ -491,6 +491,6 @@ class Trainer:
         logger.info("resuming from %s at update %d of %d", path, progress.step, self.total_steps)
 
     def _class_log(self) -> Tensor:
-        """What the epoch did to each class so far, of all processes."""
+        """How the epoch treated each class so far, over all processes."""
         log: Tensor = self.accelerator.reduce(self.method_state.log.clone(), "sum")
         return log

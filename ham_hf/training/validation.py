@@ -1,4 +1,4 @@
-"""What is measured on the held-out part of train: accuracy per class, and the sums that class rules ask for."""
+"""Measurements on the held-out part of train: accuracy per class, and the sums that class rules ask for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ham_hf.seeding import Stream, make_generator
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutAccuracy:
-    """Accuracy on the held-out part: of the images as they are, under PGD, and by the verdict of PGD and CW.
+    """Accuracy on the held-out part: on clean images, under PGD, and by the verdict of PGD and CW.
 
-    ``verdict`` (right as it is and under both attacks) is None where CW was not run.
+    ``verdict`` (right when clean and under both attacks) is None where CW was not run.
     """
 
     clean: FairnessSummary
@@ -68,7 +68,7 @@ class HeldOutPart:
 
 
 def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
-    """What the log of an epoch says of the held-out part."""
+    """The numbers of the held-out part for the log of an epoch."""
     record: dict[str, object] = {
         "clean_accuracy": found.clean.average,
         "robust_accuracy": found.robust.average,
@@ -86,7 +86,7 @@ def held_out_record(found: HeldOutAccuracy) -> dict[str, object]:
 
 
 def selection_score(found: HeldOutAccuracy, metric: str, *, last: float) -> float:
-    """What weights are selected by, of ``--selection_metric``; higher is better. ``last`` is the score of "last"."""
+    """The score that weights are selected by (``--selection_metric``), higher is better; "last" scores ``last``."""
     scores = {
         "robust_accuracy": found.robust.average,
         "worst_class": found.robust.worst_class,

@@ -88,7 +88,7 @@ def perturbed(parameters: Sequence[nn.Parameter], directions: Sequence[Tensor], 
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer of the model back on leaving, whatever happens: for forwards that are no training step."""
+    """Put every buffer of the model back on leaving, whatever happens: for forwards that are not a training step."""
     buffers = list(model.buffers())
     kept = [buffer.clone() for buffer in buffers]
     try:

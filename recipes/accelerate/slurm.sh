@@ -1,14 +1,14 @@
 #!/bin/bash
-# A training on several nodes of a SLURM cluster that goes on by itself when its time is up. From the repository's root,
+# A training run on several nodes of a SLURM cluster that requeues itself when its time is up. From the repository's root,
 # with your environment activated:
 #
 #   sbatch --nodes 2 recipes/accelerate/slurm.sh --config RECIPE.yaml --output_dir /shared/run
 #
 # One launcher per node starts one process per GPU. Five minutes before the time limit SLURM sends SIGUSR1 to this script
-# (B: below), which has it passed to the training processes of all nodes; they finish their update, save and leave, and
-# the job goes back into the queue. When it starts again it goes on from its latest checkpoint; the first time there is
-# none, and it starts from the beginning. A run that fails is not requeued. --output_dir has to be on a file system that
-# all nodes share. Give the time limit more than five minutes, and an update less.
+# (B: below), which passes it on to the training processes of all nodes; they finish their update, save and exit, and
+# the job goes back into the queue. When it starts again it resumes from its latest checkpoint; the first time there is
+# none, so it starts from the beginning. A run that fails is not requeued. --output_dir has to be on a file system that
+# all nodes share. The time limit must be longer than five minutes, and an update shorter.
 #SBATCH --job-name=ham
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -131,7 +131,7 @@ def test_attacks_work_in_inference_mode(x: torch.Tensor) -> None:
         ({"method": "cfa"}, "keeps state of the classes .* ham_hf.train"),
         ({"method": "wat"}, "keeps state of the classes"),
         ({"class_weighting": "dafa"}, "option class_weighting of method 'ham': .* needs more than this batch"),
-        ({"mining_start_epoch": 3}, "a batch knows no epoch: call with method='pgd_at'"),
+        ({"mining_start_epoch": 3}, "a batch has no epoch: call with method='pgd_at'"),
         ({"minig_step": 3}, "option minig_step of method 'ham': expected one of .*mining_step"),
         ({"easy_weight": 2.0}, r"easy_weight 2.0: expected a number in \[0, 1\]"),
         ({"mining_step": 10}, "mining_step 10"),

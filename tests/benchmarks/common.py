@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, a timing loop whose ratios can be trusted, and one writer of results.
+"""Code that the benchmarks share: options, a timing loop whose ratios can be trusted, and one writer of results.
 
 A second on one machine says nothing about another one, and on a shared machine not much about itself. So what is
 reported is ratios: everything that is compared runs in one process, in turns (A B C A B C ...), a ratio is taken
@@ -197,7 +197,7 @@ def _plain(value: object) -> object:
 
 
 def processor_name() -> str:
-    """What the machine calls its CPU."""
+    """The CPU's name, by the machine."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
     return found[1] if found else platform.processor() or platform.machine()

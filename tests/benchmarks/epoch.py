@@ -67,7 +67,7 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one stretch of an epoch took, in seconds per batch.
+    """Duration of one stretch of an epoch, in seconds per batch.
 
     Attributes:
         step: inside the step.

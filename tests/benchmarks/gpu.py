@@ -1,4 +1,4 @@
-"""What is measured when a GPU can be had, in one command; a short table last, all numbers as JSON.
+"""Measurements for when a GPU is available, in one command; a short table last, all numbers as JSON.
 
     python -m tests.benchmarks.gpu --parts 1 2 --data path/to/cifar10
     python -m tests.benchmarks.gpu --parts 3 --data path/to/cifar10 --work outputs/gpu --minutes 9
@@ -10,7 +10,7 @@
 3. Fairness: 30 epochs of each method with the same seeds, AutoAttack on 1,000 images, through ``recipes/compare.py``.
 
 Everything runs in processes of its own, so one failure leaves the rest, and after ``--minutes`` what still runs is
-stopped. The same command with the same ``--work`` goes on from the checkpoints there. ``--rehearse`` does all of it on
+stopped. The same command with the same ``--work`` resumes from the checkpoints there. ``--rehearse`` does all of it on
 the CPU with tiny settings, on the digits unless ``--data`` is given; its numbers mean nothing. ``--training``
 holds for part 2, ``--precision`` for part 3.
 """

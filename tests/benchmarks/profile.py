@@ -35,7 +35,7 @@ NUM_SHOWN = 15
 
 
 class WaitsInOperations(TorchDispatchMode):
-    """Counts operations whose result a device has to hand over before the program can go on."""
+    """Counts operations whose result a device has to hand over before the program can continue."""
 
     def __init__(self, counts: collections.Counter) -> None:
         super().__init__()

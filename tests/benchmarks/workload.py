@@ -1,4 +1,4 @@
-"""What is timed: a network, batches whose number of hard rows is known beforehand, and our steps as users get them.
+"""The workload: a network, batches whose number of hard rows is known beforehand, and our steps as users get them.
 
 **The hard fraction is set by construction.** The classifier's bias lifts the logit of class 0 by `MARGIN`, far more
 than an attack of 8/255 on the untrained network can make up for, so every image is predicted as class 0 at every

@@ -1,4 +1,4 @@
-"""What our steps are measured against, written out plainly.
+"""Yardsticks for our steps, written out plainly.
 
 Cost in passes over a full batch: a forward 1, a gradient for the input 1 more, a backward that fills the gradients of
 the parameters too 2 more. With K attack steps, mining at step M and a share h of hard rows:

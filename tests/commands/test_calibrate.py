@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -18,9 +19,10 @@ from ham_hf.commands import calibrate as command
 from ham_hf.config import parse_calibrate_config
 from ham_hf.data import Images
 from ham_hf.evaluation import calibration
-from ham_hf.fitting import ReorderedLogits
+from ham_hf.fitting import ReorderedLogits, align_classes
 from ham_hf.models import load_pixel_model
 from ham_hf.models.head import check_foldable, read_biases
+from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.report import read_report
 from tests.conftest import ROOT
 from tests.support.documents import calibration as made_up_calibration
@@ -271,6 +273,27 @@ class TestStranger:
         aligned = ReorderedLogits(torch.nn.Identity(), [2, 0])
         assert calibration_run.shifts_of_logits(aligned, (0.5, -0.25), 4).tolist() == [-0.25, 0.0, 0.5, 0.0]
 
+    def test_a_dataset_of_some_of_imagenets_classes(self, quick, tmp_path):
+        """As ImageNet-A: timm's models name no classes, and the published one names all that they have."""
+        synsets = imagenet_synsets(1000)
+        data = {
+            split: examples(number, 20, (synsets[7], synsets[3])) for number, split in enumerate(("train", "extra"))
+        }
+        data = write_parquet(tmp_path / "data", **data, test=examples(2, 6, (synsets[7], synsets[3])))
+        stranger("test_resnet", tmp_path / "model", num_classes=1000)
+        split = [f"--dataset_name={data}", "--calibration_split=extra"]
+        run(tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
+        assert load_pixel_model(str(tmp_path / "out")).class_names == synsets
+        shifts = torch.tensor(record_of(tmp_path / "out")["shifts"])
+        assert set(shifts.nonzero()[:, 0].tolist()) <= {3, 7}
+
+    def test_numbers_name_the_logits_of_a_model_that_names_none(self, tmp_path):
+        stranger("test_resnet", tmp_path / "model", num_classes=3)
+        loaded = load_pixel_model(str(tmp_path / "model"))
+        for names in (("2", "0", "1"), ("0", "1", "2")):
+            aligned, _ = align_classes(loaded, names)
+            assert calibration_run.own_class_names(loaded, aligned, names) == ("0", "1", "2")
+
     def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
         stranger("test_resnet", tmp_path / "model")
         read = spy_on_images(monkeypatch)
@@ -320,6 +343,79 @@ class TestStranger:
         message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
         assert "test_resnet: the Linear that makes its logits has no bias to shift" in message
         assert not (tmp_path / "out").exists()
+
+
+def labeled(split: int, *labels: str, per_class: int = 6, names=None):
+    """Images of these classes, ordered by class; labels are strings, or count ``names``."""
+    values = [label for label in labels for _ in range(per_class)]
+    images = [noise(1000 * split + number, (32, 32)) for number in range(len(values))]
+    if names is None:
+        return dataset(images, values, label_feature=datasets.Value("string"))
+    return dataset(images, list(map(names.index, values)), label_feature=datasets.ClassLabel(names=list(names)))
+
+
+class TestNamedSplit:
+    """Which images a named split gives, without a search."""
+
+    @pytest.fixture
+    def found_in(self, tmp_path):
+        """What is found to calibrate on in a dataset of these splits, of which the model has seen some."""
+
+        def find(split="extra", *words, num_classes=2, trained_on=None, **splits):
+            data = write_parquet(tmp_path / "data", **splits)
+            stranger("test_resnet", tmp_path / "model", num_classes=num_classes)
+            loaded = load_pixel_model(str(tmp_path / "model"))
+            if trained_on is not None:
+                record = load(data, train_split=trained_on, validation_fraction=0.0).provenance.record()
+                loaded = dataclasses.replace(loaded, metadata={"trained_on": record})
+            named = [f"--dataset_name={data}", f"--calibration_split={split}", "--fairness=1", *words]
+            config = parse_calibrate_config([str(tmp_path / "model"), *QUICK, *named])
+            return calibration_run.images_to_calibrate_on(loaded, config)
+
+        return find
+
+    def test_new_images_in_the_same_order_are_not_the_training_images(self, found_in):
+        """As many images of each class, class after class, as in class folders: pixels tell the splits apart."""
+        splits = {split: labeled(number, "a", "b", per_class=24) for number, split in enumerate(("train", "extra"))}
+        found = found_in(**splits, test=labeled(2, "a", "b"), trained_on="train")
+        assert not found.seen_in_training
+        assert found.origin == "48 images of split extra"
+
+    def test_training_images_under_another_name_are_recognized(self, found_in):
+        same = labeled(0, "a", "b", per_class=24)
+        with pytest.raises(ValueError, match="--calibration_split copy is the training split"):
+            found_in(
+                "copy", train=labeled(1, "a", "b"), seen=same, copy=same, test=labeled(2, "a", "b"), trained_on="seen"
+            )
+
+    def test_an_unknown_split_is_named_with_its_own_flag(self, found_in):
+        with pytest.raises(
+            ValueError, match="--calibration_split nope: the dataset has no such split; there are 'train'"
+        ):
+            found_in("nope", train=labeled(0, "a", "b"), test=labeled(2, "a", "b"))
+
+    def test_one_test_image_is_read_without_a_warning(self, found_in, caplog):
+        found_in(train=labeled(0, "a", "b"), extra=labeled(1, "a", "b", per_class=20), test=labeled(2, "a", "b"))
+        assert "no example" not in caplog.text
+
+    @pytest.mark.parametrize("declared", [False, True])
+    def test_labels_are_those_of_the_other_splits_by_name(self, declared, found_in):
+        """Classes that the split lacks, or that it declares in another order."""
+        here = (["d", "a", "c"], ["d", "c", "b", "a"]) if declared else (["c", "d", "a"], None)
+        others = list("abcd") if declared else None
+        found = found_in(
+            train=labeled(0, *"abcd", names=others),
+            extra=labeled(1, *here[0], per_class=20, names=here[1]),
+            test=labeled(2, "a", "c", names=others),
+            num_classes=4,
+        )
+        assert found.data.class_names == tuple("abcd")
+        assert found.images.labels.tolist() == ["abcd".index(name) for name in here[0] for _ in range(20)]
+
+    def test_a_class_that_only_this_split_has_is_refused(self, found_in):
+        extra = labeled(1, "a", "b", "x", "y", per_class=20)
+        with pytest.raises(ValueError, match=r"--calibration_split extra has classes .* do not have: x, y"):
+            found_in(train=labeled(0, "a", "b"), extra=extra, test=labeled(2, "a", "b"))
 
 
 CALIBRATE = """

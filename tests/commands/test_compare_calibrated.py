@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ham_hf.comparison.execution import bring_weights, execute
@@ -37,11 +39,17 @@ def test_takes_the_weights_of_the_same_seed_and_trains_nothing(tmp_path, capsys)
     assert said.index("done plain seed 0") < said.index("start fair seed 0")
     plain, fair = (tmp_path / "out" / label / "seed0" for label in ("plain", "fair"))
     base, calibrated = read_report(plain), read_report(fair)
+    comparison = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert base.calibration is None
     assert calibrated.calibration.fairness == 1
     assert calibrated.config["method"] == "pgd_at"
     assert (calibrated.training.steps, calibrated.training.seconds) == (base.training.steps, base.training.seconds)
     assert calibrated.training.passes > base.training.passes
+    seconds = {row["label"]: row["training_seconds"]["mean"] for row in comparison["rows"]}
+    assert seconds == {
+        "plain": base.training.seconds,
+        "fair": calibrated.training.seconds + calibrated.calibration.seconds,
+    }
     weights = next((plain / "checkpoint-best").glob("*.safetensors"))
     assert (fair / "checkpoint-best" / weights.name).read_bytes() == weights.read_bytes()
     assert "| fair " in (tmp_path / "out" / "comparison.md").read_text()

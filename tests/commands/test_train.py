@@ -1,4 +1,4 @@
-"""`accelerate launch recipes/train_ham.py` as a user runs it: artefacts, kill and resume, two processes, bad input."""
+"""`accelerate launch recipes/train_ham.py` as a user runs it: artifacts, kill and resume, two processes, bad input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished(request, tmp_path_factory, subprocess_env):
     return request.param, folder, printed
 
 
-def test_run_leaves_every_artefact(finished):
+def test_run_leaves_every_artifact(finished):
     processes, folder, printed = finished
     expected = {"model.safetensors", "config.json", "README.md", "report.json", "train_config.yaml", "metrics.jsonl"}
     expected |= {"predictions.parquet", "report.html", "examples.parquet"}

@@ -86,5 +86,5 @@ def test_predictions_are_read_from_the_folders_of_runs(tmp_path):
     comparison = compare(read(), baseline="base")
     assert bold(comparison, "own") == ["average", "worst_class", "worst_30_percent"]
     (tmp_path / "own" / "seed0" / "predictions.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"own/seed0/predictions\.parquet is no table of predictions"):
+    with pytest.raises(ValueError, match=r"own/seed0/predictions\.parquet is not a table of predictions"):
         read()

@@ -21,7 +21,7 @@ from ham_hf.comparison.report import comparison_csv, comparison_json, comparison
 from ham_hf.comparison.table import MissingRun, compare
 from ham_hf.reporting.formats import public_word
 from tests.support.comparison_reports import by_seeds, even, run, run_report
-from tests.support.documents import changed
+from tests.support.documents import calibration, changed
 
 CLEAN = even([18, 17, 20, 16, 19, 20, 15, 18, 17, 20])
 NAMES = ("a", "b", "c")
@@ -202,6 +202,14 @@ def test_price_is_relative_to_the_passes_of_the_baseline():
     comparison = compare(runs, baseline="base")
     assert [row.price for row in comparison.rows] == [1.0, 0.5, None]
     assert [row.price for row in compare(runs).rows] == [None, None, None]
+
+
+def test_seconds_include_the_calibration_as_passes_do():
+    """Also of reports of earlier versions, as it has always been among their entries."""
+    base, fair = (run(label, {"clean": even([10] * 10)}, seconds=90.0) for label in ("base", "fair"))
+    report = dataclasses.replace(fair.report, calibration=calibration(seconds=7.5))
+    rows = compare([base, dataclasses.replace(fair, report=report)], baseline="base").rows
+    assert [row.seconds.mean for row in rows] == [90.0, 97.5]
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -390,7 +390,7 @@ def test_methods_may_share_the_name_of_an_option(other_method, capsys, recipe):
         parse_train_config(["--help", "all"])
     sections = re.sub(r"\s+", " ", capsys.readouterr().out).split("--method ")
     assert any(
-        part.startswith("ham: ") and "what is still right" in part and "default: 3" in part for part in sections
+        part.startswith("ham: ") and "examples still right" in part and "default: 3" in part for part in sections
     )
     assert any("another meaning (default: 7)" in part and "--loud, --no_loud" in part for part in sections)
     argv = ["--method", "other_for_config", "--mining_step", "12", "--loud", "--gains", "1/4", "2"]

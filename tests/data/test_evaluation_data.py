@@ -1,4 +1,4 @@
-"""What a finished model is evaluated on: a split as a whole, unless the model was trained on it."""
+"""Evaluation data of a finished model: a split as a whole, unless the model was trained on it."""
 
 from __future__ import annotations
 

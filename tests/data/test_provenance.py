@@ -1,4 +1,4 @@
-"""What a model was trained on: recorded in config.json, recognized in a copy, its validation images found again."""
+"""Training data of a model: recorded in config.json, recognized in a copy, its validation images found again."""
 
 from __future__ import annotations
 
@@ -100,6 +100,17 @@ def test_other_data_or_no_record_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ham_hf.trained_on.seed is not what this package writes: '7'"):
         provenance_of(replace(loaded, metadata=broken))
     assert provenance_of(replace(loaded, metadata={})) is None
+
+
+def test_other_data_of_the_same_numbers_in_class_order_is_refused(tmp_path):
+    """Labels in class order say no more than how many images each class has; the pixels decide."""
+    here, there = (dataset([gray(first + i) for i in range(40)], [0] * 20 + [1] * 20) for first in (0, 100))
+    loaded = export(load(write_parquet(tmp_path / "set", train=here)), tmp_path / "model")
+    other = write_parquet(tmp_path / "other", train=there)
+    with pytest.raises(ValueError, match="number of images, labels or pixels differ"):
+        find_validation_part(loaded, DataConfig(dataset_name=other))
+    copy = write_parquet(tmp_path / "copy", train=here)
+    assert len(find_validation_part(loaded, DataConfig(dataset_name=copy)).validation)
 
 
 def test_a_copy_is_recognized_by_its_fingerprint_whatever_its_name_and_form(tmp_path):

@@ -31,7 +31,7 @@ def test_the_digits_are_those_of_scikit_learn_as_gray_images_in_that_order():
     assert rows[0]["image"].mode == "L"
 
 
-def test_the_digits_are_small_and_have_their_licence_beside_them():
+def test_the_digits_are_small_and_have_their_license_beside_them():
     assert DIGITS_FILE.stat().st_size < 60_000
     text = DIGITS_FILE.with_name("digits.LICENSE.md").read_text(encoding="utf-8")
     for part in ("Alpaydin", "Kaynak", "https://doi.org/10.24432/C50P49", "CC-BY-4.0", "licenses/by/4.0", "changed"):

@@ -1,6 +1,6 @@
 """Several processes, and sharded weights, against one process: the same gradient whatever each has to do.
 
-And the same evaluation, and the same run when it goes on with another number of processes.
+And the same evaluation, and the same run when it continues with another number of processes.
 """
 
 from __future__ import annotations

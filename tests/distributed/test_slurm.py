@@ -1,4 +1,4 @@
-"""recipes/accelerate/slurm.sh with stand-ins for SLURM's commands: time is up, and the job goes on in its next."""
+"""recipes/accelerate/slurm.sh with stand-ins for SLURM's commands: time is up, and the requeued job resumes."""
 
 from __future__ import annotations
 

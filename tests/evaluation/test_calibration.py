@@ -13,10 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ham_hf.attacks import ThreatModel
+from ham_hf.data.splits import stratified_split
 from ham_hf.evaluation import Workplace, calibration
 from ham_hf.evaluation.calibration import FRONTIER, SearchAttack, calibrate, check_held_out, frontier_point, shrinkage
 from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.intervals import worst_class_interval
+from ham_hf.training.train_step import PassCounter
 from tests.conftest import ROOT
 from tests.support.nets import TensorImages
 from tests.support.recipe_runs import LAUNCH, PROCESSES, finish
@@ -74,6 +76,46 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibration, "FRONTIER", (0.0,))
 
 
+class Oracle:
+    """Counts the images of a linear model by hand: the adversary moves every margin by as much."""
+
+    def __init__(self, images: TensorImages, *, scale: float) -> None:
+        self.labels, self.scale = images.labels, scale
+        self.logits = scale * images.x.double().mean((2, 3)) + BIAS.double() * scale / 10
+
+    def shares(self, shift: Tensor, rows: Tensor) -> Tensor:
+        logits, labels = (self.logits + shift.float().double())[rows], self.labels[rows]
+        rest = logits.scatter(1, labels[:, None], -math.inf)
+        # Own channel down by epsilon, the other one up by epsilon.
+        right = logits.gather(1, labels[:, None])[:, 0] - rest.amax(1) > 2 * self.scale * 0.05
+        return torch.stack([right[labels == c].double().mean() for c in range(3)])
+
+    def lacking(self, shift: Tensor, fairness: float, rows: Tensor) -> Tensor:
+        """What the shares lack."""
+        first, now = self.shares(torch.zeros(3), rows), self.shares(shift, rows)
+        return now.mean() + (1 - fairness) * (first - first.mean()) - now
+
+    def miss(self, shift: Tensor, fairness: float) -> float:
+        return self.lacking(shift, fairness, torch.arange(len(self.labels))).abs().max().item()
+
+    def search(self, shift: Tensor, fairness: float, rows: Tensor, rounds: range) -> Tensor:
+        for number in rounds:
+            shift = shift + 2 * self.lacking(shift, fairness, rows) * 0.9**number
+            shift = shift - shift.mean()
+        return shift
+
+    def shifts(self, fairness: float, halves: tuple[Tensor, Tensor]) -> Tensor:
+        """Ten rounds for the first F of a half; the last four of ten for others, from the nearest, and for both."""
+        last, ends = range(6, 10), []
+        for rows in halves:
+            found = {0.2: self.search(torch.zeros(3, dtype=torch.float64), 0.2, rows, range(10))}
+            for value in sorted({*FRONTIER, fairness} - {0.0, 0.2}):
+                nearest = min(found, key=lambda one: (abs(one - value), one))
+                found[value] = self.search(found[nearest], value, rows, last)
+            ends.append(found[fairness])
+        return self.search((ends[0] + ends[1]) / 2, fairness, torch.arange(len(self.labels)), last)
+
+
 class TestSearch:
     @pytest.mark.parametrize(("norm", "precision"), [("linf", "float32"), ("l2", "bf16")])
     def test_finds_the_shift_that_undoes_a_known_bias(self, quick, norm, precision):
@@ -86,30 +128,26 @@ class TestSearch:
         assert before.worst_class < 0.2 < 0.5 < after.worst_class
         assert max(after.correct) - min(after.correct) < 20
 
-    def test_follows_the_formula(self, quick):
-        """An oracle that counts the images of a linear model by hand: the adversary moves every margin by as much."""
-        images, fairness = channel_images(300), 0.5
-        found = run(images, fairness)
-        means, counts = 10 * images.x.double().mean((2, 3)) + BIAS.double(), 300
-
-        def shares(shift: Tensor) -> Tensor:
-            logits = means + shift
-            rows = torch.arange(len(logits))
-            own = logits[rows, images.labels]
-            rest = logits.clone()
-            rest[rows, images.labels] = -math.inf
-            # Own channel down by epsilon, the other one up by epsilon.
-            right = own - rest.amax(1) > 2 * 10 * 0.05
-            return torch.stack([right[images.labels == c].double().mean() for c in range(3)])
-
-        shift, first = torch.zeros(3, dtype=torch.float64), shares(torch.zeros(3))
-        for number in range(10):
-            accuracy = shares(shift.float().double())
-            goal = accuracy.mean() + (1 - fairness) * (first - first.mean())
-            shift += 2 * (goal - accuracy) * 0.9**number
-            shift -= shift.mean()
-        torch.testing.assert_close(torch.tensor(found.shifts).double(), shift, atol=0.02, rtol=0)
-        assert counts == found.counts[0]
+    @pytest.mark.parametrize(("scale", "fairness"), [(10.0, 0.5), (6.0, 0.5), (5.0, 1.0)])
+    def test_follows_the_formula_and_reaches_the_goal_where_logits_are_small(self, scale, fairness):
+        """The smaller they are, the more images a round turns: too long steps from a good start would lead away."""
+        model = ChannelMeans(BIAS * scale / 10)
+        model.scale.data.fill_(scale)
+        images = channel_images(300)
+        oracle, found = Oracle(images, scale=scale), run(images, fairness, model=model)
+        shifts, zero, every = (
+            torch.tensor(found.shifts).double(),
+            torch.zeros(3, dtype=torch.float64),
+            torch.arange(900),
+        )
+        expected = oracle.shifts(fairness, stratified_split(images.labels, 0.5, seed=0))
+        torch.testing.assert_close(shifts, expected, atol=0.02, rtol=0)
+        assert found.counts == (300,) * 3
+        assert (
+            oracle.miss(shifts, fairness)
+            < oracle.miss(oracle.search(zero, fairness, every, range(10)), fairness) + 0.02
+        )
+        assert oracle.shares(shifts, every).min() > oracle.shares(zero, every).min() + 0.3
 
     def test_nothing_is_shifted_at_zero(self):
         found = run(channel_images(40), 0.0)
@@ -154,7 +192,7 @@ class TestFrontier:
             assert point.worst_30_percent_low <= point.worst_30_percent <= point.worst_30_percent_high
 
     def test_counts_come_from_images_that_the_shifts_were_not_found_on(self, quick, monkeypatch):
-        """What a half's shifts are found on and what they are counted on never overlap."""
+        """The images that a half's shifts are found on and those they are counted on never overlap."""
         searched, counted = [], []
         correct = calibration._Meter.correct
         found_shifts = calibration._found_shifts
@@ -233,13 +271,17 @@ class TestRepetition:
     # 2 before any shift; 20 for the first F above 0, 10 for each of the others, 8 for the search on all; a drop has
     # one F less and three more to try.
     @pytest.mark.parametrize(("goal", "most"), [({"fairness": 0.5}, 80), ({"max_average_drop": 0.0}, 100)])
-    def test_the_work_is_forecast(self, goal, most, caplog):
+    def test_the_work_is_forecast_and_counted(self, goal, most, caplog, monkeypatch):
+        monkeypatch.setattr(calibration._Meter, "seconds_per_round", lambda meter: 0.0)  # no batch is timed
+        model, counter = ChannelMeans(BIAS), PassCounter()
+        counter.watch(model)
         with caplog.at_level(logging.INFO, logger="ham_hf"):
-            found = run(channel_images(20), **goal)
+            found = run(channel_images(20), **goal, model=model, batch_size=16)
         (line,) = [record.getMessage() for record in caplog.records if "calibrating" in record.getMessage()]
         assert f"at most {most} measurements of half of them" in line
         assert f"{most * 30 * 22:.3g} passes" in line
-        assert 70 * 30 * 22 <= found.passes <= most * 30 * 22
+        assert found.passes == counter.take()
+        assert 70 * 30 < found.passes < most * 30 * 22
 
 
 TWO_PROCESSES = """
@@ -252,7 +294,7 @@ from ham_hf.evaluation import calibration
 calibration.FRONTIER = (0.0,)
 found = tests.run(tests.channel_images(30), 1.0, batch_size=13)
 with open(f"{sys.argv[1]}-{Accelerator(cpu=True).process_index}", "w") as file:
-    json.dump([found.shifts, [point.correct for point in found.frontier]], file)
+    json.dump([found.shifts, [point.correct for point in found.frontier], found.passes], file)
 """
 
 
@@ -264,9 +306,10 @@ def test_two_processes_find_the_same_shifts(quick, tmp_path):
     finish(command, {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"})
     alone = run(channel_images(30), 1.0, batch_size=13)
     for process in (0, 1):
-        shifts, correct = json.loads((tmp_path / f"found-{process}").read_text())
+        shifts, correct, passes = json.loads((tmp_path / f"found-{process}").read_text())
         assert shifts == list(alone.shifts)
         assert correct == [list(point.correct) for point in alone.frontier]
+        assert passes == alone.passes
 
 
 class TestRefusals:

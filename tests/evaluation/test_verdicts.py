@@ -125,16 +125,16 @@ def replaced(name, values):
         ({"change_about": lambda about: about | {"schema_version": 2}}, "schema_version 2, expected 1"),
         ({"change_about": lambda about: about | {"class_names": ["a"]}}, "outside of the 1 classes"),
         ({"change_about": lambda about: about | {"class_names": "abc"}}, "does not list the class names"),
-        ({"change_about": lambda about: about | {"attacks": {"cw-9": {}}}}, "no table of predictions"),
-        ({"change_about": lambda about: about | {"attacks": ["pgd-2"]}}, "no table of predictions"),
-        ({"change_about": lambda about: [about]}, "no table of predictions"),
-        ({"change_table": lambda table: table.drop_columns(["label"])}, "no table of predictions"),
+        ({"change_about": lambda about: about | {"attacks": {"cw-9": {}}}}, "not a table of predictions"),
+        ({"change_about": lambda about: about | {"attacks": ["pgd-2"]}}, "not a table of predictions"),
+        ({"change_about": lambda about: [about]}, "not a table of predictions"),
+        ({"change_table": lambda table: table.drop_columns(["label"])}, "not a table of predictions"),
         ({"change_table": lambda table: table.slice(0, 0)}, "no row"),
         ({"change_table": replaced("label", [0, 0, 1, 1, 2, None])}, "label has empty cells"),
-        ({"change_table": replaced("label", ["a"] * 6)}, "no table of predictions"),
+        ({"change_table": replaced("label", ["a"] * 6)}, "not a table of predictions"),
         ({"change_table": replaced("position", [0, 1, 2, 3, 4, 4])}, "a position occurs twice"),
         ({"change_table": replaced("prediction_pgd-2", [0, 0, 2, 1, 0, 3])}, "prediction_pgd-2 has values outside"),
-        ({"change_table": replaced("verdict", [True, True, False, None, None, None])}, "not what the predictions say"),
+        ({"change_table": replaced("verdict", [True, True, False, None, None, None])}, "contradicts the predictions"),
     ],
 )
 def test_files_that_are_not_ours_are_refused_by_name(tmp_path, changes, message):
@@ -151,10 +151,10 @@ def test_files_that_are_no_parquet_are_refused_by_name(tmp_path):
     whole = path.read_bytes()
     for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-20] + b"\0" * 20):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"predictions\.parquet is no table of predictions"):
+        with pytest.raises(ValueError, match=r"predictions\.parquet is not a table of predictions"):
             read_verdicts(path)
     pq.write_table(pa.table({"label": [1]}), path)
-    with pytest.raises(ValueError, match=r"predictions\.parquet is no table of predictions"):
+    with pytest.raises(ValueError, match=r"predictions\.parquet is not a table of predictions"):
         read_verdicts(path)
 
 

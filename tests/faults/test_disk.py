@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone while a run is at work: training goes on, the end says what is missing."""
+"""A disk that is full, read-only or gone during a run: training continues, and the end says what is missing."""
 
 from __future__ import annotations
 

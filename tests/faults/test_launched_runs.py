@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory, subprocess_env):
 
 
 def finish_and_compare(folder: Path, full: Path, processes, env):
-    """Whatever the launcher was told, the same command goes on to the same end."""
+    """Whatever the launcher was told, the same command continues to the same end."""
     done = finish(command(folder, processes), env)
     assert "resuming from" in done.stderr
     assert_same_weights(folder, full, "checkpoint-44/model.safetensors", "model.safetensors")

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1, a time limit and the end of the launcher: saved, status 75, and the run goes on bit for bit."""
+"""SIGTERM, SIGUSR1, a time limit and the end of the launcher: saved, status 75, and resumed bit for bit."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def last(folder):
     return max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-[0-9]*"))
 
 
-def test_a_stumbling_server_changes_nothing_and_a_lost_one_ends_the_run_with_a_way_on(hub, env, tmp_path):
+def test_a_stumbling_server_changes_nothing_and_a_lost_one_ends_the_run_with_the_fix(hub, env, tmp_path):
     undisturbed = train(tmp_path / "whole", env)
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
 

@@ -51,7 +51,7 @@ def test_the_attack_steps_as_often_as_the_authors(tau):
 
 
 def alone(net, x, y, *, start, attack, tau, noises):
-    """The attack on one row, in words: classify; stop if wrong and nothing is left of tau; else go on."""
+    """The attack on one row, in words: classify; stop if wrong and nothing is left of tau; else continue."""
     x_adv, budget, seen = start, tau, []
     epsilon, size = attack.threat_model.epsilon, attack.step_size
     for noise in noises:

@@ -11,6 +11,7 @@ from ham_hf.mining import mine_hard_examples
 from tests.support.golden_data import golden_case, golden_net
 from tests.support.method_checks import exact, golden_batch, rows_of
 from tests.support.nets import group_norm_net
+from tests.support.updates import ATTACK as UPDATE_ATTACK
 from tests.support.updates import updated
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
@@ -97,6 +98,18 @@ def test_a_packed_update_is_the_update(options, monkeypatch):
     assert packed[1].loss == pytest.approx(plain[1].loss, abs=1e-10)
     for name, value in plain[0].items():
         exact(packed[0][name], value)
+
+
+def test_price_as_documented():
+    """Per image 2 M + 1 + h (2 (K - M) + 3) in the paper's form, 2 M + 4 + 2 h (K - M) with easy examples kept."""
+    net, num_steps, mining_step = golden_net(), UPDATE_ATTACK.num_steps, 2
+    for easy_weight in (0.0, 1.0):
+        ham = HAM(mining_start_epoch=0, mining_step=mining_step, easy_weight=easy_weight)
+        _, totals, _ = updated(ham, net, [golden_batch(30)])
+        share, rest = totals.hard / 30, 2 * (num_steps - mining_step)
+        paper, kept = 2 * mining_step + 1 + share * (rest + 3), 2 * mining_step + 4 + share * rest
+        assert 0 < share < 1
+        assert totals.passes == pytest.approx(30 * (kept if easy_weight else paper))
 
 
 def test_packing_fills_the_passes():

@@ -1,4 +1,4 @@
-"""What is written loads with plain timm and computes what was trained."""
+"""An export loads with plain timm and computes the trained function."""
 
 from __future__ import annotations
 
@@ -242,13 +242,13 @@ class TestConfiguration:
         assert config["ham_hf"]["epsilon"] == 8 / 255
         assert load_pixel_model(str(tmp_path)).metadata == {"epsilon": 8 / 255}
 
-    def test_regularisation_is_not_recorded(self, tmp_path):
+    def test_regularization_is_not_recorded(self, tmp_path):
         backbone = trained("test_vit", drop_path_rate=0.2, proj_drop_rate=0.1)
         export(backbone, tmp_path)
         assert not any("drop" in name for name in json.loads((tmp_path / "config.json").read_text())["model_args"])
 
     def test_fine_tuned_from_a_published_model(self, tmp_path):
-        """Architecture, arguments and geometry survive two generations; classes, tag and licence are the new ones."""
+        """Architecture, arguments and geometry survive two generations; classes, tag and license are the new ones."""
         export(trained("test_vit", patch_size=8), tmp_path / "first", class_names=list("abcdefghij"))
         name = f"local-dir:{tmp_path / 'first'}"
         settings = preprocessing(48)

@@ -37,7 +37,7 @@ def backbone_of(name, *, size=32, in_chans=3, num_classes=10, **model_args):
 
 
 def randomize(model, seed=0):
-    """Weights and running statistics unlike those of initialisation, so that nothing is hidden by zeros and ones."""
+    """Weights and running statistics unlike those of initialization, so that nothing is hidden by zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):

@@ -1,4 +1,4 @@
-"""What a model's config.json says about its images is what is trained, evaluated and exported, to the last pixel.
+"""Images are trained on, evaluated and exported as a model's config.json says, to the last pixel.
 
 The oracle is timm's own evaluation transform, made from the published files alone.
 """

@@ -61,7 +61,7 @@ def test_folder_is_repaired_once(name, in_chans, tmp_path, capsys):
 
 
 def test_older_exports_are_read_without_repair(tmp_path):
-    """Training goes on from one, with its classes and with others."""
+    """Training continues from one, with its classes and with others."""
     name = f"local-dir:{older(tmp_path)}"
     settings = input_defaults(name, model_args={})
     assert settings == preprocessing()

@@ -57,7 +57,7 @@ def pictures():
 
 
 def probabilities(found):
-    """What a pipeline gives, in the order of the classes."""
+    """The output of a pipeline, in the order of the classes."""
     scores = {entry["label"]: entry["score"] for entry in found}
     return torch.tensor([scores[name] for name in CLASSES])
 

@@ -136,7 +136,7 @@ def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path)
     assert "group" not in pq.read_table(path).column_names
     broken = table.set_column(table.column_names.index("group"), "group", [["nowhere"] * 80])
     pq.write_table(broken.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(ValueError, match="no table of predictions"):
+    with pytest.raises(ValueError, match="not a table of predictions"):
         read_verdicts(path)
 
 
@@ -158,5 +158,5 @@ def test_python_interface_reads_groups_from_the_batches():
     assert "site" in str(found)
     with pytest.raises(ValueError, match="group_column size: a batch has no such key; its keys are 'pixel_values'"):
         ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="size", **options)
-    with pytest.raises(ValueError, match="it is no mapping: tuple"):
+    with pytest.raises(ValueError, match="it is not a mapping: tuple"):
         ham_hf.evaluate(net, [(x, torch.arange(12) % 4)], group_column="site", **options)

@@ -80,7 +80,7 @@ def tokens(markdown: str) -> list:
 
 
 def structure(markdown: str) -> list[tuple[str, ...]]:
-    """What a renderer makes of a text, without the text itself: kinds of blocks and of what is inside each line."""
+    """The structure that a renderer finds in a text, without the text itself: kinds of blocks and of inline parts."""
     return [(token.type, *(child.type for child in token.children or [])) for token in tokens(markdown)]
 
 

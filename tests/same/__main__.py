@@ -134,7 +134,7 @@ def timeless(value: object) -> object:
 
 
 def content(path: Path) -> object:
-    """What has to be the same of a file."""
+    """The part of a file that has to be the same."""
     if path.suffix == ".jsonl":
         return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
     return timeless(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()

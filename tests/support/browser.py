@@ -80,7 +80,7 @@ class Browser:
         self.command("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
     def log(self) -> list[str]:
-        """What the console said since it was asked last."""
+        """Messages of the console since the last call."""
         return [entry["message"] for entry in self.command("POST", "/se/log", {"type": "browser"})]
 
 

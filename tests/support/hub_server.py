@@ -91,7 +91,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What happens to the next ``times`` requests whose "METHOD /path" matches.
+    """A fault for the next ``times`` requests whose "METHOD /path" matches.
 
     kind "status": answered with ``status`` and ``headers``; "drop": the connection closes when half of the body has
     been read; "lose_reply": the request takes effect, and the connection closes instead of the answer; "hang": the

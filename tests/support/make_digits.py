@@ -1,4 +1,4 @@
-"""Write the digits that the package ships, from the copy that scikit-learn has of the UCI data set.
+"""Write the digits that the package ships, from the copy that scikit-learn has of the UCI dataset.
 
 python -m tests.support.make_digits
 """

@@ -1,4 +1,4 @@
-"""What the tests of the training methods share: golden batches, and the loss of an update written out plainly."""
+"""Shared by the tests of the training methods: golden batches, and the loss of an update written out plainly."""
 
 from __future__ import annotations
 

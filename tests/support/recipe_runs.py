@@ -79,7 +79,7 @@ def finish(
 
 
 def refused(capsys: pytest.CaptureFixture[str], script: str, *arguments: str, status: int = 2) -> str:
-    """What a recipe says that ends with this status, in this process."""
+    """Output of a recipe that ends with this status, in this process."""
     with pytest.raises(SystemExit) as stop:
         recipe_module(script).main(list(arguments))
     assert stop.value.code == status

@@ -1,4 +1,4 @@
-"""What comes from outside a run: variables of the environment and of launchers."""
+"""Variables of the environment and of launchers, and how a run handles them."""
 
 from __future__ import annotations
 

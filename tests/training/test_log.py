@@ -1,4 +1,4 @@
-"""What trackers get, with stand-ins for trackio and wandb that write down how they are called."""
+"""Numbers that trackers get, with stand-ins for trackio and wandb that record how they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines and settings that cannot attack are refused by name; without sharding its functions change nothing."""
+"""Engines and settings that cannot attack are errors that name them; without sharding its functions change nothing."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class CFARule(RadiusRule, WeightRule):
 
     cfa_margin: bool = setting(True, "scale the radius of each class")
     cfa_regularization: bool = setting(True, "scale the KL weight of each class (TRADES)")
-    cfa_start_epoch: int = setting(10, "first 0-based epoch that does so", at_least=1)
-    cfa_lambda1: float = setting(0.5, "what is added to a class's robust accuracy to scale its radius", above=0)
+    cfa_start_epoch: int = setting(10, "first 0-based epoch with class radii and KL weights", at_least=1)
+    cfa_lambda1: float = setting(0.5, "offset added to a class's robust accuracy to scale its radius", above=0)
     cfa_lambda2: float = setting(0.5, "the same for its KL weight", above=0)
 
     @property

@@ -39,7 +39,7 @@ class CFOLRule(WeightRule):
         "sampler", "draw classes by the probabilities, or weigh the loss by them"
     )
     cfol_gamma: float = setting(0.5, "share of the base distribution in the probabilities", above=0, at_most=1)
-    cfol_eta: float = setting(1e-5, "what a misclassified example adds to its class", above=0)
+    cfol_eta: float = setting(1e-5, "log-weight that a misclassified example adds to its class", above=0)
     cfol_base: Literal["uniform", "empirical"] = setting(
         "uniform", "base distribution: all classes alike, or by their training images"
     )

@@ -1,6 +1,6 @@
 """DAFA: distance-aware fair adversarial training (Lee et al., ICLR 2024).
 
-Classes that are often taken for one another pass weight from the stronger to the weaker one, once, after a warm-up
+Classes that are often confused pass weight from the stronger to the weaker one, once, after a warm-up
 epoch whose predictions say how close classes are. The weight scales the cross-entropy term, the radius and the
 step of the attack. The published PGD-AT variant undoes the radius with a second, unweighted step and projection
 (a bug that is not repeated here). A class that passes more weight than it has, which takes a large lambda, ends at 0

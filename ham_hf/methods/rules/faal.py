@@ -32,7 +32,7 @@ from ham_hf.settings import setting
 BISECTIONS = 64
 """Halvings of the interval of `worst_case_weights`: at most 760 wide, it ends up below the rounding of float64."""
 TIE = 1e-9
-"""Classes whose values differ by less are alike: below what the published solver resolves, above what sums round."""
+"""Classes whose values differ by less are alike: below the resolution of the published solver, above rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def worst_case_weights(values: Tensor, radius: float, present: Tensor | None = N
         present = torch.ones_like(values, dtype=torch.bool)
     gap = torch.where(present, values, -torch.inf).amax() - values
     spread = torch.where(present, gap, 0).amax()
-    # An infinite gap is a weight of 0: -log of it is the logarithm of nothing.
+    # Absent classes get an infinite gap: the logarithm of their weight is -inf, so the weight is 0.
     gap = torch.where(present, gap / spread.clamp(min=TIE), torch.inf)
     count = present.sum().to(values)
     low = torch.full_like(spread, math.log(torch.finfo(values.dtype).tiny))

@@ -6,7 +6,7 @@ KL term (Reweight), and a wider radius (ReMargin). The authors fine-tune a robus
 
 With ReMargin the step is a quarter of the largest radius, not ``--step_size``. The published code takes the largest
 of the batch; ours that of all classes, so that an example's attack does not depend on the other rows. It also rounds
-weights and radii to float32, and knows no class without a held-out image; ours takes one for an average class.
+weights and radii to float32, and fails on a class without a held-out image; ours treats it as an average class.
 """
 
 from __future__ import annotations

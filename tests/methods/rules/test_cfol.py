@@ -16,7 +16,7 @@ ATTACK = attack_of({"epsilon": 0.024, "step_size": 0.0022, "num_steps": 3})
 
 
 def observed(cfol, y, wrong):
-    """What the method observes of rows with these labels, of which some are misclassified."""
+    """The method's observation of rows with these labels, of which some are misclassified."""
     logits = torch.nn.functional.one_hot((y + wrong) % 10, 10).double()
     return cfol.rule.observe(logits, y, epoch=0)
 
