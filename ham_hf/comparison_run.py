@@ -17,7 +17,7 @@ from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.figures import save_comparison_figures
 from ham_hf.comparison.leaderboard import write_leaderboard
-from ham_hf.comparison.pairs import PAIRED_METRICS, Run
+from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun
 from ham_hf.comparison.plan import read_plan
 from ham_hf.comparison.report import without_figures, write_comparison
 from ham_hf.comparison.table import Comparison, MissingRun, Row, compare
@@ -67,7 +67,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
+def _run_plan(options: argparse.Namespace) -> tuple[list[FinishedRun], list[MissingRun], str | None, Path]:
     jobs = options.jobs or 1
     plan = read_plan(options.config, output_dir=options.output_dir, seeds=options.seeds)
     for flag, labels in (("--only", options.only or ()), ("--baseline", filter(None, [options.baseline]))):
@@ -94,7 +94,7 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun],
     return runs, missing, plan.baseline, plan.output_dir
 
 
-def _read_existing(options: argparse.Namespace) -> tuple[list[Run], list[MissingRun], str | None, Path]:
+def _read_existing(options: argparse.Namespace) -> tuple[list[FinishedRun], list[MissingRun], str | None, Path]:
     listed = [] if options.models is None else read_list(options.models)
     existing = read_runs([*options.runs, *listed], download_results, listed=listed)
     runs, missing = label_runs(existing.found), list(existing.missing)
@@ -110,10 +110,8 @@ def _launcher(options: argparse.Namespace, jobs: int) -> Launcher:
     started_by = [sys.executable]
     if options.launch_args is not None:
         started_by += ["-m", "accelerate.commands.launch", *shlex.split(options.launch_args)]
-    return Launcher(
-        command=(*started_by, *TRAIN),
-        environment={"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ},
-    )
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    return Launcher(command=(*started_by, *TRAIN), environment={**threads, **os.environ})
 
 
 def run_page(options: argparse.Namespace) -> None:
@@ -133,7 +131,7 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
     path = output or folders[0] / PAGE_NAME
-    existing = read_runs(sources, _no_download)
+    existing = read_runs(sources, download_results)
     runs = label_runs(existing.found)
     if not runs:
         reasons = [run.reason for run in existing.missing]
@@ -158,27 +156,29 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     return path
 
 
-def _no_download(source: str, revision: str | None) -> Path:
-    raise ValueError(f"{source}: there is no such folder; a page is made of folders, so download the model first")
-
-
 def _page_comparison(comparison: Comparison) -> dict[str, object]:
-    """A comparison as the page shows it: the evaluations that are of the same images under the same attack."""
+    """A comparison as the page shows it: of each evaluation the rows of the same images under the same attack."""
+    found = comparison.pairs.found
+    rows = {
+        title: [
+            _page_row(comparison, row, name)
+            for row in comparison.rows
+            if row.label in comparison.alike[name] or name in found.get(row.label, {})
+        ]
+        for name, title in comparison.attacks.items()
+    }
     return {
         "baseline": plain_text(comparison.names.get(comparison.baseline or "", ""), 120),
-        "rows": {
-            title: [_page_row(comparison, row, name) for row in comparison.rows if name in row.attacks]
-            for name, title in comparison.attacks.items()
-            if name in comparison.comparable
-        },
+        "rows": {title: shown for title, shown in rows.items() if shown},
     }
 
 
 def _page_row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     found, paired = row.attacks[name], comparison.pairs.found.get(row.label, {}).get(name)
     differences = {} if paired is None else {one: getattr(paired.differences, one) for one in PAIRED_METRICS}
-    unpaired = comparison.pairs.unpaired
-    note = unpaired.get(f"{row.label}, {comparison.attacks[name]}") or unpaired.get(row.label)
+    note = comparison.pairs.reason(row.label, comparison.attacks[name])
+    if paired is not None:
+        note = f"on {paired.differences.num_examples:,} images"
     return {
         "label": plain_text(comparison.names[row.label], 120),
         "seeds": found.seeds,

@@ -8,6 +8,7 @@ Loads no other module.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -40,6 +41,16 @@ def program(name: str) -> str:
 def command(name: str) -> str:
     """The words that run command ``name``: ``python recipes/push.py`` beside a script, else ``ham-hf push``."""
     return f"python recipes/{SCRIPTS[name]}" if name in SCRIPTS and is_script() else f"ham-hf {name}"
+
+
+def command_parser(name: str, doc: str | None, *, allow_abbrev: bool = False) -> argparse.ArgumentParser:
+    """A parser for command ``name`` whose help begins with ``doc``, the docstring of its module."""
+    return argparse.ArgumentParser(
+        prog=program(name),
+        description=(doc or "").replace(f"ham-hf {name}", command(name)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
+    )
 
 
 class RecipeFile(NamedTuple):

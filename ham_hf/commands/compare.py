@@ -8,13 +8,6 @@
 Writes comparison.md, comparison.csv, comparison.json, comparison_tradeoff.png and comparison_per_class.png, and with
 --page leaderboard.html. Called again after an interruption, it continues where it was: finished runs stay, unfinished
 ones resume from their checkpoint.
-
-Runs that exist are one row if their settings are equal but for the seed; a row is called LABEL if it is given as
-LABEL=FOLDER or LABEL=OWNER/NAME, or if its runs lie in LABEL/seedN, else by its method. The folder of an earlier
-comparison stands for all runs in it, with its order of rows and its baseline.
-
-Where runs kept their predictions (predictions.parquet), rows are set against the baseline image by image, and a number
-is bold if it is better for sure; runs of earlier versions are shown, and it is said that they could not be tested.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.invocation import command, find_recipe, program
+from ham_hf.invocation import command_parser, find_recipe
 from ham_hf.terminal import replace_what_cannot_be_shown
 
 
@@ -67,48 +60,33 @@ def _existing_problem(options: argparse.Namespace) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("compare"),
-        description=(__doc__ or "").replace("ham-hf compare", command("compare")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "runs", nargs="*", help="runs that exist: folders with report.json, or Hub ids; LABEL=RUN names the row"
-    )
+    parser = command_parser("compare", __doc__, allow_abbrev=True)
+    parser.add_argument("runs", nargs="*", help="folders with report.json, or Hub ids; LABEL=RUN names the row")
     parser.add_argument(
         "--models",
         type=Path,
         metavar="FILE",
-        help="a list of Hub ids or folders, one a line, as text or YAML; what cannot be had is listed as missing",
+        help="a list of Hub ids or folders, one a line, as text or YAML; what cannot be loaded is listed as missing",
     )
-    parser.add_argument("--page", action="store_true", help="write leaderboard.html, a page to rank and to look")
+    parser.add_argument("--page", action="store_true", help="write leaderboard.html, a sortable page")
     parser.add_argument(
         "--config",
         type=find_recipe,
         metavar="COMPARE.yaml",
-        help="what to run, a file or the name of one that comes with the package; see ham_hf/comparison/plan.py",
+        help="what to run: a file as in ham_hf/comparison/plan.py, or the name of one that comes with the package",
     )
     parser.add_argument("--output_dir", help="where the runs and the comparison go; wins over the file")
     parser.add_argument("--baseline", metavar="LABEL", help="row that rho is relative to; wins over the file")
+    finished = "the table has all that is finished"
     parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        metavar="SEED",
-        help="run these only, of the file's or others; the table has all that is finished",
+        "--seeds", type=int, nargs="+", metavar="SEED", help=f"run only these, the file's or others; {finished}"
     )
-    parser.add_argument(
-        "--only", nargs="+", metavar="LABEL", help="run these only; the table has all that is finished"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        help="runs at a time (default 1); they share cores and accelerator, so that seconds above 1 compare nothing",
-    )
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help=f"run only these rows; {finished}")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default 1); above 1, seconds are not comparable")
     parser.add_argument(
         "--launch_args",
         metavar="WORDS",
-        help='words for accelerate launch, as --launch_args="--multi_gpu --num_processes 2"; not given: plain python',
+        help='words for accelerate launch, as --launch_args="--multi_gpu --num_processes 2"; default: plain python',
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of the runs that are not done")
+    parser.add_argument("--dry_run", action="store_true", help="only print the commands of unfinished runs")
     return parser

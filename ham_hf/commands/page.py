@@ -7,21 +7,15 @@ examples.parquet, where they exist.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ham_hf.invocation import program
+from ham_hf.invocation import command_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a page from the command line ``argv`` (None: the process's)."""
-    parser = argparse.ArgumentParser(
-        prog=program("page"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("page", __doc__)
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="folder with report.json; LABEL=FOLDER says what to call it"
     )

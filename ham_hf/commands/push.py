@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ham_hf.config.command_line import with_underscores
 from ham_hf.hub_config import DEFAULT_REVISION, HubConfig
-from ham_hf.invocation import command, program
+from ham_hf.invocation import command_parser
 from ham_hf.settings import settings_of
 from ham_hf.terminal import set_up_logging
 from ham_hf.training.environment import process_rank
@@ -38,12 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("push"),
-        description=(__doc__ or "").replace("ham-hf push", command("push")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("push", __doc__)
     parser.add_argument(
         "folder",
         type=Path,

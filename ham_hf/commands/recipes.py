@@ -8,20 +8,16 @@ than flags do; the first line of the list says where they are.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from ham_hf.invocation import command, list_recipes, program, recipes_folder
+from ham_hf.invocation import command, command_parser, list_recipes, recipes_folder
 from ham_hf.terminal import replace_what_cannot_be_shown, show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """List them; ``argv`` holds no words but ``--help`` (None: the process's)."""
     replace_what_cannot_be_shown()
-    parser = argparse.ArgumentParser(
-        prog=program("recipes"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(argv)
+    command_parser("recipes", __doc__, allow_abbrev=True).parse_args(argv)
     found = list(list_recipes())
     titles = {
         "train": f"{command('train')} --config NAME",

@@ -31,6 +31,8 @@ NOT_THE_RUN = frozenset(
 _OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
 """Settings of an evaluation that differ between seeds or are shown elsewhere."""
+IMAGES = "Images of each class"
+"""The only one of the `conditions` in which two runs may differ and still be compared on the images that both saw."""
 
 Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 """By title: each value that a run has, with the labels of the rows that have it."""
@@ -132,7 +134,7 @@ def conditions(report: RunReport, attack: str) -> dict[str, str]:
     shared = {title: facts[title] for title in ("Dataset", "Test images", "Threat model")}
     of = [one for one in report.results.values() if attack == "verdict"] or [result]
     attacks = {one.title: ", ".join(sorted(_attack_settings(one))) for one in of if one.name != "clean"}
-    return {**shared, "Images of each class": counts, **attacks}
+    return {**shared, IMAGES: counts, **attacks}
 
 
 def evaluations(report: RunReport) -> dict[str, AttackReport]:
@@ -174,7 +176,7 @@ def _optimizer(settings: Mapping[str, object]) -> str:
     )
 
 
-def environment(report: RunReport) -> dict[str, str]:
+def machine_facts(report: RunReport) -> dict[str, str]:
     """Hardware and software by title; seconds and memory are comparable only where the hardware is the same."""
     found = report.environment
     return {

@@ -22,14 +22,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ham_hf.comparison.differences import differences, run_settings
-from ham_hf.comparison.existing import run_of, running_elsewhere
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.existing import finished_run, running_elsewhere
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.settings import settings_of
-from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints
+from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints, replace_folder
 from ham_hf.training.run_folder import LOCK_NAME, is_locked
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,9 @@ def execute(
         failed.append(MissingRun(label=run.label, seed=run.seed, reason=problem, state="failed"))
 
     def leave(run: PlannedRun) -> None:
-        announce(f"RUNNING {run.label} seed {run.seed}: another process is at it: {run.folder / LOCK_NAME} is locked")
+        announce(
+            f"RUNNING {run.label} seed {run.seed}: another process is running it: {run.folder / LOCK_NAME} is locked"
+        )
         failed.append(running_elsewhere(run.label, run.seed))
 
     # Signals reach this thread alone: a run that is being started when one comes is stopped like the others.
@@ -174,7 +176,7 @@ def execute(
     return failed
 
 
-def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[list[Run], list[MissingRun]]:
+def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[list[FinishedRun], list[MissingRun]]:
     """The planned runs that have a report, and those that have none."""
     reasons = {(run.label, run.seed): run for run in failed}
     finished, missing = [], []
@@ -183,7 +185,7 @@ def collect(runs: Sequence[PlannedRun], failed: Sequence[MissingRun]) -> tuple[l
         if (run.folder / REPORT_NAME).is_file() and (known is None or known.state == "running"):
             try:
                 report = read_report(run.folder)
-                finished.append(run_of(report, run.folder, source=str(run.folder), label=run.label))
+                finished.append(finished_run(report, run.folder, source=str(run.folder), label=run.label))
             except (ValueError, OSError) as error:
                 missing.append(MissingRun(label=run.label, seed=run.seed, reason=str(error), state="failed"))
         elif known is not None:
@@ -258,7 +260,7 @@ def bring_weights(run: PlannedRun, source: Path) -> None:
         shutil.copy(source / "metrics.jsonl", staging)
         if run.folder.is_dir():
             run.folder.rmdir()
-        os.replace(staging, run.folder)
+        replace_folder(staging, run.folder)
 
 
 def _failure(child: _Child) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ham_hf.comparison.differences import run_settings, setting_text
-from ham_hf.comparison.pairs import Run, verdicts_beside
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.table import MissingRun
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, read_verdicts
 from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import plain_text, public_word
 from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
@@ -32,7 +33,7 @@ class ExistingRuns:
         baseline: that of the comparisons among the sources; None if they have none, or several.
     """
 
-    found: tuple[Run, ...]
+    found: tuple[FinishedRun, ...]
     missing: tuple[MissingRun, ...]
     baseline: str | None
 
@@ -52,7 +53,7 @@ def read_runs(
         ValueError: naming every other source that is none of these, or has no report that can be read. A run in the
             folder of a comparison that has none is listed as missing instead.
     """
-    runs, problems = list[Run | MissingRun](), list[str]()
+    runs, problems = list[FinishedRun | MissingRun](), list[str]()
     baselines, seen = set[str](), set[Path | str]()
     for given in sources:
         label, source = split_label(given)
@@ -78,7 +79,7 @@ def read_runs(
     if problems:
         raise ValueError("\n".join(problems))
     return ExistingRuns(
-        found=tuple(run for run in runs if isinstance(run, Run)),
+        found=tuple(run for run in runs if isinstance(run, FinishedRun)),
         missing=tuple(run for run in runs if isinstance(run, MissingRun)),
         baseline=baselines.pop() if len(baselines) == 1 else None,
     )
@@ -115,13 +116,13 @@ def read_list(path: str | Path) -> list[str]:
     return list(dict.fromkeys(sources))
 
 
-def label_runs(found: Sequence[Run]) -> list[Run]:
+def label_runs(found: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Group runs into rows, and name the rows.
 
     Runs whose settings differ only in seed and folder are one row, named by its label or, without one, by its method
     (a model that was only evaluated: by its name). Rows of equal name also show the settings in which they differ.
     """
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[FinishedRun]] = {}
     for run in found:
         name = plain_text(run.label or run.report.config.get("method") or public_word(run.report.model.name), 200)
         settings = json.dumps(run_settings(run.report.config, without={"seed"}), sort_keys=True)
@@ -129,7 +130,7 @@ def label_runs(found: Sequence[Run]) -> list[Run]:
     same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
     for name, settings in groups:
         same_name[name].append(json.loads(settings))
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     for (name, settings), members in groups.items():
         label, own, others = name, json.loads(settings), same_name[name]
         if len(others) > 1:
@@ -142,7 +143,7 @@ def label_runs(found: Sequence[Run]) -> list[Run]:
     return runs
 
 
-def run_of(report: RunReport, folder: Path, *, source: str, label: str | None) -> Run:
+def finished_run(report: RunReport, folder: Path, *, source: str, label: str | None) -> FinishedRun:
     """A finished run with the predictions in its folder.
 
     Raises:
@@ -150,21 +151,21 @@ def run_of(report: RunReport, folder: Path, *, source: str, label: str | None) -
     """
     if "seed" not in report.seeds:
         raise ValueError(f"{source}: its report names no seed; expected one that this package wrote")
-    seed, verdicts = report.seeds["seed"], verdicts_beside(folder)
-    return Run(label=label or "", seed=seed, report=report, source=source, verdicts=verdicts)
+    verdicts = read_verdicts(folder) if (folder / PREDICTIONS_NAME).is_file() else None
+    return FinishedRun(label=label or "", seed=report.seeds["seed"], report=report, source=source, verdicts=verdicts)
 
 
 def running_elsewhere(label: str, seed: int) -> MissingRun:
     """The entry of a run that another process is running."""
-    return MissingRun(label=label, seed=seed, reason="another process is at it", state="running")
+    return MissingRun(label=label, seed=seed, reason="another process is running it", state="running")
 
 
 def _read_hub(
     source: str, hub_id: tuple[str, str | None], label: str | None, download: Callable[[str, str | None], Path]
-) -> Run:
+) -> FinishedRun:
     try:
         folder = download(*hub_id)
-        return run_of(read_report(folder), folder, source=source, label=label)
+        return finished_run(read_report(folder), folder, source=source, label=label)
     except ValueError as error:
         raise ValueError(f"there is no folder {source}, and {error}") from error
 
@@ -178,7 +179,7 @@ def _places(path: Path, label: str | None) -> tuple[list[Path], str | None]:
     return places, baseline if label is None else None
 
 
-def _read_place(folder: Path, given: str | None) -> list[Run | MissingRun]:
+def _read_place(folder: Path, given: str | None) -> list[FinishedRun | MissingRun]:
     """The run of one folder; of one that is LABEL/seedN without a report, why it is missing."""
     place = folder.resolve()
     label, numbered = given or place.parent.name, SEED_FOLDER.fullmatch(place.name)
@@ -190,7 +191,7 @@ def _read_place(folder: Path, given: str | None) -> list[Run | MissingRun]:
                 raise
             return [MissingRun(label=label, seed=int(numbered[1]), reason=str(error), state="failed")]
         own = given or (label if place.name == f"seed{report.seeds.get('seed')}" else None)
-        return [run_of(report, folder, source=str(folder), label=own)]
+        return [finished_run(report, folder, source=str(folder), label=own)]
     if numbered is None:
         return []
     if is_locked(place):

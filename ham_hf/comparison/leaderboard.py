@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ham_hf.comparison.differences import budget, conditions, environment, evaluations
-from ham_hf.comparison.pairs import PAIRED_METRICS, Run
+from ham_hf.comparison.differences import IMAGES, budget, conditions, evaluations, machine_facts
+from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
 from ham_hf.hub_config import split_revision
@@ -84,7 +84,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
     """
     groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in comparison.rows:
-        alike: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+        alike: dict[tuple[tuple[str, str], ...], list[FinishedRun]] = {}
         for run in row.runs:
             if name in evaluations(run.report):
                 alike.setdefault(tuple(conditions(run.report, name).items()), []).append(run)
@@ -113,12 +113,12 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def _hardware(rows: Sequence[Row]) -> str:
-    devices = {environment(run.report)["Device"] for row in rows for run in row.runs}
+    devices = {machine_facts(run.report)["Device"] for row in rows for run in row.runs}
     return "" if len(devices) == 1 else "; seconds are of different hardware"
 
 
 def _conditions_text(facts: Mapping[str, str]) -> str:
-    shown = {title: value for title, value in facts.items() if title != "Images of each class"}
+    shown = {title: value for title, value in facts.items() if title != IMAGES}
     return "; ".join(f"{title}: {plain_text(value, 300)}" for title, value in shown.items() if value)
 
 
@@ -129,7 +129,7 @@ def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str
         ours, theirs = facts.get(title), first.get(title)
         if ours == theirs:
             continue
-        if title == "Images of each class":
+        if title == IMAGES:
             words.append("other numbers of images per class")
         elif ours is None:
             words.append(f"{title}: not run")
@@ -168,7 +168,7 @@ def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     }
 
 
-def _budget_text(run: Run) -> str:
+def _budget_text(run: FinishedRun) -> str:
     facts = budget(run.report)
     if run.report.training is None:
         return "evaluated, not trained here"
@@ -215,16 +215,15 @@ def _place(share: float) -> str:
 def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[str, object]:
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
-    is_hub = split_revision(run.source) is not None and not Path(run.source).exists()
-    hub_id, revision = (split_revision(run.source) or ("", None)) if is_hub else ("", None)
-    facts = budget(run.report) | environment(run.report)
+    hub_id, revision = (None if Path(run.source).exists() else split_revision(run.source)) or ("", None)
+    facts = budget(run.report) | machine_facts(run.report)
     if row.passes is not None:
         facts["Passes in training"] = f"{row.passes.mean:,.0f}"
     facts["Seeds"] = ", ".join(map(str, row.seeds))
     facts["Made"] = run.report.created
     return {
         "label": plain_text(row.label, 1000),
-        "link": f"{HUB}/{hub_id}" + (f"/tree/{revision}" if revision else "") if is_hub else "",
+        "link": f"{HUB}/{hub_id}" + (f"/tree/{revision}" if revision else "") if hub_id else "",
         "source": ", ".join(plain_text(public_source(one.source, folder), 200) for one in row.runs),
         "facts": [(title, plain_text(value, 400)) for title, value in facts.items() if value],
         "classes_of": comparison.attacks[name],
@@ -244,12 +243,17 @@ def _classes(row: Row, name: str) -> list[tuple[str, str, str]]:
 
 
 def _paired(comparison: Comparison, row: Row) -> list[str]:
-    """Differences from the baseline with their intervals, of every evaluation that could be paired."""
+    """Differences from the baseline with their intervals, or why an evaluation, or the row, could not be paired."""
+    if reason := comparison.pairs.unpaired.get(row.label):
+        return [f"Not paired: {plain_text(reason, 300)}"]
     lines = []
-    for name, found in comparison.pairs.found.get(row.label, {}).items():
-        of_metrics = ((title.lower(), getattr(found.differences, metric)) for metric, title in TITLES.items())
-        shown = [f"{title} {signed_points(one.mean, one.low, one.high)}" for title, one in of_metrics]
-        lines.append(f"{comparison.attacks[name]}: {', '.join(shown)}")
+    for name, title in comparison.attacks.items():
+        if found := comparison.pairs.found.get(row.label, {}).get(name):
+            of_metrics = ((words.lower(), getattr(found.differences, metric)) for metric, words in TITLES.items())
+            shown = [f"{words} {signed_points(one.mean, one.low, one.high)}" for words, one in of_metrics]
+            lines.append(f"{title}, {found.differences.num_examples:,} images: {', '.join(shown)}")
+        elif reason := comparison.pairs.reason(row.label, title):
+            lines.append(f"{title}: not paired: {plain_text(reason, 300)}")
     return lines
 
 

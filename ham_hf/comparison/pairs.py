@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ham_hf.comparison.differences import evaluations
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts, read_verdicts
+from ham_hf.comparison.differences import IMAGES, conditions, evaluations
+from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts
 from ham_hf.intervals import REPETITIONS
 from ham_hf.metrics import num_worst, summarize
 from ham_hf.reporting.report import RunReport
@@ -70,8 +70,9 @@ class PairedRow:
 
     Attributes:
         seeds: seeds that both have.
-        differences: row minus baseline on the same images.
-        higher: whether the number of the table is higher than the baseline's with every seed, by metric.
+        differences: row minus baseline on the images that all runs of both saw.
+        higher: whether the number is higher than the baseline's with every seed, by metric, in the table and on these
+            images.
     """
 
     seeds: tuple[int, ...]
@@ -82,8 +83,8 @@ class PairedRow:
         """Whether the row is significantly better than the baseline.
 
         With one seed: by McNemar's exact test (5 %) for the average, in the worst classes if the interval excludes 0.
-        With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number in the
-        table must also be higher with every seed: a row that is better in the baseline's worst classes may be worse
+        With several seeds, all must agree and the interval of the pooled difference must exclude 0. The number must
+        also be `higher` with every seed: a row that is better in the baseline's worst classes may be worse
         elsewhere.
         """
         difference = getattr(self.differences, metric)
@@ -106,9 +107,13 @@ class Pairs:
     found: Mapping[str, Mapping[str, PairedRow]] = field(default_factory=dict)
     unpaired: Mapping[str, str] = field(default_factory=dict)
 
+    def reason(self, label: str, title: str) -> str:
+        """Why a row could not be paired under the evaluation of this title; empty if it was, or is the baseline."""
+        return self.unpaired.get(f"{label}, {title}") or self.unpaired.get(label, "")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Run:
+class FinishedRun:
     """A finished run in its place: row ``label``, seed ``seed``; read from ``source``, a folder or Hub id.
 
     ``verdicts`` are its predictions; None for a run of a version that kept none.
@@ -121,19 +126,10 @@ class Run:
     verdicts: Verdicts | None = None
 
 
-def verdicts_beside(folder: str | Path) -> Verdicts | None:
-    """The predictions in a run's folder; None if there are none, as in runs of earlier versions.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read.
-    """
-    return read_verdicts(folder) if (Path(folder) / PREDICTIONS_NAME).is_file() else None
-
-
-def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
+def pair_rows(rows: Mapping[str, Sequence[FinishedRun]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
     """Compare every row with the baseline (without one: none), as far as there are predictions.
 
-    ``titles`` are those of each evaluation that is comparable, by name.
+    Rows that were evaluated otherwise are not paired. ``titles`` are those of each evaluation, by name.
     """
     base = {run.seed: run for run in rows.get(baseline or "", ())}
     found, unpaired = dict[str, Mapping[str, PairedRow]](), dict[str, str]()
@@ -160,32 +156,35 @@ def pair_rows(rows: Mapping[str, Sequence[Run]], *, baseline: str | None, titles
     return Pairs(found=found, unpaired=unpaired)
 
 
-def _pair(pairs: Sequence[tuple[Run, Run]], name: str) -> PairedRow | None:
+def _pair(pairs: Sequence[tuple[FinishedRun, FinishedRun]], name: str) -> PairedRow | None:
     """One row under one evaluation; None if some run does not have it."""
     entries = [[evaluations(run.report).get(name) for run in pair] for pair in pairs]
     summaries = [[entry.summary for entry in pair if entry is not None] for pair in entries]
     if any(len(pair) < 2 for pair in summaries):
         return None
+    facts = [conditions(run.report, name) for pair in pairs for run in pair]
+    titles = dict.fromkeys(title for found in facts for title in found if title != IMAGES)
+    if otherwise := [title for title in titles if len({found.get(title) for found in facts}) > 1]:
+        raise ValueError(f"evaluated otherwise than the baseline ({', '.join(otherwise)})")
     matched = [
         match_verdicts(reference.verdicts, other.verdicts, name)
         for reference, other in pairs
         if reference.verdicts is not None and other.verdicts is not None
     ]
-    labels = matched[0].labels
-    for one in matched[1:]:
-        if not (torch.equal(one.labels, labels) and torch.equal(one.positions, matched[0].positions)):
-            raise ValueError("the seeds were tested on different images")
-    differences = compare_paired(
-        torch.stack([one.reference for one in matched]),
-        torch.stack([one.other for one in matched]),
-        labels,
-        num_classes=len(summaries[0][0].per_class),
-    )
+    common = torch.from_numpy(functools.reduce(np.intersect1d, [one.positions.numpy() for one in matched]))
+    first, *others = matched = [one.at(common) for one in matched]
+    same = [torch.equal(one.positions, first.positions) and torch.equal(one.labels, first.labels) for one in others]
+    if not (len(common) and all(same)):
+        raise ValueError("the seeds were tested on different images")
+    reference, other = (torch.stack([getattr(one, side) for one in matched]) for side in ("reference", "other"))
+    num_classes = len(summaries[0][0].per_class)
+    flags = zip(reference, other, strict=True)
+    summaries += [[summarize(one, first.labels, num_classes) for one in pair] for pair in flags]
     return PairedRow(
         seeds=tuple(run.seed for _, run in pairs),
-        differences=differences,
+        differences=compare_paired(reference, other, first.labels, num_classes=num_classes),
         higher={
-            metric: all(getattr(other, metric) > getattr(reference, metric) for reference, other in summaries)
+            metric: all(getattr(new, metric) > getattr(old, metric) for old, new in summaries)
             for metric in PAIRED_METRICS
         },
     )

@@ -98,8 +98,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.
     """
     entries = {entry.name: entry for entry in read_yaml(path)}
-    given = {"output_dir"} if output_dir is not None else set()
-    given |= {"seeds"} if seeds is not None else set()
+    given = {name for name, value in (("output_dir", output_dir), ("seeds", seeds)) if value is not None}
     problems = [
         f"{entry.origin}there is no {name!r} in a comparison{_nearest(name)}; expected {', '.join(KEYS)}"
         for name, entry in entries.items()

@@ -38,7 +38,7 @@ HOW_TO_READ = (
     "prints the lowest of these means in bold: it is never below the worst class of the table. "
     "NSD is the standard deviation over classes divided by their mean; lower is better. {rho}"
     "{bold}"
-    "– is a number that there is not: the row was not evaluated so, or it is undefined ({undefined})."
+    "– means not available: the row was not evaluated this way, or the value is undefined ({undefined})."
 )
 BOLD_BY_NOISE = (
     "A value is bold if it is better than the next best by more than the noise, with at least two seeds each; noise "
@@ -63,8 +63,8 @@ RHO = (
 NO_RHO_WHERE = "NSD where no image is classified correctly"
 RHO_WHERE = "ρ where the worst class or the average of the baseline is 0, or evaluations differ"
 NOT_COMPARABLE = (
-    "**Not the same evaluation:** dataset, test images, threat model or settings of the attack differ, so nothing is "
-    "bold and there is no ρ."
+    "**Not the same evaluation{baseline}:** {rows}. Dataset, test images, threat model or settings of the attack "
+    "differ, so these have no ρ, and are bold only where a paired test on the images that both saw says better."
 )
 
 
@@ -103,18 +103,12 @@ def comparison_json(
         "class_names": comparison.class_names,
         "rows": [_row_values(row, names[row.label], folder) for row in comparison.rows],
         "missing": [
-            {
-                "label": run.label,
-                "seed": run.seed,
-                "state": run.state,
-                "failed": run.state == "failed",
-                "reason": public_text(run.reason),
-            }
+            {**asdict(run), "failed": run.state == "failed", "reason": public_text(run.reason)}
             for run in comparison.missing
         ],
         "paired": comparison.pairs.found,
         "unpaired": comparison.pairs.unpaired,
-        "comparable": [name for name in comparison.attacks if name in comparison.comparable],
+        "comparable": [name for name in comparison.attacks if not comparison.unlike(name)],
         "unequal": list(comparison.unequal),
         "budget": comparison.budget,
         "environment": comparison.environment,
@@ -155,10 +149,8 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     """Tables to read: one per evaluation and one of the cost, then how to read them and what the runs share."""
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
-        note = "" if name in comparison.comparable else f"{NOT_COMPARABLE}\n\n"
-        parts.append(f"## {_heading(comparison, name)}\n\n{note}{_attack_table(comparison, name)}")
-    if pairs := _pairs_section(comparison):
-        parts.append(pairs)
+        parts += [f"## {_heading(comparison, name)}", *_not_alike(comparison, name), _attack_table(comparison, name)]
+    parts += _pairs_section(comparison)
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
     if comparison.missing:
         missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
@@ -204,6 +196,13 @@ def _notes(comparison: Comparison) -> list[str]:
     return notes
 
 
+def _not_alike(comparison: Comparison, attack: str) -> list[str]:
+    """A sentence that names the rows whose numbers are not of the baseline's evaluation, where there are any."""
+    others = ", ".join(text(comparison.names[label]) for label in comparison.unlike(attack))
+    baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in comparison.alike[attack] else ""
+    return [NOT_COMPARABLE.format(rows=others, baseline=baseline)] if others else []
+
+
 def _shared(comparison: Comparison, command: str) -> str:
     """Budget, environment, seeds and command: first what differs, each value with its rows."""
     by_commit: dict[str, dict[str, list[int]]] = {}
@@ -245,31 +244,29 @@ def _baseline_name(comparison: Comparison) -> str:
     return text(comparison.names[str(comparison.baseline)])
 
 
-def _pairs_section(comparison: Comparison) -> str:
+def _pairs_section(comparison: Comparison) -> list[str]:
     """Differences of the verdict from the baseline with their intervals, and which rows have none; or nothing."""
-    pairs, names = comparison.pairs, comparison.names
+    pairs, names, rows = comparison.pairs, comparison.names, []
     if not pairs.found:
-        return ""
-    rows = []
+        return []
     for label, found in pairs.found.items():
         if "verdict" in found:
             paired = found["verdict"].differences
             row = {"": names[label], "Seeds": Markdown(", ".join(map(str, found["verdict"].seeds)))}
+            row["Images"] = str(paired.num_examples)
             for metric in PAIRED_METRICS:
                 difference = getattr(paired, metric)
                 row[METRIC_TITLES[metric]] = signed_points(difference.mean, difference.low, difference.high)
             rows.append(row | {"McNemar p": Markdown(", ".join(f"{value:.2g}" for value in paired.p_values))})
     parts = [f"## Verdict, difference from {_baseline_name(comparison)}"]
     if rows:
-        parts += [
-            "On the same images, in percentage points, with 95 % intervals; p of each seed.",
-            markdown_table(rows),
-        ]
+        about = "On the images that both saw, in percentage points, with 95 % intervals; p of each seed."
+        parts += [about, markdown_table(rows)]
     if pairs.unpaired:
         reasons = pairs.unpaired.items()
         listed = [f"- {text(names.get(label, label))}: {text(reason, 300)}" for label, reason in reasons]
         parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
-    return "\n\n".join(parts) if len(parts) > 1 else ""
+    return parts if len(parts) > 1 else []
 
 
 def _heading(comparison: Comparison, attack: str) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.differences import Facts, budget, conditions, environment, evaluations, facts_of, run_settings
-from ham_hf.comparison.pairs import PAIRED_METRICS, Pairs, Run, pair_rows
+from ham_hf.comparison.differences import Facts, budget, conditions, evaluations, facts_of, machine_facts, run_settings
+from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun, Pairs, pair_rows
 from ham_hf.metrics import FairnessSummary, num_worst
 from ham_hf.reporting.formats import short_names
 
@@ -28,14 +28,14 @@ LOWER_IS_BETTER = frozenset({"nsd"})
 class MissingRun:
     """A run without a report: what became of it, and why, in words.
 
-    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is at it),
+    ``state`` is "failed" (tried without success, or its report cannot be read), "running" (a process is running it),
     "not finished" (begun some time) or "not run". ``seed`` is None where it is not known.
     """
 
     label: str
     seed: int | None
-    reason: str
     state: Literal["failed", "running", "not finished", "not run"]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class AttackRow:
         average, worst_class, worst_30_percent, nsd: see `FairnessSummary`; which class is the worst may differ
             between seeds. NSD is None if a run has none (all accuracies 0).
         rho: relative trade-off against the baseline, from the means; None without a baseline, where the
-            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.comparable`).
+            baseline's worst class or average is 0, or where the evaluations differ (`Comparison.alike`).
         image_variances: variance of a run's number from the finite test set, by metric, mean over the runs; NSD has
             none (`image_variances`).
         per_class: mean over seeds of each class' accuracy; None for a class without images.
@@ -89,7 +89,7 @@ class Row:
     """
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     attacks: Mapping[str, AttackRow]
     seconds: Spread | None
     passes: Spread | None
@@ -114,8 +114,9 @@ class Comparison:
         class_names: names of the C classes; None if the runs do not have the same.
         budget: what a fair comparison needs to be equal: images, network, threat model, length, evaluation.
         environment: hardware and software.
-        comparable: evaluations of all rows on the same images, under the same threat model and settings; the others
-            have no rho and no best.
+        alike: by evaluation, labels of the rows that were evaluated as the baseline was: on the same images, under the
+            same threat model and settings; the others have no rho and are never best. Without a baseline: all rows, or
+            none if some differ.
         missing: runs that failed or are not there.
     """
 
@@ -125,7 +126,7 @@ class Comparison:
     class_names: tuple[str, ...] | None
     budget: Facts
     environment: Facts
-    comparable: frozenset[str]
+    alike: Mapping[str, frozenset[str]]
     missing: tuple[MissingRun, ...]
     pairs: Pairs = field(default_factory=Pairs)
 
@@ -133,6 +134,10 @@ class Comparison:
     def names(self) -> dict[str, str]:
         """What tables and figures call each row and missing run, by label: short, and different for each."""
         return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
+
+    def unlike(self, attack: str) -> list[str]:
+        """Labels of the rows that have an evaluation and are not `alike`."""
+        return [row.label for row in self.rows if attack in row.attacks and row.label not in self.alike[attack]]
 
     @property
     def unequal(self) -> Facts:
@@ -168,14 +173,12 @@ class Comparison:
 
         Its mean has to be better than the next best by more than the root of ``std_a^2 + std_b^2 + v_a + v_b``, with
         the spread over seeds and the variance ``v`` of having few test images, which is not divided by the number of
-        seeds: all see the same images. Both need two seeds, and the evaluation has to be `comparable`.
+        seeds: all see the same images. Both need two seeds, and only rows that are `alike` count.
         """
-        if attack not in self.comparable:
-            return None
         spreads = {
             row.label: spread
             for row in self.rows
-            if attack in row.attacks and (spread := getattr(row.attacks[attack], metric)) is not None
+            if row.label in self.alike[attack] and (spread := getattr(row.attacks[attack], metric)) is not None
         }
         order = sorted(spreads, key=lambda label: spreads[label].mean, reverse=metric not in LOWER_IS_BETTER)
         if len(order) < 2:
@@ -190,8 +193,8 @@ class Comparison:
         return order[0] if abs(first.mean - second.mean) > noise and not tie else None
 
 
-def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
+def _by_label(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    found: dict[str, list[FinishedRun]] = {}
     for run in runs:
         found.setdefault(run.label, []).append(run)
     for label, members in found.items():
@@ -204,7 +207,9 @@ def _by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()) -> Comparison:
+def compare(
+    runs: Sequence[FinishedRun], *, baseline: str | None = None, missing: Sequence[MissingRun] = ()
+) -> Comparison:
     """Put runs side by side.
 
     Runs of one label differ in the seed alone. A seed that some row has and another lacks without an entry in
@@ -221,31 +226,35 @@ def compare(runs: Sequence[Run], *, baseline: str | None = None, missing: Sequen
     titles = {name: attack.title for run in runs for name, attack in evaluations(run.report).items()}
     # The verdict comes first, whichever run is the first to have one.
     titles = {name: titles[name] for name in sorted(titles, key=lambda name: name != "verdict")}
-    comparable = frozenset(
-        name
-        for name in titles
-        if len({tuple(conditions(r.report, name).items()) for r in runs if name in evaluations(r.report)}) == 1
-    )
+    alike = {name: _alike(by_label, name, baseline) for name in titles}
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
-    base = {name: row for name, row in base.items() if name in comparable}
     base_passes = _passes(by_label[baseline]) if baseline in by_label else None
     class_names = {run.report.dataset.class_names for run in runs}
     different = _different_settings(by_label)
     return Comparison(
-        rows=tuple(_row(label, members, base, base_passes, different) for label, members in by_label.items()),
+        rows=tuple(
+            _row(members, {name: row for name, row in base.items() if label in alike[name]}, base_passes, different)
+            for label, members in by_label.items()
+        ),
         attacks=titles,
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
         budget=facts_of([(run.label, budget(run.report)) for run in runs]),
-        environment=facts_of([(run.label, environment(run.report)) for run in runs]),
-        comparable=comparable,
+        environment=facts_of([(run.label, machine_facts(run.report)) for run in runs]),
+        alike=alike,
         missing=(*missing, *_absent(by_label, missing)),
-        pairs=pair_rows(
-            by_label,
-            baseline=baseline,
-            titles={name: title for name, title in titles.items() if name in comparable},
-        ),
+        pairs=pair_rows(by_label, baseline=baseline, titles=titles),
     )
+
+
+def _alike(by_label: Mapping[str, Sequence[FinishedRun]], name: str, baseline: str | None) -> frozenset[str]:
+    """See `Comparison.alike`; a baseline that does not have the evaluation counts as none."""
+    found = {
+        label: {tuple(conditions(run.report, name).items()) for run in runs if name in evaluations(run.report)}
+        for label, runs in by_label.items()
+    }
+    expected = found.get(baseline or "") or set().union(*found.values())
+    return frozenset(label for label, kinds in found.items() if kinds == expected and len(kinds) == 1)
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -258,21 +267,21 @@ def _known_spread(values: Iterable[float | None]) -> Spread | None:
     return _spread(known) if known else None
 
 
-def _passes(members: Sequence[Run]) -> Spread | None:
+def _passes(members: Sequence[FinishedRun]) -> Spread | None:
     """Passes of the runs of a row, if all of them were trained here and counted them."""
     counts = [None if run.report.training is None else run.report.training.passes for run in members]
     return _known_spread(counts) if None not in counts else None
 
 
 def _row(
-    label: str, members: Sequence[Run], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
+    members: Sequence[FinishedRun], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
 ) -> Row:
     """One row; ``base`` and ``base_passes`` are the baseline's, ``different`` the settings that are not shared."""
     trained = [run.report.training for run in members if run.report.training is not None]
     passes = _passes(members)
     settings = run_settings(members[0].report.config)
     return Row(
-        label=label,
+        label=members[0].label,
         runs=tuple(members),
         attacks=_attack_rows(members, base),
         seconds=_known_spread(
@@ -287,7 +296,7 @@ def _row(
     )
 
 
-def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
+def _attack_rows(runs: Sequence[FinishedRun], base: Mapping[str, AttackRow]) -> dict[str, AttackRow]:
     """Numbers of one row under every evaluation; ``base`` holds those of the baseline."""
     rows = {}
     for name in dict.fromkeys(name for run in runs for name in evaluations(run.report)):
@@ -321,7 +330,7 @@ def _attack_rows(runs: Sequence[Run], base: Mapping[str, AttackRow]) -> dict[str
     return rows
 
 
-def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]) -> list[MissingRun]:
+def _absent(by_label: Mapping[str, Sequence[FinishedRun]], missing: Sequence[MissingRun]) -> list[MissingRun]:
     """An entry for every seed that one row has and another lacks without an entry."""
     seeds = sorted({run.seed for runs in by_label.values() for run in runs})
     known: set[tuple[str, int | None]] = {(run.label, run.seed) for runs in by_label.values() for run in runs}
@@ -334,7 +343,7 @@ def _absent(by_label: Mapping[str, Sequence[Run]], missing: Sequence[MissingRun]
     ]
 
 
-def _different_settings(by_label: Mapping[str, Sequence[Run]]) -> set[str]:
+def _different_settings(by_label: Mapping[str, Sequence[FinishedRun]]) -> set[str]:
     """Names of the settings that are not the same in all rows; one that a row lacks differs."""
     rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
     names = {name for row in rows for name in row}

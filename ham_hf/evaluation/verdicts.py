@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +181,20 @@ class MatchedVerdicts:
     reference: Tensor
     other: Tensor
 
+    def at(self, positions: Tensor) -> MatchedVerdicts:
+        """The part of them that is at these positions."""
+        rows = torch.isin(self.positions, positions)
+        return MatchedVerdicts(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
+
 
 def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") -> MatchedVerdicts:
-    """The images that two models were judged on, by position and label, and whether each was right.
+    """The images that two models were both judged on, by position and label, and whether each was right.
 
     ``name`` is "verdict", "clean", or that of an attack.
 
     Raises:
-        ValueError: if classes, attacks (their seed aside), positions, labels, or the images seen differ: a paired test
-            is for the same images under the same attacks.
+        ValueError: if classes, attacks (their seed aside), positions or labels differ, or no image was seen by both: a
+            paired test is for the same images under the same attacks.
     """
     attacks = [_comparable(one.attacks, name) for one in (reference, other)]
     for title, ours, theirs in (("classes", reference.class_names, other.class_names), ("attacks", *attacks)):
@@ -198,11 +203,12 @@ def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") 
     for title, first, second in (
         ("images", reference.positions, other.positions),
         ("labels", reference.labels, other.labels),
-        ("judged images", reference.seen(name), other.seen(name)),
     ):
         if not torch.equal(first, second):
             raise ValueError(f"the two have different {title}: they cannot be paired; evaluate both on one split")
-    seen = reference.seen(name)
+    seen = reference.seen(name) & other.seen(name)
+    if not bool(seen.any()):
+        raise ValueError("the two have no judged image in common: they cannot be paired")
     return MatchedVerdicts(
         positions=reference.positions[seen],
         labels=reference.labels[seen],

@@ -304,15 +304,16 @@ def _title(report: RunReport) -> str:
 
 
 def _headline(report: RunReport) -> Markdown:
-    """The numbers that matter: robust accuracy, its worst class, clean accuracy."""
+    """The numbers that matter: robust accuracy, its worst class, clean accuracy, each with its number of images."""
     robust, clean = report.verdict or report.reference_attack(), report.results.get("clean")
     parts = []
     if robust is not None:
         worst = markdown_text(report.dataset.class_names[robust.summary.worst_class_index], 40)
-        parts.append(f"Robust accuracy {percent(robust.summary.average)} %")
+        parts.append(f"Robust accuracy {percent(robust.summary.average)} % of {robust.summary.num_examples:,} images")
         parts.append(f"worst class {percent(robust.summary.worst_class)} % ({worst})")
     if clean is not None:
-        parts.append(f"{'clean' if parts else 'Clean'} accuracy {percent(clean.summary.average)} %")
+        title, seen = "clean" if parts else "Clean", clean.summary.num_examples
+        parts.append(f"{title} accuracy {percent(clean.summary.average)} % of {seen:,} images")
     return Markdown(" · ".join(parts))
 
 

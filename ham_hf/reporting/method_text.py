@@ -84,14 +84,14 @@ def method_rows(config: Mapping[str, object], *, averaged: bool) -> list[tuple[s
             (f"Method option {name}", option_text(name, config[name])) for name in options if _is_set(config.get(name))
         ]
         if config.get(KEPT_EASY[0]):
-            rows += [(f"Method option {name}", setting_text(config[name])) for name in KEPT_EASY if name in config]
+            rows += [(f"Method option {name}", in_words(config[name])) for name in KEPT_EASY if name in config]
     rows += [
         (what.capitalize(), _described(str(config[setting])))
         for setting, what in LENDERS.items()
         if _is_set(config.get(setting))
     ]
     if config.get("class_rule_args"):
-        rows.append(("Options of class radii and weights", setting_text(config["class_rule_args"])))
+        rows.append(("Options of class radii and weights", in_words(config["class_rule_args"])))
     if config.get("awp_gamma") is not None:
         start = config.get("awp_start_epoch")
         since = f", from {option_text('awp_start_epoch', start)} on" if start else ""
@@ -156,7 +156,7 @@ def option_text(name: str, value: object) -> str:
         if all(epoch.isdecimal() for epoch, _, _ in drops):
             steps = ", ".join(f"× {factor} from epoch {int(epoch) + 1}" for epoch, _, factor in drops)
             return f"{steps} (--lr_drops {' '.join(map(str, value))})"
-    return setting_text(value)
+    return in_words(value)
 
 
 def _starts(config: Mapping[str, object]) -> dict[str, tuple[int, str]]:
@@ -176,13 +176,13 @@ def cited_methods(config: Mapping[str, object]) -> list[str]:
     return [name for name in dict.fromkeys(map(str, names)) if name in CITATIONS]
 
 
-def setting_text(value: object) -> str:
+def in_words(value: object) -> str:
     """The value of a setting in words and commas; in a mapping, beside what counts epochs from 0, the epoch from 1."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(
-            f"{name}={setting_text(entry)}"
+            f"{name}={in_words(entry)}"
             + (f" (epoch {entry + 1})" if name.endswith("_epoch") and type(entry) is int else "")
             for name, entry in value.items()
         )

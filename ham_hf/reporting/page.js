@@ -455,7 +455,7 @@
           ...values.map((value, i) => { const dot = circle(value, 12, "c-clean"); dot.append(svg("title", { text: `seed ${row.seeds[i]}: ${percents(value)}` })); return dot; }));
         const difference = row.differences[metric];
         const sign = (value) => `${value < 0 ? "−" : "+"}${percent(Math.abs(value))}`;
-        const words = difference ? `${sign(difference[0])} (${sign(difference[1])} to ${sign(difference[2])})` : row.note || (row.label === found.baseline ? "the baseline" : "");
+        const words = difference ? `${sign(difference[0])} (${sign(difference[1])} to ${sign(difference[2])}) ${row.note}` : row.note || (row.label === found.baseline ? "the baseline" : "");
         body.push(element("div", { class: "compare" }, element("span", { text: row.label }), drawing,
           element("span", {}, element("b", { text: percents(mean) }), " ", element("small", { text: words }))));
       }

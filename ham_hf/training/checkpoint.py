@@ -192,9 +192,8 @@ def step_of(checkpoint: Path) -> int:
 
 def replace_folder(part: Path, final: Path) -> None:
     """Flush the files of ``part`` to the disk and rename the folder to ``final``, which it replaces."""
-    for file in part.iterdir():
-        flush(file)
-    flush(part)
+    for path in (*part.rglob("*"), part):
+        flush(path)
     aside = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
         # A folder cannot be renamed over a folder with content.

@@ -138,17 +138,17 @@ class TrainStep:
         Raises:
             NonFiniteLossError: if the loss or the gradient is not finite; nothing was updated.
         """
-        place = (epoch, step)
-        to_attack = [self._to_attack(batch, number, place) for number, batch in enumerate(batches)]
+        when = (epoch, step)
+        to_attack = [self._to_attack(batch, number, when) for number, batch in enumerate(batches)]
         with gathered(self.accelerator, self.module):
             chosen = self.method.rows_of_update(self.attacked, to_attack)
-            self._preview(chosen, place)
+            self._preview(chosen, when)
             self._note_clean(to_attack, chosen, step)
         weighed, divisor = self._weigh(to_attack, chosen)
         scaled = self.accelerator.scaler is not None
         before = [buffer.clone() for buffer in self.module.buffers()] if scaled else []
-        with self._perturbed_weights(weighed, place) as ascent_size:
-            loss, observed = self._backward(weighed, place)
+        with self._perturbed_weights(weighed, when) as ascent_size:
+            loss, observed = self._backward(weighed, when)
             mine: dict[str, Tensor | float] = {
                 "loss": loss,
                 "gradient_size": ascent_size + self._gradient_size(),
@@ -196,19 +196,19 @@ class TrainStep:
         everywhere = {name: part.view_as(observed[name]) for name, part in zip(observed, parts, strict=True)}
         return dict(zip([*mine, "weight"], found, strict=True)), everywhere
 
-    def _to_attack(self, batch: PixelBatch, number: int, place: tuple[int, int]) -> Batch:
+    def _to_attack(self, batch: PixelBatch, number: int, when: tuple[int, int]) -> Batch:
         """One accumulation step of an update, with the random stream of its place: epoch and update."""
         rank = self.accelerator.process_index
         return Batch(
             x=batch.x.contiguous(memory_format=self.memory_format),
             y=batch.y,
             attack=self.attack,
-            epoch=place[0],
+            epoch=when[0],
             states=self.method_state.states,
-            generator=make_generator(batch.x.device, self.config.seed, Stream.ATTACK, *place, rank, number),
+            generator=make_generator(batch.x.device, self.config.seed, Stream.ATTACK, *when, rank, number),
         )
 
-    def _preview(self, chosen: Sequence[TrainingRows], place: tuple[int, int]) -> None:
+    def _preview(self, chosen: Sequence[TrainingRows], when: tuple[int, int]) -> None:
         """Show the class rule the training logits of all rows before it weighs them, if it asks for them."""
         rule, num_classes = self.method.weights, self.method_state.num_classes
         if rule is None or not rule.wants_preview:
@@ -218,7 +218,7 @@ class TrainStep:
             logits = rows.x.new_zeros(0, num_classes)
             if len(rows.y):
                 with torch.no_grad(), preserved_buffers(self.module):
-                    logits = self._training_forward(self.module, rows, number, place)
+                    logits = self._training_forward(self.module, rows, number, when)
             labels = rows.adversarial_y
             sums.append(rule.preview(logits[: len(labels)], labels, num_classes))
         total = self.accelerator.reduce(torch.stack(sums).sum(0), "sum")
@@ -248,17 +248,17 @@ class TrainStep:
         return weighed, divisor
 
     @contextmanager
-    def _perturbed_weights(self, weighed: Sequence[_WeighedBatch], place: tuple[int, int]) -> Iterator[float | Tensor]:
+    def _perturbed_weights(self, weighed: Sequence[_WeighedBatch], when: tuple[int, int]) -> Iterator[float | Tensor]:
         """AWP: make the update at weights that are themselves moved against the loss; gives the size of its gradient.
 
         The length of a gradient does not matter to the move, so neither does the scale of a loss in float16.
         """
         gamma = self.config.awp_gamma
-        if gamma is None or place[0] < self.config.awp_start_epoch:
+        if gamma is None or when[0] < self.config.awp_start_epoch:
             yield 0.0
             return
         with preserved_buffers(self.module):
-            self._backward(weighed, place)
+            self._backward(weighed, when)
         parameters = perturbable(self.module)
         directions, size = awp_direction(parameters), self._gradient_size()
         self.optimizer.zero_grad()
@@ -283,7 +283,7 @@ class TrainStep:
             return log.new_zeros(())
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
-    def _backward(self, weighed: Sequence[_WeighedBatch], place: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, weighed: Sequence[_WeighedBatch], when: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and its observations."""
         losses, observed = [], []
         for number, one in enumerate(weighed):
@@ -291,7 +291,7 @@ class TrainStep:
             last = number == len(weighed) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 if len(rows.y):
-                    logits = self._training_forward(self.model, rows, number, place)
+                    logits = self._training_forward(self.model, rows, number, when)
                     loss = (self.method.losses(logits, rows) * one.share).sum()
                 else:
                     logits = batch.x.new_zeros(0, self.method_state.num_classes)
@@ -304,10 +304,10 @@ class TrainStep:
         sums = {name: torch.stack([one[name] for one in observed]).sum(0) for name in observed[0]}
         return torch.stack(losses).sum(), sums
 
-    def _training_forward(self, model: nn.Module, rows: TrainingRows, number: int, place: tuple[int, int]) -> Tensor:
+    def _training_forward(self, model: nn.Module, rows: TrainingRows, number: int, when: tuple[int, int]) -> Tensor:
         """Logits (R, num_classes) of the rows in training mode."""
         # Dropout and stochastic depth draw from torch's global streams.
-        torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *place, self.accelerator.process_index, number))
+        torch.manual_seed(derive_seed(self.config.seed, Stream.MODEL, *when, self.accelerator.process_index, number))
         model.train()
         # BatchNorm needs at least two values, so duplicate a lone row and discard the copy's logits. Batch statistics
         # and gradients are unchanged; only the unbiased running variance sees n = 2.

@@ -342,7 +342,7 @@ def test_a_run_that_another_process_is_at_is_not_started(fake, tmp_path, capsys)
         lock.acquire()
         assert main("--config", plan, "--only", "plain") == 0
         assert started() == ["plain/seed1"]
-        assert f"RUNNING plain seed 0: another process is at it: {lock.path} is locked" in capsys.readouterr().out
+        assert f"RUNNING plain seed 0: another process is running it: {lock.path} is locked" in capsys.readouterr().out
         assert "- plain, seed 0: running." in (tmp_path / "out" / "comparison.md").read_text()
         assert main(tmp_path / "out", "--output_dir", tmp_path / "again") == 0
         assert "- plain, seed 0: running." in (tmp_path / "again" / "comparison.md").read_text()
@@ -371,7 +371,7 @@ def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_fai
     finally:
         other.join()
         lock.release()
-    assert "RUNNING plain seed 0: another process is at it" in capsys.readouterr().out
+    assert "RUNNING plain seed 0: another process is running it" in capsys.readouterr().out
 
 
 WITHOUT_POSIX = """

@@ -12,7 +12,7 @@ import pytest
 
 from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.table import compare
 from ham_hf.reporting.report import write_report
 from tests.support.documents import changed
@@ -32,7 +32,7 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
 
 
-def other_steps(run: Run) -> Run:
+def other_steps(run: FinishedRun) -> FinishedRun:
     results = {
         name: dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
         for name, found in run.report.results.items()
@@ -149,6 +149,6 @@ def test_what_a_list_lacks_is_missing_and_not_fatal(tmp_path: Path) -> None:
 
 def test_runs_that_are_evaluations_alone_are_rows() -> None:
     report = dataclasses.replace(ranked_run("x", [5] * 10).report, training=None, config={"seed": 0})
-    (run,) = label_runs([Run(label="", seed=0, report=report, source="you/net")])
+    (run,) = label_runs([FinishedRun(label="", seed=0, report=report, source="you/net")])
     assert run.label == "resnet18_cifar"
     assert "evaluated, not trained here" in leaderboard_html(compare([run]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
 from ham_hf.comparison.existing import label_runs, read_runs
+from ham_hf.comparison.leaderboard import leaderboard_html
 from ham_hf.comparison.pairs import mcnemar
+from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.reporting.report import write_report
@@ -71,6 +74,60 @@ def test_rows_on_other_images_are_not_paired():
     comparison = compare([base, dataclasses.replace(other, verdicts=moved)], baseline="base")
     assert comparison.pairs.found["own"] == {}
     assert "different images" in comparison.pairs.unpaired["own, Verdict"]
+
+
+def test_a_row_judged_on_half_of_the_images_leaves_the_pairs_of_the_others():
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [24, 52, 61, 71])
+    alone = compare([base, own], baseline="base")
+    half = judged_run("half", [26, 50, 50, 50], seen=50)
+    comparison = compare([base, own, half], baseline="base")
+    assert comparison.pairs.found["own"] == alone.pairs.found["own"]
+    assert comparison.rows[1] == alone.rows[1]
+    assert bold(comparison, "own") == bold(alone, "own") != []
+    assert [comparison.unlike(name) for name in comparison.attacks] == [["half"], [], ["half"]]
+    assert comparison.pairs.unpaired == {}
+    assert {name: found.differences.num_examples for name, found in comparison.pairs.found["half"].items()} == {
+        "verdict": 200, "clean": 400, "pgd-20": 200,
+    }  # fmt: skip
+    paired = comparison.pairs.found["half"]["verdict"].differences
+    assert (paired.only_reference, paired.only_other) == ((0,), (6,))
+    assert comparison.rows[2].attacks["verdict"].rho is None
+    assert comparison.rows[2].attacks["clean"].rho is not None
+    text = comparison_markdown(comparison, command="x")
+    assert text.count("**Not the same evaluation as base:** half. Dataset,") == 2
+    assert re.findall(r"^\| (own|half) \| 0 \| (\d+) \|", text, re.MULTILINE) == [("own", "400"), ("half", "200")]
+    assert "Verdict, 200 images: average +3.0" in leaderboard_html(comparison)
+
+
+def test_a_worst_class_is_no_gain_where_the_shared_images_say_otherwise():
+    """On all images the worst class of the baseline has 20 %, on those that both saw 40 %."""
+    base = judged_run("base", [20, 50, 60, 70])
+    for last, better in ((25, True), (18, False)):
+        comparison = compare([base, judged_run("own", [40, 50, 50, last], seen=50)], baseline="base")
+        assert comparison.pairs.found["own"]["verdict"].differences.worst_class.is_sure()
+        assert ("worst_class" in bold(comparison, "own")) == better
+
+
+def test_seeds_judged_on_different_parts_are_paired_on_what_all_saw():
+    base = [judged_run("base", [20, 40, 40, 40], seed=seed) for seed in range(2)]
+    own = [judged_run("own", [30, 40, 45, 48], seed=seed, seen=seen) for seed, seen in enumerate((50, 100))]
+    found = compare([*base, *own], baseline="base").pairs.found["own"]["verdict"]
+    assert (found.seeds, found.differences.num_examples) == ((0, 1), 200)
+    assert found.differences.only_other == (23, 23)
+
+
+def test_a_row_attacked_otherwise_is_named_and_stays_apart():
+    base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [24, 52, 61, 71])
+    gentle = judged_run("gentle", [60, 60, 70, 80], epsilon=4 / 255)
+    comparison = compare([base, own, gentle], baseline="base")
+    assert bold(comparison, "own") != []
+    assert list(comparison.pairs.found["gentle"]) == ["clean"]
+    assert comparison.pairs.unpaired == {
+        "gentle, Verdict": "evaluated otherwise than the baseline (PGD-20)",
+        "gentle, PGD-20": "evaluated otherwise than the baseline (PGD-20)",
+    }
+    assert [row.attacks["verdict"].rho is None for row in comparison.rows] == [False, False, True]
+    assert "PGD-20: not paired: evaluated otherwise than the baseline (PGD-20)" in leaderboard_html(comparison)
 
 
 def test_predictions_are_read_from_the_folders_of_runs(tmp_path):

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 
 from ham_hf.comparison.differences import run_settings
 from ham_hf.comparison.existing import label_runs
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown, write_comparison
 from ham_hf.comparison.table import MissingRun, compare
 from ham_hf.reporting.formats import public_word
@@ -28,9 +28,9 @@ NAMES = ("a", "b", "c")
 COUNTS = st.lists(st.integers(0, 20), min_size=3, max_size=3)
 
 
-def found(source: str, label: str = "", *, seed: int = 0, **config: object) -> Run:
+def found(source: str, label: str = "", *, seed: int = 0, **config: object) -> FinishedRun:
     """A run as it was found, before rows are made."""
-    return Run(label=label, seed=seed, report=run_report({"clean": CLEAN}, seed=seed, **config), source=source)
+    return FinishedRun(label=label, seed=seed, report=run_report({"clean": CLEAN}, seed=seed, **config), source=source)
 
 
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:
@@ -295,8 +295,8 @@ def test_different_evaluations_have_no_rho_and_no_bold(parts):
     assert compare([*base, *own], baseline="base").best("pgd-20", "average") == "own"
     comparison = compare([*base, *(changed(one, **parts) for one in own)], baseline="base")
     assert comparison.best("pgd-20", "average") is None
-    assert [row.attacks["pgd-20"].rho for row in comparison.rows] == [None, None]
-    assert comparison.comparable == frozenset()
+    assert [row.attacks["pgd-20"].rho for row in comparison.rows] == [0, None]
+    assert all(comparison.unlike(name) == ["own"] for name in comparison.attacks)
 
 
 def test_only_the_attack_with_other_settings_is_not_compared():
@@ -305,7 +305,7 @@ def test_only_the_attack_with_other_settings_is_not_compared():
     results = {**own[0].report.results, "pgd-20": attack}
     own[0] = dataclasses.replace(own[0], report=dataclasses.replace(own[0].report, results=results))
     comparison = compare([*base, *own], baseline="base")
-    assert comparison.comparable == {"clean"}
+    assert {name: comparison.unlike(name) for name in comparison.attacks} == {"clean": [], "pgd-20": ["own"]}
     assert comparison.rows[1].attacks["clean"].rho == 0
 
 

@@ -173,6 +173,8 @@ def test_two_models_are_matched_image_by_image():
     # The last image is right under the attack and wrong as it is: an attack never makes an image right.
     assert matched.other.tolist() == [True, False, False, True, True, False]
     assert match_verdicts(ours, theirs, "clean").other.tolist() == [True, True, False, True, True, False]
+    attack = result("autoattack", [0, 0], [1.0, 1.0], indices=[1, 3], version="standard")
+    assert match_verdicts(ours, verdicts_of(results(autoattack=attack), NAMES)).positions.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,9 @@ def test_two_models_are_matched_image_by_image():
         ({}, ("cat", "dog", "bird"), "different classes"),
         ({"pgd-2": result("pgd-2", [0] * 6, [1.0] * 6, num_steps=3)}, NAMES, "different attacks"),
         (
-            {"autoattack": result("autoattack", [0, 0], [1.0, 1.0], indices=[0, 1], version="standard")},
+            {"autoattack": result("autoattack", [0, 0], [1.0, 1.0], indices=[3, 4], version="standard")},
             NAMES,
-            "different judged images",
+            "no judged image in common",
         ),
     ],
 )

@@ -237,4 +237,5 @@ def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
     assert base["differences"] == {}
     mean, low, high = other["differences"]["average"]
     assert low <= mean <= high
+    assert other["note"].startswith("on ")
     assert other["seeds"] == [0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.evaluation.verdicts import verdicts_of
 from ham_hf.metrics import summarize_counts
 from ham_hf.reporting.report import RunReport
@@ -45,16 +45,16 @@ def run_report(
     )
 
 
-def run(label: str, results: Mapping[str, Counts], *, seed: int = 0, **changes: object) -> Run:
+def run(label: str, results: Mapping[str, Counts], *, seed: int = 0, **changes: object) -> FinishedRun:
     report = run_report(results, seed=seed, **{"method": label, **changes})
-    return Run(label=label, seed=seed, report=report, source=f"outputs/{label}/seed{seed}")
+    return FinishedRun(label=label, seed=seed, report=report, source=f"outputs/{label}/seed{seed}")
 
 
 def even(correct: Sequence[int], count: int = 20) -> Counts:
     return correct, [count] * len(correct)
 
 
-def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[Run]:
+def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[FinishedRun]:
     """Runs of one label with three classes of 20 images, one per list of correct counts."""
     return [
         run(label, {"clean": even([20] * 3), "pgd-20": even(right)}, seed=seed, class_names=NAMES[:3], **changes)
@@ -62,17 +62,21 @@ def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[Run
     ]
 
 
-def judged_run(label, correct, *, seed=0, swap=0, kept=True):
-    """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others."""
+def judged_run(label, correct, *, seed=0, swap=0, kept=True, seen=COUNT, epsilon=8 / 255):
+    """A run whose verdict is right on the first ``correct`` images of each class; ``swap`` images are others.
+
+    The attack saw the first ``seen`` images of each class.
+    """
     labels = torch.arange(len(NAMES)).repeat_interleave(COUNT)
     place = torch.arange(COUNT).repeat(len(NAMES))
     limit = torch.tensor(correct)[labels]
     right = (place >= swap) & (place < limit + swap)
     wrong = (labels + 1) % len(NAMES)
-    settings = {"norm": "linf", "epsilon": 8 / 255, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    settings = {"norm": "linf", "epsilon": epsilon, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    attacked = attack_result("pgd-20", settings, torch.where(right, labels, wrong)[place < seen], labels[place < seen])
     results = {
         "clean": attack_result("clean", {}, labels, labels),
-        "pgd-20": attack_result("pgd-20", settings, torch.where(right, labels, wrong), labels),
+        "pgd-20": dataclasses.replace(attacked, indices=(place < seen).nonzero().squeeze(1)),
     }
     verdicts, counts = verdicts_of(results, NAMES), [COUNT] * len(NAMES)
     by_class = {"clean": (counts, counts), "pgd-20": (correct, counts)}
@@ -82,4 +86,4 @@ def judged_run(label, correct, *, seed=0, swap=0, kept=True):
         results=dict(report.results) | {"pgd-20": attack_report(results["pgd-20"], len(NAMES))},
         verdict=verdict_report(verdicts, seconds=1.0) if kept else None,
     )
-    return Run(label=label, seed=seed, report=report, source=label, verdicts=verdicts if kept else None)
+    return FinishedRun(label=label, seed=seed, report=report, source=label, verdicts=verdicts if kept else None)

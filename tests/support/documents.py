@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ham_hf.comparison.leaderboard import leaderboard_html
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.data.image_groups import make_groups
@@ -172,14 +172,14 @@ def card_variants() -> dict[str, RunReport]:
     }
 
 
-def comparison_runs() -> list[Run]:
+def comparison_runs() -> list[FinishedRun]:
     """Two rows with predictions of two seeds each, and one from before there were predictions."""
     counts = {"base": ([20, 50, 60, 70], [20, 50, 60, 71]), "own": ([40, 60, 70, 80], [41, 60, 70, 80])}
     runs = [judged_run(label, right, seed=seed) for label, rows in counts.items() for seed, right in enumerate(rows)]
     return [*runs, judged_run("older", [50, 60, 70, 80], kept=False)]
 
 
-def changed(of: Run, **parts: Mapping[str, object]) -> Run:
+def changed(of: FinishedRun, **parts: Mapping[str, object]) -> FinishedRun:
     """A run with other values in the given parts of its report."""
     report = of.report
     for part, values in parts.items():
@@ -218,6 +218,9 @@ def comparison_variants() -> dict[str, Comparison]:
             [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)], baseline="base"
         ),
         "a part of the images": compare([run("a", part), run("b", part)]),
+        "judged on half of the images": compare(
+            [*runs[:4], judged_run("half", [40, 50, 50, 50], seen=50)], baseline="base"
+        ),
         "evaluated alone": compare([*base, evaluated], baseline="base"),
         "names": compare(
             [one for end in "23" for one in by_seeds(f"a | <b> **long** name of a method (with {end})", [5] * 3)]

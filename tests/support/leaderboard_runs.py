@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ham_hf.comparison.pairs import Run
+from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.intervals import intervals_of
 from ham_hf.reporting.report import ThreatModelReport
@@ -24,7 +24,7 @@ def ranked_run(
     attacks: Sequence[str] = ("pgd-20", "cw-20"),
     source: str | None = None,
     **changes: object,
-) -> Run:
+) -> FinishedRun:
     """A run whose classes have that many of 20 images right under the first attack, and one less under the next."""
     counts = {
         name: even([max(0, right - place) for right in correct]) for place, name in enumerate(("", *attacks)) if name
@@ -44,7 +44,7 @@ def ranked_run(
     report = dataclasses.replace(report, results=results, threat_model=threat_model)
     if not trained:
         report = dataclasses.replace(report, training=None)
-    return Run(label=label, seed=seed, report=report, source=source or f"outputs/{label}/seed{seed}")
+    return FinishedRun(label=label, seed=seed, report=report, source=source or f"outputs/{label}/seed{seed}")
 
 
 def leaderboard_comparison(hostile: str = "</script><script>window.hacked = 1</script>") -> Comparison:

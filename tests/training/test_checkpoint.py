@@ -13,6 +13,7 @@ from ham_hf.training.checkpoint import (
     list_checkpoints,
     load_best,
     load_checkpoint,
+    replace_folder,
     rewind,
     save_best,
     save_checkpoint,
@@ -29,6 +30,19 @@ from tests.support.checkpoints import make
 
 def names(folder):
     return [path.name for path in list_checkpoints(folder)]
+
+
+def test_a_folder_is_flushed_with_what_lies_deep_in_it_before_it_gets_its_name(tmp_path, monkeypatch):
+    part, final = tmp_path / "part", tmp_path / "final"
+    (part / "inner").mkdir(parents=True)
+    (part / "inner" / "weights").touch()
+    flushed = []
+    monkeypatch.setattr("ham_hf.training.checkpoint.flush", lambda path: flushed.append((path, final.exists())))
+    replace_folder(part, final)
+    before = {path for path, renamed in flushed if not renamed}
+    assert before == {part / "inner" / "weights", part / "inner", part}
+    assert (final / "inner" / "weights").is_file()
+    assert flushed[-1] == (tmp_path, True)
 
 
 def test_what_is_saved_comes_back(tmp_path):

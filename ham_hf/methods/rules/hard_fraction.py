@@ -1,11 +1,12 @@
 """Class weights from the hard fraction (ours): a class that the method observes as wrong more often weighs more.
 
 h_c is the share of the examples of class c that are misclassified: at the mining step where the method mines, else
-among the adversarial rows that are trained on. It is counted over an epoch, over all processes, and sets the weight
-W_c = clip(1 + 2 s (h_c - mean h), low, high) of the first term of the loss in the next epoch, rescaled to mean 1; both
-means are over the classes of which an example was seen, and the others keep weight 1, as all do in the first epoch.
-Weights are not in the divisor. Counting and weighing cost no pass. Small weights suffice: those of methods that make
-classes fair lie within a ratio of about 2.
+among the adversarial rows that are trained on. It is counted over an epoch, over all processes, and moves the weight
+of the first term of the loss to W_c <- d W_c + (1 - d) clip(1 + 2 s (h_c - mean h), low, high), the clipped values
+rescaled to mean 1; both means are over the classes of which an example was seen, and the others move to weight 1, at
+which all begin. Without d, the weights swing at large learning rates: a class that weighs less for an epoch is wrong
+more often in it, weighs more in the next, and so on. Weights are not in the divisor. Counting and weighing cost no
+pass. Small weights suffice: those of methods that make classes fair lie within a ratio of about 2.
 
 That weak classes should weigh more is what DAFA, WAT, FRL and CFOL do as well; this measure of weakness is our choice.
 """
@@ -29,10 +30,10 @@ from ham_hf.settings import setting
 
 @dataclass(frozen=True, kw_only=True)
 class HardFractionRule(WeightRule):
-    """Weight of each class from its share of misclassified examples in the epoch before."""
+    """Weight of each class from its share of misclassified examples in the epochs before."""
 
     name: ClassVar[str] = "hard_fraction"
-    summary: ClassVar[str] = "class weights from each class's share of hard examples in the epoch before (ours)"
+    summary: ClassVar[str] = "class weights from each class's share of hard examples in the epochs before (ours)"
 
     hard_fraction_strength: float = setting(
         1.0, "s of the class weights 1 + 2 s (hard fraction - mean over classes)", above=0
@@ -41,6 +42,9 @@ class HardFractionRule(WeightRule):
         0.7, "smallest weight of a class, before weights are rescaled", at_least=0, below=1
     )
     hard_fraction_high: float = setting(1.4, "largest weight of a class, before weights are rescaled", above=1)
+    hard_fraction_decay: float = setting(
+        0.5, "d, the share of a class's weight that is kept from epoch to epoch, against swings", at_least=0, below=1
+    )
     hard_fraction_start_epoch: int = setting(
         0, "first 0-based epoch with class weights; in epoch 0 nothing is counted yet", at_least=0
     )
@@ -62,12 +66,13 @@ class HardFractionRule(WeightRule):
         state["counts"] += sums
 
     def before_epoch(self, state: State, *, epoch: int) -> None:
-        state["weight"] = hard_fraction_weights(
+        found = hard_fraction_weights(
             *state["counts"].unbind(1),
             strength=self.hard_fraction_strength,
             low=self.hard_fraction_low,
             high=self.hard_fraction_high,
         )
+        state["weight"] = self.hard_fraction_decay * state["weight"] + (1 - self.hard_fraction_decay) * found
         state["counts"].zero_()
 
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:

@@ -54,15 +54,36 @@ def test_defaults_are_those_that_were_measured():
     wrong, seen = torch.tensor([9.0, 5.0, 1.0, 5.0]).double(), torch.full((4,), 10.0, dtype=torch.float64)
     method.rule.after_update(state, torch.stack([wrong, seen], 1), epoch=0)
     method.rule.before_epoch(state, epoch=1)
-    expected = torch.tensor([1.4, 1.0, 0.7, 1.0], dtype=torch.float64) * 4 / 4.1
-    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=1)[0], expected)
-    # The counts are those of one epoch: without any, all classes weigh the same again.
+    found = torch.tensor([1.4, 1.0, 0.7, 1.0], dtype=torch.float64) * 4 / 4.1
+    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=1)[0], (1 + found) / 2)
+    # The counts are those of one epoch: without any, all classes move to equal weights again.
     method.rule.before_epoch(state, epoch=2)
-    assert method.rule.class_weight(state, method.loss, epoch=2).tolist() == [[1.0] * 4]
+    torch.testing.assert_close(method.rule.class_weight(state, method.loss, epoch=2)[0], (3 + found) / 4)
+
+
+@pytest.mark.parametrize(("decay", "swing"), [(0.0, True), (0.5, False)])
+def test_weights_do_not_swing_where_classes_answer_strongly(decay, swing):
+    """Classes whose share of wrong examples falls by 0.7 per unit of weight, as those of CIFAR-10 did."""
+    rule = HardFractionRule(hard_fraction_decay=decay)
+    alone = torch.tensor([0.62, 0.55, 0.5, 0.41], dtype=torch.float64)
+    state = rule.initial_state(torch.ones(4, dtype=torch.float64))
+    history = []
+    for epoch in range(12):
+        rule.before_epoch(state, epoch=epoch)
+        history.append(state["weight"].clone())
+        wrong = alone - 0.7 * (state["weight"] - 1)
+        rule.after_update(state, torch.stack([1000 * wrong, torch.full_like(wrong, 1000)], 1), epoch=epoch)
+    moved = (history[-1] - history[-2]).abs().max()
+    assert (moved > 0.2) if swing else (moved < 0.01)
+    if not swing:
+        # Where weights rest, they are those that the formula gives for what they bring about.
+        rest = 1 + 2 * (wrong - wrong.mean())
+        torch.testing.assert_close(history[-1], rest, atol=0.01, rtol=0)
+        assert history[-1].argsort().tolist() == [3, 2, 1, 0]
 
 
 def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
-    method = HardFraction(hard_fraction_start_epoch=3, base_loss="trades")
+    method = HardFraction(hard_fraction_start_epoch=3, hard_fraction_decay=0, base_loss="trades")
     state = method.rule.initial_state(torch.ones(2, dtype=torch.float64))
     logits, y = torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1])
     for epoch in range(4):
@@ -72,7 +93,7 @@ def test_it_begins_when_it_is_told_to_and_counts_the_epoch_before_alone():
         method.rule.after_update(
             state, method.rule.observe(logits if epoch == 2 else -logits, y, epoch=epoch), epoch=epoch
         )
-    torch.testing.assert_close(weight, torch.tensor([[1.4 / 2.1 / 2 * 2, 1.4 / 2.1 * 2], [1.0, 1.0]]).double())
+    torch.testing.assert_close(weight, torch.tensor([[0.7 / 1.05, 1.4 / 1.05], [1.0, 1.0]]).double())
     assert (method.warmup_epochs, HardFraction().warmup_epochs) == (3, 1)
 
 
@@ -139,7 +160,7 @@ def test_options_are_lent_and_shown(capsys):
 
 def test_a_stream_that_does_not_know_its_classes_changes_nothing():
     """A stream gives NaN for how many images a class has; the rule counts what it sees."""
-    method = HardFraction()
+    method = HardFraction(hard_fraction_decay=0)
     state = method.rule.initial_state(torch.full((2,), float("nan"), dtype=torch.float64))
     method.rule.after_update(state, torch.tensor([[3.0, 4.0], [1.0, 4.0]]).double(), epoch=0)
     method.rule.before_epoch(state, epoch=1)
