@@ -197,7 +197,7 @@ class TrainStep:
         return dict(zip([*mine, "weight"], found, strict=True)), everywhere
 
     def _to_attack(self, batch: PixelBatch, number: int, when: tuple[int, int]) -> Batch:
-        """One accumulation step of an update, with the random stream of its place: epoch and update."""
+        """One accumulation step of an update, with the random stream of its epoch and update."""
         rank = self.accelerator.process_index
         return Batch(
             x=batch.x.contiguous(memory_format=self.memory_format),
