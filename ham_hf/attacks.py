@@ -372,3 +372,17 @@ def check_batch(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"x must be (N, C, H, W) floating-point pixels in [0, 1], got {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1]:
         raise ValueError(f"y must hold one label per image, shape ({len(x)},), got {tuple(y.shape)}")
+
+
+def check_pixel_range(x: Tensor) -> None:
+    """Refuse pixels that are not in [0, 1]: an epsilon in pixel units would mean something else for them.
+
+    Raises:
+        ValueError: if a value is outside [0, 1] or not a number.
+    """
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"pixels must lie in [0, 1], got values from {float(low):g} to {float(high):g}; "
+            "normalization belongs into the model (PixelModel), not into the data"
+        )

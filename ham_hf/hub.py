@@ -20,14 +20,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, ge
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
-from ham_hf.hub_config import HubConfig
+from ham_hf.hub_config import DEFAULT_REVISION, HubConfig, target_problems
 from ham_hf.hub_requests import (
     ACCESS_ERRORS,
     CONFLICTS,
@@ -49,7 +47,6 @@ from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_REVISION = "main"
 REQUIRED = ("model.safetensors", "config.json")
 CARD_NAME = "README.md"
 ARTIFACTS = (
@@ -94,10 +91,8 @@ def check_write_access(
         raise ValueError("--push_to_hub needs --hub_model_id, the repository to push to, for example user/my-model")
     if not revision or revision.startswith("refs/"):
         raise ValueError(f"--hub_revision {revision!r}: expected the name of a branch, such as {DEFAULT_REVISION}")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"--hub_model_id {repo_id}: expected user/name or name. {error}") from error
+    for problem in target_problems(repo_id):
+        raise ValueError(problem)
     if get_token() is None:
         raise ValueError(
             "--push_to_hub needs a token with write access, and there is none: run `hf auth login`, set HF_TOKEN, or "

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ham_hf.settings import SettingsGroup, setting
+from ham_hf.settings import SettingsGroup, same_as, setting
 
+DEFAULT_REVISION = "main"
+"""The branch of the Hub that is meant where none is named."""
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _ID = re.compile(rf"(?!.*(?:--|\.\.))(?:(?P<owner>{_PART})/)?{_PART}(?<!\.git)", re.ASCII)
 
@@ -31,6 +33,15 @@ def split_revision(source: str) -> tuple[str, str | None] | None:
     return hub_id, revision or None
 
 
+def target_problems(repo_id: str | None) -> Iterator[str]:
+    """What is wrong with ``--hub_model_id``: a repository to make has at most 96 characters in all."""
+    if repo_id is not None and not (is_hub_id(repo_id) and len(repo_id) <= 96):
+        yield (
+            f"--hub_model_id {repo_id!r}: expected owner/name of at most 96 letters, digits and single '-', '_' or "
+            "'.', such as me/robust-cifar10"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubConfig(SettingsGroup):
     """Where the finished model goes."""
@@ -38,7 +49,7 @@ class HubConfig(SettingsGroup):
     push_to_hub: bool = setting(False, "push the output folder to the Hub")
     hub_model_id: str | None = setting(None, "repository on the Hub: owner/name")
     hub_private_repo: bool = setting(False, "make the repository private when it is created")
-    hub_revision: str = setting("main", "branch to push to")
+    hub_revision: str = setting(DEFAULT_REVISION, "branch to push to")
     hub_strategy: Literal["end", "every_save"] = setting("end", "push at the end, or after every checkpoint too")
     hub_space: bool = setting(False, "publish report.html as a static Space of the same owner/name too, at the end")
     publish_images: bool = setting(False, "push the images of a dataset that is not public too")
@@ -51,11 +62,7 @@ class HubConfig(SettingsGroup):
         if not self.push_to_hub:
             idle = "hub_model_id hub_private_repo hub_revision hub_strategy hub_space publish_images"
             yield from self.idle(idle.split(), "--push_to_hub")
-        if self.hub_model_id is not None and not (is_hub_id(self.hub_model_id) and len(self.hub_model_id) <= 96):
-            yield (
-                f"--hub_model_id {self.hub_model_id!r}: expected owner/name of at most 96 letters, digits and single "
-                "'-', '_' or '.', such as me/robust-cifar10"
-            )
+        yield from target_problems(self.hub_model_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class EvaluationHubConfig(SettingsGroup):
     push_to_hub: bool = setting(False, "push the report to the model's repository on the Hub")
     create_pr: bool = setting(False, "as a pull request, for a repository that is not one's own")
     hub_model_id: str | None = setting(None, "repository on the Hub: owner/name; none = the model's own")
-    publish_images: bool = setting(False, "push images of a dataset that is not public, too")
+    publish_images: bool = same_as(HubConfig, "publish_images")
 
     def contradictions(self) -> Iterator[str]:
         """Settings of a push without a push, and an impossible target."""

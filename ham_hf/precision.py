@@ -56,9 +56,9 @@ class SixteenBitPasses(nn.Module):
         return full_precision(logits)
 
 
-def attack_passes(model: nn.Module, precision: str) -> nn.Module:
-    """The network as an attack sees it: in "bf16" or "fp16", or with any other ``precision`` as it is."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+def attack_passes(model: nn.Module, precision: str, mixed_precision: str = "no") -> nn.Module:
+    """The network as an attack sees it: in "bf16" or "fp16" (always, if training is in "fp16"), or else as it is."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get("fp16" if mixed_precision == "fp16" else precision)
     return model if dtype is None else SixteenBitPasses(model, dtype)
 
 

@@ -19,6 +19,7 @@ from ham_hf.hub import (
     push_files,
     push_finished,
 )
+from ham_hf.hub_config import is_hub_id
 from ham_hf.invocation import command
 from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
@@ -88,7 +89,7 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
 def _repair_on_hub(repo_id: str, options: argparse.Namespace) -> None:
     if options.hub_model_id not in (None, repo_id):
         raise ValueError(f"there is no folder {repo_id}; a repository is repaired in place, without --hub_model_id")
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+    if not is_hub_id(repo_id, with_owner=True):
         raise ValueError(f"--repair: {repo_id} is neither a folder, nor owner/name on the Hub")
     revision = options.hub_revision
     with TemporaryDirectory(prefix="ham_hf-repair-") as temporary:

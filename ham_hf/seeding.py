@@ -11,6 +11,10 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+TEST_SEED = 0
+"""Seed of every test part, whatever a run's own seed: so no run is tested on what another was trained on, and runs of
+several seeds are compared on the same images."""
+
 
 class Stream(IntEnum):
     """Purposes of randomness. The numbers are part of every run's results: append, never renumber."""

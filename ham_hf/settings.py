@@ -78,6 +78,16 @@ def setting(default: T, help: str, *, limits: str = "", items: str = "", **ends:
     return field(default=default, metadata=metadata)
 
 
+def same_as(owner: type, name: str, help: str | None = None) -> Any:  # noqa: ANN401 (of the setting's type)
+    """Declare the setting ``name`` of another settings class once more, with its default and range.
+
+    ``help`` takes the place of its help line, where that says what the setting is for there.
+    """
+    known = next(one for one in fields(owner) if one.name == name)
+    metadata = known.metadata if help is None else {**known.metadata, "help": help}
+    return field(default=known.default, default_factory=known.default_factory, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting.

@@ -12,7 +12,7 @@ NAMES = (
     *("mnist", "me/robust", "timm/resnet50.a1_in1k", "_me/_robust_", "a", "a/b", "1", "a.b-c_d", "x" * 96),
     *("me/" + "x" * 96, "x" * 97, "me/" + "x" * 97, "x" * 97 + "/me", "a/b/c", "a--b", "a..b", "me/a--b", "a.git"),
     *("a.git/b", "git", "-a", "a-", "me/-a", ".a", "a.", "../data", "./data", "/a", "a/", "", "a b", "a\n", "me/a@v1"),
-    *("hf-hub:me/a", "https://huggingface.co/me/a", "a\\b", "~"),
+    *("hf-hub:me/a", "https://huggingface.co/me/a", "a\\b", "~", "a--b/c..d"),
 )
 
 

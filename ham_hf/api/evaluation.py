@@ -23,7 +23,16 @@ from ham_hf.evaluation.foreign import AttackFunction, ForeignAttack, foreign_att
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.reporting.breakdowns import GroupReport, group_report
-from ham_hf.reporting.formats import class_cell, percent, percent_with_ends, plain_text, text_table, with_interval
+from ham_hf.reporting.formats import (
+    class_cell,
+    fraction_text,
+    norm_text,
+    percent,
+    percent_with_ends,
+    plain_text,
+    text_table,
+    with_interval,
+)
 from ham_hf.reporting.report import AttackReport
 from ham_hf.reporting.run_report import attack_reports, verdict_of
 from ham_hf.reporting.tables import each_group_rows, group_rows
@@ -64,8 +73,8 @@ class EvaluationReport:
     def __str__(self) -> str:
         """Two tables: one row per evaluation, and one row per class."""
         num = self.clean.summary.num_examples
-        epsilon = float(self.threat_model.epsilon)
-        budget = f"{self.threat_model.norm} {epsilon * 255:.3g}/255" if epsilon else "no perturbation"
+        norm, epsilon = self.threat_model.norm, float(self.threat_model.epsilon)
+        budget = f"{norm_text(norm)} {fraction_text(epsilon)}" if epsilon else "no perturbation"
         parts = [
             f"{num} images, {len(self.class_names)} classes, {budget}; percent, with 95 % intervals",
             text_table([self._row(entry) for entry in self.entries]),

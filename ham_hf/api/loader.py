@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ham_hf.attacks import check_batch, ordinary
+from ham_hf.attacks import check_batch, check_pixel_range, ordinary
 from ham_hf.data import BatchRequest, Images, PixelBatch
-from ham_hf.evaluation import check_pixel_range
 
 Loader: TypeAlias = Iterable[Any] | Images
 """Batches (x, y), or mappings with "pixel_values" and "labels", of pixels (N, C, H, W) in [0, 1] and int64 labels."""
@@ -76,12 +75,20 @@ def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterato
     first = 0
     for batch in loader:
         x, y = (ordinary(part).to(device) for part in _pair(batch))
-        check_batch(x, y)
+        check_images(x, y)
         if not len(y):
             continue
-        check_pixel_range(x)
         yield PixelBatch(x=x, y=y.long(), indices=torch.arange(first, first + len(y)))
         first += len(y)
+
+
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Refuse what is no batch of pixels in [0, 1] and class numbers; it may be empty."""
+    check_batch(x, y)
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels must be class numbers (int64), got {y.dtype}; mixed labels cannot be attacked")
+    if len(y):
+        check_pixel_range(x)
 
 
 def held_images(loader: Loader) -> Images:
@@ -122,7 +129,4 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 (whatever a load
             'a batch must be two tensors, pixels and labels, or a mapping with "pixel_values" and "labels", got '
             f"{type(batch).__name__}{kinds}"
         )
-    x, y = parts
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels must be class numbers (int64), got {y.dtype} {tuple(y.shape)}")
-    return x, y
+    return parts[0], parts[1]

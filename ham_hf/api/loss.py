@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -14,14 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ham_hf.attacks import Attack, ThreatModel, check_batch, evaluation_mode, ordinary, outside_inference_mode
-from ham_hf.evaluation import check_pixel_range
+from ham_hf.api.loader import check_images
+from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, ordinary, outside_inference_mode
 from ham_hf.invocation import command
 from ham_hf.methods import Batch, Method, RuleMethod, TrainingRows, available
 from ham_hf.settings import setting_problems
-
-PAST_WARM_UP = sys.maxsize
-"""The epoch passed to methods with a schedule: past every warm-up."""
 
 _SCHEDULE = "_start_epoch"
 
@@ -99,7 +95,7 @@ def adversarial_loss(
         ValueError: for a batch that is malformed or has pixels outside [0, 1], an unknown method or option, or a
             method that keeps state of the classes over epochs, which needs the trainer (`ham_hf.train`).
     """
-    objective = _objective(method, options, num_steps)
+    instance = _instance(method, options, num_steps)
     _check(model, x, y)
     threat_model = threat_model or ThreatModel()
     attack = Attack(
@@ -107,15 +103,16 @@ def adversarial_loss(
         num_steps=num_steps,
         step_size=threat_model.epsilon / 4 if step_size is None else step_size,
     )
-    states = {part.name: part.initial_state(torch.ones(2)) for part in objective.parts}
+    # These methods keep no state of classes: there are none to count.
+    states = {keeper.name: keeper.initial_state(torch.empty(0)) for keeper in instance.state_keepers}
     module = unwrapped(model)
     with outside_inference_mode():
         x, y = ordinary(x.detach()), ordinary(y)
-        batch = Batch(x=x, y=y, attack=attack, epoch=PAST_WARM_UP, states=states, generator=generator)
-        rows = objective.rows_to_train_on(module, batch)
+        batch = Batch(x=x, y=y, attack=attack, epoch=instance.settled_epoch, states=states, generator=generator)
+        rows = instance.rows_to_train_on(module, batch)
         # DDP exchanges buffers in every forward, also in those of a validation, which processes need not make alike.
         forward = model if torch.is_grad_enabled() else module
-        loss = _outer_loss(forward, batch, rows, objective)
+        loss = _outer_loss(forward, batch, rows, instance)
     record = LossRecord(method=method, num_examples=len(y), num_trained_on=len(rows.y), hard=rows.hard)
     return AdversarialLoss(loss, record)
 
@@ -127,9 +124,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, objective: Method) -> Tensor:
+def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, method: Method) -> Tensor:
     """Sum of the weighted terms over their divisors, through one forward; 0 where there is nothing to train on."""
-    weight, divisor = objective.weigh(rows, epoch=PAST_WARM_UP, states=batch.states)
+    weight, divisor = method.weigh(rows, epoch=batch.epoch, states=batch.states)
     if isinstance(model, DistributedDataParallel):
         # The mean over the examples of all processes, times their number, as DDP takes the mean over processes.
         dist.all_reduce(divisor, group=model.process_group)
@@ -145,7 +142,7 @@ def _outer_loss(model: nn.Module, batch: Batch, rows: TrainingRows, objective: M
     alone = model.training and len(rows.x) == 1
     logits: Tensor = model(rows.x.repeat(2, 1, 1, 1) if alone else rows.x)
     share = weight / torch.where(divisor > 0, divisor, 1)[:, None]
-    loss: Tensor = (objective.losses(logits[: len(rows.x)], rows) * share).sum()
+    loss: Tensor = (method.losses(logits[: len(rows.x)], rows) * share).sum()
     return loss
 
 
@@ -155,15 +152,12 @@ def _check(model: nn.Module, x: Tensor, y: Tensor) -> None:
             "adversarial_loss attacks the whole module on every process, which FullyShardedDataParallel shards: "
             "use DistributedDataParallel, or the trainer (ham_hf.train)"
         )
-    check_batch(x, y)
-    if y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"y must hold class numbers (int64), got {y.dtype}; mixed labels cannot be attacked")
+    check_images(x, y)
     if not len(y):
         raise ValueError("the batch holds no image")
-    check_pixel_range(x)
 
 
-def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Method:
+def _instance(method: str, options: Mapping[str, object], num_steps: int) -> Method:
     """The method with these options, checked."""
     kinds = available()
     stateless = [name for name, kind in kinds.items() if not issubclass(kind, RuleMethod)]
@@ -190,9 +184,9 @@ def _objective(method: str, options: Mapping[str, object], num_steps: int) -> Me
         raise ValueError(f"option {name} of method {method!r}: expected one of {', '.join(usable) or 'none'}{reason}")
     if num_steps < 1:
         raise ValueError(f"num_steps {num_steps}: expected at least 1")
-    objective = kinds[method](**options)
-    problems = [problem.removeprefix("--") for problem in setting_problems(objective)]
+    instance = kinds[method](**options)
+    problems = [problem.removeprefix("--") for problem in setting_problems(instance)]
     if problems:
         raise ValueError("; ".join(problems))
-    objective.check(num_steps=num_steps)
-    return objective
+    instance.check(num_steps=num_steps)
+    return instance

@@ -28,6 +28,7 @@ from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
+from ham_hf.models.pixel_model import data_preprocessing
 from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
@@ -222,19 +223,8 @@ def _network(
         return settings, network, None
     named: Any = network.backbone
     settings = replace(settings, model=replace(settings.model, model_name=str(named.pretrained_cfg["architecture"])))
-    return (
-        settings,
-        network,
-        Preprocessing(
-            image_size=data.image_size,
-            in_chans=data.in_chans,
-            interpolation=data.interpolation,
-            crop_pct=data.crop_pct,
-            crop_mode=data.crop_mode,
-            mean=tuple(network.mean.flatten().tolist()),
-            std=tuple(network.std.flatten().tolist()),
-        ),
-    )
+    mean, std = (tuple(one.flatten().tolist()) for one in (network.mean, network.std))
+    return settings, network, data_preprocessing(data, mean, std)
 
 
 def _finished(run: Run) -> TrainedModel:

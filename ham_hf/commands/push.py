@@ -20,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ham_hf.config.command_line import with_underscores
+from ham_hf.hub_config import DEFAULT_REVISION, HubConfig
 from ham_hf.invocation import command_parser
+from ham_hf.settings import settings_of
 from ham_hf.terminal import set_up_logging
 from ham_hf.training.environment import process_rank
 
@@ -42,15 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="output folder of a finished run; with --repair also owner/name of a model on the Hub",
     )
-    parser.add_argument("--hub_model_id", help="repository on the Hub: owner/name")
-    parser.add_argument("--hub_private_repo", action="store_true", help="create it private")
-    parser.add_argument(
-        "--publish_images", action="store_true", help="push the images of a dataset that is not public too"
-    )
-    parser.add_argument(
-        "--hub_space", action="store_true", help="publish report.html as a static Space of the same owner/name too"
-    )
-    parser.add_argument("--hub_revision", default="main", help="branch to push to")
+    shared = {known.name: known for known in settings_of(HubConfig)}
+    parser.add_argument("--hub_model_id", help=shared["hub_model_id"].help)
+    for name in ("hub_private_repo", "publish_images", "hub_space"):
+        parser.add_argument(f"--{name}", action="store_true", help=shared[name].help)
+    parser.add_argument("--hub_revision", default=DEFAULT_REVISION, help=shared["hub_revision"].help)
     parser.add_argument("--model_license", help="license of the weights; default: that of the run's settings")
     parser.add_argument("--create_pr", action="store_true", help="push the folder of an evaluation as a pull request")
     parser.add_argument("--repair", action="store_true", help="update an older export to the current form first")

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Screen(NamedTuple):
-    """The first help screen: the command's name, what it does, and the settings used most, each in a few words."""
+    """The first help screen: the command's name, what it does, its main settings in few words ("" = their help)."""
 
     command: str
     about: str
@@ -53,7 +53,7 @@ _EVALUATED = {
     "per_device_eval_batch_size": "images at once",
     "limit_test_examples": "use this many test images",
     "seed": "seed of the attacks",
-    "use_cpu": "use the CPU even if there is an accelerator",
+    "use_cpu": "",
     "output_dir": "folder for everything it writes",
 }
 _SCREENS: dict[type, _Screen] = {
@@ -68,15 +68,15 @@ _SCREENS: dict[type, _Screen] = {
             "method": "how to train",
             "norm": "linf or l2",
             "epsilon": "radius of the attack in pixel units",
-            "num_train_epochs": "epochs",
+            "num_train_epochs": "",
             "per_device_train_batch_size": "images per process and step",
-            "learning_rate": "highest learning rate",
+            "learning_rate": "",
             "seed": "seed of everything",
             "autoattack": "also run standard AutoAttack at the end",
             "output_dir": "folder for everything the run writes",
             "resume_from_checkpoint": "latest, or a checkpoint's folder",
             "push_to_hub": "push the output folder to the Hub",
-            "hub_model_id": "repository on the Hub: owner/name",
+            "hub_model_id": "",
         },
     ),
     EvaluateConfig: _Screen(
@@ -274,7 +274,7 @@ class _Parser(argparse.ArgumentParser):
             default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
             # Choices take much room, and are in the words.
             metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
-            rows.append((f"--{name}{metavar}", f"{what}{default}"))
+            rows.append((f"--{name}{metavar}", f"{what or known.help}{default}"))
         rest = [("--help all", "every setting")]
         if "method" in self.screen.settings:
             rest.append(("--help METHOD", f"the options of a method, as --help {DEFAULT_METHOD}"))

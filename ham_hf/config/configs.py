@@ -21,12 +21,11 @@ from ham_hf.evaluation.config import (
 )
 from ham_hf.hub_config import EvaluationHubConfig, HubConfig, split_revision
 from ham_hf.models.config import ModelConfig
-from ham_hf.settings import ConfigError, SettingsGroup, setting, setting_problems, settings_of
+from ham_hf.settings import ConfigError, SettingsGroup, same_as, setting, setting_problems, settings_of
 from ham_hf.training.config import AttackConfig, LearningRateDrop, TrainingConfig
 
 if TYPE_CHECKING:
     from ham_hf.methods import Method
-
 
 DEFAULT_METHOD = "ham"
 
@@ -92,7 +91,7 @@ class TrainConfig(SettingsGroup):
                 "--dataset_streaming out, or take another method"
                 for flag in own
             )
-        held_out = [self.method.flag_of(rule) for rule in self.method.rules if rule.uses_held_out]
+        held_out = [self.method.flag_of(rule) for rule in self.method.rules if rule.num_held_out_sums]
         averaged = self.training.uses_fawa(self.method)
         if self.data.validation_fraction == 0 and (held_out or averaged):
             who = held_out[0] if held_out else "fairness-gated averaging (--fawa)"
@@ -114,15 +113,12 @@ class EvaluateConfig(SettingsGroup):
     model_revision: str | None = setting(None, "branch, tag or commit of a Hub model")
     output_dir: str | None = setting(None, "folder for report and figures; none = evaluation/<name of the model>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds an evaluation")
-    seed: int = setting(
-        0,
-        "seed of the attacks' noise; test images and subsets are the same for every seed",
-        at_least=0,
-        at_most=4294967295,
+    seed: int = same_as(
+        TrainingConfig, "seed", "seed of the attacks' noise; test images and subsets are the same for every seed"
     )
-    use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
-    disable_tqdm: bool = setting(False, "show no progress bar")
+    use_cpu: bool = same_as(TrainingConfig, "use_cpu")
+    ddp_timeout: int = same_as(TrainingConfig, "ddp_timeout")
+    disable_tqdm: bool = same_as(TrainingConfig, "disable_tqdm")
     data: DataConfig = field(default_factory=DataConfig, metadata={"title": "Data"})
     attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"title": "Evaluation"})
@@ -153,8 +149,8 @@ class EvaluateConfig(SettingsGroup):
 class CalibrateConfig(SettingsGroup):
     """Everything that defines a calibration of a model that exists."""
 
-    model: str = field(metadata={"help": "Hub id, local folder or timm name; may be given without its flag"})
-    model_revision: str | None = setting(None, "branch, tag or commit of a Hub model")
+    model: str = same_as(EvaluateConfig, "model")
+    model_revision: str | None = same_as(EvaluateConfig, "model_revision")
     calibration_split: str | None = setting(
         None, "split of images that the model was not trained on; none = the part that its training run held out"
     )
@@ -167,12 +163,10 @@ class CalibrateConfig(SettingsGroup):
     output_dir: str | None = setting(None, "folder of the calibrated model; none = outputs/<model>-fair-<fairness>")
     overwrite_output_dir: bool = setting(False, "allow an output folder that already holds a calibrated model")
     model_license: str | None = setting(None, "license of the weights, for the card; none = that of the model")
-    seed: int = setting(
-        0, "seed of the attacks' noise and of the two halves of the images", at_least=0, at_most=4294967295
-    )
-    use_cpu: bool = setting(False, "use the CPU even if there is an accelerator")
-    ddp_timeout: int = setting(1800, "seconds that a process waits for the others before it gives up", at_least=1)
-    disable_tqdm: bool = setting(False, "show no progress bar")
+    seed: int = same_as(TrainingConfig, "seed", "seed of the attacks' noise and of the two halves of the images")
+    use_cpu: bool = same_as(TrainingConfig, "use_cpu")
+    ddp_timeout: int = same_as(TrainingConfig, "ddp_timeout")
+    disable_tqdm: bool = same_as(TrainingConfig, "disable_tqdm")
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig, metadata={"title": "Calibration"})
     data: CalibrationDataConfig = field(default_factory=CalibrationDataConfig, metadata={"title": "Data"})
     attack: ThreatConfig = field(default_factory=ThreatConfig, metadata={"title": "Attack (threat model)"})

@@ -30,14 +30,13 @@ from ham_hf.data.image_groups import read_groups
 from ham_hf.data.provenance import Fingerprint, Provenance, fingerprint_of, plain_name
 from ham_hf.data.shards import SplitFiles, read_whole
 from ham_hf.data.sources import Source, is_local, open_source, open_streamed_source
-from ham_hf.data.splits import TEST_SEED, held_out_origin, limit_rows, named_labels, stratified_split
+from ham_hf.data.splits import held_out_origin, limit_rows, named_labels, stratified_split
+from ham_hf.seeding import TEST_SEED
 
 if TYPE_CHECKING:
     from ham_hf.models import Preprocessing
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +233,7 @@ def _recorded_fraction(config: DataConfig, opened: _Opened, trained: TrainedOn) 
     known = record.test_fraction if record is not None else trained.test_fraction
     if known is None:
         return asked
-    if asked not in (known, DEFAULT_TEST_FRACTION):
+    if asked not in (known, DataConfig.test_fraction):
         raise ValueError(
             f"--test_fraction {asked} would test on images that the model was trained on; "
             f"it was trained with --test_fraction {known}"

@@ -33,7 +33,7 @@ from ham_hf.data.declarations import Declarations, StreamError, names_in, read_f
 from ham_hf.data.image_files import files_below, files_of_builder, holds_images, read_image_files
 from ham_hf.data.shards import SplitFiles
 from ham_hf.files import front_matter
-from ham_hf.hub_config import is_hub_id
+from ham_hf.hub_config import DEFAULT_REVISION, is_hub_id
 
 logger = logging.getLogger(__name__)
 Split = TypeVar("Split", datasets.Dataset, SplitFiles)
@@ -364,8 +364,9 @@ def _explanation(error: Exception, config: DataConfig, *, local: bool) -> str:
             f"copy; check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder ({text})"
         )
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        revision = config.dataset_revision or DEFAULT_REVISION
         return (
-            f"--dataset_name {name}, --dataset_revision {config.dataset_revision or 'main'}: {text} Check the id; a "
+            f"--dataset_name {name}, --dataset_revision {revision}: {text} Check the id; a "
             "private or gated dataset needs `hf auth login` or HF_TOKEN; there is no local folder of that name either"
         )
     return f"--dataset_name {name} cannot be loaded: {type(error).__name__}: {text}"

@@ -25,15 +25,13 @@ from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.provenance import Fingerprint, fingerprint_of
 from ham_hf.data.shards import Shards, SplitFiles, count_rows, held_out_rows, read_whole
 from ham_hf.data.sources import Source, open_source, open_streamed_source
+from ham_hf.seeding import TEST_SEED
 
 logger = logging.getLogger(__name__)
 
 SAMPLED_FILES = 8
 STATISTICS_EXAMPLES = 2_000
 """Largest number of training images in the mean and the standard deviation of the channels."""
-TEST_SEED = 0
-"""Seed of every test part, whatever a run's own seed: so no run is tested on what another was trained on, and runs of
-several seeds are compared on the same images."""
 
 
 def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, margin_loss
+from ham_hf.attacks import Attack, ThreatModel, check_pixel_range, evaluation_mode, margin_loss
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
 from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, WorkingSize, Workplace
 from ham_hf.evaluation.config import CalibrationConfig
-from ham_hf.evaluation.robustness import check_pixel_range, memory_layout, predict
+from ham_hf.evaluation.robustness import memory_layout, predict
 from ham_hf.intervals import simultaneous_intervals
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts
 from ham_hf.precision import attack_passes

@@ -28,6 +28,7 @@ from ham_hf.attacks import (
     NOT_FINITE,
     Attack,
     LossFn,
+    check_pixel_range,
     evaluation_mode,
     full_precision,
     margin_loss,
@@ -329,17 +330,3 @@ def true_margins(logits: Tensor, y: Tensor) -> Tensor:
     """Logit of the true class minus the largest other one, (N,) float32; NaN where a logit is not finite."""
     margins = -margin_loss(full_precision(logits), y).float()
     return margins.where(logits.isfinite().all(1), torch.nan)
-
-
-def check_pixel_range(x: Tensor) -> None:
-    """Refuse pixels that are not in [0, 1]: an epsilon in pixel units would mean something else for them.
-
-    Raises:
-        ValueError: if a value is outside [0, 1] or not a number.
-    """
-    low, high = x.aminmax()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"pixels must lie in [0, 1], got values from {float(low):g} to {float(high):g}; "
-            "normalization belongs into the model (PixelModel), not into the data"
-        )

@@ -84,16 +84,21 @@ class Method(Stateful):
         return f"--class_{'weighting' if borrowed else 'margin'} {rule.name}"
 
     @property
-    def parts(self) -> tuple[Stateful, ...]:
-        """Parts that may keep state, each with its own name: this method and its class rules."""
+    def state_keepers(self) -> tuple[Stateful, ...]:
+        """What may keep state, each with its own name: this method and its class rules."""
         return (self, *self.rules)
 
+    @property
+    def settled_epoch(self) -> int:
+        """The 0-based epoch from which on it does the same in every epoch, but for what its state says."""
+        return max(one.warmup_epochs for one in self.state_keepers)
+
     def starts(self, awp_start_epoch: int | None = None) -> dict[str, tuple[int, str]]:
-        """The 0-based epoch in which each part, and the weight perturbation "awp" if there is one, begins.
+        """The 0-based epoch in which each of them, and the weight perturbation "awp" if there is one, begins.
 
         And the same in words, counted from 1, with the flag, which counts from 0: "epoch 13 (--... 12)".
         """
-        begins = {part.name: (part.warmup_epochs, part.start_option()) for part in self.parts}
+        begins = {one.name: (one.warmup_epochs, one.start_option()) for one in self.state_keepers}
         if awp_start_epoch is not None:
             begins["awp"] = (awp_start_epoch, "awp_start_epoch")
         found = {}

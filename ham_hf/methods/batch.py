@@ -20,7 +20,7 @@ class Batch:
         y: (N,) labels.
         attack: threat model, steps and step size; radius and step may be per example.
         epoch: 0-based epoch.
-        states: state of all parts of the method, by the name of the part; empty for held-out images.
+        states: of the method and its rules, by name (`Method.state_keepers`); empty for held-out images.
         generator: source of all randomness, on the device of ``x``; None = torch's global one.
     """
 

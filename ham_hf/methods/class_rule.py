@@ -34,8 +34,8 @@ from ham_hf.methods.state import State, Stateful
 class ClassRule(Stateful):
     """Base of all class rules."""
 
-    uses_held_out: ClassVar[bool] = False
-    """Whether the rule cannot do without held-out images."""
+    num_held_out_sums: ClassVar[int] = 0
+    """S, the sums of each class that the rule takes over held-out images, and cannot do without."""
     uses_class_counts: ClassVar[bool] = False
     """Whether `initial_state` uses how many training images a class has; streams may not know it (NaN)."""
 
@@ -54,7 +54,7 @@ class ClassRule(Stateful):
         return False
 
     def held_out_sums(self, model: nn.Module, batch: Batch, *, loss: BaseLoss, num_classes: int) -> Tensor:
-        """Sums over a batch of held-out images (S, num_classes), with the model in evaluation mode.
+        """Sums over a batch of held-out images (S, num_classes), of `class_sums`, the model in evaluation mode.
 
         ``loss`` is that of the method that trains.
         """

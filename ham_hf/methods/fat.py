@@ -50,6 +50,10 @@ class FAT(Borrowing):
                 f"--fat_tau_epochs {' '.join(map(str, epochs))}: expected epochs of at least 0 that do not decrease"
             )
 
+    @property
+    def settled_epoch(self) -> int:
+        return max(self.fat_tau_epochs, default=0)
+
     def tau(self, epoch: int) -> int:
         """Number of further steps for a wrong example in this 0-based epoch."""
         return sum(epoch >= first for first in self.fat_tau_epochs)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from functools import cached_property
-from typing import Any, ClassVar, get_type_hints
+from typing import ClassVar, get_type_hints
 
 from ham_hf.methods.base import Method, available
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.state import named_kinds
-from ham_hf.settings import ConfigError, setting, setting_problems
+from ham_hf.settings import ConfigError, same_as, setting, setting_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class RuleMethod(Method):
         return self.rule if isinstance(self.rule, WeightRule) else None
 
     @property
-    def parts(self) -> tuple[ClassRule, ...]:
-        """See `Method.parts`: the rule, which bears the name of the method."""
+    def state_keepers(self) -> tuple[ClassRule, ...]:
+        """See `Method.state_keepers`: the rule, which bears the name of the method."""
         return (self.rule,)
 
 
@@ -51,7 +51,7 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
         loss: a method without a rule, which says on which loss (`Method.loss`) and has its options.
     """
     hints = get_type_hints(rule_kind)
-    options = [(one.name, hints[one.name], _copy(one)) for one in fields(rule_kind)]
+    options = [(one.name, hints[one.name], same_as(rule_kind, one.name)) for one in fields(rule_kind)]
     namespace = {
         "__doc__": rule_kind.__doc__,
         "__module__": rule_kind.__module__,
@@ -63,10 +63,6 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
     title = rule_kind.__name__.removesuffix("Rule")
     bases = (RuleMethod, loss) if loss is not Method else (RuleMethod,)
     return make_dataclass(title, options, bases=bases, namespace=namespace, frozen=True, kw_only=True)
-
-
-def _copy(option: Field[Any]) -> Any:  # noqa: ANN401 (what `field` returns is of any type)
-    return field(default=option.default, default_factory=option.default_factory, metadata=option.metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ State: TypeAlias = dict[str, Tensor]
 """State of a method or class rule: named tensors, which its hooks change or replace by others of the same shape and
 dtype; none is a view of another, as each is written to a checkpoint by itself."""
 States: TypeAlias = Mapping[str, State]
-"""The state of every part of a method (`ham_hf.methods.base.Method.parts`), by the name of the part."""
+"""The state of a method and of its rules (`ham_hf.methods.base.Method.state_keepers`), each by its name."""
 
 Kind = TypeVar("Kind", bound="Stateful")
 

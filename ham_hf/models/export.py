@@ -364,7 +364,7 @@ def repair_folder(folder: Path) -> tuple[str, ...]:
                     f"timm loads a different network from the repaired {CONFIG_NAME} of {folder}: nothing was changed"
                 )
             shutil.copymode(folder / CONFIG_NAME, staging / CONFIG_NAME)
-            os.replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
+            replace(staging / CONFIG_NAME, folder / CONFIG_NAME)
         changes.append(f"{CONFIG_NAME}: num_classes taken out of model_args")
     one_channel = config["pretrained_cfg"]["input_size"][0] == 1
     if one_channel and not (folder / RGB_FOLDER / CONFIG_NAME).is_file() and _write_rgb_form(folder):

@@ -227,6 +227,12 @@ def create_backbone(
     return backbone
 
 
+def data_preprocessing(data: ImageData, mean: tuple[float, ...], std: tuple[float, ...]) -> Preprocessing:
+    """How the images of ``data`` were prepared, with these statistics of the channels."""
+    prepared = ("image_size", "in_chans", "interpolation", "crop_pct", "crop_mode")
+    return Preprocessing(mean=mean, std=std, **{name: getattr(data, name) for name in prepared})
+
+
 def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[PixelModel, Preprocessing]:
     """A model to train, the same on every process.
 
@@ -235,15 +241,8 @@ def new_model(config: ModelConfig, data: ImageData, *, seed: int) -> tuple[Pixel
     """
     inputs = input_defaults(config.model_name, model_args=config.model_args)
     own_statistics = config.pretrained or data.crop_mode == "border"
-    preprocessing = Preprocessing(
-        image_size=data.image_size,
-        in_chans=data.in_chans,
-        interpolation=data.interpolation,
-        crop_pct=data.crop_pct,
-        crop_mode=data.crop_mode,
-        mean=inputs.mean if own_statistics else data.channel_mean,
-        std=inputs.std if own_statistics else data.channel_std,
-    )
+    mean, std = (inputs.mean, inputs.std) if own_statistics else (data.channel_mean, data.channel_std)
+    preprocessing = data_preprocessing(data, mean, std)
     torch.manual_seed(seed)
     backbone = create_backbone(
         config.model_name,

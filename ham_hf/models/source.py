@@ -27,7 +27,7 @@ from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from ham_hf.files import front_matter
-from ham_hf.hub_config import split_revision
+from ham_hf.hub_config import is_hub_id, split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
 from ham_hf.models.untrusted import check_metadata, check_pretrained_cfg, check_trained_form, read_model_config
 
@@ -49,7 +49,6 @@ _FOLDER_PREFIX = "local-dir"
 _PREPROCESSING = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 _WEIGHT_LOCATIONS = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 _WORD = re.compile(r"[\w.:+-]{1,80}", re.ASCII)
-_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +185,12 @@ def read_origin(source: str, *, revision: str | None = None) -> Origin:
     """Read card and ``config.json`` of a model, named as for `load_pixel_model`; ValueError if there is none."""
     resolved = resolve_source(complete_name(source, revision))
     card = _card_metadata(resolved)
-    licenses = _matching(_WORD, [card.get("license"), resolved.pretrained_cfg.get("license")])
-    bases = _matching(_REPO_ID, [resolved.hub_id, *_as_list(card.get("base_model"))])
+    licenses = _matching(_WORD.fullmatch, [card.get("license"), resolved.pretrained_cfg.get("license")])
+    bases = _matching(partial(is_hub_id, with_owner=True), [resolved.hub_id, *_as_list(card.get("base_model"))])
     return Origin(
         license=licenses[0].lower() if licenses else UNKNOWN_LICENSE,
         base_model=bases[0] if bases else None,
-        tags=tuple(_matching(_WORD, _as_list(card.get("tags"))[:100])),
+        tags=tuple(_matching(_WORD.fullmatch, _as_list(card.get("tags"))[:100])),
     )
 
 
@@ -210,8 +209,8 @@ def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
-def _matching(pattern: re.Pattern[str], values: Iterable[object]) -> list[str]:
-    return [value for value in values if isinstance(value, str) and pattern.fullmatch(value)]
+def _matching(accepts: Callable[[str], object], values: Iterable[object]) -> list[str]:
+    return [value for value in values if isinstance(value, str) and accepts(value)]
 
 
 def complete_name(source: str, revision: str | None = None) -> str:

@@ -12,10 +12,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, StrictUndefined, Template
 
 from ham_hf.data.provenance import plain_name
+from ham_hf.files import atomic_write
 from ham_hf.hub_config import is_hub_id, split_revision
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
@@ -25,6 +25,7 @@ from ham_hf.reporting.formats import (
     literal,
     markdown_table,
     markdown_text,
+    norm_text,
     percent,
     plain_text,
     verbatim,
@@ -107,7 +108,7 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
             "selection": _selection(report, report.training),
         }
     path = folder / "README.md"
-    path.write_text(_template(_template_source()).render(context), encoding="utf-8")
+    atomic_write(path, _template(_template_source()).render(context))
     return path
 
 
@@ -208,10 +209,8 @@ def _only_markdown(value: object) -> object:
 
 
 def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, model_license: str) -> dict[str, object]:
-    if repo_id is not None:
-        validate_repo_id(repo_id)
-        if "/" not in repo_id:
-            raise ValueError(f"the card's loading line needs the full repository id, user/name, got {repo_id}")
+    if repo_id is not None and not is_hub_id(repo_id, with_owner=True):
+        raise ValueError(f"the card's loading line needs the full repository id, owner/name, got {repo_id!r}")
     metadata = card_metadata(report, repo_id=repo_id, model_license=model_license)
     reference = report.reference_attack()
     classes = class_rows(report)
@@ -219,7 +218,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
     missing = next(iter(report.results.values())).summary.missing_classes
     ran = {attack.name.split("-")[0] for attack in report.results.values()}
     name = report.model.name
-    norm = {"linf": "L-infinity", "l2": "L2"}.get(report.threat_model.norm, plain_text(report.threat_model.norm))
+    norm, epsilon = norm_text(report.threat_model.norm), fraction_text(report.threat_model.epsilon)
     cited = [] if report.training is None and report.calibration is not None else cited_methods(report.config)
     cited += [] if report.calibration is None else ["logit_adjustment"]
     return {
@@ -240,7 +239,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "citations": [Markdown(CITATIONS[name]) for name in cited],
         "summary": reference.summary if reference else None,
         "attack_title": reference.title if reference else None,
-        "threat_model": Markdown(f"{norm}, ε = {fraction_text(report.threat_model.epsilon)}"),
+        "threat_model": Markdown(f"{norm}, ε = {epsilon}"),
         "repo_id": repo_id,
         "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),

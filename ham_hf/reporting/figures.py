@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ham_hf.evaluation.calibration import FrontierPoint
+from ham_hf.files import replacing
 from ham_hf.reporting.class_examples import ExampleStrip
 from ham_hf.reporting.formats import plain_text
 from ham_hf.reporting.method_text import trained_method
@@ -76,10 +77,10 @@ def save_figures(
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write ``figure`` as PNG; the same figure gives the same bytes, so that pushing it again changes nothing."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), replacing(path) as part:
         # Class names in a script that the font lacks show as boxes; a warning per character does not help.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(part, format="png", dpi=DPI, metadata={"Software": None})
     return path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.resources import files
 
+from ham_hf.config.assembly import KEPT_EASY
 from ham_hf.methods import Method, available
 from ham_hf.reporting.formats import percent
 from ham_hf.reporting.report import CalibrationReport, TrainingReport
@@ -14,9 +15,6 @@ from ham_hf.settings import setting_problems
 
 LENDERS = {"class_margin": "class radii", "class_weighting": "class weights"}
 """Settings that name another method, and the part borrowed from it."""
-
-KEPT_EASY = ("keep_easy_fraction", "keep_easy_as")
-"""Options of HAM in reports of earlier versions, in place of ``easy_weight`` and ``easy_fraction``."""
 
 _BIBLIOGRAPHY = (files("ham_hf.reporting") / "citations.bib").read_text(encoding="utf-8")
 _ENTRY = re.compile(r"^% (\w+): (\S+)\n(@.*?title\s*=\s*\{([^\n]*)\},.*?^\})", re.DOTALL | re.MULTILINE)
@@ -42,7 +40,7 @@ def trained_method(config: Mapping[str, object]) -> Method | None:
     given = {field.name: config[field.name] for field in fields(kind) if field.name in config}
     # JSON has lists alone.
     method = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    problems = setting_problems(method) or [found for part in method.parts for found in setting_problems(part)]
+    problems = setting_problems(method) or [found for one in method.state_keepers for found in setting_problems(one)]
     if problems:
         raise ValueError(f"the settings of {kind.name} in the report: {'; '.join(problems)}")
     return method

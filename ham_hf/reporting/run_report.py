@@ -26,7 +26,7 @@ from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of, write_verdicts
-from ham_hf.files import atomic_write
+from ham_hf.files import atomic_write, replacing
 from ham_hf.hub_config import is_hub_id
 from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
@@ -56,7 +56,6 @@ from ham_hf.training.log import read_log
 from ham_hf.training.resume import Progress
 
 logger = logging.getLogger(__name__)
-
 
 MAX_CONFUSION_CLASSES = 200
 """Above this number of classes the confusion matrix is left out: it grows with the square."""
@@ -287,7 +286,7 @@ def write_config(config: TrainConfig, folder: Path) -> None:
         hub=HubConfig(model_license=config.hub.model_license),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train_config.yaml").write_text(config_to_yaml(again), encoding="utf-8")
+    atomic_write(folder / "train_config.yaml", config_to_yaml(again))
 
 
 def evaluation_report(
@@ -373,7 +372,8 @@ def write_run(
     """
     _write_numbers(report, folder, results, examples)
     image = examples.strip.clean[0].float().cpu()
-    (folder / "image.png").write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
+    with replacing(folder / "image.png") as part:
+        part.write_bytes(picture(image, max(image.shape[-2:]), "PNG"))
     write_card(report, folder, repo_id=repo_id, model_license=str(report.config["model_license"]))
     write_eval_results(report, folder)
 
@@ -392,7 +392,7 @@ def write_evaluation(
     ``command`` are the words that measure it again.
     """
     _write_numbers(report, folder, results, examples, groups=groups)
-    (folder / "EVALUATION.md").write_text(evaluation_document(report, folder, command=command), encoding="utf-8")
+    atomic_write(folder / "EVALUATION.md", evaluation_document(report, folder, command=command))
     write_eval_results(report, folder, suffix="-evaluation")
 
 

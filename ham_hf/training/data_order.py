@@ -49,7 +49,7 @@ def epoch_batches(
     return train.batches(layout.requests(order, epoch)[first_update * layout.accumulation :], device=device)
 
 
-def training_class_counts(train: Images | TrainingStream, objective: Method, num_classes: int) -> Tensor:
+def training_class_counts(train: Images | TrainingStream, method: Method, num_classes: int) -> Tensor:
     """Number of training images of each class (num_classes,); NaN where a stream does not know and no method asks.
 
     Raises:
@@ -57,7 +57,7 @@ def training_class_counts(train: Images | TrainingStream, objective: Method, num
     """
     if not isinstance(train, TrainingStream):
         return count_per_class(train.labels, num_classes)
-    asking = [objective.flag_of(rule) for rule in objective.rules if rule.uses_class_counts]
+    asking = [method.flag_of(rule) for rule in method.rules if rule.uses_class_counts]
     if not asking:
         return torch.full((num_classes,), torch.nan)
     counts = train.shards.class_counts()

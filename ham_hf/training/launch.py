@@ -17,6 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 
 from ham_hf.faults import FaultError
 from ham_hf.invocation import shown_path
+from ham_hf.training.config import TrainingConfig
 from ham_hf.training.environment import check_variables, is_on, mpi_processes, overruled, rounding, unknown
 from ham_hf.training.sharding import shard_on_cpu, sharding_plugin
 
@@ -29,7 +30,7 @@ def create_accelerator(
     mixed_precision: str = "no",
     trackers: Sequence[str] = (),
     logging_dir: Path | None = None,
-    ddp_timeout: int = 1800,
+    ddp_timeout: int = TrainingConfig.ddp_timeout,
 ) -> Accelerator:
     """The accelerator of a run; with ``accelerate launch``, one of several processes. The settings beat the launcher.
 

@@ -21,53 +21,53 @@ class MethodState:
     ``class_counts`` (num_classes,) are the numbers of training images, float64 where the device has it.
 
     Attributes:
-        states: the state of each part, by its name.
+        states: that of the method and of each rule, by its name.
         log: (3 + T, num_classes) sums of this process over the current epoch: hard examples, examples that were
             mined, all examples, and for each of the T terms of the loss the share of it that went to the class.
             Three more rows where the method finds examples that are wrong at the start of the attack: their number
             and, for a part of the updates, examples that are wrong without an attack, and all.
     """
 
-    def __init__(self, objective: Method, class_counts: Tensor) -> None:
-        self.objective, self.num_classes = objective, len(class_counts)
-        self.states = {part.name: part.initial_state(class_counts) for part in objective.parts}
+    def __init__(self, method: Method, class_counts: Tensor) -> None:
+        self.method, self.num_classes = method, len(class_counts)
+        self.states = {one.name: one.initial_state(class_counts) for one in method.state_keepers}
         self.class_counts = class_counts
-        rows = 3 + objective.num_terms + (3 if objective.tells_wrong_at_start else 0)
+        rows = 3 + method.num_terms + (3 if method.tells_wrong_at_start else 0)
         self.log = class_counts.new_zeros(rows, self.num_classes)
 
     def begin_epoch(self, epoch: int, measure: Callable[[ClassRule], Tensor]) -> None:
         """Run the hooks that come before an epoch; ``measure`` gives the held-out sums of a rule."""
         self.log.zero_()
-        for part in self.objective.parts:
-            part.before_epoch(self.states[part.name], epoch=epoch)
-        for rule in self.objective.rules:
+        for keeper in self.method.state_keepers:
+            keeper.before_epoch(self.states[keeper.name], epoch=epoch)
+        for rule in self.method.rules:
             if rule.wants_held_out(epoch):
                 rule.after_held_out(self.states[rule.name], measure(rule), epoch=epoch)
 
     def class_probabilities(self) -> Tensor | None:
         """Probability of each class in the epoch's draws, where a rule has a sampler; None = every example once."""
-        for rule in self.objective.rules:
+        for rule in self.method.rules:
             probabilities = rule.class_probabilities(self.states[rule.name])
             if probabilities is not None:
                 return probabilities
         return None
 
     def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> dict[str, Tensor]:
-        """Sums that the parts observe on one batch of labels ``y`` (N,), by name; the same shapes throughout an epoch.
+        """Sums that they observe on one batch of labels ``y`` (N,), by name; the same shapes throughout an epoch.
 
         ``logits`` (R, num_classes) are those of the training forward; R may be 0.
         """
         early = rows.early_logits
         labels = rows.adversarial_y if early is None else y
         seen = (logits[: len(labels)] if early is None else early).detach()
-        sums = {part.name: part.observe(seen, labels, epoch=epoch) for part in self.objective.parts}
+        sums = {one.name: one.observe(seen, labels, epoch=epoch) for one in self.method.state_keepers}
         return {name: found for name, found in sums.items() if found is not None}
 
     def after_update(self, observed: Mapping[str, Tensor], *, epoch: int) -> None:
-        """Hand the global sums of `observe` to the parts that they are for."""
-        for part in self.objective.parts:
-            if part.name in observed:
-                part.after_update(self.states[part.name], observed[part.name], epoch=epoch)
+        """Hand the global sums of `observe` to the state keepers that they are for."""
+        for keeper in self.method.state_keepers:
+            if keeper.name in observed:
+                keeper.after_update(self.states[keeper.name], observed[keeper.name], epoch=epoch)
 
     def note(self, y: Tensor, rows: TrainingRows, share: Tensor) -> None:
         """Log a batch: its labels (N,), the rows trained on, and the share (T, E) of the loss that each got."""
@@ -91,7 +91,7 @@ class MethodState:
         found, own = ({k: [*v.shape] for k, v in state.items()} for state in (tensors, self.tensors()))
         if found != own:
             raise ValueError(
-                f"the checkpoint holds class state {found}, but --method {self.objective.name} keeps {own} for "
+                f"the checkpoint holds class state {found}, but --method {self.method.name} keeps {own} for "
                 f"{self.num_classes} classes"
             )
         for name, state in self.states.items():
@@ -112,13 +112,13 @@ class MethodState:
             ``stayed_right``; and ``clean_wrong``, misclassified without an attack.
         """
         hard, mined, seen, *others = log.cpu().double()
-        shares = others[: self.objective.num_terms]
+        shares = others[: self.method.num_terms]
         record: dict[str, Any] = {"hard_fraction": None, "hard_per_class": None}
         if mined.sum() > 0:
             record["hard_fraction"] = float(hard.sum() / mined.sum())
             record["hard_per_class"] = _ratios(hard, mined)
-        if self.objective.tells_wrong_at_start:
-            start_wrong, clean_wrong, clean_seen = others[self.objective.num_terms :]
+        if self.method.tells_wrong_at_start:
+            start_wrong, clean_wrong, clean_seen = others[self.method.num_terms :]
             record |= _shares("start_wrong", start_wrong, mined)
             record |= _shares("turned_wrong", hard - start_wrong, mined)
             record |= _shares("stayed_right", mined - hard, mined)
@@ -130,7 +130,7 @@ class MethodState:
             differs = bool(((share - plain).abs() > 1e-6 * plain.abs()).any())
             record[name] = _ratios(share, plain) if differs else None
         record.setdefault("class_kl_weight", None)
-        rule = self.objective.radii
+        rule = self.method.radii
         of_class = None if rule is None else rule.class_attack(self.states[rule.name], attack, epoch=epoch)
         record["class_epsilon"] = None if of_class is None else of_class[0].tolist()
         return record

@@ -135,7 +135,7 @@ def agreed_checkpoint(config: TrainingConfig, accelerator: Accelerator) -> Path 
 
 def run_plan(
     config: TrainingConfig,
-    objective: Method,
+    method: Method,
     attack: Attack,
     data: ImageData,
     module: nn.Module,
@@ -149,9 +149,9 @@ def run_plan(
     JSON types only, as they come back from a checkpoint; ``besides`` is what else has to stay, by setting.
     """
     plan = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    plan |= {f"{objective.name}.{name}": value for name, value in asdict(objective).items()}
+    plan |= {f"{method.name}.{name}": value for name, value in asdict(method).items()}
     plan |= {
-        "method": objective.name,
+        "method": method.name,
         "norm": attack.threat_model.norm,
         "epsilon": float(attack.threat_model.epsilon),
         "num_steps": attack.num_steps,
@@ -177,9 +177,9 @@ def run_plan(
         plan["num_train_epochs"] = config.num_train_epochs
     if isinstance(data.train, TrainingStream):
         plan["stream"] = data.train.plan(layout.per_update)
-    if objective.depends_on_split:
+    if method.depends_on_split:
         plan["split"] = [layout.batch_size, layout.world]
-    if config.uses_fawa(objective) or any(rule.uses_held_out for rule in objective.rules):
+    if config.uses_fawa(method) or any(rule.num_held_out_sums for rule in method.rules):
         # The noise of held-out images is numbered by batch.
         plan["per_device_eval_batch_size"] = eval_batch_size
     # Through JSON: tuples become lists.

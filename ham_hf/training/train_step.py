@@ -81,10 +81,9 @@ class Totals:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Work:
-    """One accumulation step, and the share (T, E) of each row in the loss."""
+class _WeighedBatch:
+    """The batch of one accumulation step, its rows to train on, and their shares (T, E) in the loss."""
 
-    number: int
     batch: Batch
     rows: TrainingRows
     share: Tensor
@@ -94,30 +93,28 @@ class TrainStep:
     """Makes updates of one model by a method, with an attack for its inner maximization.
 
     ``model`` and ``optimizer`` are what ``accelerator.prepare`` made of the pixel model and its optimizer,
-    ``class_counts`` (num_classes,) the numbers of training images of each class; the average ``ema`` follows every
-    update.
+    ``class_counts`` (num_classes,) the numbers of training images of each class; ``average`` follows every update.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        objective: Method,
+        method: Method,
         attack: Attack,
         accelerator: Accelerator,
         config: TrainingConfig,
         *,
         class_counts: Tensor,
-        ema: ModelEmaV3 | None = None,
+        average: ModelEmaV3 | None = None,
     ) -> None:
-        self.model, self.optimizer, self.objective, self.attack = model, optimizer, objective, attack
-        self.accelerator, self.config, self.ema = accelerator, config, ema
+        self.model, self.optimizer, self.method, self.attack = model, optimizer, method, attack
+        self.accelerator, self.config, self.average = accelerator, config, average
         self.memory_format = memory_format_of(config, accelerator)
         self.module: nn.Module = accelerator.unwrap_model(model)
-        scaled = "fp16" in (config.attack_precision, accelerator.mixed_precision)
-        self.attacked = attack_passes(self.module, "fp16" if scaled else config.attack_precision)
+        self.attacked = attack_passes(self.module, config.attack_precision, accelerator.mixed_precision)
         device = accelerator.device
-        self.method_state = MethodState(objective, class_counts.to(device, statistics_dtype(device)))
+        self.method_state = MethodState(method, class_counts.to(device, statistics_dtype(device)))
         """Class state of the method, and the log of the epoch."""
         self.passes = PassCounter()
         """Counts the passes over the network that nothing has added up yet."""
@@ -144,18 +141,18 @@ class TrainStep:
         when = (epoch, step)
         to_attack = [self._to_attack(batch, number, when) for number, batch in enumerate(batches)]
         with gathered(self.accelerator, self.module):
-            chosen = self.objective.rows_of_update(self.attacked, to_attack)
+            chosen = self.method.rows_of_update(self.attacked, to_attack)
             self._preview(chosen, when)
             self._note_clean(to_attack, chosen, step)
-        works, divisor = self._weigh(to_attack, chosen)
+        weighed, divisor = self._weigh(to_attack, chosen)
         scaled = self.accelerator.scaler is not None
         before = [buffer.clone() for buffer in self.module.buffers()] if scaled else []
-        with self._perturbed_weights(works, when) as ascent_size:
-            loss, observed = self._backward(works, when)
+        with self._perturbed_weights(weighed, when) as ascent_size:
+            loss, observed = self._backward(weighed, when)
             mine: dict[str, Tensor | float] = {
                 "loss": loss,
                 "gradient_size": ascent_size + self._gradient_size(),
-                **self._counts(works),
+                **self._counts(weighed),
                 "stops": float(stop() is not None),
                 "passes": self.passes.take(),
             }
@@ -173,8 +170,8 @@ class TrainStep:
                 buffer.copy_(old)
         if made:
             self._average_buffers()
-            if self.ema is not None:
-                self.ema.update(self.module, step=step + 1)
+            if self.average is not None:
+                self.average.update(self.module, step=step + 1)
         return Totals(
             loss=0.0 if overflow else total["loss"],
             updates=float(made),
@@ -200,7 +197,7 @@ class TrainStep:
         return dict(zip([*mine, "weight"], found, strict=True)), everywhere
 
     def _to_attack(self, batch: PixelBatch, number: int, when: tuple[int, int]) -> Batch:
-        """One accumulation step of an update, with the random stream of its place: epoch and update."""
+        """One accumulation step of an update, with the random stream of its epoch and update."""
         rank = self.accelerator.process_index
         return Batch(
             x=batch.x.contiguous(memory_format=self.memory_format),
@@ -213,7 +210,7 @@ class TrainStep:
 
     def _preview(self, chosen: Sequence[TrainingRows], when: tuple[int, int]) -> None:
         """Show the class rule the training logits of all rows before it weighs them, if it asks for them."""
-        rule, num_classes = self.objective.weights, self.method_state.num_classes
+        rule, num_classes = self.method.weights, self.method_state.num_classes
         if rule is None or not rule.wants_preview:
             return
         sums = []
@@ -235,23 +232,23 @@ class TrainStep:
             for batch in batches:
                 self.method_state.note_clean(batch.y, predicted(self.attacked(batch.x)) != batch.y)
 
-    def _weigh(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows]) -> tuple[list[_Work], Tensor]:
+    def _weigh(self, batches: Sequence[Batch], chosen: Sequence[TrainingRows]) -> tuple[list[_WeighedBatch], Tensor]:
         """Weights of all rows, divided by the sums over all processes, and those sums (T,)."""
         epoch, states = batches[0].epoch, self.method_state.states
-        weighed = [self.objective.weigh(rows, epoch=epoch, states=states) for rows in chosen]
+        weights = [self.method.weigh(rows, epoch=epoch, states=states) for rows in chosen]
         dtype = self.method_state.log.dtype
-        divisor = self.accelerator.reduce(torch.stack([part.to(dtype) for _, part in weighed]).sum(0), "sum")
+        divisor = self.accelerator.reduce(torch.stack([part.to(dtype) for _, part in weights]).sum(0), "sum")
         # Where nothing is trained on there is nothing to divide either.
         safe = torch.where(divisor > 0, divisor, 1)
-        works = []
-        for number, (batch, rows, (weight, _)) in enumerate(zip(batches, chosen, weighed, strict=True)):
+        weighed = []
+        for batch, rows, (weight, _) in zip(batches, chosen, weights, strict=True):
             share = weight / safe.to(weight.dtype)[:, None]
-            works.append(_Work(number=number, batch=batch, rows=rows, share=share))
+            weighed.append(_WeighedBatch(batch=batch, rows=rows, share=share))
             self.method_state.note(batch.y, rows, share)
-        return works, divisor
+        return weighed, divisor
 
     @contextmanager
-    def _perturbed_weights(self, works: Sequence[_Work], when: tuple[int, int]) -> Iterator[float | Tensor]:
+    def _perturbed_weights(self, weighed: Sequence[_WeighedBatch], when: tuple[int, int]) -> Iterator[float | Tensor]:
         """AWP: make the update at weights that are themselves moved against the loss; gives the size of its gradient.
 
         The length of a gradient does not matter to the move, so neither does the scale of a loss in float16.
@@ -261,21 +258,21 @@ class TrainStep:
             yield 0.0
             return
         with preserved_buffers(self.module):
-            self._backward(works, when)
+            self._backward(weighed, when)
         parameters = perturbable(self.module)
         directions, size = awp_direction(parameters), self._gradient_size()
         self.optimizer.zero_grad()
         with perturbed(parameters, directions, gamma):
             yield size
 
-    def _counts(self, works: Sequence[_Work]) -> dict[str, Tensor]:
+    def _counts(self, weighed: Sequence[_WeighedBatch]) -> dict[str, Tensor]:
         """Examples of this process: all, hard ones, and those that were mined."""
         seen, hard, mined = self.method_state.log.new_zeros(3).unbind()
-        for work in works:
-            seen += len(work.batch.y)
-            if work.rows.hard is not None:
-                hard += work.rows.hard.sum()
-                mined += len(work.batch.y)
+        for one in weighed:
+            seen += len(one.batch.y)
+            if one.rows.hard is not None:
+                hard += one.rows.hard.sum()
+                mined += len(one.batch.y)
         return {"seen": seen, "hard": hard, "mined": mined}
 
     def _gradient_size(self) -> Tensor:
@@ -286,16 +283,16 @@ class TrainStep:
             return log.new_zeros(())
         return torch.stack([norm.to(log) for norm in torch._foreach_norm(gradients)]).sum()
 
-    def _backward(self, works: Sequence[_Work], when: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, weighed: Sequence[_WeighedBatch], when: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of all accumulation steps; this process's part of the loss, and its observations."""
         losses, observed = [], []
-        for work in works:
-            batch, rows = work.batch, work.rows
-            last = work.number == len(works) - 1
+        for number, one in enumerate(weighed):
+            batch, rows = one.batch, one.rows
+            last = number == len(weighed) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 if len(rows.y):
-                    logits = self._training_forward(self.model, rows, work.number, when)
-                    loss = (self.objective.losses(logits, rows) * work.share).sum()
+                    logits = self._training_forward(self.model, rows, number, when)
+                    loss = (self.method.losses(logits, rows) * one.share).sum()
                 else:
                     logits = batch.x.new_zeros(0, self.method_state.num_classes)
                     loss = self._idle_forward(batch.x)

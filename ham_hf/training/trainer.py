@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ham_hf.attacks import Attack
+from ham_hf.attacks import Attack, check_pixel_range
 from ham_hf.data import ImageData, PixelBatch, UpdateLayout
-from ham_hf.evaluation import NonFiniteLogitsError, Workplace, check_pixel_range
+from ham_hf.evaluation import NonFiniteLogitsError, Workplace
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
 from ham_hf.precision import attack_passes
@@ -68,7 +68,7 @@ class Trainer:
     Args:
         model: pixel model (pixels in [0, 1] to logits); moved to the accelerator's device.
         data: training and held-out images.
-        objective: training method.
+        method: training method.
         attack: attack of the inner maximization; its threat model also measures the held-out robustness.
         config: settings of the training loop.
         accelerator: from one CPU process to many nodes.
@@ -89,7 +89,7 @@ class Trainer:
         self,
         model: nn.Module,
         data: ImageData,
-        objective: Method,
+        method: Method,
         attack: Attack,
         config: TrainingConfig,
         accelerator: Accelerator,
@@ -100,7 +100,7 @@ class Trainer:
     ) -> None:
         self.checkpoint = agreed_checkpoint(config, accelerator)
         config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
-        self.data, self.objective, self.attack, self.config = data, objective, attack, config
+        self.data, self.method, self.attack, self.config = data, method, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
@@ -115,7 +115,7 @@ class Trainer:
         self._count_updates()
         self._warn_of_late_starts()
         if accelerator.is_fsdp2:
-            check_sharded_settings(config, uses_fawa=config.uses_fawa(objective))
+            check_sharded_settings(config, uses_fawa=config.uses_fawa(method))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.average = self._average_of(model)
@@ -128,12 +128,12 @@ class Trainer:
         self.train_step = TrainStep(
             wrapped,
             self.optimizer,
-            objective,
+            method,
             attack,
             accelerator,
             config,
-            class_counts=training_class_counts(data.train, objective, self.num_classes),
-            ema=self.average if isinstance(self.average, ModelEmaV3) else None,
+            class_counts=training_class_counts(data.train, method, self.num_classes),
+            average=self.average if isinstance(self.average, ModelEmaV3) else None,
         )
         self.method_state = self.train_step.method_state
         self.module, self.passes = self.train_step.module, self.train_step.passes
@@ -141,7 +141,7 @@ class Trainer:
             self.passes.watch(cast(nn.Module, self.average.module))
         plan = run_plan(
             config,
-            objective,
+            method,
             attack,
             data,
             self.module,
@@ -166,14 +166,14 @@ class Trainer:
     def _average_of(self, model: nn.Module) -> ModelEmaV3 | GatedAverage | None:
         """The average of weights that the settings ask for; there is one at most."""
         config = self.config
-        if config.uses_fawa(self.objective):
+        if config.uses_fawa(self.method):
             return GatedAverage(model, config.fawa_decay, config.fawa_threshold)
         return None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
         epochs = -(-self.total_steps // self.updates_per_epoch)
-        for what, (first, words) in self.objective.starts(self.config.first_perturbed_epoch).items():
+        for what, (first, words) in self.method.starts(self.config.first_perturbed_epoch).items():
             if epochs <= first < self.config.num_train_epochs:
                 logger.warning(
                     "%s starts at %s, and --max_steps %s ends the run in epoch %d: it will never be active",
@@ -244,7 +244,7 @@ class Trainer:
         fix = smaller_batch(
             self.config.per_device_train_batch_size,
             self.config.gradient_accumulation_steps,
-            may_change=not self.objective.depends_on_split,
+            may_change=not self.method.depends_on_split,
         )
         while self.progress.step < last:
             with explain_out_of_memory(fix):
@@ -385,7 +385,7 @@ class Trainer:
     def _held_out_sums(self, rule: ClassRule, *, epoch: int) -> Tensor:
         """Sums that a class rule takes over the held-out images with the current weights."""
         with gathered(self.accelerator, self.module):
-            module, loss = self._as_attacked(self.module), self.objective.loss
+            module, loss = self._as_attacked(self.module), self.method.loss
             return self._held_out_part.sums(rule, module, loss=loss, attack=self.attack, epoch=epoch)
 
     def _held_out(self, module: nn.Module) -> HeldOutAccuracy:
@@ -399,8 +399,7 @@ class Trainer:
 
     def _as_attacked(self, module: nn.Module) -> nn.Module:
         """The module as validation attacks it; an average of weights computes in float32."""
-        scaled = module is self.module and self.accelerator.mixed_precision == "fp16"
-        return attack_passes(module, "fp16") if scaled else module
+        return attack_passes(module, "training", self.accelerator.mixed_precision) if module is self.module else module
 
     @property
     def _held_out_part(self) -> HeldOutPart:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import Attack, evaluation_mode
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import Workplace, evaluate, standard_attacks
-from ham_hf.methods import BaseLoss, Batch, ClassRule
+from ham_hf.methods import BaseLoss, Batch, ClassRule, statistics_dtype
 from ham_hf.metrics import FairnessSummary, summarize
 from ham_hf.seeding import Stream, make_generator
 
@@ -51,18 +51,19 @@ class HeldOutPart:
     def sums(self, rule: ClassRule, module: nn.Module, *, loss: BaseLoss, attack: Attack, epoch: int) -> Tensor:
         """Sums (S, num_classes) that ``rule`` takes over all held-out images, of all processes."""
         accelerator, device = self.place.accelerator, self.place.accelerator.device
-        world, rank = accelerator.num_processes, accelerator.process_index
         every = list(enumerate(torch.split(torch.arange(len(self.images)), self.place.batch_size)))
-        # A process without a batch takes the first one for the shape of the sums, and counts it for nothing.
-        mine, counts = (every[rank::world], 1) if len(every) > rank else (every[:1], 0)
+        mine = every[accelerator.process_index :: accelerator.num_processes]
         batches = self.images.batches([BatchRequest(indices, None) for _, indices in mine], device=device)
         sums = []
         with evaluation_mode(module):
             for (number, _), batch in zip(mine, batches, strict=True):
                 noise = make_generator(device, self.place.seed, Stream.HELD_OUT, epoch, number)
                 attacked = Batch(x=batch.x, y=batch.y, attack=attack, epoch=epoch, generator=noise)
-                sums.append(rule.held_out_sums(module, attacked, loss=loss, num_classes=self.num_classes) * counts)
-        total: Tensor = accelerator.reduce(torch.stack(sums).sum(0), "sum")
+                sums.append(rule.held_out_sums(module, attacked, loss=loss, num_classes=self.num_classes))
+        own = torch.zeros(rule.num_held_out_sums, self.num_classes, dtype=statistics_dtype(device), device=device)
+        if sums:  # a process may have no batch
+            own += torch.stack(sums).sum(0)
+        total: Tensor = accelerator.reduce(own, "sum")
         return total
 
 

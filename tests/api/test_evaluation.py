@@ -42,10 +42,25 @@ def test_report_has_clean_both_attacks_and_the_verdict_of_each_class(data: Tenso
     assert report.verdict.summary.average <= report.attacks["cw-3"].summary.average <= report.clean.summary.average
     text = str(report)
     assert repr(report) == text
-    assert "24 images, 4 classes, linf 7.65/255" in text
+    assert "24 images, 4 classes, L∞ 0.03; percent" in text
     assert [line.split()[0] for line in text.splitlines() if line][1:] == [
         *("Evaluation", "Verdict", "Clean", "PGD-3", "CW-3", "Class", "a", "b", "c", "d")
     ]
+
+
+@pytest.mark.parametrize(
+    ("threat_model", "words"),
+    [
+        (ThreatModel("l2", 0.5), "L2 0.5;"),
+        (ThreatModel("l2", 128 / 255), "L2 128/255;"),
+        (ThreatModel("linf", 8 / 255), "L∞ 8/255;"),
+        (ThreatModel("linf", 0.03001), "L∞ 0.03001;"),
+        (ThreatModel("linf", 0.0), "no perturbation;"),
+    ],
+)
+def test_report_says_the_radius_that_was_attacked(data: TensorDataset, threat_model: ThreatModel, words: str) -> None:
+    report = evaluate(group_norm_net().float(), [data.tensors], attacks=[], threat_model=threat_model)
+    assert f"24 images, 4 classes, {words}" in str(report)
 
 
 def test_every_kind_of_loader_gives_the_same_numbers_and_leaves_the_model_alone(data: TensorDataset) -> None:

@@ -65,7 +65,7 @@ def no_random_start() -> Iterator[None]:
         yield
 
 
-def make_trainer(accelerator, folder, objective, labels=range(4), **changes) -> Trainer:
+def make_trainer(accelerator, folder, method, labels=range(4), **changes) -> Trainer:
     """Two epochs of three updates of 16 images; float64, no batch statistics; in training, other ``labels``."""
     data = image_data(48)
     for part in (data.train, data.validation):
@@ -81,7 +81,7 @@ def make_trainer(accelerator, folder, objective, labels=range(4), **changes) -> 
         logging_steps=1,
     )
     return Trainer(
-        group_norm_net(), data, objective, ATTACK, replace(settings, **changes), accelerator, eval_batch_size=20
+        group_norm_net(), data, method, ATTACK, replace(settings, **changes), accelerator, eval_batch_size=20
     )
 
 
@@ -96,8 +96,8 @@ def outcome(run: Trainer) -> dict[str, Tensor]:
 def run_sharded(accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
     """Whole runs with sharded weights, and one stopped in mid-epoch and continued from its checkpoint."""
     found = {}
-    for label, objective in METHODS.items():
-        run = make_trainer(accelerator, folder / label, objective)
+    for label, method in METHODS.items():
+        run = make_trainer(accelerator, folder / label, method)
         assert sum(isinstance(part, FSDPModule) for part in run.module.modules()) > 1, "nothing is sharded"
         run.fit()
         found |= {f"{label}/{key}": value for key, value in outcome(run).items()}

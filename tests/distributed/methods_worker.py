@@ -17,10 +17,10 @@ from tests.distributed.legs import make_trainer, no_random_start
 from tests.support.method_checks import every_method
 
 
-def run(accelerator, objective, folder, changes):
+def run(accelerator, method, folder, changes):
     """Weights, class state and history of a run in which one process alone meets a class, and neither another one."""
     settings = {"learning_rate": 0.5, "max_grad_norm": None, **changes}
-    run = make_trainer(accelerator, folder, objective, labels=[0, 1, 2, 2], **settings)
+    run = make_trainer(accelerator, folder, method, labels=[0, 1, 2, 2], **settings)
     run.fit()
     found = {f"weights.{key}": value for key, value in run.selected_module.state_dict().items()}
     found |= {f"state.{key}": value for key, value in run.method_state.tensors().items()}
@@ -31,11 +31,11 @@ def run(accelerator, objective, folder, changes):
 def main(folder: str) -> None:
     accelerator = create_accelerator()
     found = {"num_processes": torch.tensor(accelerator.num_processes)}
-    for label, (objective, changes) in every_method().items():
-        if hasattr(objective, "fat_omega"):
-            object.__setattr__(objective, "fat_omega", 0.0)
+    for label, (method, changes) in every_method().items():
+        if hasattr(method, "fat_omega"):
+            object.__setattr__(method, "fat_omega", 0.0)
         with no_random_start():
-            values = run(accelerator, objective, Path(folder) / label, changes)
+            values = run(accelerator, method, Path(folder) / label, changes)
         flat = torch.cat([value.double().flatten() for value in values.values()])
         copies = accelerator.gather(flat[None])
         assert all(torch.equal(copies[0], other) for other in copies), f"{label}: processes differ"

@@ -15,7 +15,23 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods import (
+    BAT,
+    CFA,
+    CFOL,
+    DAFA,
+    FAAL,
+    FAT,
+    FRL,
+    GAIRAT,
+    HAM,
+    MART,
+    PGDAT,
+    TRADES,
+    WAT,
+    Method,
+    available,
+)
 from ham_hf.methods.bat import BalanceLoss
 from ham_hf.methods.losses import MartLoss, TradesLoss
 from ham_hf.methods.rules.hard_fraction import HardFraction
@@ -24,6 +40,7 @@ from tests.support.golden_data import golden_net
 from tests.support.method_checks import (
     assert_loss_and_gradients,
     attack_of,
+    every_method,
     exact,
     golden_batch,
     golden_frl,
@@ -242,7 +259,7 @@ def test_ham_weighs_its_hard_examples_by_the_rule_that_it_borrows(rule, state):
     """The weights themselves are the authors', see above; none of these rules divides by them."""
     ham = HAM(mining_start_epoch=0, mining_step=2, class_weighting=rule)
     ham.check(num_steps=10)
-    assert [part.name for part in ham.parts] == ["ham", rule]
+    assert [part.name for part in ham.state_keepers] == ["ham", rule]
     states = initial_states(ham)
     states[rule] |= state
     x, y = golden_batch(64)
@@ -291,7 +308,7 @@ def test_100_classes_most_of_them_absent_and_no_rows(method, rows):
     x, y = torch.rand(rows, 3, 2, 2), torch.arange(rows)
     method.check(num_steps=10)
     states = initial_states(method, 100)
-    for part in method.parts:
+    for part in method.state_keepers:
         part.before_epoch(states[part.name], epoch=70)
     attack = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
     found = rows_of(method, net, x, y, attack=attack, epoch=70, states=states)
@@ -337,3 +354,37 @@ def test_certain_predictions_stay_finite_in_single_and_half_precision(loss, size
         assert torch.isfinite(terms).all()
         (gradient,) = torch.autograd.grad(terms.sum(), given)
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("label", every_method())
+def test_what_is_observed_has_one_shape_and_adds_up(label):
+    method, _ = every_method()[label]
+    logits, y = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 3, 4, 0, 3])
+    for epoch in range(3):
+        for part in method.state_keepers:
+            parts = (slice(7), slice(4), slice(4, 7), slice(0))
+            whole, first, second, nothing = (part.observe(logits[rows], y[rows], epoch=epoch) for rows in parts)
+            if whole is not None:
+                assert whole.shape == first.shape == second.shape == nothing.shape
+                torch.testing.assert_close(first + second, whole)
+                assert not nothing.any()
+
+
+def test_a_method_has_each_class_rule_once():
+    ham = HAM(class_margin="dafa", class_weighting="dafa")
+    assert ham.radii is ham.weights
+    assert [part.name for part in ham.state_keepers] == ["ham", "dafa"]
+    assert [rule.name for rule in ham.rules] == ["dafa"]
+    assert PGDAT().rules == ()
+    cfa = available()["cfa"](cfa_lambda1=0.3)
+    assert [part.name for part in cfa.state_keepers] == ["cfa"]
+    assert cfa.radii is cfa.weights is cfa.rule
+    assert cfa.rule.cfa_lambda1 == 0.3
+
+
+def test_a_method_is_settled_when_the_last_of_what_it_does_by_epochs_has_begun():
+    assert PGDAT().settled_epoch == 0
+    assert HAM(mining_start_epoch=7).settled_epoch == 7
+    assert HAM(mining_start_epoch=7, class_weighting="dafa").settled_epoch == 70
+    assert FAT(fat_tau_epochs=(3, 9)).settled_epoch == 9
+    assert FAT(fat_tau_epochs=()).settled_epoch == 0

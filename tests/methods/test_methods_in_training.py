@@ -85,7 +85,7 @@ def test_a_hundred_classes_in_bf16(tmp_path, label):
 
 def test_a_sampler_shows_what_it_drew(tmp_path):
     run = of_method(tmp_path / "run", "cfol")
-    object.__setattr__(run.objective.rule, "cfol_eta", 0.05)
+    object.__setattr__(run.method.rule, "cfol_eta", 0.05)
     last = run.fit().history[-1]
     drawn = run.method_state.states["cfol"]["probabilities"] * 4
     assert max(last["class_weight"]) > 1.15 > 0.9 > min(last["class_weight"])

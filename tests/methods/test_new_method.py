@@ -99,6 +99,6 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
 def test_other_methods_can_borrow_from_it(made_up, tmp_path):
     options = ["--method", "ham", "--mining_start_epoch", "1", "--mining_step", "1", "--class_weighting", "underdog"]
     ham = parse_train_config([*options, "--class_margin", "underdog", "--class_rule_args", "underdog_gain=3"]).method
-    assert ham.parts[1] == made_up(underdog_gain=3).rule
+    assert ham.state_keepers[1] == made_up(underdog_gain=3).rule
     progress = trainer(tmp_path / "run", ham, ema_decay=None, save_steps=None).fit()
     assert progress.history[1]["class_epsilon"] is not None

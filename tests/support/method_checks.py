@@ -59,9 +59,9 @@ def attack_of(hyper, **changes):
     )
 
 
-def initial_states(objective, num_classes=10):
+def initial_states(method, num_classes=10):
     counts = torch.full((num_classes,), 10.0, dtype=torch.float64)
-    return {part.name: part.initial_state(counts) for part in objective.parts}
+    return {part.name: part.initial_state(counts) for part in method.state_keepers}
 
 
 def rows_of(method, net, x, y, *, attack, epoch=0, states=None, seed=None):

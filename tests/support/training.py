@@ -81,10 +81,10 @@ def config(folder, **changes):
     return replace(settings, **changes)
 
 
-def trainer(folder, objective=HAM_FROM_1, data=None, net=None, attack=ATTACK, accelerator=None, more=None, **changes):
+def trainer(folder, method=HAM_FROM_1, data=None, net=None, attack=ATTACK, accelerator=None, more=None, **changes):
     """A trainer with these changes of its `config`, and ``more`` arguments."""
     settings, accelerator = config(folder, **changes), accelerator or Accelerator(cpu=True)
-    return Trainer(net or make_net(), data or image_data(), objective, attack, settings, accelerator, **(more or {}))
+    return Trainer(net or make_net(), data or image_data(), method, attack, settings, accelerator, **(more or {}))
 
 
 def resumed(folder, *args, **options):

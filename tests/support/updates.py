@@ -15,19 +15,19 @@ from tests.support.nets import pixel_batch
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.03), num_steps=5, step_size=0.01)
 
 
-def train_step(net, optimizer, objective, attack, accelerator, *, class_counts, ema=None, **settings):
+def train_step(net, optimizer, method, attack, accelerator, *, class_counts, average=None, **settings):
     """A `TrainStep` whose settings are the defaults but for ``settings``, with images as they come."""
     config = TrainingConfig(**{"memory_format": "contiguous", **settings})
-    return TrainStep(net, optimizer, objective, attack, accelerator, config, class_counts=class_counts, ema=ema)
+    return TrainStep(net, optimizer, method, attack, accelerator, config, class_counts=class_counts, average=average)
 
 
-def updated(objective, net, batches, *, epoch=0, attack=ATTACK, **options):
+def updated(method, net, batches, *, epoch=0, attack=ATTACK, **options):
     """Weights after one update, its totals, and the rows of every forward."""
     net, rows = copy.deepcopy(net), []
     net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     step = train_step(
-        net, optimizer, objective, attack, Accelerator(cpu=True), class_counts=torch.full((10,), 5), seed=3, **options
+        net, optimizer, method, attack, Accelerator(cpu=True), class_counts=torch.full((10,), 5), seed=3, **options
     )
     totals = step([pixel_batch(x, y) for x, y in batches], epoch=epoch, step=0)
     return net.state_dict(), totals, rows

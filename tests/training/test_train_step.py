@@ -97,7 +97,7 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
     for parameter in net.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
     before = copy.deepcopy(net.state_dict())
-    ema = ModelEmaV3(net, decay=0.5)
+    average = ModelEmaV3(net, decay=0.5)
     attack = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0022)
     step = make_step(
         net,
@@ -106,13 +106,13 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
         attack,
         num_classes=10,
         optimizer=optimizer,
-        ema=ema,
+        average=average,
     )
     totals = step([pixel_batch(case.x, case.y)], epoch=0, step=7)
     assert (totals.updates, totals.loss, totals.hard, totals.mined) == (0, 0, 0, 10)
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
-        assert torch.equal(ema.module.state_dict()[key], before[key])
+        assert torch.equal(average.module.state_dict()[key], before[key])
     assert all(torch.equal(s["momentum_buffer"], torch.ones_like(p)) for p, s in optimizer.state.items())
     drift = case.out_group("zero_weight_variant/param_after/")
     assert max((drift[key] - before[key]).abs().max() for key in drift) > 1e-6

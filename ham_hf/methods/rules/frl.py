@@ -34,7 +34,7 @@ class FRLRule(RadiusRule, WeightRule):
     name: ClassVar[str] = "frl"
     summary: ClassVar[str] = "fair robust learning, Reweight and ReMargin (Xu et al., 2021)"
     weighs_losses: ClassVar[tuple[str, ...]] = ("trades",)
-    uses_held_out: ClassVar[bool] = True
+    num_held_out_sums: ClassVar[int] = 3
     divides_by_class_weight: ClassVar[bool] = True
 
     frl_margin: bool = setting(True, "scale the radius of each class (ReMargin)")

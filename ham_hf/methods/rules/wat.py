@@ -32,7 +32,7 @@ class WATRule(WeightRule):
 
     name: ClassVar[str] = "wat"
     summary: ClassVar[str] = "worst-class adversarial training (Li and Liu, 2023)"
-    uses_held_out: ClassVar[bool] = True
+    num_held_out_sums: ClassVar[int] = 2
 
     wat_eta: float = setting(0.1, "how fast weight moves to costly classes", at_least=0)
 

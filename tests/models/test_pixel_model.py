@@ -350,6 +350,12 @@ class TestLoadPixelModel:
         assert loaded.class_names is not None
         assert loaded.class_names[:2] == ("tench", "1")
 
+    @pytest.mark.parametrize(("written", "found"), [("me/base", "me/base"), ("a--b/c..d", None), ("base", None)])
+    def test_a_card_names_a_base_model_by_an_id_that_the_hub_has(self, tmp_path, written, found):
+        self.write_config(tmp_path)
+        (tmp_path / "README.md").write_text(f"---\nbase_model: {written}\n---\n")
+        assert model_source.read_origin(str(tmp_path)).base_model == found
+
     def test_hub_without_the_files(self, downloads, tmp_path):
         with pytest.raises(ValueError, match=r"config\.json of outputs/nothing .*no folder of that name .*404 Client"):
             load_pixel_model("outputs/nothing")
