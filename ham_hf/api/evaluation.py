@@ -26,7 +26,6 @@ from ham_hf.reporting.breakdowns import GroupReport, group_report
 from ham_hf.reporting.formats import (
     class_cell,
     fraction_text,
-    norm_text,
     percent,
     percent_with_ends,
     plain_text,
@@ -74,7 +73,7 @@ class EvaluationReport:
         """Two tables: one row per evaluation, and one row per class."""
         num = self.clean.summary.num_examples
         norm, epsilon = self.threat_model.norm, float(self.threat_model.epsilon)
-        budget = f"{norm_text(norm)} {fraction_text(epsilon)}" if epsilon else "no perturbation"
+        budget = f"{norm} {fraction_text(epsilon)}" if epsilon else "no perturbation"
         parts = [
             f"{num} images, {len(self.class_names)} classes, {budget}; percent, with 95 % intervals",
             text_table([self._row(entry) for entry in self.entries]),

@@ -42,7 +42,7 @@ def test_report_has_clean_both_attacks_and_the_verdict_of_each_class(data: Tenso
     assert report.verdict.summary.average <= report.attacks["cw-3"].summary.average <= report.clean.summary.average
     text = str(report)
     assert repr(report) == text
-    assert "24 images, 4 classes, L∞ 0.03; percent" in text
+    assert "24 images, 4 classes, linf 0.03; percent" in text
     assert [line.split()[0] for line in text.splitlines() if line][1:] == [
         *("Evaluation", "Verdict", "Clean", "PGD-3", "CW-3", "Class", "a", "b", "c", "d")
     ]
@@ -51,10 +51,10 @@ def test_report_has_clean_both_attacks_and_the_verdict_of_each_class(data: Tenso
 @pytest.mark.parametrize(
     ("threat_model", "words"),
     [
-        (ThreatModel("l2", 0.5), "L2 0.5;"),
-        (ThreatModel("l2", 128 / 255), "L2 128/255;"),
-        (ThreatModel("linf", 8 / 255), "L∞ 8/255;"),
-        (ThreatModel("linf", 0.03001), "L∞ 0.03001;"),
+        (ThreatModel("l2", 0.5), "l2 0.5;"),
+        (ThreatModel("l2", 128 / 255), "l2 128/255;"),
+        (ThreatModel("linf", 8 / 255), "linf 8/255;"),
+        (ThreatModel("linf", 0.03001), "linf 0.03001;"),
         (ThreatModel("linf", 0.0), "no perturbation;"),
     ],
 )
