@@ -273,9 +273,9 @@ def test_a_model_with_logits_that_are_not_finite_is_refused(accelerator, trained
     net, split = SpoiledWhere(trained_net, bright, value), TensorImages(x, labels)
     place = Workplace(accelerator=accelerator, batch_size=16, seed=0, output_dir=tmp_path)
     for _ in range(2):  # anew, and from what the first evaluation left on the disk
-        with pytest.raises(NonFiniteLogitsError, match=rf"not finite on {count} of 64 images.*weights are finite"):
+        with pytest.raises(NonFiniteLogitsError, match=rf"on {count} of 64 clean images.*weights are finite"):
             attacked(net, split, 2, 0.01, place, ThreatModel())
-    with pytest.raises(NonFiniteLogitsError, match=f"not finite on {count} of 64 images"):
+    with pytest.raises(NonFiniteLogitsError, match=f"not finite on {count} of 64 clean images"):
         evaluate_autoattack(net, split, place, num_classes=4, threat_model=ThreatModel())
 
 
@@ -407,7 +407,7 @@ def test_evaluate_refuses_a_finished_folder_with_one_value_that_is_not_finite(
     (model / "config.json").write_bytes((finished_folder / "config.json").read_bytes())
     arguments = ["--dataset_name=digits", "--limit_test_examples=40", f"--output_dir={out}", "--use_cpu"]
     message = refused(capsys, "evaluate.py", str(model), *arguments)
-    assert "not finite on 40 of 40 images" in message
+    assert "not finite on 40 of 40 clean images" in message
     assert name in message
     assert not (out / "report.json").exists()
     assert not (out / "EVALUATION.md").exists()
