@@ -31,7 +31,7 @@ def test_script(name: str, tmp_path: Path) -> None:
         pytest.skip(f"{needed} is not installed: {name}.py was not run")
     # Three epochs: two of warm-up, one that mines.
     out = run(tmp_path, EXAMPLES / f"{name}.py", "--epochs", "3", "--images", "200")
-    assert "40 images, 10 classes, L∞ 0.1;" in out
+    assert "40 images, 10 classes, linf 0.1;" in out
     assert "Verdict" in out
 
 
@@ -54,5 +54,5 @@ for source in {code!r}:
 """
     (tmp_path / "cells.py").write_text(script)
     out = run(tmp_path, tmp_path / "cells.py")
-    assert out.count("40 images, 10 classes, L∞ 0.1;") == 2
+    assert out.count("40 images, 10 classes, linf 0.1;") == 2
     assert (tmp_path / "outputs" / "notebook" / "model.safetensors").is_file()
