@@ -13,12 +13,10 @@ import time
 import pytest
 import torch
 
-from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
+from ham_hf.artifacts import OWNED_BY_EVALUATION, OWNED_BY_TRAINING, PARTIAL_RESULTS
 from ham_hf.training.checkpoint import list_checkpoints, save_best, save_checkpoint
 from ham_hf.training.run_folder import (
     LOCK_NAME,
-    OWNED_BY_EVALUATION,
-    OWNED_BY_TRAINING,
     OWNER_NAME,
     RunLock,
     check_output_dir,
@@ -100,7 +98,7 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-old.zip", "note.txt"]
 
 
-# run_folder.py imports nothing else of the package, so this process starts in a fraction of a second.
+# The module alone, loaded from its file: the recipe is not needed to hold a lock.
 OWNER = f"""
 import importlib.util, os, sys, time
 from pathlib import Path
