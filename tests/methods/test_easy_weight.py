@@ -132,8 +132,9 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
 
     mean = (0.9 + 0.5 + 0.1) / 3
     raw = [min(1.4, 1 + 2 * (0.9 - mean)), 1 + 2 * (0.5 - mean), max(0.7, 1 + 2 * (0.1 - mean))]
-    # Half of a weight is kept from epoch to epoch, and all begin at 1.
-    of_class = [(1 + 3 * value / sum(raw)) / 2 for value in raw] + [1.0]
+    # A part of a weight is kept from epoch to epoch, and all begin at 1.
+    kept = ham.weights.hard_fraction_decay
+    of_class = [kept + (1 - kept) * 3 * value / sum(raw) for value in raw] + [1.0]
     loss, _ = expected_loss(net, case, base_loss, 0.4, kinds=False, of_class=of_class)
     assert_is(case, update_of(ham, case, SPLITS[split], epoch=1, prepare=prepare), loss)
 
