@@ -31,6 +31,8 @@ class Stateful:
     """One line for ``--help`` and the model card; ends with the paper, "(Lin et al., 2025)", or with "(ours)"."""
     gates_averaging: ClassVar[bool] = False
     """Whether fairness-gated weight averaging belongs to the published method."""
+    unrecorded: ClassVar[Mapping[str, object]] = {}
+    """What options were in runs whose records lack them, where that is not today's default."""
 
     @property
     def warmup_epochs(self) -> int:

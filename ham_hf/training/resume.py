@@ -223,7 +223,7 @@ def _or_none(value: object) -> object:
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
     """Reject a checkpoint with a different plan; the ValueError names what differs."""
     changed = [
-        f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
+        f"{key} {_but_for(saved.get(key), plan.get(key))} -> {_but_for(plan.get(key), saved.get(key))}"
         for key in {**saved, **plan}
         if saved.get(key) != plan.get(key)
     ]
@@ -242,6 +242,13 @@ def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]
             f"--resume_from_checkpoint {checkpoint} belongs to a run with other settings: {'; '.join(changed)}; "
             "resume with the same ones, or start a new run in another --output_dir"
         )
+
+
+def _but_for(value: object, other: object) -> str:
+    """The value in few words; of two mappings, what the other one does not have."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: entry for key, entry in value.items() if key not in other or other[key] != entry}
+    return str(value)[:60]
 
 
 def keep_update_size(config: TrainingConfig, checkpoint: Path | None, *, num_processes: int) -> TrainingConfig:
