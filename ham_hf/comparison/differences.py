@@ -11,22 +11,16 @@ from typing import TypeAlias
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.assembly import group_settings
 from ham_hf.config.yaml_file import exact_fraction
+from ham_hf.hub_config import EvaluationHubConfig, HubConfig
 from ham_hf.methods import Method, available
 from ham_hf.reporting.formats import plain_text, public_value, public_word
 from ham_hf.reporting.method_text import gates_averaging
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.settings import settings_of
+from ham_hf.training.config import CHANGES_NO_NUMBER
 
-NOT_THE_RUN = frozenset(
-    {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name",
-        "project", "trackio_space_id", "logging_steps",
-        "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "create_pr",
-        "model_license",
-        "ddp_timeout", "max_train_hours",
-    }
-)  # fmt: skip
+_PUSHED = {known.name for kind in (HubConfig, EvaluationHubConfig) for known in settings_of(kind)}
+NOT_THE_RUN = CHANGES_NO_NUMBER | _PUSHED | {"dataloader_num_workers"}
 """Settings that change no number of a run."""
 _OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
@@ -48,9 +42,8 @@ def run_settings(config: Mapping[str, object], *, without: Collection[str] = ())
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
     if isinstance(plain.get("method"), str):
         plain = json.loads(_defaults(str(plain["method"]))) | plain
-    if isinstance(options := plain.get("class_rule_args"), dict):
-        del plain["class_rule_args"]
-        plain = options | plain
+    options = plain.pop("class_rule_args", {})
+    plain = (options if isinstance(options, dict) else {"class_rule_args": options}) | plain
     batch, accumulation = (plain.get(name) for name in _OF_ONE_UPDATE)
     if isinstance(batch, int) and isinstance(accumulation, int):
         plain = {name: value for name, value in plain.items() if name not in _OF_ONE_UPDATE}

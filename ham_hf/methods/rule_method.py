@@ -12,7 +12,7 @@ from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.state import named_kinds
 from ham_hf.settings import ConfigError, is_kind, same_as, setting, setting_problems
 
-LENDERS: dict[str, type[ClassRule]] = {"class_margin": RadiusRule, "class_weighting": WeightRule}
+_LENDERS: dict[str, type[ClassRule]] = {"class_margin": RadiusRule, "class_weighting": WeightRule}
 """Options that name a class rule, and what they borrow from it."""
 
 
@@ -55,15 +55,8 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
     """
     hints = get_type_hints(rule_kind)
     options = [(one.name, hints[one.name], same_as(rule_kind, one.name)) for one in fields(rule_kind)]
-    namespace = {
-        "__doc__": rule_kind.__doc__,
-        "__module__": rule_kind.__module__,
-        "name": rule_kind.name,
-        "summary": rule_kind.summary,
-        "gates_averaging": rule_kind.gates_averaging,
-        "unrecorded": rule_kind.unrecorded,
-        "rule_kind": rule_kind,
-    }
+    shared = ("__doc__", "__module__", "name", "summary", "gates_averaging", "unrecorded")
+    namespace = {"rule_kind": rule_kind, **{name: getattr(rule_kind, name) for name in shared}}
     title = rule_kind.__name__.removesuffix("Rule")
     bases = (RuleMethod, loss) if loss is not Method else (RuleMethod,)
     return make_dataclass(title, options, bases=bases, namespace=namespace, frozen=True, kw_only=True)
@@ -81,11 +74,11 @@ class Borrowing(Method):
 
     def __post_init__(self) -> None:
         """Write out every option of the borrowed rules, so that the records of a run tell them all."""
-        options = _lent_options([getattr(self, option) for option in LENDERS], self.class_rule_args)
+        options = _lent_options([getattr(self, option) for option in _LENDERS], self.class_rule_args)
         object.__setattr__(self, "class_rule_args", options)
 
     def check(self, *, num_steps: int) -> None:
-        for option, base in LENDERS.items():
+        for option, base in _LENDERS.items():
             name, lends = getattr(self, option), named_kinds(base)
             if name != "none" and name not in lends:
                 why_not = f"as {name} has none to lend" if name in available() else f"and there is no method {name!r}"
@@ -142,11 +135,13 @@ def _lent_options(lenders: Sequence[object], given: Any, *, recorded: bool = Fal
     usual: dict[str, object] = {}
     for kind in [kind for name, kind in named_kinds(ClassRule).items() if name in lenders]:
         usual |= {**asdict(kind.lent()), **(kind.unrecorded if recorded else {})}
-    # A whole number given for a number is that number, as in settings, which have a type.
-    return {
-        name: float(value) if isinstance(usual.get(name), float) and is_kind(value, float) else value
-        for name, value in {**usual, **given}.items()
-    }
+    options = {**usual, **given}
+    for name, default in usual.items():
+        # As in settings, which have a type: a whole number may stand for a number, and JSON has lists alone.
+        value, of_type = options[name], type(default)
+        if (of_type is float and is_kind(value, float)) or (of_type is tuple and isinstance(value, list)):
+            options[name] = of_type(value)
+    return options
 
 
 def as_recorded(record: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -154,7 +149,7 @@ def as_recorded(record: Mapping[str, object], prefix: str = "") -> dict[str, obj
 
     ``prefix`` stands before the name of each option.
     """
-    lenders, options = [record.get(prefix + option) for option in LENDERS], f"{prefix}class_rule_args"
+    lenders, options = [record.get(prefix + option) for option in _LENDERS], f"{prefix}class_rule_args"
     method = available().get(str(record.get("method")), Method)
     found = {**{prefix + name: value for name, value in method.unrecorded.items()}, **record}
     if options in found:

@@ -38,8 +38,7 @@ class Stateful:
     def warmup_epochs(self) -> int:
         """Number of first epochs in which it changes nothing: its `start_option`, or 0; 1 if it has to observe one."""
         option = self.start_option()
-        epochs: int = getattr(self, option) if option else 0
-        return epochs
+        return int(getattr(self, option)) if option else 0
 
     @classmethod
     def start_option(cls) -> str:

@@ -13,7 +13,6 @@ That weak classes should weigh more is what DAFA, WAT, FRL and CFOL do as well; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +33,7 @@ class HardFractionRule(FirstTermRule):
 
     name: ClassVar[str] = "hard_fraction"
     summary: ClassVar[str] = "class weights from each class's share of hard examples in the epochs before (ours)"
-    unrecorded: ClassVar[Mapping[str, object]] = {"hard_fraction_decay": 0.0}
+    unrecorded: ClassVar = {"hard_fraction_decay": 0.0}
 
     hard_fraction_strength: float = setting(
         1.0, "s of the class weights 1 + 2 s (hard fraction - mean over classes)", above=0
