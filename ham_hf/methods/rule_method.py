@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, make_dataclass
 from functools import cached_property
@@ -111,7 +112,8 @@ class Borrowing(Method):
 
     @cached_property
     def _borrowed(self) -> dict[str, ClassRule]:
-        kinds, given = named_kinds(ClassRule), self.class_rule_args
+        kinds = named_kinds(ClassRule)
+        given = {name: tuple(one) if isinstance(one, list) else one for name, one in self.class_rule_args.items()}
         return {
             name: kinds[name](**{one.name: given[one.name] for one in fields(kinds[name])})
             for name in sorted({self.class_margin, self.class_weighting} - {"none"})
@@ -134,14 +136,12 @@ def _lent_options(lenders: Sequence[object], given: Any, *, recorded: bool = Fal
         return given  # for checks to refuse
     usual: dict[str, object] = {}
     for kind in [kind for name, kind in named_kinds(ClassRule).items() if name in lenders]:
-        usual |= {**asdict(kind.lent()), **(kind.unrecorded if recorded else {})}
-    options = {**usual, **given}
-    for name, default in usual.items():
-        # As in settings, which have a type: a whole number may stand for a number, and JSON has lists alone.
-        value, of_type = options[name], type(default)
-        if (of_type is float and is_kind(value, float)) or (of_type is tuple and isinstance(value, list)):
-            options[name] = of_type(value)
-    return options
+        usual |= {**json.loads(json.dumps(asdict(kind.lent()))), **(kind.unrecorded if recorded else {})}
+    # A whole number given for a number is that number, as in settings, which have a type.
+    return {
+        name: float(value) if isinstance(usual.get(name), float) and is_kind(value, float) else value
+        for name, value in {**usual, **given}.items()
+    }
 
 
 def as_recorded(record: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -179,13 +179,19 @@ def test_a_stream_that_does_not_know_its_classes_changes_nothing():
 BORROWED = ["--method=pgd_at", "--class_weighting=hard_fraction"]
 
 
-def test_every_record_of_a_run_tells_all_options_of_the_rule_that_it_borrows(tmp_path):
+def test_every_record_of_a_run_tells_all_options_of_the_rule_that_it_borrows(tmp_path, capsys):
     config = parse_train_config(BORROWED)
     assert config_to_dict(config)["class_rule_args"] == asdict(HardFractionRule())
     (tmp_path / "run.yaml").write_text(config_to_yaml(config))
     assert "hard_fraction_decay: 0.5" in (tmp_path / "run.yaml").read_text()
     assert parse_train_config([*BORROWED, "--class_rule_args", "hard_fraction_decay=0.5"]) == config
     assert load_train_config(tmp_path / "run.yaml") == config
+    # What the file tells is of its rule: without the rule, or with another one, it has to go too.
+    file = ["--config", str(tmp_path / "run.yaml"), "--class_weighting=none"]
+    with pytest.raises(SystemExit):
+        parse_train_config(file)
+    assert "--class_rule_args hard_fraction_strength: expected nothing without" in capsys.readouterr().err
+    assert parse_train_config([*file, "--class_rule_args"]).method == PGDAT()
     # A whole number counts as the number that it is.
     zero = parse_train_config([*BORROWED, "--class_rule_args", "hard_fraction_decay=0", "hard_fraction_strength=1"])
     told = json.dumps(config_to_dict(zero)["class_rule_args"])
