@@ -143,6 +143,7 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
         base_loss=base_loss,
         pack_hard_examples=split == "packed",
         class_weighting="hard_fraction",
+        class_rule_args={"hard_fraction_decay": 0.5},
         **({} if base_loss == "pgd_at" else {"beta": BETA}),
     )
 
