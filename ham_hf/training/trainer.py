@@ -21,6 +21,7 @@ from ham_hf.data import ImageData, PixelBatch, UpdateLayout
 from ham_hf.evaluation import NonFiniteLogitsError, Workplace
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
+from ham_hf.methods.rule_method import as_recorded
 from ham_hf.precision import attack_passes
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
@@ -469,6 +470,7 @@ class Trainer:
             return
         checkpoint = load_checkpoint(path)
         progress = Progress(**checkpoint.state)
+        progress.plan = as_recorded(progress.plan, f"{progress.plan['method']}.")
         check_same_run(path, progress.plan, self.progress.plan)
         load_model(self.module, checkpoint.model)
         if self.average is not None and checkpoint.averaged is not None:

@@ -7,7 +7,7 @@ tests/training/test_train_step.py.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -15,10 +15,28 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
+from ham_hf.methods import (
+    BAT,
+    CFA,
+    CFOL,
+    DAFA,
+    FAAL,
+    FAT,
+    FRL,
+    GAIRAT,
+    HAM,
+    MART,
+    PGDAT,
+    TRADES,
+    WAT,
+    ClassRule,
+    Method,
+)
 from ham_hf.methods.bat import BalanceLoss
 from ham_hf.methods.losses import MartLoss, TradesLoss
+from ham_hf.methods.rule_method import as_recorded
 from ham_hf.methods.rules.hard_fraction import HardFraction
+from ham_hf.methods.state import named_kinds
 from ham_hf.settings import setting_problems
 from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
 from tests.support.method_checks import (
@@ -347,3 +365,36 @@ def test_a_method_is_settled_when_the_last_of_what_it_does_by_epochs_has_begun()
     assert HAM(mining_start_epoch=7, class_weighting="dafa").settled_epoch == 70
     assert FAT(fat_tau_epochs=(3, 9)).settled_epoch == 9
     assert FAT(fat_tau_epochs=()).settled_epoch == 0
+
+
+BEFORE = {
+    "cfa": {
+        "cfa_margin": True,
+        "cfa_regularization": True,
+        "cfa_start_epoch": 10,
+        "cfa_lambda1": 0.5,
+        "cfa_lambda2": 0.5,
+    },
+    "cfol": {"cfol_as": "weight", "cfol_gamma": 0.5, "cfol_eta": 1e-05, "cfol_base": "uniform"},
+    "dafa": {"dafa_lambda": 1.0, "dafa_start_epoch": 70},
+    "faal": {"faal_radius": 0.5},
+    "frl": {"frl_margin": True, "frl_bound": 0.07, "frl_rate1": 0.05, "frl_rate2": 0.2, "frl_limit": 0.5},
+    "hard_fraction": {
+        "hard_fraction_strength": 1.0,
+        "hard_fraction_low": 0.7,
+        "hard_fraction_high": 1.4,
+        "hard_fraction_decay": 0.0,
+        "hard_fraction_start_epoch": 0,
+    },
+    "wat": {"wat_eta": 0.1},
+}
+"""What the options of borrowed rules were in records that did not tell them."""
+
+
+def test_a_default_may_change_and_old_records_keep_their_meaning():
+    """Where this fails, declare in ``unrecorded`` of the rule what an option was; a new option goes into the table."""
+    known = named_kinds(ClassRule)
+    assert {name: {**asdict(known[name].lent()), **known[name].unrecorded} for name in BEFORE} == BEFORE
+    for name, options in BEFORE.items():
+        recorded = as_recorded({"method": "pgd_at", "class_weighting": name, "class_rule_args": {}})
+        assert recorded["class_rule_args"] == options
