@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ham_hf.attacks import ThreatModel
-from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
+from ham_hf.calibration_run import CALIBRATION_KEY, HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
 from ham_hf.data.provenance import plain_name
@@ -403,7 +403,7 @@ def export_model(
             "dataset": plain_name(data.name),
             "test_fraction": config.data.test_fraction,
             "trained_on": data.provenance.record() if data.provenance is not None else None,
-            **({} if calibration is None else {"calibration": dict(calibration)}),
+            **({} if calibration is None else {CALIBRATION_KEY: dict(calibration)}),
         },
         model_license=config.hub.model_license,
         tag=config.method.name,

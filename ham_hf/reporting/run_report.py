@@ -218,7 +218,6 @@ def training_section(
     ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
     count among those of the run.
     """
-    passes = progress.passes
     return TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
@@ -229,7 +228,7 @@ def training_section(
         selected_epoch=best["epoch"],
         history=tuple(progress.history),
         peak_memory_bytes=peak_memory_bytes,
-        passes=passes if passes is None or calibration is None else passes + calibration.passes,
+        passes=progress.passes + (0 if calibration is None else calibration.passes),
         changes=tuple(progress.changes),
     )
 
