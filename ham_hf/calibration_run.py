@@ -174,7 +174,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         return load_image_data(wanted, inputs, seed=config.seed, image_size=inputs.image_size)
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
-    data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
+    data = loaded_with(limit_train_examples=num_logits(loaded))
     _check_test_images(loaded, data, settings.test_fraction)
     known, trained = data.provenance, provenance_of(loaded)
     assert known is not None  # noqa: S101 (a dataset that was loaded)
@@ -187,10 +187,6 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     # The other split is named, so that none is held out of this one; of it a single image is read.
     others = {} if is_train else {"train_split": split, "test_split": known.test_split or known.train_split}
     limits = {"limit_train_examples": config.limit_calibration_examples, "limit_test_examples": 1}
-    if settings.dataset_streaming:
-        raise ValueError(
-            f"--calibration_split {split}: a stream cannot be calibrated on; leave --dataset_streaming out"
-        )
     try:
         part = loaded_with(**others, **limits)
     except ValueError as error:
@@ -201,7 +197,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
             f"--calibration_split {split} is the training split: shifts that are found on images which the model was "
             "trained on may be wrong for new ones; name another split, or say --allow_training_images"
         )
-    assert isinstance(part.train, Images)  # noqa: S101 (no stream)
+    assert isinstance(part.train, Images)  # noqa: S101 (a configuration with a split has no stream)
     images = _with_labels_by_name(part.train, part.class_names, data.class_names, split)
     whose = "its own training images, " if seen else ""
     return HeldOut(
