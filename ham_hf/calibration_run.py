@@ -87,9 +87,9 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
         check_foldable(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
+        threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
         held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
-    threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
     job = make_job(
         config,
         accelerator,

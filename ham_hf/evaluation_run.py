@@ -248,12 +248,13 @@ def shell_command(config: EvaluateConfig) -> str:
 def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
     """Reject what can be rejected, before anything is written."""
     accelerator = begin(config, OWNED_BY_EVALUATION)
+    chosen_corruptions(config.more.corruptions, num_channels=3)  # whether the names exist
+    foreign = load_foreign_attacks(config.more.foreign_attack)
     if config.hub.push_to_hub and accelerator.is_main_process:
         if config.hub.create_pr:
             check_pull_request(str(config.repo_id))
         else:
             check_write_access(config.repo_id, private=False)
-    foreign = load_foreign_attacks(config.more.foreign_attack)
     loaded = load_pixel_model(config.model, revision=config.model_revision)
     chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
     threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)

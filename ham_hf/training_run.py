@@ -54,6 +54,7 @@ from ham_hf.training.launch import check_shared_folder, create_accelerator, laun
 from ham_hf.training.log import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
+from ham_hf.training.sharding import check_sharded_settings
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
@@ -253,6 +254,8 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
         logging_dir=Path(training.output_dir) / LOGS_NAME,
         ddp_timeout=training.ddp_timeout,
     )
+    if accelerator.is_fsdp2:
+        check_sharded_settings(training, uses_fawa=training.uses_fawa(config.method))
     if accelerator.is_main_process:
         lock.acquire()
     return accelerator

@@ -96,6 +96,11 @@ def test_other_data_or_no_record_is_refused(tmp_path):
     unseen = export(load(str(tmp_path / "set"), validation_fraction=0), tmp_path / "all")
     with pytest.raises(ValueError, match="--validation_fraction 0, so it has seen every training image"):
         find_validation_part(unseen, DataConfig(dataset_name=str(tmp_path / "set")))
+    here = str(tmp_path / "set")
+    assert len(find_validation_part(loaded, DataConfig(dataset_name=here, train_split="train")).validation)
+    for name, value in {"test_split": "train", "test_fraction": 0.5, "skip_corrupt": True}.items():
+        with pytest.raises(ValueError, match=f"--{name} .*has no effect without --calibration_split"):
+            find_validation_part(loaded, DataConfig(dataset_name=here, **{name: value}))
     broken = {"trained_on": {**loaded.metadata["trained_on"], "seed": "7"}}
     with pytest.raises(ValueError, match=r"ham_hf.trained_on.seed is not what this package writes: '7'"):
         provenance_of(replace(loaded, metadata=broken))
