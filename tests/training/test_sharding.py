@@ -23,7 +23,6 @@ from ham_hf.training_run import start_accelerator
 from tests.conftest import ROOT
 from tests.support.nets import group_norm_net
 from tests.support.recipe_runs import CONFIGURED
-from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
