@@ -312,12 +312,15 @@ def _not_downloaded(what: str, error: Exception) -> ValueError:
     )
 
 
-def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
-    """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
-    upload = partial(_commit, repo_id, _files(folder, names, {}), revision=revision, commit_message=commit_message)
-    state = f"{repo_id} is as it was."
-    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Run the same command again")
-    return str(commit.commit_url)
+def push_files(
+    folder: Path, repo_id: str, names: Sequence[str], *, revision: str, create_pr: bool, commit_message: str
+) -> str:
+    """Push some files of a folder as one commit or pull request, whose URL is returned; other files stay."""
+    options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+    upload = partial(_commit, repo_id, _files(folder, names, {}), **options)
+    attempts, state = 1 if create_pr else 3, f"{repo_id} is as it was."
+    commit = _pushed(upload, f"to {repo_id}", attempts=attempts, state=state, again="Run the same command again")
+    return str(commit.pr_url or commit.commit_url)
 
 
 def check_pull_request(repo_id: str) -> None:

@@ -19,7 +19,7 @@ from ham_hf.hub import (
     push_files,
     push_finished,
 )
-from ham_hf.hub_config import is_hub_id
+from ham_hf.hub_config import DEFAULT_REVISION, is_hub_id
 from ham_hf.invocation import command
 from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
@@ -28,39 +28,64 @@ from ham_hf.reporting.page import PAGE_NAME
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
 
+OF_RUNS = ("hub_space", "model_license")
+OF_PUSHES = ("hub_private_repo", "publish_images")
+
 
 def run_push(options: argparse.Namespace) -> None:
     """Push or repair what ``options`` name; status 2 if that cannot be or fails."""
-    folder, repo_id = options.folder, options.hub_model_id
+    folder = options.folder
     with clean_exit(ValueError, OSError, PushError, RuntimeError):
-        if not options.repair and repo_id is None:
+        if not options.repair and options.hub_model_id is None:
             raise ValueError("--hub_model_id is missing: the repository to push to, owner/name")
         if options.repair and not folder.is_dir():
+            _refuse(options, [*OF_RUNS, *OF_PUSHES], "the repair of a repository on the Hub")
             _repair_on_hub(str(folder), options)
             return
+        if options.hub_model_id is None:
+            push = None
+            flags = [*OF_RUNS, *OF_PUSHES, "hub_revision", "create_pr"]
+            _refuse(options, flags, "a repair without --hub_model_id")
+        elif (folder / EVALUATION_NAME).is_file():
+            push = _push_evaluation
+            _refuse(options, OF_RUNS, "the folder of an evaluation")
+            _refuse(options, ["hub_private_repo"] if options.create_pr else [], "a pull request")
+        else:
+            push = _push
+            _refuse(options, ["create_pr"], f"a folder without {EVALUATION_NAME}, which an evaluation writes")
         if options.repair:
             _print_changes(str(folder), repair_folder(folder))
-        if repo_id is not None and (folder / EVALUATION_NAME).is_file():
-            _push_evaluation(folder, options)
-        elif repo_id is not None:
-            _push(folder, options)
+        if push:
+            push(folder, options)
+
+
+def _refuse(options: argparse.Namespace, flags: Sequence[str], what: str) -> None:
+    """ValueError for the first of the flags that is given: it has no effect on ``what``."""
+    for flag in flags:
+        if getattr(options, flag) not in (None, False, DEFAULT_REVISION):
+            raise ValueError(f"--{flag} is not for {what}")
+
+
+def _check_access(repo_id: str, options: argparse.Namespace) -> str:
+    """The full id of a repository that may be written to, or that a pull request may be opened in."""
+    if not options.create_pr:
+        return check_write_access(repo_id, private=options.hub_private_repo, revision=options.hub_revision)
+    check_pull_request(repo_id)
+    return repo_id
 
 
 def _push_evaluation(folder: Path, options: argparse.Namespace) -> None:
-    repo_id, create_pr, revision = options.hub_model_id, options.create_pr, options.hub_revision
-    if create_pr:
-        check_pull_request(repo_id)
-    else:
-        repo_id = check_write_access(repo_id, private=options.hub_private_repo, revision=revision)
     url = push_evaluation(
-        folder, repo_id, create_pr=create_pr, publish_images=options.publish_images, revision=revision
+        folder,
+        _check_access(options.hub_model_id, options),
+        create_pr=options.create_pr,
+        publish_images=options.publish_images,
+        revision=options.hub_revision,
     )
     show(f"pushed to {url}\n")
 
 
 def _push(folder: Path, options: argparse.Namespace) -> None:
-    if options.create_pr:
-        raise ValueError(f"--create_pr is for the folder of an evaluation, and {folder} has no {EVALUATION_NAME}")
     missing = [name for name in ("model.safetensors", "config.json", REPORT_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not the folder of a finished run: {', '.join(missing)} missing")
@@ -98,9 +123,10 @@ def _repair_on_hub(repo_id: str, options: argparse.Namespace) -> None:
             download_file(repo_id, name, copy, revision=revision, required="/" not in name)
         changes = repair_folder(copy)
         if changes:
-            check_write_access(repo_id, private=False, revision=revision)
+            _check_access(repo_id, options)
             message = "Repair config.json: loads with transformers"
-            url = push_files(copy, repo_id, REPAIR_WRITES, revision=revision, commit_message=message)
+            wanted = {"revision": revision, "create_pr": options.create_pr, "commit_message": message}
+            url = push_files(copy, repo_id, REPAIR_WRITES, **wanted)
     _print_changes(repo_id, changes)
     if changes:
         show(f"pushed to {url}\n")
