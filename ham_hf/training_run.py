@@ -39,14 +39,7 @@ from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
 from ham_hf.reporting.method_text import exchange_sentence
 from ham_hf.reporting.report import CalibrationReport, RunReport
-from ham_hf.reporting.run_report import (
-    model_section,
-    overflow_notes,
-    training_report,
-    training_section,
-    write_config,
-    write_run,
-)
+from ham_hf.reporting.run_report import model_section, training_report, write_config, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
@@ -139,7 +132,8 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     # Before the push: a failed one ends the process, and no other process has to wait for one that takes long.
     end_training(run.accelerator)
     if is_main_process and config.hub.push_to_hub:
-        push(run)
+        with clean_exit(PushError):
+            push_finished(run.folder, str(run.repo_id), config.hub)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -354,20 +348,20 @@ def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
 
 def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
     """Write model, report, card and figures into the output folder."""
-    config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
+    config, data, preprocessing = run.config, run.data, run.preprocessing
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
     model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
-    training = training_section(progress, found.best, peak_memory_bytes=peak_memory, calibration=found.calibration)
     report = training_report(
         config,
         model,
-        training,
         data,
         found.results,
         run.accelerator,
+        progress=run.trainer.progress,
+        best=found.best,
+        peak_memory_bytes=peak_memory,
         calibration=found.calibration,
-        notes=overflow_notes(progress),
     )
     examples = run_examples(
         run.selected,
@@ -411,9 +405,3 @@ def export_model(
         model_license=config.hub.model_license,
         tag=config.method.name,
     )
-
-
-def push(run: Run) -> None:
-    """Push the finished folder to the Hub; on the main process."""
-    with clean_exit(PushError):
-        push_finished(run.folder, str(run.repo_id), run.config.hub)

@@ -206,19 +206,25 @@ def model_section(
     )
 
 
-def training_section(
+def training_report(
+    config: TrainConfig,
+    model: ModelReport,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    accelerator: Accelerator,
+    *,
     progress: Progress,
     best: Mapping[str, Any],
-    *,
     peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
-) -> TrainingReport:
-    """How the weights were trained; ``best`` is the state that the evaluated ones were selected with.
+) -> RunReport:
+    """Report of a training run; ``best`` is the state that the evaluated weights were selected with.
 
     ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
     count among those of the run.
     """
-    return TrainingReport(
+    settings, overflowed = config_to_dict(config), progress.overflowed_updates
+    training = TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
         skipped_updates=progress.skipped_updates,
@@ -231,24 +237,11 @@ def training_section(
         passes=progress.passes + (0 if calibration is None else calibration.passes),
         changes=tuple(progress.changes),
     )
-
-
-def training_report(
-    config: TrainConfig,
-    model: ModelReport,
-    training: TrainingReport,
-    data: ImageData,
-    results: Mapping[str, AttackResult],
-    accelerator: Accelerator,
-    *,
-    calibration: CalibrationReport | None = None,
-    notes: Sequence[str] = (),
-) -> RunReport:
-    """Report of a training run; see `model_section`, `training_section` and `overflow_notes`."""
-    settings = config_to_dict(config)
-    early = selected_too_early(settings, training)
-    for sentence in early:
+    notes = list(selected_too_early(settings, training))
+    for sentence in notes:
         logger.warning(sentence)
+    if overflowed:
+        notes.append(f"{overflowed} of {progress.step} updates were skipped as their gradient overflowed in float16.")
     return RunReport(
         model=model,
         dataset=dataset_report(data),
@@ -259,18 +252,10 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
-        notes=(*early, *notes, *training.changes, *rounding()),
+        notes=(*notes, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
-
-
-def overflow_notes(progress: Progress) -> tuple[str, ...]:
-    """The card's note on updates that were skipped because a gradient overflowed in float16."""
-    count = progress.overflowed_updates
-    if not count:
-        return ()
-    return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
