@@ -51,8 +51,8 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
     trained = provenance_of(loaded)
     if trained is None:
         raise ValueError(
-            "the model's config.json does not record what it was trained on (ham_hf.trained_on), so its validation "
-            "images cannot be found again; train it with this version"
+            "the model does not record which images its training run held out: name a split that it was not trained "
+            "on with --calibration_split (or, with --allow_training_images, the training split)"
         )
     if trained.validation_fraction == 0:
         raise ValueError(

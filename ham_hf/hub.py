@@ -343,6 +343,16 @@ def check_pull_request(repo_id: str) -> None:
         raise ValueError(problem) from None
 
 
+def check_target(
+    repo_id: str | None, *, create_pr: bool, private: bool = False, revision: str = DEFAULT_REVISION
+) -> str:
+    """`check_pull_request` or `check_write_access`; returns the full id."""
+    if not create_pr:
+        return check_write_access(repo_id, private=private, revision=revision)
+    check_pull_request(str(repo_id))
+    return str(repo_id)
+
+
 def push_evaluation(
     folder: str | Path,
     repo_id: str,

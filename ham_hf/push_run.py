@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from ham_hf.faults import clean_exit
 from ham_hf.hub import (
     EVALUATION_NAME,
     PushError,
-    check_pull_request,
+    check_target,
     check_write_access,
     download_file,
     push_evaluation,
@@ -28,9 +28,6 @@ from ham_hf.reporting.page import PAGE_NAME
 from ham_hf.reporting.report import REPORT_NAME, read_report
 from ham_hf.terminal import show
 
-OF_RUNS = ("hub_space", "model_license")
-OF_PUSHES = ("hub_private_repo", "publish_images")
-
 
 def run_push(options: argparse.Namespace) -> None:
     """Push or repair what ``options`` name; status 2 if that cannot be or fails."""
@@ -38,50 +35,35 @@ def run_push(options: argparse.Namespace) -> None:
     with clean_exit(ValueError, OSError, PushError, RuntimeError):
         if not options.repair and options.hub_model_id is None:
             raise ValueError("--hub_model_id is missing: the repository to push to, owner/name")
-        if options.repair and not folder.is_dir():
-            _refuse(options, [*OF_RUNS, *OF_PUSHES], "the repair of a repository on the Hub")
-            _repair_on_hub(str(folder), options)
-            return
-        if options.hub_model_id is None:
-            push = None
-            flags = [*OF_RUNS, *OF_PUSHES, "hub_revision", "create_pr"]
-            _refuse(options, flags, "a repair without --hub_model_id")
-        elif (folder / EVALUATION_NAME).is_file():
-            push = _push_evaluation
-            _refuse(options, OF_RUNS, "the folder of an evaluation")
-            _refuse(options, ["hub_private_repo"] if options.create_pr else [], "a pull request")
-        else:
-            push = _push
-            _refuse(options, ["create_pr"], f"a folder without {EVALUATION_NAME}, which an evaluation writes")
-        if options.repair:
+        push, what, idle = _task(options)
+        for flag in idle:
+            if getattr(options, flag) not in (None, False, DEFAULT_REVISION):
+                raise ValueError(f"--{flag} is not for {what}")
+        if options.repair and folder.is_dir():
             _print_changes(str(folder), repair_folder(folder))
-        if push:
+        if push is not None:
             push(folder, options)
 
 
-def _refuse(options: argparse.Namespace, flags: Sequence[str], what: str) -> None:
-    """ValueError for the first of the flags that is given: it has no effect on ``what``."""
-    for flag in flags:
-        if getattr(options, flag) not in (None, False, DEFAULT_REVISION):
-            raise ValueError(f"--{flag} is not for {what}")
-
-
-def _check_access(repo_id: str, options: argparse.Namespace) -> str:
-    """The full id of a repository that may be written to, or that a pull request may be opened in."""
-    if not options.create_pr:
-        return check_write_access(repo_id, private=options.hub_private_repo, revision=options.hub_revision)
-    check_pull_request(repo_id)
-    return repo_id
+def _task(options: argparse.Namespace) -> tuple[Callable[[Path, argparse.Namespace], None] | None, str, Sequence[str]]:
+    """What to call, what it does, and the flags that have no effect on that."""
+    folder, of_runs, of_pushes = options.folder, ["hub_space", "model_license"], ["hub_private_repo", "publish_images"]
+    if options.repair and not folder.is_dir():
+        return _repair_on_hub, "the repair of a repository on the Hub", [*of_runs, *of_pushes]
+    if options.hub_model_id is None:
+        return None, "a repair without --hub_model_id", [*of_runs, *of_pushes, "hub_revision", "create_pr"]
+    if not (folder / EVALUATION_NAME).is_file():
+        return _push, f"a folder without {EVALUATION_NAME}, which an evaluation writes", ["create_pr"]
+    if options.create_pr:
+        return _push_evaluation, "a pull request with an evaluation", [*of_runs, "hub_private_repo"]
+    return _push_evaluation, "the folder of an evaluation", of_runs
 
 
 def _push_evaluation(folder: Path, options: argparse.Namespace) -> None:
-    url = push_evaluation(
-        folder,
-        _check_access(options.hub_model_id, options),
-        create_pr=options.create_pr,
-        publish_images=options.publish_images,
-        revision=options.hub_revision,
-    )
+    repo_id, create_pr, revision = options.hub_model_id, options.create_pr, options.hub_revision
+    repo_id = check_target(repo_id, create_pr=create_pr, private=options.hub_private_repo, revision=revision)
+    images = options.publish_images
+    url = push_evaluation(folder, repo_id, create_pr=create_pr, publish_images=images, revision=revision)
     show(f"pushed to {url}\n")
 
 
@@ -111,22 +93,21 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
     push_finished(folder, repo_id, options)
 
 
-def _repair_on_hub(repo_id: str, options: argparse.Namespace) -> None:
+def _repair_on_hub(folder: Path, options: argparse.Namespace) -> None:
+    repo_id, wanted = str(folder), {"revision": options.hub_revision, "create_pr": options.create_pr}
     if options.hub_model_id not in (None, repo_id):
         raise ValueError(f"there is no folder {repo_id}; a repository is repaired in place, without --hub_model_id")
     if not is_hub_id(repo_id, with_owner=True):
         raise ValueError(f"--repair: {repo_id} is neither a folder, nor owner/name on the Hub")
-    revision = options.hub_revision
     with TemporaryDirectory(prefix="ham_hf-repair-") as temporary:
         copy = Path(temporary)
         for name in REPAIR_READS:
-            download_file(repo_id, name, copy, revision=revision, required="/" not in name)
+            download_file(repo_id, name, copy, revision=options.hub_revision, required="/" not in name)
         changes = repair_folder(copy)
         if changes:
-            _check_access(repo_id, options)
+            check_target(repo_id, **wanted)
             message = "Repair config.json: loads with transformers"
-            wanted = {"revision": revision, "create_pr": options.create_pr, "commit_message": message}
-            url = push_files(copy, repo_id, REPAIR_WRITES, **wanted)
+            url = push_files(copy, repo_id, REPAIR_WRITES, commit_message=message, **wanted)
     _print_changes(repo_id, changes)
     if changes:
         show(f"pushed to {url}\n")

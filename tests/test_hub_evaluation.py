@@ -101,8 +101,7 @@ def test_a_pull_request_that_fails_names_the_command_that_opens_it(hub, tmp_path
 @pytest.mark.parametrize("flags", ["--hub_space", "--model_license mit", "--create_pr --hub_private_repo"])
 def test_flags_that_have_no_effect_on_an_evaluation_are_refused(tmp_path, monkeypatch, capsys, flags):
     evaluated(tmp_path, "you/open")
-    monkeypatch.setattr(push_run, "check_write_access", lambda *_, **__: pytest.fail("too early"))
-    monkeypatch.setattr(push_run, "check_pull_request", lambda *_, **__: pytest.fail("too early"))
+    monkeypatch.setattr(push_run, "check_target", lambda *_, **__: pytest.fail("too early"))
     with pytest.raises(SystemExit):
         push.main([str(tmp_path), "--hub_model_id=you/theirs", *flags.split()])
     said = capsys.readouterr().err

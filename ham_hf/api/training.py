@@ -125,8 +125,6 @@ def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) ->
     entries = []
     for name, value in (config or {}).items():
         plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if isinstance(plain, tuple):
-            plain = list(plain)
         if node := yaml.compose(yaml.safe_dump(plain), Loader=yaml.SafeLoader):
             entries.append(Entry(str(name), node, ""))
     return build_config(TrainConfig, entries)

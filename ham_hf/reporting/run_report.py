@@ -21,7 +21,6 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
@@ -32,7 +31,6 @@ from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
-from ham_hf.models.source import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
@@ -323,20 +321,10 @@ def evaluation_report(
 
 
 def calibrated_report(
-    evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
+    evaluated: RunReport, calibration: CalibrationReport, model: ModelReport, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, from that of its evaluation, the export and its origin."""
-    name = plain_name(evaluated.model.name)
-    model = replace(
-        evaluated.model,
-        name=name,
-        architecture=exported.architecture,
-        base_model=origin.base_model,
-        needs_ham_hf=exported.needs_ham_hf,
-        num_parameters=exported.num_parameters,
-        upsample=exported.upsample,
-    )
-    config = {**evaluated.config, "model": name, "model_license": model_license}
+    """Report of a model with class shifts folded in, from that of its evaluation and its own section."""
+    config = {**evaluated.config, "model": model.name, "model_license": model_license}
     note = training_images_note(calibration)
     notes = (*evaluated.notes, note) if note is not None else evaluated.notes
     return replace(evaluated, model=model, config=config, calibration=calibration, notes=notes)

@@ -98,7 +98,7 @@ def test_what_cannot_be_is_refused_in_one_line(place, tmp_path, monkeypatch, cap
 def test_what_settings_alone_say_is_refused_before_the_hub_and_the_model_are_asked(
     place, tmp_path, monkeypatch, capsys, option
 ):
-    for name in ("check_write_access", "load_pixel_model"):
+    for name in ("check_target", "load_pixel_model"):
         monkeypatch.setattr(evaluation_run, name, lambda *_, **__: pytest.fail("too early"))
     push = ["--push_to_hub", "--hub_model_id=me/x"]
     assert option.partition("=")[0] in refused(capsys, "evaluate.py", *words(place, tmp_path / "out", option, *push))
