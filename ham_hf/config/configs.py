@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ham_hf.methods import Method
 
 DEFAULT_METHOD = "ham"
-OF_TRAINING = ("validation_fraction", "limit_train_examples", "augmentation")
+OF_TRAINING = ("validation_fraction", "limit_train_examples", "augmentation", "shuffle_buffer_size")
 """Settings of the data that only a training has a use for."""
 
 
@@ -144,7 +144,7 @@ class EvaluateConfig(SettingsGroup):
         """A step size on the 0..255 scale, a push without a repository, and settings of training data."""
         if self.hub.push_to_hub and self.repo_id is None:
             yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
-        yield from self.data.idle([*OF_TRAINING, "shuffle_buffer_size", "num_train_examples"], "training")
+        yield from self.data.idle([*OF_TRAINING, "num_train_examples"], "training")
         yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
