@@ -15,75 +15,41 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import (
-    BAT,
-    CFA,
-    CFOL,
-    DAFA,
-    FAAL,
-    FAT,
-    FRL,
-    GAIRAT,
-    HAM,
-    MART,
-    PGDAT,
-    TRADES,
-    WAT,
-    Method,
-    available,
-)
+from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
 from ham_hf.methods.bat import BalanceLoss
 from ham_hf.methods.losses import MartLoss, TradesLoss
 from ham_hf.methods.rules.hard_fraction import HardFraction
 from ham_hf.settings import setting_problems
-from tests.support.golden_data import golden_net
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
 from tests.support.method_checks import (
+    CFA_OPTIONS,
     assert_loss_and_gradients,
     attack_of,
     every_method,
-    exact,
-    golden_batch,
     golden_frl,
-    golden_noise,
-    golden_tensors,
     initial_states,
     rows_of,
-    starting_at,
     update_loss,
 )
 
 
 @dataclass(frozen=True)
 class Authors:
-    """One method against the numbers of its authors.
-
-    Attributes:
-        file: golden file.
-        method: with the authors' options.
-        prefix: of the numbers in the file.
-        x_adv: golden file and name of the adversarial images.
-        start: noise of the start of the attack.
-        epoch: 0-based epoch.
-        state: gives the class state from the file: name of the tensor, and its value.
-        size: of the images in pixels.
-        x_tolerance: absolute, of images.
-        tolerance: absolute, of loss and gradients.
-        step_size: name of the hyper-parameter.
-        attacks_alike: False where the published attack is another one; loss and gradients are of its images.
-    """
+    """One method, with the authors' options, against their numbers in a golden file; tolerances are absolute."""
 
     file: str
     method: Method
-    prefix: str = "out/"
-    x_adv: tuple[str, str] | None = None
-    start: str = "normal"
-    epoch: int = 0
+    prefix: str = "out/"  # of the numbers in the file
+    x_adv: tuple[str, str] | None = None  # golden file and name of the adversarial images
+    start: str = "normal"  # noise of the start of the attack
+    epoch: int = 0  # 0-based
+    # The class state from the file: name of the tensor, and its value.
     state: Callable[[dict], tuple[str, torch.Tensor]] | None = None
-    size: int = 16
+    size: int = 16  # of the images in pixels
     x_tolerance: float = 1e-9
-    tolerance: float = 1e-9
-    step_size: str = "step_size"
-    attacks_alike: bool = True
+    tolerance: float = 1e-9  # of loss and gradients
+    step_size: str = "step_size"  # name of the hyper-parameter
+    attacks_alike: bool = True  # False where the published attack is another one; loss and gradients are of its images
 
 
 def hyper_of(file):
@@ -118,18 +84,14 @@ def fat(tau):
     return Authors("fat", method, f"out/tau{tau}/", start="uniform", epoch=2, size=32)
 
 
-CFA_, DAFA_, WAT_ = (hyper_of(name) for name in ("cfa", "dafa", "wat"))
+DAFA_, WAT_ = hyper_of("dafa"), hyper_of("wat")
+DAFA_WEIGHTS = f"out/class_weights/{DAFA_['loss_table']}/lambda{DAFA_['loss_lambda']}"
 CASES = {
     "trades": Authors("trades", TRADES(beta=6.0)),
     "mart": Authors("mart", MART(beta=5.0)),
     "cfa": Authors(
         "cfa",
-        CFA(
-            cfa_lambda1=CFA_["lambda_1"],
-            cfa_lambda2=CFA_["lambda_2"],
-            cfa_start_epoch=CFA_["begin"],
-            beta=CFA_["beta"],
-        ),
+        CFA(**CFA_OPTIONS),
         "out/ccm_ccr_trades/",
         epoch=10,
         state=lambda tensors: ("robust_accuracy", tensors["in/class_robust_acc"][0]),
@@ -139,10 +101,7 @@ CASES = {
         DAFA(dafa_start_epoch=1),
         "out/trades/",
         epoch=1,
-        state=lambda tensors: (
-            "weight",
-            tensors[f"out/class_weights/{DAFA_['loss_table']}/lambda{DAFA_['loss_lambda']}"],
-        ),
+        state=lambda tensors: ("weight", tensors[DAFA_WEIGHTS]),
     ),
     "wat": Authors(
         "wat",
@@ -376,7 +335,7 @@ def test_a_method_has_each_class_rule_once():
     assert [part.name for part in ham.state_keepers] == ["ham", "dafa"]
     assert [rule.name for rule in ham.rules] == ["dafa"]
     assert PGDAT().rules == ()
-    cfa = available()["cfa"](cfa_lambda1=0.3)
+    cfa = CFA(cfa_lambda1=0.3)
     assert [part.name for part in cfa.state_keepers] == ["cfa"]
     assert cfa.radii is cfa.weights is cfa.rule
     assert cfa.rule.cfa_lambda1 == 0.3

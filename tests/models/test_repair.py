@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -25,10 +26,7 @@ def older(folder, name="resnet18_cifar", in_chans=3):
     config["ham_hf"]["trained_form"]["model_args"]["num_classes"] = 10
     del config["ham_hf"]["trained_form"]["crop_mode"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in folder.glob("rgb/*"):
-        file.unlink()
-    if (folder / "rgb").is_dir():
-        (folder / "rgb").rmdir()
+    shutil.rmtree(folder / "rgb", ignore_errors=True)
     return folder
 
 
@@ -82,14 +80,10 @@ def test_repaired_folder_loads_in_transformers(tmp_path):
     assert transformers.AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 10
 
 
-def change(config, **values):
-    config["model_args"] |= values
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda config: change(config, num_classes=7), "."),
+        (lambda config: config["model_args"].update(num_classes=7), "."),
         (lambda config: config.pop("ham_hf"), "was not written by ham_hf"),
         (lambda config: config["ham_hf"]["trained_form"]["model_args"].update(num_classes=3), "10, and 3 inside of"),
         (lambda config: config.update(architecture="no_such_net"), "no architecture"),
