@@ -48,7 +48,6 @@ from ham_hf.training.resume import (
 )
 from ham_hf.training.run_folder import RunFiles
 from ham_hf.training.sharding import (
-    check_sharded_settings,
     gathered,
     load_model,
     load_optimizer,
@@ -82,8 +81,8 @@ class Trainer:
         checkpoint: the one that they name to continue from, or None.
 
     Raises:
-        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, no
-            accumulation keeps the size of its run's updates, or a setting needs whole weights and they are sharded.
+        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, or no
+            accumulation keeps the size of its run's updates.
     """
 
     def __init__(
@@ -115,8 +114,6 @@ class Trainer:
         )
         self._count_updates()
         self._warn_of_late_starts()
-        if accelerator.is_fsdp2:
-            check_sharded_settings(config, uses_fawa=config.uses_fawa(method))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.average = self._average_of(model)

@@ -487,6 +487,7 @@ def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, frag
         ("{folder}", ["--output_dir"]),
         ("{folder} --output_dir={folder} --only x", ["--only goes with --config"]),
         ("{folder} --output_dir={folder} --jobs 2", ["--jobs goes with --config"]),
+        ("{folder} --output_dir={folder} --jobs 0", ["--jobs goes with --config"]),
         ("{folder} --output_dir={folder} --seeds 0", ["--seeds goes with --config"]),
         ("{folder} {folder}/x --output_dir={folder}", ["expected a folder with report.json, or"]),
         ("{folder} --output_dir={folder}", ["has no report.json"]),

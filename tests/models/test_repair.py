@@ -156,6 +156,33 @@ def test_repository_that_this_user_may_not_change(hub, tmp_path, monkeypatch, ca
     assert hub.model("me/mine").tree() == before
 
 
+def test_a_pull_request_repairs_the_repository_of_somebody_else(hub, tmp_path, monkeypatch, capsys):
+    publish(older(tmp_path), "me/theirs")
+    repo = hub.model("me/theirs")
+    before = repo.tree()
+    monkeypatch.setenv("HF_TOKEN", READER)
+    push("me/theirs", "--repair", "--create_pr")
+    assert f"pushed to {hub.url}/me/theirs/discussions/1" in capsys.readouterr().out
+    assert repo.tree() == before
+    assert "num_classes" not in json.loads(repo.tree("refs/pr/1")["config.json"].data)["model_args"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--hub_model_id me/x --create_pr", "--create_pr is not for a folder without EVALUATION.md"),
+        ("--create_pr", "--create_pr is not for a repair without --hub_model_id"),
+        ("--hub_revision v2", "--hub_revision is not for a repair without --hub_model_id"),
+        ("--model_license mit", "--model_license is not for a repair without --hub_model_id"),
+    ],
+)
+def test_a_folder_is_not_repaired_with_flags_that_have_no_effect(tmp_path, capsys, flags, what):
+    folder = older(tmp_path / "run")
+    before = content(folder)
+    assert what in refused(capsys, "push.py", str(folder), "--repair", *flags.split())
+    assert content(folder) == before
+
+
 def test_push_that_fails_leaves_the_repository(hub, tmp_path, capsys):
     publish(older(tmp_path), "me/mine")
     before = hub.model("me/mine").tree()
