@@ -474,36 +474,6 @@ def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, frag
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fragments"),
-    [
-        ("--config {plan} --only minde", ["--only minde", "plain, mined"]),
-        ("--config {plan} --baseline ham", ["--baseline ham", "plain, mined"]),
-        ("--config {plan} --jobs 0", ["--jobs 0"]),
-        ("--config {plan} --seeds 1 1", ["--seeds 1 1: 1 is given twice"]),
-        ("--config {plan} --seeds -1", ["--seeds -1: expected whole numbers of at least 0"]),
-        ("--config {plan} outputs/a", ["exclude each other"]),
-        ("", ["expected --config"]),
-        ("{folder}", ["--output_dir"]),
-        ("{folder} --output_dir={folder} --only x", ["--only goes with --config"]),
-        ("{folder} --output_dir={folder} --jobs 2", ["--jobs goes with --config"]),
-        ("{folder} --output_dir={folder} --seeds 0", ["--seeds goes with --config"]),
-        ("{folder} {folder}/x --output_dir={folder}", ["expected a folder with report.json, or"]),
-        ("{folder} --output_dir={folder}", ["has no report.json"]),
-        ("{folder}/a/b/c --output_dir={folder}", ["expected a folder with report.json, or OWNER/NAME"]),
-    ],
-)
-def test_flags_and_folders_that_make_no_sense_are_refused(tmp_path, capsys, arguments, fragments):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path, PLAN, BASE), folder=folder).split()) == 2
-    complaint = capsys.readouterr().err
-    for fragment in fragments:
-        assert fragment in complaint
-    assert not (tmp_path / "out").exists()
-    assert list(folder.iterdir()) == []
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A stand-in Hub that this process talks to, without a login."""

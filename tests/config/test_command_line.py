@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ham_hf.commands import page, push
+from ham_hf.commands import compare, evaluate, page, push, train
 from ham_hf.config import (
     AttackConfig,
     ConfigError,
@@ -257,20 +258,26 @@ READERS = {
     "train": parse_train_config,
     "evaluate": parse_evaluate_config,
     "calibrate": parse_calibrate_config,
+    "training": train.main,
+    "evaluation": evaluate.main,
     "push": push.main,
+    "compare": compare.main,
     "page": page.main,
 }
 
 
 @pytest.mark.parametrize("row", BAD["command_lines"], ids=lambda row: f"{row[0]} {row[2]}")
-def test_bad_command_lines_end_with_a_status_and_say_why(row, tmp_path, capsys):
+def test_bad_command_lines_end_with_a_status_say_why_and_leave_nothing(row, tmp_path, monkeypatch, capsys):
     command, status, flags, *fragments = row
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "report.json").write_text("{}")
-    argv = [word.replace("{tmp}", str(tmp_path)).replace("{long}", 94 * "x") for word in flags.split()]
-    message = message_of_exit(argv, capsys, READERS[command], status=status)
+    words = shlex.split(flags.replace("{tmp}", str(tmp_path)).replace("{long}", 94 * "x"))
+    message = message_of_exit(words, capsys, READERS[command], status=status)
     assert "error: " in message
     for fragment in fragments:
         assert fragment in message
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "report.json"]
 
 
 @pytest.mark.parametrize("row", BAD["recipes"], ids=lambda row: row[0][:40])
