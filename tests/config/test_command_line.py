@@ -35,6 +35,7 @@ from ham_hf.config import (
     parse_evaluate_config,
     parse_train_config,
 )
+from ham_hf.config.yaml_file import setting_words
 from ham_hf.methods import HAM, PGDAT, Method, available
 from ham_hf.settings import SettingsGroup
 
@@ -433,11 +434,19 @@ names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 traps = ["none", "null", "~", "no", "true", "1e-3", "010", "8/255", "60:30", "a: b", "# x", "- a", "!x", "&a", "*a"]
 traps += ["'", '"', "{", "é", " a ", "a\n b", "\u2028"]
 texts = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=30) | st.sampled_from(traps)
-plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts | st.just(""), inner, max_size=3),
-    max_leaves=8,
-)
+visible = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+
+
+def values_of(texts, keys):
+    """Plain values, lists and dictionaries of them, with these texts."""
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
+        max_leaves=8,
+    )
+
+
+plain = values_of(texts, texts | st.just(""))
 sides = st.integers(1, 4096)
 positive = st.floats(min_value=0, max_value=1, exclude_min=True)
 counts = st.integers(min_value=1, max_value=10**9)
@@ -507,6 +516,21 @@ def test_yaml_and_back_is_the_same_configuration_and_json_holds_it(config, recip
     }
     for name in values.keys() - {"lr_drops", "model_args"}:
         assert flat[name] == (list(values[name]) if isinstance(values[name], tuple) else values[name])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), values_of(visible, visible), max_size=3),
+    st.floats(1e-9, 1.0),
+    st.booleans(),
+    st.none() | counts,
+    st.sampled_from([[], ["1:0.5"], ["2:0.1", "30:1e-05"]]),
+)
+def test_words_read_back_as_the_settings(model_args, rate, flag, steps, drops):
+    wanted = {"model_args": model_args, "learning_rate": rate, "epsilon": 8 / 255, "use_cpu": flag}
+    wanted |= {"save_steps": steps, "lr_drops": drops}
+    found = config_to_dict(parse_train_config(["--dataset_name=digits", *setting_words(wanted)]))
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_other_yaml_readers_see_the_same_values():
