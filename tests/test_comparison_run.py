@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -152,10 +151,8 @@ def test_interrupted_comparison_goes_on_where_it_was(compared):
     assert "the same command resumes each run" in complaint
     assert "4 runs: 1 done already, 3 to go" in again
     log = (folder / "mined" / "seed0.log").read_text()
-    assert [line.endswith("--resume_from_checkpoint=latest") for line in log.splitlines() if line.startswith("$")] == [
-        False,
-        True,
-    ]
+    commands = [line for line in log.splitlines() if line.startswith("$")]
+    assert [line.endswith("--resume_from_checkpoint=latest") for line in commands] == [False, True]
     assert "resuming from" in log
     assert read_report(folder / "mined" / "seed0").training.steps == 11
 
@@ -236,10 +233,8 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(plan, started, tmp_
     assert values["command"].endswith("--config compare.yaml --output_dir out")
     assert values["jobs"] == 1
     assert values["rows"][0]["runs"][0]["source"] == "plain/seed0"
-    assert [(one["label"], one["seed"], one["failed"]) for one in values["missing"]] == [
-        ("mined", 0, True),
-        ("mined", 1, True),
-    ]
+    missing = [(one["label"], one["seed"], one["failed"]) for one in values["missing"]]
+    assert missing == [("mined", 0, True), ("mined", 1, True)]
     assert values["missing"][0]["reason"].startswith("status 1; the end of mined/seed0.log:")
     assert not [name for name in FILES if str(tmp_path).encode() in (folder / name).read_bytes()]
     (tmp_path / "reports" / "mended").touch()
@@ -256,15 +251,10 @@ def test_runs_of_a_comparison_without_a_report_are_missing_and_its_order_and_bas
     source = tmp_path / "out"
     assert compare(source, f"{source}/../out", source / "plain/seed0", "--output_dir", tmp_path / "again") == 0
     values = json.loads((tmp_path / "again" / "comparison.json").read_text())
-    assert (values["baseline"], [(row["label"], row["seeds"]) for row in values["rows"]]) == (
-        "plain",
-        [("plain", [0])],
-    )
-    assert {(one["label"], one["seed"], one["state"]) for one in values["missing"]} == {
-        ("mined", 0, "not finished"),
-        ("early", 0, "not finished"),
-        ("early", 4, "not finished"),
-    }
+    assert values["baseline"] == "plain"
+    assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0])]
+    assert {one["state"] for one in values["missing"]} == {"not finished"}
+    assert {(one["label"], one["seed"]) for one in values["missing"]} == {("mined", 0), ("early", 0), ("early", 4)}
 
 
 def test_an_unreadable_report_is_a_failed_run_and_all_problems_are_said_at_once(plan, started, tmp_path, capsys):
@@ -273,27 +263,25 @@ def test_an_unreadable_report_is_a_failed_run_and_all_problems_are_said_at_once(
     started()
     report = tmp_path / "out" / "mined" / "seed1" / "report.json"
     report.write_text("{")
-    for again in (["--config", plan], [tmp_path / "out", "--output_dir", tmp_path / "again"]):
-        assert compare(*again) == 1
+    out, again = tmp_path / "out", tmp_path / "again"
+    for words, folder in ((["--config", plan], out), ([out, "--output_dir", again], again)):
+        assert compare(*words) == 1
         assert started() == []
-        text = Path(again[-1] if again[-1] != plan else tmp_path / "out", "comparison.md").read_text()
+        text = (folder / "comparison.md").read_text()
         assert "- mined, seed 1: failed." in text
         assert "is not a report of ham\\_hf" in text
     report.unlink()
-    plan.write_text(plan.read_text().replace("save_steps: 2", "weight_decay: 0.1"))
+    original = plan.read_text()
+    plan.write_text(original.replace("save_steps: 2", "weight_decay: 0.1"))
     capsys.readouterr()
     assert compare("--config", plan, "--only", "plain") == 2
     complaint = capsys.readouterr().err
     assert complaint.count("holds a run with other settings") == 2
     assert "mined" not in complaint
-    plan.write_text(
-        plan.read_text().replace("weight_decay: 0.1", "save_steps: 2").replace("mining_step: 2", "mining_step: 1")
-    )
+    plan.write_text(original.replace("mining_step: 2", "mining_step: 1"))
     assert compare("--config", plan, "--only", "plain") == 0
-    assert (
-        "- mined, seed 0: not run. seed0 holds a run with other settings"
-        in (tmp_path / "out" / "comparison.md").read_text()
-    )
+    sentence = "- mined, seed 0: not run. seed0 holds a run with other settings"
+    assert sentence in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_all_runs_failing_leaves_no_table(plan, tmp_path, capsys):
@@ -390,9 +378,9 @@ def test_stopped_comparison_leaves_no_child_behind(plan, tmp_path, number):
     handler = signal.getsignal(number)
     if handler is signal.SIG_IGN:
         pytest.skip("the tests were started with this signal ignored, as nohup does, and so is the comparison")
-    me = os.getpid()
+    stop = f"os.kill({os.getpid()}, {int(number)})"
     (tmp_path / "fake.py").write_text(
-        f"import os, time; print('child', os.getpid(), flush=True); os.kill({me}, {int(number)}); time.sleep(600)"
+        f"import os, time; print('child', os.getpid(), flush=True); {stop}; time.sleep(99)"
     )
     assert compare("--config", plan) == 130
     child = int((tmp_path / "out" / "plain" / "seed0.log").read_text().split("child ")[1].split()[0])
@@ -525,10 +513,7 @@ def test_what_no_figure_can_show_is_said(tmp_path, capsys):
 @pytest.mark.slow
 def test_peak_memory_is_the_process_own_not_its_parents(subprocess_env):
     """A child of a large process: getrusage would count what the parent held."""
-    code = (
-        "import torch; from ham_hf.training.launch import peak_memory_bytes; "
-        "print(peak_memory_bytes(torch.device('cpu')))"
-    )
+    code = "import torch; from ham_hf.training import launch; print(launch.peak_memory_bytes(torch.device('cpu')))"
     parent = f"import subprocess, sys; x = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', {code!r}])"
     done = finish([sys.executable, "-c", parent], subprocess_env)
     assert 50e6 < int(done.stdout) < 1.8e9
