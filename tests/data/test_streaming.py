@@ -22,7 +22,7 @@ from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.methods import FAAL, HAM
 from ham_hf.training.data_order import training_class_counts
-from tests.support.example_images import dataset, encode, gray, gray_values, grays, load, noise
+from tests.support.example_images import dataset, encode, gray, gray_values, grays, load, noise, write_parquet
 
 CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
@@ -30,11 +30,9 @@ FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
 
 def write_files(folder, train, **splits):
     """The Hub's layout with several files of train."""
-    (folder / "data").mkdir(parents=True)
+    write_parquet(folder, **splits)
     for number, examples in enumerate(train):
         examples.to_parquet(folder / "data" / f"train-{number:05d}-of-00009.parquet")
-    for split, examples in splits.items():
-        examples.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return str(folder)
 
 
@@ -72,9 +70,7 @@ def values(batch):
 
 
 def naive_buffer(length, size, draws):
-    waiting, held, given = list(range(length)), [], []
-    while waiting and len(held) < size:
-        held.append(waiting.pop(0))
+    waiting, held, given = list(range(size, length)), list(range(min(size, length))), []
     for draw in draws:
         place = int(draw * len(held))
         given.append(held[place])
@@ -154,9 +150,7 @@ def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
         rest = epoch(data, first=first, **options)
         assert len(rest) == len(whole) - 2 * first
         for left, right in zip(rest, whole[2 * first :], strict=True):
-            assert torch.equal(left.x, right.x)
-            assert torch.equal(left.y, right.y)
-            assert torch.equal(left.indices, right.indices)
+            assert all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("x", "y", "indices"))
         if not workers:
             assert len(decoded) == 2 * len(rest)
             decoded.clear()
@@ -284,11 +278,8 @@ def write_archive(path, values, *, start=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for number, value in enumerate(values, start):
-            members = {
-                "png": encode(gray(value)),
-                "cls": str(value % 2).encode(),
-                "json": json.dumps({"v": value}).encode(),
-            }
+            texts = {"cls": str(value % 2).encode(), "json": json.dumps({"v": value}).encode()}
+            members = {"png": encode(gray(value)), **texts}
             for extension, content in members.items():
                 info = tarfile.TarInfo(f"ex{number:04d}.{extension}")
                 info.size = len(content)
@@ -418,9 +409,7 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path, w
     images[4] = b"no image"
     folder = write_files(tmp_path / "set", [dataset(images, [0, 1] * 3)], test=grays(4))
     options = {"image_size": 8, "dataloader_num_workers": workers, "validation_fraction": 0.2}
-    with pytest.raises(
-        CorruptImageError, match=r"'train', .*train-00000.*, row 4: the image cannot be read .*--skip_c"
-    ):
+    with pytest.raises(CorruptImageError, match=r"'train', .*train-00000.*, row 4: the image cannot be .*--skip_c"):
         epoch(stream(folder, **options), per_update=5, batch=5)
     (batch,) = epoch(stream(folder, skip_corrupt=True, **options), per_update=5, batch=5)
     seen = values(batch)
