@@ -91,16 +91,8 @@ def write_config(folder: Path, changes: dict[str, Any], cfg: dict[str, Any]) -> 
 
 
 def form(**changes: object) -> dict[str, Any]:
-    record = {
-        "architecture": "test_resnet",
-        "model_args": {},
-        "image_size": 32,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "upsample": 1,
-        **changes,
-    }
-    return {"ham_hf": {"trained_form": record}}
+    record = {"architecture": "test_resnet", "model_args": {}, "image_size": 32, "interpolation": "bilinear"}
+    return {"ham_hf": {"trained_form": record | {"crop_pct": 1.0, "upsample": 1, **changes}}}
 
 
 def test_the_honest_configuration_loads(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -193,18 +185,19 @@ def test_a_hostile_configuration_is_refused_by_name(folder, changes, cfg, messag
 
 
 def test_a_configuration_of_another_depth_encoding_or_size_is_refused(folder: Path) -> None:
+    def refuse(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_pixel_model(str(folder))
+
     for text in ("[" * 10_000 + "]" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000):
         (folder / "config.json").write_text(f'{{"architecture": "test_resnet", "model_args": {{"x": {text}}}}}')
-        with pytest.raises(ValueError, match="nested too deeply"):
-            load_pixel_model(str(folder))
+        refuse("nested too deeply")
     for data in (b"\xff\xfe{}", b"{", b"{}"):
         (folder / "config.json").write_bytes(data)
-        with pytest.raises(ValueError, match="is not one of a timm model"):
-            load_pixel_model(str(folder))
+        refuse("is not one of a timm model")
     with (folder / "config.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(ValueError, match="1000000000 bytes"):
-        load_pixel_model(str(folder))
+    refuse("1000000000 bytes")
 
 
 def test_training_from_a_hostile_configuration_is_refused_too(folder: Path) -> None:
@@ -228,13 +221,9 @@ def test_places_of_other_weights_are_ignored(folder: Path, weights: dict[str, to
     assert not (folder / "unpickled").exists()
 
 
+NUMBERS = st.integers(-(10**30), 10**30) | st.floats()
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(ROGUE),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(ROGUE),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -292,10 +281,10 @@ HOSTILE_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE_WEIGHTS)
-def test_hostile_weights_are_refused_by_name(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("content", HOSTILE_WEIGHTS.values(), ids=HOSTILE_WEIGHTS)
+def test_hostile_weights_are_refused_by_name(folder: Path, content: bytes) -> None:
     write_config(folder, {}, {})
-    (folder / "model.safetensors").write_bytes(HOSTILE_WEIGHTS[kind])
+    (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=str(folder)):
         load_pixel_model(str(folder))
 
@@ -390,17 +379,12 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
             "print(len(open_source(DataConfig(dataset_name='evil/honest')).splits['train']))\n"
             "open_source(DataConfig(dataset_name='evil/rogue'))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        env = hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == ["10", "rogue True", "liar True", "10"], done.stderr[-2000:]
-    assert (
-        "ValueError: --dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file" in done.stderr
-    )
+    said = "--dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file"
+    assert f"ValueError: {said}" in done.stderr
 
 
 def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys, monkeypatch):
@@ -413,18 +397,16 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     images = [PILImage.fromarray(random.integers(0, 256, (8, 8, 3), dtype="uint8")) for _ in range(10 * len(ROGUE))]
     rows = {"image": images, "label": list(range(len(ROGUE))) * 10}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(source / "data/train-0.parquet")
-    (source / "README.md").write_text(
-        "---\nlicense: &a [*a]\nconfigs: !!python/object/apply:os.system ['touch owned']\n---"
-    )
+    rogue = "license: &a [*a]\nconfigs: !!python/object/apply:os.system ['touch owned']"
+    (source / "README.md").write_text(f"---\n{rogue}\n---")
     command = [word for word in SMALL if not word.startswith(("--dataset_name", "in_chans", "--limit"))]
     command += ["--max_steps=2", "--per_device_train_batch_size=16", "--save_total_limit=1"]
     before = set(tmp_path.rglob("*"))
     command += [f"--dataset_name={source}", "--output_dir=run"]
     # A card that is no YAML is an error that names the dataset.
     assert "error: --dataset_name" in refused(capsys, "train_ham.py", *command)
-    (source / "README.md").write_text(
-        "---\nlicense: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data\n---\n<script>"
-    )
+    card = "license: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data"
+    (source / "README.md").write_text(f"---\n{card}\n---\n<script>")
     recipe_module("train_ham.py").main(command)
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
@@ -456,13 +438,9 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     # And compared with itself it is a table.
     recipe_module("compare.py").main(["run", "--output_dir=compared"])
     text = (tmp_path / "compared/comparison.md").read_text()
-    columns = [
-        {line.count("|") - line.count("\\|") for line in block.splitlines()}
-        for block in text.split("\n\n")
-        if block.startswith("|")
-    ]
-    assert columns
-    assert all(len(counts) == 1 for counts in columns)
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert tables
+    assert all(len({line.count("|") - line.count("\\|") for line in lines}) == 1 for lines in tables)
     assert "<" not in text
     names = {path.name for path in (tmp_path / "compared").iterdir()}
     assert all(re.fullmatch(r"comparison(_[a-z_]+)?\.[a-z]+", name) for name in names), names
@@ -508,9 +486,8 @@ def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Pat
 
 def test_a_report_whose_method_has_impossible_settings_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
     """Found by the test above: a card counts epochs from a setting that was no number."""
-    (tmp_path / "report.json").write_text(
-        json.dumps(report | {"config": report["config"] | {"mining_start_epoch": None}})
-    )
+    config = report["config"] | {"mining_start_epoch": None}
+    (tmp_path / "report.json").write_text(json.dumps(report | {"config": config}))
     with pytest.raises(ValueError, match="the settings of ham in the report: --mining_start_epoch None: expected"):
         write_card(read_report(tmp_path), tmp_path, repo_id=None, model_license="mit")
 
