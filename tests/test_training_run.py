@@ -31,15 +31,8 @@ BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_siz
 def finished(request, tmp_path_factory, subprocess_env):
     """An uninterrupted run, its folder and what it printed."""
     folder = tmp_path_factory.mktemp("train") / "run"
-    printed = launch(
-        "train_ham.py",
-        *SMALL,
-        *EVERY_THIRD,
-        BATCH[request.param],
-        f"--output_dir={folder}",
-        env=subprocess_env,
-        processes=request.param,
-    )
+    words = [*SMALL, *EVERY_THIRD, BATCH[request.param], f"--output_dir={folder}"]
+    printed = launch("train_ham.py", *words, env=subprocess_env, processes=request.param)
     return request.param, folder, printed
 
 
@@ -48,14 +41,9 @@ def test_run_leaves_every_artifact(finished):
     expected = {"model.safetensors", "config.json", "README.md", "report.json", "train_config.yaml", "metrics.jsonl"}
     expected |= {"predictions.parquet", "report.html", "examples.parquet"}
     assert expected <= {path.name for path in folder.iterdir()}
-    assert {path.name for path in (folder / "figures").iterdir()} == {
-        "per_class_accuracy.png",
-        "training_curves.png",
-        "class_treatment.png",
-        "confusion_pgd-2.png",
-        "confusion_cw-2.png",
-        "adversarial_examples.png",
-    }
+    figures = {"per_class_accuracy", "training_curves", "class_treatment", "adversarial_examples"}
+    figures |= {"confusion_pgd-2", "confusion_cw-2"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {f"{name}.png" for name in figures}
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-21", "checkpoint-22"]
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pkl", ".part")]
     report = read_report(folder / "report.json")
@@ -138,9 +126,8 @@ def test_refused_resume_leaves_the_run_as_it_was(finished, capsys):
     _, folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     changes = ["--epsilon=0.02", "--weight_decay=0.1", "--per_device_train_batch_size=16"]
-    message = refused(
-        capsys, "train_ham.py", *SMALL, f"--output_dir={folder}", "--resume_from_checkpoint=latest", *changes
-    )
+    resume = [f"--output_dir={folder}", "--resume_from_checkpoint=latest"]
+    message = refused(capsys, "train_ham.py", *SMALL, *resume, *changes)
     assert "epsilon 0.1 -> 0.02" in message
     assert "weight_decay 0.0005 -> 0.1" in message
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

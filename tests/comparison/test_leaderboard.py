@@ -32,10 +32,9 @@ def plain(text: str) -> str:
 
 
 def other_steps(run: FinishedRun) -> FinishedRun:
-    results = {
-        name: dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
-        for name, found in run.report.results.items()
-    }
+    results = dict(run.report.results)
+    for name, found in results.items():
+        results[name] = dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
     return dataclasses.replace(run, report=dataclasses.replace(run.report, results=results))
 
 
@@ -72,14 +71,11 @@ def test_numbers_are_means_over_seeds_with_the_means_of_their_intervals() -> Non
     runs = [ranked_run("a", [5 + seed, *[10 + seed] * 9], seed=seed) for seed in range(3)]
     text = plain(leaderboard_html(compare(runs)))
     found = [run.report.results["pgd-20"] for run in runs]
-    for numbers, intervals in (
-        (
-            [one.summary.average for one in found],
-            [(s.average_low, s.average_high) for s in (f.summary for f in found)],
-        ),
-        ([one.summary.worst_class for one in found], [one.intervals.worst_class for one in found]),
-        ([one.summary.worst_30_percent for one in found], [one.intervals.worst_30_percent for one in found]),
-    ):
+    averages = [(one.summary.average, (one.summary.average_low, one.summary.average_high)) for one in found]
+    worst = [(one.summary.worst_class, one.intervals.worst_class) for one in found]
+    third = [(one.summary.worst_30_percent, one.intervals.worst_30_percent) for one in found]
+    for of_seeds in (averages, worst, third):
+        numbers, intervals = zip(*of_seeds, strict=True)
         low, high = (100 * statistics.fmean(side) for side in zip(*intervals, strict=True))
         assert f"{100 * statistics.fmean(numbers):.1f} {low:.1f}–{high:.1f}" in text
 
