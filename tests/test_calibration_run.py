@@ -132,9 +132,8 @@ def own(quick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
     with pytest.MonkeyPatch.context() as patch:
         read = spy_on_images(patch)
-        recipe_module("train_ham.py").main(
-            [*TRAINED, "--fairness=0.5", "--calibration_num_steps=1", f"--output_dir={folder}"]
-        )
+        words = [*TRAINED, "--fairness=0.5", "--calibration_num_steps=1", f"--output_dir={folder}"]
+        recipe_module("train_ham.py").main(words)
     return folder, read
 
 
@@ -227,18 +226,15 @@ class TestStranger:
         """Folded and published: plain timm's logits are the old ones plus the shift, bit for bit those of a copy."""
         arguments = dict(FAMILIES.get(name, {"embed_dim": 24, "depth": 1, "num_heads": 2}))
         stranger(name, tmp_path / "model", label_names=NAMES, **arguments)
-        words = [f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"]
         original = load_pixel_model(str(tmp_path / "model"))
         check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
+        found = {"shifts": (0.7, -0.7), "factors": (1.0,) * 2, "counts": (2, 2)}
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
-        report = made_up_calibration(
-            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,)
-        )
-        config = parse_calibrate_config(words)
-        calibration_run.export_calibrated(
-            config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause"
-        )
+        report = made_up_calibration(fairness=0.0, frontier=(point,), **found)
+        config = parse_calibrate_config([f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"])
+        names = {"class_names": NAMES, "model_license": "bsd-3-clause"}
+        calibration_run.export_calibrated(config, original, report, shifts, **names)
         new = load_pixel_model(str(tmp_path / "out"))
         x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
@@ -445,9 +441,8 @@ def test_strangers_on_the_hub(colors, tmp_path):
         published(hub, "them/strong", tmp_path / "two")
         published(hub, "timm/test_resnet.r160_in1k", tmp_path / "many")
         options = [*QUICK, "--fairness=1", "--calibration_split=extra"]
-        words = [
-            [name, *options, f"--dataset_name={data[name]}", f"--output_dir={tmp_path / name[:4]}"] for name in data
-        ]
+        places = {name: [f"--dataset_name={data[name]}", f"--output_dir={tmp_path / name[:4]}"] for name in data}
+        words = [[name, *options, *places[name]] for name in data]
         env = hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)}
         finish([sys.executable, "-c", CALIBRATE, json.dumps(words)], env)
     for name, num_classes in zip(data, (2, 1000), strict=True):

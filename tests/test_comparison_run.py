@@ -378,10 +378,8 @@ def test_stopped_comparison_leaves_no_child_behind(plan, tmp_path, number):
     handler = signal.getsignal(number)
     if handler is signal.SIG_IGN:
         pytest.skip("the tests were started with this signal ignored, as nohup does, and so is the comparison")
-    stop = f"os.kill({os.getpid()}, {int(number)})"
-    (tmp_path / "fake.py").write_text(
-        f"import os, time; print('child', os.getpid(), flush=True); {stop}; time.sleep(99)"
-    )
+    told = f"print('child', os.getpid(), flush=True); os.kill({os.getpid()}, {int(number)})"
+    (tmp_path / "fake.py").write_text(f"import os, time; {told}; time.sleep(600)")
     assert compare("--config", plan) == 130
     child = int((tmp_path / "out" / "plain" / "seed0.log").read_text().split("child ")[1].split()[0])
     with pytest.raises(ProcessLookupError):

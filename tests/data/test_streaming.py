@@ -26,6 +26,7 @@ from tests.support.example_images import dataset, encode, gray, gray_values, gra
 
 CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
+TWO_CLASSES = datasets.ClassLabel(names=["c0", "c1"])
 
 
 def write_files(folder, train, **splits):
@@ -233,9 +234,8 @@ def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path):
 
 @pytest.mark.faults(quick=True)
 def test_a_missing_label_is_named_where_classes_are_counted(tmp_path):
-    names = datasets.ClassLabel(names=["a", "b"])
-    examples = dataset([gray(value) for value in range(6)], [0, 1, 0, None, 1, 0], label_feature=names)
-    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200, label_feature=names))
+    examples = dataset([gray(value) for value in range(6)], [0, 1, 0, None, 1, 0], label_feature=TWO_CLASSES)
+    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200))
     data = stream(folder, validation_fraction=0.3)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 3: label None"):
         training_class_counts(data.train, FAAL(), 2)
@@ -255,8 +255,7 @@ def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_test_split_without_labels_is_passed_over(tmp_path, streaming):
     """As in ImageNet-1k, whose test labels are all -1."""
-    names = datasets.ClassLabel(names=["c0", "c1"])
-    hidden = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
+    hidden = dataset([gray(0), gray(1)], [-1, -1], label_feature=TWO_CLASSES)
     folder = write_files(tmp_path / "set", [grays(10)], validation=grays(4), test=hidden)
     data = load(folder, dataset_streaming=streaming, validation_fraction=0.2)
     assert (data.test_split_origin, len(data.test)) == ("validation", 4)
@@ -392,8 +391,7 @@ def test_a_file_that_is_shorter_than_it_should_be(tmp_path):
 
 @pytest.mark.faults(quick=True)
 def test_label_that_is_no_class_and_file_that_vanishes(tmp_path):
-    names = datasets.ClassLabel(names=["c0", "c1"])
-    bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=names)
+    bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=TWO_CLASSES)
     data = stream(write_files(tmp_path / "set", [bad], test=grays(4)), image_size=8, validation_fraction=0.34)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 2: label -1, .* declares 2 classes"):
         epoch(data, per_update=2, batch=2)
@@ -419,21 +417,17 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path, w
     assert batch.indices.tolist() == seen
 
 
+def one_file(folder):
+    return write_files(folder, [grays(8)], test=grays(4))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (lambda folder: "digits", {}, r"--dataset_name digits is the digits of the package, and only parquet"),
         (lambda folder: write_files(folder, [grays(4)]), {}, r"'train' is the only one, .*leave --dataset_streaming"),
-        (
-            lambda folder: write_files(folder, [grays(8)], test=grays(4)),
-            {"validation_fraction": 0.01},
-            r"--validation_fraction 0.01 of 8 examples in 1 files leaves none",
-        ),
-        (
-            lambda folder: write_files(folder, [grays(8)], test=grays(4)),
-            {"num_train_examples": 9},
-            r"--num_train_examples 9: the files have 8 examples",
-        ),
+        (one_file, {"validation_fraction": 0.01}, "--validation_fraction 0.01 of 8 examples in 1 files leaves none"),
+        (one_file, {"num_train_examples": 9}, "--num_train_examples 9: the files have 8 examples"),
     ],
 )
 def test_what_is_refused(tmp_path, make, options, message):
