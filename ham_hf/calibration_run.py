@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ham_hf.artifacts import CONFIG_NAME, OWNED_BY_CALIBRATION, WEIGHTS_NAME
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
 from ham_hf.data import ImageData, Images, load_image_data
@@ -33,7 +34,7 @@ from ham_hf.models import LoadedModel, PixelModel, create_backbone, load_pixel_m
 from ham_hf.models.export import ExportInfo, export_for_timm
 from ham_hf.models.head import check_foldable, check_shifted_logits, fold_shifts, read_biases, write_biases
 from ham_hf.models.pixel_model import imagenet_synsets
-from ham_hf.models.source import CONFIG_NAME, WEIGHTS_NAME, Origin, complete_name, read_origin
+from ham_hf.models.source import Origin, complete_name, read_origin
 from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
 from ham_hf.reporting.method_text import exchange_sentence
@@ -41,7 +42,7 @@ from ham_hf.reporting.report import CalibrationReport
 from ham_hf.reporting.run_report import calibrated_report, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
-from ham_hf.training.run_folder import OWNED_BY_CALIBRATION, RunLock
+from ham_hf.training.run_folder import RunLock
 
 logger = logging.getLogger("ham_hf.calibrate")
 
@@ -313,7 +314,7 @@ def folded(loaded: LoadedModel, shifts: Tensor) -> LoadedModel:
 
 
 def calibration_record(original: PixelModel, report: CalibrationReport, shifts: Tensor) -> dict[str, object]:
-    """What ``config.json`` keeps of a calibration, enough to undo it; ``shifts`` (C,) in the model's order."""
+    """Record of a calibration for ``config.json``, enough to undo it; ``shifts`` (C,) in the model's order."""
     return {
         "fairness": report.fairness,
         "shifts": shifts.tolist(),

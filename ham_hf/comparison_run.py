@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ham_hf.artifacts import PAGE_NAME, REPORT_NAME
 from ham_hf.comparison.execution import Launcher, collect, execute, survey
 from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
 from ham_hf.comparison.figures import save_comparison_figures
@@ -27,12 +28,12 @@ from ham_hf.hub import download_results
 from ham_hf.invocation import command
 from ham_hf.reporting.class_examples import read_examples
 from ham_hf.reporting.formats import plain_text, public_word
-from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html, rounded
+from ham_hf.reporting.page import PageRun, page_html, rounded
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import make_folder
 
 TRAIN = ("-m", "ham_hf", "train")
-"""What follows the interpreter, or the launcher, to train."""
+"""Words after the interpreter, or the launcher, that train."""
 
 
 def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
@@ -60,10 +61,8 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
     show("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.state == "failed"]
     if failed:
-        sys.stderr.write(
-            f"{len(failed)} of {len(runs) + len(missing)} runs failed, see comparison.md; the same command tries them "
-            "again\n"
-        )
+        total = len(runs) + len(missing)
+        sys.stderr.write(f"{len(failed)} of {total} runs failed, see comparison.md; the same command repeats them\n")
         raise SystemExit(1)
 
 
@@ -136,7 +135,7 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     if not runs:
         reasons = [run.reason for run in existing.missing]
         raise ValueError("\n".join([f"there is no finished run in {', '.join(map(str, folders))}", *reasons]))
-    if len(folders) == 1 and (folders[0] / "report.json").is_file():
+    if len(folders) == 1 and (folders[0] / REPORT_NAME).is_file():
         label = split_label(sources[0])[0]
         labels, shown = [plain_text(label) if label else ""], None
     else:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ham_hf.artifacts import OWNED_BY_EVALUATION
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, EvaluationConfig, config_to_dict
 from ham_hf.config.yaml_file import setting_words
@@ -39,7 +40,7 @@ from ham_hf.reporting.run_report import evaluation_report, write_evaluation
 from ham_hf.reporting.tables import breakdown_tables, results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.launch import create_accelerator, launched_processes
-from ham_hf.training.run_folder import OWNED_BY_EVALUATION, RunLock, check_results_dir, clear_output_dir
+from ham_hf.training.run_folder import RunLock, check_results_dir, clear_output_dir
 
 logger = logging.getLogger("ham_hf.evaluate")
 

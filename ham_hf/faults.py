@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ham_hf.artifacts import CARD_NAME, CONFIG_NAME, FIGURES, PAGE_NAME, PREDICTIONS_NAME, REPORT_NAME, WEIGHTS_NAME
 from ham_hf.terminal import printable
 
 # What gloo, NCCL and the store between processes report when a process is gone or silent.
@@ -79,8 +80,8 @@ def explain_unfinished(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        results = ("model.safetensors", "config.json", "predictions.parquet", "report.json", "figures", "README.md")
-        missing = [name for name in (*results, "report.html") if not (output_dir / name).exists()]
+        results = (WEIGHTS_NAME, CONFIG_NAME, PREDICTIONS_NAME, REPORT_NAME, FIGURES, CARD_NAME)
+        missing = [name for name in (*results, PAGE_NAME) if not (output_dir / name).exists()]
         raise FaultError(
             f"training is complete, but its results could not be written into {output_dir}: {error}; missing or "
             f"incomplete: {', '.join(missing or results)}. Make room there, or make it writable, and finish with "

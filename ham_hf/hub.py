@@ -24,7 +24,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
+from ham_hf.artifacts import (
+    CARD_NAME,
+    EVAL_RESULTS,
+    EVALUATION_NAME,
+    LOADED_BY_TIMM,
+    PAGE_NAME,
+    PREDICTIONS_NAME,
+    PUBLISHED_EVALUATION,
+    PUBLISHED_RUN,
+    REPORT_NAME,
+)
 from ham_hf.hub_config import DEFAULT_REVISION, HubConfig, target_problems
 from ham_hf.hub_requests import (
     ACCESS_ERRORS,
@@ -40,33 +50,11 @@ from ham_hf.hub_requests import (
 from ham_hf.invocation import command
 from ham_hf.reporting.card import IMAGES
 from ham_hf.reporting.card import without_images as card_without_images
-from ham_hf.reporting.eval_results import EVAL_RESULTS
-from ham_hf.reporting.page import PAGE_NAME, SPACE_TAG, has_images, space_files, without_images
-from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.reporting.page import SPACE_TAG, has_images, space_files, without_images
+from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
 
 logger = logging.getLogger(__name__)
-
-REQUIRED = ("model.safetensors", "config.json")
-CARD_NAME = "README.md"
-ARTIFACTS = (
-    *REQUIRED,
-    CARD_NAME,
-    "report.json",
-    "predictions.parquet",
-    "report.html",
-    "train_config.yaml",
-    "metrics.jsonl",
-    "figures/*.png",
-    "image.png",
-    ".eval_results/*.yaml",
-    "rgb/config.json",
-    "rgb/model.safetensors",
-)
-"""Published files of an output folder. Checkpoints, which hold optimizer state as pickles, stay local."""
-EVALUATION_NAME = "EVALUATION.md"
-EVALUATED = (REPORT_NAME, EVALUATION_NAME, "figures/*.png", ".eval_results/*.yaml")
-"""Published files of an evaluation's folder."""
 
 MAX_RESULT_BYTES = 200_000_000
 """Largest report or table of predictions that a comparison downloads from an unknown repository (our choice)."""
@@ -145,7 +133,7 @@ def push_folder(
     publish_images: bool = False,
     space: bool = False,
 ) -> str:
-    """Push the ``ARTIFACTS`` of an output folder, which is not changed, to a branch of an existing repository.
+    """Push ``PUBLISHED_RUN`` from an output folder, which is not changed, to a branch of an existing repository.
 
     Args:
         folder: what to push.
@@ -166,9 +154,9 @@ def push_folder(
         PushError: if the push failed.
     """
     folder = Path(folder)
-    _require(folder, (*REQUIRED, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
+    _require(folder, (*LOADED_BY_TIMM, *((PAGE_NAME, REPORT_NAME) if space else ())), "a training run")
     withheld = _withheld(folder, publish_images=publish_images)
-    files = _files(folder, ARTIFACTS, withheld)
+    files = _files(folder, PUBLISHED_RUN, withheld)
     upload = partial(_commit, repo_id, files, revision=revision, commit_message=commit_message)
     flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
     state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
@@ -348,7 +336,7 @@ def push_evaluation(
     publish_images: bool = False,
     revision: str = DEFAULT_REVISION,
 ) -> str:
-    """Push the ``EVALUATED`` files of a folder to a model's repository, as one commit or one pull request.
+    """Push ``PUBLISHED_EVALUATION`` from a folder to a model's repository, as one commit or one pull request.
 
     A repository with the ``report.json`` of more than an evaluation keeps it and its figures; the files then go into
     its folder ``evaluation``. Images follow the rule of `push_folder`. A pull request is tried once, as one whose
@@ -363,7 +351,7 @@ def push_evaluation(
     """
     folder = Path(folder)
     _require(folder, (REPORT_NAME, EVALUATION_NAME), "an evaluation")
-    files = _files(folder, EVALUATED, _withheld(folder, publish_images=publish_images))
+    files = _files(folder, PUBLISHED_EVALUATION, _withheld(folder, publish_images=publish_images))
 
     def upload() -> CommitInfo:
         place = "evaluation/" if _keeps_its_report(repo_id, revision) else ""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ham_hf.settings import SettingsGroup, same_as, setting
 
+HUB = "https://huggingface.co"
 DEFAULT_REVISION = "main"
 """The branch of the Hub that is meant where none is named."""
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
@@ -34,7 +35,7 @@ def split_revision(source: str) -> tuple[str, str | None] | None:
 
 
 def target_problems(repo_id: str | None) -> Iterator[str]:
-    """What is wrong with ``--hub_model_id``: a repository to make has at most 96 characters in all."""
+    """Problems of ``--hub_model_id``: a repository to make has at most 96 characters in all."""
     if repo_id is not None and not (is_hub_id(repo_id) and len(repo_id) <= 96):
         yield (
             f"--hub_model_id {repo_id!r}: expected owner/name of at most 96 letters, digits and single '-', '_' or "

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ham_hf.artifacts import EVALUATION_NAME, LOADED_BY_TIMM, PAGE_NAME, REPORT_NAME
 from ham_hf.faults import clean_exit
 from ham_hf.hub import (
-    EVALUATION_NAME,
     PushError,
     check_pull_request,
     check_write_access,
@@ -24,8 +24,7 @@ from ham_hf.invocation import command
 from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
 from ham_hf.reporting.eval_results import write_eval_results
-from ham_hf.reporting.page import PAGE_NAME
-from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
 
 
@@ -61,7 +60,7 @@ def _push_evaluation(folder: Path, options: argparse.Namespace) -> None:
 def _push(folder: Path, options: argparse.Namespace) -> None:
     if options.create_pr:
         raise ValueError(f"--create_pr is for the folder of an evaluation, and {folder} has no {EVALUATION_NAME}")
-    missing = [name for name in ("model.safetensors", "config.json", REPORT_NAME) if not (folder / name).is_file()]
+    missing = [name for name in (*LOADED_BY_TIMM, REPORT_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not the folder of a finished run: {', '.join(missing)} missing")
     report = read_report(folder / REPORT_NAME)

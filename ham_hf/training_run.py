@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 from accelerate import Accelerator
 from torch import nn
 
+from ham_hf.artifacts import OWNED_BY_TRAINING, TRAIN_CONFIG_NAME
 from ham_hf.attacks import ThreatModel
 from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
@@ -53,7 +54,7 @@ from ham_hf.training.checkpoint import check_resume_name, load_best
 from ham_hf.training.launch import check_shared_folder, create_accelerator, launched_processes, peak_memory_bytes
 from ham_hf.training.log import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.optimization import check_optimizer
-from ham_hf.training.run_folder import OWNED_BY_TRAINING, RunLock, check_output_dir, clear_output_dir
+from ham_hf.training.run_folder import RunLock, check_output_dir, clear_output_dir
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
@@ -272,7 +273,7 @@ def begin(run: Run, *, recipe: bool = True) -> None:
             write_config(run.config, run.folder)
     if recipe:
         patience = min(40.0, training.ddp_timeout / 2)
-        check_shared_folder(run.folder / "train_config.yaml", run.accelerator, patience=patience)
+        check_shared_folder(run.folder / TRAIN_CONFIG_NAME, run.accelerator, patience=patience)
     else:
         run.accelerator.wait_for_everyone()
     start_trackers(run.accelerator, run.folder, config_to_dict(run.config), step=run.trainer.progress.step)

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 
 from ham_hf.api.evaluation import EvaluationReport, count_logits, report_of
+from ham_hf.artifacts import LOADING_NAME, WEIGHTS_NAME
 from ham_hf.config import TrainConfig
 from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
@@ -29,11 +30,10 @@ from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.pixel_model import data_preprocessing
-from ham_hf.models.source import WEIGHTS_NAME
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
 from ham_hf.training.log import end_training, track_test_results
-from ham_hf.training.run_folder import LOADING_NAME, RunLock
+from ham_hf.training.run_folder import RunLock
 from ham_hf.training.stopping import stop_requests
 from ham_hf.training_run import Run, begin, check_settings, measure, run_of, start_accelerator, write_files
 

@@ -34,7 +34,7 @@ NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
 IMAGES = "Images of each class"
 """The only one of the `conditions` in which two runs may differ and still be compared on the images that both saw."""
 
-Facts: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
+ByValue: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 """By title: each value that a run has, with the labels of the rows that have it."""
 
 
@@ -83,17 +83,17 @@ def _defaults(method: str) -> str:
     return json.dumps({**values}, default=dict)
 
 
-def facts_of(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> Facts:
+def by_value(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> ByValue:
     """Values by title, each with the labels of the rows that have it; what a run does not know is left out."""
     found: dict[str, dict[str, dict[str, None]]] = {}
-    for label, facts in of_runs:
-        for title, value in facts.items():
+    for label, values in of_runs:
+        for title, value in values.items():
             found.setdefault(title, {}).setdefault(value, {})[label] = None
     return {title: {value: tuple(labels) for value, labels in values.items()} for title, values in found.items()}
 
 
 def budget(report: RunReport) -> dict[str, str]:
-    """Facts that must be equal for numbers to be comparable; fewer of a model that was only evaluated."""
+    """Values by title that must be equal for numbers to be comparable; fewer of a model that was only evaluated."""
     dataset, model, config, training = report.dataset, report.model, report.config, report.training
     # Local paths are not published, as in the model card.
     name = dataset.hub_id or dataset.name.rstrip("/").rpartition("/")[2]
@@ -125,7 +125,7 @@ def budget(report: RunReport) -> dict[str, str]:
 
 
 def conditions(report: RunReport, attack: str) -> dict[str, str]:
-    """Facts that must be equal to compare one evaluation's numbers, by title.
+    """Values that must be equal to compare one evaluation's numbers, by title.
 
     Images, threat model, and the settings of the attack; of the verdict, those of all attacks.
     """
@@ -176,7 +176,7 @@ def _optimizer(settings: Mapping[str, object]) -> str:
     )
 
 
-def machine_facts(report: RunReport) -> dict[str, str]:
+def machine_of(report: RunReport) -> dict[str, str]:
     """Hardware and software by title; seconds and memory are comparable only where the hardware is the same."""
     found = report.environment
     return {

@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from ham_hf.artifacts import BEST_NAME, LOG_NAME, REPORT_NAME, TRAIN_CONFIG_NAME
 from ham_hf.comparison.differences import differences, run_settings
 from ham_hf.comparison.existing import finished_run, running_elsewhere
 from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.plan import PlannedRun
 from ham_hf.comparison.table import MissingRun
 from ham_hf.config import CalibrationConfig, config_to_dict, load_train_config
-from ham_hf.reporting.report import REPORT_NAME, read_report
+from ham_hf.reporting.report import read_report
 from ham_hf.settings import settings_of
-from ham_hf.training.checkpoint import BEST_NAME, list_checkpoints, replace_folder
+from ham_hf.training.checkpoint import list_checkpoints, replace_folder
 from ham_hf.training.run_folder import LOCK_NAME, is_locked
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def is_done(run: PlannedRun) -> bool:
         UnreadableRunError: if the folder holds a run that cannot be read.
         ValueError: if it holds a run, finished or not, with other settings.
     """
-    report, config = run.folder / REPORT_NAME, run.folder / "train_config.yaml"
+    report, config = run.folder / REPORT_NAME, run.folder / TRAIN_CONFIG_NAME
     try:
         if report.is_file():
             theirs: Mapping[str, object] = read_report(report).config
@@ -257,7 +258,7 @@ def bring_weights(run: PlannedRun, source: Path) -> None:
         staging.mkdir()
         for part in (source / BEST_NAME, checkpoints[-1]):
             shutil.copytree(part, staging / part.name)
-        shutil.copy(source / "metrics.jsonl", staging)
+        shutil.copy(source / LOG_NAME, staging)
         if run.folder.is_dir():
             run.folder.rmdir()
         replace_folder(staging, run.folder)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ham_hf.artifacts import PREDICTIONS_NAME, REPORT_NAME
 from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.table import MissingRun
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, read_verdicts
+from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import plain_text, public_word
-from ham_hf.reporting.report import REPORT_NAME, RunReport, read_report
+from ham_hf.reporting.report import RunReport, read_report
 from ham_hf.training.run_folder import is_locked
 
 NOT_THERE = "(none)"
@@ -24,7 +25,7 @@ SEED_FOLDER = re.compile(r"seed(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class ExistingRuns:
-    """What was found where runs exist.
+    """Runs found in folders and on the Hub, and those missing.
 
     Attributes:
         found: every finished run; its label is what the user calls it, or the name of the folder above where its own

@@ -13,16 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ham_hf.comparison.differences import IMAGES, budget, conditions, evaluations, machine_facts
+from ham_hf.comparison.differences import IMAGES, budget, conditions, evaluations, machine_of
 from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun
 from ham_hf.comparison.table import METRIC_TITLES, Comparison, Row
 from ham_hf.files import atomic_write
-from ham_hf.hub_config import split_revision
+from ham_hf.hub_config import HUB, split_revision
 from ham_hf.reporting.formats import percent, percent_ends, plain_text, public_source, public_text, signed_points
 from ham_hf.reporting.page import render_page
 
 LEADERBOARD_NAME = "leaderboard.html"
-HUB = "https://huggingface.co"
 TITLES = {metric: METRIC_TITLES[metric] for metric in PAIRED_METRICS}
 MAX_CLASSES = 10
 """Worst classes listed of each model."""
@@ -113,7 +112,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def _hardware(rows: Sequence[Row]) -> str:
-    devices = {machine_facts(run.report)["Device"] for row in rows for run in row.runs}
+    devices = {machine_of(run.report)["Device"] for row in rows for run in row.runs}
     return "" if len(devices) == 1 else "; seconds are of different hardware"
 
 
@@ -216,9 +215,9 @@ def _model(comparison: Comparison, row: Row, folder: str | Path | None) -> dict[
     run = row.runs[0]
     name = next(name for name in _ordered(comparison.attacks) if name in row.attacks)
     hub_id, revision = (None if Path(run.source).exists() else split_revision(run.source)) or ("", None)
-    facts = budget(run.report) | machine_facts(run.report)
+    facts = budget(run.report) | machine_of(run.report)
     if row.passes is not None:
-        facts["Passes in training"] = f"{row.passes.mean:,.0f}"
+        facts["Passes"] = f"{row.passes.mean:,.0f}"
     facts["Seeds"] = ", ".join(map(str, row.seeds))
     facts["Made"] = run.report.created
     return {

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ham_hf.artifacts import PREDICTIONS_NAME
 from ham_hf.comparison.differences import IMAGES, conditions, evaluations
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, Verdicts, match_verdicts
+from ham_hf.evaluation.verdicts import Verdicts, match_verdicts
 from ham_hf.intervals import REPETITIONS
 from ham_hf.metrics import num_worst, summarize
 from ham_hf.reporting.report import RunReport
@@ -45,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """What a paired test says of another model and a reference.
+    """Paired test of another model against a reference.
 
     Attributes:
         num_examples: images that both were judged on.
@@ -97,7 +98,7 @@ class PairedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What paired tests say of the rows of a comparison.
+    """Paired tests of the rows of a comparison.
 
     Attributes:
         found: by label and evaluation.
@@ -129,7 +130,7 @@ class FinishedRun:
 def pair_rows(rows: Mapping[str, Sequence[FinishedRun]], *, baseline: str | None, titles: Mapping[str, str]) -> Pairs:
     """Compare every row with the baseline (without one: none), as far as there are predictions.
 
-    Rows that were evaluated otherwise are not paired. ``titles`` are those of each evaluation, by name.
+    Rows with other settings of evaluation are not paired. ``titles`` are those of each evaluation, by name.
     """
     base = {run.seed: run for run in rows.get(baseline or "", ())}
     found, unpaired = dict[str, Mapping[str, PairedRow]](), dict[str, str]()
@@ -164,8 +165,8 @@ def _pair(pairs: Sequence[tuple[FinishedRun, FinishedRun]], name: str) -> Paired
         return None
     facts = [conditions(run.report, name) for pair in pairs for run in pair]
     titles = dict.fromkeys(title for found in facts for title in found if title != IMAGES)
-    if otherwise := [title for title in titles if len({found.get(title) for found in facts}) > 1]:
-        raise ValueError(f"evaluated otherwise than the baseline ({', '.join(otherwise)})")
+    if different := [title for title in titles if len({found.get(title) for found in facts}) > 1]:
+        raise ValueError(f"evaluated with other settings than the baseline ({', '.join(different)})")
     matched = [
         match_verdicts(reference.verdicts, other.verdicts, name)
         for reference, other in pairs

@@ -20,6 +20,7 @@ from ham_hf.reporting.formats import (
     Markdown,
     code,
     markdown_table,
+    markdown_text,
     percent,
     plain_text,
     public_source,
@@ -28,7 +29,6 @@ from ham_hf.reporting.formats import (
     ratio,
     signed_points,
 )
-from ham_hf.reporting.formats import markdown_text as text
 
 SCHEMA_VERSION = 1
 MEBIBYTE = 2**20
@@ -162,7 +162,7 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
             f"The figures are of {_heading(comparison, shown)}: of the attacks that every run was evaluated under (on "
             "all test images, where there is one), it leaves the lowest average, as a mean over the rows."
         )
-    parts += [text(sentence, 1000) for sentence in without_figures(comparison)]
+    parts += [markdown_text(sentence, 1000) for sentence in without_figures(comparison)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     parts.append(f"## What the rows share, and what not\n\n{_shared(comparison, command)}")
     parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
@@ -187,7 +187,7 @@ def without_figures(comparison: Comparison) -> list[str]:
 def _notes(comparison: Comparison) -> list[str]:
     notes = []
     if comparison.unequal:
-        titles = ", ".join(text(title) for title in comparison.unequal)
+        titles = ", ".join(markdown_text(title) for title in comparison.unequal)
         notes.append(
             f"**Not the same budget:** the rows differ in more than the method ({titles}); see the end of this page."
         )
@@ -198,7 +198,7 @@ def _notes(comparison: Comparison) -> list[str]:
 
 def _not_alike(comparison: Comparison, attack: str) -> list[str]:
     """A sentence that names the rows whose numbers are not of the baseline's evaluation, where there are any."""
-    others = ", ".join(text(comparison.names[label]) for label in comparison.unlike(attack))
+    others = ", ".join(markdown_text(comparison.names[label]) for label in comparison.unlike(attack))
     baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in comparison.alike[attack] else ""
     return [NOT_COMPARABLE.format(rows=others, baseline=baseline)] if others else []
 
@@ -218,8 +218,8 @@ def _shared(comparison: Comparison, command: str) -> str:
     ]
     if len(by_commit) > 1:
         lines += [
-            f"- commit {text(commit)}: "
-            + "; ".join(f"{text(name)}, seed {', '.join(map(str, seeds))}" for name, seeds in rows.items())
+            f"- commit {markdown_text(commit)}: "
+            + "; ".join(f"{markdown_text(name)}, seed {', '.join(map(str, seeds))}" for name, seeds in rows.items())
             for commit, rows in by_commit.items()
         ]
     seeds = sorted({seed for row in comparison.rows for seed in row.seeds})
@@ -241,7 +241,7 @@ def _how_to_read(comparison: Comparison) -> str:
 
 
 def _baseline_name(comparison: Comparison) -> str:
-    return text(comparison.names[str(comparison.baseline)])
+    return markdown_text(comparison.names[str(comparison.baseline)])
 
 
 def _pairs_section(comparison: Comparison) -> list[str]:
@@ -263,8 +263,10 @@ def _pairs_section(comparison: Comparison) -> list[str]:
         about = "On the images that both saw, in percentage points, with 95 % intervals; p of each seed."
         parts += [about, markdown_table(rows)]
     if pairs.unpaired:
-        reasons = pairs.unpaired.items()
-        listed = [f"- {text(names.get(label, label))}: {text(reason, 300)}" for label, reason in reasons]
+        listed = [
+            f"- {markdown_text(names.get(label, label))}: {markdown_text(reason, 300)}"
+            for label, reason in pairs.unpaired.items()
+        ]
         parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
     return parts if len(parts) > 1 else []
 
@@ -272,7 +274,7 @@ def _pairs_section(comparison: Comparison) -> list[str]:
 def _heading(comparison: Comparison, attack: str) -> str:
     """The evaluation's title and, where it saw a part of them only, the number of test images."""
     reports = [run.report for row in comparison.rows for run in row.runs if attack in evaluations(run.report)]
-    title = text(comparison.attacks[attack])
+    title = markdown_text(comparison.attacks[attack])
     counts = {(evaluations(report)[attack].summary.num_examples, report.dataset.num_test) for report in reports}
     if all(seen == all_images for seen, all_images in counts):
         return title
@@ -353,26 +355,29 @@ def _cost_note(comparison: Comparison) -> str:
 
 def _missing_line(run: MissingRun, name: str) -> str:
     seed = "" if run.seed is None else f", seed {run.seed}"
-    return f"- {text(name)}{seed}: {run.state}. {text(public_text(run.reason), 600)}"
+    return f"- {markdown_text(name)}{seed}: {run.state}. {markdown_text(public_text(run.reason), 600)}"
 
 
 def _settings_list(comparison: Comparison) -> str:
     lines = []
     for row in comparison.rows:
         settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items())
-        lines.append(f"- {text(comparison.names[row.label])}: {text(settings, 2000) if settings else 'none'}")
+        lines.append(
+            f"- {markdown_text(comparison.names[row.label])}: {markdown_text(settings, 2000) if settings else 'none'}"
+        )
     return "\n".join(lines)
 
 
 def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]]) -> str:
     """One fact; where the rows have several values, each with its rows."""
     if len(values) == 1:
-        return f"- {text(title)}: {text(next(iter(values)), 400)}"
+        return f"- {markdown_text(title)}: {markdown_text(next(iter(values)), 400)}"
     names = comparison.names
     shown = [
-        f"{text(value, 400)} ({', '.join(text(names[label]) for label in labels)})" for value, labels in values.items()
+        f"{markdown_text(value, 400)} ({', '.join(markdown_text(names[label]) for label in labels)})"
+        for value, labels in values.items()
     ]
-    return f"- {text(title)}: {'; '.join(shown)}"
+    return f"- {markdown_text(title)}: {'; '.join(shown)}"
 
 
 def _harmless(value: str) -> str:

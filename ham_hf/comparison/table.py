@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ham_hf.comparison.differences import Facts, budget, conditions, evaluations, facts_of, machine_facts, run_settings
+from ham_hf.comparison.differences import ByValue, budget, by_value, conditions, evaluations, machine_of, run_settings
 from ham_hf.comparison.pairs import PAIRED_METRICS, FinishedRun, Pairs, pair_rows
 from ham_hf.metrics import FairnessSummary, num_worst
 from ham_hf.reporting.formats import short_names
@@ -124,15 +124,15 @@ class Comparison:
     attacks: Mapping[str, str]
     baseline: str | None
     class_names: tuple[str, ...] | None
-    budget: Facts
-    environment: Facts
+    budget: ByValue
+    environment: ByValue
     alike: Mapping[str, frozenset[str]]
     missing: tuple[MissingRun, ...]
     pairs: Pairs = field(default_factory=Pairs)
 
     @property
     def names(self) -> dict[str, str]:
-        """What tables and figures call each row and missing run, by label: short, and different for each."""
+        """Name of each row and missing run in tables and figures, by label: short, and different for each."""
         return short_names([row.label for row in self.rows] + [run.label for run in self.missing])
 
     def unlike(self, attack: str) -> list[str]:
@@ -140,7 +140,7 @@ class Comparison:
         return [row.label for row in self.rows if attack in row.attacks and row.label not in self.alike[attack]]
 
     @property
-    def unequal(self) -> Facts:
+    def unequal(self) -> ByValue:
         """The part of ``budget`` in which the runs differ."""
         return {title: values for title, values in self.budget.items() if len(values) > 1}
 
@@ -239,8 +239,8 @@ def compare(
         attacks=titles,
         baseline=baseline,
         class_names=class_names.pop() if len(class_names) == 1 else None,
-        budget=facts_of([(run.label, budget(run.report)) for run in runs]),
-        environment=facts_of([(run.label, machine_facts(run.report)) for run in runs]),
+        budget=by_value([(run.label, budget(run.report)) for run in runs]),
+        environment=by_value([(run.label, machine_of(run.report)) for run in runs]),
         alike=alike,
         missing=(*missing, *_absent(by_label, missing)),
         pairs=pair_rows(by_label, baseline=baseline, titles=titles),

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from ham_hf import __version__
+from ham_hf.artifacts import PARTIAL_RESULTS
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.faults import is_out_of_memory
 from ham_hf.files import atomic_write
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PARTIAL_RESULTS = "evaluation-progress"
-"""Folder in the output folder of a run."""
 _LAYOUT = 2
 """Part of the key: files of a different layout (1 had no margins) are ignored."""
 NUM_HASHED_IMAGES = 32

@@ -69,13 +69,13 @@ class SearchAttack(Attack):
         return 2 + 2 * self.num_steps
 
     def settings(self, seed: int) -> dict[str, object]:
-        """What a report says of it; JSON types only."""
+        """Settings as a report lists them; JSON types only."""
         return {**self.as_json(), "loss": "margin", "precision": self.precision, "restarts": 1, "seed": seed}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierPoint:
-    """What one setting of the dial gives under the attack of the search, cross-fitted, in shares.
+    """Accuracies of one setting of the dial under the attack of the search, cross-fitted, in shares.
 
     Attributes:
         fairness: F.

@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ham_hf.artifacts import PREDICTIONS_NAME
 from ham_hf.data.image_groups import ImageGroups, make_groups
 from ham_hf.evaluation.robustness import AttackResult
 from ham_hf.files import replacing
 
-PREDICTIONS_NAME = "predictions.parquet"
 SCHEMA_VERSION = 1
 UNSEEN = -2
 """Stands for the prediction of an image that an attack did not see."""

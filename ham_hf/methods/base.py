@@ -85,7 +85,7 @@ class Method(Stateful):
 
     @property
     def state_keepers(self) -> tuple[Stateful, ...]:
-        """What may keep state, each with its own name: this method and its class rules."""
+        """This method and its class rules, each by its own name: all that may keep state."""
         return (self, *self.rules)
 
     @property

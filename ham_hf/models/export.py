@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ham_hf.artifacts import CONFIG_NAME, WEIGHTS_NAME
 from ham_hf.files import replace
 from ham_hf.models.cifar_nets import (
     EMBEDDABLE_ARGUMENTS,
@@ -36,7 +37,7 @@ from ham_hf.models.cifar_nets import (
     embed_in_resnet18,
 )
 from ham_hf.models.pixel_model import PixelModel, Preprocessing, compare_logits, load_pixel_model
-from ham_hf.models.source import CONFIG_KEY, CONFIG_NAME, TRAINED_FORM_KEY, WEIGHTS_NAME, TrainedForm
+from ham_hf.models.source import CONFIG_KEY, TRAINED_FORM_KEY, TrainedForm
 
 # Modules that hold the backbone: torch.compile, DistributedDataParallel and timm's EMA, PixelModel.
 _WRAPPER_ATTRIBUTES = ("_orig_mod", "module", "backbone")

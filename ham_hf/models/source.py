@@ -26,6 +26,7 @@ from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg
 from timm.models._hub import download_from_hf, load_model_config_from_path
 from torch import Tensor
 
+from ham_hf.artifacts import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ham_hf.files import front_matter
 from ham_hf.hub_config import is_hub_id, split_revision
 from ham_hf.models.cifar_nets import extract_from_resnet18
@@ -33,9 +34,6 @@ from ham_hf.models.untrusted import check_metadata, check_pretrained_cfg, check_
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-CARD_NAME = "README.md"
 CONFIG_KEY = "ham_hf"
 """Top-level key of ``config.json`` under which this package keeps what timm has no place for."""
 TRAINED_FORM_KEY = "trained_form"

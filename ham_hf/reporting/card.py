@@ -14,9 +14,10 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
+from ham_hf.artifacts import CARD_NAME, CONFIG_NAME
 from ham_hf.data.provenance import plain_name
 from ham_hf.files import atomic_write
-from ham_hf.hub_config import is_hub_id, split_revision
+from ham_hf.hub_config import HUB, is_hub_id, split_revision
 from ham_hf.reporting.eval_results import model_index
 from ham_hf.reporting.formats import (
     Markdown,
@@ -107,7 +108,7 @@ def write_card(report: RunReport, folder: str | Path, *, repo_id: str | None, mo
             "training_rows": _training_rows(report, report.training),
             "selection": _selection(report, report.training),
         }
-    path = folder / "README.md"
+    path = folder / CARD_NAME
     atomic_write(path, _template(_template_source()).render(context))
     return path
 
@@ -244,7 +245,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "space": bool(repo_id and report.config.get("hub_space")),
         "hub_source": Markdown(repo_id or "."),
         "source": Markdown(f"hf-hub:{repo_id}" if repo_id else "local-dir:."),
-        "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / "config.json").is_file(),
+        "rgb_form": bool(folder) and (Path(str(folder)) / "rgb" / CONFIG_NAME).is_file(),
         "image_mode": Markdown({1: "L", 3: "RGB", 4: "RGBA"}.get(report.model.in_chans, "RGB")),
         "rows": results_table(report, intervals=True),
         "verdict": report.verdict,
@@ -320,12 +321,12 @@ def _headline(report: RunReport) -> Markdown:
 def _hub_link(name: str) -> Markdown:
     """The name of a model as code, and as a link where it can be one on the Hub."""
     shown = code(name)
-    return Markdown(f"[{shown}](https://huggingface.co/{name})") if is_hub_id(name, with_owner=True) else shown
+    return Markdown(f"[{shown}]({HUB}/{name})") if is_hub_id(name, with_owner=True) else shown
 
 
 def _dataset_link(report: RunReport) -> Markdown:
     shown, hub_id = code(report.dataset.title), report.dataset.hub_id
-    return Markdown(f"[{shown}](https://huggingface.co/datasets/{hub_id})") if is_hub_id(hub_id or "") else shown
+    return Markdown(f"[{shown}]({HUB}/datasets/{hub_id})") if is_hub_id(hub_id or "") else shown
 
 
 def _figures(report: RunReport) -> list[tuple[str, str]]:
@@ -355,7 +356,8 @@ def _training_rows(report: RunReport, training: TrainingReport) -> list[tuple[st
     computation = []
     if training.passes is not None:
         passes = f"the cost of {training.passes / report.dataset.num_train:.0f} forward passes per training image"
-        counted = "forward 1, gradient of the input 2, training pass 3; validation included"
+        included = "validation and calibration" if report.calibration else "validation"
+        counted = f"forward 1, gradient of the input 2, training pass 3; {included} included"
         computation.append(("Computation", f"{passes} ({counted})"))
     return [
         *rows,

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ham_hf.artifacts import EXAMPLES_NAME
 from ham_hf.attacks import ThreatModel, evaluation_mode, unsaturated_cross_entropy
 from ham_hf.data import BatchRequest, Images
 from ham_hf.evaluation import AttackResult, NamedAttack, predict, standard_attacks
@@ -28,7 +29,6 @@ from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.files import replacing
 from ham_hf.seeding import Stream, make_generator
 
-EXAMPLES_NAME = "examples.parquet"
 NUM_EXAMPLES_SHOWN = 8
 """Images of the strip."""
 MAX_CLASSES = 12

@@ -12,11 +12,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
+from ham_hf.artifacts import EVAL_RESULTS
 from ham_hf.files import atomic_write
 from ham_hf.reporting.formats import fraction_text, plain_text
 from ham_hf.reporting.report import RunReport
-
-EVAL_RESULTS = ".eval_results"
 
 
 def model_index(report: RunReport) -> list[EvalResult]:

@@ -23,6 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
+from ham_hf.artifacts import FIGURES
 from ham_hf.evaluation.calibration import FrontierPoint
 from ham_hf.files import replacing
 from ham_hf.reporting.class_examples import ExampleStrip
@@ -70,7 +71,7 @@ def save_figures(
             )
     if examples is not None:
         figures["adversarial_examples"] = examples_figure(examples, report.dataset.class_names)
-    target = Path(folder) / "figures"
+    target = Path(folder) / FIGURES
     target.mkdir(parents=True, exist_ok=True)
     return [save_figure(figure, target / f"{name}.png") for name, figure in figures.items()]
 

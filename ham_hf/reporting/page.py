@@ -25,12 +25,12 @@ from markupsafe import Markup
 from torch import Tensor
 
 from ham_hf.evaluation.verdicts import Verdicts
+from ham_hf.hub_config import HUB
 from ham_hf.reporting.class_examples import ClassExamples
 from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.reporting.tables import breakdown_tables
 
-PAGE_NAME = "report.html"
 SPACE_TAG = "ham_hf"
 """Marks a Space that ham_hf made and may overwrite."""
 MAX_PAGE_BYTES = 2_000_000
@@ -107,7 +107,7 @@ def without_images(html: str) -> str:
 
 def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
     """A static Space that shows a page: its files by name. The page and the Space's description link the model."""
-    link = f'<a href="https://huggingface.co/{repo_id}" target="_blank" rel="noopener">{repo_id}</a>'
+    link = f'<a href="{HUB}/{repo_id}" target="_blank" rel="noopener">{repo_id}</a>'
     about = {
         "title": f"{plain_text(repo_id.split('/')[-1])}: weak classes",
         "emoji": "🎯",
@@ -123,7 +123,7 @@ def space_files(html: str, report: RunReport, repo_id: str) -> dict[str, bytes]:
     }
     readme = (
         f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n\n"
-        f"Accuracy of [{repo_id}](https://huggingface.co/{repo_id}) class by class, clean and under attack.\n"
+        f"Accuracy of [{repo_id}]({HUB}/{repo_id}) class by class, clean and under attack.\n"
         "Made by ham_hf; the page makes no network request.\n"
     )
     page = html.replace('<footer class="quiet">', f'<footer class="quiet"><p>The model: {link}.</p> ', 1)

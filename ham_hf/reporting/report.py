@@ -16,6 +16,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ham_hf.artifacts import REPORT_NAME
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
@@ -24,7 +25,6 @@ from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.formats import evaluation_title, plain_text
 
 SCHEMA_VERSION = 1
-REPORT_NAME = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class TrainingReport:
         history: the validation lines of ``metrics.jsonl``, JSON values only.
         peak_memory_bytes: most memory that the main process held up to the end of training, on the accelerator or,
             without one, of the machine (`ham_hf.training.launch.peak_memory_bytes`); None if unknown.
-        passes: passes over the network of the whole run, validation included, in forwards of one image
+        passes: passes over the network of the whole run, validation and calibration included, in forwards of one image
             (`ham_hf.training.train_step.PassCounter`); None if unknown.
         changes: one sentence per resumption with other settings; empty if the report's settings repeat the run.
     """

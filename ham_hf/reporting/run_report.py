@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from ham_hf import __version__
+from ham_hf.artifacts import EVALUATION_NAME, LOG_NAME, PAGE_NAME, TRAIN_CONFIG_NAME
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
@@ -39,7 +40,7 @@ from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
 from ham_hf.reporting.eval_results import write_eval_results
 from ham_hf.reporting.figures import save_figures
 from ham_hf.reporting.method_text import selected_too_early, training_images_note
-from ham_hf.reporting.page import PAGE_NAME, PageRun, page_html
+from ham_hf.reporting.page import PageRun, page_html
 from ham_hf.reporting.report import (
     AttackReport,
     CalibrationReport,
@@ -286,7 +287,7 @@ def write_config(config: TrainConfig, folder: Path) -> None:
         hub=HubConfig(model_license=config.hub.model_license),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "train_config.yaml", config_to_yaml(again))
+    atomic_write(folder / TRAIN_CONFIG_NAME, config_to_yaml(again))
 
 
 def evaluation_report(
@@ -392,7 +393,7 @@ def write_evaluation(
     ``command`` are the words that measure it again.
     """
     _write_numbers(report, folder, results, examples, groups=groups)
-    atomic_write(folder / "EVALUATION.md", evaluation_document(report, folder, command=command))
+    atomic_write(folder / EVALUATION_NAME, evaluation_document(report, folder, command=command))
     write_eval_results(report, folder, suffix="-evaluation")
 
 
@@ -405,7 +406,7 @@ def _write_numbers(
     groups: ImageGroups | None = None,
 ) -> None:
     """Predictions, report, figures and page; the log is read first, as the report says that a run is finished."""
-    log = folder / "metrics.jsonl"
+    log = folder / LOG_NAME
     train_log = [line for line in read_log(log) if line["type"] == "train"] if report.training is not None else []
     verdicts = verdicts_of(results, report.dataset.class_names, groups)
     write_verdicts(verdicts, folder)

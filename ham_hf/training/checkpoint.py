@@ -26,22 +26,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ham_hf.artifacts import BEST_NAME, WEIGHTS_NAME
 from ham_hf.files import DamagedError, check_checksums, flush, replacing, write_checksums
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-BEST_NAME = "checkpoint-best"
 ABANDONED = ".abandoned"
 REPLACED = ".old"
 PART = ".part"
-WEIGHTS = "model.safetensors"
 AVERAGED = "averaged.safetensors"
 METHOD = "method.safetensors"
 OPTIMIZER = "optimizer.pt"
 BEST = "best.safetensors"
 STATE_FILE = "trainer_state.json"
-REQUIRED = (WEIGHTS, METHOD, OPTIMIZER, STATE_FILE)
+REQUIRED = (WEIGHTS_NAME, METHOD, OPTIMIZER, STATE_FILE)
 
 
 class CheckpointWriteError(OSError):
@@ -105,13 +104,13 @@ def save_checkpoint(
     """
     final = output_dir / f"checkpoint-{checkpoint.state['step']}"
     part = _part_of(final)
-    best = output_dir / BEST_NAME / WEIGHTS
+    best = output_dir / BEST_NAME / WEIGHTS_NAME
     try:
         if selected is not None:
             save_best(output_dir, *selected)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_weights(part / WEIGHTS, checkpoint.model)
+        save_weights(part / WEIGHTS_NAME, checkpoint.model)
         if checkpoint.averaged is not None:
             save_weights(part / AVERAGED, checkpoint.averaged)
         save_weights(part / METHOD, checkpoint.method)
@@ -174,7 +173,7 @@ def rewind(output_dir: Path, checkpoint: Path) -> None:
             logger.warning("%s is later than the checkpoint to resume from; putting it aside as %s", later, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             later.rename(aside)
-    best = output_dir / BEST_NAME / WEIGHTS
+    best = output_dir / BEST_NAME / WEIGHTS_NAME
     saved = checkpoint / BEST
     if saved.is_file():
         best.parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +302,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "be code. Resume from another checkpoint"
         ) from None
     return Checkpoint(
-        model=load_file(path / WEIGHTS),
+        model=load_file(path / WEIGHTS_NAME),
         averaged=load_file(averaged) if averaged.is_file() else None,
         method=load_file(path / METHOD),
         optimizer=optimizer,
@@ -313,7 +312,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[str, object]) -> Path:
     """Write the selected weights as ``checkpoint-best/model.safetensors``, with the state in the file's header."""
-    final = output_dir / BEST_NAME / WEIGHTS
+    final = output_dir / BEST_NAME / WEIGHTS_NAME
     final.parent.mkdir(parents=True, exist_ok=True)
     with replacing(final) as part:
         save_weights(part, weights, {"state": json.dumps(dict(state), allow_nan=False)})
@@ -322,12 +321,12 @@ def save_best(output_dir: Path, weights: Mapping[str, Tensor], state: Mapping[st
 
 def has_best(output_dir: Path) -> bool:
     """Whether the selected weights of a run are on the disk."""
-    return (output_dir / BEST_NAME / WEIGHTS).is_file()
+    return (output_dir / BEST_NAME / WEIGHTS_NAME).is_file()
 
 
 def load_best(output_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The selected weights of a run and the state they were selected with."""
-    path = output_dir / BEST_NAME / WEIGHTS
+    path = output_dir / BEST_NAME / WEIGHTS_NAME
     with safe_open(path, framework="pt") as file:
         state: dict[str, Any] = json.loads(file.metadata()["state"])
     return load_file(path), state

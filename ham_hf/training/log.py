@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from tqdm.auto import tqdm
 
+from ham_hf.artifacts import LOG_NAME
 from ham_hf.files import atomic_write
 from ham_hf.metrics import FairnessSummary
 
@@ -55,7 +56,7 @@ class RunLog:
         show_progress: bool,
     ) -> None:
         self.accelerator = accelerator
-        self.path = output_dir / "metrics.jsonl"
+        self.path = output_dir / LOG_NAME
         self.class_names = class_names
         self._waiting: list[str] = []
         if accelerator.is_main_process:

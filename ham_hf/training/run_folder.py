@@ -22,13 +22,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME
+from ham_hf.artifacts import BEST_NAME, PARTIAL_RESULTS, REPORT_NAME, TRAIN_CONFIG_NAME, WEIGHTS_NAME
 from ham_hf.training.checkpoint import (
     ABANDONED,
-    BEST_NAME,
     CHECKPOINT_NAME,
-    WEIGHTS,
     Checkpoint,
     CheckpointWriteError,
     has_best,
@@ -82,23 +79,6 @@ class RunFiles:
         return str(checkpoints[-1]) if checkpoints else "no checkpoint"
 
 
-OWNED_BY_EVALUATION = (
-    "report.json",
-    PREDICTIONS_NAME,
-    "report.html",
-    "examples.parquet",
-    "figures",
-    ".eval_results",
-    "EVALUATION.md",
-)
-OWNED_BY_CALIBRATION = (*OWNED_BY_EVALUATION[:-1], WEIGHTS, "config.json", "rgb", "README.md", "image.png")
-LOADING_NAME = "LOADING.md"
-"""Beside the weights of a network that timm cannot build: how they are loaded."""
-_TRAINING_ALONE = ("train_config.yaml", "metrics.jsonl", "logs", BEST_NAME, PARTIAL_RESULTS, LOADING_NAME)
-OWNED_BY_TRAINING = (*OWNED_BY_CALIBRATION, *_TRAINING_ALONE)
-"""Names that a training run writes into its output folder besides numbered checkpoints."""
-
-
 def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | None = None) -> None:
     """Reject an output folder with files that a training run would overwrite; nothing is written.
 
@@ -118,7 +98,7 @@ def check_output_dir(output_dir: Path, *, overwrite: bool, resume_from: str | No
             f"--output_dir {output_dir} already holds files, which are not those of the run of {resume_from}: name an "
             "empty folder, or continue the run in it with --resume_from_checkpoint latest"
         )
-    finished = [name for name in (WEIGHTS, "report.json") if (output_dir / name).exists()]
+    finished = [name for name in (WEIGHTS_NAME, REPORT_NAME) if (output_dir / name).exists()]
     if finished and not list_checkpoints(output_dir):
         raise ValueError(
             f"--resume_from_checkpoint {resume_from}: {output_dir} holds {' and '.join(finished)}, and no checkpoint "
@@ -136,9 +116,9 @@ def check_results_dir(output_dir: Path, owned: Collection[str], *, overwrite: bo
         ValueError: if the path is a file, or the folder holds files that are never replaced, or not to be replaced.
     """
     held, what, who = "a model", "an evaluation", "an evaluation"
-    if WEIGHTS in owned:
+    if WEIGHTS_NAME in owned:
         held, what, who = "a training run", "a calibrated model", "a calibration"
-    if any((output_dir / name).exists() for name in {WEIGHTS, "train_config.yaml", BEST_NAME} - {*owned}):
+    if any((output_dir / name).exists() for name in {WEIGHTS_NAME, TRAIN_CONFIG_NAME, BEST_NAME} - {*owned}):
         raise ValueError(f"--output_dir {output_dir} holds {held}; {what} needs a folder of its own")
     # Partial results are removed last: beside them, the other files belong to an interrupted write.
     unfinished = (output_dir / PARTIAL_RESULTS).exists()
@@ -164,7 +144,7 @@ def clear_output_dir(output_dir: Path, owned: Collection[str]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in output_dir.iterdir():
         numbered = CHECKPOINT_NAME.fullmatch(path.name.removesuffix(ABANDONED)) or path.name.startswith(".checkpoint-")
-        if path.name in owned or (WEIGHTS in owned and numbered):
+        if path.name in owned or (WEIGHTS_NAME in owned and numbered):
             logger.info("removing %s", path)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -118,11 +118,13 @@ def test_a_row_attacked_otherwise_is_named_and_stays_apart():
     assert bold(comparison, "own") != []
     assert list(comparison.pairs.found["gentle"]) == ["clean"]
     assert comparison.pairs.unpaired == {
-        "gentle, Verdict": "evaluated otherwise than the baseline (PGD-20)",
-        "gentle, PGD-20": "evaluated otherwise than the baseline (PGD-20)",
+        "gentle, Verdict": "evaluated with other settings than the baseline (PGD-20)",
+        "gentle, PGD-20": "evaluated with other settings than the baseline (PGD-20)",
     }
     assert [row.attacks["verdict"].rho is None for row in comparison.rows] == [False, False, True]
-    assert "PGD-20: not paired: evaluated otherwise than the baseline (PGD-20)" in leaderboard_html(comparison)
+    assert "PGD-20: not paired: evaluated with other settings than the baseline (PGD-20)" in leaderboard_html(
+        comparison
+    )
 
 
 def test_mcnemar_is_the_two_sided_binomial_test():

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ham_hf.artifacts import PARTIAL_RESULTS
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.evaluation import Workplace, evaluate, memory_layout, standard_attacks
 from ham_hf.evaluation.autoattack import evaluate_autoattack
-from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS, remove_partial_results
+from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.reporting.report import read_report
 from tests.support.nets import TensorImages, Watched, group_norm_net
 from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ham_hf.artifacts import PREDICTIONS_NAME
 from ham_hf.evaluation import AttackResult
-from ham_hf.evaluation.verdicts import PREDICTIONS_NAME, match_verdicts, read_verdicts, verdicts_of, write_verdicts
+from ham_hf.evaluation.verdicts import match_verdicts, read_verdicts, verdicts_of, write_verdicts
 from ham_hf.reporting.run_report import verdict_report
 
 NAMES = ("cat", "dog", 'Vögel, \n"x"')

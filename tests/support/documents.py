@@ -168,7 +168,7 @@ def card_variants() -> dict[str, RunReport]:
         "the last weights, images skipped": with_training(with_dataset(plain, num_skipped=3), selection_metric="last"),
         "selected by the verdict": with_training(plain, selection_metric="verdict", passes=1e6),
         "notes": dataclasses.replace(plain, notes=("3 images were left out.", "a | <b> `c`\n# d")),
-        "calibrated": dataclasses.replace(plain, calibration=calibration()),
+        "calibrated": dataclasses.replace(with_training(plain, passes=2e6), calibration=calibration()),
     }
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ham_hf.evaluation.batch_sharing import PARTIAL_RESULTS
+from ham_hf.artifacts import OWNED_BY_EVALUATION, OWNED_BY_TRAINING, PARTIAL_RESULTS
 from ham_hf.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -18,13 +18,7 @@ from ham_hf.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from ham_hf.training.run_folder import (
-    OWNED_BY_EVALUATION,
-    OWNED_BY_TRAINING,
-    check_output_dir,
-    check_results_dir,
-    clear_output_dir,
-)
+from ham_hf.training.run_folder import check_output_dir, check_results_dir, clear_output_dir
 from tests.support.checkpoints import make
 
 
