@@ -381,7 +381,8 @@ class TestNamedSplit:
             found_in("copy", **ordinary(), seen=same, copy=same, trained_on="seen")
 
     def test_an_unknown_split_is_named_with_its_own_flag(self, found_in):
-        with pytest.raises(ValueError, match="--calibration_split nope: the dataset has no such split; there are 't"):
+        message = "--calibration_split nope: the dataset has no such split; there are 'train'"
+        with pytest.raises(ValueError, match=message):
             found_in("nope", **ordinary())
 
     def test_one_test_image_is_read_without_a_warning(self, found_in, caplog):

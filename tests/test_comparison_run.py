@@ -113,15 +113,10 @@ def compared(tmp_path_factory, subprocess_env):
     place = tmp_path_factory.mktemp("compare")
     plan, folder = write_plan(place, PLAN, BASE), place / "out"
     command = [sys.executable, str(ROOT / "recipes/compare.py"), "--config", str(plan)]
-    first = subprocess.Popen(
-        command,
-        env=subprocess_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, env=subprocess_env, **pipes, **options)
     second_run = folder / "mined" / "seed0"
     deadline = time.monotonic() + 300
     while not (second_run / "checkpoint-2").exists() and time.monotonic() < deadline:
@@ -131,11 +126,8 @@ def compared(tmp_path_factory, subprocess_env):
     interrupted = first.communicate(timeout=60)
     assert first.returncode == 130, interrupted
     assert not is_locked(second_run)
-    assert not [
-        words
-        for process in psutil.process_iter(["cmdline"])
-        if f"--output_dir={second_run}" in (words := process.info["cmdline"] or [])
-    ]
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if f"--output_dir={second_run}" in words]
     assert not (second_run / "report.json").exists()
     before = (folder / "plain" / "seed0" / "report.json").stat().st_mtime_ns
     again = finish([*command, "--jobs", "2"], subprocess_env)

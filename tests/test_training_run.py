@@ -86,13 +86,9 @@ def test_killed_run_resumes_to_the_same_weights(finished, tmp_path, subprocess_e
     processes, full, _ = finished
     folder = tmp_path / "killed"
     arguments = [*SMALL, *EVERY_THIRD, BATCH[processes], f"--output_dir={folder}"]
-    run = subprocess.Popen(
-        launch_command("train_ham.py", *arguments, processes=processes),
-        env=subprocess_env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = launch_command("train_ham.py", *arguments, processes=processes)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    run = subprocess.Popen(command, env=subprocess_env, start_new_session=True, **quiet)
     # In the second epoch, between two checkpoints, with mining on.
     deadline = time.monotonic() + 240
     while not (folder / "checkpoint-15").exists() and time.monotonic() < deadline:

@@ -236,7 +236,8 @@ def test_an_attack_that_cannot_cross_the_ball_is_told(caplog):
 def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
     with caplog.at_level(logging.WARNING, logger="ham_hf"):
         parse_train_config(["--num_train_epochs", "50"])
-        assert "ham starts at epoch 51 (--mining_start_epoch 50), and the run has 50 epochs: it will" in caplog.text
+        said = "ham starts at epoch 51 (--mining_start_epoch 50), and the run has 50 epochs: it will never be active"
+        assert said in caplog.text
         caplog.clear()
         borrowed = ["--mining_start_epoch", "1", "--class_weighting", "dafa", "--awp_gamma", "0.01"]
         parse_train_config([*borrowed, "--num_train_epochs", "20", "--awp_start_epoch", "30"])

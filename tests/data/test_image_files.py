@@ -102,7 +102,7 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
     ("files", "message"),
     [
         ({"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("c.png", "y")])}, r"1 rows .* such as 'c\.png'"),
-        ({"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("./a.png", "y")])}, r"twice, such as 'a\.png"),
+        ({"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("./a.png", "y")])}, "listed twice, such as 'a.png"),
         ({"metadata.csv": table([("../b.png", "x")])}, r"'metadata.csv', row 0: '\.\./b\.png' is not a path"),
         ({"metadata.csv": table([("/etc/b.png", "x")])}, "row 0: '/etc/b.png' is not a path"),
         ({"metadata.csv": b"name,label\na.png,x\n"}, "has no column 'file_name' .* only 'name', 'label'"),

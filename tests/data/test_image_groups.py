@@ -58,7 +58,7 @@ def test_groups_follow_the_images_that_are_left(streaming, tmp_path):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("sight", r"--group_column sight: the dataset has no such column; did you mean 'light'\? There are 'image',"),
+        ("sight", r"column sight: the dataset has no such column; did you mean 'light'\? There are 'image', 'label'"),
         ("image", "--group_column image: expected one class label, integer, string or boolean per image"),
     ],
 )

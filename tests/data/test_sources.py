@@ -75,13 +75,14 @@ def unlabeled(size):
     return grays(size).remove_columns("label")
 
 
+NO_TRAIN = {"one": grays, "two": grays}
 TWO_SPLITS = {"train": grays, "test": grays}
 
 
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        ({"one": grays, "two": grays}, {}, "no split is called 'train': choose one of 'one', 'two' with --train_sp"),
+        (NO_TRAIN, {}, "no split is called 'train': choose one of 'one', 'two' with --train_split"),
         (TWO_SPLITS, {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
         (TWO_SPLITS, {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
         (TWO_SPLITS, {"test_split": "train"}, "--test_split train is the training split"),
@@ -186,7 +187,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
         ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'"),
         ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
         ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
-        ("float64", [0.5, 1.5], [0.5, 1.5], "no label column .'label' is float64, and labels are i.*name one of"),
+        ("float64", [0, 1.5], [0, 1.5], "no label column .'label' is float64, and labels are integers.*name one of"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, dtype, train, test, message):
