@@ -43,7 +43,7 @@ class HardFractionRule(WeightRule):
     )
     hard_fraction_high: float = setting(1.4, "largest weight of a class, before weights are rescaled", above=1)
     hard_fraction_decay: float = setting(
-        0.5, "d, the share of a class's weight that is kept from epoch to epoch, against swings", at_least=0, below=1
+        0.8, "d, the share of a class's weight that is kept from epoch to epoch, against swings", at_least=0, below=1
     )
     hard_fraction_start_epoch: int = setting(
         0, "first 0-based epoch with class weights; in epoch 0 nothing is counted yet", at_least=0
