@@ -39,7 +39,7 @@ from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
 from ham_hf.reporting.method_text import exchange_sentence
 from ham_hf.reporting.report import CalibrationReport
-from ham_hf.reporting.run_report import calibrated_report, write_run
+from ham_hf.reporting.run_report import calibrated_report, model_section, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import show
 from ham_hf.training.run_folder import RunLock
@@ -57,9 +57,8 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
         loaded, data, folder = job.loaded, job.data, config.output_path
         names = own_class_names(loaded, job.model, data.class_names)
     logger.info("calibrating %s on %s of %s", config.model, held_out.origin, data.name)
-    with faults_of_work(
-        "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
-    ):
+    advice = "lower --per_device_eval_batch_size, or use a device with more memory (--use_cpu takes the CPU's)"
+    with faults_of_work(advice):
         found = set_dial(
             job.model, held_out, config.calibration, threat_model=job.threat_model, place=job.place, tags=origin.tags
         )
@@ -70,7 +69,9 @@ def calibrate(config: CalibrateConfig, lock: RunLock) -> None:
         with clean_exit(ValueError, CorruptImageError, OSError):
             model_license = config.model_license or origin.license
             exported = export_calibrated(config, loaded, found, shifts, class_names=names, model_license=model_license)
-            report = calibrated_report(job.report(results), found, exported, origin, model_license=model_license)
+            name, preprocessing = plain_name(config.model), loaded.preprocessing
+            model = model_section(name, exported, preprocessing, base_model=origin.base_model)
+            report = calibrated_report(job.report(results), found, model, model_license=model_license)
             examples = run_examples(
                 shifted, data.test, config.evaluation, results, threat_model=job.threat_model, seed=config.seed
             )
@@ -88,17 +89,12 @@ def _prepare(config: CalibrateConfig, lock: RunLock) -> tuple[Job[CalibrateConfi
         loaded = load_pixel_model(config.model, revision=config.model_revision)
         restore_original(loaded)
         check_foldable(loaded.model, num_classes=num_logits(loaded), image_size=loaded.preprocessing.image_size)
+        threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
         held_out = images_to_calibrate_on(loaded, config)
         origin = read_origin(config.model, revision=config.model_revision)
-    threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)
+    data = held_out.data
     job = make_job(
-        config,
-        accelerator,
-        lock,
-        loaded=loaded,
-        data=held_out.data,
-        threat_model=threat_model,
-        owned=OWNED_BY_CALIBRATION,
+        config, accelerator, lock, loaded=loaded, data=data, threat_model=threat_model, owned=OWNED_BY_CALIBRATION
     )
     return job, held_out, origin
 
@@ -110,15 +106,15 @@ class HeldOut:
     Attributes:
         data: the dataset; its test images are evaluated, its classes are those of ``images``.
         origin: which images these are, to follow "found on".
-        seen_in_training: whether the model was trained on them.
         how_to_get_more: which setting gives more of them.
+        seen_in_training: whether the model was trained on them.
     """
 
     images: Images
     data: ImageData
     origin: str
-    seen_in_training: bool
     how_to_get_more: str
+    seen_in_training: bool = False
 
     def __post_init__(self) -> None:
         calibration.check_held_out(self.images.labels, self.data.class_names, how=self.how_to_get_more)
@@ -150,19 +146,14 @@ def images_to_calibrate_on(loaded: LoadedModel, config: CalibrateConfig) -> Held
     settings = replace(config.data.named(name), augmentation="none")
     if config.calibration_split is not None:
         return _named_split(loaded, settings, config, config.calibration_split)
-    if trained is None:
-        raise ValueError(
-            "the model does not record which images its training run held out: name a split that it was not trained "
-            "on with --calibration_split (or, with --allow_training_images, the training split)"
-        )
     data = find_validation_part(loaded, settings)
-    assert data.validation is not None  # noqa: S101 (find_validation_part refuses a run that held nothing out)
+    # It refuses a model without a record, and one whose run held nothing out.
+    assert trained is not None and data.validation is not None  # noqa: S101, PT018
     return HeldOut(
         images=data.validation,
         data=data,
         origin=f"the {len(data.validation)} images of split {trained.train_split} that its training run held out "
         f"(seed {trained.seed}, share {trained.validation_fraction:g})",
-        seen_in_training=False,
         how_to_get_more="train with a larger --validation_fraction, or name another --calibration_split",
     )
 
@@ -175,7 +166,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         return load_image_data(wanted, inputs, seed=config.seed, image_size=inputs.image_size)
 
     # Training images are not looked at: as many as there are classes are loaded, so that the loader has some.
-    data = loaded_with(limit_train_examples=None if settings.dataset_streaming else num_logits(loaded))
+    data = loaded_with(limit_train_examples=num_logits(loaded))
     _check_test_images(loaded, data, settings.test_fraction)
     known, trained = data.provenance, provenance_of(loaded)
     assert known is not None  # noqa: S101 (a dataset that was loaded)
@@ -188,10 +179,6 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
     # The other split is named, so that none is held out of this one; of it a single image is read.
     others = {} if is_train else {"train_split": split, "test_split": known.test_split or known.train_split}
     limits = {"limit_train_examples": config.limit_calibration_examples, "limit_test_examples": 1}
-    if settings.dataset_streaming:
-        raise ValueError(
-            f"--calibration_split {split}: a stream cannot be calibrated on; leave --dataset_streaming out"
-        )
     try:
         part = loaded_with(**others, **limits)
     except ValueError as error:
@@ -202,7 +189,7 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
             f"--calibration_split {split} is the training split: shifts that are found on images which the model was "
             "trained on may be wrong for new ones; name another split, or say --allow_training_images"
         )
-    assert isinstance(part.train, Images)  # noqa: S101 (no stream)
+    assert isinstance(part.train, Images)  # noqa: S101 (a configuration with a split has no stream)
     images = _with_labels_by_name(part.train, part.class_names, data.class_names, split)
     whose = "its own training images, " if seen else ""
     return HeldOut(
@@ -273,7 +260,6 @@ def validation_part(data: ImageData, *, seed: int) -> HeldOut:
         images=data.validation,
         data=data,
         origin=f"the {len(data.validation)} images that training held out (seed {seed})",
-        seen_in_training=False,
         how_to_get_more="raise --validation_fraction",
     )
 

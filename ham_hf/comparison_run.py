@@ -129,13 +129,16 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder with report.json, the output folder of a run")
+    is_alone = len(folders) == 1 and (folders[0] / REPORT_NAME).is_file()
+    if is_alone and baseline is not None:
+        raise ValueError(f"--baseline {baseline}: one run is not compared with any other")
     path = output or folders[0] / PAGE_NAME
     existing = read_runs(sources, download_results)
     runs = label_runs(existing.found)
     if not runs:
         reasons = [run.reason for run in existing.missing]
         raise ValueError("\n".join([f"there is no finished run in {', '.join(map(str, folders))}", *reasons]))
-    if len(folders) == 1 and (folders[0] / REPORT_NAME).is_file():
+    if is_alone:
         label = split_label(sources[0])[0]
         labels, shown = [plain_text(label) if label else ""], None
     else:

@@ -29,7 +29,7 @@ from ham_hf.evaluation.corruptions import chosen_corruptions
 from ham_hf.evaluation.foreign import ForeignAttack, ForeignAttackError, load_foreign_attacks
 from ham_hf.faults import FaultError, clean_exit, explain_faults, explain_interrupt, explain_out_of_memory
 from ham_hf.fitting import align_classes, threat_model_of, what_trained
-from ham_hf.hub import PushError, check_pull_request, check_write_access, push_evaluation
+from ham_hf.hub import PushError, check_target, push_evaluation
 from ham_hf.hub_requests import limit_waiting
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
@@ -220,17 +220,14 @@ def evaluate(config: EvaluateConfig, lock: RunLock) -> None:
         corrupted = []
         if names:
             corrupted = evaluate_corruptions(job.model, job.data.test, names, config.more.severities, job.place)
-    is_main_process = job.accelerator.is_main_process
+    hub, is_main_process = config.hub, job.accelerator.is_main_process
     if is_main_process:
         _write(job, results, corrupted)
     job.accelerator.end_training()
-    if is_main_process and config.hub.push_to_hub:
+    if is_main_process and hub.push_to_hub:
         with clean_exit(PushError):
             url = push_evaluation(
-                config.output_path,
-                str(config.repo_id),
-                create_pr=config.hub.create_pr,
-                publish_images=config.hub.publish_images,
+                config.output_path, str(config.repo_id), create_pr=hub.create_pr, publish_images=hub.publish_images
             )
         show(f"pushed to {url}\n")
 
@@ -249,12 +246,10 @@ def shell_command(config: EvaluateConfig) -> str:
 def _prepare(config: EvaluateConfig, lock: RunLock) -> tuple[Job[EvaluateConfig], Sequence[ForeignAttack]]:
     """Reject what can be rejected, before anything is written."""
     accelerator = begin(config, OWNED_BY_EVALUATION)
-    if config.hub.push_to_hub and accelerator.is_main_process:
-        if config.hub.create_pr:
-            check_pull_request(str(config.repo_id))
-        else:
-            check_write_access(config.repo_id, private=False)
+    chosen_corruptions(config.more.corruptions, num_channels=3)  # whether the names exist
     foreign = load_foreign_attacks(config.more.foreign_attack)
+    if config.hub.push_to_hub and accelerator.is_main_process:
+        check_target(config.repo_id, create_pr=config.hub.create_pr)
     loaded = load_pixel_model(config.model, revision=config.model_revision)
     chosen_corruptions(config.more.corruptions, num_channels=loaded.preprocessing.in_chans)
     threat_model = threat_model_of(config.attack, loaded, eval_step_size=config.evaluation.eval_step_size)

@@ -17,6 +17,7 @@ from ham_hf.evaluation.config import ThreatConfig, pixel_unit_problems
 from ham_hf.models import LoadedModel
 from ham_hf.models.pixel_model import imagenet_synsets
 from ham_hf.reporting.formats import plain_text
+from ham_hf.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,14 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
             the model's record alone.
 
     Raises:
-        ValueError: if the model records nothing or held nothing out, or if the data is not what it was trained on.
+        ValueError: if the model records nothing or held nothing out, settings ask for other images than its record, or
+            the data is not what it was trained on.
     """
     trained = provenance_of(loaded)
     if trained is None:
         raise ValueError(
-            "the model's config.json does not record what it was trained on (ham_hf.trained_on), so its validation "
-            "images cannot be found again; train it with this version"
+            "the model does not record which images its training run held out: name a split that it was not trained "
+            "on with --calibration_split (or, with --allow_training_images, the training split)"
         )
     if trained.validation_fraction == 0:
         raise ValueError(
@@ -59,6 +61,9 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
         )
     settings = trained.loading_settings(config.dataset_name)
     seed = settings.pop("seed")
+    given = (name for name, value in settings.items() if getattr(config, name) != value)
+    if problems := list(config.idle(given, "--calibration_split")):
+        raise ConfigError(problems)
     inputs = loaded.preprocessing
     data = load_image_data(replace(config, **settings), inputs, seed=seed, image_size=inputs.image_size)
     known, found = data.provenance, data.fingerprint

@@ -300,12 +300,15 @@ def _not_downloaded(what: str, error: Exception) -> ValueError:
     )
 
 
-def push_files(folder: Path, repo_id: str, names: Sequence[str], *, revision: str, commit_message: str) -> str:
-    """Push some files of a folder as one commit, whose URL is returned; the others of the repository stay."""
-    upload = partial(_commit, repo_id, _files(folder, names, {}), revision=revision, commit_message=commit_message)
-    state = f"{repo_id} is as it was."
-    commit = _pushed(upload, f"to {repo_id}", attempts=3, state=state, again="Run the same command again")
-    return str(commit.commit_url)
+def push_files(
+    folder: Path, repo_id: str, names: Sequence[str], *, revision: str, create_pr: bool, commit_message: str
+) -> str:
+    """Push some files of a folder as one commit or pull request, whose URL is returned; other files stay."""
+    options = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+    upload = partial(_commit, repo_id, _files(folder, names, {}), **options)
+    attempts, state = 1 if create_pr else 3, f"{repo_id} is as it was."
+    commit = _pushed(upload, f"to {repo_id}", attempts=attempts, state=state, again="Run the same command again")
+    return str(commit.pr_url or commit.commit_url)
 
 
 def check_pull_request(repo_id: str) -> None:
@@ -326,6 +329,16 @@ def check_pull_request(repo_id: str) -> None:
         missing = f"--create_pr: there is no model {repo_id} on the Hub, or the token may not read it"
         problem = missing if status_of(error) == 404 else _access_problem(repo_id, DEFAULT_REVISION, error)
         raise ValueError(problem) from None
+
+
+def check_target(
+    repo_id: str | None, *, create_pr: bool, private: bool = False, revision: str = DEFAULT_REVISION
+) -> str:
+    """`check_pull_request` or `check_write_access`; returns the full id."""
+    if not create_pr:
+        return check_write_access(repo_id, private=private, revision=revision)
+    check_pull_request(str(repo_id))
+    return str(repo_id)
 
 
 def push_evaluation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +12,14 @@ from ham_hf.artifacts import EVALUATION_NAME, LOADED_BY_TIMM, PAGE_NAME, REPORT_
 from ham_hf.faults import clean_exit
 from ham_hf.hub import (
     PushError,
-    check_pull_request,
+    check_target,
     check_write_access,
     download_file,
     push_evaluation,
     push_files,
     push_finished,
 )
-from ham_hf.hub_config import is_hub_id
+from ham_hf.hub_config import DEFAULT_REVISION, is_hub_id
 from ham_hf.invocation import command
 from ham_hf.models.export import REPAIR_READS, REPAIR_WRITES, repair_folder
 from ham_hf.reporting.card import write_card
@@ -30,36 +30,43 @@ from ham_hf.terminal import show
 
 def run_push(options: argparse.Namespace) -> None:
     """Push or repair what ``options`` name; status 2 if that cannot be or fails."""
-    folder, repo_id = options.folder, options.hub_model_id
+    folder = options.folder
     with clean_exit(ValueError, OSError, PushError, RuntimeError):
-        if not options.repair and repo_id is None:
+        if not options.repair and options.hub_model_id is None:
             raise ValueError("--hub_model_id is missing: the repository to push to, owner/name")
-        if options.repair and not folder.is_dir():
-            _repair_on_hub(str(folder), options)
-            return
-        if options.repair:
+        push, what, idle = _task(options)
+        for flag in idle:
+            if getattr(options, flag) not in (None, False, DEFAULT_REVISION):
+                raise ValueError(f"--{flag} is not for {what}")
+        if options.repair and folder.is_dir():
             _print_changes(str(folder), repair_folder(folder))
-        if repo_id is not None and (folder / EVALUATION_NAME).is_file():
-            _push_evaluation(folder, options)
-        elif repo_id is not None:
-            _push(folder, options)
+        if push is not None:
+            push(folder, options)
+
+
+def _task(options: argparse.Namespace) -> tuple[Callable[[Path, argparse.Namespace], None] | None, str, Sequence[str]]:
+    """What to call, what it does, and the flags that have no effect on that."""
+    folder, of_runs, of_pushes = options.folder, ["hub_space", "model_license"], ["hub_private_repo", "publish_images"]
+    if options.repair and not folder.is_dir():
+        return _repair_on_hub, "the repair of a repository on the Hub", [*of_runs, *of_pushes]
+    if options.hub_model_id is None:
+        return None, "a repair without --hub_model_id", [*of_runs, *of_pushes, "hub_revision", "create_pr"]
+    if not (folder / EVALUATION_NAME).is_file():
+        return _push, f"a folder without {EVALUATION_NAME}, which an evaluation writes", ["create_pr"]
+    if options.create_pr:
+        return _push_evaluation, "a pull request with an evaluation", [*of_runs, "hub_private_repo"]
+    return _push_evaluation, "the folder of an evaluation", of_runs
 
 
 def _push_evaluation(folder: Path, options: argparse.Namespace) -> None:
     repo_id, create_pr, revision = options.hub_model_id, options.create_pr, options.hub_revision
-    if create_pr:
-        check_pull_request(repo_id)
-    else:
-        repo_id = check_write_access(repo_id, private=options.hub_private_repo, revision=revision)
-    url = push_evaluation(
-        folder, repo_id, create_pr=create_pr, publish_images=options.publish_images, revision=revision
-    )
+    repo_id = check_target(repo_id, create_pr=create_pr, private=options.hub_private_repo, revision=revision)
+    images = options.publish_images
+    url = push_evaluation(folder, repo_id, create_pr=create_pr, publish_images=images, revision=revision)
     show(f"pushed to {url}\n")
 
 
 def _push(folder: Path, options: argparse.Namespace) -> None:
-    if options.create_pr:
-        raise ValueError(f"--create_pr is for the folder of an evaluation, and {folder} has no {EVALUATION_NAME}")
     missing = [name for name in (*LOADED_BY_TIMM, REPORT_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not the folder of a finished run: {', '.join(missing)} missing")
@@ -85,21 +92,21 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
     push_finished(folder, repo_id, options)
 
 
-def _repair_on_hub(repo_id: str, options: argparse.Namespace) -> None:
+def _repair_on_hub(folder: Path, options: argparse.Namespace) -> None:
+    repo_id, wanted = str(folder), {"revision": options.hub_revision, "create_pr": options.create_pr}
     if options.hub_model_id not in (None, repo_id):
         raise ValueError(f"there is no folder {repo_id}; a repository is repaired in place, without --hub_model_id")
     if not is_hub_id(repo_id, with_owner=True):
         raise ValueError(f"--repair: {repo_id} is neither a folder, nor owner/name on the Hub")
-    revision = options.hub_revision
     with TemporaryDirectory(prefix="ham_hf-repair-") as temporary:
         copy = Path(temporary)
         for name in REPAIR_READS:
-            download_file(repo_id, name, copy, revision=revision, required="/" not in name)
+            download_file(repo_id, name, copy, revision=options.hub_revision, required="/" not in name)
         changes = repair_folder(copy)
         if changes:
-            check_write_access(repo_id, private=False, revision=revision)
+            check_target(repo_id, **wanted)
             message = "Repair config.json: loads with transformers"
-            url = push_files(copy, repo_id, REPAIR_WRITES, revision=revision, commit_message=message)
+            url = push_files(copy, repo_id, REPAIR_WRITES, commit_message=message, **wanted)
     _print_changes(repo_id, changes)
     if changes:
         show(f"pushed to {url}\n")

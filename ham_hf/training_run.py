@@ -14,7 +14,7 @@ from torch import nn
 
 from ham_hf.artifacts import OWNED_BY_TRAINING, TRAIN_CONFIG_NAME
 from ham_hf.attacks import ThreatModel
-from ham_hf.calibration_run import HeldOut, fold_into, set_dial, validation_part
+from ham_hf.calibration_run import CALIBRATION_KEY, HeldOut, fold_into, set_dial, validation_part
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.data import ImageData, load_image_data
 from ham_hf.data.provenance import plain_name
@@ -40,14 +40,7 @@ from ham_hf.reporting.class_examples import run_examples
 from ham_hf.reporting.formats import text_table
 from ham_hf.reporting.method_text import exchange_sentence
 from ham_hf.reporting.report import CalibrationReport, RunReport
-from ham_hf.reporting.run_report import (
-    model_section,
-    overflow_notes,
-    training_report,
-    training_section,
-    write_config,
-    write_run,
-)
+from ham_hf.reporting.run_report import model_section, training_report, write_config, write_run
 from ham_hf.reporting.tables import results_table
 from ham_hf.terminal import hide_progress_bars, show
 from ham_hf.training.checkpoint import check_resume_name, load_best
@@ -55,6 +48,7 @@ from ham_hf.training.launch import check_shared_folder, create_accelerator, laun
 from ham_hf.training.log import LOGS_NAME, chosen_trackers, end_training, start_trackers, track_test_results
 from ham_hf.training.optimization import check_optimizer
 from ham_hf.training.run_folder import RunLock, check_output_dir, clear_output_dir
+from ham_hf.training.sharding import check_sharded_settings
 from ham_hf.training.stopping import StopRequests, TrainingStopped, stop_requests
 from ham_hf.training.train_step import NonFiniteLossError
 from ham_hf.training.trainer import Trainer
@@ -139,7 +133,8 @@ def train(config: TrainConfig, stop: StopRequests, lock: RunLock) -> None:
     # Before the push: a failed one ends the process, and no other process has to wait for one that takes long.
     end_training(run.accelerator)
     if is_main_process and config.hub.push_to_hub:
-        push(run)
+        with clean_exit(PushError):
+            push_finished(run.folder, str(run.repo_id), config.hub)
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -254,6 +249,8 @@ def start_accelerator(config: TrainConfig, lock: RunLock) -> Accelerator:
         logging_dir=Path(training.output_dir) / LOGS_NAME,
         ddp_timeout=training.ddp_timeout,
     )
+    if accelerator.is_fsdp2:
+        check_sharded_settings(training, uses_fawa=training.uses_fawa(config.method))
     if accelerator.is_main_process:
         lock.acquire()
     return accelerator
@@ -352,20 +349,20 @@ def write_results(run: Run, found: Evaluated, peak_memory: int | None) -> None:
 
 def write_files(run: Run, found: Evaluated, peak_memory: int | None) -> RunReport:
     """Write model, report, card and figures into the output folder."""
-    config, data, preprocessing, progress = run.config, run.data, run.preprocessing, run.trainer.progress
+    config, data, preprocessing = run.config, run.data, run.preprocessing
     assert preprocessing is not None  # noqa: S101 (timm can build the network)
     exported = export_model(run.selected, config, data, preprocessing, calibration=found.record)
     model = model_section(config.model.model_name, exported, preprocessing, base_model=run.base_model)
-    training = training_section(progress, found.best, peak_memory_bytes=peak_memory, calibration=found.calibration)
     report = training_report(
         config,
         model,
-        training,
         data,
         found.results,
         run.accelerator,
+        progress=run.trainer.progress,
+        best=found.best,
+        peak_memory_bytes=peak_memory,
         calibration=found.calibration,
-        notes=overflow_notes(progress),
     )
     examples = run_examples(
         run.selected,
@@ -404,14 +401,8 @@ def export_model(
             "dataset": plain_name(data.name),
             "test_fraction": config.data.test_fraction,
             "trained_on": data.provenance.record() if data.provenance is not None else None,
-            **({} if calibration is None else {"calibration": dict(calibration)}),
+            **({} if calibration is None else {CALIBRATION_KEY: dict(calibration)}),
         },
         model_license=config.hub.model_license,
         tag=config.method.name,
     )
-
-
-def push(run: Run) -> None:
-    """Push the finished folder to the Hub; on the main process."""
-    with clean_exit(PushError):
-        push_finished(run.folder, str(run.repo_id), run.config.hub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ham_hf import evaluation_run
 from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.reporting.report import read_report
 from tests.support.example_images import dataset, noise, write_parquet
@@ -89,3 +90,13 @@ def test_what_cannot_be_is_refused_in_one_line(place, tmp_path, monkeypatch, cap
     options = [option.format(place=place) for option in options]
     assert message in refused(capsys, "evaluate.py", *words(place, tmp_path / "out", *options))
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--corruptions=frog", "--foreign_attack=nowhere.py:attack"])
+def test_what_settings_alone_say_is_refused_before_the_hub_and_the_model_are_asked(
+    place, tmp_path, monkeypatch, capsys, option
+):
+    for name in ("check_target", "load_pixel_model"):
+        monkeypatch.setattr(evaluation_run, name, lambda *_, **__: pytest.fail("too early"))
+    push = ["--push_to_hub", "--hub_model_id=me/x"]
+    assert option.partition("=")[0] in refused(capsys, "evaluate.py", *words(place, tmp_path / "out", option, *push))

@@ -11,7 +11,7 @@ from tests.house import lines_of_tests, measure
 # The program that the house was redrawn for fits in 13,000 lines (it had 16,723, in 97 modules); what features added
 # before it was redrawn (30,450 lines in 150 modules then) comes on top. Lower a limit when a change allows it.
 MAX_LINES = 13_000 + (30_450 - 16_723)
-MAX_MODULES = 137
+MAX_MODULES = 138
 MAX_SINGLE_IMPORTERS = 12
 MAX_CLONES = 1
 # As for the package: 14,000 for the tests of that program, without the benchmarks, and what features added to them

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, parse_eval_result_entries
 
+from ham_hf import push_run
 from ham_hf.commands import push
 from ham_hf.config import parse_evaluate_config
 from ham_hf.hub import PushError, check_pull_request, push_evaluation
@@ -94,6 +95,16 @@ def test_a_pull_request_that_fails_names_the_command_that_opens_it(hub, tmp_path
     push.main([str(folder), "--hub_model_id=you/theirs", "--create_pr"])
     assert "discussions/1" in capsys.readouterr().out
     assert read_report(folder).training is None
+
+
+@pytest.mark.parametrize("flags", ["--hub_space", "--model_license mit", "--create_pr --hub_private_repo"])
+def test_flags_that_have_no_effect_on_an_evaluation_are_refused(tmp_path, monkeypatch, capsys, flags):
+    evaluated(tmp_path, "you/open")
+    monkeypatch.setattr(push_run, "check_target", lambda *_, **__: pytest.fail("too early"))
+    with pytest.raises(SystemExit):
+        push.main([str(tmp_path), "--hub_model_id=you/theirs", *flags.split()])
+    said = capsys.readouterr().err
+    assert "is not for a pull request" in said if "pr" in flags else "is not for the folder of an evaluation" in said
 
 
 def test_a_pull_request_that_could_not_be_opened_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,9 +173,7 @@ def _instance(method: str, options: Mapping[str, object], num_steps: int) -> Met
     known = [field.name for field in fields(kinds[method]) if field.init]
     usable = [name for name in known if name not in ("class_margin", "class_weighting", "class_rule_args")]
     usable = [name for name in usable if not name.endswith(_SCHEDULE) and name != "pack_hard_examples"]
-    for name in options:
-        if name in usable:
-            continue
+    for name in [name for name in options if name not in usable]:
         reason = ""
         if name.endswith(_SCHEDULE) and name in known:
             reason = "; a batch has no epoch: call with method='pgd_at' in the epochs before"

@@ -22,7 +22,7 @@ from ham_hf.artifacts import LOADING_NAME, WEIGHTS_NAME
 from ham_hf.config import TrainConfig
 from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
-from ham_hf.data import BatchRequest, ImageData, load_image_data
+from ham_hf.data import BatchRequest, DataConfig, ImageData, load_image_data
 from ham_hf.data.in_memory import NAME, Examples, image_data_from
 from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
@@ -30,6 +30,7 @@ from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
 from ham_hf.models.pixel_model import data_preprocessing
+from ham_hf.settings import settings_of
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
 from ham_hf.training.log import end_training, track_test_results
@@ -38,6 +39,9 @@ from ham_hf.training.stopping import stop_requests
 from ham_hf.training_run import Run, begin, check_settings, measure, run_of, start_accelerator, write_files
 
 logger = logging.getLogger(__name__)
+
+APPLIED = ("validation_fraction", "augmentation", "limit_train_examples", "limit_test_examples")
+"""Settings of the data that apply to given images too."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,18 +81,18 @@ def train(
             configuration; None = the defaults.
         train: a dataset of (PIL image or tensor in [0, 1], class number), torchvision's for example, or a
             ``datasets.Dataset``, without augmentation; None = the dataset that the configuration names. See
-            `ham_hf.data.image_data_from`.
+            `ham_hf.data.image_data_from`; of the settings of the data, those of ``APPLIED`` alone may be given.
         test: likewise; is needed with ``train``.
         model: maps pixels in [0, 1] to logits, and normalizes by itself, but for a plain timm network, which gets its
             normalization put in front; None = the timm network that the configuration names. It is not changed.
-        class_names: in label order; None takes those of the dataset, or numbers.
+        class_names: of ``train``, in label order; None takes those of the dataset, or numbers.
 
     Raises:
         ValueError: for settings, data or a network that do not fit, before anything is written.
         SystemExit: with status 75, if a signal or ``max_train_hours`` stopped the run.
     """
     settings = _settings(config)
-    _check(settings, train, test)
+    _check(settings, train, test, class_names, model)
     if train is not None:
         settings = replace(settings, data=replace(settings.data, dataset_name=NAME))
     folder = Path(settings.training.output_dir)
@@ -121,18 +125,24 @@ def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) ->
     entries = []
     for name, value in (config or {}).items():
         plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if isinstance(plain, tuple):
-            plain = list(plain)
         if node := yaml.compose(yaml.safe_dump(plain), Loader=yaml.SafeLoader):
             entries.append(Entry(str(name), node, ""))
     return build_config(TrainConfig, entries)
 
 
-def _check(settings: TrainConfig, train: Examples | None, test: Examples | None) -> None:
+def _check(settings: TrainConfig, train: object, test: object, names: object, model: object) -> None:
     """Reject what can be rejected before the data is read."""
     if (train is None) != (test is None):
         missing = "test" if test is None else "train"
         raise ValueError(f"{missing} is missing: give train and test, or neither for the dataset of the configuration")
+    if train is None and names is not None:
+        raise ValueError("class_names: only for given images, not for a dataset that the configuration names")
+    idle = [known.name for known in settings_of(DataConfig) if known.name not in APPLIED]
+    idle = [name for name in idle if getattr(settings.data, name) not in (getattr(DataConfig, name), NAME)]
+    if train is not None and idle:
+        raise ValueError(f"{', '.join(idle)}: only for a dataset that the configuration names, not for given images")
+    if model is not None and settings.model.model_args:
+        raise ValueError("model_args: only for a network that the configuration names, not for a given one")
     if settings.hub.push_to_hub:
         raise ValueError(f"push_to_hub: this call writes a folder; push it afterwards with {command('push')}")
     if settings.calibration.is_asked_for:
@@ -186,6 +196,7 @@ def _data(
         crop_pct=inputs.crop_pct,
         augmentation=settings.data.augmentation,
         validation_fraction=settings.data.validation_fraction,
+        limits=(settings.data.limit_train_examples, settings.data.limit_test_examples),
         seed=settings.training.seed,
     )
 

@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     options = parser.parse_args(argv)
-    problem = _plan_problem(options) if options.config is not None else _existing_problem(options)
-    if problem is not None:
+    if problem := _problem(options):
         parser.error(problem)
     # Only now: torch takes seconds to import, and --help needs none of it.
     from ham_hf.comparison_run import run_comparison
@@ -42,19 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_comparison(options, argv)
 
 
-def _plan_problem(options: argparse.Namespace) -> str | None:
-    if options.runs or options.models:
-        return "--config and runs that exist exclude each other: compare the folders in a second call"
-    if options.jobs is not None and options.jobs < 1:
-        return f"--jobs {options.jobs}: expected at least 1"
-    return None
-
-
-def _existing_problem(options: argparse.Namespace) -> str | None:
-    if not (options.runs or options.models) or options.output_dir is None:
+def _problem(options: argparse.Namespace) -> str | None:
+    """What is wrong with the flags, if anything: some go with a plan, others with runs that exist."""
+    exist = options.runs or options.models
+    if options.config is not None:
+        if exist:
+            return "--config and runs that exist exclude each other: compare the folders in a second call"
+        return f"--jobs {options.jobs}: expected at least 1" if options.jobs is not None and options.jobs < 1 else None
+    if not exist or options.output_dir is None:
         return "expected --config COMPARE.yaml, or runs that exist (or --models FILE) and --output_dir"
     for flag in ("seeds", "only", "jobs", "launch_args", "dry_run"):
-        if getattr(options, flag) not in (None, False):
+        given = getattr(options, flag)
+        if given is not None and given is not False:
             return f"--{flag} goes with --config: runs that exist are not run"
     return None
 

@@ -9,7 +9,8 @@
 --repair updates an export of an earlier version to the current form, which transformers loads too: config.json names
 the number of classes once, and a network for gray images gets a second form in rgb/. The weights do not change. A
 folder is repaired in place (and pushed then, if --hub_model_id is given), a repository on the Hub with one commit.
-The folder of an evaluation goes into the repository of the model, with --create_pr as a pull request.
+The folder of an evaluation goes into the repository of the model. With --create_pr that, or the repair of a
+repository on the Hub, is a pull request.
 """
 
 from __future__ import annotations
@@ -50,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", action="store_true", help=shared[name].help)
     parser.add_argument("--hub_revision", default=DEFAULT_REVISION, help=shared["hub_revision"].help)
     parser.add_argument("--model_license", help="license of the weights; default: that of the run's settings")
-    parser.add_argument("--create_pr", action="store_true", help="push the folder of an evaluation as a pull request")
+    parser.add_argument("--create_pr", action="store_true", help="push an evaluation or a repair as a pull request")
     parser.add_argument("--repair", action="store_true", help="update an older export to the current form first")
     return parser

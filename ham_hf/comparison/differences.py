@@ -11,22 +11,16 @@ from typing import TypeAlias
 from ham_hf.config import TrainConfig, config_to_dict
 from ham_hf.config.assembly import group_settings
 from ham_hf.config.yaml_file import exact_fraction
-from ham_hf.methods import available
+from ham_hf.hub_config import EvaluationHubConfig, HubConfig
+from ham_hf.methods import Method, available
 from ham_hf.reporting.formats import plain_text, public_value, public_word
 from ham_hf.reporting.method_text import gates_averaging
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.settings import settings_of
+from ham_hf.training.config import CHANGES_NO_NUMBER
 
-NOT_THE_RUN = frozenset(
-    {
-        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name",
-        "project", "trackio_space_id", "logging_steps",
-        "save_steps", "save_total_limit", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-        "hub_private_repo", "hub_revision", "hub_strategy", "hub_space", "publish_images", "create_pr",
-        "model_license",
-        "ddp_timeout", "max_train_hours",
-    }
-)  # fmt: skip
+_PUSHED = {known.name for kind in (HubConfig, EvaluationHubConfig) for known in settings_of(kind)}
+NOT_THE_RUN = CHANGES_NO_NUMBER | _PUSHED | {"dataloader_num_workers"}
 """Settings that change no number of a run."""
 _OF_ONE_UPDATE = ("per_device_train_batch_size", "gradient_accumulation_steps")
 NOT_THE_BUDGET = frozenset({"seed", "num_examples", "subset"})
@@ -41,12 +35,15 @@ ByValue: TypeAlias = dict[str, dict[str, tuple[str, ...]]]
 def run_settings(config: Mapping[str, object], *, without: Collection[str] = ()) -> dict[str, object]:
     """Return the settings that decide a run's numbers, as JSON values: runs with equal ones are repetitions.
 
-    Reports written before a setting existed get its default, which reproduces the old behavior. Batch size and
-    accumulation count by their product, as a run may be resumed with another pair.
+    Reports written before a setting existed get its default, which reproduces the old behavior (where it does not,
+    the report knows: `RunReport`). Options of borrowed class rules count one by one. Batch size and accumulation
+    count by their product, as a run may be resumed with another pair.
     """
     plain: dict[str, object] = json.loads(json.dumps(dict(config)))
     if isinstance(plain.get("method"), str):
         plain = json.loads(_defaults(str(plain["method"]))) | plain
+    options = plain.pop("class_rule_args", {})
+    plain = (options if isinstance(options, dict) else {"class_rule_args": options}) | plain
     batch, accumulation = (plain.get(name) for name in _OF_ONE_UPDATE)
     if isinstance(batch, int) and isinstance(accumulation, int):
         plain = {name: value for name, value in plain.items() if name not in _OF_ONE_UPDATE}
@@ -75,12 +72,9 @@ def setting_text(value: object) -> str:
 def _defaults(method: str) -> str:
     """Every setting's default as JSON; the options of a method that is not installed are unknown."""
     everything = config_to_dict(TrainConfig())
-    known = [setting.name for group in group_settings(TrainConfig).values() for setting in group]
-    values = {name: everything[name] for name in known}
-    if method in available():
-        own = available()[method]()
-        values |= {setting.name: getattr(own, setting.name) for setting in settings_of(type(own))}
-    return json.dumps({**values}, default=dict)
+    values = {one.name: everything[one.name] for group in group_settings(TrainConfig).values() for one in group}
+    values |= {one.name: one.default for one in settings_of(available().get(method, Method))}
+    return json.dumps(values)
 
 
 def by_value(of_runs: Sequence[tuple[str, Mapping[str, str]]]) -> ByValue:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from ham_hf.artifacts import PREDICTIONS_NAME, REPORT_NAME
 from ham_hf.comparison.differences import run_settings, setting_text
 from ham_hf.comparison.pairs import FinishedRun
-from ham_hf.comparison.table import MissingRun
+from ham_hf.comparison.table import MissingRun, different_settings
 from ham_hf.evaluation.verdicts import read_verdicts
 from ham_hf.hub_config import split_revision
 from ham_hf.reporting.formats import plain_text, public_word
@@ -128,15 +127,11 @@ def label_runs(found: Sequence[FinishedRun]) -> list[FinishedRun]:
         name = plain_text(run.label or run.report.config.get("method") or public_word(run.report.model.name), 200)
         settings = json.dumps(run_settings(run.report.config, without={"seed"}), sort_keys=True)
         groups.setdefault((name, settings), []).append(run)
-    same_name: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
-    for name, settings in groups:
-        same_name[name].append(json.loads(settings))
     runs: list[FinishedRun] = []
     for (name, settings), members in groups.items():
-        label, own, others = name, json.loads(settings), same_name[name]
-        if len(others) > 1:
-            keys = dict.fromkeys(key for other in others for key in other)
-            different = [key for key in keys if any(other.get(key, ...) != own.get(key, ...) for other in others)]
+        label, own = name, json.loads(settings)
+        different = different_settings([json.loads(others) for known, others in groups if known == name])
+        if different:
             label = f"{name} ({', '.join(f'{key} {setting_text(own.get(key, NOT_THERE))}' for key in different)})"
         if label in {run.label for run in runs}:
             label = f"{label} #{len(runs)}"  # long settings, cut alike

@@ -35,13 +35,14 @@ def save_comparison_figures(comparison: Comparison, folder: str | Path) -> list[
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tradeoff, per_class = folder / "comparison_tradeoff.png", folder / "comparison_per_class.png"
-    for path in (tradeoff, per_class):
-        path.unlink(missing_ok=True)
     attack = comparison.strongest_shared_attack()
     figures = {} if attack is None else {tradeoff: tradeoff_figure(comparison, attack)}
     if attack is not None and comparison.class_names is not None:
         figures[per_class] = class_figure(comparison, attack, comparison.class_names)
-    return [save_figure(figure, path) for path, figure in figures.items()]
+    written = [save_figure(figure, path) for path, figure in figures.items()]
+    for path in {tradeoff, per_class} - figures.keys():
+        path.unlink(missing_ok=True)
+    return written
 
 
 def tradeoff_figure(comparison: Comparison, attack: str) -> Figure:

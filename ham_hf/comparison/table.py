@@ -230,7 +230,7 @@ def compare(
     base = _attack_rows(by_label[baseline], {}) if baseline in by_label else {}
     base_passes = _passes(by_label[baseline]) if baseline in by_label else None
     class_names = {run.report.dataset.class_names for run in runs}
-    different = _different_settings(by_label)
+    different = different_settings([run_settings(of[0].report.config, without={"seed"}) for of in by_label.values()])
     return Comparison(
         rows=tuple(
             _row(members, {name: row for name, row in base.items() if label in alike[name]}, base_passes, different)
@@ -274,7 +274,7 @@ def _passes(members: Sequence[FinishedRun]) -> Spread | None:
 
 
 def _row(
-    members: Sequence[FinishedRun], base: Mapping[str, AttackRow], base_passes: Spread | None, different: set[str]
+    members: Sequence[FinishedRun], base: Mapping[str, AttackRow], base_passes: Spread | None, different: Sequence[str]
 ) -> Row:
     """One row; ``base`` and ``base_passes`` are the baseline's, ``different`` the settings that are not shared."""
     trained = [run.report.training for run in members if run.report.training is not None]
@@ -343,11 +343,10 @@ def _absent(by_label: Mapping[str, Sequence[FinishedRun]], missing: Sequence[Mis
     ]
 
 
-def _different_settings(by_label: Mapping[str, Sequence[FinishedRun]]) -> set[str]:
+def different_settings(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """Names of the settings that are not the same in all rows; one that a row lacks differs."""
-    rows = [run_settings(runs[0].report.config, without={"seed"}) for runs in by_label.values()]
-    names = {name for row in rows for name in row}
-    return {name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)}
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(name not in row or row[name] != rows[0].get(name) for row in rows)]
 
 
 def image_variances(summary: FairnessSummary) -> dict[str, float]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ham_hf.methods import Method
 
 DEFAULT_METHOD = "ham"
+OF_TRAINING = ("validation_fraction", "limit_train_examples", "augmentation", "shuffle_buffer_size")
+"""Settings of the data that only a training has a use for."""
 
 
 def available_methods() -> dict[str, type[Method]]:
@@ -139,9 +141,10 @@ class EvaluateConfig(SettingsGroup):
         return self.hub.hub_model_id or (source[0] if source else None)
 
     def contradictions(self) -> Iterator[str]:
-        """A step size on the 0..255 scale, and a push without a repository."""
+        """A step size on the 0..255 scale, a push without a repository, and settings of training data."""
         if self.hub.push_to_hub and self.repo_id is None:
             yield f"--push_to_hub needs --hub_model_id OWNER/NAME, as {self.model} is not on the Hub"
+        yield from self.data.idle([*OF_TRAINING, "num_train_examples"], "training")
         yield from pixel_unit_problems(self.attack.norm, eval_step_size=self.evaluation.eval_step_size)
 
 
@@ -182,12 +185,18 @@ class CalibrateConfig(SettingsGroup):
         return Path("outputs", f"{Path(self.model.split(':')[-1]).resolve().name}-fair-{how}")
 
     def contradictions(self) -> Iterator[str]:
-        """No goal, settings of a split without one, the model's own folder as output, and step sizes."""
+        """No goal, settings of a split without one, a stream, the model's own folder as output, and step sizes."""
         if not self.calibration.is_asked_for:
             yield "--fairness F (0 = as it is, 1 = all classes alike) or --max_average_drop is required"
             return
         if self.calibration_split is None:
             yield from self.idle(["allow_training_images", "limit_calibration_examples"], "--calibration_split")
+        elif self.data.dataset_streaming:
+            yield (
+                f"--calibration_split {self.calibration_split}: a stream cannot be calibrated on; leave "
+                "--dataset_streaming out"
+            )
+        yield from self.data.idle(OF_TRAINING, "training")
         source = Path(self.model.removeprefix("local-dir:")).expanduser()
         if source.is_dir() and source.resolve() == self.output_path.resolve():
             yield f"--output_dir {self.output_path} is the model's own folder; name another one"

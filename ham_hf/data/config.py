@@ -8,6 +8,11 @@ from typing import Literal
 
 from ham_hf.settings import SettingsGroup, setting
 
+TIMM_NEEDS_ORIGINALS = (
+    "--cache_images ram keeps images that are already cropped, and timm's augmentation needs the originals: use "
+    "--cache_images auto or none, or --augmentation crop_flip"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(SettingsGroup):
@@ -47,7 +52,7 @@ class DataConfig(SettingsGroup):
     )
 
     def contradictions(self) -> Iterator[str]:
-        """Settings of a stream without one, and what cannot be done with a stream."""
+        """Settings of a stream without one, what cannot be done with a stream, and a cache that cannot be cropped."""
         if self.dataset_streaming:
             if self.limit_train_examples is not None:
                 yield (
@@ -56,6 +61,8 @@ class DataConfig(SettingsGroup):
                 )
         else:
             yield from self.idle(["num_train_examples", "shuffle_buffer_size"], "--dataset_streaming")
+            if (self.augmentation, self.cache_images) == ("timm", "ram"):
+                yield TIMM_NEEDS_ORIGINALS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ham_hf.data.config import DataConfig
+from ham_hf.data.config import TIMM_NEEDS_ORIGINALS, DataConfig
 from ham_hf.data.decoding import (
     MODE_OF_CHANNELS,
     EncodedImages,
@@ -246,10 +246,7 @@ def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str,
     if augmentation not in AUGMENTATIONS:
         raise ValueError(f"--augmentation {augmentation}: expected auto or one of {', '.join(AUGMENTATIONS)}")
     if augmentation == "timm" and cache_images == "ram":
-        raise ValueError(
-            "--cache_images ram keeps images that are already cropped, and timm's augmentation needs the originals: "
-            "use --cache_images auto or none, or --augmentation crop_flip"
-        )
+        raise ValueError(TIMM_NEEDS_ORIGINALS)
     return augmentation
 
 

@@ -18,7 +18,8 @@ from ham_hf.data.columns import choose_image_column, choose_label_column
 from ham_hf.data.dataset import SMALL_IMAGE_SIZE, ImageData, channel_statistics, choose_augmentation
 from ham_hf.data.decoding import MODE_OF_CHANNELS, EvalTransform
 from ham_hf.data.pixels import CachedPixels, Images
-from ham_hf.data.splits import stratified_split
+from ham_hf.data.splits import hold_out, limit_rows
+from ham_hf.seeding import TEST_SEED
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def image_data_from(
     crop_pct: float = 1.0,
     augmentation: str = "auto",
     validation_fraction: float = 0.04,
+    limits: tuple[int | None, int | None] = (None, None),
     seed: int = 0,
 ) -> ImageData:
     """Read two datasets into memory as the data of a run.
@@ -64,7 +66,8 @@ def image_data_from(
         crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
         augmentation: of training: none, crop, crop_flip, or auto, which is crop_flip.
         validation_fraction: share of train held out for selection, in [0, 1).
-        seed: of the held-out part.
+        limits: most images of train and of test, chosen as ``limit_train_examples`` and ``limit_test_examples`` do.
+        seed: of the held-out part and of the limited train.
 
     Raises:
         ValueError: for items, pixels, sizes or labels that do not fit; the message names part and index.
@@ -80,9 +83,10 @@ def image_data_from(
     augmentation = (
         "crop_flip" if augmentation == "auto" else choose_augmentation(augmentation, "ram", NAME, image_size)
     )
-    kept, held_out = torch.arange(len(labels)), None
+    kept, held_out = limit_rows(labels, torch.arange(len(labels)), limits[0], seed), None
+    tested = limit_rows(test_labels, torch.arange(len(test_labels)), limits[1], TEST_SEED)
     if validation_fraction:
-        kept, rows = stratified_split(labels, validation_fraction, seed)
+        kept, rows = hold_out(labels, kept, "validation_fraction", validation_fraction, seed)
         held_out = _images(pixels[rows], labels[rows], "none")
     training = _images(pixels[kept], labels[kept], augmentation)
     mean, std = channel_statistics(training, seed)
@@ -90,7 +94,7 @@ def image_data_from(
         name=NAME,
         train=training,
         validation=held_out,
-        test=_images(test_pixels, test_labels, "none"),
+        test=_images(test_pixels[tested], test_labels[tested], "none"),
         class_names=names,
         image_size=image_size,
         in_chans=in_chans,

@@ -166,7 +166,7 @@ def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     train_rows = torch.arange(len(labels))
     fingerprint = fingerprint_of(encoded(train, train_rows, labels), class_names)
     if test is None or test_labels is None:
-        train_rows, test_rows = _hold_out(labels, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
+        train_rows, test_rows = hold_out(labels, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
         origin = held_out_origin(train, config.test_fraction)
         test, test_labels = train, labels
     else:
@@ -175,7 +175,7 @@ def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     test_rows = limit_rows(test_labels, test_rows, config.limit_test_examples, TEST_SEED)
     parts = {"test": encoded(test, test_rows, test_labels)}
     if config.validation_fraction != 0:
-        train_rows, rows = _hold_out(labels, train_rows, "--validation_fraction", config.validation_fraction, seed)
+        train_rows, rows = hold_out(labels, train_rows, "--validation_fraction", config.validation_fraction, seed)
         parts["validation"] = encoded(train, rows, labels)
     parts["train"] = encoded(train, train_rows, labels)
     return Parts(
@@ -267,7 +267,8 @@ def _declared_classes(source: Source[SplitFiles], split: str, column: str) -> da
     return classes
 
 
-def _hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+def hold_out(labels: Tensor, rows: Tensor, flag: str, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The (M,) ``rows`` of a split without a stratified part, and that part; an error names the ``flag``."""
     try:
         kept, held_out = stratified_split(labels[rows], fraction, seed)
     except ValueError as error:

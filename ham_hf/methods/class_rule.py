@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ham_hf.attacks import Attack
@@ -110,3 +111,13 @@ class WeightRule(ClassRule):
     def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
         """Weight of each class in each term of ``loss`` (T, num_classes), 1 = plain; None leaves all at 1."""
         raise NotImplementedError(f"{self.name} does not define the weight of a class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstTermRule(WeightRule):
+    """A rule that weighs the first term of the loss alone, by ``state["weight"]``, after its warm-up."""
+
+    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
+        if epoch < self.warmup_epochs:
+            return None
+        return torch.stack([state["weight"], *[torch.ones_like(state["weight"])] * (loss.num_terms - 1)])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, make_dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from functools import cached_property
-from typing import ClassVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from ham_hf.methods.base import Method, available
 from ham_hf.methods.class_rule import ClassRule, RadiusRule, WeightRule
 from ham_hf.methods.state import named_kinds
-from ham_hf.settings import ConfigError, same_as, setting, setting_problems
+from ham_hf.settings import ConfigError, is_kind, same_as, setting, setting_problems
+
+_LENDERS: dict[str, type[ClassRule]] = {"class_margin": RadiusRule, "class_weighting": WeightRule}
+"""Options that name a class rule, and what they borrow from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +56,8 @@ def method_of(rule_kind: type[ClassRule], loss: type[Method] = Method) -> type[R
     """
     hints = get_type_hints(rule_kind)
     options = [(one.name, hints[one.name], same_as(rule_kind, one.name)) for one in fields(rule_kind)]
-    namespace = {
-        "__doc__": rule_kind.__doc__,
-        "__module__": rule_kind.__module__,
-        "name": rule_kind.name,
-        "summary": rule_kind.summary,
-        "gates_averaging": rule_kind.gates_averaging,
-        "rule_kind": rule_kind,
-    }
+    shared = ("__doc__", "__module__", "name", "summary", "gates_averaging", "unrecorded")
+    namespace = {"rule_kind": rule_kind, **{name: getattr(rule_kind, name) for name in shared}}
     title = rule_kind.__name__.removesuffix("Rule")
     bases = (RuleMethod, loss) if loss is not Method else (RuleMethod,)
     return make_dataclass(title, options, bases=bases, namespace=namespace, frozen=True, kw_only=True)
@@ -75,21 +73,22 @@ class Borrowing(Method):
         {}, "options of --class_margin and --class_weighting, such as dafa_lambda=1.5"
     )
 
+    def __post_init__(self) -> None:
+        """Write out every option of the borrowed rules, so that the records of a run tell them all."""
+        options = _lent_options([getattr(self, option) for option in _LENDERS], self.class_rule_args)
+        object.__setattr__(self, "class_rule_args", options)
+
     def check(self, *, num_steps: int) -> None:
-        lenders: list[tuple[str, str, type[ClassRule]]] = [
-            ("class_margin", self.class_margin, RadiusRule),
-            ("class_weighting", self.class_weighting, WeightRule),
-        ]
-        for option, name, base in lenders:
-            lends = named_kinds(base)
+        for option, base in _LENDERS.items():
+            name, lends = getattr(self, option), named_kinds(base)
             if name != "none" and name not in lends:
                 why_not = f"as {name} has none to lend" if name in available() else f"and there is no method {name!r}"
                 raise ValueError(f"--{option} {name}: expected none or one of {', '.join(lends)}, {why_not}")
-        known = {one.name for _, name, base in lenders if name != "none" for one in fields(named_kinds(base)[name])}
+        known = sorted(one.name for rule in self._borrowed.values() for one in fields(rule))
         for name in self.class_rule_args:
             if name not in known:
-                expected = ", ".join(sorted(known)) or "nothing without --class_margin or --class_weighting"
-                raise ValueError(f"--class_rule_args {name}: expected {expected}")
+                expected = ", ".join(known) or "nothing without --class_margin or --class_weighting"
+                raise ValueError(f"--class_rule_args {name}: expected {expected} (alone it drops those of a file)")
         if self.weights is not None and self.loss.name not in self.weights.weighs_losses:
             raise ValueError(
                 f"--class_weighting {self.class_weighting} weighs the terms of "
@@ -103,7 +102,9 @@ class Borrowing(Method):
             "class_weighting": self.weights is not None and not self.weights.weighs(self.loss),
         }
         for option in [option for option, is_off in off.items() if is_off]:
-            given = " ".join(f"{key}={value}" for key, value in self.class_rule_args.items())
+            rule = self._borrowed[getattr(self, option)]
+            usual = asdict(rule.lent())
+            given = " ".join(f"{key}={value}" for key, value in asdict(rule).items() if value != usual[key])
             raise ValueError(
                 f"--{option} {getattr(self, option)} has no effect with --class_rule_args {given}; drop one of them"
             )
@@ -111,12 +112,12 @@ class Borrowing(Method):
 
     @cached_property
     def _borrowed(self) -> dict[str, ClassRule]:
-        found = {}
-        for name in sorted({self.class_margin, self.class_weighting} - {"none"}):
-            kind = named_kinds(ClassRule)[name]
-            options = {one.name for one in fields(kind)} & self.class_rule_args.keys()
-            found[name] = kind.lent(**{option: self.class_rule_args[option] for option in sorted(options)})
-        return found
+        kinds = named_kinds(ClassRule)
+        given = {name: tuple(one) if isinstance(one, list) else one for name, one in self.class_rule_args.items()}
+        return {
+            name: kinds[name](**{one.name: given[one.name] for one in fields(kinds[name])})
+            for name in sorted({self.class_margin, self.class_weighting} - {"none"})
+        }
 
     @property
     def radii(self) -> RadiusRule | None:
@@ -127,3 +128,30 @@ class Borrowing(Method):
     def weights(self) -> WeightRule | None:
         rule = self._borrowed.get(self.class_weighting)
         return rule if isinstance(rule, WeightRule) else None
+
+
+def _lent_options(lenders: Sequence[object], given: Any, *, recorded: bool = False) -> Any:  # noqa: ANN401
+    """Every option of the class rules of these names, those that are ``given`` included; see `as_recorded`."""
+    if not isinstance(given, Mapping):
+        return given  # for checks to refuse
+    usual: dict[str, object] = {}
+    for kind in [kind for name, kind in named_kinds(ClassRule).items() if name in lenders]:
+        usual |= {**json.loads(json.dumps(asdict(kind.lent()))), **(kind.unrecorded if recorded else {})}
+    # A whole number given for a number is that number, as in settings, which have a type.
+    return {
+        name: float(value) if isinstance(usual.get(name), float) and is_kind(value, float) else value
+        for name, value in {**usual, **given}.items()
+    }
+
+
+def as_recorded(record: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """The record of a run, with options that it lacks as they were (`Stateful.unrecorded`), all of borrowed rules.
+
+    ``prefix`` stands before the name of each option.
+    """
+    lenders, options = [record.get(prefix + option) for option in _LENDERS], f"{prefix}class_rule_args"
+    method = available().get(str(record.get("method")), Method)
+    found = {**{prefix + name: value for name, value in method.unrecorded.items()}, **record}
+    if options in found:
+        found[options] = _lent_options(lenders, found[options], recorded=True)
+    return found

@@ -31,13 +31,14 @@ class Stateful:
     """One line for ``--help`` and the model card; ends with the paper, "(Lin et al., 2025)", or with "(ours)"."""
     gates_averaging: ClassVar[bool] = False
     """Whether fairness-gated weight averaging belongs to the published method."""
+    unrecorded: ClassVar[Mapping[str, object]] = {}
+    """What options were in runs whose records lack them, where that is not today's default."""
 
     @property
     def warmup_epochs(self) -> int:
         """Number of first epochs in which it changes nothing: its `start_option`, or 0; 1 if it has to observe one."""
         option = self.start_option()
-        epochs: int = getattr(self, option) if option else 0
-        return epochs
+        return int(getattr(self, option)) if option else 0
 
     @classmethod
     def start_option(cls) -> str:

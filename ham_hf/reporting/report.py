@@ -20,6 +20,7 @@ from ham_hf.artifacts import REPORT_NAME
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint
 from ham_hf.files import atomic_write, parse_json
 from ham_hf.intervals import FairnessIntervals
+from ham_hf.methods.rule_method import as_recorded
 from ham_hf.metrics import FairnessSummary
 from ham_hf.reporting.breakdowns import CorruptionReport, GroupReport
 from ham_hf.reporting.formats import evaluation_title, plain_text
@@ -239,7 +240,7 @@ class RunReport:
     """Everything that is known about one run.
 
     Attributes:
-        config: resolved settings, flat, JSON values only.
+        config: resolved settings, flat, JSON values only; completed by `ham_hf.methods.rule_method.as_recorded`.
         results: one entry per evaluation, by name, in the order they were run.
         training: None if the run only evaluated.
         seeds: every seed by name.
@@ -278,7 +279,7 @@ class RunReport:
             _check_classes(attack, len(self.dataset.class_names))
         if self.corruptions is not None and len(self.corruptions.counts) != len(self.dataset.class_names):
             raise ValueError("the numbers on corrupted images are not of the classes of the dataset")
-        object.__setattr__(self, "config", _json_values(self.config, "config"))
+        object.__setattr__(self, "config", as_recorded(_json_values(self.config, "config")))
 
     def entries(self) -> tuple[AttackReport, ...]:
         """The verdict, where there is one, and every evaluation, in the order in which tables show them."""

@@ -22,7 +22,6 @@ from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, EvaluateConfig, HubConfig, TrainConfig, config_to_dict, config_to_yaml
 from ham_hf.data import ImageData, TestData
 from ham_hf.data.image_groups import ImageGroups
-from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.corruptions import constants_of
@@ -33,7 +32,6 @@ from ham_hf.intervals import intervals_of
 from ham_hf.metrics import confusion_matrix, summarize
 from ham_hf.models import LoadedModel, Preprocessing
 from ham_hf.models.export import ExportInfo
-from ham_hf.models.source import Origin
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.card import evaluation_document, write_card
 from ham_hf.reporting.class_examples import RunExamples, picture, write_examples
@@ -207,20 +205,25 @@ def model_section(
     )
 
 
-def training_section(
+def training_report(
+    config: TrainConfig,
+    model: ModelReport,
+    data: ImageData,
+    results: Mapping[str, AttackResult],
+    accelerator: Accelerator,
+    *,
     progress: Progress,
     best: Mapping[str, Any],
-    *,
     peak_memory_bytes: int | None,
     calibration: CalibrationReport | None = None,
-) -> TrainingReport:
-    """How the weights were trained; ``best`` is the state that the evaluated ones were selected with.
+) -> RunReport:
+    """Report of a training run; ``best`` is the state that the evaluated weights were selected with.
 
     ``peak_memory_bytes`` are those of the end of training, as evaluation may need more. The passes of ``calibration``
     count among those of the run.
     """
-    passes = progress.passes
-    return TrainingReport(
+    settings, overflowed = config_to_dict(config), progress.overflowed_updates
+    training = TrainingReport(
         num_train_epochs=len({record["epoch"] for record in progress.history}),
         steps=progress.step,
         skipped_updates=progress.skipped_updates,
@@ -230,27 +233,14 @@ def training_section(
         selected_epoch=best["epoch"],
         history=tuple(progress.history),
         peak_memory_bytes=peak_memory_bytes,
-        passes=passes if passes is None or calibration is None else passes + calibration.passes,
+        passes=progress.passes + (0 if calibration is None else calibration.passes),
         changes=tuple(progress.changes),
     )
-
-
-def training_report(
-    config: TrainConfig,
-    model: ModelReport,
-    training: TrainingReport,
-    data: ImageData,
-    results: Mapping[str, AttackResult],
-    accelerator: Accelerator,
-    *,
-    calibration: CalibrationReport | None = None,
-    notes: Sequence[str] = (),
-) -> RunReport:
-    """Report of a training run; see `model_section`, `training_section` and `overflow_notes`."""
-    settings = config_to_dict(config)
-    early = selected_too_early(settings, training)
-    for sentence in early:
+    notes = list(selected_too_early(settings, training))
+    for sentence in notes:
         logger.warning(sentence)
+    if overflowed:
+        notes.append(f"{overflowed} of {progress.step} updates were skipped as their gradient overflowed in float16.")
     return RunReport(
         model=model,
         dataset=dataset_report(data),
@@ -261,18 +251,10 @@ def training_report(
         environment=environment(device=accelerator.device, num_processes=accelerator.num_processes),
         seeds={"seed": config.training.seed},
         created=utc_now(),
-        notes=(*early, *notes, *training.changes, *rounding()),
+        notes=(*notes, *training.changes, *rounding()),
         verdict=verdict_of(results, data.class_names),
         calibration=calibration,
     )
-
-
-def overflow_notes(progress: Progress) -> tuple[str, ...]:
-    """The card's note on updates that were skipped because a gradient overflowed in float16."""
-    count = progress.overflowed_updates
-    if not count:
-        return ()
-    return (f"{count} of {progress.step} updates were skipped as their gradient overflowed in float16.",)
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
@@ -340,20 +322,10 @@ def evaluation_report(
 
 
 def calibrated_report(
-    evaluated: RunReport, calibration: CalibrationReport, exported: ExportInfo, origin: Origin, *, model_license: str
+    evaluated: RunReport, calibration: CalibrationReport, model: ModelReport, *, model_license: str
 ) -> RunReport:
-    """Report of a model with class shifts folded in, from that of its evaluation, the export and its origin."""
-    name = plain_name(evaluated.model.name)
-    model = replace(
-        evaluated.model,
-        name=name,
-        architecture=exported.architecture,
-        base_model=origin.base_model,
-        needs_ham_hf=exported.needs_ham_hf,
-        num_parameters=exported.num_parameters,
-        upsample=exported.upsample,
-    )
-    config = {**evaluated.config, "model": name, "model_license": model_license}
+    """Report of a model with class shifts folded in, from that of its evaluation and its own section."""
+    config = {**evaluated.config, "model": model.name, "model_license": model_license}
     note = training_images_note(calibration)
     notes = (*evaluated.notes, note) if note is not None else evaluated.notes
     return replace(evaluated, model=model, config=config, calibration=calibration, notes=notes)

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from ham_hf.attacks import Attack, ThreatModel
     from ham_hf.methods import Method
 
+CHANGES_NO_NUMBER = frozenset(
+    {
+        "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name",
+        "project", "trackio_space_id", "logging_steps", "save_steps", "save_total_limit", "ddp_timeout",
+        "max_train_hours",
+    }
+)  # fmt: skip
+"""Settings of `TrainingConfig` that change no number of a run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(ThreatConfig):

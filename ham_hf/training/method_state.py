@@ -46,11 +46,8 @@ class MethodState:
 
     def class_probabilities(self) -> Tensor | None:
         """Probability of each class in the epoch's draws, where a rule has a sampler; None = every example once."""
-        for rule in self.method.rules:
-            probabilities = rule.class_probabilities(self.states[rule.name])
-            if probabilities is not None:
-                return probabilities
-        return None
+        of_rules = (rule.class_probabilities(self.states[rule.name]) for rule in self.method.rules)
+        return next((found for found in of_rules if found is not None), None)
 
     def observe(self, logits: Tensor, rows: TrainingRows, y: Tensor, *, epoch: int) -> dict[str, Tensor]:
         """Sums that they observe on one batch of labels ``y`` (N,), by name; the same shapes throughout an epoch.
@@ -113,10 +110,7 @@ class MethodState:
         """
         hard, mined, seen, *others = log.cpu().double()
         shares = others[: self.method.num_terms]
-        record: dict[str, Any] = {"hard_fraction": None, "hard_per_class": None}
-        if mined.sum() > 0:
-            record["hard_fraction"] = float(hard.sum() / mined.sum())
-            record["hard_per_class"] = _ratios(hard, mined)
+        record = _shares("hard", hard, mined)
         if self.method.tells_wrong_at_start:
             start_wrong, clean_wrong, clean_seen = others[self.method.num_terms :]
             record |= _shares("start_wrong", start_wrong, mined)

@@ -22,7 +22,7 @@ from ham_hf.attacks import Attack
 from ham_hf.data import ImageData, TrainingStream, UpdateLayout
 from ham_hf.methods import Method
 from ham_hf.training.checkpoint import STATE_FILE, find_checkpoint, tidy
-from ham_hf.training.config import TrainingConfig
+from ham_hf.training.config import CHANGES_NO_NUMBER, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +36,7 @@ MATTERS = (
 )
 """Settings of the training loop that a resumed run may change, although it can change numbers by them, if only in the
 last bits or by a validation more."""
-MAY_CHANGE = frozenset(
-    {
-        *MATTERS,
-        "output_dir",
-        "overwrite_output_dir",
-        "resume_from_checkpoint",
-        "max_train_hours",
-        "use_cpu",
-        "ddp_timeout",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "report_to",
-        "run_name",
-        "project",
-        "trackio_space_id",
-        "disable_tqdm",
-    }
-)
+MAY_CHANGE = CHANGES_NO_NUMBER | {*MATTERS, "use_cpu"}
 """All settings that it may change."""
 
 
@@ -182,15 +164,12 @@ def run_plan(
     if config.uses_fawa(method) or any(rule.num_held_out_sums for rule in method.rules):
         # The noise of held-out images is numbered by batch.
         plan["per_device_eval_batch_size"] = eval_batch_size
-    # Through JSON: tuples become lists.
-    same_types: dict[str, Any] = json.loads(json.dumps(plan))
-    return same_types
+    return dict(json.loads(json.dumps(plan)))  # tuples become lists
 
 
 def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, Any]:
     """Settings that a resumed run may change although they can change numbers, and where it runs; JSON types."""
-    settings = asdict(config)
-    return {name: settings[name] for name in MATTERS} | {
+    return {name: getattr(config, name) for name in MATTERS} | {
         "processes": accelerator.num_processes,
         "device": accelerator.device.type,
     }
@@ -198,11 +177,13 @@ def changeable(config: TrainingConfig, accelerator: Accelerator) -> dict[str, An
 
 def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, updates_per_epoch: int) -> None:
     """Add the `changeable` settings that differ ``now``, if any, to ``progress.changes``, and warn of them."""
-    before = progress.changeable
+    before, after = (
+        {name: "none" if value is None else value for name, value in of.items()} for of in (progress.changeable, now)
+    )
     words = {"processes": "{} processes", "device": "the device {}"}
     changed = ", ".join(
-        f"{words.get(name, f'--{name} {{}}').format(_or_none(value))} instead of {_or_none(before[name])}"
-        for name, value in now.items()
+        f"{words.get(name, f'--{name} {{}}').format(value)} instead of {before[name]}"
+        for name, value in after.items()
         if name in before and before[name] != value
     )
     complete = progress.step >= total_steps
@@ -216,32 +197,33 @@ def note_changes(progress: Progress, now: dict[str, Any], *, total_steps: int, u
         progress.changeable = now
 
 
-def _or_none(value: object) -> object:
-    return "none" if value is None else value
-
-
 def check_same_run(checkpoint: Path, saved: dict[str, Any], plan: dict[str, Any]) -> None:
     """Reject a checkpoint with a different plan; the ValueError names what differs."""
     changed = [
-        f"{key} {str(saved.get(key))[:60]} -> {str(plan.get(key))[:60]}"
+        f"{key} {_but_for(saved.get(key), plan.get(key))} -> {_but_for(plan.get(key), saved.get(key))}"
         for key in {**saved, **plan}
         if saved.get(key) != plan.get(key)
     ]
-    if "split" in plan and saved.get("split") != plan["split"]:
-        changed.append(
-            f"an update of --method {plan['method']} with these options depends on how its examples are split into "
-            "batches, so batch size and number of processes have to stay"
-        )
-    if "num_train_epochs" in plan and saved.get("num_train_epochs") != plan["num_train_epochs"]:
-        changed.append(
-            f"--lr_scheduler_type {plan['lr_scheduler_type']} ends with the last epoch, so that another number of "
-            "epochs would give learning rates that no single run has (piecewise and constant do not depend on the end)"
-        )
+    reasons = {
+        "split": f"an update of --method {plan['method']} with these options depends on how its examples are split "
+        "into batches, so batch size and number of processes have to stay",
+        "num_train_epochs": f"--lr_scheduler_type {plan['lr_scheduler_type']} ends with the last epoch, so that "
+        "another number of epochs would give learning rates that no single run has (piecewise and constant do not "
+        "depend on the end)",
+    }
+    changed += [why for key, why in reasons.items() if key in plan and saved.get(key) != plan[key]]
     if changed:
         raise ValueError(
             f"--resume_from_checkpoint {checkpoint} belongs to a run with other settings: {'; '.join(changed)}; "
             "resume with the same ones, or start a new run in another --output_dir"
         )
+
+
+def _but_for(value: object, other: object) -> str:
+    """The value in few words; of two mappings, what the other one does not have."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {key: entry for key, entry in value.items() if key not in other or other[key] != entry}
+    return str(value)[:60]
 
 
 def keep_update_size(config: TrainingConfig, checkpoint: Path | None, *, num_processes: int) -> TrainingConfig:

@@ -21,6 +21,7 @@ from ham_hf.data import ImageData, PixelBatch, UpdateLayout
 from ham_hf.evaluation import NonFiniteLogitsError, Workplace
 from ham_hf.faults import explain_out_of_memory, smaller_batch
 from ham_hf.methods import ClassRule, Method
+from ham_hf.methods.rule_method import as_recorded
 from ham_hf.precision import attack_passes
 from ham_hf.training.averaging import GatedAverage
 from ham_hf.training.checkpoint import (
@@ -47,7 +48,6 @@ from ham_hf.training.resume import (
 )
 from ham_hf.training.run_folder import RunFiles
 from ham_hf.training.sharding import (
-    check_sharded_settings,
     gathered,
     load_model,
     load_optimizer,
@@ -81,8 +81,8 @@ class Trainer:
         checkpoint: the one that they name to continue from, or None.
 
     Raises:
-        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, no
-            accumulation keeps the size of its run's updates, or a setting needs whole weights and they are sharded.
+        ValueError: if the training split is smaller than one update's batch, there is no such checkpoint, or no
+            accumulation keeps the size of its run's updates.
     """
 
     def __init__(
@@ -114,8 +114,6 @@ class Trainer:
         )
         self._count_updates()
         self._warn_of_late_starts()
-        if accelerator.is_fsdp2:
-            check_sharded_settings(config, uses_fawa=config.uses_fawa(method))
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
         self.average = self._average_of(model)
@@ -469,6 +467,7 @@ class Trainer:
             return
         checkpoint = load_checkpoint(path)
         progress = Progress(**checkpoint.state)
+        progress.plan = as_recorded(progress.plan, f"{progress.plan['method']}.")
         check_same_run(path, progress.plan, self.progress.plan)
         load_model(self.module, checkpoint.model)
         if self.average is not None and checkpoint.averaged is not None:

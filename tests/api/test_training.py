@@ -14,8 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ham_hf
+from ham_hf.api.training import APPLIED
+from ham_hf.data import DataConfig, image_data_from
 from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import read_report
+from ham_hf.settings import settings_of
+from tests.support.example_images import everything, load, write_parquet
 from tests.support.nets import batch_norm_net
 from tests.support.training import tensors
 
@@ -23,6 +27,20 @@ NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
 TINY = {"method": "ham", "mining_start_epoch": 0, "mining_step": 1, "num_steps": 2, "num_train_epochs": 1}
 TINY |= {"max_steps": 2, "per_device_train_batch_size": 16, "eval_num_steps": 1, "validation_fraction": 0.25}
 TINY |= {"use_cpu": True, "disable_tqdm": True}
+NOT_OF_GIVEN_IMAGES = {
+    "dataset_name": "you/open",
+    "dataset_config_name": "plain",
+    "dataset_revision": "v2",
+    "train_split": "train",
+    "test_split": "test",
+    "image_column": "img",
+    "label_column": "label",
+    "test_fraction": 0.5,
+    "cache_images": "none",
+    "skip_corrupt": True,
+    "dataloader_num_workers": 4,
+    "dataset_streaming": True,
+}
 
 
 def rows(num: int) -> datasets.Dataset:
@@ -82,8 +100,34 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
         ({"push_to_hub": True, "hub_model_id": "me/x"}, {"train": data, "test": data}, "push_to_hub"),
         ({"epsilon": 8}, {"train": data, "test": data}, "did you mean 8/255"),
         ({"minig_step": 1}, {}, "minig_step"),
+        *(
+            ({**ask}, {"train": data, "test": data}, f"^{', '.join(ask)}: .* the configuration names")
+            for ask in (*({name: value} for name, value in NOT_OF_GIVEN_IMAGES.items()), NOT_OF_GIVEN_IMAGES)
+        ),
+        ({}, {"class_names": list("abcd")}, "class_names"),
+        ({"model_args": {"layers": [1]}}, {"train": data, "test": data}, "model_args"),
         ({}, {"train": data, "test": data, "model": batch_norm_net(3).float()}, "3 logits and the data 4 classes"),
     ]:
         with pytest.raises(ValueError, match=message):
             ham_hf.train({**settings, **change}, **{"model": net, **given})
     assert not folder.exists()
+
+
+def test_every_setting_of_the_data_is_applied_to_given_images_or_refused() -> None:
+    applied = {*APPLIED, "num_train_examples", "shuffle_buffer_size"}  # the last two go with dataset_streaming alone
+    assert {known.name for known in settings_of(DataConfig)} == applied | NOT_OF_GIVEN_IMAGES.keys()
+
+
+def test_limits_choose_the_images_that_they_choose_of_a_stored_dataset(tmp_path: Path) -> None:
+    limits = {"limit_train_examples": 24, "limit_test_examples": 8, "validation_fraction": 0.25}
+    given, seed = {"train": rows(40), "test": rows(20)}, {"seed": 3}
+    stored = load(write_parquet(tmp_path, **given), image_size=8, **limits, **seed)
+    data = image_data_from(**given, validation_fraction=0.25, limits=(24, 8), **seed)
+    for part, size in {"train": 18, "validation": 6, "test": 8}.items():
+        ours, theirs = getattr(data, part), getattr(stored, part)
+        assert len(ours) == size
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(everything(ours), everything(theirs))
+    settings = {**TINY, **limits, "output_dir": tmp_path / "run", "num_train_epochs": 1, "max_steps": 1}
+    trained = ham_hf.train(settings, **given, model=batch_norm_net().float())
+    assert trained.report.clean.summary.num_examples == 8

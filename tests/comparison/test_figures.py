@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from ham_hf.comparison import figures
 from ham_hf.comparison.figures import class_figure, save_comparison_figures, tradeoff_figure
 from ham_hf.comparison.table import compare
 from tests.support.comparison_reports import even, run
@@ -132,3 +133,17 @@ def test_labels_that_are_cut_alike_stay_text_and_different_in_both_figures():
     assert [entry.get_text() for entry in legend.get_texts()] == names
     axes = class_figure(comparison, "pgd-20", comparison.class_names).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == names
+
+
+@pytest.mark.parametrize("drawing", ["tradeoff_figure", "class_figure", "save_figure"])
+def test_figures_that_cannot_be_drawn_leave_the_earlier_ones(tmp_path, monkeypatch, drawing):
+    comparison = compare([run("one", {"pgd-20": even([1, 2])}, class_names=("a", "b"))])
+    drawn = {path.name: path.read_bytes() for path in save_comparison_figures(comparison, tmp_path)}
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(figures, drawing, fails)
+    with pytest.raises(OSError, match="no space"):
+        save_comparison_figures(comparison, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == drawn

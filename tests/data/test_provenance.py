@@ -89,11 +89,16 @@ def test_other_data_or_no_record_is_refused(tmp_path):
     other = write_parquet(tmp_path / "other", train=dataset([gray(9)] * 40, [0, 0, 1, 1] * 10))
     with pytest.raises(ValueError, match=r"--dataset_name .*other: .* not what .* trained on, 40 images of"):
         find_validation_part(loaded, DataConfig(dataset_name=other))
-    with pytest.raises(ValueError, match="does not record what it was trained on"):
+    with pytest.raises(ValueError, match=r"does not record which images .*--calibration_split"):
         find_validation_part(replace(loaded, metadata={"dataset": "set"}), DataConfig(dataset_name=other))
     unseen = export(load(str(tmp_path / "set"), validation_fraction=0), tmp_path / "all")
     with pytest.raises(ValueError, match="--validation_fraction 0, so it has seen every training image"):
         find_validation_part(unseen, DataConfig(dataset_name=str(tmp_path / "set")))
+    here = str(tmp_path / "set")
+    assert len(find_validation_part(loaded, DataConfig(dataset_name=here, train_split="train")).validation)
+    for name, value in {"test_split": "train", "test_fraction": 0.5, "skip_corrupt": True}.items():
+        with pytest.raises(ValueError, match=f"--{name} .*has no effect without --calibration_split"):
+            find_validation_part(loaded, DataConfig(dataset_name=here, **{name: value}))
     broken = {"trained_on": {**loaded.metadata["trained_on"], "seed": "7"}}
     with pytest.raises(ValueError, match=r"ham_hf.trained_on.seed is not what this package writes: '7'"):
         provenance_of(replace(loaded, metadata=broken))

@@ -22,7 +22,7 @@ from ham_hf.training.sharding import whole_state
 from ham_hf.training.trainer import Trainer
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages, group_norm_net
-from tests.support.training import config, image_data
+from tests.support.training import image_data, trainer
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.06), num_steps=3, step_size=0.03)
 METHODS: dict[str, Method] = {
@@ -71,18 +71,17 @@ def make_trainer(accelerator, folder, method, labels=range(4), **changes) -> Tra
     for part in (data.train, data.validation):
         part.x = part.x.double().expand(-1, 3, -1, -1)
     data = replace(data, train=RecordedImages(data.train.x, torch.tensor(labels)[data.train.labels]))
-    settings = config(
-        folder,
-        num_train_epochs=2,
-        per_device_train_batch_size=8 // accelerator.num_processes,
-        gradient_accumulation_steps=2,
-        ema_decay=None,
-        max_grad_norm=0.5,
-        logging_steps=1,
-    )
-    return Trainer(
-        group_norm_net(), data, method, ATTACK, replace(settings, **changes), accelerator, eval_batch_size=20
-    )
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8 // accelerator.num_processes,
+        "gradient_accumulation_steps": 2,
+        "ema_decay": None,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        **changes,
+    }
+    more = {"eval_batch_size": 20}
+    return trainer(folder, method, data, group_norm_net(), ATTACK, accelerator, more, **settings)
 
 
 def outcome(run: Trainer) -> dict[str, Tensor]:
@@ -113,14 +112,8 @@ def run_sharded(accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
 def run_leg(accelerator: Accelerator, folder: Path) -> dict[str, Tensor]:
     """The part of the relay that belongs to this number of processes, from where the one before got to."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    run = make_trainer(
-        accelerator,
-        folder,
-        RELAY_METHOD,
-        per_device_train_batch_size=4,
-        max_steps=RELAY[world],
-        resume_from_checkpoint="latest",
-    )
+    changes = {"per_device_train_batch_size": 4, "max_steps": RELAY[world], "resume_from_checkpoint": "latest"}
+    run = make_trainer(accelerator, folder, RELAY_METHOD, **changes)
     run.resume()
     first = run.progress.step
     run.fit()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
+from tests.distributed.test_distributed import WORKER
 from tests.support.method_checks import every_method
 from tests.support.recipe_runs import LAUNCH, PROCESSES, finish
 
@@ -17,10 +17,9 @@ pytestmark = pytest.mark.slow
 def results(tmp_path_factory, subprocess_env):
     found = {}
     for count, options in PROCESSES.items():
-        folder = tmp_path_factory.mktemp("methods")
-        command = [*LAUNCH, *options, str(ROOT / "tests/distributed/methods_worker.py"), str(folder)]
-        finish(command, subprocess_env)
-        found[count] = load_file(folder / "found.safetensors")
+        target = tmp_path_factory.mktemp("methods") / "found.safetensors"
+        finish([*LAUNCH, *options, WORKER, "methods", str(target), str(target.parent)], subprocess_env)
+        found[count] = load_file(target)
         assert int(found[count]["num_processes"]) == count
     return found
 

@@ -119,8 +119,7 @@ class Oracle:
 class TestSearch:
     @pytest.mark.parametrize(("norm", "precision"), [("linf", "float32"), ("l2", "bf16")])
     def test_finds_the_shift_that_undoes_a_known_bias(self, quick, norm, precision):
-        radius = {"linf": 0.05, "l2": 0.1}[norm]
-        threat_model = ThreatModel(norm, radius)
+        threat_model = ThreatModel(norm, {"linf": 0.05, "l2": 0.1}[norm])
         found = run(channel_images(400), 1.0, calibration_precision=precision, threat_model=threat_model)
         torch.testing.assert_close(torch.tensor(found.shifts), -BIAS, atol=0.05, rtol=0)
         assert found.factors == (1.0,) * 3
@@ -135,18 +134,13 @@ class TestSearch:
         model.scale.data.fill_(scale)
         images = channel_images(300)
         oracle, found = Oracle(images, scale=scale), run(images, fairness, model=model)
-        shifts, zero, every = (
-            torch.tensor(found.shifts).double(),
-            torch.zeros(3, dtype=torch.float64),
-            torch.arange(900),
-        )
+        shifts, zero = torch.tensor(found.shifts).double(), torch.zeros(3, dtype=torch.float64)
+        every = torch.arange(900)
         expected = oracle.shifts(fairness, stratified_split(images.labels, 0.5, seed=0))
         torch.testing.assert_close(shifts, expected, atol=0.02, rtol=0)
         assert found.counts == (300,) * 3
-        assert (
-            oracle.miss(shifts, fairness)
-            < oracle.miss(oracle.search(zero, fairness, every, range(10)), fairness) + 0.02
-        )
+        plain = oracle.search(zero, fairness, every, range(10))
+        assert oracle.miss(shifts, fairness) < oracle.miss(plain, fairness) + 0.02
         assert oracle.shares(shifts, every).min() > oracle.shares(zero, every).min() + 0.3
 
     def test_nothing_is_shifted_at_zero(self):

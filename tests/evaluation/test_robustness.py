@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from accelerate import Accelerator
 
 from ham_hf.attacks import Attack, ThreatModel, cross_entropy, margin_loss, pgd
 from ham_hf.evaluation import Workplace, evaluate, standard_attacks
-from ham_hf.evaluation.autoattack import autoattack_version, evaluate_autoattack
 from ham_hf.evaluation.robustness import true_margins
-from ham_hf.seeding import Stream, derive_seed, make_generator
+from ham_hf.seeding import Stream, make_generator
 from tests.support.golden_data import golden_case, golden_net
-from tests.support.nets import TensorImages, group_norm_net
+from tests.support.nets import TensorImages, margin_of
 
 THREAT = ThreatModel("linf", 0.03)
 
@@ -40,12 +37,6 @@ def run(net, split, accelerator, *, threat=THREAT, seed=4):
     return evaluate(net, split, attacks, Workplace(accelerator=accelerator, batch_size=10, seed=seed))
 
 
-def margin_of(logits, y):
-    """Logit of the true class minus the largest other one, row by row."""
-    rows = zip(logits.detach().tolist(), y.tolist(), strict=True)
-    return torch.tensor([row[label] - max(row[:label] + row[label + 1 :]) for row, label in rows])
-
-
 def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
     results = run(net, split, accelerator)
     assert list(results) == ["clean", "pgd-5", "cw-5"]
@@ -58,16 +49,9 @@ def test_flags_are_those_of_a_plain_loop(net, split, accelerator):
             expected, margins = clean.clone(), margin_of(reference(x), y)
             assert torch.equal(results["clean"].margins[start : start + 10], margins)
             if right.any():
-                x_adv = pgd(
-                    reference,
-                    x[right],
-                    y[right],
-                    threat_model=THREAT,
-                    num_steps=5,
-                    step_size=0.01,
-                    loss_fn=loss_fn,
-                    generator=make_generator(torch.device("cpu"), 4, Stream.EVALUATION, position, number),
-                )
+                generator = make_generator(torch.device("cpu"), 4, Stream.EVALUATION, position, number)
+                options = {"threat_model": THREAT, "num_steps": 5, "step_size": 0.01, "loss_fn": loss_fn}
+                x_adv = pgd(reference, x[right], y[right], generator=generator, **options)
                 expected[right] = reference(x_adv).argmax(1)
                 margins[right] = margin_of(reference(x_adv), y[right])
             assert torch.equal(results[name].predictions[start : start + 10], expected)
@@ -104,69 +88,3 @@ def test_pixels_outside_the_box_and_empty_splits_are_refused(net, split, acceler
         run(net, normalized, accelerator)
     with pytest.raises(ValueError, match="no example"):
         run(net, TensorImages(split.x[:0], split.labels[:0]), accelerator)
-
-
-@pytest.mark.parametrize("num_classes", [2, 3, 4, 10])
-def test_autoattack_runs_the_authors_attacks_one_after_the_other_on_what_is_left(
-    accelerator, num_classes, quick_autoattack
-):
-    net = group_norm_net(num_classes).float().eval()
-    x = torch.rand(60, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    labels = net(x).argmax(1)
-    labels[::9] = (labels[::9] + 1) % num_classes
-    threat = ThreatModel("linf", 0.04)
-    result = evaluate_autoattack(
-        net,
-        TensorImages(x, labels),
-        Workplace(accelerator=accelerator, batch_size=16, seed=3),
-        num_classes=num_classes,
-        threat_model=threat,
-    )
-    assert not any(parameter.grad is not None for parameter in net.parameters())
-    version, attacks, num_targets = autoattack_version(num_classes)
-    said = result.settings
-    assert (said["version"], said["attacks"], said["subset"]) == (version, attacks, False)
-    assert not result.flags[::9].any()
-    # An image that withstands was returned as it was; one that falls is on the other side.
-    torch.testing.assert_close(result.margins[result.flags], margin_of(net(x), labels)[result.flags])
-    assert (result.margins[~result.flags] <= 0).all()
-    expected, survivors = net(x).argmax(1), []
-    for position, name in enumerate(attacks):
-        left = (expected == labels).nonzero().squeeze(1)
-        survivors.append(len(left))
-        for number, rows in enumerate(left.split(16)):
-            seed = derive_seed(3, Stream.AUTOATTACK, position, number) % 2**32
-            theirs = quick_autoattack(net, attacks=[name], eps=0.04, norm="Linf", seed=seed, version="custom")
-            theirs.apgd.n_restarts = theirs.fab.n_restarts = theirs.apgd_targeted.n_restarts = 1
-            theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = num_targets
-            _, expected[rows] = theirs.run_standard_evaluation(x[rows], labels[rows], batch_size=16)
-    assert torch.equal(result.predictions, expected)
-    assert 0 < survivors[-1] < survivors[0]
-
-
-def test_autoattack_subset_is_stratified_said_to_be_one_and_the_same_for_all_seeds(net, split, accelerator):
-    seen = []
-    network = golden_net().float()
-    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    for seed in (0, 1):
-        begun = len(seen)
-        result = evaluate_autoattack(
-            network,
-            TensorImages(split.x, torch.arange(len(split)) % 10),
-            Workplace(accelerator=accelerator, batch_size=8, seed=seed),
-            num_classes=10,
-            threat_model=THREAT,
-            num_examples=20,
-        )
-        assert result.labels.bincount().tolist() == [2] * 10
-        assert result.settings["subset"] is True
-        assert result.settings["num_examples"] == len(result.flags) == 20
-        first = seen[begun]
-    assert torch.equal(first, seen[0])
-
-
-def test_absent_autoattack_names_the_extra(net, split, accelerator, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    place = Workplace(accelerator=accelerator, batch_size=8, seed=0)
-    with pytest.raises(ValueError, match=r"--autoattack needs.*ham-hf\[autoattack\]"):
-        evaluate_autoattack(net, split, place, num_classes=10, threat_model=THREAT)

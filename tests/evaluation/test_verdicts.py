@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pyarrow as pa
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from ham_hf.artifacts import PREDICTIONS_NAME
-from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.verdicts import match_verdicts, read_verdicts, verdicts_of, write_verdicts
 from ham_hf.reporting.run_report import verdict_report
+from tests.support.example_report import attack_result
 
 NAMES = ("cat", "dog", 'Vögel, \n"x"')
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -21,16 +22,8 @@ INF, NAN = float("inf"), float("nan")
 
 def result(name, predictions, margins, indices=None, **settings):
     indices = torch.arange(len(LABELS)) if indices is None else torch.tensor(indices)
-    predictions = torch.tensor(predictions)
-    return AttackResult(
-        name=name,
-        settings=settings,
-        predictions=predictions,
-        margins=torch.tensor(margins),
-        labels=LABELS[indices],
-        indices=indices,
-        seconds=1.5,
-    )
+    found = attack_result(name, settings, torch.tensor(predictions), LABELS[indices])
+    return dataclasses.replace(found, margins=torch.tensor(margins), indices=indices)
 
 
 def results(**changes):
@@ -38,9 +31,7 @@ def results(**changes):
     found = {
         "clean": result("clean", [0, 0, 2, 1, 2, -1], [3.0, 2.0, -1.0, 1.0, INF, NAN]),
         "pgd-2": result("pgd-2", [0, 0, 2, 1, 0, -1], [1.0, 1.5, -1.0, 0.25, -2.0, NAN], num_steps=2, seed=7),
-        "autoattack": result(
-            "autoattack", [1, 2, 0], [-0.5, -1.0, 2.0], indices=[1, 2, 0], seed=7, version="standard"
-        ),
+        "autoattack": result("autoattack", [1, 2, 0], [-0.5, -1.0, 2.0], [1, 2, 0], seed=7, version="standard"),
     }
     return found | changes
 
@@ -74,10 +65,8 @@ def test_what_is_written_reads_back(tmp_path):
     for path in (tmp_path, tmp_path / PREDICTIONS_NAME):
         again = read_verdicts(path)
         assert again.class_names == NAMES
-        assert again.attacks == {
-            "pgd-2": {"num_steps": 2, "seed": 7},
-            "autoattack": {"seed": 7, "version": "standard"},
-        }
+        settings = {"pgd-2": {"num_steps": 2, "seed": 7}, "autoattack": {"seed": 7, "version": "standard"}}
+        assert again.attacks == settings
         for name in ("positions", "labels", "clean", "judged", "withstood"):
             assert torch.equal(getattr(again, name), getattr(verdicts, name)), name
         for name in verdicts.attacked:
@@ -178,16 +167,15 @@ def test_two_models_are_matched_image_by_image():
     assert match_verdicts(ours, verdicts_of(results(autoattack=attack), NAMES)).positions.tolist() == [1]
 
 
+ELSEWHERE = result("autoattack", [0, 0], [1.0, 1.0], indices=[3, 4], version="standard")
+
+
 @pytest.mark.parametrize(
     ("changes", "names", "message"),
     [
         ({}, ("cat", "dog", "bird"), "different classes"),
         ({"pgd-2": result("pgd-2", [0] * 6, [1.0] * 6, num_steps=3)}, NAMES, "different attacks"),
-        (
-            {"autoattack": result("autoattack", [0, 0], [1.0, 1.0], indices=[3, 4], version="standard")},
-            NAMES,
-            "no judged image in common",
-        ),
+        ({"autoattack": ELSEWHERE}, NAMES, "no judged image in common"),
     ],
 )
 def test_models_that_saw_something_else_are_not_paired(changes, names, message):

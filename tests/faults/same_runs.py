@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -23,6 +25,27 @@ def before_updates(run: Trainer, actions: Mapping[int, Callable[[], object]]) ->
         return update(batches, **where)
 
     run.train_step = disturbed
+
+
+class Program:
+    """A run as a user starts it, in processes of its own."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **silent)
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def kill(self) -> None:
+        # Workers of a launcher are in sessions of their own.
+        main = psutil.Process(self.process.pid)
+        everyone = [*main.children(recursive=True), main]
+        for one in everyone:
+            one.suspend()  # so that nobody sees another one die, as with a power cut
+        for one in everyone:
+            one.kill()
+        self.process.wait()
 
 
 def assert_same_weights(ours: Path, theirs: Path, *names: str) -> None:

@@ -5,30 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from ham_hf.files import DamagedError
 from ham_hf.training import checkpoint as checkpoints
 from ham_hf.training.checkpoint import CheckpointWriteError, check_checkpoint, find_checkpoint, list_checkpoints, tidy
-from tests.faults.same_runs import assert_same_weights, timeless_log
-from tests.support.checkpoints import make
-from tests.support.training import resumed
+from tests.faults.same_runs import FINAL, assert_same_weights, timeless_log
+from tests.support.checkpoints import FILES, make
+from tests.support.training import cut_off, resumed
 
 pytestmark = pytest.mark.faults(quick=True)
-FILES = [
-    "model.safetensors",
-    "averaged.safetensors",
-    "method.safetensors",
-    "best.safetensors",
-    "optimizer.pt",
-    "trainer_state.json",
-    "SHA256SUMS",
-]
-
-
-def delete(path):
-    path.unlink()
 
 
 def truncate(path):
@@ -48,54 +36,48 @@ def flip(path):
 
 
 @pytest.fixture
-def cut_off(undisturbed, tmp_path):
-    """The same run, cut off after update 17."""
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed[0], folder)
-    shutil.rmtree(folder / "checkpoint-18")
-    return folder
+def killed(undisturbed, tmp_path):
+    """The same run, killed after update 17."""
+    return cut_off(undisturbed[0], tmp_path / "run", 17)
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [delete, truncate, empty, flip])
-def test_damaged_newest_checkpoint_is_found_out(cut_off, name, damage, caplog):
-    damage(cut_off / "checkpoint-16" / name)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty, flip])
+def test_damaged_newest_checkpoint_is_found_out(killed, name, damage, caplog):
+    damage(killed / "checkpoint-16" / name)
     with pytest.raises(DamagedError):
-        check_checkpoint(cut_off / "checkpoint-16")
-    assert find_checkpoint(cut_off, "latest") == cut_off / "checkpoint-12"
+        check_checkpoint(killed / "checkpoint-16")
+    assert find_checkpoint(killed, "latest") == killed / "checkpoint-12"
     (warning,) = [record.message for record in caplog.records if "damaged" in record.message]
     assert re.fullmatch(r"checkpoint-16 is damaged \(.+\); continuing from checkpoint-12", warning)
     assert name in warning or "SHA256SUMS" in warning
     with pytest.raises(ValueError, match=r"--resume_from_checkpoint .*checkpoint-16 .*damaged.*checkpoint-12.*latest"):
-        find_checkpoint(cut_off, str(cut_off / "checkpoint-16"))
+        find_checkpoint(killed, str(killed / "checkpoint-16"))
 
 
-@pytest.mark.parametrize("damage", [delete, flip])
-def test_run_goes_on_from_the_one_before_to_the_same_weights(undisturbed, cut_off, damage):
-    damage(cut_off / "checkpoint-16" / "trainer_state.json")
-    run = resumed(cut_off)
+@pytest.mark.parametrize("damage", [Path.unlink, flip])
+def test_run_goes_on_from_the_one_before_to_the_same_weights(undisturbed, killed, damage):
+    damage(killed / "checkpoint-16" / "trainer_state.json")
+    run = resumed(killed)
     assert run.progress.step == 12
-    assert (cut_off / "checkpoint-16.abandoned").is_dir()
+    assert (killed / "checkpoint-16.abandoned").is_dir()
     assert run.fit().history == undisturbed[1].history
-    assert_same_weights(
-        cut_off, undisturbed[0], "checkpoint-18/model.safetensors", "checkpoint-best/model.safetensors"
-    )
-    assert timeless_log(cut_off) == timeless_log(undisturbed[0])
+    assert_same_weights(killed, undisturbed[0], *FINAL)
+    assert timeless_log(killed) == timeless_log(undisturbed[0])
 
 
-def test_damaged_selected_weights_of_the_run_do_not_touch_the_checkpoints(cut_off):
-    flip(cut_off / "checkpoint-best" / "model.safetensors")
-    for path in list_checkpoints(cut_off):
+def test_damaged_selected_weights_of_the_run_do_not_touch_the_checkpoints(killed):
+    flip(killed / "checkpoint-best" / "model.safetensors")
+    for path in list_checkpoints(killed):
         check_checkpoint(path)
 
 
-def test_nothing_whole_is_refused_with_every_reason(cut_off):
-    for path in list_checkpoints(cut_off):
+def test_nothing_whole_is_refused_with_every_reason(killed):
+    for path in list_checkpoints(killed):
         truncate(path / "optimizer.pt")
-    with pytest.raises(
-        ValueError, match=r"no checkpoint in .* is whole .*checkpoint-16: .*checkpoint-4: optimizer.pt"
-    ):
-        find_checkpoint(cut_off, "latest")
+    message = r"no checkpoint in .* is whole .*checkpoint-16: .*checkpoint-4: optimizer.pt"
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(killed, "latest")
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -134,13 +116,13 @@ def test_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, m
 def test_kill_while_an_old_checkpoint_is_deleted_leaves_no_damaged_one(tmp_path, monkeypatch):
     checkpoints.save_checkpoint(tmp_path, make(5), keep=1)
 
-    def killed(folder, **_):
+    def break_off(folder, **_):
         if (folder / "optimizer.pt").exists():
             (folder / "optimizer.pt").unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.shutil, "rmtree", killed)
+        patch.setattr(checkpoints.shutil, "rmtree", break_off)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save_checkpoint(tmp_path, make(6), keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-6"]

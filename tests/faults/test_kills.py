@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ham_hf.reporting.report import read_report
 from ham_hf.training.checkpoint import check_checkpoint, list_checkpoints, step_of
 from tests.conftest import ROOT
-from tests.faults.same_runs import assert_same_weights, timeless_log
+from tests.faults.same_runs import Program, assert_same_weights, timeless_log
 from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
 
 pytestmark = pytest.mark.slow
@@ -25,27 +23,6 @@ pytestmark = pytest.mark.slow
 BATCH = {1: "--per_device_train_batch_size=16", 2: "--per_device_train_batch_size=8"}
 # 11 updates per epoch; a checkpoint after each, as checkpoints are where a kill can do most harm.
 RUN = [*SMALL, "--save_steps=1", "--save_total_limit=1", "--resume_from_checkpoint=latest"]
-
-
-class Program:
-    """A run as a user starts it, in processes of its own."""
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def kill(self) -> None:
-        main = psutil.Process(self.process.pid)
-        everyone = [*main.children(recursive=True), main]
-        for one in everyone:
-            one.suspend()  # so that nobody sees another one die, as with a power cut
-        for one in everyone:
-            one.kill()
-        self.process.communicate()
 
 
 class Fork:
@@ -73,16 +50,11 @@ class Fork:
 
 
 def newest(folder: Path) -> int:
-    steps = [int(path.name.split("-")[1]) for path in list_checkpoints(folder)]
-    return max(steps, default=0)
+    return max(map(step_of, list_checkpoints(folder)), default=0)
 
 
 def kill_at_random(start: Callable[[], Program | Fork], folder: Path, draw: random.Random, kills: int) -> list[int]:
-    """Start a run and kill it ``kills`` times.
-
-    Returns:
-        The update of the newest checkpoint at each kill.
-    """
+    """Start a run and kill it ``kills`` times; the update of the newest checkpoint at each kill."""
     found = []
     for _ in range(kills):
         run, goal = start(), newest(folder) + draw.choice([0, 1, 1, 2, 3])
@@ -106,9 +78,8 @@ def assert_same_runs(ours: Path, theirs: Path) -> None:
     assert timeless_log(ours) == timeless_log(theirs)
     mine, other = (read_report(folder / "report.json") for folder in (ours, theirs))
     assert mine.training.history == other.training.history
-    assert {name: one.summary for name, one in mine.results.items()} == {
-        name: one.summary for name, one in other.results.items()
-    }
+    summaries, others = ({name: one.summary for name, one in found.results.items()} for found in (mine, other))
+    assert summaries == others
     assert not [path for path in ours.iterdir() if path.name.startswith(".")]
 
 

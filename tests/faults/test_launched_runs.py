@@ -44,11 +44,8 @@ class Run:
 
     def workers(self):
         """Processes of the recipe, in order of their rank."""
-        found = [
-            one
-            for one in psutil.Process(self.process.pid).children(recursive=True)
-            if SCRIPT in " ".join(one.cmdline())
-        ]
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        found = [one for one in children if SCRIPT in " ".join(one.cmdline())]
         return sorted(found, key=lambda one: int(one.environ().get("RANK", "0")))
 
     def wait_for(self, folder, step, seconds=240):
@@ -64,6 +61,13 @@ class Run:
 
     def said(self):
         return self.log.read_text()
+
+
+def started(tmp_path, env, processes, *more, launcher=True):
+    """A run that has saved a checkpoint, and the processes of the recipe; it writes to ``run``."""
+    run = Run(command(tmp_path / "run", processes, *more, launcher=launcher), env, tmp_path / "log")
+    run.wait_for(tmp_path / "run", 7)
+    return run, run.workers()
 
 
 def everyone_gone(workers, seconds=90):
@@ -100,33 +104,27 @@ def saved_beyond(folder, step):
 def test_one_process_without_launcher_leaves_with_the_status_for_requeueing(
     tmp_path, subprocess_env, undisturbed, number
 ):
-    folder = tmp_path / "run"
-    run = Run(command(folder, 1, launcher=False), subprocess_env, tmp_path / "log")
-    run.wait_for(folder, 7)
+    run, _ = started(tmp_path, subprocess_env, 1, launcher=False)
     os.killpg(run.process.pid, number)
     status, said = run.end()
     assert status == EXIT_REQUEUE
-    assert re.search(
-        rf"stopped by {number.name} after update \d+ of 44; saved in .*latest continues \(status 75\)", said
-    )
-    saved_beyond(folder, 7)
-    finish_and_compare(folder, undisturbed[1], 1, subprocess_env)
+    message = rf"stopped by {number.name} after update \d+ of 44; saved in .*latest continues \(status 75\)"
+    assert re.search(message, said)
+    saved_beyond(tmp_path / "run", 7)
+    finish_and_compare(tmp_path / "run", undisturbed[1], 1, subprocess_env)
 
 
 def test_launcher_of_one_process_passes_nothing_on_and_the_run_stops_all_the_same(
     tmp_path, subprocess_env, undisturbed
 ):
-    folder = tmp_path / "run"
-    run = Run(command(folder, 1), subprocess_env, tmp_path / "log")
-    run.wait_for(folder, 7)
-    workers = run.workers()
+    run, workers = started(tmp_path, subprocess_env, 1)
     run.process.send_signal(signal.SIGTERM)
     status, _ = run.end()
     assert status == -signal.SIGTERM
     everyone_gone(workers)
     assert "stopped by the end of its launcher" in run.said()
-    saved_beyond(folder, 7)
-    finish_and_compare(folder, undisturbed[1], 1, subprocess_env)
+    saved_beyond(tmp_path / "run", 7)
+    finish_and_compare(tmp_path / "run", undisturbed[1], 1, subprocess_env)
 
 
 def test_launcher_of_one_process_makes_status_1_of_75(tmp_path, subprocess_env):
@@ -141,10 +139,7 @@ def test_launcher_of_one_process_makes_status_1_of_75(tmp_path, subprocess_env):
 
 @pytest.mark.parametrize("to", ["launcher", "one_process", "all"])
 def test_two_processes_stop_together(tmp_path, subprocess_env, undisturbed, to):
-    folder = tmp_path / "run"
-    run = Run(command(folder, 2), subprocess_env, tmp_path / "log")
-    run.wait_for(folder, 7)
-    workers = run.workers()
+    run, workers = started(tmp_path, subprocess_env, 2)
     assert len(workers) == 2
     if to == "launcher":
         run.process.send_signal(signal.SIGTERM)
@@ -160,16 +155,13 @@ def test_two_processes_stop_together(tmp_path, subprocess_env, undisturbed, to):
     assert re.search(rf"stopped by {reason} after update \d+ of 44; saved in", said)
     if to == "one_process":
         assert re.search(r"exitcode\s*: 75", said)
-    saved_beyond(folder, 7)
-    finish_and_compare(folder, undisturbed[2], 2, subprocess_env)
+    saved_beyond(tmp_path / "run", 7)
+    finish_and_compare(tmp_path / "run", undisturbed[2], 2, subprocess_env)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, subprocess_env, undisturbed, rank):
-    folder = tmp_path / "run"
-    run = Run(command(folder, 2), subprocess_env, tmp_path / "log")
-    run.wait_for(folder, 7)
-    workers = run.workers()
+    run, workers = started(tmp_path, subprocess_env, 2)
     since = time.monotonic()
     workers[rank].kill()
     status, said = run.end()
@@ -178,15 +170,11 @@ def test_process_that_dies_ends_the_others_and_the_run_goes_on(tmp_path, subproc
     assert status == 1
     assert re.search(r"error: another process of the run is gone .*--resume_from_checkpoint latest", said)
     assert "Signal 9 (SIGKILL)" in said
-    finish_and_compare(folder, undisturbed[2], 2, subprocess_env)
+    finish_and_compare(tmp_path / "run", undisturbed[2], 2, subprocess_env)
 
 
 def test_process_that_falls_silent_is_given_up_within_the_time_out(tmp_path, subprocess_env, undisturbed):
-    folder = tmp_path / "run"
-    env = subprocess_env | {"PET_SHUTDOWN_TIMEOUT": "5"}
-    run = Run(command(folder, 2, "--ddp_timeout=15"), env, tmp_path / "log")
-    run.wait_for(folder, 7)
-    workers = run.workers()
+    run, workers = started(tmp_path, subprocess_env | {"PET_SHUTDOWN_TIMEOUT": "5"}, 2, "--ddp_timeout=15")
     since = time.monotonic()
     workers[1].suspend()
     status, said = run.end()
@@ -196,4 +184,4 @@ def test_process_that_falls_silent_is_given_up_within_the_time_out(tmp_path, sub
     assert status == 1
     assert seconds < 15 + 60
     assert re.search(r"error: another process .* did not answer within --ddp_timeout .*--resume_from_checkpoint", said)
-    finish_and_compare(folder, undisturbed[2], 2, subprocess_env)
+    finish_and_compare(tmp_path / "run", undisturbed[2], 2, subprocess_env)

@@ -42,6 +42,7 @@ def test_signal_saves_after_the_update_and_the_run_goes_on_bit_for_bit(undisturb
     assert_same_weights(folder, undisturbed[0], *FINAL)
     assert progress.history == undisturbed[1].history
     assert progress.best == undisturbed[1].best
+    assert progress.passes == undisturbed[1].passes
     assert timeless_log(folder) == timeless_log(undisturbed[0])
 
 
@@ -100,29 +101,18 @@ def test_time_limit_stops_and_counts_this_job_only(undisturbed, tmp_path, monkey
     def pass_time():
         clock[0] += 1800
 
-    jobs = 0
-    while True:
-        jobs += 1
+    # Half an hour per update: four in two hours.
+    for job in range(5):
         run = resumed(folder)
-        update = run.train_step
-
-        def slow(*args, update=update, **kwargs):
-            pass_time()
-            return update(*args, **kwargs)
-
-        run.train_step = slow
+        before_updates(run, dict.fromkeys(range(18), pass_time))
         status = None
         try:
             with stop_requests(folder, 2.0) as stop, stop.deferred():
                 progress = run.fit(stop)
         except SystemExit as exit_:
             status = exit_.code
-        if status is None:
-            break
-        assert status == EXIT_REQUEUE
-        assert "--max_train_hours 2" in capsys.readouterr().err
-    # Half an hour per update: four in two hours.
-    assert jobs == 5
+        assert status == (EXIT_REQUEUE if job < 4 else None)
+        assert ("--max_train_hours 2" in capsys.readouterr().err) == (job < 4)
     # What a job did before it was stopped counts, once.
     assert progress.seconds == 18 * 1800
     assert_same_weights(folder, undisturbed[0], *FINAL)
@@ -157,9 +147,8 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
         interrupted()
     assert exit_.value.code == EXIT_REQUEUE
     assert not reached
-    assert (
-        f"stopped by SIGTERM outside of training: nothing in {tmp_path} is lost; the same" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert f"stopped by SIGTERM outside of training: nothing in {tmp_path} is lost; the same" in said
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -193,8 +182,8 @@ with stopping.stop_requests(Path("out")) as stop, stop.deferred():
 """
 
 
-def program(window, mode, **options):
-    command = [sys.executable, "-c", PROGRAM, str(window), mode]
+def program(window, mode, launcher=(), **options):
+    command = [*launcher, sys.executable, "-c", PROGRAM, str(window), mode]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     assert process.stdout.readline() == "ready\n"
     return process
@@ -218,19 +207,8 @@ def test_signals_of_one_request_are_one():
 
 def test_end_of_the_launcher_is_a_request_to_stop(tmp_path):
     # What accelerate launch does with one process: it starts it and waits.
-    launcher = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()",
-            *(sys.executable, "-c", PROGRAM, "3", "obey"),
-        ],
-        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert launcher.stdout.readline() == "ready\n"
+    starts = [sys.executable, "-c", "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"]
+    launcher = program(3, "obey", starts, env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"})
     launcher.kill()
     # Its standard error ends when the run does.
     said = launcher.stderr.read()

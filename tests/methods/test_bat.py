@@ -8,27 +8,16 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
 from ham_hf.methods import TrainingRows
 from ham_hf.methods.bat import BAT, BalanceLoss
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    assert_loss_and_gradients,
-    attack_of,
-    exact,
-    golden_batch,
-    golden_noise,
-    golden_tensors,
-    initial_states,
-    rows_of,
-    starting_at,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
+from tests.support.method_checks import assert_loss_and_gradients, attack_of, rows_of
 
 TENSORS, HYPER = golden_tensors("bat")
 
 
 def points(net, x, y, noise, attack):
     """First wrong and last correct points, from the rows of one attack."""
-    bat = BAT()
     with starting_at(normal=noise):
-        batch = rows_of(bat, net, x, y, attack=attack, epoch=0, states=initial_states(bat))
+        batch = rows_of(BAT(), net, x, y, attack=attack)
     wrong, correct, clean = batch.x.chunk(3)
     assert torch.equal(clean, x)
     assert torch.equal(batch.y, y)
@@ -46,13 +35,12 @@ def test_each_point_is_the_authors_given_their_noise_for_it_and_so_are_loss_and_
         exact(found[order], TENSORS[f"out/{name}"])
         assert torch.equal(y[order], TENSORS[f"out/{name}_y"])
     batch = TrainingRows(x=torch.cat([wrong, correct, x]), y=y, weight=torch.ones(8, dtype=torch.float64))
-    states = initial_states(bat)
-    logits = assert_loss_and_gradients(bat, net, batch, epoch=0, states=states, tensors=TENSORS, prefix="out/")
+    logits = assert_loss_and_gradients(bat, net, batch, epoch=0, states={}, tensors=TENSORS, prefix="out/")
     blocks = [("first_adv", "first_adv"), ("last_clean", "last_clean"), ("natural", "first_adv")]
     for found, (name, ordered_as) in zip(logits.chunk(3), blocks, strict=True):
         order = TENSORS[f"out/{ordered_as}_order"]
         exact(found[order], TENSORS[f"out/logits_{name}"])
-    weight, divisor = bat.weigh(batch, epoch=0, states=states)
+    weight, divisor = bat.weigh(batch, epoch=0, states={})
     assert divisor.tolist() == [8.0] * 3
     terms = (weight * bat.losses(logits, batch)).sum(1) / divisor
     expected = [TENSORS[f"out/term_{name}"] for name in ("natural", "beta_robust", "uniform")]

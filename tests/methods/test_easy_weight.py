@@ -5,22 +5,19 @@ Each update is made in one batch, in three accumulation steps and packed; the or
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel, pgd
 from ham_hf.methods import HAM, MartLoss, TradesLoss
 from ham_hf.mining import mine_three_kinds
 from ham_hf.training.train_step import CLEAN_EVERY
-from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import exact, rows_of
-from tests.support.nets import group_norm_net, pixel_batch
+from tests.support.golden_data import exact, golden_case, golden_net
+from tests.support.method_checks import initial_states, rows_of
+from tests.support.nets import group_norm_net
 from tests.support.training import trainer
-from tests.support.updates import train_step
+from tests.support.updates import updated
 
 K, M, BETA = 5, 2, 3.0
 SPLITS = {"one batch": [24], "uneven": [4, 13, 7], "packed": [8, 8, 8]}
@@ -84,24 +81,23 @@ def expected_loss(net, case, base_loss, w, *, kinds, of_class=None):
     return total / sum(weight), counted
 
 
-def updated(objective, case, sizes, *, epoch=0, number=1, attack=ATTACK, prepare=lambda step: None):
-    """Totals of one update of a copy of the network, its parameters after it, the step, and the rows of its passes."""
-    net, rows = copy.deepcopy(case[0]), []
-    net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    optimizer, counts = torch.optim.SGD(net.parameters(), lr=1.0), torch.full((4,), 6)
-    step = train_step(net, optimizer, objective, attack, Accelerator(cpu=True), class_counts=counts, seed=0)
-    prepare(step)
-    parts = zip(case[1].split(sizes), case[2].split(sizes), strict=True)
-    # By default not update 0, which also looks at the clean images.
-    totals = step([pixel_batch(x, y) for x, y in parts], epoch=epoch, step=number)
-    return totals, list(net.parameters()), step, rows
+def ham_of(base_loss="pgd_at", split=None, **options):
+    beta = {} if base_loss == "pgd_at" else {"beta": BETA}
+    options |= {"base_loss": base_loss, "pack_hard_examples": split == "packed", **beta}
+    return HAM(mining_start_epoch=0, mining_step=M, **options)
+
+
+def update_of(method, case, sizes, **options):
+    """An `updated` copy; by default not by update 0, which also looks at the clean images."""
+    batches = zip(case[1].split(sizes), case[2].split(sizes), strict=True)
+    return updated(method, case[0], batches, **{"number": 1, "attack": ATTACK, "num_classes": 4, **options})
 
 
 def assert_is(case, found, loss):
-    totals, after, *_ = found
+    step, totals, _ = found
     assert totals.loss == pytest.approx(loss.item(), abs=1e-10)
     gradients = torch.autograd.grad(loss, list(case[0].parameters()))
-    for old, new, gradient in zip(case[0].parameters(), after, gradients, strict=True):
+    for old, new, gradient in zip(case[0].parameters(), step.module.parameters(), gradients, strict=True):
         exact(old - new, gradient)
 
 
@@ -110,22 +106,13 @@ def assert_is(case, found, loss):
 @pytest.mark.parametrize("w", [0.0, 0.4])
 @pytest.mark.parametrize("base_loss", ["pgd_at", "trades", "mart"])
 def test_an_update_is_the_sum_over_its_examples(case, base_loss, w, kinds, split):
-    beta = {} if base_loss == "pgd_at" else {"beta": BETA}
-    ham = HAM(
-        mining_start_epoch=0,
-        mining_step=M,
-        easy_weight=w,
-        stop_misclassified=kinds,
-        pack_hard_examples=split == "packed",
-        base_loss=base_loss,
-        **beta,
-    )
+    ham = ham_of(base_loss, split, easy_weight=w, stop_misclassified=kinds)
     ham.check(num_steps=K)
     loss, counted = expected_loss(case[0], case, base_loss, w, kinds=kinds)
     assert min(counted[1:]) >= 2
     assert (counted[0] >= 3) == kinds
-    found = updated(ham, case, SPLITS[split])
-    assert found[0].hard == counted[0] + counted[1]
+    found = update_of(ham, case, SPLITS[split])
+    assert found[1].hard == counted[0] + counted[1]
     assert_is(case, found, loss)
     assert not ham.depends_on_split
 
@@ -136,15 +123,7 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
     """Class 3 was not seen in the epoch before, and class 2 is not in this update."""
     net, x, y, start = case
     case = (net, x, torch.where(y == 2, 1, y), start)
-    ham = HAM(
-        mining_start_epoch=0,
-        mining_step=M,
-        easy_weight=0.4,
-        base_loss=base_loss,
-        pack_hard_examples=split == "packed",
-        class_weighting="hard_fraction",
-        **({} if base_loss == "pgd_at" else {"beta": BETA}),
-    )
+    ham = ham_of(base_loss, split, easy_weight=0.4, class_weighting="hard_fraction")
 
     def prepare(step):
         state = step.method_state.states["hard_fraction"]
@@ -153,21 +132,21 @@ def test_class_weights_of_the_hard_fraction_weigh_the_first_term_and_divide_noth
 
     mean = (0.9 + 0.5 + 0.1) / 3
     raw = [min(1.4, 1 + 2 * (0.9 - mean)), 1 + 2 * (0.5 - mean), max(0.7, 1 + 2 * (0.1 - mean))]
-    # Half of a weight is kept from epoch to epoch, and all begin at 1.
-    of_class = [(1 + 3 * value / sum(raw)) / 2 for value in raw] + [1.0]
+    # A part of a weight is kept from epoch to epoch, and all begin at 1.
+    kept = ham.weights.hard_fraction_decay
+    of_class = [kept + (1 - kept) * 3 * value / sum(raw) for value in raw] + [1.0]
     loss, _ = expected_loss(net, case, base_loss, 0.4, kinds=False, of_class=of_class)
-    assert_is(case, updated(ham, case, SPLITS[split], epoch=1, prepare=prepare), loss)
+    assert_is(case, update_of(ham, case, SPLITS[split], epoch=1, prepare=prepare), loss)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("split", ["even", "packed"])
 @pytest.mark.parametrize("kinds", [False, True], ids=["two kinds", "three kinds"])
-def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kinds, packed):
+def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kinds, split):
     _, counted = expected_loss(case[0], case, "pgd_at", 1.0, kinds=kinds)
-    options = {"easy_weight": 1.0, "stop_misclassified": kinds, "pack_hard_examples": packed}
-    *_, rows = updated(HAM(mining_start_epoch=0, mining_step=M, **options), case, [8, 8, 8])
+    *_, rows = update_of(ham_of("pgd_at", split, easy_weight=1.0, stop_misclassified=kinds), case, [8, 8, 8])
     # Per batch two steps and a classification, then three steps of the hard rows; training passes of whole batches.
     assert rows[-3:] == [8, 8, 8]
-    if packed:
+    if split == "packed":
         full, rest = divmod(counted[1], 8)
         sizes = [8] * full + ([rest] if rest else [])
         assert rows[:-3] == [8] * 9 + [size for size in sizes for _ in range(K - M)]
@@ -176,10 +155,8 @@ def test_packing_packs_the_attack_alone_where_all_rows_are_trained_on(case, kind
 
 
 def test_trades_trains_on_no_adversarial_image_of_a_dropped_example(case):
-    ham = HAM(mining_start_epoch=0, mining_step=M, base_loss="trades")
-    net, x, y, _ = case
-    states = {"ham": ham.initial_state(torch.full((4,), 6.0, dtype=torch.float64))}
-    batch = rows_of(ham, net, x, y, attack=ATTACK, epoch=0, states=states)
+    ham, (net, x, y, _) = ham_of("trades"), case
+    batch = rows_of(ham, net, x, y, attack=ATTACK, epoch=0, states=initial_states(ham, 4))
     hard = int(batch.hard.sum())
     assert 0 < hard < len(y)
     assert len(batch.x) == hard + len(y)
@@ -192,7 +169,7 @@ def test_trades_with_nothing_hard_still_trains_on_the_clean_images(case):
     y = net(x).argmax(1)
     ham = HAM(mining_start_epoch=0, mining_step=1, base_loss="trades")
     still = Attack(threat_model=ThreatModel("linf", 1e-9), num_steps=2, step_size=1e-9)
-    totals, *_ = updated(ham, (net, x, y, start), [len(y)], attack=still)
+    _, totals, _ = update_of(ham, (net, x, y, start), [len(y)], attack=still)
     assert (totals.hard, totals.updates) == (0, 1)
     assert totals.loss == pytest.approx(F.cross_entropy(net(x), y).item(), abs=1e-12)
 
@@ -226,9 +203,8 @@ def test_what_is_wrong_at_the_start_and_right_at_the_mining_step_stays_of_the_fi
 
 
 def test_shares_of_the_kinds_are_logged_for_each_class_and_beside_them_what_is_wrong_when_clean(case):
-    ham = HAM(mining_start_epoch=0, mining_step=M, stop_misclassified=True)
     net, x, y, start = case
-    _, _, step, _ = updated(ham, case, [8, 8, 8], number=0)
+    step, *_ = update_of(ham_of(stop_misclassified=True), case, [8, 8, 8], number=0)
     early = attacked(net, x, y, start, "pgd_at", M)
     wrong = net(start).argmax(1) != y
     later = net(early).argmax(1) != y
@@ -239,7 +215,7 @@ def test_shares_of_the_kinds_are_logged_for_each_class_and_beside_them_what_is_w
         assert record[f"{name}_fraction"] == pytest.approx(mask.double().mean().item()), name
         expected = [mask[y == c].double().mean().item() if (y == c).any() else None for c in range(4)]
         assert record[f"{name}_per_class"] == pytest.approx(expected), name
-    _, _, step, _ = updated(HAM(mining_start_epoch=0, mining_step=M), case, [24])
+    step, *_ = update_of(ham_of(), case, [24])
     assert "start_wrong_fraction" not in step.method_state.epoch_record(step.method_state.log, ATTACK, epoch=0)
 
 

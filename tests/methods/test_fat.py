@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from unittest import mock
 
 import pytest
 import torch
 
 from ham_hf.attacks import Attack, ThreatModel, evaluation_mode, input_gradient
 from ham_hf.methods.fat import FAT
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    attack_of,
-    exact,
-    golden_batch,
-    golden_noise,
-    golden_tensors,
-    initial_states,
-    rows_of,
-    starting_at,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
+from tests.support.method_checks import attack_of, initial_states, rows_of
 
 TENSORS, HYPER = golden_tensors("fat")
 # Long steps, so that some rows become right again after they were wrong.
 LONG = Attack(threat_model=ThreatModel("linf", 0.04), num_steps=8, step_size=0.1)
 
 
-class StepCounter:
-    """Counts the rows that attack steps move."""
-
-    def __init__(self):
-        self.rows = []
-        step = ThreatModel.step
-
-        def counted(threat_model, x_adv, gradient, step_size):
-            self.rows.append(len(x_adv))
-            return step(threat_model, x_adv, gradient, step_size)
-
-        self.patch = mock.patch.object(ThreatModel, "step", counted)
-
-
 @pytest.mark.parametrize("tau", HYPER["taus"])
-def test_the_attack_steps_as_often_as_the_authors(tau):
+def test_the_attack_steps_as_often_as_the_authors(tau, monkeypatch):
     (x, y), noise = golden_batch(size=32), golden_noise("uniform", size=32)
-    fat, steps = FAT(fat_tau_epochs=tuple(range(tau)), fat_omega=0.0), StepCounter()
-    with starting_at(uniform=noise), steps.patch:
+    rows, step = [], ThreatModel.step
+    # The rows that a step moves.
+    monkeypatch.setattr(ThreatModel, "step", lambda self, x, *more: rows.append(len(x)) or step(self, x, *more))
+    with starting_at(uniform=noise):
+        fat = FAT(fat_tau_epochs=tuple(range(tau)), fat_omega=0.0)
         rows_of(fat, golden_net(), x, y, attack=attack_of(HYPER), epoch=2)
-    assert sum(steps.rows) == int(TENSORS[f"out/tau{tau}/count"])
+    assert sum(rows) == int(TENSORS[f"out/tau{tau}/count"])
 
 
 def alone(net, x, y, *, start, attack, tau, noises):

@@ -9,27 +9,11 @@ import torch
 
 from ham_hf.attacks import evaluation_mode, pgd
 from ham_hf.methods.gairat import GAIRAT, CorrectIterates, gairat_weights
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    attack_of,
-    exact,
-    golden_batch,
-    golden_noise,
-    golden_tensors,
-    initial_states,
-    rows_of,
-    starting_at,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
+from tests.support.method_checks import attack_of, rows_of
 
 TENSORS, HYPER = golden_tensors("gairat")
 FUNCTIONS = ["tanh", "sigmoid", "discrete"]
-
-
-def outer(objective, *, epoch, hyper=HYPER, rows=64):
-    net, states = golden_net(), initial_states(objective)
-    x, y = golden_batch(rows)
-    with starting_at(uniform=golden_noise("uniform", rows)):
-        return net, states, rows_of(objective, net, x, y, attack=attack_of(hyper), epoch=epoch, states=states)
 
 
 @pytest.mark.parametrize("num_steps", HYPER["table_num_steps"])
@@ -73,5 +57,7 @@ def test_one_step_uses_the_papers_half_where_the_published_code_divides_by_zero(
     weights = gairat_weights(torch.tensor([0, 1]), 1, "tanh", -1.0)
     expected = [(1 + math.tanh(-1 + 5 * (1 - 2 * kappa))) / 2 for kappa in (0, 1)]
     assert float(weights[1] / weights[0]) == pytest.approx(expected[1] / expected[0])
-    _, _, batch = outer(GAIRAT(gairat_start_epoch=0), epoch=0, hyper=HYPER | {"num_steps": 1}, rows=16)
+    gairat, (x, y) = GAIRAT(gairat_start_epoch=0), golden_batch(16)
+    with starting_at(uniform=golden_noise("uniform", 16)):
+        batch = rows_of(gairat, golden_net(), x, y, attack=attack_of(HYPER, num_steps=1))
     assert batch.weight.unique().numel() == 2

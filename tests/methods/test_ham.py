@@ -8,8 +8,8 @@ import torch
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM
 from ham_hf.mining import mine_hard_examples
-from tests.support.golden_data import golden_case, golden_net
-from tests.support.method_checks import exact, golden_batch, rows_of
+from tests.support.golden_data import exact, golden_batch, golden_case, golden_net
+from tests.support.method_checks import attack_of, initial_states, rows_of
 from tests.support.nets import group_norm_net
 from tests.support.updates import ATTACK as UPDATE_ATTACK
 from tests.support.updates import updated
@@ -96,8 +96,8 @@ def test_a_packed_update_is_the_update(options, monkeypatch):
     )
     assert plain[1].hard == packed[1].hard
     assert packed[1].loss == pytest.approx(plain[1].loss, abs=1e-10)
-    for name, value in plain[0].items():
-        exact(packed[0][name], value)
+    for name, value in plain[0].module.state_dict().items():
+        exact(packed[0].module.state_dict()[name], value)
 
 
 def test_price_as_documented():
@@ -125,14 +125,13 @@ def test_packing_fills_the_passes():
 
 
 def test_packing_with_nothing_hard_skips_the_update():
-    case = golden_case("ham_alleasy")
-    net = golden_net()
-    hyper = case.parameters
-    attack = Attack(threat_model=ThreatModel("linf", 1e-6), num_steps=3, step_size=hyper["step_size"])
+    case, net = golden_case("ham_alleasy"), golden_net()
+    attack = attack_of(case.parameters, epsilon=1e-6, num_steps=3)
     ham = HAM(mining_start_epoch=0, mining_step=1, pack_hard_examples=True)
     batches = [(case.x[:5], case.y[:5]), (case.x[5:], case.y[5:])]
-    after, totals, _ = updated(ham, net, batches, attack=attack)
+    step, totals, _ = updated(ham, net, batches, attack=attack)
     assert totals.updates == totals.hard == 0
+    after = step.module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in net.state_dict().items())
 
 
@@ -145,9 +144,7 @@ def test_the_next_step_classifies_after_an_epoch_in_which_most_examples_were_har
     y = torch.where(torch.arange(10) < 10 * hard_fraction, (right + 1) % 4, right)
     attack = Attack(threat_model=ThreatModel("linf", 0.0), num_steps=4, step_size=0.1)
     ham = HAM(mining_start_epoch=0, mining_step=1)
-    counts = torch.full((4,), 10.0, dtype=torch.float64)
-    states = {"ham": ham.initial_state(counts)}
-    hard = round(10 * hard_fraction)
+    states, hard = initial_states(ham, 4), round(10 * hard_fraction)
     separate, in_step = [10, 10, *[hard] * 3], [10, 10, *[hard] * 2]
     for epoch, expected in enumerate([separate, in_step if hard_fraction > 0.5 else separate]):
         ham.before_epoch(states["ham"], epoch=epoch)

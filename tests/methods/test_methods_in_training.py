@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.training.checkpoint import list_checkpoints
 from tests.faults.same_runs import assert_same_weights
 from tests.support.method_checks import every_method
 from tests.support.nets import TensorImages
-from tests.support.training import image_data, resumed
+from tests.support.training import cut_off, image_data, resumed
 
 METHODS = every_method()
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.1), num_steps=3, step_size=0.05)
@@ -48,11 +46,7 @@ def test_resumes_bit_for_bit_and_a_class_without_an_image_does_no_harm(tmp_path,
     for name in weights:
         assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "whole" / name).values()), name
     for cut_at in (4, 6):
-        folder = tmp_path / f"cut{cut_at}"
-        shutil.copytree(tmp_path / "whole", folder)
-        for path in list_checkpoints(folder):
-            if int(path.name.split("-")[1]) > cut_at:
-                shutil.rmtree(path)
+        folder = cut_off(tmp_path / "whole", tmp_path / f"cut{cut_at}", cut_at)
         run = of_method(folder, label, few_classes(), save_steps=2)
         assert run.progress.step == cut_at
         again = run.fit()
@@ -62,9 +56,8 @@ def test_resumes_bit_for_bit_and_a_class_without_an_image_does_no_harm(tmp_path,
 
 @pytest.mark.parametrize("label", METHODS)
 def test_a_hundred_classes_in_bf16(tmp_path, label):
-    images = TensorImages(
-        torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(120) % 100
-    )
+    x = torch.rand(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = TensorImages(x, torch.arange(120) % 100)
     names = tuple(f"class {i}" for i in range(100))
     data = replace(image_data(), train=images, validation=images, class_names=names)
     torch.manual_seed(0)

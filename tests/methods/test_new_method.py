@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from ham_hf.attacks import predicted
-from ham_hf.config import config_to_yaml, load_train_config, parse_train_config
+from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.methods import RadiusRule, WeightRule, available, class_sums, method_of
+from ham_hf.reporting.method_text import trained_method
 from ham_hf.settings import setting
 from tests.faults.same_runs import assert_same_weights
 from tests.support.training import ATTACK, resumed, trainer
@@ -28,6 +30,7 @@ def made_up():
         summary: ClassVar[str] = "made up for a test (Nobody, 2026)"
 
         underdog_gain: float = setting(1.0, "how much failures count", above=0)
+        underdog_epochs: tuple[int, ...] = setting((0, 1), "epochs that count", items="EPOCH")
 
         def check(self, *, num_steps):
             if self.underdog_gain > num_steps:
@@ -40,7 +43,7 @@ def made_up():
             return class_sums(predicted(logits) != y, y, logits.shape[1])
 
         def after_update(self, state, sums, *, epoch):
-            if epoch < 2:
+            if epoch in self.underdog_epochs:
                 state["wrong"] += sums
 
         def before_epoch(self, state, *, epoch):
@@ -98,7 +101,11 @@ def test_it_trains_resumes_and_reports_what_it_did(made_up, tmp_path):
 
 def test_other_methods_can_borrow_from_it(made_up, tmp_path):
     options = ["--method", "ham", "--mining_start_epoch", "1", "--mining_step", "1", "--class_weighting", "underdog"]
-    ham = parse_train_config([*options, "--class_margin", "underdog", "--class_rule_args", "underdog_gain=3"]).method
+    config = parse_train_config([*options, "--class_margin", "underdog", "--class_rule_args", "underdog_gain=3"])
+    ham = config.method
     assert ham.state_keepers[1] == made_up(underdog_gain=3).rule
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    assert load_train_config(tmp_path / "run.yaml") == config
+    assert trained_method(json.loads(json.dumps(config_to_dict(config)))) == ham
     progress = trainer(tmp_path / "run", ham, ema_decay=None, save_steps=None).fit()
     assert progress.history[1]["class_epsilon"] is not None

@@ -32,6 +32,10 @@ def pixels(size=32, in_chans=3):
     return torch.rand(3, in_chans, size, size, generator=torch.Generator().manual_seed(1))
 
 
+def of_pixels(model):
+    return PixelModel(model, (0.5,) * 3, (0.5,) * 3)
+
+
 def compiled_in_place(model):
     model = copy.deepcopy(model)
     model.compile(backend="eager")
@@ -185,12 +189,10 @@ class TestWrappers:
     @pytest.mark.parametrize(
         "wrap",
         [
-            lambda model: PixelModel(model, (0.5,) * 3, (0.5,) * 3),
-            lambda model: torch.compile(
-                PixelModel(torch.compile(model, backend="eager"), (0.5,) * 3, (0.5,) * 3), backend="eager"
-            ),
+            of_pixels,
+            lambda model: torch.compile(of_pixels(torch.compile(model, backend="eager")), backend="eager"),
             compiled_in_place,
-            lambda model: ModelEmaV3(PixelModel(model, (0.5,) * 3, (0.5,) * 3)),
+            lambda model: ModelEmaV3(of_pixels(model)),
             lambda model: ModelEmaV3(model).module,
             lambda model: copy.deepcopy(model).to(memory_format=torch.channels_last),
             lambda model: copy.deepcopy(model).double(),
@@ -229,9 +231,8 @@ class TestWrappers:
 
 class TestConfiguration:
     def test_nothing_of_the_starting_weights_leaks(self, tmp_path):
-        export(
-            trained("resnet18", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8]), tmp_path, metadata={"epsilon": 8 / 255}
-        )
+        backbone = trained("resnet18", layers=[1, 1, 1, 1], channels=[8, 8, 8, 8])
+        export(backbone, tmp_path, metadata={"epsilon": 8 / 255})
         config = json.loads((tmp_path / "config.json").read_text())
         cfg = config["pretrained_cfg"]
         assert (cfg["tag"], cfg["license"]) == ("ham_test", "mit")

@@ -13,10 +13,7 @@ from tests.support.exports import FAMILIES
 
 # One of each kind of head that get_classifier() gives: side of the images, and what builds the network small.
 HEADS = {
-    **{
-        name: (32, {**arguments, **({"img_size": 32} if "window" in name else {})})
-        for name, arguments in FAMILIES.items()
-    },
+    **{name: (32, arguments | ({"img_size": 32} if "window" in name else {})) for name, arguments in FAMILIES.items()},
     "deit_tiny_distilled_patch16_224": (32, {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}),
     "pit_ti_distilled_224": (64, {"img_size": 64}),
     "levit_128s": (64, {"img_size": 64, "depth": [1, 1, 1]}),
@@ -75,23 +72,20 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("head", "message"),
         [
-            (nn.Linear(64, 10, bias=False), "test_resnet: the Linear that makes its logits has no bias"),
-            (Tempered(nn.Linear(64, 10)), "test_resnet: with a shift in its bias the logits differ by"),
-            (nn.Identity(), "test_resnet: its head, Identity, does not end in a Linear or Conv of 10 outputs"),
-            (nn.Sequential(nn.Linear(64, 10), nn.Linear(10, 7)), "does not end in a Linear or Conv of 10 outputs"),
+            (
+                lambda linear: nn.Linear(linear.in_features, 10, bias=False),
+                "the Linear that makes its logits has no bias",
+            ),
+            (Tempered, "with a shift in its bias the logits differ by"),
+            (lambda _: nn.Identity(), "its head, Identity, does not end in a Linear or Conv of 10 outputs"),
+            (lambda linear: nn.Sequential(linear, nn.Linear(10, 7)), "does not end in a Linear or Conv of 10 outputs"),
         ],
         ids=["no-bias", "scaled", "identity", "other-outputs"],
     )
     def test_by_name(self, head, message):
         model = built("test_resnet", {})
-        head = head.to(torch.float32)
-        width = model.backbone.fc.in_features
-        for layer in head.modules():
-            if isinstance(layer, nn.Linear) and layer.in_features == 64:
-                replaced = nn.Linear(width, layer.out_features, bias=layer.bias is not None)
-                layer.in_features, layer.weight, layer.bias = width, replaced.weight, replaced.bias
-        model.backbone.fc = head
-        with pytest.raises(HeadError, match=message):
+        model.backbone.fc = head(model.backbone.fc)
+        with pytest.raises(HeadError, match=f"test_resnet: .*{message}"):
             check_foldable(model, num_classes=10, image_size=32)
 
     def test_a_recorded_bias_of_another_model(self):

@@ -17,6 +17,7 @@ from ham_hf.models.cifar_nets import default_cfgs
 from tests.support.exports import preprocessing
 
 MEAN, STD = preprocessing().mean, preprocessing().std
+MEAN_OF_PIXELS, STD_OF_PIXELS = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
 # Small versions of the four networks: same code, few channels.
 SMALL = {
     "resnet18_cifar": {"layers": [1, 1, 1, 1], "channels": [8, 16, 16, 24]},
@@ -26,14 +27,9 @@ SMALL = {
 }
 
 
-def backbone_of(name, *, size=32, in_chans=3, num_classes=10, **model_args):
-    return create_backbone(
-        name,
-        pretrained=False,
-        num_classes=num_classes,
-        preprocessing=preprocessing(size, in_chans),
-        model_args=model_args,
-    )
+def backbone_of(name, *, size=32, in_chans=3, **model_args):
+    inputs = preprocessing(size, in_chans)
+    return create_backbone(name, pretrained=False, num_classes=10, preprocessing=inputs, model_args=model_args)
 
 
 def randomize(model, seed=0):
@@ -45,6 +41,21 @@ def randomize(model, seed=0):
         elif value.is_floating_point():
             value.add_(0.1 * torch.randn(value.shape, generator=generator))
     return model
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """A Hub of one model, in a folder; what is asked of it."""
+    asked = []
+
+    def download(hub_id, filename):
+        asked.append((hub_id, filename))
+        if (tmp_path / filename).is_file():
+            return str(tmp_path / filename)
+        raise OSError("404 Client Error.\nEntry Not Found")
+
+    monkeypatch.setattr(model_source, "download_from_hf", download)
+    return asked
 
 
 class TestCifarNets:
@@ -108,9 +119,8 @@ class TestCifarNets:
 
     @pytest.mark.parametrize("name", SMALL)
     def test_timm_interface(self, name):
-        model = timm.create_model(
-            name, num_classes=5, in_chans=1, drop_path_rate=0.1, global_pool="max", **SMALL[name]
-        )
+        options = {"in_chans": 1, "drop_path_rate": 0.1, "global_pool": "max", **SMALL[name]}
+        model = timm.create_model(name, num_classes=5, **options)
         x = torch.rand(2, 1, 32, 32)
         features = model.eval().forward_features(x)
         torch.testing.assert_close(model.forward_head(features), model(x))
@@ -179,17 +189,14 @@ class TestPixelModel:
         return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def test_normalises_inside(self, backbone, x):
-        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-        assert torch.equal(PixelModel(backbone, MEAN, STD)(x), backbone((x - mean) / std))
+        assert torch.equal(PixelModel(backbone, MEAN, STD)(x), backbone((x - MEAN_OF_PIXELS) / STD_OF_PIXELS))
 
     def test_gradient_is_in_pixel_units(self, backbone, x):
         x.requires_grad_()
-        normalised = (
-            (x.detach() - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        ).requires_grad_()
+        normalised = ((x.detach() - MEAN_OF_PIXELS) / STD_OF_PIXELS).requires_grad_()
         (gradient,) = torch.autograd.grad(PixelModel(backbone, MEAN, STD)(x).logsumexp(1).sum(), x)
         (inner,) = torch.autograd.grad(backbone(normalised).logsumexp(1).sum(), normalised)
-        torch.testing.assert_close(gradient, inner / torch.tensor(STD).view(3, 1, 1))
+        torch.testing.assert_close(gradient, inner / STD_OF_PIXELS)
 
     def test_upsampling_repeats_pixels(self, x):
         model = PixelModel(nn.Identity(), MEAN, STD, upsample=4)
@@ -260,21 +267,14 @@ class TestCreateBackbone:
         with pytest.raises(ValueError, match=message):
             create_backbone(name, pretrained=True, num_classes=10, preprocessing=preprocessing(), model_args={})
 
-    def test_registered_weights_come_from_safetensors(self, monkeypatch, tmp_path):
+    def test_registered_weights_come_from_safetensors(self, downloads, tmp_path):
         """Pretrained weights of a timm name: fetched as safetensors, classifier and channels adapted by timm."""
         source = randomize(timm.create_model("test_convnext"))
         save_file(source.state_dict(), tmp_path / "model.safetensors")
-        asked = []
-
-        def download(hub_id, filename):
-            asked.append((hub_id, filename))
-            return str(tmp_path / filename)
-
-        monkeypatch.setattr(model_source, "download_from_hf", download)
         model = create_backbone(
             "test_convnext", pretrained=True, num_classes=7, preprocessing=preprocessing(in_chans=1), model_args={}
         )
-        assert asked == [("timm/test_convnext.r160_in1k", "model.safetensors")]
+        assert downloads == [("timm/test_convnext.r160_in1k", "model.safetensors")]
         torch.testing.assert_close(model.stem[0].weight, source.stem[0].weight.sum(1, keepdim=True))
         assert torch.equal(model.stages[0].blocks[0].conv_dw.weight, source.stages[0].blocks[0].conv_dw.weight)
         assert model.get_classifier().out_features == 7
@@ -325,20 +325,6 @@ class TestLoadPixelModel:
         (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
         with pytest.raises(ValueError, match="damaged, or a Git LFS pointer"):
             load_pixel_model(str(tmp_path))
-
-    @pytest.fixture
-    def downloads(self, monkeypatch, tmp_path):
-        """A Hub of one model, in a folder; what is asked of it."""
-        asked = []
-
-        def download(hub_id, filename):
-            asked.append((hub_id, filename))
-            if (tmp_path / filename).is_file():
-                return str(tmp_path / filename)
-            raise OSError("404 Client Error.\nEntry Not Found")
-
-        monkeypatch.setattr(model_source, "download_from_hf", download)
-        return asked
 
     def test_hub(self, downloads, tmp_path):
         self.write_config(tmp_path, label_names={"0": "tench"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -25,10 +26,7 @@ def older(folder, name="resnet18_cifar", in_chans=3):
     config["ham_hf"]["trained_form"]["model_args"]["num_classes"] = 10
     del config["ham_hf"]["trained_form"]["crop_mode"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in folder.glob("rgb/*"):
-        file.unlink()
-    if (folder / "rgb").is_dir():
-        (folder / "rgb").rmdir()
+    shutil.rmtree(folder / "rgb", ignore_errors=True)
     return folder
 
 
@@ -82,14 +80,10 @@ def test_repaired_folder_loads_in_transformers(tmp_path):
     assert transformers.AutoModelForImageClassification.from_pretrained(folder).config.num_labels == 10
 
 
-def change(config, **values):
-    config["model_args"] |= values
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda config: change(config, num_classes=7), "."),
+        (lambda config: config["model_args"].update(num_classes=7), "."),
         (lambda config: config.pop("ham_hf"), "was not written by ham_hf"),
         (lambda config: config["ham_hf"]["trained_form"]["model_args"].update(num_classes=3), "10, and 3 inside of"),
         (lambda config: config.update(architecture="no_such_net"), "no architecture"),
@@ -160,6 +154,33 @@ def test_repository_that_this_user_may_not_change(hub, tmp_path, monkeypatch, ca
     monkeypatch.setenv("HF_TOKEN", READER)
     assert "may not write there" in refused(capsys, "push.py", "me/mine", "--repair")
     assert hub.model("me/mine").tree() == before
+
+
+def test_a_pull_request_repairs_the_repository_of_somebody_else(hub, tmp_path, monkeypatch, capsys):
+    publish(older(tmp_path), "me/theirs")
+    repo = hub.model("me/theirs")
+    before = repo.tree()
+    monkeypatch.setenv("HF_TOKEN", READER)
+    push("me/theirs", "--repair", "--create_pr")
+    assert f"pushed to {hub.url}/me/theirs/discussions/1" in capsys.readouterr().out
+    assert repo.tree() == before
+    assert "num_classes" not in json.loads(repo.tree("refs/pr/1")["config.json"].data)["model_args"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        ("--hub_model_id me/x --create_pr", "--create_pr is not for a folder without EVALUATION.md"),
+        ("--create_pr", "--create_pr is not for a repair without --hub_model_id"),
+        ("--hub_revision v2", "--hub_revision is not for a repair without --hub_model_id"),
+        ("--model_license mit", "--model_license is not for a repair without --hub_model_id"),
+    ],
+)
+def test_a_folder_is_not_repaired_with_flags_that_have_no_effect(tmp_path, capsys, flags, what):
+    folder = older(tmp_path / "run")
+    before = content(folder)
+    assert what in refused(capsys, "push.py", str(folder), "--repair", *flags.split())
+    assert content(folder) == before
 
 
 def test_push_that_fails_leaves_the_repository(hub, tmp_path, capsys):

@@ -96,11 +96,9 @@ def test_networks_for_gray_images_take_rgb_in_their_second_form(name, tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, subfolder="rgb")
     classify = transformers.pipeline("image-classification", model=model, image_processor=processor)
     color = pictures()["larger"]
-    exact, rounded = of_timm(tmp_path, color.convert("L"), "L"), of_timm(tmp_path, color, "L")
-    torch.testing.assert_close(
-        probabilities(classify(color.convert("L"), top_k=10)), exact.softmax(0), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(probabilities(classify(color, top_k=10)), rounded.softmax(0), rtol=0.2, atol=0.02)
+    for image, tolerance in ((color.convert("L"), {"rtol": 1e-4, "atol": 1e-4}), (color, {"rtol": 0.2, "atol": 0.02})):
+        expected = of_timm(tmp_path, image, "L").softmax(0)
+        torch.testing.assert_close(probabilities(classify(image, top_k=10)), expected, **tolerance)
     x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         gray, rgb = load_pixel_model(str(tmp_path)).model(x), load_pixel_model(str(tmp_path / "rgb")).model
@@ -114,25 +112,17 @@ def test_second_form_goes_with_the_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("name", "in_chans"),
-    [
-        ("test_resnet", 3),
-        ("resnet18_cifar", 3),
-        ("preactresnet18_cifar", 3),
-        ("test_vit", 1),
-        ("resnet18_cifar", 1),
-        ("test_nfnet", 1),
-    ],
-)
+SHOWN = {3: ("test_resnet", "resnet18_cifar", "preactresnet18_cifar"), 1: ("test_vit", "resnet18_cifar", "test_nfnet")}
+
+
+@pytest.mark.parametrize(("name", "in_chans"), [(name, channels) for channels in SHOWN for name in SHOWN[channels]])
 def test_lines_of_the_card_give_the_evaluated_numbers(name, in_chans, tmp_path, monkeypatch, capsys):
     """An image of another size and shape, through the card's two blocks of Python."""
     settings = preprocessing(32, in_chans, interpolation="bicubic", crop_pct=0.9)
     info = export(trained(name, 32, in_chans, **FAMILIES[name]), tmp_path, settings)
     pictures()["RGBA"].save(tmp_path / "image.png")
-    report = with_model(
-        make_report(), upsample=info.upsample, needs_ham_hf=info.needs_ham_hf, **dataclasses.asdict(settings)
-    )
+    inputs = {"upsample": info.upsample, "needs_ham_hf": info.needs_ham_hf, **dataclasses.asdict(settings)}
+    report = with_model(make_report(), **inputs)
     text = write_card(report, tmp_path, repo_id=None, model_license="mit").read_text()
     (with_timm,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (with_transformers,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)

@@ -18,34 +18,28 @@ from ham_hf.metrics import wilson_interval
 from ham_hf.reporting.breakdowns import corruption_report, group_report
 from ham_hf.reporting.page import PageRun, page_html
 from ham_hf.reporting.tables import breakdown_tables, each_group_rows, group_rows
-from tests.support.documents import corrupted, with_breakdowns
+from tests.support.documents import GROUP_VALUES, GROUPS, corrupted, grouped_results, with_breakdowns
 from tests.support.example_report import attack_result
 from tests.support.nets import group_norm_net
 
 HOSTILE = "<b>*x*|</b>"
-GROUPS = ["a", "b", None, HOSTILE]
+CLASSES = tuple(map(str, range(10)))
 
 
-def made_up(num=80, classes=10):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(num) % classes
-    results = {}
-    for name in ("clean", "pgd-20", "my.attack"):
-        flags = torch.rand(num, generator=generator) < 0.7
-        indices = torch.arange(0, num, 2) if name == "my.attack" else torch.arange(num)
-        predictions = torch.where(flags, labels, (labels + 1) % classes)
-        found = attack_result(name, {"function": "m.py:attack"}, predictions[indices], labels[indices])
-        results[name] = dataclasses.replace(found, indices=indices)
-    groups = make_groups("site", [GROUPS[number % 7 % 4] for number in range(num)])
-    names = tuple(map(str, range(classes)))
-    return results, verdicts_of(results, names, groups)
+def made_up():
+    """Three evaluations of images in groups, one of them by a foreign attack on every second image."""
+    results = grouped_results(torch.Generator().manual_seed(0), ("clean", "pgd-20", "my.attack"))
+    whole = results["my.attack"]
+    part = attack_result(whole.name, {"function": "m.py:attack"}, whole.predictions[::2], whole.labels[::2])
+    results["my.attack"] = dataclasses.replace(part, indices=torch.arange(0, 80, 2))
+    return results, verdicts_of(results, CLASSES, GROUPS)
 
 
 def test_groups_against_a_loop_over_the_images():
     results, verdicts = made_up()
     found = group_report(verdicts)
     assert found.names == (HOSTILE, "a", "b", "(missing)")
-    assert found.num_missing == sum(number % 7 % 4 == 2 for number in range(80))
+    assert found.num_missing == GROUP_VALUES.count(None)
     assert list(found.results) == ["verdict", "clean", "pgd-20", "my.attack"]
     right = {}
     for number in range(80):
@@ -58,7 +52,7 @@ def test_groups_against_a_loop_over_the_images():
     for name, result in found.results.items():
         for group, entry in enumerate(result.summary.per_class):
             value = None if found.names[group] == "(missing)" else found.names[group]
-            rows = [number for number in right if GROUPS[number % 7 % 4] == value and name in right[number]]
+            rows = [number for number in right if GROUP_VALUES[number] == value and name in right[number]]
             hits = sum(right[number][name] for number in rows)
             assert (entry.count, entry.correct) == (len(rows), hits)
             assert (entry.low, entry.high) == wilson_interval(hits, len(rows))
@@ -71,7 +65,7 @@ def test_groups_against_a_loop_over_the_images():
 
 def test_worst_30_percent_is_left_out_of_few_groups():
     results, _ = made_up()
-    few = group_report(verdicts_of(results, tuple(map(str, range(10))), make_groups("half", [True, False] * 40)))
+    few = group_report(verdicts_of(results, CLASSES, make_groups("half", [True, False] * 40)))
     assert "Worst 30 % of groups" not in group_rows(few)[0]
     assert "Worst 30 % of groups" in group_rows(group_report(made_up()[1]))[0]
     assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
@@ -121,16 +115,12 @@ def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path)
     results, verdicts = made_up()
     path = write_verdicts(verdicts, tmp_path)
     table = pq.read_table(path)
-    assert table.column("group").to_pylist() == [GROUPS[number % 7 % 4] for number in range(80)]
+    assert table.column("group").to_pylist() == GROUP_VALUES
     assert json.loads(table.schema.metadata[b"ham_hf.predictions"])["schema_version"] == 1
     assert "prediction_my.attack" in table.column_names
-    found = read_verdicts(path).groups
-    assert (found.column, found.names, found.num_missing) == (
-        "site",
-        verdicts.groups.names,
-        verdicts.groups.num_missing,
-    )
-    assert torch.equal(found.of_image, verdicts.groups.of_image)
+    found, groups = read_verdicts(path).groups, verdicts.groups
+    assert (found.column, found.names, found.num_missing) == ("site", groups.names, groups.num_missing)
+    assert torch.equal(found.of_image, groups.of_image)
     write_verdicts(verdicts_of(results, verdicts.class_names), tmp_path)
     assert read_verdicts(path).groups is None
     assert "group" not in pq.read_table(path).column_names
@@ -143,18 +133,14 @@ def test_predictions_hold_the_groups_and_files_without_them_still_read(tmp_path)
 def test_python_interface_reads_groups_from_the_batches():
     net = group_norm_net().float()
     x = torch.rand(12, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    rows = [
-        {"pixel_values": x[number], "labels": number % 4, "site": ["north", "south", "east"][number % 3]}
-        for number in range(12)
-    ]
+    sites = ["north", "south", "east"] * 4
+    rows = [{"pixel_values": x[number], "labels": number % 4, "site": sites[number]} for number in range(12)]
     options = {"threat_model": ThreatModel("linf", 0.02), "num_steps": 1}
     found = ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="site", **options)
     assert found.groups.names == ("east", "north", "south")
     assert [entry.count for entry in found.groups.results["clean"].summary.per_class] == [4, 4, 4]
-    right = found.verdicts.withstood
-    assert [entry.correct for entry in found.groups.results["verdict"].summary.per_class] == [
-        int(right[torch.arange(12) % 3 == group].sum()) for group in (2, 0, 1)
-    ]
+    right = [int(found.verdicts.withstood[group::3].sum()) for group in (2, 0, 1)]
+    assert [entry.correct for entry in found.groups.results["verdict"].summary.per_class] == right
     assert "site" in str(found)
     with pytest.raises(ValueError, match="group_column size: a batch has no such key; its keys are 'pixel_values'"):
         ham_hf.evaluate(net, DataLoader(rows, batch_size=5), group_column="size", **options)

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import CFA
 from ham_hf.reporting import figures
 from ham_hf.reporting.figures import (
+    ExampleStrip,
     class_treatment_figure,
     confusion_figure,
     examples_figure,
@@ -37,38 +37,31 @@ EVERYTHING = {"hard_per_class": 4, "class_weight": 4, "class_kl_weight": 0, "cla
 
 
 @pytest.mark.parametrize(
-    ("class_names", "in_chans", "num_images", "missing", "num_epochs", "mining_start_epoch"),
-    [(("no", "yes"), 1, 1, (1,), 1, None), (LONG_NAMES[:12], 3, 8, (0, 5), 50, 4)],
+    ("changes", "mining_start_epoch", "examples"),
+    [
+        (
+            {"class_names": ("no", "yes"), "missing": (1,), "num_epochs": 1},
+            None,
+            make_examples(1, in_chans=1, num_classes=2),
+        ),
+        (
+            {"class_names": LONG_NAMES[:12], "missing": (0, 5), "num_epochs": 50},
+            4,
+            make_examples(8, in_chans=3, num_classes=12),
+        ),
+    ],
     ids=["2 classes", "long names"],
 )
 def test_figures_have_stable_names_and_draw_any_class_name(
-    tmp_path: Path,
-    class_names: Sequence[str],
-    in_chans: int,
-    num_images: int,
-    missing: Sequence[int],
-    num_epochs: int,
-    mining_start_epoch: int | None,
+    tmp_path: Path, changes: dict, mining_start_epoch: int | None, examples: ExampleStrip
 ) -> None:
-    report = make_report(
-        class_names=class_names,
-        missing=missing,
-        num_epochs=num_epochs,
-        treatment={"hard_per_class": 0, "class_weight": 0},
-    )
-    examples = make_examples(num_images, in_chans=in_chans, num_classes=len(class_names))
-    log = make_train_log(num_epochs, mining_start_epoch=mining_start_epoch)
+    report = make_report(treatment={"hard_per_class": 0, "class_weight": 0}, **changes)
+    log = make_train_log(changes["num_epochs"], mining_start_epoch=mining_start_epoch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         paths = save_figures(report, tmp_path, examples=examples, train_log=log)
-    names = [
-        "per_class_accuracy",
-        "training_curves",
-        "class_treatment",
-        "confusion_pgd-20",
-        "confusion_cw-20",
-        "adversarial_examples",
-    ]
+    names = ["per_class_accuracy", "training_curves", "class_treatment", "confusion_pgd-20", "confusion_cw-20"]
+    names += ["adversarial_examples"]
     assert paths == [tmp_path / "figures" / f"{name}.png" for name in names]
     assert sorted((tmp_path / "figures").iterdir()) == sorted(paths)
 
@@ -189,13 +182,6 @@ def cells(axes: object) -> np.ma.MaskedArray:
     return axes.get_images()[0].get_array()
 
 
-def worst_first(report: RunReport) -> list[int]:
-    entries = report.results["cw-20"].summary.per_class
-    present = [index for index, entry in enumerate(entries) if entry.count]
-    missing = [index for index, entry in enumerate(entries) if not entry.count]
-    return sorted(present, key=lambda index: entries[index].accuracy) + missing
-
-
 @pytest.mark.parametrize(
     "report",
     [make_report(treatment=None), make_report(treatment={}), make_report(trained=False)],
@@ -210,7 +196,7 @@ def test_every_quantity_is_shown_by_class_and_epoch() -> None:
     found = panels(report)
     titles = ["share of hard examples", "weight of the loss", "weight of the KL term", "radius / ε"]
     assert list(found) == titles
-    order = worst_first(report)
+    order = report.worst_first()
     assert order[-1] == 3
     for title, (name, first) in zip(titles, EVERYTHING.items(), strict=True):
         shown = cells(found[title])
@@ -267,10 +253,8 @@ def test_weights_and_radii_have_1_in_the_middle_of_their_scale_and_shares_begin_
 
 def test_equal_values_have_a_scale_too() -> None:
     report = make_report(treatment={"class_epsilon": 0, "hard_per_class": 0})
-    history = [
-        {**line, "class_epsilon": [8 / 255] * 10, "hard_per_class": [0.0] * 10} for line in report.training.history
-    ]
-    report = with_training(report, history=tuple(history))
+    equal = {"class_epsilon": [8 / 255] * 10, "hard_per_class": [0.0] * 10}
+    report = with_training(report, history=tuple({**line, **equal} for line in report.training.history))
     for axes in panels(report).values():
         norm = axes.get_images()[0].norm
         assert norm.vmin < cells(axes).min() <= cells(axes).max() < norm.vmax
@@ -311,7 +295,6 @@ def test_records_of_a_run_are_understood() -> None:
     report = with_training(report, history=(json.loads(json.dumps(record)),))
     report = dataclasses.replace(report, threat_model=dataclasses.replace(report.threat_model, epsilon=0.1))
     found = panels(report)
-    order = worst_first(report)
     expected = {
         "weight of the cross-entropy": [0.5, 0.75, 1.0, 1.75],
         "weight of the KL term": [0.5, 0.5, 0.5, 2.5],
@@ -319,4 +302,4 @@ def test_records_of_a_run_are_understood() -> None:
     }
     assert list(found) == list(expected)
     for title, values in expected.items():
-        assert list(cells(found[title])[:, 1]) == pytest.approx([values[index] for index in order])
+        assert list(cells(found[title])[:, 1]) == pytest.approx([values[index] for index in report.worst_first()])

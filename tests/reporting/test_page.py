@@ -200,15 +200,18 @@ def test_a_run_makes_images_of_its_own_model() -> None:
     assert clean.of_classes is None
 
 
+def stored(folder: Path, verdicts: Verdicts, **config: object) -> str:
+    """The folder of a run with these settings."""
+    write_report(plain_report(config=config), folder)
+    write_verdicts(verdicts, folder)
+    return str(folder)
+
+
 def test_the_command_makes_a_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdicts = made_up_verdicts()
-    folders = []
-    for seed in (0, 1):
-        folder = tmp_path / f"seed{seed}"
-        write_report(plain_report(config={"seed": seed}), folder)
-        write_verdicts(verdicts, folder)
+    folders = [stored(tmp_path / f"seed{seed}", verdicts, seed=seed) for seed in (0, 1)]
+    for folder in folders:
         write_examples(made_up_examples(verdicts), folder)
-        folders.append(str(folder))
     page_command.main(folders[:1])
     assert f"wrote {folders[0]}/report.html" in capsys.readouterr().out
     text = (tmp_path / "seed0" / "report.html").read_text(encoding="utf-8")
@@ -221,15 +224,10 @@ def test_the_command_makes_a_page_again(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
-    folders = []
-    for method in ("pgd_at", "ham"):
-        verdicts = made_up_verdicts(seed=len(method))
-        folder = tmp_path / method
-        write_report(plain_report(config={"method": method}), folder)
-        write_verdicts(verdicts, folder)
-        folders.append(str(folder))
-    folders[1] = f"mined={folders[1]}"
-    page_command.main([*folders, "--output", str(tmp_path / "both.html")])
+    base, ham = (
+        stored(tmp_path / method, made_up_verdicts(seed=len(method)), method=method) for method in ("pgd_at", "ham")
+    )
+    page_command.main([base, f"mined={ham}", "--output", str(tmp_path / "both.html")])
     values = numbers_of((tmp_path / "both.html").read_text(encoding="utf-8"))
     assert [run["label"] for run in values["runs"]] == ["pgd_at, seed 0", "mined, seed 0"]
     assert values["comparison"]["baseline"] == "pgd_at"

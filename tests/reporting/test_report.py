@@ -23,29 +23,20 @@ from tests.support.example_report import DIGITS, attack_result, make_report
 HOSTILE_NAMES = ("", "a\nb", "[1,  2]", '["\\n', "\ud7ff\u202e", "x" * 10_000, "NaN", "猫", "a [\n b ]", *DIGITS[:3])
 
 
-@pytest.mark.parametrize(
-    "report",
-    [
-        make_report(),
-        make_report(trained=False, attacks=("clean",)),
-        make_report(missing=(2, 5), attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100),
-        make_report(class_names=HOSTILE_NAMES),
-        make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, missing=(2,), verdict=True),
-        make_report(class_names=[str(index) for index in range(201)], num_test=1000),
-        calibrated(),
-        with_breakdowns(),
-    ],
-    ids=[
-        "trained",
-        "evaluated",
-        "a class less",
-        "hostile names",
-        "verdict",
-        "many classes",
-        "calibrated",
-        "broken down",
-    ],
-)
+WITH_AUTOATTACK = {"attacks": ("clean", "pgd-20", "autoattack"), "num_autoattack": 100}
+REPORTS = {
+    "trained": make_report(),
+    "evaluated": make_report(trained=False, attacks=("clean",)),
+    "a class less": make_report(missing=(2, 5), **WITH_AUTOATTACK),
+    "hostile names": make_report(class_names=HOSTILE_NAMES),
+    "verdict": make_report(missing=(2,), verdict=True, **WITH_AUTOATTACK),
+    "many classes": make_report(class_names=[str(index) for index in range(201)], num_test=1000),
+    "calibrated": calibrated(),
+    "broken down": with_breakdowns(),
+}
+
+
+@pytest.mark.parametrize("report", REPORTS.values(), ids=REPORTS)
 def test_report_reads_back_equal(tmp_path: Path, report) -> None:
     path = write_report(report, tmp_path / "run")
     assert read_report(path) == report
@@ -152,7 +143,7 @@ def test_columns_of_a_table_are_aligned() -> None:
 
 
 def test_number_of_images_beside_an_accuracy_of_a_class_is_its_own() -> None:
-    report = make_report(attacks=("clean", "pgd-20", "autoattack"), num_autoattack=100, verdict=True)
+    report = make_report(verdict=True, **WITH_AUTOATTACK)
     for row in class_rows(report):
         label = DIGITS.index(row["Class"])
         assert row["Images"] == str(report.results["clean"].summary.per_class[label].count)

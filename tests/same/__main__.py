@@ -27,6 +27,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.support.method_checks import every_method
+from tests.support.recipe_runs import LAUNCH, PROCESSES, finish
 
 BASE = {
     "dataset_name": "digits",
@@ -72,21 +73,20 @@ def runs(folder: Path) -> dict[str, dict[str, object]]:
 
 def stream_of_digits(folder: Path) -> str:
     """Some of the digits as parquet files, two of train and one of test."""
-    import datasets
+    from PIL import Image
     from sklearn.datasets import load_digits
+
+    from tests.support.example_images import dataset
 
     if folder.exists():
         return str(folder)
     (folder / "data").mkdir(parents=True)
     images, labels = load_digits(return_X_y=True)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
+    pixels = (images.reshape(-1, 8, 8) * 15).astype("uint8")
     parts = {"train-00000-of-00002": (0, 80), "train-00001-of-00002": (80, 150), "test-00000-of-00001": (150, 200)}
     for name, (first, last) in parts.items():
-        pixels = (images[first:last].reshape(-1, 8, 8) * 15).astype("uint8")
-        rows = {"image": list(pixels), "label": labels[first:last].tolist()}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
+        rows = dataset([Image.fromarray(one) for one in pixels[first:last]], labels[first:last].tolist())
+        rows.to_parquet(folder / "data" / f"{name}.parquet")
     return str(folder)
 
 
@@ -99,19 +99,15 @@ def train(tree: Path, folder: Path, settings: Mapping[str, Mapping[str, object]]
             continue
         for label in labels:
             (folder / f"{label}.yaml").write_text(yaml.safe_dump(dict(settings[label])))
-        launcher = [sys.executable]
-        if processes == 2:
-            launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
-            launcher += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
+        launcher = [*LAUNCH, *PROCESSES[2]] if processes == 2 else [sys.executable]
         # One process for all labels, as importing takes as long as a run; a process group serves one run alone.
         for together in [[label] for label in labels] if processes == 2 else [labels]:
             (folder / "runs.json").write_text(json.dumps(together))
             command = [*launcher, str(ROOT / "tests/same/train.py"), str(tree), str(folder / "runs.json"), flag]
             done = subprocess.run(command, cwd=folder, env=environment(tree), capture_output=True, text=True)
             if done.returncode:
-                sys.exit(
-                    f"{' '.join(command)} in {folder} ended with status {done.returncode}:\n{done.stderr[-4000:]}"
-                )
+                ended = f"{' '.join(command)} in {folder} ended with status {done.returncode}"
+                sys.exit(f"{ended}:\n{done.stderr[-4000:]}")
 
 
 def environment(tree: Path) -> dict[str, str]:
@@ -180,21 +176,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("commit", help="what to compare the working tree with")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these runs alone")
     parser.add_argument("--resume", action="store_true", help="resume the commit's runs with the working tree")
-    parser.add_argument(
-        "--keep",
-        type=Path,
-        metavar="FOLDER",
-        help="leave the runs there; runs of COMMIT that are there are not repeated",
-    )
+    kept = "leave the runs there; runs of COMMIT that are there are not repeated"
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help=kept)
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run(
-        [*git, "rev-parse", args.commit], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    commit = finish([*git, "rev-parse", args.commit], None).stdout.strip()
     with tempfile.TemporaryDirectory() as scratch:
         kept = (args.keep or Path(scratch)).resolve()
         old, new = kept / commit, kept / ("resumed" if args.resume else "new")

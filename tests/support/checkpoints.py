@@ -1,10 +1,13 @@
-"""A checkpoint of one tensor."""
+"""A checkpoint of one tensor, and the files of every whole one."""
 
 from __future__ import annotations
 
 import torch
 
 from ham_hf.training.checkpoint import Checkpoint
+
+FILES = ["model.safetensors", "averaged.safetensors", "method.safetensors", "best.safetensors", "optimizer.pt"]
+FILES += ["trainer_state.json", "SHA256SUMS"]
 
 
 def make(step, value=1.0):

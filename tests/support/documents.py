@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.report import comparison_csv, comparison_json, comparison_markdown
 from ham_hf.comparison.table import Comparison, MissingRun, compare
 from ham_hf.data.image_groups import make_groups
+from ham_hf.evaluation import AttackResult
 from ham_hf.evaluation.calibration import frontier_point
 from ham_hf.evaluation.corruption_accuracy import CorruptionResult
 from ham_hf.evaluation.verdicts import verdicts_of
@@ -46,13 +48,10 @@ BORROWED = {
     "fawa": "on",
 }
 HUB_DATA = {"name": "uoft-cs/cifar10", "hub_id": "uoft-cs/cifar10", "config_name": "plain_text", "revision": "a" * 40}
-ORIGIN = {
-    "dataset": "digits",
-    "train_split": "train",
-    "revision": "main",
-    "num_images": 1380,
-    "fingerprint": "0123456789abcdef" * 4,
-}
+ORIGIN = {"dataset": "digits", "train_split": "train", "revision": "main", "num_images": 1380}
+ORIGIN |= {"fingerprint": "0123456789abcdef" * 4}
+GROUP_VALUES = [["a", "b", None, "<b>*x*|</b>"][number % 7 % 4] for number in range(80)]
+GROUPS = make_groups("site", GROUP_VALUES)
 
 
 def config_of(kind: type[Method], **changes: object) -> dict[str, object]:
@@ -71,21 +70,21 @@ def with_training(report: RunReport, **changes: object) -> RunReport:
 
 def calibration(**changes: object) -> CalibrationReport:
     points = [frontier_point(f, [20 + int(40 * f), *[60] * 8, 90 - int(60 * f)], [100] * 10) for f in (0.0, 0.5, 1.0)]
-    values = {
-        "fairness": 0.5,
-        "max_average_drop": None,
-        "shifts": tuple(0.1 * index - 0.45 for index in range(10)),
-        "factors": (0.94,) * 10,
-        "counts": (100,) * 10,
-        "frontier": tuple(points),
-        "attack": {"num_steps": 10},
-        "images": "100 images | of a split",
-        "seen_in_training": False,
-        "seconds": 3.0,
-        "passes": 1000,
-        "tags": ("strong", "timm"),
-    }
-    return CalibrationReport(**{**values, **changes})
+    plain = CalibrationReport(
+        fairness=0.5,
+        max_average_drop=None,
+        shifts=tuple(0.1 * index - 0.45 for index in range(10)),
+        factors=(0.94,) * 10,
+        counts=(100,) * 10,
+        frontier=tuple(points),
+        attack={"num_steps": 10},
+        images="100 images | of a split",
+        seen_in_training=False,
+        seconds=3.0,
+        passes=1000,
+        tags=("strong", "timm"),
+    )
+    return dataclasses.replace(plain, **changes)
 
 
 def calibrated(**changes: object) -> RunReport:
@@ -96,27 +95,31 @@ def calibrated(**changes: object) -> RunReport:
 
 def corrupted(generator: torch.Generator) -> list[CorruptionResult]:
     """Two corruptions of 80 images, fewer right the more severe."""
-    return [
-        CorruptionResult(
-            name=name, severity=severity, flags=torch.rand(80, generator=generator) < 0.9 - severity / 10, seconds=2.0
-        )
-        for name in ("fog", "snow")
-        for severity in (1, 5)
-    ]
+    found = []
+    for name, severity in itertools.product(("fog", "snow"), (1, 5)):
+        flags = torch.rand(80, generator=generator) < 0.9 - severity / 10
+        found.append(CorruptionResult(name=name, severity=severity, flags=flags, seconds=2.0))
+    return found
+
+
+def grouped_results(generator: torch.Generator, names: Sequence[str]) -> dict[str, AttackResult]:
+    """Evaluations of 80 images of ten classes; a share of 0.7 is right."""
+    labels, results = torch.arange(80) % 10, {}
+    for name in names:
+        flags = torch.rand(80, generator=generator) < 0.7
+        results[name] = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 10), labels)
+    return results
 
 
 def with_breakdowns() -> RunReport:
     """A report of an evaluation by groups and on corrupted images."""
-    labels, generator = torch.arange(80) % 10, torch.Generator().manual_seed(0)
-    results = {}
-    for name in ("clean", "pgd-20"):
-        flags = torch.rand(80, generator=generator) < 0.7
-        results[name] = attack_result(name, {}, torch.where(flags, labels, (labels + 1) % 10), labels)
-    groups = make_groups("site", [["a", "b", None, "<b>*x*|</b>"][number % 7 % 4] for number in range(80)])
+    generator = torch.Generator().manual_seed(0)
+    results = grouped_results(generator, ("clean", "pgd-20"))
+    labels, constants = results["clean"].labels, "CIFAR-10-C (meant for 32 px)"
     return dataclasses.replace(
         with_model(make_report(trained=False, verdict=True), name="/secret/home/strong"),
-        groups=group_report(verdicts_of(results, tuple(map(str, range(10))), groups)),
-        corruptions=corruption_report(corrupted(generator), labels, 10, constants="CIFAR-10-C (meant for 32 px)"),
+        groups=group_report(verdicts_of(results, tuple(map(str, range(10))), GROUPS)),
+        corruptions=corruption_report(corrupted(generator), labels, 10, constants=constants),
     )
 
 
@@ -193,6 +196,11 @@ def comparison_variants() -> dict[str, Comparison]:
     base, last = runs[:2], runs[-1]
     part = {"clean": even([18] * 10), "pgd-20": even([11] * 10), "autoattack": ([2] * 10, [10] * 10)}
     evaluated = dataclasses.replace(last, report=dataclasses.replace(last.report, training=None))
+    averaging = by_seeds("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85)
+    cheap = [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)]
+    half = judged_run("half", [40, 50, 50, 50], seen=50)
+    budget = changed(last, threat_model={"epsilon": 0.031}, training={"num_train_epochs": 50})
+    elsewhere = changed(last, environment={"commit": "feedbeef", "device": "H100"})
     failed = MissingRun(label="new", seed=0, reason="out of memory | *really* at /secret/home/x.py", state="failed")
     return {
         "no baseline": compare(runs),
@@ -200,27 +208,14 @@ def comparison_variants() -> dict[str, Comparison]:
         "no predictions": compare([*by_seeds("other", [10] * 3, [12] * 3), *by_seeds("own", [16] * 3, [18] * 3)]),
         "nothing right": compare([*by_seeds("base", [0] * 3), *by_seeds("own", [5] * 3)], baseline="base"),
         "failed and absent": compare([*runs, *by_seeds("few", [1, 2, 3])], baseline="base", missing=[failed]),
-        "another budget": compare(
-            [*base, changed(last, threat_model={"epsilon": 0.031}, training={"num_train_epochs": 50})], baseline="base"
-        ),
+        "another budget": compare([*base, budget], baseline="base"),
         "another optimizer": compare([*by_seeds("one", [5] * 3), *by_seeds("other", [5] * 3, weight_decay=0.3)]),
-        "another average of weights": compare(
-            [
-                *by_seeds("one", [5] * 3, fawa="auto"),
-                *by_seeds("cfa", [5] * 3, method="cfa", fawa="auto", fawa_decay=0.85),
-            ]
-        ),
+        "another average of weights": compare([*by_seeds("one", [5] * 3, fawa="auto"), *averaging]),
         "other data": compare([*base, changed(last, dataset={"name": "imagenet | tiny"})], baseline="base"),
-        "other code and hardware": compare(
-            [*base, changed(last, environment={"commit": "feedbeef", "device": "H100"})], baseline="base"
-        ),
-        "prices": compare(
-            [*by_seeds("base", [9] * 3, passes=2000.0), *by_seeds("half", [9] * 3, passes=1000.0)], baseline="base"
-        ),
+        "other code and hardware": compare([*base, elsewhere], baseline="base"),
+        "prices": compare(cheap, baseline="base"),
         "a part of the images": compare([run("a", part), run("b", part)]),
-        "judged on half of the images": compare(
-            [*runs[:4], judged_run("half", [40, 50, 50, 50], seen=50)], baseline="base"
-        ),
+        "judged on half of the images": compare([*runs[:4], half], baseline="base"),
         "evaluated alone": compare([*base, evaluated], baseline="base"),
         "names": compare(
             [one for end in "23" for one in by_seeds(f"a | <b> **long** name of a method (with {end})", [5] * 3)]
@@ -233,9 +228,8 @@ def differences(plain: str, variants: Mapping[str, str]) -> str:
     parts = []
     for name, text in variants.items():
         lines = difflib.unified_diff(plain.splitlines(), text.splitlines(), n=0, lineterm="")
-        parts.append(
-            "\n".join([f"=== {name}", *(line for line in lines if not re.match(r"(---|\+\+\+|@@)( |$)", line))])
-        )
+        changed_lines = [line for line in lines if not re.match(r"(---|\+\+\+|@@)( |$)", line)]
+        parts.append("\n".join([f"=== {name}", *changed_lines]))
     return "\n\n".join(parts) + "\n"
 
 

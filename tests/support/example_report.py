@@ -64,25 +64,19 @@ def make_verdict(results: Mapping[str, AttackReport]) -> AttackReport:
         max(0, int(count * min(attack.summary.per_class[index].accuracy or 0.0 for attack in attacks)) - 1)
         for index, count in enumerate(last)
     ]
-    summary = summarize_counts(correct, last)
-    settings = {"attacks": [attack.name for attack in attacks]}
-    intervals = intervals_of(summary)
-    return AttackReport(
-        name="verdict", settings=settings, summary=summary, confusion=None, seconds=4.5, intervals=intervals
-    )
+    summary, settings = summarize_counts(correct, last), {"attacks": [attack.name for attack in attacks]}
+    parts = {"settings": settings, "summary": summary, "intervals": intervals_of(summary)}
+    return AttackReport(name="verdict", confusion=None, seconds=4.5, **parts)
 
 
 def make_history(
     num_epochs: int, *, num_classes: int = 10, treatment: Mapping[str, int] | None = None
 ) -> list[dict[str, object]]:
-    """Validation records.
+    """A validation record for each epoch.
 
-    Args:
-        num_epochs: one record per epoch.
-        num_classes: C.
-        treatment: per-class quantities (``hard_per_class``, ``class_weight``, ``class_kl_weight``,
-            ``class_epsilon``) and the first 0-based epoch of each; None makes a record of before there were any.
+    ``treatment`` has the first 0-based epoch of each per-class quantity; None is of before there were any.
     """
+    names = ("hard_per_class", "class_weight", "class_kl_weight", "class_epsilon") if treatment is not None else ()
     records: list[dict[str, object]] = []
     for epoch in range(num_epochs):
         record: dict[str, object] = {
@@ -94,11 +88,9 @@ def make_history(
             "worst_class": 0.4 - 0.4 / (epoch + 1),
             "averaged": epoch > 0,
         }
-        names = ("hard_per_class", "class_weight", "class_kl_weight", "class_epsilon") if treatment is not None else ()
         for name in names:
-            record[name] = None
-            if epoch >= treatment.get(name, num_epochs):
-                record[name] = [class_quantity(name, index, epoch, num_classes) for index in range(num_classes)]
+            values = [class_quantity(name, index, epoch, num_classes) for index in range(num_classes)]
+            record[name] = values if epoch >= treatment.get(name, num_epochs) else None
         records.append(record)
     return records
 
@@ -116,12 +108,10 @@ def class_quantity(name: str, index: int, epoch: int, num_classes: int) -> float
 def make_train_log(num_epochs: int, *, mining_start_epoch: int | None) -> list[dict[str, object]]:
     lines: list[dict[str, object]] = []
     for step in range(10 * num_epochs):
-        epoch = step // 10
-        mined = mining_start_epoch is not None and epoch >= mining_start_epoch
+        mined = mining_start_epoch is not None and step // 10 >= mining_start_epoch
         hard = 0.7 - 0.3 * step / (10 * num_epochs) if mined else None
-        lines.append(
-            {"type": "train", "step": step, "epoch": epoch, "loss": 2.3 / (1 + 0.05 * step), "hard_fraction": hard}
-        )
+        loss = 2.3 / (1 + 0.05 * step)
+        lines.append({"type": "train", "step": step, "epoch": step // 10, "loss": loss, "hard_fraction": hard})
     return lines
 
 
@@ -143,12 +133,11 @@ def make_report(
     Without ``verdict`` it is one from before there were verdicts.
     """
     accuracy = {"clean": 0.8, "pgd-20": 0.5, "cw-20": 0.47, "autoattack": 0.44}
-    results = {}
-    for name in attacks:
-        seen = num_autoattack if name == "autoattack" and num_autoattack else num_test
-        results[name] = make_attack(
-            name, accuracy[name], num_classes=len(class_names), num_examples=seen, missing=missing
-        )
+    seen = {"autoattack": num_autoattack or num_test}
+    common = {"num_classes": len(class_names), "missing": missing}
+    results = {
+        name: make_attack(name, accuracy[name], num_examples=seen.get(name, num_test), **common) for name in attacks
+    }
     model = ModelReport(
         name="resnet18_cifar",
         architecture="resnet18",

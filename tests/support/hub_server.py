@@ -129,7 +129,7 @@ class Repo:
     """A repository: commits by id, and the names that point to them."""
 
     def __init__(self, kind: str, name: str, *, private: bool) -> None:
-        self.kind, self.name, self.private, self.created = kind, name, private, now()
+        self.kind, self.name, self.private = kind, name, private
         self.commits: dict[str, Commit] = {}
         self.tags: dict[str, str] = {}
         self.refs = {"main": self.add_commit({".gitattributes": Blob(b"*.safetensors -text\n")}, None)}
@@ -267,11 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
             if refusal.code:
                 headers["X-Error-Code"] = refusal.code
             self.send(refusal.status, {"error": refusal.message}, headers)
-        if self.silent:
-            self.status = None
         if self.silent or self.cut:
             self.hang_up()
-        self.hub.log.append(Request(self.command, self.path, self.status, len(body)))
+        self.hub.log.append(Request(self.command, self.path, None if self.silent else self.status, len(body)))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815 (names of the base class)
 
@@ -303,9 +301,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         start = int(span[1]) if span[1] else len(data) - int(span[2])
         end = min(int(span[2]) if span[1] and span[2] else len(data) - 1, len(data) - 1)
-        if start >= len(data):
-            self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-            return
         content = {"Content-Range": f"bytes {start}-{end}/{len(data)}", "Content-Length": str(end - start + 1)}
         self.send(206, data[start : end + 1], {**headers, **content}, kind)
 
@@ -389,9 +384,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit_id = repo.resolve(revision)
         blob = repo.commits[commit_id].tree.get(unquote(path))
         if blob is None:
-            missing = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
-            self.send(404, {"error": "Entry not found"}, {**missing, "X-Repo-Commit": commit_id})
-            return
+            raise RefusalError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit_id})
         headers = {"X-Repo-Commit": commit_id, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
         self.send_file(blob.data, headers)
 
@@ -406,7 +399,6 @@ class _Handler(BaseHTTPRequestHandler):
         handler = {
             "": lambda: self.send(200, repo_info(repo, "main")),
             "revision": lambda: self.send(200, repo_info(repo, rest)),
-            "refs": lambda: self.send(200, ref_info(repo)),
             "tree": lambda: self.tree(repo, rest),
             "paths-info": lambda: self.paths_info(repo, rest, body),
             "preupload": lambda: self.preupload(repo, rest, json.loads(body)),
@@ -433,10 +425,8 @@ class _Handler(BaseHTTPRequestHandler):
                 entries.append(file_info(path, blob))
         if folder and not entries and not folders:
             raise RefusalError(404, f'{folder} does not exist on "{revision}"', "EntryNotFound")
-        oid = hashlib.sha1(folder.encode()).hexdigest()
-        self.send(
-            200, [{"type": "directory", "oid": oid, "size": 0, "path": path} for path in sorted(folders)] + entries
-        )
+        directory = {"type": "directory", "oid": hashlib.sha1(folder.encode()).hexdigest(), "size": 0}
+        self.send(200, [{**directory, "path": path} for path in sorted(folders)] + entries)
 
     def paths_info(self, repo: Repo, revision: str, body: bytes) -> None:
         form = (self.headers.get("Content-Type") or "").startswith("application/x-www-form")
@@ -502,47 +492,22 @@ def commit_info(commit: Commit) -> dict[str, Any]:
     return {"id": commit.id, "title": commit.title, "message": commit.description, "authors": [], "date": commit.date}
 
 
-def ref_info(repo: Repo) -> dict[str, Any]:
-    pulls = [
-        {"name": name, "ref": name, "targetCommit": c} for name, c in repo.refs.items() if name.startswith("refs/pr/")
-    ]
-    branches = [
-        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": c}
-        for name, c in repo.refs.items()
-        if not name.startswith("refs/")
-    ]
-    tags = [{"name": name, "ref": f"refs/tags/{name}", "targetCommit": c} for name, c in repo.tags.items()]
-    return {"branches": branches, "converts": [], "tags": tags, "pullRequests": pulls}
-
-
 def repo_info(repo: Repo, revision: str) -> dict[str, Any]:
     commit_id = repo.resolve(revision)
     commit = repo.commits[commit_id]
     card = card_data(commit.tree)
     info = {
-        "_id": repo.name,
         "id": repo.name,
-        "author": repo.name.split("/")[0],
         "sha": commit_id,
         "lastModified": commit.date,
-        "createdAt": repo.created,
         "private": repo.private,
         "gated": False,
-        "disabled": False,
-        "downloads": 0,
-        "likes": 0,
         "tags": list(card.get("tags") or []),
         "cardData": card,
         "siblings": [{"rfilename": path, "size": len(blob.data)} for path, blob in sorted(commit.tree.items())],
     }
     if repo.kind == "model":
-        info |= {
-            "modelId": repo.name,
-            "library_name": card.get("library_name"),
-            "pipeline_tag": card.get("pipeline_tag"),
-        }
-        if "model-index" in card:
-            info["model-index"] = card["model-index"]
+        info |= {key: card.get(key) for key in ("library_name", "pipeline_tag", "model-index")}
     return info
 
 

@@ -1,62 +1,32 @@
-"""Shared by the tests of the training methods: golden batches, and the loss of an update written out plainly."""
+"""Shared by the tests of the training methods: every method, and the loss of an update written out plainly."""
 
 from __future__ import annotations
 
-import json
-from contextlib import ExitStack, contextmanager
 from dataclasses import fields
-from unittest import mock
 
 import torch
-from safetensors.torch import load_file
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import DAFA, FAAL, FAT, FRL, HAM, MART, PGDAT, TRADES, Batch, TradesLoss, available
-from tests.support.golden_data import GOLDEN
+from ham_hf.methods import DAFA, FAAL, FAT, FRL, HAM, MART, PGDAT, TRADES, Batch, available
+from tests.support.golden_data import exact, golden_tensors, group
 
 
-def golden_tensors(name):
-    """All tensors of a golden case, and its hyper-parameters."""
-    return load_file(GOLDEN / f"{name}.safetensors"), json.loads((GOLDEN / f"{name}.json").read_text())[
-        "hyperparameters"
-    ]
+def golden_options(file, **theirs):
+    """Options with the values of a golden case, where they have the names of the authors."""
+    hyper = golden_tensors(file)[1]
+    return {name: hyper[other] for name, other in theirs.items()}
 
 
-def golden_batch(rows=None, size=16):
-    """The first images of the golden batch (16 x 16 or 32 x 32) in float64, with their labels."""
-    batch = load_file(GOLDEN / "batch.safetensors")
-    return batch[f"x{size}_u8"][:rows].double() / 255, batch[f"y{size}"][:rows].long()
-
-
-def golden_noise(kind, rows=None, size=16):
-    """Recorded noise: "uniform" is scaled already, "normal" has standard deviation 1."""
-    return load_file(GOLDEN / "batch.safetensors")[f"noise_{kind}{size}"][:rows].double()
-
-
-def exact(found, expected, tolerance=1e-9):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-
-
-@contextmanager
-def starting_at(*, uniform=None, normal=None):
-    """Make attacks start with recorded noise; see `golden_noise`."""
-    with ExitStack() as stack:
-        if uniform is not None:
-            start = lambda self, x, generator=None: (x + uniform).clamp(0, 1)  # noqa: E731
-            stack.enter_context(mock.patch.object(ThreatModel, "random_start", start))
-        if normal is not None:
-            start = lambda self, x, threat_model, generator: x + 0.001 * normal  # noqa: E731
-            stack.enter_context(mock.patch.object(TradesLoss, "start", start))
-        yield
+CFA_OPTIONS = golden_options(
+    "cfa", cfa_lambda1="lambda_1", cfa_lambda2="lambda_2", cfa_start_epoch="begin", beta="beta"
+)
 
 
 def attack_of(hyper, **changes):
-    values = {"epsilon": hyper["epsilon"], "step_size": hyper["step_size"], "num_steps": hyper["num_steps"]} | changes
-    return Attack(
-        threat_model=ThreatModel("linf", values["epsilon"]),
-        num_steps=values["num_steps"],
-        step_size=values["step_size"],
-    )
+    """The attack with the hyper-parameters of a golden case."""
+    hyper = hyper | changes
+    threat_model = ThreatModel("linf", hyper["epsilon"])
+    return Attack(threat_model=threat_model, num_steps=hyper["num_steps"], step_size=hyper["step_size"])
 
 
 def initial_states(method, num_classes=10):
@@ -85,11 +55,11 @@ def update_loss(method, net, rows, *, epoch, states):
 def assert_loss_and_gradients(method, net, rows, *, epoch, states, tensors, prefix, tolerance=1e-9):
     loss, logits = update_loss(method, net, rows, epoch=epoch, states=states)
     exact(loss, tensors[f"{prefix}loss"], tolerance)
-    gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
-    names = {f"{prefix}grad/{name}" for name, _ in net.named_parameters()}
-    assert names == {name for name in tensors if name.startswith(f"{prefix}grad/")}
-    for (name, _), gradient in zip(net.named_parameters(), gradients, strict=True):
-        exact(gradient, tensors[f"{prefix}grad/{name}"], tolerance)
+    parameters, theirs = dict(net.named_parameters()), group(tensors, f"{prefix}grad/")
+    gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+    assert parameters.keys() == theirs.keys()
+    for name, gradient in zip(parameters, gradients, strict=True):
+        exact(gradient, theirs[name], tolerance)
     return logits.detach()
 
 
@@ -98,9 +68,9 @@ def golden_frl(variant):
 
     The overall error of the golden case is the mean over classes: one held-out image each.
     """
-    tensors, hyper = golden_tensors("frl")
+    tensors, _ = golden_tensors("frl")
     theirs = {"frl_bound": "bound0", "frl_rate1": "rate1", "frl_rate2": "rate2", "frl_limit": "lim", "beta": "beta"}
-    frl = FRL(frl_margin=variant == "rw_rm", **{name: hyper[other] for name, other in theirs.items()})
+    frl = FRL(frl_margin=variant == "rw_rm", **golden_options("frl", **theirs))
 
     def epochs():
         states = initial_states(frl)
@@ -126,22 +96,20 @@ def every_method():
     """Every method and the combinations that are documented, by label: the method, and changed training settings."""
     found = {name: (early(kind), {}) for name, kind in available().items() if kind.__module__.startswith("ham_hf.")}
     rules = {"cfa_start_epoch": 1, "dafa_start_epoch": 1}
-    weighed = {"class_weighting": "hard_fraction"}
+    weighed, kinds = {"class_weighting": "hard_fraction"}, {"stop_misclassified": True}
+    packed = {"pack_hard_examples": True}
     combined = {
         "ham-trades": (early(HAM, base_loss="trades"), {}),
         "ham-mart": (early(HAM, base_loss="mart"), {}),
         "ham-cfa": (early(HAM, class_margin="cfa", class_rule_args={"cfa_start_epoch": 1}), {}),
         "ham-dafa": (early(HAM, class_weighting="dafa", class_rule_args={"dafa_start_epoch": 1}), {}),
         "ham-awp": (early(HAM), {"awp_gamma": 0.01}),
-        "ham-packed": (early(HAM, pack_hard_examples=True), {}),
+        "ham-packed": (early(HAM, **packed), {}),
         "ham-easy": (early(HAM, easy_weight=0.4), {}),
-        "ham-easy-packed": (early(HAM, easy_weight=1.0, pack_hard_examples=True, **weighed), {}),
-        "ham-kinds": (early(HAM, easy_weight=1.0, stop_misclassified=True, **weighed), {}),
-        "ham-kinds-packed": (early(HAM, stop_misclassified=True, pack_hard_examples=True), {}),
-        "ham-trades-kinds": (
-            early(HAM, base_loss="trades", stop_misclassified=True, easy_weight=0.5, pack_hard_examples=True),
-            {},
-        ),
+        "ham-easy-packed": (early(HAM, easy_weight=1.0, **packed, **weighed), {}),
+        "ham-kinds": (early(HAM, easy_weight=1.0, **kinds, **weighed), {}),
+        "ham-kinds-packed": (early(HAM, **kinds, **packed), {}),
+        "ham-trades-kinds": (early(HAM, base_loss="trades", easy_weight=0.5, **kinds, **packed), {}),
         "ham-trades-weighed": (early(HAM, base_loss="trades", **weighed), {}),
         "ham-mart-easy": (early(HAM, base_loss="mart", easy_weight=0.5), {}),
         "mart-hard_fraction": (MART(**weighed), {}),

@@ -42,6 +42,12 @@ def labeled_for(net: nn.Module, x: Tensor, hard: list[bool], num_classes: int = 
     return torch.where(torch.tensor(hard), (predicted + 1) % num_classes, predicted)
 
 
+def margin_of(logits: Tensor, y: Tensor) -> Tensor:
+    """Logit of the true class minus the largest other one, row by row."""
+    rows = zip(logits.detach().tolist(), y.tolist(), strict=True)
+    return torch.tensor([row[label] - max(row[:label] + row[label + 1 :]) for row, label in rows])
+
+
 def pixel_batch(x: Tensor, y: Tensor) -> PixelBatch:
     return PixelBatch(x, y, torch.arange(len(y)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import TrainingConfig
 from ham_hf.data import ImageData
 from ham_hf.methods import HAM
+from ham_hf.training.checkpoint import list_checkpoints, step_of
 from ham_hf.training.trainer import Trainer
 from tests.support.nets import TensorImages
 
@@ -99,6 +101,15 @@ def resumed(folder, *args, **options):
     run = trainer(folder, *args, **({"resume_from_checkpoint": "latest"} | options))
     run.resume()
     return run
+
+
+def cut_off(whole, folder, last):
+    """A copy of a run as a kill leaves it: no checkpoint after update ``last``, the log lines of later updates."""
+    shutil.copytree(whole, folder)
+    for path in list_checkpoints(folder):
+        if step_of(path) > last:
+            shutil.rmtree(path)
+    return folder
 
 
 def log_of(folder):

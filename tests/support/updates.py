@@ -21,13 +21,12 @@ def train_step(net, optimizer, method, attack, accelerator, *, class_counts, ave
     return TrainStep(net, optimizer, method, attack, accelerator, config, class_counts=class_counts, average=average)
 
 
-def updated(method, net, batches, *, epoch=0, attack=ATTACK, **options):
-    """Weights after one update, its totals, and the rows of every forward."""
+def updated(method, net, batches, *, epoch=0, number=0, attack=ATTACK, num_classes=10, prepare=lambda step: None):
+    """One update of a copy of the network: the step with the updated copy, its totals, and the rows of every pass."""
     net, rows = copy.deepcopy(net), []
     net.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    step = train_step(
-        net, optimizer, method, attack, Accelerator(cpu=True), class_counts=torch.full((10,), 5), seed=3, **options
-    )
-    totals = step([pixel_batch(x, y) for x, y in batches], epoch=epoch, step=0)
-    return net.state_dict(), totals, rows
+    optimizer, counts = torch.optim.SGD(net.parameters(), lr=1.0), torch.full((num_classes,), 5)
+    step = train_step(net, optimizer, method, attack, Accelerator(cpu=True), class_counts=counts, seed=3)
+    prepare(step)
+    totals = step([pixel_batch(x, y) for x, y in batches], epoch=epoch, step=number)
+    return step, totals, rows

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from ham_hf.artifacts import OWNED_BY_EVALUATION, OWNED_BY_TRAINING, PARTIAL_RESULTS
 from ham_hf.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -18,7 +15,6 @@ from ham_hf.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from ham_hf.training.run_folder import check_output_dir, check_results_dir, clear_output_dir
 from tests.support.checkpoints import make
 
 
@@ -114,77 +110,6 @@ def test_best_weights_and_their_state_are_one_file(tmp_path):
     assert torch.equal(weights["w"], torch.zeros(2))
     assert state == {"score": 0.5, "step": 8}
     assert [entry.name for entry in (tmp_path / "checkpoint-best").iterdir()] == ["model.safetensors"]
-
-
-def test_output_folder_with_content_is_refused(tmp_path):
-    check_output_dir(tmp_path / "new" / "run", overwrite=False)
-    assert not (tmp_path / "new").exists()
-    check_output_dir(tmp_path, overwrite=False)
-    (tmp_path / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"--output_dir .*--overwrite_output_dir.*--resume_from_checkpoint latest"):
-        check_output_dir(tmp_path, overwrite=False)
-    check_output_dir(tmp_path, overwrite=False, resume_from="latest")
-    check_output_dir(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="is a file"):
-        check_output_dir(tmp_path / "note.txt", overwrite=True)
-
-
-@pytest.mark.faults(quick=True)
-def test_resuming_takes_no_folder_of_another_run(tmp_path):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    checkpoint = str(save_checkpoint(theirs, make(4), keep=None))
-    check_output_dir(ours, overwrite=False, resume_from=checkpoint)
-    check_output_dir(theirs, overwrite=False, resume_from=checkpoint)
-    save_checkpoint(ours, make(8), keep=None)
-    with pytest.raises(ValueError, match=r"ours already holds files, which are not those of .*checkpoint-4"):
-        check_output_dir(ours, overwrite=False, resume_from=checkpoint)
-    check_output_dir(ours, overwrite=False, resume_from="latest")
-
-
-@pytest.mark.faults(quick=True)
-def test_finished_model_without_checkpoints_is_not_trained_over(tmp_path):
-    (tmp_path / "model.safetensors").write_text("")
-    (tmp_path / "report.json").write_text("")
-    with pytest.raises(ValueError, match=r"latest: .* holds model.safetensors and report.json, and no checkpoint"):
-        check_output_dir(tmp_path, overwrite=False, resume_from="latest")
-    save_checkpoint(tmp_path, make(4), keep=None)
-    check_output_dir(tmp_path, overwrite=False, resume_from="latest")
-
-
-@pytest.mark.faults(quick=True)
-def test_interrupted_evaluation_goes_on_in_its_folder(tmp_path):
-    (tmp_path / PARTIAL_RESULTS).mkdir()
-    for name in OWNED_BY_EVALUATION:
-        (tmp_path / name).write_text("half")
-    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
-    (tmp_path / PARTIAL_RESULTS).rmdir()
-    with pytest.raises(ValueError, match=r"already holds files.*--overwrite_output_dir") as error:
-        check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
-    assert "resume" not in str(error.value)
-    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=True)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "train_config.yaml"])
-def test_evaluation_never_goes_where_a_model_is(tmp_path, name):
-    check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=False)
-    (tmp_path / name).write_text("")
-    with pytest.raises(ValueError, match="holds a model"):
-        check_results_dir(tmp_path, OWNED_BY_EVALUATION, overwrite=True)
-
-
-def test_clearing_removes_a_run_and_nothing_else(tmp_path):
-    save_checkpoint(tmp_path, make(1), keep=None)
-    save_best(tmp_path, {"w": torch.ones(1)}, {})
-    for name in ("model.safetensors", "report.json", "note.txt", "checkpoint-old.zip"):
-        (tmp_path / name).write_text(json.dumps({}))
-    for name in ("figures", "checkpoint-9.abandoned", ".checkpoint-3.part"):
-        (tmp_path / name).mkdir()
-    clear_output_dir(tmp_path, OWNED_BY_EVALUATION)
-    assert not (tmp_path / "figures").exists()
-    assert (tmp_path / "model.safetensors").exists()
-    assert names(tmp_path) == ["checkpoint-1"]
-    clear_output_dir(tmp_path, OWNED_BY_TRAINING)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-old.zip", "note.txt"]
 
 
 def test_rewinding_restores_the_best_weights_of_that_moment(tmp_path, caplog):

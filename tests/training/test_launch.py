@@ -20,7 +20,7 @@ from ham_hf.training.checkpoint import load_best
 from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights
 from tests.support.environment_reads import variables_of
-from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, recipe_module, refused
+from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, finish, recipe_module, refused
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +38,7 @@ QUICK = [
 def train(folder, env):
     """A short training as ``python`` runs it; what it said on standard error."""
     command = [sys.executable, str(ROOT / "recipes/train_ham.py"), *QUICK, f"--output_dir={folder}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+    return finish(command, env, timeout=300).stderr
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +53,16 @@ def test_variables_that_settings_overrule_change_no_weight_and_are_said_not_to_c
     tmp_path, subprocess_env, undisturbed
 ):
     """Each would change gradients, precision or the network itself if accelerate had its way."""
-    said = train(
-        tmp_path / "run",
-        subprocess_env
-        | {
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8",
-            "ACCELERATE_MIXED_PRECISION": "bf16",
-            "ACCELERATE_DYNAMO_BACKEND": "EAGER",
-            "ACCELERATE_FP8_BACKEND": "TE",
-            "ACCELERATE_TORCH_DEVICE": "meta",
-            "ACCELERATE_GRADIENT_CLIPPING": "0.01",
-            "ACCELERATE_NEW_SWITCH": "1",
-        },
-    )
+    variables = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+        "ACCELERATE_FP8_BACKEND": "TE",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.01",
+        "ACCELERATE_NEW_SWITCH": "1",
+    }
+    said = train(tmp_path / "run", subprocess_env | variables)
     assert_same_weights(tmp_path / "run", undisturbed, "model.safetensors")
     for sentence in (
         "--gradient_accumulation_steps decides, not the launcher's 8",
@@ -115,15 +110,9 @@ def test_every_variable_that_torchs_launcher_sets_has_been_thought_of():
 
 
 def test_a_variable_is_in_one_list_only():
-    lists = (
-        environment.FIXED,
-        environment.REFUSED,
-        environment.SHARDING,
-        environment.LAYOUT,
-        environment.DEVICE,
-        environment.ROUNDING,
-    )
-    names = [name for known in (*lists, environment.RECORDED, *environment.HARMLESS.values()) for name in known]
+    kinds = ("FIXED", "REFUSED", "SHARDING", "LAYOUT", "DEVICE", "ROUNDING", "RECORDED")
+    lists = [*(getattr(environment, kind) for kind in kinds), *environment.HARMLESS.values()]
+    names = [name for known in lists for name in known]
     assert len(names) == len(set(names))
     assert environment.fate("ACCELERATE_FP8_BACKEND") == "fixed"
     assert environment.fate("CUDA_VISIBLE_DEVICES") == "device"

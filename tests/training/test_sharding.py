@@ -8,8 +8,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from ham_hf.config import TrainingConfig
+from ham_hf.config import TrainConfig, TrainingConfig
 from ham_hf.methods import CFA, PGDAT
+from ham_hf.training.run_folder import RunLock
 from ham_hf.training.sharding import (
     check_sharded_settings,
     gathered,
@@ -18,10 +19,10 @@ from ham_hf.training.sharding import (
     sharding_plugin,
     whole_state,
 )
+from ham_hf.training_run import start_accelerator
 from tests.conftest import ROOT
 from tests.support.nets import group_norm_net
 from tests.support.recipe_runs import CONFIGURED
-from tests.support.training import trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -84,10 +85,12 @@ def test_settings_that_need_whole_weights_are_refused_by_name(changes, method, n
     assert "recipes/accelerate/ddp.yaml" in str(error.value)
 
 
-def test_trainer_refuses_them_before_it_touches_the_model(tmp_path, monkeypatch):
+def test_a_run_refuses_them_before_it_loads_data_or_model(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    training = TrainingConfig(ema_decay=0.9, use_cpu=True, output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"--ema_decay 0\.9 needs whole weights"):
-        trainer(tmp_path / "run")
+        start_accelerator(TrainConfig(method=PGDAT(), training=training), RunLock(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_sharding_states_are_as_they_are():

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM, PGDAT, Method, TrainingRows
 from ham_hf.training.train_step import NonFiniteLossError
-from tests.support.golden_data import TOLERANCE, Normalized, golden_case, golden_net
+from tests.support.golden_data import Normalized, exact, golden_case, golden_net, group
+from tests.support.method_checks import attack_of
 from tests.support.nets import batch_norm_net, group_norm_net, labeled_for, pixel_batch
 from tests.support.updates import train_step
 
@@ -68,21 +69,17 @@ def test_update_gives_the_authors_loss_gradients_buffers_and_weights(name, accel
     )
     model = Normalized(net, hyper["mean"], hyper["std"]) if hyper.get("normalize") else net
     objective = PGDAT() if name == "pgd_at" else HAM(mining_start_epoch=0, mining_step=hyper["classify_step"])
-    attack = Attack(
-        threat_model=ThreatModel("linf", hyper["epsilon"]), num_steps=hyper["num_steps"], step_size=hyper["step_size"]
-    )
-    step = make_step(model, accelerator, objective, attack, num_classes=10, optimizer=optimizer)
+    step = make_step(model, accelerator, objective, attack_of(hyper), num_classes=10, optimizer=optimizer)
     totals = step([pixel_batch(case.x, case.y)], epoch=0, step=0)
     assert totals.loss == pytest.approx(float(case.out["loss"]), abs=1e-9)
     names = [name for name, _ in net.named_parameters()]
     gradients = dict(zip(names, optimizer.seen, strict=True))
-    assert gradients.keys() == case.out_group("grad/").keys()
-    for parameter, expected in case.out_group("grad/").items():
-        torch.testing.assert_close(gradients[parameter], expected, **TOLERANCE)
+    assert gradients.keys() == group(case.out, "grad/").keys()
+    for parameter, expected in group(case.out, "grad/").items():
+        exact(gradients[parameter], expected)
     state = net.state_dict()
-    for group in ("param_after/", "buffer_after/"):
-        for key, expected in case.out_group(group).items():
-            torch.testing.assert_close(state[key], expected, **TOLERANCE)
+    for key, expected in (group(case.out, "param_after/") | group(case.out, "buffer_after/")).items():
+        exact(state[key], expected)
     if name != "pgd_at":
         assert totals.hard == int(case.out["hard_mask"].sum())
         assert totals.mined == totals.seen == len(case.y)
@@ -99,22 +96,15 @@ def test_update_without_a_hard_example_changes_nothing_where_the_authors_code_dr
     before = copy.deepcopy(net.state_dict())
     average = ModelEmaV3(net, decay=0.5)
     attack = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=10, step_size=0.0022)
-    step = make_step(
-        net,
-        accelerator,
-        HAM(mining_start_epoch=0, mining_step=3),
-        attack,
-        num_classes=10,
-        optimizer=optimizer,
-        average=average,
-    )
+    options = {"num_classes": 10, "optimizer": optimizer, "average": average}
+    step = make_step(net, accelerator, HAM(mining_start_epoch=0, mining_step=3), attack, **options)
     totals = step([pixel_batch(case.x, case.y)], epoch=0, step=7)
     assert (totals.updates, totals.loss, totals.hard, totals.mined) == (0, 0, 0, 10)
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
         assert torch.equal(average.module.state_dict()[key], before[key])
     assert all(torch.equal(s["momentum_buffer"], torch.ones_like(p)) for p, s in optimizer.state.items())
-    drift = case.out_group("zero_weight_variant/param_after/")
+    drift = group(case.out, "zero_weight_variant/param_after/")
     assert max((drift[key] - before[key]).abs().max() for key in drift) > 1e-6
 
 
@@ -205,20 +195,10 @@ def test_dropout_repeats_with_the_step_and_not_between_steps(accelerator):
 
 
 def test_the_wrapped_model_is_forwarded_once_per_accumulation_step(accelerator):
-    net = group_norm_net()
-    calls = []
-
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.module = net
-
-        def forward(self, x):
-            calls.append(len(x))
-            return self.module(x)
-
+    net, calls = group_norm_net(), []
     step = make_step(net, accelerator)
-    step.model = Wrapper()
+    step.model = nn.Sequential(net)
+    step.model.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
     x = torch.rand(8, 3, 6, 6, dtype=torch.float64)
     y = labeled_for(net, x, [True] * 3 + [False] * 5)
     step([pixel_batch(x[:4], y[:4]), pixel_batch(x[4:], y[4:])], epoch=0, step=0)

@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from ham_hf.training.train_step import NonFiniteLossError, PassCounter
 from ham_hf.training.validation import HeldOutAccuracy
 from tests.benchmarks.yardsticks import PassCounter as Yardstick
 from tests.faults.same_runs import FINAL, assert_same_weights, timeless_log
-from tests.support.training import ATTACK, image_data, log_of, make_net, resumed, trainer
+from tests.support.checkpoints import FILES
+from tests.support.training import ATTACK, cut_off, image_data, log_of, make_net, resumed, trainer
 
 
 class Untouchable:
@@ -80,33 +82,21 @@ def test_training_learns_robustly(tmp_path):
 def test_checkpoints_are_named_by_step_and_hold_no_pickled_weights(finished):
     folder, _, _ = finished
     assert [path.name for path in list_checkpoints(folder)] == [f"checkpoint-{n}" for n in (4, 8, 12, 16, 18)]
-    assert {path.name for path in (folder / "checkpoint-8").iterdir()} == {
-        "model.safetensors",
-        "averaged.safetensors",
-        "method.safetensors",
-        "best.safetensors",
-        "optimizer.pt",
-        "trainer_state.json",
-        "SHA256SUMS",
-    }
+    assert {path.name for path in (folder / "checkpoint-8").iterdir()} == set(FILES)
     assert not (folder / "checkpoint-4" / "best.safetensors").exists()  # before the first validation
 
 
 @pytest.mark.parametrize("cut_at", [4, 8, 12, 16])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(finished, tmp_path, cut_at):
     full, progress, _ = finished
-    folder = tmp_path / "cut"
-    # Everything the interrupted run would have left, log lines of lost updates included.
-    shutil.copytree(full, folder)
-    for path in list_checkpoints(folder):
-        if int(path.name.split("-")[1]) > cut_at:
-            shutil.rmtree(path)
+    folder = cut_off(full, tmp_path / "cut", cut_at)
     run = resumed(folder)
     assert run.progress.step == cut_at
     again = run.fit()
     assert_same_weights(folder, full, *FINAL)
     assert again.history == progress.history
     assert again.best == progress.best
+    assert again.passes == progress.passes
     assert timeless_log(folder) == timeless_log(full)
 
 
@@ -123,18 +113,16 @@ def test_selected_weights_are_those_of_the_best_validation(finished):
 @pytest.mark.parametrize("metric", ["robust_accuracy", "worst_class", "robust_plus_worst", "verdict", "last"])
 def test_selection_metric(tmp_path, monkeypatch, metric):
     run = trainer(tmp_path / "run", data=image_data(26), selection_metric=metric, save_steps=None)
-    numbers = iter([(0.5, 0.1), (0.4, 0.3), (0.45, 0.2)])
+    numbers = iter([(0.5, 0.1, 0.2), (0.4, 0.3, 0.25), (0.45, 0.2, 0.3)])
+    per_class = [ClassAccuracy(count=16, correct=8, accuracy=0.5, low=0.2, high=0.8)] * 4
 
-    class Summary:
-        def __init__(self, average, worst):
-            self.average, self.worst_class = average, worst
-            self.per_class = [ClassAccuracy(count=16, correct=8, accuracy=0.5, low=0.2, high=0.8)] * 4
-
-    verdicts = iter([0.2, 0.25, 0.3])
+    def summary(average, worst):
+        return SimpleNamespace(average=average, worst_class=worst, per_class=per_class)
 
     def held_out(module):
-        robust = Summary(*next(numbers))
-        return HeldOutAccuracy(clean=Summary(0.9, 0.8), robust=robust, verdict=Summary(next(verdicts), 0.1))
+        average, worst, verdict = next(numbers)
+        robust, verdict = summary(average, worst), summary(verdict, 0.1)
+        return HeldOutAccuracy(clean=summary(0.9, 0.8), robust=robust, verdict=verdict)
 
     monkeypatch.setattr(run, "_held_out", held_out)
     best = run.fit().best
@@ -403,16 +391,9 @@ def test_max_steps_before_mining_is_said(tmp_path, caplog):
     assert "awp starts at epoch 3 (--awp_start_epoch 2), and --max_steps 7 ends the run in epoch 2" in caplog.text
 
 
-def test_resuming_nothing_starts_from_the_beginning(tmp_path, caplog):
-    run = resumed(tmp_path / "run")
-    assert run.progress.step == 0
-    assert "starting from the beginning" in caplog.text
-
-
 def test_too_few_examples_for_one_update(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"50 examples, fewer than the 64 of one update.*--per_device_train_batch_size"
-    ):
+    message = r"50 examples, fewer than the 64 of one update.*--per_device_train_batch_size"
+    with pytest.raises(ValueError, match=message):
         trainer(tmp_path / "run", per_device_train_batch_size=64)
 
 
@@ -471,9 +452,8 @@ def test_settings_that_change_when_training_is_complete_train_nothing(finished, 
     shutil.copytree(folder, tmp_path / "run")
     again = resumed(tmp_path / "run", max_steps=run.total_steps)
     (sentence,) = again.progress.changes
-    assert sentence.startswith(
-        f"After update {run.total_steps}, the last, the run was started again with --max_steps "
-    )
+    again_with = f"After update {run.total_steps}, the last, the run was started again with --max_steps "
+    assert sentence.startswith(again_with)
     assert sentence.endswith(", without further training.")
     assert again.progress.changeable == run.progress.changeable, "what it was trained with"
     assert "the card will say so" in caplog.text
@@ -489,9 +469,8 @@ def test_forwards_and_gradients_of_a_whole_run_are_counted(tmp_path, changes):
 
 
 def test_pgd_adversarial_training_costs_what_its_formula_says(tmp_path):
-    progress = trainer(
-        tmp_path, PGDAT(), data=image_data(validation=False), ema_decay=None, selection_metric="last"
-    ).fit()
+    settings = {"ema_decay": None, "selection_metric": "last"}
+    progress = trainer(tmp_path, PGDAT(), data=image_data(validation=False), **settings).fit()
     images = 3 * 6 * 8  # epochs, updates, batch
     assert progress.passes == images * (2 * ATTACK.num_steps + 3)
     assert {line["passes_per_image"] for line in log_of(tmp_path)[:3]} == {2 * ATTACK.num_steps + 3.0}
@@ -502,16 +481,6 @@ def test_the_average_of_weights_that_is_validated_counts_too(tmp_path):
     updates = 3 * 6 * 8 * (2 * ATTACK.num_steps + 3)
     # Each of three validations classifies all 64 held-out images and attacks at least one.
     assert progress.passes > updates + 3 * 64
-
-
-def test_a_resumed_run_has_counted_what_the_whole_one_did(tmp_path):
-    whole = trainer(tmp_path / "whole").fit()
-    stopped = trainer(tmp_path / "stopped")
-    with pytest.raises(TrainingStopped):
-        stopped.fit(lambda: "a test" if stopped.progress.step == 8 else None)
-    again = resumed(tmp_path / "stopped")
-    assert again.progress.step == 9
-    assert again.fit().passes == whole.passes
 
 
 def test_a_copy_of_the_network_does_not_count():

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.training.weight_perturbation import awp_direction, perturbable, perturbed, preserved_buffers
-from tests.support.golden_data import GOLDEN, TOLERANCE, golden_case, golden_net
+from tests.support.golden_data import exact, golden_case, golden_net, golden_tensors, group
 from tests.support.nets import batch_norm_net
 
 
@@ -36,15 +34,13 @@ def golden_loss(variant, net, beta):
 
 @pytest.mark.parametrize("variant", ["at", "trades"])
 def test_one_update_is_the_authors(variant):
-    tensors = load_file(GOLDEN / "awp.safetensors")
-    hyper = json.loads((GOLDEN / "awp.json").read_text())["hyperparameters"]
+    tensors, hyper = golden_tensors("awp")
 
     def expect(what, values):
-        prefix = f"out/{variant}/{what}/"
-        theirs = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        theirs = group(tensors, f"out/{variant}/{what}/")
         assert values.keys() == theirs.keys()
         for name, value in values.items():
-            torch.testing.assert_close(value.detach(), theirs[name], **TOLERANCE)
+            exact(value.detach(), theirs[name])
 
     net = golden_net().train()
     loss_of = golden_loss(variant, net, hyper[variant].get("beta"))
@@ -64,7 +60,7 @@ def test_one_update_is_the_authors(variant):
         loss = loss_of()
         loss.backward()
         optimizer.step()
-    torch.testing.assert_close(loss.detach(), tensors[f"out/{variant}/loss"], **TOLERANCE)
+    exact(loss.detach(), tensors[f"out/{variant}/loss"])
     expect("grad", {name: parameter.grad for name, parameter in net.named_parameters()})
     expect("param_after", dict(net.named_parameters()))
     expect("buffer_after", dict(net.named_buffers()))

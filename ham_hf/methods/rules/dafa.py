@@ -17,15 +17,14 @@ from torch import Tensor
 
 from ham_hf.attacks import Attack
 from ham_hf.methods.base import TradesOrPGDAT
-from ham_hf.methods.class_rule import RadiusRule, WeightRule
-from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.class_rule import FirstTermRule, RadiusRule
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, class_sums, statistics_dtype
 from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class DAFARule(RadiusRule, WeightRule):
+class DAFARule(RadiusRule, FirstTermRule):
     """Class weights from class similarity, used as loss weights and as factors of epsilon and step size."""
 
     name: ClassVar[str] = "dafa"
@@ -60,13 +59,6 @@ class DAFARule(RadiusRule, WeightRule):
         if epoch < self.dafa_start_epoch:
             return None
         return state["weight"] * attack.threat_model.epsilon, state["weight"] * attack.step_size
-
-    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """Weigh the first term; KL terms are not weighted."""
-        if epoch < self.dafa_start_epoch:
-            return None
-        others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
-        return torch.stack([state["weight"], *others])
 
 
 DAFA = method_of(DAFARule, TradesOrPGDAT)

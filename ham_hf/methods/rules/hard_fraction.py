@@ -21,19 +21,19 @@ from torch import Tensor
 
 from ham_hf.attacks import predicted
 from ham_hf.methods.base import BuiltOnLoss
-from ham_hf.methods.class_rule import WeightRule
-from ham_hf.methods.losses import BaseLoss
+from ham_hf.methods.class_rule import FirstTermRule
 from ham_hf.methods.rule_method import method_of
 from ham_hf.methods.state import State, flagged_counts
 from ham_hf.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class HardFractionRule(WeightRule):
+class HardFractionRule(FirstTermRule):
     """Weight of each class from its share of misclassified examples in the epochs before."""
 
     name: ClassVar[str] = "hard_fraction"
     summary: ClassVar[str] = "class weights from each class's share of hard examples in the epochs before (ours)"
+    unrecorded: ClassVar = {"hard_fraction_decay": 0.0}
 
     hard_fraction_strength: float = setting(
         1.0, "s of the class weights 1 + 2 s (hard fraction - mean over classes)", above=0
@@ -74,13 +74,6 @@ class HardFractionRule(WeightRule):
         )
         state["weight"] = self.hard_fraction_decay * state["weight"] + (1 - self.hard_fraction_decay) * found
         state["counts"].zero_()
-
-    def class_weight(self, state: State, loss: BaseLoss, *, epoch: int) -> Tensor | None:
-        """Weigh the first term alone."""
-        if epoch < self.warmup_epochs:
-            return None
-        others = [torch.ones_like(state["weight"])] * (loss.num_terms - 1)
-        return torch.stack([state["weight"], *others])
 
 
 HardFraction = method_of(HardFractionRule, BuiltOnLoss)

@@ -5,26 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ham_hf.attacks import ThreatModel, input_gradient
+from ham_hf.attacks import input_gradient
 from ham_hf.methods import CFA
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    assert_loss_and_gradients,
-    attack_of,
-    exact,
-    golden_batch,
-    golden_tensors,
-    initial_states,
-    rows_of,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_tensors, starting_at
+from tests.support.method_checks import CFA_OPTIONS, assert_loss_and_gradients, attack_of, initial_states, rows_of
 
 TENSORS, HYPER = golden_tensors("cfa")
-OPTIONS = {
-    "cfa_lambda1": HYPER["lambda_1"],
-    "cfa_lambda2": HYPER["lambda_2"],
-    "cfa_start_epoch": HYPER["begin"],
-    "beta": HYPER["beta"],
-}
 
 
 def states_of(objective, accuracies):
@@ -36,7 +22,7 @@ def states_of(objective, accuracies):
 @pytest.mark.parametrize("rule", [0, 1, 2])
 @pytest.mark.parametrize("when", ["before_begin", "from_begin"])
 def test_class_radius_and_beta_follow_the_authors_rules(rule, when):
-    cfa = CFA(**OPTIONS)
+    cfa = CFA(**CFA_OPTIONS)
     epoch = HYPER["begin"] - (when == "before_begin")
     state = states_of(cfa, TENSORS["in/class_robust_acc"][rule])["cfa"]
     expected = TENSORS[f"out/rule/{rule}/{when}/class_eps"]
@@ -63,7 +49,7 @@ def test_accuracy_of_a_class_is_of_its_own_count_where_the_authors_take_balanced
 
 
 def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
-    cfa, net = CFA(base_loss="pgd_at", **OPTIONS), golden_net()
+    cfa, net = CFA(base_loss="pgd_at", **CFA_OPTIONS), golden_net()
     states = states_of(cfa, TENSORS["in/class_robust_acc"][0])
     x, y = golden_batch(HYPER["rows"])
     noise = TENSORS["in/unit_noise"].double()
@@ -83,9 +69,7 @@ def test_pgd_variant_differs_from_the_authors_by_the_mode_of_the_attack_alone():
     for _ in range(HYPER["num_steps"]):
         ours = (ours + HYPER["step_size"] * input_gradient(net, ours, y).sign()).clamp(x - radius, x + radius)
         ours = ours.clamp(0, 1)
-    start = lambda self, images, generator=None: theirs  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThreatModel, "random_start", start)
+    with starting_at(uniform=theirs - x):
         batch = rows_of(cfa, net, x, y, attack=attack_of(HYPER), epoch=10, states=states)
     exact(batch.x, ours, 1e-12)
     # On the authors' images the loss and its gradient are the authors'.

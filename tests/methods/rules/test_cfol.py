@@ -7,7 +7,8 @@ import torch
 
 from ham_hf.methods import HAM, BaseLoss, TradesLoss, TrainingRows
 from ham_hf.methods.rules.cfol import CFOL, CFOLRule
-from tests.support.method_checks import attack_of, exact, golden_tensors, initial_states
+from tests.support.golden_data import exact, golden_tensors
+from tests.support.method_checks import attack_of, initial_states
 
 TENSORS, HYPER = golden_tensors("cfol")
 OPTIONS = {"cfol_gamma": HYPER["gamma"], "cfol_eta": HYPER["eta"]}

@@ -7,19 +7,11 @@ import torch
 
 from ham_hf.attacks import input_gradient
 from ham_hf.methods import DAFA, PGDAT, Batch
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    attack_of,
-    exact,
-    golden_batch,
-    golden_noise,
-    golden_tensors,
-    initial_states,
-    rows_of,
-    update_loss,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors
+from tests.support.method_checks import attack_of, initial_states, rows_of, update_loss
 
 TENSORS, HYPER = golden_tensors("dafa")
+WEIGHT = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
 
 
 def weights_from(probabilities, labels, scale, num_classes):
@@ -43,15 +35,14 @@ def test_class_weights_are_the_authors_but_for_negative_ones(table, scale):
     assert float(expected.sum()) == pytest.approx(len(expected))
 
 
-def state_with(weight):
-    states = initial_states(DAFA())
+def state_with(weight, method=DAFA()):  # noqa: B008 (frozen)
+    states = initial_states(method)
     states["dafa"]["weight"] = weight
     return states
 
 
 def test_radii_and_sums_of_probabilities_are_the_authors():
-    weight = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
-    dafa, states, (x, y) = DAFA(dafa_start_epoch=1), state_with(weight), golden_batch(HYPER["rows"])
+    dafa, states, (x, y) = DAFA(dafa_start_epoch=1), state_with(WEIGHT), golden_batch(HYPER["rows"])
     batch = dafa.with_class_radii(Batch(x=x, y=y, attack=attack_of(HYPER), epoch=1, states=states))
     exact(batch.attack.threat_model.epsilon, TENSORS["out/eps_per_example"], 1e-12)
     exact(batch.attack.step_size, TENSORS["out/step_per_example"], 1e-12)
@@ -61,11 +52,10 @@ def test_radii_and_sums_of_probabilities_are_the_authors():
 
 
 def test_pgd_variant_differs_from_the_authors_by_their_second_unweighted_step_alone():
-    weight = TENSORS[f"out/class_weights/{HYPER['loss_table']}/lambda{HYPER['loss_lambda']}"]
-    dafa, states, net = DAFA(base_loss="pgd_at", dafa_start_epoch=1), state_with(weight), golden_net()
+    dafa, states, net = DAFA(base_loss="pgd_at", dafa_start_epoch=1), state_with(WEIGHT), golden_net()
     x, y = golden_batch(HYPER["rows"])
     epsilon, step = HYPER["epsilon"], HYPER["step_size"]
-    eps_c, step_c = (weight[y] * value for value in (epsilon, step))
+    eps_c, step_c = (WEIGHT[y] * value for value in (epsilon, step))
     theirs = x + 0.001 * golden_noise("normal", HYPER["rows"])
     for _ in range(HYPER["num_steps"]):
         sign = input_gradient(net, theirs, y).sign()
@@ -108,8 +98,7 @@ def test_pgd_at_with_dafa_is_dafa_on_pgd_at():
     x, y = golden_batch(16)
     net, found = golden_net(), []
     for objective in (combined, own):
-        states = initial_states(objective)
-        states["dafa"]["weight"] = weight
+        states = state_with(weight, objective)
         batch = rows_of(objective, net, x, y, attack=attack_of(HYPER), epoch=1, states=states, seed=0)
         found.append((batch.x, *objective.weigh(batch, epoch=1, states=states)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

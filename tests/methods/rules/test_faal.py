@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ham_hf.methods.rules.faal import FAAL, worst_case_weights
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import exact, golden_batch, golden_tensors, initial_states
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_tensors
+from tests.support.method_checks import initial_states
 
 TENSORS, HYPER = golden_tensors("faal")
 ROWS = HYPER["rows"]

@@ -9,19 +9,8 @@ from torch.nn import functional as F
 from ham_hf.attacks import input_gradient
 from ham_hf.methods import HAM, Batch
 from ham_hf.methods.rules.frl import FRL
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import (
-    attack_of,
-    exact,
-    golden_batch,
-    golden_frl,
-    golden_noise,
-    golden_tensors,
-    initial_states,
-    rows_of,
-    starting_at,
-    update_loss,
-)
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
+from tests.support.method_checks import attack_of, golden_frl, initial_states, rows_of, update_loss
 
 TENSORS, HYPER = golden_tensors("frl")
 ATTACK = attack_of(HYPER)
@@ -70,9 +59,8 @@ def test_held_out_counts_by_hand():
     x_adv = (x + golden_noise("uniform", 32)).clamp(0, 1)
     epsilon = HYPER["epsilon"]
     for _ in range(20):
-        x_adv = (
-            (x_adv + epsilon / 4 * input_gradient(net, x_adv, y).sign()).clamp(x - epsilon, x + epsilon).clamp(0, 1)
-        )
+        x_adv = x_adv + epsilon / 4 * input_gradient(net, x_adv, y).sign()
+        x_adv = x_adv.clamp(x - epsilon, x + epsilon).clamp(0, 1)
     expected = torch.zeros(3, 10, dtype=torch.float64)
     clean, robust = net(x).argmax(1), net(x_adv).argmax(1)
     for i, label in enumerate(y.tolist()):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from ham_hf.attacks import evaluation_mode, pgd
 from ham_hf.methods import BASE_LOSSES, Batch
 from ham_hf.methods.rules.wat import WAT, hedge_weights, mean_costs
-from tests.support.golden_data import golden_net
-from tests.support.method_checks import attack_of, exact, golden_batch, golden_noise, golden_tensors, starting_at
+from tests.support.golden_data import exact, golden_batch, golden_net, golden_noise, golden_tensors, starting_at
+from tests.support.method_checks import attack_of
 
 TENSORS, HYPER = golden_tensors("wat")
 OPTIONS = {"beta": HYPER["beta"], "wat_eta": HYPER["eta"]}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import subprocess
 import time
 
-import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,6 +17,7 @@ from ham_hf.evaluation import Workplace, evaluate, memory_layout, standard_attac
 from ham_hf.evaluation.autoattack import evaluate_autoattack
 from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.reporting.report import read_report
+from tests.faults.same_runs import Program
 from tests.support.nets import TensorImages, Watched, group_norm_net
 from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_module
 
@@ -66,9 +64,8 @@ def assert_same(found, expected):
 
 
 def differ(found, others):
-    return any(
-        not torch.equal(ours.predictions, theirs.predictions) for ours, theirs in zip(found, others, strict=True)
-    )
+    pairs = zip(found, others, strict=True)
+    return any(not torch.equal(ours.predictions, theirs.predictions) for ours, theirs in pairs)
 
 
 KINDS = pytest.mark.parametrize("run", [pgd_results, auto_results], ids=["pgd", "autoattack"])
@@ -105,7 +102,10 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(run, accelerator, tmp_p
     "change", ["weights", "network", "pixels", "labels", "epsilon", "seed", "batch_size", "attack", "damaged file"]
 )
 def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_path, quick_autoattack):
-    net, images, options = group_norm_net().float(), split(), {}
+    net, images = group_norm_net().float(), split()
+    threat, attack = ThreatModel("linf", 0.051), {"num_steps": 2} if run is pgd_results else {"num_examples": 30}
+    changed = {"epsilon": {"threat": threat}, "seed": {"seed": 5}, "batch_size": {"batch_size": 11}, "attack": attack}
+    options = changed.get(change, {})
     run(net, images, accelerator, tmp_path)
     if change == "weights":
         with torch.no_grad():
@@ -116,15 +116,9 @@ def test_results_of_something_else_are_never_used(run, change, accelerator, tmp_
         images.x[0] = 1 - images.x[0]
     elif change == "labels":
         images.labels[-1] = (images.labels[-1] + 1) % 4
-    elif change == "attack":
-        options = {"num_steps": 2} if run is pgd_results else {"num_examples": 30}
     elif change == "damaged file":
         for path in (tmp_path / PARTIAL_RESULTS).rglob("*.json"):
             path.write_text(path.read_text()[: -len("}")])
-    else:
-        options = {"epsilon": {"threat": ThreatModel("linf", 0.051)}, "seed": {"seed": 5}}.get(
-            change, {"batch_size": 11}
-        )
     watched = Watched(net)
     assert_same(run(watched, images, accelerator, tmp_path, **options), run(net, images, accelerator, **options))
     fresh = Watched(net)
@@ -238,16 +232,10 @@ def test_training_killed_in_its_evaluation_goes_on_with_it(before, after, tmp_pa
 
 def kill_when_kept(command, folder, stage, env):
     """Start a run and end it with SIGKILL as soon as it has finished a batch of a stage."""
-    run = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    run = Program(command, env)
     deadline = time.monotonic() + 400
     while not list((folder / PARTIAL_RESULTS).glob(f"*/{stage}-*.json")) and time.monotonic() < deadline:
         assert run.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
-    # Workers of a launcher are in sessions of their own.
-    for process in [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    run.wait()
+    run.kill()
     assert list((folder / PARTIAL_RESULTS).glob(f"*/{stage}-*.json"))
