@@ -59,7 +59,7 @@ browser:  ## report.html and leaderboard.html in a headless Chromium; skips alou
 release-check:  ## all of a release but the upload: build, check, install without the checkout, every command once
 	$(PYTHON) -m tests.release_check
 
-house:  ## size and shape of the package: lines, modules, long functions, repeats; tests/test_house.py holds the limits
+house:  ## size and shape of the package and its tests: lines, modules, long functions, repeats; tests/test_house.py holds the limits
 	$(PYTHON) -m tests.house
 
 format:  ## let ruff rewrite what it can

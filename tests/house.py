@@ -1,4 +1,4 @@
-"""Size and shape of the package, measured from its source: ``make house``; tests/test_house.py holds the limits.
+"""Size and shape of the package and its tests, measured from the source: ``make house``; test_house.py has the limits.
 
 What is counted is our choice. Lines are physical lines. A *single importer* is a module that exactly one other module
 imports; methods (also FAWA and AWP, a paper each), class rules and commands, which users call, are made to be so and
@@ -21,12 +21,7 @@ MAX_LINES_OF_A_FUNCTION = 70
 MAX_PARAMETERS, MAX_WITH_OPTIONS = 8, 12
 """Parameters of a function; of one whose options are keywords, such as `pgd`."""
 CLONE_LINES = 6
-PLUGINS = (
-    "ham_hf.methods.",
-    "ham_hf.commands",
-    "ham_hf.training.averaging",
-    "ham_hf.training.weight_perturbation",
-)
+PLUGINS = ("ham_hf.methods.", "ham_hf.commands", "ham_hf.training.averaging", "ham_hf.training.weight_perturbation")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -65,6 +60,12 @@ def measure(root: Path = ROOT, package: str = "ham_hf") -> House:
         },
         clones=_clones(paths, trees),
     )
+
+
+def lines_of_tests(root: Path = ROOT) -> int:
+    """Lines of everything below ``tests`` but the benchmarks."""
+    paths = {*(root / "tests").rglob("*.py")} - {*(root / "tests/benchmarks").rglob("*.py")}
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
 
 
 def _dotted(path: Path) -> str:
@@ -145,6 +146,7 @@ def main() -> int:
     print(f"{sum(house.lines.values())} lines in {len(house.lines)} modules")
     for room, count in sorted(rooms.items(), key=lambda entry: -entry[1]):
         print(f"  {count:6} {room}")
+    print(f"{lines_of_tests()} lines of tests without the benchmarks")
     for title, found in (
         ("modules with a single importer", list(house.single_importers.items())),
         (f"functions of more than {MAX_LINES_OF_A_FUNCTION} lines", list(house.long_functions.items())),

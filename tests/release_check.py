@@ -52,17 +52,9 @@ RUNS = {
     "page": [["page", "run"], ["page", "run", "evaluation/run", "--output", "both.html"]],
     "push": [["push", "run", "--hub_model_id", "me/robust"], ["push", "me/robust", "--repair"]],
 }
-LEFT_BEHIND = (
-    "run/model.safetensors",
-    "run/README.md",
-    "run/report.html",
-    "both.html",
-    "launched/report.json",
-    "evaluation/run/report.json",
-    "planned/ham/seed0/report.json",
-    "corrupted/report.json",
-    "compared/comparison.md",
-    "compared/leaderboard.html",
+LEFT_BEHIND = shlex.split(
+    "run/model.safetensors run/README.md run/report.html both.html launched/report.json evaluation/run/report.json "
+    "planned/ham/seed0/report.json corrupted/report.json compared/comparison.md compared/leaderboard.html"
 )
 WHERE = "import ham_hf, sys; sys.stdout.write(f'{ham_hf.__file__} {ham_hf.__version__}')"
 

@@ -79,15 +79,9 @@ def test_one_step_climbs_most_for_its_length(norm):
 def test_pgd_gives_the_authors_examples(dtype, tolerance):
     case, net = golden_case("pgd_at"), golden_net().to(dtype)
     hyper = case.parameters
-    x_adv = pgd(
-        net,
-        case.x.to(dtype),
-        case.y,
-        threat_model=ThreatModel("linf", hyper["epsilon"]),
-        num_steps=hyper["num_steps"],
-        step_size=hyper["step_size"],
-        start=case.start.to(dtype),
-    )
+    attack = {"threat_model": ThreatModel("linf", hyper["epsilon"]), "start": case.start.to(dtype)}
+    attack |= {name: hyper[name] for name in ("num_steps", "step_size")}
+    x_adv = pgd(net, case.x.to(dtype), case.y, **attack)
     assert x_adv.dtype == dtype
     torch.testing.assert_close(x_adv.double(), case.out["x_adv"], rtol=0, atol=tolerance)
 
@@ -96,21 +90,11 @@ def test_pgd_gives_the_authors_examples(dtype, tolerance):
 def test_a_row_does_not_depend_on_its_batch_and_steps_can_be_split(norm):
     case, net = golden_case("pgd_at"), golden_net()
     epsilon = torch.linspace(0.005, 0.05, len(case.y), dtype=torch.float64)
-    whole = pgd(
-        net, case.x, case.y, threat_model=ThreatModel(norm, epsilon), num_steps=5, step_size=0.004, start=case.start
-    )
-    rows = torch.tensor([3, 17, 40])
-    part = case.start[rows]
+    threat, rows = ThreatModel(norm, epsilon), torch.tensor([3, 17, 40])
+    whole = pgd(net, case.x, case.y, threat_model=threat, num_steps=5, step_size=0.004, start=case.start)
+    part, attack = case.start[rows], {"threat_model": threat.rows(rows), "step_size": 0.004}
     for steps in (2, 3):
-        part = pgd(
-            net,
-            case.x[rows],
-            case.y[rows],
-            threat_model=ThreatModel(norm, epsilon).rows(rows),
-            num_steps=steps,
-            step_size=0.004,
-            start=part,
-        )
+        part = pgd(net, case.x[rows], case.y[rows], num_steps=steps, start=part, **attack)
     torch.testing.assert_close(part, whole[rows], **TOLERANCE)
     assert (distance(whole, case.x, norm) <= epsilon + 1e-12).all()
 

@@ -91,16 +91,8 @@ def write_config(folder: Path, changes: dict[str, Any], cfg: dict[str, Any]) -> 
 
 
 def form(**changes: object) -> dict[str, Any]:
-    record = {
-        "architecture": "test_resnet",
-        "model_args": {},
-        "image_size": 32,
-        "interpolation": "bilinear",
-        "crop_pct": 1.0,
-        "upsample": 1,
-        **changes,
-    }
-    return {"ham_hf": {"trained_form": record}}
+    record = {"architecture": "test_resnet", "model_args": {}, "image_size": 32, "interpolation": "bilinear"}
+    return {"ham_hf": {"trained_form": record | {"crop_pct": 1.0, "upsample": 1, **changes}}}
 
 
 def test_the_honest_configuration_loads(folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -111,47 +103,35 @@ def test_the_honest_configuration_loads(folder: Path, weights: dict[str, torch.T
 
 
 BAD = 10**9
+NO_ARCHITECTURES = ("../../evil", "hf-hub:evil/model", "local-dir:/tmp", "__class__")
+FORBIDDEN = {"checkpoint_path": "bomb.bin", "pretrained_strict": False, "features_only": True, "device": "meta"}
+FORBIDDEN |= {name: {"file": "bomb.bin"} for name in ("pretrained_cfg", "pretrained_cfg_overlay")}
+HUGE = ({"layers": [1, 1, 1, 10**6]}, {"channels": [10**6] * 4}, {"stem_width": 10**6})
 HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"architecture": "../../evil"}, {}, "no architecture '../../evil'"),
-    ({"architecture": "hf-hub:evil/model"}, {}, "no architecture 'hf-hub:evil/model'"),
-    ({"architecture": "local-dir:/tmp"}, {}, "no architecture 'local-dir:/tmp'"),
-    ({"architecture": "__class__"}, {}, "no architecture '__class__'"),
+    *(({"architecture": name}, {}, f"no architecture '{name}'") for name in NO_ARCHITECTURES),
     ({"architecture": "reznet18"}, {}, "no architecture 'reznet18'; nearest"),
     ({"architecture": "x" * 10_000}, {}, "no architecture 'xxx"),
     ({"architecture": "\u202e\x1b[31m\x00"}, {}, r"no architecture '\\u202e\\x1b\[31m\\x00'"),
     ({"architecture": ["resnet18"]}, {}, "architecture should be the name"),
     ({"architecture": None}, {}, "architecture should be the name"),
-    ({"model_args": {"checkpoint_path": "bomb.bin"}}, {}, "model_args checkpoint_path cannot be set"),
-    ({"model_args": {"pretrained_cfg": {"file": "bomb.bin"}}}, {}, "model_args pretrained_cfg cannot be set"),
-    ({"model_args": {"pretrained_cfg_overlay": {"file": "bomb.bin"}}}, {}, "pretrained_cfg_overlay cannot be set"),
-    ({"model_args": {"pretrained_strict": False}}, {}, "model_args pretrained_strict cannot be set"),
-    ({"model_args": {"features_only": True}}, {}, "model_args features_only cannot be set"),
-    ({"model_args": {"device": "meta"}}, {}, "model_args device cannot be set"),
+    *(({"model_args": {name: value}}, {}, f"model_args {name} cannot be set") for name, value in FORBIDDEN.items()),
     ({"model_args": {"__class__": "os.system"}}, {}, "__class__"),
     ({"model_args": {"unknown": 1}}, {}, "unknown"),
     ({"model_args": [1, 2]}, {}, "model_args should be an object"),
     ({"model_args": {"num_classes": BAD}}, {}, "model_args num_classes should hold numbers up to 1000000"),
     ({"model_args": {"layers": [1, 1, 1, BAD]}}, {}, "model_args layers should hold numbers up to 1000000"),
-    ({"model_args": {"layers": [1, 1, 1, 10**6]}}, {}, "cannot be built .*weights do not fill"),
-    ({"model_args": {"channels": [10**6] * 4}}, {}, "cannot be built .*weights do not fill"),
-    ({"model_args": {"stem_width": 10**6}}, {}, "cannot be built .*weights do not fill"),
-    ({"num_classes": BAD}, {}, "num_classes should be a whole number"),
+    *(({"model_args": args}, {}, "cannot be built .*weights do not fill") for args in HUGE),
     ({"num_classes": 10**6}, {}, "cannot be built .*(weights do not fill|size mismatch)"),
-    ({"num_classes": "3"}, {}, "num_classes should be a whole number"),
-    ({"num_classes": -1}, {}, "num_classes should be a whole number"),
-    ({"num_classes": 3.5}, {}, "num_classes should be a whole number"),
+    *(({"num_classes": number}, {}, "num_classes should be a whole number") for number in (BAD, "3", -1, 3.5)),
     ({"num_classes": float("nan")}, {}, "NaN is not a JSON number"),
-    ({"label_names": 3}, {}, "label_names should be"),
-    ({"label_names": [1, 2, 3]}, {}, "label_names should be"),
+    *(({"label_names": names}, {}, "label_names should be") for names in (3, [1, 2, 3])),
     ({"pretrained_cfg": 3}, {}, "pretrained_cfg should be an object"),
     ({}, {"input_size": None}, "input_size"),
     ({}, {"input_size": [3, BAD, BAD]}, "input_size should be channels, height and width"),
-    ({}, {"input_size": [3, 32]}, "input_size should be channels"),
-    ({}, {"input_size": "332"}, "input_size should be channels"),
+    *(({}, {"input_size": size}, "input_size should be channels") for size in ([3, 32], "332")),
     ({}, {"mean": [float("inf")] * 3}, "Infinity is not a JSON number"),
     ({}, {"mean": "zero"}, "mean should be"),
-    ({}, {"std": [0, 1, 1]}, "std should be"),
-    ({}, {"std": []}, "std should be"),
+    *(({}, {"std": value}, "std should be") for value in ([0, 1, 1], [])),
     ({}, {"crop_pct": "all"}, "crop_pct should be"),
     ({}, {"test_crop_pct": ["1"]}, "test_crop_pct should be"),
     ({}, {"test_input_size": 256}, "test_input_size should be"),
@@ -159,10 +139,8 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"first_conv": {"a": 1}}, "first_conv should be"),
     ({}, {"nested": 1}, "nested"),
     ({"ham_hf": [1]}, {}, "is not one of a timm model"),
-    ({"ham_hf": {"epsilon": "8/255"}}, {}, "epsilon should be a number"),
-    ({"ham_hf": {"epsilon": -1}}, {}, "epsilon should be a number"),
-    ({"ham_hf": {"norm": "l0; rm"}}, {}, "norm should be linf or l2"),
-    ({"ham_hf": {"norm": ["linf"]}}, {}, "norm should be linf or l2"),
+    *(({"ham_hf": {"epsilon": value}}, {}, "epsilon should be a number") for value in ("8/255", -1)),
+    *(({"ham_hf": {"norm": value}}, {}, "norm should be linf or l2") for value in ("l0; rm", ["linf"])),
     ({"ham_hf": {"test_fraction": True}}, {}, "test_fraction should be"),
     ({"ham_hf": {"dataset": {}}}, {}, "dataset should be a name"),
     ({"ham_hf": {"trained_form": 3}}, {}, "damaged ham_hf.trained_form"),
@@ -172,8 +150,7 @@ HOSTILE_CONFIGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (form(model_args={"checkpoint_path": "bomb.bin"}), {}, "damaged .*checkpoint_path"),
     (form(model_args=None), {}, "damaged .*model_args should be"),
     (form(image_size=BAD), {}, "damaged .*image_size should be"),
-    (form(upsample=BAD), {}, "damaged .*upsample should be"),
-    (form(upsample=0), {}, "damaged .*upsample should be"),
+    *((form(upsample=factor), {}, "damaged .*upsample should be") for factor in (BAD, 0)),
     (form(crop_pct=[]), {}, "damaged .*crop_pct should be"),
     (form(crop_mode="stretch"), {}, r"damaged ham_hf\.trained_form .*crop_mode should be one of"),
 ]
@@ -193,18 +170,19 @@ def test_a_hostile_configuration_is_refused_by_name(folder, changes, cfg, messag
 
 
 def test_a_configuration_of_another_depth_encoding_or_size_is_refused(folder: Path) -> None:
+    def refuse(message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            load_pixel_model(str(folder))
+
     for text in ("[" * 10_000 + "]" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000):
         (folder / "config.json").write_text(f'{{"architecture": "test_resnet", "model_args": {{"x": {text}}}}}')
-        with pytest.raises(ValueError, match="nested too deeply"):
-            load_pixel_model(str(folder))
+        refuse("nested too deeply")
     for data in (b"\xff\xfe{}", b"{", b"{}"):
         (folder / "config.json").write_bytes(data)
-        with pytest.raises(ValueError, match="is not one of a timm model"):
-            load_pixel_model(str(folder))
+        refuse("is not one of a timm model")
     with (folder / "config.json").open("wb") as file:
         file.truncate(10**9)
-    with pytest.raises(ValueError, match="1000000000 bytes"):
-        load_pixel_model(str(folder))
+    refuse("1000000000 bytes")
 
 
 def test_training_from_a_hostile_configuration_is_refused_too(folder: Path) -> None:
@@ -228,13 +206,9 @@ def test_places_of_other_weights_are_ignored(folder: Path, weights: dict[str, to
     assert not (folder / "unpickled").exists()
 
 
+NUMBERS = st.integers(-(10**30), 10**30) | st.floats()
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(ROGUE),
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | st.sampled_from(ROGUE),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
@@ -292,10 +266,10 @@ HOSTILE_WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE_WEIGHTS)
-def test_hostile_weights_are_refused_by_name(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("content", HOSTILE_WEIGHTS.values(), ids=HOSTILE_WEIGHTS)
+def test_hostile_weights_are_refused_by_name(folder: Path, content: bytes) -> None:
     write_config(folder, {}, {})
-    (folder / "model.safetensors").write_bytes(HOSTILE_WEIGHTS[kind])
+    (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=str(folder)):
         load_pixel_model(str(folder))
 
@@ -390,17 +364,12 @@ def test_images_of_this_machine_cannot_be_asked_for(tmp_path: Path) -> None:
             "print(len(open_source(DataConfig(dataset_name='evil/honest')).splits['train']))\n"
             "open_source(DataConfig(dataset_name='evil/rogue'))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            env=hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        env = hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == ["10", "rogue True", "liar True", "10"], done.stderr[-2000:]
-    assert (
-        "ValueError: --dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file" in done.stderr
-    )
+    said = "--dataset_name evil/rogue: split 'train', row 9 holds no image, it names the file"
+    assert f"ValueError: {said}" in done.stderr
 
 
 def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys, monkeypatch):
@@ -413,18 +382,16 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     images = [PILImage.fromarray(random.integers(0, 256, (8, 8, 3), dtype="uint8")) for _ in range(10 * len(ROGUE))]
     rows = {"image": images, "label": list(range(len(ROGUE))) * 10}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(source / "data/train-0.parquet")
-    (source / "README.md").write_text(
-        "---\nlicense: &a [*a]\nconfigs: !!python/object/apply:os.system ['touch owned']\n---"
-    )
+    rogue = "license: &a [*a]\nconfigs: !!python/object/apply:os.system ['touch owned']"
+    (source / "README.md").write_text(f"---\n{rogue}\n---")
     command = [word for word in SMALL if not word.startswith(("--dataset_name", "in_chans", "--limit"))]
     command += ["--max_steps=2", "--per_device_train_batch_size=16", "--save_total_limit=1"]
     before = set(tmp_path.rglob("*"))
     command += [f"--dataset_name={source}", "--output_dir=run"]
     # A card that is no YAML is an error that names the dataset.
     assert "error: --dataset_name" in refused(capsys, "train_ham.py", *command)
-    (source / "README.md").write_text(
-        "---\nlicense: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data\n---\n<script>"
-    )
+    card = "license: '../../x'\nconfigs:\n- config_name: default\n  data_dir: data"
+    (source / "README.md").write_text(f"---\n{card}\n---\n<script>")
     recipe_module("train_ham.py").main(command)
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
@@ -456,13 +423,9 @@ def test_a_run_on_rogue_names_stays_in_its_folder_and_its_card(tmp_path, capsys,
     # And compared with itself it is a table.
     recipe_module("compare.py").main(["run", "--output_dir=compared"])
     text = (tmp_path / "compared/comparison.md").read_text()
-    columns = [
-        {line.count("|") - line.count("\\|") for line in block.splitlines()}
-        for block in text.split("\n\n")
-        if block.startswith("|")
-    ]
-    assert columns
-    assert all(len(counts) == 1 for counts in columns)
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert tables
+    assert all(len({line.count("|") - line.count("\\|") for line in lines}) == 1 for lines in tables)
     assert "<" not in text
     names = {path.name for path in (tmp_path / "compared").iterdir()}
     assert all(re.fullmatch(r"comparison(_[a-z_]+)?\.[a-z]+", name) for name in names), names
@@ -508,9 +471,8 @@ def test_any_report_is_compared_or_refused(report: dict[str, Any], tmp_path: Pat
 
 def test_a_report_whose_method_has_impossible_settings_is_refused(report: dict[str, Any], tmp_path: Path) -> None:
     """Found by the test above: a card counts epochs from a setting that was no number."""
-    (tmp_path / "report.json").write_text(
-        json.dumps(report | {"config": report["config"] | {"mining_start_epoch": None}})
-    )
+    config = report["config"] | {"mining_start_epoch": None}
+    (tmp_path / "report.json").write_text(json.dumps(report | {"config": config}))
     with pytest.raises(ValueError, match="the settings of ham in the report: --mining_start_epoch None: expected"):
         write_card(read_report(tmp_path), tmp_path, repo_id=None, model_license="mit")
 

@@ -22,19 +22,10 @@ from tests.support.hub_server import BOTH_WAYS, Hub, content, use_hub
 
 WRITER, READER, STRANGER = "hf_writer0123456789", "hf_reader0123456789", "hf_stranger0123456789"
 TOKENS = {WRITER: "me", READER: "me", STRANGER: "you"}
+FIGURES = ("per_class_accuracy", "training_curves", "confusion_pgd-20", "confusion_cw-20")
 PUSHED = {
-    "README.md",
-    "config.json",
-    "figures/per_class_accuracy.png",
-    "figures/training_curves.png",
-    "figures/confusion_pgd-20.png",
-    "figures/confusion_cw-20.png",
-    "metrics.jsonl",
-    "model.safetensors",
-    "predictions.parquet",
-    "report.html",
-    "report.json",
-    "train_config.yaml",
+    *("README.md", "config.json", "metrics.jsonl", "model.safetensors", "predictions.parquet", "report.html"),
+    *("report.json", "train_config.yaml", *(f"figures/{name}.png" for name in FIGURES)),
 }
 STRIP = "figures/adversarial_examples.png"
 IMAGES = {STRIP, "image.png"}
@@ -55,13 +46,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("finished")
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10).eval()
-    timm.models.save_for_hf(
-        model,
-        folder,
-        safe_serialization=True,
-        model_config={"label_names": list(DIGITS)},
-        data_config={"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"},
-    )
+    data_config = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bilinear"}
+    names = {"label_names": list(DIGITS)}
+    timm.models.save_for_hf(model, folder, safe_serialization=True, model_config=names, data_config=data_config)
     report = with_model(make_report(), architecture="test_resnet", upsample=1)
     write_report(report, folder)
     save_figures(report, folder, examples=None, train_log=())
@@ -122,15 +109,8 @@ def test_access_check_creates_repository_and_branch(hub: Hub) -> None:
         (WRITER, "public", False, "a b", r"--hub_revision a b: the Hub refused"),
     ],
 )
-def test_a_push_that_could_not_work_is_refused_before_training(
-    hub: Hub,
-    monkeypatch: pytest.MonkeyPatch,
-    token: str | None,
-    repo_id: str,
-    private: bool,
-    revision: str,
-    message: str,
-) -> None:
+def test_a_push_that_could_not_work_is_refused(hub, monkeypatch, token, repo_id, private, revision, message):
+    """Before training begins."""
     check_write_access("me/public", private=False)
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(ValueError, match=message) as caught:
@@ -178,18 +158,13 @@ def test_push_publishes_the_artifacts_and_nothing_else(hub: Hub, folder: Path, p
 
 
 @pytest.mark.parametrize(
-    ("dataset", "hub_id", "shown"),
-    [
-        ("/data/patients", None, False),
-        ("me/open", "me/open", True),
-        ("me/closed", "me/closed", False),
-        ("me/gone", "me/gone", False),
-    ],
+    ("dataset", "shown"), [("/data/patients", False), ("me/open", True), ("me/closed", False), ("me/gone", False)]
 )
-def test_images_are_published_of_public_datasets_alone(hub, folder, dataset, hub_id, shown):
+def test_images_are_published_of_public_datasets_alone(hub, folder, dataset, shown):
     repo_id = check_write_access("robust", private=False)
     for name in ("open", "closed"):
         HfApi().create_repo(f"me/{name}", repo_type="dataset", private=name == "closed")
+    hub_id = None if dataset.startswith("/") else dataset
     write_report(with_dataset(read_report(folder), name=dataset, hub_id=hub_id), folder)
     for name in IMAGES:
         (folder / name).write_bytes(b"images of the dataset")
@@ -260,9 +235,8 @@ def test_a_space_that_fails_loses_nothing_and_is_pushed_again(hub: Hub, folder: 
     hub.fail("POST /api/spaces/.*/commit/", status=403, times=1000)
     with pytest.raises(PushError, match="to the Space me/robust failed") as caught:
         push_folder(folder, repo_id, private=True, space=True)
-    assert str(caught.value).endswith(
-        f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_space"
-    )
+    command = f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_space"
+    assert str(caught.value).endswith(command)
     assert content(folder) == before
     assert_published(hub, folder)
     hub.faults.clear()

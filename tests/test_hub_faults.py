@@ -63,17 +63,10 @@ def refuse(status: int, **headers: str) -> Callable[[Hub, str], None]:
 
 
 FAULTS: dict[str, Callable[[Hub, str], None]] = {
-    "401": refuse(401),
-    "403": refuse(403),
-    "404": refuse(404),
-    "409": refuse(409),
-    "412": refuse(412),
+    **{str(status): refuse(status) for status in (401, 403, 404, 409, 412, 500, 502, 503)},
     "429": refuse(429, **{"Retry-After": "7"}),
     "429 for a day": refuse(429, **{"Retry-After": "86400"}),
     "429 by budget": refuse(429, RateLimit='"api";r=0;t=3000'),
-    "500": refuse(500),
-    "502": refuse(502),
-    "503": refuse(503),
     "reset": lambda hub, pattern: hub.disturb("drop", pattern, times=ALWAYS),
     "lost answer": lambda hub, pattern: hub.disturb("lose_reply", pattern, times=ALWAYS),
     "hanging": lambda hub, pattern: hub.disturb("hang", pattern, times=ALWAYS),

@@ -23,13 +23,8 @@ def model_of(case):
 
 def mine(model, case, **changes):
     hyper = case.parameters
-    settings = {
-        "threat_model": ThreatModel("linf", hyper["epsilon"]),
-        "num_steps": hyper["num_steps"],
-        "step_size": hyper["step_size"],
-        "mining_step": hyper["classify_step"],
-        "start": case.start,
-    }
+    settings = {"threat_model": ThreatModel("linf", hyper["epsilon"]), "start": case.start}
+    settings |= {"mining_step": hyper["classify_step"], **{name: hyper[name] for name in ("num_steps", "step_size")}}
     return mine_hard_examples(model, case.x, case.y, **settings | changes)
 
 
@@ -97,11 +92,9 @@ def test_largest_move_by_a_loop():
     case, net = golden_case("ham_m3"), golden_net()
     rows = slice(0, 16)
     x, y, start = case.x[rows], case.y[rows], case.start[rows]
-    threat = ThreatModel("linf", 0.024)
-    mined = mine_hard_examples(
-        net, x, y, threat_model=threat, num_steps=5, step_size=0.005, mining_step=2, start=start, track_moves=True
-    )
-    iterates = [pgd(net, x, y, threat_model=threat, num_steps=k, step_size=0.005, start=start) for k in range(5)]
+    attack = {"threat_model": ThreatModel("linf", 0.024), "step_size": 0.005, "start": start}
+    mined = mine_hard_examples(net, x, y, num_steps=5, mining_step=2, track_moves=True, **attack)
+    iterates = [pgd(net, x, y, num_steps=k, **attack) for k in range(5)]
     probabilities = [net(iterate).softmax(1) for iterate in iterates]
     moves = [(b - a).abs().sum(1) for a, b in itertools.pairwise(probabilities)]
     expected = torch.stack(moves).amax(0)[mined.hard]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 
 @pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
+def place():
+    return Workplace(accelerator=Accelerator(cpu=True), batch_size=16, seed=0)
 
 
 def attacked(net, split, num_steps, step_size, place, threat_model):
@@ -68,9 +69,8 @@ ENTRIES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-45, -1e-41, 1e-30, 3e38, -1e
     epsilon=st.floats(0, 1),
     per_example=st.booleans(),
 )
-def test_whatever_the_gradient_the_result_is_in_ball_and_box_and_spoiled_rows_stay(
-    norm, rows, seed, epsilon, per_example
-):
+def test_whatever_the_gradient_the_result_is_in_the_ball_and_spoiled_rows_stay(norm, rows, seed, epsilon, per_example):
+    """And in the box of pixels."""
     generator = torch.Generator().manual_seed(seed)
     gradients = torch.tensor(rows).view(-1, 1, 2, 2)
     x = torch.rand(gradients.shape, generator=generator)
@@ -117,16 +117,9 @@ def test_tiny_and_huge_gradients_keep_their_direction(norm, size):
 def test_a_row_with_a_nan_gradient_does_not_hold_up_the_others():
     gradients = torch.ones(3, 1, 2, 2)
     gradients[1, 0, 0, 1] = NAN
-    x = torch.full((3, 1, 2, 2), 0.5)
-    moved = pgd(
-        GivenGradient(gradients),
-        x,
-        torch.zeros(3, dtype=torch.long),
-        threat_model=ThreatModel("l2", 0.2),
-        num_steps=1,
-        step_size=0.1,
-        start=x,
-    )
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.long)
+    settings = {"threat_model": ThreatModel("l2", 0.2), "num_steps": 1, "step_size": 0.1}
+    moved = pgd(GivenGradient(gradients), x, y, start=x, **settings)
     torch.testing.assert_close(moved - x, torch.tensor([0.05, 0.0, 0.05]).view(3, 1, 1, 1).expand(3, 1, 2, 2))
 
 
@@ -169,9 +162,8 @@ def test_attack_loss_of_evaluation_is_plain_but_where_the_probability_rounds_to_
     assert torch.equal(values[~sure], expected[~sure])
     assert torch.equal(found.grad[~sure], plain.grad[~sure])
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-9}.get(dtype, 1e-2)
-    torch.testing.assert_close(
-        found.grad[sure].double(), exact_direction(logits, y)[sure], rtol=tolerance, atol=tolerance
-    )
+    exact = exact_direction(logits, y)[sure]
+    torch.testing.assert_close(found.grad[sure].double(), exact, rtol=tolerance, atol=tolerance)
     assert (plain.grad[sure][torch.arange(int(sure.sum())), y[sure]].abs() < 0.01).all()  # the direction that is lost
 
 
@@ -205,18 +197,14 @@ def trained_net():
 
 @pytest.mark.parametrize("precision", ["training", "bf16", "fp16"])
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.03), ("l2", 0.4)])
-def test_a_model_is_no_more_robust_for_being_sure(accelerator, trained_net, monkeypatch, norm, epsilon, precision):
+def test_a_model_is_no_more_robust_for_being_sure(place, trained_net, monkeypatch, norm, epsilon, precision):
     """Plain cross-entropy gives 25.0, 41.5 and 90.5 % (linf) for the same decisions; 14.0, 37.5 and 91.0 % (l2)."""
     split = TensorImages(*patterned(200, 1))
 
     def robust(factor):
         attack = Attack(threat_model=ThreatModel(norm, epsilon), num_steps=20, step_size=epsilon / 4)
-        results = evaluate(
-            attack_passes(Scaled(trained_net, factor), precision),
-            split,
-            standard_attacks(attack)[:1],
-            Workplace(accelerator=accelerator, batch_size=200, seed=0),
-        )
+        net = attack_passes(Scaled(trained_net, factor), precision)
+        results = evaluate(net, split, standard_attacks(attack)[:1], replace(place, batch_size=200))
         return float(results["pgd-20"].flags.double().mean())
 
     unscaled = robust(1)
@@ -249,29 +237,21 @@ def test_nan_logits_make_an_example_hard():
     spoiled = bright(x)
     assert 0 < spoiled.sum() < 8
     # NaN is the largest logit to argmax: class 0.
-    y = torch.where(spoiled, 0, net(x).argmax(1))
+    y, net = torch.where(spoiled, 0, net(x).argmax(1)), SpoiledWhere(net, bright)
+    attack = {"threat_model": ThreatModel("linf", 0.0), "num_steps": 2, "step_size": 0.0, "mining_step": 1}
     for classify_in_step in (False, True):
-        mined = mine_hard_examples(
-            SpoiledWhere(net, bright),
-            x,
-            y,
-            threat_model=ThreatModel("linf", 0.0),
-            num_steps=2,
-            step_size=0.0,
-            mining_step=1,
-            classify_in_step=classify_in_step,
-        )
+        mined = mine_hard_examples(net, x, y, classify_in_step=classify_in_step, **attack)
         assert torch.equal(mined.hard, spoiled)
         assert mined.x_adv.isfinite().all()
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_model_with_logits_that_are_not_finite_is_refused(accelerator, trained_net, tmp_path, value):
+def test_a_model_with_logits_that_are_not_finite_is_refused(place, trained_net, tmp_path, value):
     x, labels = patterned(64, 1)
     count = int(bright(x).sum())
     assert 0 < count < 64
     net, split = SpoiledWhere(trained_net, bright, value), TensorImages(x, labels)
-    place = Workplace(accelerator=accelerator, batch_size=16, seed=0, output_dir=tmp_path)
+    place = replace(place, output_dir=tmp_path)
     for _ in range(2):  # anew, and from what the first evaluation left on the disk
         with pytest.raises(NonFiniteLogitsError, match=rf"on {count} of 64 clean images.*weights are finite"):
             attacked(net, split, 2, 0.01, place, ThreatModel())
@@ -289,9 +269,9 @@ def held_above(count=24):
     return 0.31 + 0.6 * x, labels
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@norms
 def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
-    accelerator, trained_net, norm, caplog, quick_autoattack
+    place, trained_net, norm, caplog, quick_autoattack
 ):
     x, _ = held_above()
     net = SpoiledWhere(trained_net, darkened)
@@ -300,7 +280,7 @@ def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
     assert len(labels.unique()) > 1
     assert (labels == 0).any()
     split, epsilon = TensorImages(x, labels), {"linf": 0.05, "l2": 0.6}[norm]
-    place, threat = Workplace(accelerator=accelerator, batch_size=16, seed=0), ThreatModel(norm, epsilon)
+    threat = ThreatModel(norm, epsilon)
     with caplog.at_level(logging.WARNING):
         results = attacked(net, split, 3, epsilon, place, threat)
         results["autoattack"] = evaluate_autoattack(net, split, place, num_classes=4, threat_model=threat)
@@ -314,20 +294,15 @@ def test_under_attack_logits_that_are_not_finite_are_broken_and_warned_of(
     assert sum(map(sum, report.confusion)) == int((results["pgd-3"].predictions >= 0).sum())
 
 
-def test_autoattack_finds_logits_that_are_not_finite_whatever_the_label(accelerator, quick_autoattack):
+def test_autoattack_finds_logits_that_are_not_finite_whatever_the_label(place, quick_autoattack):
     """To argmax NaN is class 0: unguarded, the attacks took such an image of class 0 for one that withstands."""
     x, _ = held_above()
     certain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     with torch.no_grad():
         certain[1].weight.zero_()
         certain[1].bias.copy_(torch.tensor([9.0, 0.0, 0.0, 0.0]))
-    result = evaluate_autoattack(
-        SpoiledWhere(certain, darkened),
-        TensorImages(x, torch.zeros(24, dtype=torch.long)),
-        Workplace(accelerator=accelerator, batch_size=16, seed=0),
-        num_classes=4,
-        threat_model=ThreatModel("linf", 0.3),
-    )
+    net, split = SpoiledWhere(certain, darkened), TensorImages(x, torch.zeros(24, dtype=torch.long))
+    result = evaluate_autoattack(net, split, place, num_classes=4, threat_model=ThreatModel("linf", 0.3))
     assert not result.flags.any()
     assert (result.predictions == -1).all()
 
@@ -345,13 +320,12 @@ class NaNGradient(nn.Module):
 
 
 @norms
-def test_a_nan_gradient_breaks_nothing_by_itself(accelerator, trained_net, norm, quick_autoattack):
+def test_a_nan_gradient_breaks_nothing_by_itself(place, trained_net, norm, quick_autoattack):
     x, _ = patterned(24, 1)
     with torch.no_grad():
         labels = trained_net(x).argmax(1)
     split = TensorImages(x, labels)
     net, threat = NaNGradient(trained_net), ThreatModel(norm, 1e-6)
-    place = Workplace(accelerator=accelerator, batch_size=16, seed=0)
     results = attacked(net, split, 3, 1e-6, place, threat)
     results["autoattack"] = evaluate_autoattack(net, split, place, num_classes=4, threat_model=threat)
     assert all(result.flags.all() for result in results.values())
@@ -396,9 +370,7 @@ def finished_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "value"), [("fc.bias", NAN), ("conv1.weight", INF)])
-def test_evaluate_refuses_a_finished_folder_with_one_value_that_is_not_finite(
-    finished_folder, tmp_path, capsys, name, value
-):
+def test_evaluate_refuses_a_folder_with_one_value_that_is_not_finite(finished_folder, tmp_path, capsys, name, value):
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     weights = load_file(finished_folder / "model.safetensors")

@@ -24,12 +24,8 @@ from ham_hf.config import load_train_config
 from tests.support.exports import export, preprocessing, trained
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "recipes/README.md",
-    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
-)
+DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md", *DOCS)
 SHELL = ("bash", "sh", "shell")
 SEPARATORS = {"&&", "||", ";", "|", "&"}
 
@@ -45,11 +41,11 @@ class CodeBlock:
 
 def code_blocks(document: str) -> list[CodeBlock]:
     fence = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-    text = (ROOT / document).read_text()
-    return [
-        CodeBlock(match[1], match[2], f"{document}:{text.count(chr(10), 0, match.start()) + 1}")
-        for match in fence.finditer(text)
-    ]
+    text, blocks = (ROOT / document).read_text(), []
+    for match in fence.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        blocks.append(CodeBlock(match[1], match[2], f"{document}:{line}"))
+    return blocks
 
 
 def commands(block: CodeBlock) -> Iterator[list[str]]:

@@ -67,12 +67,8 @@ def test_recipe_is_self_contained_and_in_the_order_of_the_groups(path):
     assert set(names) >= SELF_CONTAINED
     method_options = next(values for title, values in sections(config) if title == "Method")
     options = dataclasses.fields(config.method)
-    optional = {one.name for one in options if one.default is not dataclasses.MISSING} - {
-        "mining_step",
-        "mining_start_epoch",
-    }
-    optional |= {one.name for one in options if one.default_factory is not dataclasses.MISSING}
-    assert set(names) >= set(method_options) - optional
+    required = {one.name for one in options if one.default is one.default_factory is dataclasses.MISSING}
+    assert set(names) >= set(method_options) & (required | {"mining_step", "mining_start_epoch"})
     for title, values in sections(config):
         block = re.search(rf"^# {re.escape(title)}\n((?:\w+: .*\n)+)", path.read_text(), re.MULTILINE)
         in_block = re.findall(r"^(\w+):", block[1], re.MULTILINE) if block else []

@@ -21,15 +21,8 @@ from tests.support.recipe_runs import SMALL, finish, launch_command, recipe_modu
 pytestmark = pytest.mark.slow
 
 NAMES = ("Eule 🦉", "狐", "ś\u2028b")
-QUICK = [
-    "--mining_start_epoch=0",
-    "--num_train_epochs=1",
-    "--per_device_train_batch_size=8",
-    "--limit_train_examples=none",
-    "--limit_test_examples=none",
-    "--validation_fraction=0.25",
-    "--image_size=8",
-]
+QUICK = ["--mining_start_epoch=0", "--num_train_epochs=1", "--per_device_train_batch_size=8", "--image_size=8"]
+QUICK += ["--limit_train_examples=none", "--limit_test_examples=none", "--validation_fraction=0.25"]
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +82,8 @@ def test_standard_output_that_takes_nothing_is_told_and_what_follows_is_done(tmp
     reader, writer = os.pipe()
     os.close(reader)
     for stdout in (writer, os.open("/dev/full", os.O_WRONLY)):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-        )
+        options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True, "timeout": 60}
+        done = subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, **options)
         os.close(stdout)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("standard output takes no text") == 1

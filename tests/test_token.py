@@ -18,18 +18,8 @@ pytestmark = pytest.mark.slow
 
 # The Hub's own shape, and one that no pattern would find.
 TOKENS = ("hf_DistinctiveToken0123456789", "a-token.of_another+shape/0123456789")
-RUN = [
-    *[word for word in SMALL if not word.startswith("--num_train_epochs")],
-    "--num_train_epochs=1",
-    "--per_device_train_batch_size=60",
-    "--save_steps=1",
-    "--report_to=tensorboard",
-    "--push_to_hub",
-    "--hub_model_id=robust",
-    "--hub_strategy=every_save",
-]
-
-
+RUN = [*SMALL, "--num_train_epochs=1", "--per_device_train_batch_size=60", "--save_steps=1"]
+RUN += ["--report_to=tensorboard", "--push_to_hub", "--hub_model_id=robust", "--hub_strategy=every_save"]
 PREPARED: dict[str, Callable[[Hub], object]] = {
     "passing": lambda hub: (hub.fail("POST .*/commit/", status=503), hub.disturb("drop", "POST .*/commit/")),
     "failing in the end": lambda hub: hub.fail("POST .*/commit/", status=403, times=10_000),
@@ -73,13 +63,8 @@ def test_the_token_is_nowhere(tmp_path: Path, prepare: str, token: str, status: 
         environment = hub_environment(hub, tmp_path, token=token)
         environment |= {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "HF_HUB_VERBOSITY": "debug"}
         looking.start()
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "recipes/train_ham.py"), *RUN, f"--output_dir={folder}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        command = [sys.executable, str(ROOT / "recipes/train_ham.py"), *RUN, f"--output_dir={folder}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
         stop.set()
         looking.join()
     assert done.returncode == status, done.stderr[-3000:]

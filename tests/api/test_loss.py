@@ -27,10 +27,9 @@ def generator() -> torch.Generator:
 def test_ham_is_the_mean_cross_entropy_of_the_hard_examples(x: torch.Tensor) -> None:
     net = group_norm_net()
     y = labeled_for(net, x, [True, False, True, False, False, True])
-    loss, record = adversarial_loss(net, x, y, threat_model=CLOSE, num_steps=4, mining_step=2, generator=generator())
-    mined = mine_hard_examples(
-        net, x, y, threat_model=CLOSE, num_steps=4, step_size=1e-6 / 4, mining_step=2, generator=generator()
-    )
+    attack = {"threat_model": CLOSE, "num_steps": 4, "mining_step": 2}
+    loss, record = adversarial_loss(net, x, y, generator=generator(), **attack)
+    mined = mine_hard_examples(net, x, y, step_size=1e-6 / 4, generator=generator(), **attack)
     torch.testing.assert_close(loss, F.cross_entropy(net(mined.x_adv), mined.y))
     assert record.hard_fraction == 0.5
     assert (record.num_examples, record.num_trained_on, record.method) == (6, 3, "ham")

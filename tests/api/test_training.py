@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils.data import TensorDataset
 
 import ham_hf
 from ham_hf.api.training import APPLIED
@@ -22,22 +21,12 @@ from ham_hf.reporting.report import read_report
 from ham_hf.settings import settings_of
 from tests.support.example_images import everything, load, write_parquet
 from tests.support.nets import batch_norm_net
+from tests.support.training import tensors
 
 NARROW = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
-TINY = {
-    "method": "ham",
-    "mining_start_epoch": 0,
-    "mining_step": 1,
-    "num_steps": 2,
-    "num_train_epochs": 1,
-    "max_steps": 2,
-    "per_device_train_batch_size": 16,
-    "eval_num_steps": 1,
-    "validation_fraction": 0.25,
-    "use_cpu": True,
-    "disable_tqdm": True,
-}
-
+TINY = {"method": "ham", "mining_start_epoch": 0, "mining_step": 1, "num_steps": 2, "num_train_epochs": 1}
+TINY |= {"max_steps": 2, "per_device_train_batch_size": 16, "eval_num_steps": 1, "validation_fraction": 0.25}
+TINY |= {"use_cpu": True, "disable_tqdm": True}
 NOT_OF_GIVEN_IMAGES = {
     "dataset_name": "you/open",
     "dataset_config_name": "plain",
@@ -54,11 +43,6 @@ NOT_OF_GIVEN_IMAGES = {
 }
 
 
-def tensors(num: int, seed: int = 0, side: int = 8) -> TensorDataset:
-    x = torch.rand(num, 3, side, side, generator=torch.Generator().manual_seed(seed))
-    return TensorDataset(x, torch.arange(num) % 4)
-
-
 def rows(num: int) -> datasets.Dataset:
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])})
     images = [Image.new("RGB", (8, 8), (10 * index % 256, 0, 0)) for index in range(num)]
@@ -69,23 +53,18 @@ def test_any_network_is_trained_twice_in_one_process_and_once_in_a_thread(tmp_pa
     mine = Accelerator(cpu=True, gradient_accumulation_steps=3)
     net = batch_norm_net().float()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    settings = {**TINY, "mixed_precision": "no"}
-    first = ham_hf.train({**settings, "output_dir": tmp_path / "1"}, train=tensors(40), test=tensors(16, 1), model=net)
+
+    def train(folder: Path | str, precision: str = "no"):
+        settings = {**TINY, "mixed_precision": precision, "output_dir": folder}
+        return ham_hf.train(settings, train=tensors(40), test=tensors(16, 1), model=net)
+
+    first = train(tmp_path / "1")
     # Another precision: accelerate refuses that where a state is left.
     found = []
-    thread = threading.Thread(
-        target=lambda: found.append(
-            ham_hf.train(
-                {**TINY, "mixed_precision": "bf16", "output_dir": str(tmp_path / "2")},
-                train=tensors(40),
-                test=tensors(16, 1),
-                model=net,
-            )
-        )
-    )
+    thread = threading.Thread(target=lambda: found.append(train(str(tmp_path / "2"), "bf16")))
     thread.start()
     thread.join()
-    again = ham_hf.train({**settings, "output_dir": tmp_path / "3"}, train=tensors(40), test=tensors(16, 1), model=net)
+    again = train(tmp_path / "3")
     assert len(found) == 1
     assert mine.mixed_precision == "no"
     assert mine.gradient_state.num_steps == 3
@@ -152,32 +131,3 @@ def test_limits_choose_the_images_that_they_choose_of_a_stored_dataset(tmp_path:
     settings = {**TINY, **limits, "output_dir": tmp_path / "run", "num_train_epochs": 1, "max_steps": 1}
     trained = ham_hf.train(settings, **given, model=batch_norm_net().float())
     assert trained.report.clean.summary.num_examples == 8
-
-
-def test_pixels_and_labels_are_those_given() -> None:
-    given = tensors(12)
-    data = image_data_from(given, rows(8), validation_fraction=0.0)
-    torch.testing.assert_close(everything(data.train), (given.tensors[0] * 255).round() / 255)
-    assert torch.equal(data.train.labels, given.tensors[1])
-    assert (data.image_size, data.class_names, len(data.test)) == (8, ("0", "1", "2", "3"), 8)
-
-
-def _with(image: object, label: object = 0) -> list:
-    return [(image, label)] * 8
-
-
-@pytest.mark.parametrize(
-    ("train", "message"),
-    [
-        (_with(torch.zeros(3, 8, 8) - 1), r"train\[0\]: pixels must lie in \[0, 1\]"),
-        (_with(torch.zeros(1, 8, 8)), r"train\[0\]: expected a PIL image or a tensor \(3, H, W\)"),
-        (_with(torch.zeros(3, 8, 8), 0.5), r"train\[0\]: expected a class number"),
-        (_with(torch.zeros(3, 8, 8), -1), r"expected a class number of at least 0 as label, got -1"),
-        ([*_with(torch.zeros(3, 8, 8)), (torch.zeros(3, 9, 9), 0)], r"train\[8\]: a tensor of 9x9 pixels"),
-        ([{"image": 1}], r"train\[0\]: expected \(image, label\), got dict"),
-        (iter([]), "expected a dataset with a length"),
-    ],
-)
-def test_data_are_refused_with_a_reason(train: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        image_data_from(train, tensors(8))

@@ -164,13 +164,9 @@ def test_finished_folder_is_pushed_elsewhere(pushed, hub, environment):
 def test_missing_rights_stop_the_run_before_it_starts(environment, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(ROOT / "recipes/train_ham.py"), *SMALL, "--push_to_hub", "--hub_model_id=me/other"]
-    done = subprocess.run(
-        [*command, f"--output_dir={folder}"],
-        env=environment | {"HF_TOKEN": "hf_anotherUsersToken"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    env = environment | {"HF_TOKEN": "hf_anotherUsersToken"}
+    command.append(f"--output_dir={folder}")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert "--hub_model_id me/other" in done.stderr
     assert "Traceback" not in done.stderr

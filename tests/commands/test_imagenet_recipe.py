@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,30 +16,18 @@ from tests.conftest import ROOT
 from tests.support.example_images import dataset, noise
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import finish
+from tests.support.training import log_of
 
 pytestmark = pytest.mark.slow
 
 CLASSES = ("tench", "goldfish", "great white shark", "tiger shark")
 ROWS = (14, 9, 17)  # of the training files: 38 stay in train, 2 are held out
-SMALL = [
-    "--no_pretrained",
-    "--image_size=64",
-    "--num_steps=2",
-    "--num_train_epochs=2",
-    "--per_device_train_batch_size=4",
-    "--gradient_accumulation_steps=2",
-    "--validation_fraction=0.05",
-    "--validation_num_steps=1",
-    "--eval_num_steps=1",
-    "--save_total_limit=9",
-    "--save_steps=2",
-    "--logging_steps=1",
-    "--dataloader_num_workers=1",
-    "--mixed_precision=no",
-    "--selection_metric=last",
-    "--use_cpu",
-    "--disable_tqdm",
-]
+SMALL = shlex.split(
+    "--no_pretrained --image_size=64 --num_steps=2 --num_train_epochs=2 --per_device_train_batch_size=4 "
+    "--gradient_accumulation_steps=2 --validation_fraction=0.05 --validation_num_steps=1 --eval_num_steps=1 "
+    "--save_total_limit=9 --save_steps=2 --logging_steps=1 --dataloader_num_workers=1 --mixed_precision=no "
+    "--selection_metric=last --use_cpu --disable_tqdm"
+)
 NETS = {"convnext_tiny_ham": "test_convnext", "vit_small_patch16_pgd_at": "test_vit"}
 RUN = """
 import json, sys
@@ -68,17 +57,10 @@ def finished(tmp_path_factory):
         tree[f"data/{name}.parquet"] = (folder / "one.parquet").read_bytes()
 
     def arguments(recipe: str, name: str, *more: str) -> list[str]:
-        net = [f"--model_name={NETS[recipe]}", f"--output_dir={folder / name}"]
+        words = [f"--config=imagenet/{recipe}", *SMALL, f"--model_name={NETS[recipe]}"]
         # mining_start_epoch is 10 in the recipe.
-        method = ["--mining_start_epoch=1"] if recipe.endswith("ham") else []
-        return [
-            "train_ham.py",
-            f"--config={ROOT / 'recipes' / 'imagenet' / recipe}.yaml",
-            *SMALL,
-            *net,
-            *method,
-            *more,
-        ]
+        words += ["--mining_start_epoch=1"] if recipe.endswith("ham") else []
+        return ["train_ham.py", *words, f"--output_dir={folder / name}", *more]
 
     streamed = ("convnext_tiny_ham", "--dataset_streaming", "--shuffle_buffer_size=12")
     with Hub(tokens={"hf_me": "me"}) as hub:
@@ -132,12 +114,9 @@ def test_resumed_stream_gives_the_weights_of_the_uninterrupted_one(finished):
     whole, parts = (load_file(finished / name / "checkpoint-8" / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(bool((whole[key] == parts[key]).all()) for key in whole)
-    losses = [
-        [
-            (record["step"], record["loss"])
-            for record in map(json.loads, (finished / name / "metrics.jsonl").read_text().splitlines())
-            if record.get("loss") is not None
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert losses[0] == losses[1]
+
+    def losses(name: str) -> list[tuple[int, float]]:
+        records = log_of(finished / name)
+        return [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+
+    assert losses("whole") == losses("parts")

@@ -24,14 +24,11 @@ def comparison_of(num_rows: int, num_classes: int, *, seeds: int = 3, label: str
     def counts():
         return even([dice.randint(0, 20) for _ in names])
 
-    labels = [label % ((number,) * label.count("%d")) for number in range(num_rows)]
-    return compare(
-        [
-            run(label, {"clean": counts(), "pgd-20": counts()}, seed=seed, class_names=names)
-            for label in labels
-            for seed in range(seeds)
-        ]
-    )
+    def seed_of(row, seed):
+        results = {"clean": counts(), "pgd-20": counts()}
+        return run(label % ((row,) * label.count("%d")), results, seed=seed, class_names=names)
+
+    return compare([seed_of(row, seed) for row in range(num_rows) for seed in range(seeds)])
 
 
 @pytest.mark.parametrize(("num_rows", "num_classes", "label"), [(5, 130, "m%d"), (9, 4, HOSTILE)])
@@ -75,9 +72,8 @@ def test_class_figure_has_the_percentages_hardest_class_first(num_classes, class
     expected = np.array([row.attacks["pgd-20"].per_class for row in comparison.rows])
     order = sorted(range(num_classes), key=lambda index: expected[:, index].mean())
     expected = expected[:, order]
-    across, down = (
-        [label.get_text() for label in labels] for labels in (axes.get_xticklabels(), axes.get_yticklabels())
-    )
+    across = [label.get_text() for label in axes.get_xticklabels()]
+    down = [label.get_text() for label in axes.get_yticklabels()]
     assert (across if classes_across else down) == [names[index] for index in order]
     assert (down if classes_across else across) == [row.label for row in comparison.rows]
     shown = axes.get_images()[0].get_array()

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ham_hf.comparison.existing import label_runs, read_list, read_runs, split_label
+from ham_hf.comparison.existing import label_runs
 from ham_hf.comparison.leaderboard import leaderboard_html, write_leaderboard
 from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.comparison.table import compare
-from ham_hf.reporting.report import write_report
 from tests.support.documents import changed
 from tests.support.leaderboard_runs import leaderboard_comparison, ranked_run
 
@@ -33,10 +32,9 @@ def plain(text: str) -> str:
 
 
 def other_steps(run: FinishedRun) -> FinishedRun:
-    results = {
-        name: dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
-        for name, found in run.report.results.items()
-    }
+    results = dict(run.report.results)
+    for name, found in results.items():
+        results[name] = dataclasses.replace(found, settings={**found.settings, "num_steps": 100})
     return dataclasses.replace(run, report=dataclasses.replace(run.report, results=results))
 
 
@@ -73,14 +71,11 @@ def test_numbers_are_means_over_seeds_with_the_means_of_their_intervals() -> Non
     runs = [ranked_run("a", [5 + seed, *[10 + seed] * 9], seed=seed) for seed in range(3)]
     text = plain(leaderboard_html(compare(runs)))
     found = [run.report.results["pgd-20"] for run in runs]
-    for numbers, intervals in (
-        (
-            [one.summary.average for one in found],
-            [(s.average_low, s.average_high) for s in (f.summary for f in found)],
-        ),
-        ([one.summary.worst_class for one in found], [one.intervals.worst_class for one in found]),
-        ([one.summary.worst_30_percent for one in found], [one.intervals.worst_30_percent for one in found]),
-    ):
+    averages = [(one.summary.average, (one.summary.average_low, one.summary.average_high)) for one in found]
+    worst = [(one.summary.worst_class, one.intervals.worst_class) for one in found]
+    third = [(one.summary.worst_30_percent, one.intervals.worst_30_percent) for one in found]
+    for of_seeds in (averages, worst, third):
+        numbers, intervals = zip(*of_seeds, strict=True)
         low, high = (100 * statistics.fmean(side) for side in zip(*intervals, strict=True))
         assert f"{100 * statistics.fmean(numbers):.1f} {low:.1f}–{high:.1f}" in text
 
@@ -92,59 +87,6 @@ def test_names_are_data(tmp_path: Path) -> None:
     assert HOSTILE in html.unescape(text)
     assert not re.search(r"(src|href)=.?(https?:|//)(?!//huggingface\.co/)", text)
     assert len(text.encode()) < 200_000
-
-
-def test_a_label_in_front_names_the_row(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write_report(ranked_run("ham", [5] * 10, learning_rate=len(name) + ord(name[0])).report, tmp_path / name)
-    sources = [f"{name} it is={tmp_path / name}" for name in ("one", "two")]
-    found = read_runs(sources, lambda *_: pytest.fail("nothing is on the Hub")).found
-    assert [run.label for run in label_runs(found)] == ["one it is", "two it is"]
-    odd = tmp_path / "a=b"
-    write_report(ranked_run("ham", [5] * 10).report, odd)
-    assert split_label(str(odd)) == (None, str(odd))
-    for wrong in ("=x", "x="):
-        with pytest.raises(ValueError, match="expected LABEL=FOLDER or LABEL=OWNER/NAME"):
-            split_label(wrong)
-
-
-def test_one_label_for_several_rows_is_refused(tmp_path: Path) -> None:
-    for row in ("a", "b"):
-        write_report(ranked_run(row, [5] * 10).report, tmp_path / row / "seed0")
-    with pytest.raises(ValueError, match=r"has several rows \(a, b\); label folders in it"):
-        read_runs([f"x={tmp_path}"], lambda *_: tmp_path)
-    (run,) = label_runs(read_runs([f"x={tmp_path / 'a'}"], lambda *_: tmp_path).found)
-    assert (run.label, run.seed) == ("x", 0)
-
-
-def test_a_list_is_text_or_yaml(tmp_path: Path) -> None:
-    wanted = ["me/a", "mine=me/b@v1", "outputs/x"]
-    for text in (
-        "# models\nme/a\n\nmine=me/b@v1 # the second\noutputs/x\nme/a\n",
-        "---\n- me/a\n- 'mine=me/b@v1'\n- \"outputs/x\"\n",
-    ):
-        (tmp_path / "list").write_text(text)
-        assert read_list(tmp_path / "list") == wanted
-    (tmp_path / "list").write_text("# nothing\n")
-    with pytest.raises(ValueError, match="lists nothing"):
-        read_list(tmp_path / "list")
-
-
-def test_what_a_list_lacks_is_missing_and_not_fatal(tmp_path: Path) -> None:
-    def download(hub_id: str, revision: str | None) -> Path:
-        if hub_id != "me/a":
-            raise ValueError(f"could not get report.json of {hub_id}")
-        write_report(ranked_run("ham", [5] * 10).report, tmp_path)
-        return tmp_path
-
-    found = read_runs(["me/a", "me/gone", "name=me/lost"], download, listed=["me/gone", "name=me/lost"])
-    assert [run.source for run in found.found] == ["me/a"]
-    assert [(one.label, one.seed, one.state) for one in found.missing] == [
-        ("me/gone", None, "failed"),
-        ("name", None, "failed"),
-    ]
-    with pytest.raises(ValueError, match="could not get"):
-        read_runs(["me/gone"], download)
 
 
 def test_runs_that_are_evaluations_alone_are_rows() -> None:

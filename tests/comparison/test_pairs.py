@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 
+import numpy as np
 import pytest
+import torch
 
-from ham_hf.comparison.existing import label_runs, read_runs
 from ham_hf.comparison.leaderboard import leaderboard_html
-from ham_hf.comparison.pairs import mcnemar
+from ham_hf.comparison.pairs import compare_paired, mcnemar
 from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare
-from ham_hf.evaluation.verdicts import write_verdicts
-from ham_hf.reporting.report import write_report
-from tests.support.comparison_reports import judged_run
+from tests.support.comparison_reports import METRICS, judged_run
 
 
 def bold(comparison, label, attack="verdict"):
-    return [
-        metric
-        for metric in ("average", "worst_class", "worst_30_percent")
-        if comparison.is_bold(label, attack, metric)
-    ]
+    return [metric for metric in METRICS if comparison.is_bold(label, attack, metric)]
 
 
 def test_one_seed_is_enough_where_the_same_images_tell():
@@ -36,9 +33,7 @@ def test_one_seed_is_enough_where_the_same_images_tell():
     assert paired.differences.p_values == (mcnemar(0, 8),)
     assert paired.differences.average.mean == pytest.approx(8 / 400)
     assert paired.differences.worst_class.mean == pytest.approx(0.04)
-    assert bold(comparison, "own") == bold(comparison, "own", "pgd-20") == [
-        "average", "worst_class", "worst_30_percent",
-    ]  # fmt: skip
+    assert bold(comparison, "own") == bold(comparison, "own", "pgd-20") == list(METRICS)
     assert bold(comparison, "base") == bold(comparison, "own", "clean") == []
 
 
@@ -58,7 +53,7 @@ def test_several_seeds_have_to_agree():
     base = [judged_run("base", [20, 50, 60, 70], seed=seed) for seed in range(3)]
     own = [judged_run("own", [40, 55, 65, 75], seed=seed) for seed in range(2)]
     agreed = compare([*base, *own, judged_run("own", [30, 55, 65, 75], seed=2)], baseline="base")
-    assert bold(agreed, "own") == ["average", "worst_class", "worst_30_percent"]
+    assert bold(agreed, "own") == list(METRICS)
     worse = judged_run("own", [19, 55, 65, 75], seed=2)
     disagreed = compare([*base, *own, worse], baseline="base")
     assert "worst_class" not in bold(disagreed, "own")
@@ -132,18 +127,75 @@ def test_a_row_attacked_otherwise_is_named_and_stays_apart():
     )
 
 
-def test_predictions_are_read_from_the_folders_of_runs(tmp_path):
-    for run in (judged_run("base", [20, 50, 60, 70]), judged_run("own", [40, 60, 70, 80])):
-        folder = tmp_path / run.label / "seed0"
-        write_report(run.report, folder)
-        write_verdicts(run.verdicts, folder)
-    sources = [str(tmp_path / label / "seed0") for label in ("base", "own")]
+def test_mcnemar_is_the_two_sided_binomial_test():
+    for one, other in itertools.product(range(7), repeat=2):
+        num, few = one + other, min(one, other)
+        tail = sum(math.comb(num, index) for index in range(few + 1)) / 2**num
+        assert mcnemar(one, other) == pytest.approx(min(1.0, 2 * tail), abs=1e-15)
+    assert mcnemar(0, 0) == 1.0
+    assert 0 < mcnemar(4000, 5000) < 1e-20
+    with pytest.raises(ValueError, match="counts >= 0"):
+        mcnemar(-1, 2)
 
-    def read():
-        return label_runs(read_runs(sources, download=lambda *_: pytest.fail("nothing is on the Hub")).found)
 
-    comparison = compare(read(), baseline="base")
-    assert bold(comparison, "own") == ["average", "worst_class", "worst_30_percent"]
-    (tmp_path / "own" / "seed0" / "predictions.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"own/seed0/predictions\.parquet is not a table of predictions"):
-        read()
+def drawn(num, chances, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num) % len(chances)
+    return labels, torch.rand(num, generator=generator) < torch.tensor(chances)[labels]
+
+
+def test_paired_differences_against_loops():
+    labels, reference = drawn(400, [0.2, 0.5, 0.6, 0.9], 0)
+    _, other = drawn(400, [0.5, 0.5, 0.5, 0.9], 1)
+    found = compare_paired(reference[None], other[None], labels, num_classes=4)
+    of_classes = [labels == index for index in range(4)]
+    ours, theirs = ([float(flags[rows].double().mean()) for rows in of_classes] for flags in (other, reference))
+    order = sorted(range(4), key=lambda index: theirs[index])
+    assert found.num_examples == 400
+    assert found.average.mean == pytest.approx(float(other.double().mean() - reference.double().mean()))
+    assert found.worst_class.mean == pytest.approx(ours[order[0]] - theirs[order[0]])
+    pair = [ours[index] - theirs[index] for index in order[:2]]
+    assert found.worst_30_percent.mean == pytest.approx(sum(pair) / 2)
+    assert found.only_reference == (int((reference & ~other).sum()),)
+    assert found.only_other == (int((~reference & other).sum()),)
+    assert found.p_values == (mcnemar(found.only_reference[0], found.only_other[0]),)
+    # The interval of a difference of paired flags, by the formula of its variance.
+    gain = (other.double() - reference.double())[labels == order[0]].numpy()
+    half = 1.96 * gain.std() / math.sqrt(len(gain))
+    assert found.worst_class.high - found.worst_class.low == pytest.approx(2 * half, rel=0.1)
+    assert found.worst_class.is_sure()
+    assert found.worst_class.low > 0
+
+
+def test_one_model_against_itself_differs_in_nothing():
+    labels, flags = drawn(200, [0.2, 0.5, 0.7], 0)
+    found = compare_paired(flags[None], flags[None], labels, num_classes=4)
+    for difference in (found.average, found.worst_class, found.worst_30_percent):
+        assert (difference.mean, difference.low, difference.high) == (0, 0, 0)
+        assert not difference.is_sure()
+    assert found.p_values == (1.0,)
+
+
+def test_several_pairs_are_averaged_and_have_to_agree():
+    labels, _ = drawn(3000, [0.3, 0.6], 0)
+    pairs = [(drawn(3000, [0.3, 0.6], 2 * seed)[1], drawn(3000, [0.4, 0.6], 2 * seed + 1)[1]) for seed in range(3)]
+    reference, other = (torch.stack(flags) for flags in zip(*pairs, strict=True))
+    found = compare_paired(reference, other, labels, num_classes=2)
+    both = zip(reference, other, strict=True)
+    singles = [compare_paired(one[None], two[None], labels, num_classes=2) for one, two in both]
+    assert found.worst_class.per_seed == tuple(one.worst_class.mean for one in singles)
+    assert found.worst_class.mean == pytest.approx(np.mean(found.worst_class.per_seed))
+    assert found.p_values == tuple(one.p_values[0] for one in singles)
+    assert found.worst_class.is_sure()
+    # One pair that says the opposite is enough.
+    mixed = torch.stack([*reference[:2], other[2]]), torch.stack([*other[:2], reference[2]])
+    mixed = compare_paired(*mixed, labels, num_classes=2)
+    assert not mixed.worst_class.is_sure()
+
+
+def test_flags_of_different_images_are_refused():
+    flags = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="expected flags"):
+        compare_paired(flags, flags[:, :2], torch.zeros(3, dtype=torch.long), num_classes=2)
+    with pytest.raises(ValueError, match="expected flags"):
+        compare_paired(flags[0], flags[0], torch.zeros(3, dtype=torch.long), num_classes=2)

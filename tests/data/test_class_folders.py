@@ -25,11 +25,8 @@ from tests.support.example_images import (
     write_parquet,
 )
 
-SPLIT_NAMES = {
-    "train": ["train", "Training", "TRAIN"],
-    "validation": ["val", "valid", "dev", "validation"],
-    "test": ["test", "Testing", "eval"],
-}
+SPLIT_NAMES = {"train": ["train", "Training", "TRAIN"], "validation": ["val", "valid", "dev", "validation"]}
+SPLIT_NAMES |= {"test": ["test", "Testing", "eval"]}
 CLASS_NAMES = [
     "cat", "train", "test", "bus test", "val-set", "dev.tools", "a[1]", "x:y", "50%", "%20", "v1.2.3", "犬", "café",
     "Zebra", "zebra", "__background__", "a::b", "q?*", "training wheels", "eval_2", "data", "hash#tag", "-", "[!a]",
@@ -64,9 +61,8 @@ class Tree:
         if not splits:
             # Not split folders only, or there would be no telling.
             self.add_class(wrapper + group + "plain class", "train", "plain class")
-        self.add_defect(
-            wrapper + (f"{next(iter(self.expected)).removeprefix(wrapper).split('/')[0]}/" if splits else "")
-        )
+        first = next(iter(self.expected)).removeprefix(wrapper).split("/")[0]
+        self.add_defect(f"{wrapper}{first}/" if splits else wrapper)
 
     def write(self, path):
         self.number += 1

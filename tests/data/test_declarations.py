@@ -22,13 +22,18 @@ CPU = torch.device("cpu")
 Rows = list[tuple[int, str]]  # gray value, class
 
 
+def split(names, rows, order=()):
+    """Images with these values and classes; ``order`` is what a split that declares nothing counts."""
+    feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    labels = [(names or order).index(name) for _, name in rows]
+    return dataset([gray(value) for value, _ in rows], labels, label_feature=feature)
+
+
 def write(folder, files, order, readme=None):
-    """One parquet file per entry; ``order`` is what files that declare nothing count."""
+    """One parquet file per entry; see `split` for ``order``."""
     (folder / "data").mkdir(parents=True)
     for file, (names, rows) in files.items():
-        feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-        labels = [(names or order).index(name) for _, name in rows]
-        dataset([gray(value) for value, _ in rows], labels, label_feature=feature).to_parquet(folder / "data" / file)
+        split(names, rows, order).to_parquet(folder / "data" / file)
     if readme:
         names = "".join(f"          '{place}': {name}\n" for place, name in enumerate(readme))
         (folder / "README.md").write_text(
@@ -77,9 +82,8 @@ def random_case(rng):
         elif kind == "none":
             names = None
         usable = names or readme or next(iter(files.values()))[0] or everything
-        files[
-            f"{split}-{number if split == 'train' else 0:05d}-of-{num_train if split == 'train' else 1:05d}.parquet"
-        ] = (names, [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))])
+        rows = [(next(value), rng.choice(usable)) for _ in range(rng.randint(3, 9))]
+        files[f"{split}-{number:05d}.parquet"] = (names, rows)
     return files, readme or next(iter(files.values()))[0] or everything, readme
 
 
@@ -122,12 +126,10 @@ def labels_of(folder):
     return {"train": [names[label] for label in train], "test": [names[label] for label in test]}
 
 
+CLASSES = ["cat", "dog", "owl"]
 PERMUTED = {
     "train-00000-of-00002.parquet": (["owl", "cat"], [(10 + i, ["owl", "cat"][i % 2]) for i in range(10)]),
-    "train-00001-of-00002.parquet": (
-        ["cat", "dog", "owl"],
-        [(30 + i, ["dog", "owl", "cat"][i % 3]) for i in range(12)],
-    ),
+    "train-00001-of-00002.parquet": (CLASSES, [(30 + i, ["dog", "owl", "cat"][i % 3]) for i in range(12)]),
     "test-00000-of-00001.parquet": (["dog", "owl"], [(60 + i, ["owl", "dog"][i % 2]) for i in range(8)]),
 }
 
@@ -155,9 +157,8 @@ def test_names_that_do_not_match_are_refused_with_both_files_and_lists(streaming
     with pytest.raises(ValueError, match=both + r".parquet the 2 classes \['owl', 'ape'\]: \['ape'\] of the second"):
         load(write(tmp_path / "train", files, []), dataset_streaming=streaming)
     files = {**PERMUTED, "test-00000-of-00001.parquet": (["ape", "owl"], [(1, "owl"), (2, "ape")])}
-    with pytest.raises(
-        ValueError, match=r"row 1.*'ape'.*'owl'\].* \['cat', 'dog', 'owl'\]|row 1: label 'ape' .*test-"
-    ):
+    named = r"row 1.*'ape'.*'owl'\].* \['cat', 'dog', 'owl'\]|row 1: label 'ape' .*test-"
+    with pytest.raises(ValueError, match=named):
         load(write(tmp_path / "test", files, []), dataset_streaming=streaming)
     with pytest.raises(ValueError, match=r"README.md declares the 2 classes \['owl', 'cat'\], and .*train-00001"):
         load(write(tmp_path / "readme", PERMUTED, [], ["owl", "cat"]), dataset_streaming=streaming)
@@ -189,12 +190,7 @@ def test_files_without_names_are_warned_of(tmp_path, caplog):
 
 
 def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path):
-    def split(names, rows):
-        labels = [names.index(name) for _, name in rows]
-        images = [gray(value) for value, _ in rows]
-        return dataset(images, labels, label_feature=datasets.ClassLabel(names=names))
-
-    train = split(["cat", "dog", "owl"], [(i, ["cat", "dog", "owl"][i % 3]) for i in range(9)])
+    train = split(CLASSES, [(i, CLASSES[i % 3]) for i in range(9)])
     test = split(["owl", "cat"], [(20, "owl"), (21, "cat")])
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
     assert pairs(load(str(tmp_path / "set"), validation_fraction=0))["test"] == {20: "owl", 21: "cat"}
@@ -222,9 +218,8 @@ def test_names_that_yaml_reads_as_something_else_are_refused(names, said, stream
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_two_classes_of_one_name_are_refused(streaming, tmp_path):
-    folder = Path(
-        write(tmp_path / "set", {"train-0.parquet": (None, [(i, "ab"[i % 2]) for i in range(6)])}, ["a", "b"])
-    )
+    rows = [(i, "ab"[i % 2]) for i in range(6)]
+    folder = Path(write(tmp_path / "set", {"train-0.parquet": (None, rows)}, ["a", "b"]))
     file = folder / "data" / "train-0.parquet"
     features = {"image": {"_type": "Image"}, "label": {"names": ["crane", "dog", "crane"], "_type": "ClassLabel"}}
     declared = {"huggingface": json.dumps({"info": {"features": features}})}

@@ -67,9 +67,7 @@ def test_every_row_of_random_tables_is_read_with_its_label(kind, archived, tmp_p
         names = rng.sample(["cat", "NA", "null", "train", "test", "dog 1", "nan", "x,y"], 3)
         splits = rng.choice([["train"], ["train", "test"], ["train", "val", "test"]])
         common = rng.random() < 0.5
-        files = {}
-        expected = {}
-        rows = []
+        files, expected, rows = {}, {split: [] for split in splits}, []
         for split in splits:
             top = f"{split}/" if len(splits) > 1 else ""
             # Beside a folder at the top that is named like a split, images of no split would be refused.
@@ -79,16 +77,15 @@ def test_every_row_of_random_tables_is_read_with_its_label(kind, archived, tmp_p
                 path = rng.choice(inside) + rng.choice(FILES).format(image)
                 files[top + path] = encode(noise(rng.randrange(2**30)))
                 own.append((path, names[image % 3]))
-                expected.setdefault("validation" if split == "val" else split, []).append(
-                    (files[top + path], names[image % 3])
-                )
+                expected[split].append((files[top + path], names[image % 3]))
             rows += [(top + path, name) for path, name in own]
             if not common:
                 files[f"{top}metadata.{kind}"] = table(own, kind)
         if common:
             files[f"metadata.{kind}"] = table(rows, kind)
         root = write_files(tmp_path / f"{number}", {"data.zip": zipped(files)} if archived else files)
-        assert found(root) == {split: sorted(of_split) for split, of_split in expected.items()}, root
+        called = {"val": "validation"}
+        assert found(root) == {called.get(split, split): sorted(own) for split, own in expected.items()}, root
 
 
 def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
@@ -105,10 +102,7 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
     ("files", "message"),
     [
         ({"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("c.png", "y")])}, r"1 rows .* such as 'c\.png'"),
-        (
-            {"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("./a.png", "y")])},
-            r"listed twice, such as 'a\.png",
-        ),
+        ({"metadata.csv": table([("a.png", "x"), ("b.png", "y"), ("./a.png", "y")])}, "listed twice, such as 'a.png"),
         ({"metadata.csv": table([("../b.png", "x")])}, r"'metadata.csv', row 0: '\.\./b\.png' is not a path"),
         ({"metadata.csv": table([("/etc/b.png", "x")])}, "row 0: '/etc/b.png' is not a path"),
         ({"metadata.csv": b"name,label\na.png,x\n"}, "has no column 'file_name' .* only 'name', 'label'"),
@@ -135,10 +129,8 @@ def test_tables_that_do_not_fit_are_refused(files, message, tmp_path):
 
 def test_tables_declare_classes_alike_or_are_refused(tmp_path):
     def declared(path, names):
-        features = datasets.Features(
-            {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
-        )
-        buffer = io.BytesIO()
+        columns = {"file_name": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        features, buffer = datasets.Features(columns), io.BytesIO()
         datasets.Dataset.from_dict({"file_name": [path], "label": [0]}, features=features).to_parquet(buffer)
         return buffer.getvalue()
 
@@ -154,9 +146,8 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path):
 
 def test_images_without_a_row_are_counted_aloud(tmp_path, caplog):
     rows = [(f"{number}.png", "xy"[number % 2]) for number in range(10)]
-    root = write_files(
-        tmp_path / "set", {**pictures(*(name for name, _ in rows), "more/1.png"), "metadata.csv": table(rows)}
-    )
+    images = pictures(*(name for name, _ in rows), "more/1.png")
+    root = write_files(tmp_path / "set", {**images, "metadata.csv": table(rows)})
     sentence = "1 image files have no row in 'metadata.csv' and are not read, such as 'more/1.png'"
     assert sentence in load(root, validation_fraction=0).notes
     assert sentence in caplog.text
@@ -182,9 +173,8 @@ def test_an_archive_is_a_folder_of_its_name(files, expected, tmp_path):
     assert {split: len(rows) for split, rows in splits.items()} == expected
     flat = {f"{name[:-4]}/{path}": image for name, content in files.items() for path, image in content.items()}
     # The class is the folder that an image is in.
-    assert sorted(row for rows in splits.values() for row in rows) == sorted(
-        (image, path.split("/")[-2]) for path, image in flat.items()
-    )
+    everything = sorted(row for rows in splits.values() for row in rows)
+    assert everything == sorted((image, path.split("/")[-2]) for path, image in flat.items())
 
 
 def test_a_new_archive_under_an_old_name_is_read(tmp_path):

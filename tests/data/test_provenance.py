@@ -69,10 +69,8 @@ def test_validation_images_are_found_again_from_config_json(options, layout, tmp
     text = (tmp_path / "model" / "config.json").read_text()
     assert str(tmp_path) not in text
     record = json.loads(text)["ham_hf"]["trained_on"]
-    assert record["dataset"] == "set"
-    assert record["num_images"] == (39 if layout == "folders" else 40)
-    assert (record["train_split"], record["label_column"]) == ("train", "label")
-    assert record["seed"] == options.get("seed", 0)
+    expected = {"dataset": "set", "num_images": 39 if layout == "folders" else 40, "seed": options.get("seed", 0)}
+    assert (expected | {"train_split": "train", "label_column": "label"}).items() <= record.items()
 
 
 def test_a_stream_is_recorded_with_the_reason_and_found_again(tmp_path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,8 +13,10 @@ from sklearn.datasets import load_digits
 
 from ham_hf.data.columns import read_labels
 from ham_hf.data.sources import DIGITS_FILE, read_digits
+from tests.conftest import ROOT
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, open_stored, write_parquet, zipped
 from tests.support.hub_server import Hub, hub_environment
+from tests.support.recipe_runs import finish
 
 # The digits of the package
 
@@ -67,17 +67,22 @@ def test_splits_by_name(tmp_path):
     assert (len(data.train), len(data.validation or []), len(data.test)) == (6, 2, 20)
 
 
+def text_alone(size):
+    return grays(size).remove_columns("image").add_column("text", ["a"] * size)
+
+
+def unlabeled(size):
+    return grays(size).remove_columns("label")
+
+
+NO_TRAIN = {"one": grays, "two": grays}
 TWO_SPLITS = {"train": grays, "test": grays}
 
 
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        (
-            {"one": grays, "two": grays},
-            {},
-            "no split is called 'train': choose one of 'one', 'two' with --train_split",
-        ),
+        (NO_TRAIN, {}, "no split is called 'train': choose one of 'one', 'two' with --train_split"),
         (TWO_SPLITS, {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
         (TWO_SPLITS, {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
         (TWO_SPLITS, {"test_split": "train"}, "--test_split train is the training split"),
@@ -85,21 +90,9 @@ TWO_SPLITS = {"train": grays, "test": grays}
         (TWO_SPLITS, {"image_column": "label"}, "--image_column label: expected images or encoded bytes"),
         (TWO_SPLITS, {"label_column": "labels"}, "--label_column labels: .* did you mean 'label'"),
         (TWO_SPLITS, {"label_column": "image"}, "--label_column image: expected one class label"),
-        (
-            {"train": lambda size: grays(size).remove_columns("image").add_column("text", ["a"] * size)},
-            {},
-            "no image column; .*'label', 'text' with --image_column",
-        ),
-        (
-            {"train": lambda size: grays(size).remove_columns("label")},
-            {},
-            "no label column; .*'image' with --label_column",
-        ),
-        (
-            {"train": grays, "test": lambda size: grays(size).rename_column("label", "other")},
-            {},
-            "split 'test' has no column 'label', only 'image', 'other'",
-        ),
+        ({"train": text_alone}, {}, "no image column; .*'label', 'text' with --image_column"),
+        ({"train": unlabeled}, {}, "no label column; .*'image' with --label_column"),
+        ({"train": grays, "test": unlabeled}, {}, "split 'test' has no column 'label', only 'image'"),
     ],
 )
 def test_splits_and_columns_that_do_not_fit(tmp_path, splits, options, message):
@@ -194,21 +187,13 @@ def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
         ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'"),
         ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
         ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
-        (
-            "float64",
-            [0.5, 1.5],
-            [0.5, 1.5],
-            "no label column .'label' is float64, and labels are integers.*name one of",
-        ),
+        ("float64", [0, 1.5], [0, 1.5], "no label column .'label' is float64, and labels are integers.*name one of"),
     ],
 )
 def test_labels_that_do_not_fit(tmp_path, dtype, train, test, message):
-    feature, images = datasets.Value(dtype), [gray(1), gray(2)]
-    folder = write_parquet(
-        tmp_path / "set",
-        train=dataset(images, train, label_feature=feature),
-        test=dataset(images, test, label_feature=feature),
-    )
+    images, feature = [gray(1), gray(2)], {"label_feature": datasets.Value(dtype)}
+    splits = {"train": dataset(images, train, **feature), "test": dataset(images, test, **feature)}
+    folder = write_parquet(tmp_path / "set", **splits)
     with pytest.raises(ValueError, match=message):
         load(folder)
 
@@ -335,56 +320,34 @@ def test_datasets_of_the_hub(hub, tmp_path):
     def commit(name):
         return hub.repos["dataset", name].refs["main"]
 
+    whole = {"validation_fraction": 0}
     cases = [
-        ({"dataset_name": "me/one"}, ["default", commit("me/one"), 8, 10, ["c0", "c1"]]),
-        (
-            {"dataset_name": "me/many", "dataset_config_name": "large"},
-            ["large", commit("me/many"), 8, 10, ["c0", "c1"]],
-        ),
-        (
-            {"dataset_name": "me/many"},
-            ("--dataset_config_name (not given), of --dataset_name me/many", "'small', 'la"),
-        ),
-        ({"dataset_name": "me/many", "dataset_config_name": "huge"}, ("--dataset_config_name huge", "'small', 'la")),
-        ({"dataset_name": "me/none"}, ("--dataset_name me/none", "hf auth login")),
-        ({"dataset_name": "me/secret"}, ("--dataset_name me/secret", "hf auth login")),
-        ({"dataset_name": "me/one", "dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
-        ({"dataset_name": "me/empty"}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
-        ({"dataset_name": "me/one", "test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
-        ({"dataset_name": "me/folders"}, ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]]),
-        ({"dataset_name": "me/flat"}, ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]]),
-        (
-            {"dataset_name": "me/tables", "validation_fraction": 0},
-            ["default", commit("me/tables"), 4, 4, ["NA", "dog"]],
-        ),
-        (
-            {"dataset_name": "me/declared", "validation_fraction": 0},
-            ["default", commit("me/declared"), 6, 6, ["test", "train"]],
-        ),
-        (
-            {"dataset_name": "me/archives", "validation_fraction": 0},
-            ["default", commit("me/archives"), 4, 4, ["bus", "train"]],
-        ),
-        ({"dataset_name": "me/loose"}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
+        ("me/one", {}, ["default", commit("me/one"), 8, 10, ["c0", "c1"]]),
+        ("me/many", {"dataset_config_name": "large"}, ["large", commit("me/many"), 8, 10, ["c0", "c1"]]),
+        ("me/many", {}, ("--dataset_config_name (not given), of --dataset_name me/many", "'small', 'la")),
+        ("me/many", {"dataset_config_name": "huge"}, ("--dataset_config_name huge", "'small', 'la")),
+        ("me/none", {}, ("--dataset_name me/none", "hf auth login", "DatasetNotFoundError")),
+        ("me/secret", {}, ("--dataset_name me/secret", "hf auth login")),
+        ("me/one", {"dataset_revision": "v9"}, ("--dataset_revision v9", "Revision 'v9'")),
+        ("me/empty", {}, ("--dataset_name me/empty cannot be loaded", "contain any data files")),
+        ("me/one", {"test_split": "tset"}, ("--test_split tset", "did you mean 'test'")),
+        ("me/folders", {}, ["default", commit("me/folders"), 14, 6, ["bus", "stress test", "train"]]),
+        ("me/flat", {}, ["default", commit("me/flat"), 11, 4, ["bus", "stress test", "train"]]),
+        ("me/tables", whole, ["default", commit("me/tables"), 4, 4, ["NA", "dog"]]),
+        ("me/declared", whole, ["default", commit("me/declared"), 6, 6, ["test", "train"]]),
+        ("me/archives", whole, ["default", commit("me/archives"), 4, 4, ["bus", "train"]]),
+        ("me/loose", {}, ("--dataset_name me/loose", "beside the class folders", "'logo.png'")),
     ]
-    process = subprocess.run(
-        [sys.executable, "-c", LOAD],
-        input=json.dumps([{"validation_fraction": 0.2} | options for options, _ in cases]),
-        env=hub_environment(hub, tmp_path, token="hf_you"),
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    asked = [{"dataset_name": name, "validation_fraction": 0.2} | options for name, options, _ in cases]
+    env = hub_environment(hub, tmp_path, token="hf_you")
+    process = finish([sys.executable, "-c", LOAD], env, input=json.dumps(asked), cwd=ROOT)
     results = [json.loads(line[7:]) for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(results) == len(cases), process.stderr
-    for (options, expected), result in zip(cases, results, strict=True):
+    for (*case, expected), result in zip(cases, results, strict=True):
         if isinstance(expected, list):
-            assert result == expected, options
+            assert result == expected, case
         else:
-            assert all(part in result[0] for part in expected), (options, result)
-    assert results[4][1] == "DatasetNotFoundError"
+            assert all(part in " ".join(result) for part in expected), (case, result)
     unread = "1 files belong to no split by their names and are not read, such as 'data/photos-0.parquet'"
     assert unread in process.stderr
     unread = "6 image files are in no data_files of README.md and are not read, such as 'more/test/0 [1] 50%.png'"

@@ -22,19 +22,18 @@ from ham_hf.data.shards import SplitFiles, count_rows, held_out_rows
 from ham_hf.data.streaming import buffer_order, num_lanes
 from ham_hf.methods import FAAL, HAM
 from ham_hf.training.data_order import training_class_counts
-from tests.support.example_images import dataset, encode, gray, gray_values, grays, load, noise
+from tests.support.example_images import dataset, encode, gray, gray_values, grays, load, noise, write_parquet
 
 CPU = torch.device("cpu")
 FILES = (11, 7, 13, 9, 10)  # examples of each training file; 50 in all
+TWO_CLASSES = datasets.ClassLabel(names=["c0", "c1"])
 
 
 def write_files(folder, train, **splits):
     """The Hub's layout with several files of train."""
-    (folder / "data").mkdir(parents=True)
+    write_parquet(folder, **splits)
     for number, examples in enumerate(train):
         examples.to_parquet(folder / "data" / f"train-{number:05d}-of-00009.parquet")
-    for split, examples in splits.items():
-        examples.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return str(folder)
 
 
@@ -72,9 +71,7 @@ def values(batch):
 
 
 def naive_buffer(length, size, draws):
-    waiting, held, given = list(range(length)), [], []
-    while waiting and len(held) < size:
-        held.append(waiting.pop(0))
+    waiting, held, given = list(range(size, length)), list(range(min(size, length))), []
     for draw in draws:
         place = int(draw * len(held))
         given.append(held[place])
@@ -154,9 +151,7 @@ def test_resumed_stream_goes_on_bit_for_bit_without_decoding_what_came_before(
         rest = epoch(data, first=first, **options)
         assert len(rest) == len(whole) - 2 * first
         for left, right in zip(rest, whole[2 * first :], strict=True):
-            assert torch.equal(left.x, right.x)
-            assert torch.equal(left.y, right.y)
-            assert torch.equal(left.indices, right.indices)
+            assert all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("x", "y", "indices"))
         if not workers:
             assert len(decoded) == 2 * len(rest)
             decoded.clear()
@@ -239,9 +234,8 @@ def test_a_file_that_is_cut_off_is_named_while_its_rows_are_counted(tmp_path):
 
 @pytest.mark.faults(quick=True)
 def test_a_missing_label_is_named_where_classes_are_counted(tmp_path):
-    names = datasets.ClassLabel(names=["a", "b"])
-    examples = dataset([gray(value) for value in range(6)], [0, 1, 0, None, 1, 0], label_feature=names)
-    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200, label_feature=names))
+    examples = dataset([gray(value) for value in range(6)], [0, 1, 0, None, 1, 0], label_feature=TWO_CLASSES)
+    folder = write_files(tmp_path / "set", [examples], validation=grays(6, first=200))
     data = stream(folder, validation_fraction=0.3)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 3: label None"):
         training_class_counts(data.train, FAAL(), 2)
@@ -261,8 +255,7 @@ def test_class_counts_come_from_the_label_column_of_what_is_trained_on(tmp_path)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_test_split_without_labels_is_passed_over(tmp_path, streaming):
     """As in ImageNet-1k, whose test labels are all -1."""
-    names = datasets.ClassLabel(names=["c0", "c1"])
-    hidden = dataset([gray(0), gray(1)], [-1, -1], label_feature=names)
+    hidden = dataset([gray(0), gray(1)], [-1, -1], label_feature=TWO_CLASSES)
     folder = write_files(tmp_path / "set", [grays(10)], validation=grays(4), test=hidden)
     data = load(folder, dataset_streaming=streaming, validation_fraction=0.2)
     assert (data.test_split_origin, len(data.test)) == ("validation", 4)
@@ -284,11 +277,8 @@ def write_archive(path, values, *, start=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for number, value in enumerate(values, start):
-            members = {
-                "png": encode(gray(value)),
-                "cls": str(value % 2).encode(),
-                "json": json.dumps({"v": value}).encode(),
-            }
+            texts = {"cls": str(value % 2).encode(), "json": json.dumps({"v": value}).encode()}
+            members = {"png": encode(gray(value)), **texts}
             for extension, content in members.items():
                 info = tarfile.TarInfo(f"ex{number:04d}.{extension}")
                 info.size = len(content)
@@ -401,8 +391,7 @@ def test_a_file_that_is_shorter_than_it_should_be(tmp_path):
 
 @pytest.mark.faults(quick=True)
 def test_label_that_is_no_class_and_file_that_vanishes(tmp_path):
-    names = datasets.ClassLabel(names=["c0", "c1"])
-    bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=names)
+    bad = dataset([gray(0), gray(1), gray(2)], [0, 1, -1], label_feature=TWO_CLASSES)
     data = stream(write_files(tmp_path / "set", [bad], test=grays(4)), image_size=8, validation_fraction=0.34)
     with pytest.raises(StreamError, match=r"train-00000-of-00009\.parquet, row 2: label -1, .* declares 2 classes"):
         epoch(data, per_update=2, batch=2)
@@ -418,9 +407,8 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path, w
     images[4] = b"no image"
     folder = write_files(tmp_path / "set", [dataset(images, [0, 1] * 3)], test=grays(4))
     options = {"image_size": 8, "dataloader_num_workers": workers, "validation_fraction": 0.2}
-    with pytest.raises(
-        CorruptImageError, match=r"'train', .*train-00000.*, row 4: the image cannot be read .*--skip_c"
-    ):
+    named = r"'train', .*train-00000.*, row 4: the image cannot be read .*--skip_corrupt"
+    with pytest.raises(CorruptImageError, match=named):
         epoch(stream(folder, **options), per_update=5, batch=5)
     (batch,) = epoch(stream(folder, skip_corrupt=True, **options), per_update=5, batch=5)
     seen = values(batch)
@@ -430,21 +418,17 @@ def test_an_unreadable_image_is_named_or_another_one_takes_its_place(tmp_path, w
     assert batch.indices.tolist() == seen
 
 
+def one_file(folder):
+    return write_files(folder, [grays(8)], test=grays(4))
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (lambda folder: "digits", {}, r"--dataset_name digits is the digits of the package, and only parquet"),
         (lambda folder: write_files(folder, [grays(4)]), {}, r"'train' is the only one, .*leave --dataset_streaming"),
-        (
-            lambda folder: write_files(folder, [grays(8)], test=grays(4)),
-            {"validation_fraction": 0.01},
-            r"--validation_fraction 0.01 of 8 examples in 1 files leaves none",
-        ),
-        (
-            lambda folder: write_files(folder, [grays(8)], test=grays(4)),
-            {"num_train_examples": 9},
-            r"--num_train_examples 9: the files have 8 examples",
-        ),
+        (one_file, {"validation_fraction": 0.01}, "--validation_fraction 0.01 of 8 examples in 1 files leaves none"),
+        (one_file, {"num_train_examples": 9}, "--num_train_examples 9: the files have 8 examples"),
     ],
 )
 def test_what_is_refused(tmp_path, make, options, message):

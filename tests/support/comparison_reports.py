@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
+from markdown_it import MarkdownIt
 
 from ham_hf.comparison.pairs import FinishedRun
 from ham_hf.evaluation.verdicts import verdicts_of
@@ -16,6 +17,7 @@ from tests.support.example_report import DIGITS, attack_result, make_report
 
 NAMES = ("a", "b", "c", "d")
 COUNT = 100
+METRICS = ("average", "worst_class", "worst_30_percent")
 Counts = tuple[Sequence[int], Sequence[int]]
 """Correct and all examples of each class."""
 
@@ -54,6 +56,9 @@ def even(correct: Sequence[int], count: int = 20) -> Counts:
     return correct, [count] * len(correct)
 
 
+CLEAN = even([18, 17, 20, 16, 19, 20, 15, 18, 17, 20])
+
+
 def by_seeds(label: str, *by_seed: Sequence[int], **changes: object) -> list[FinishedRun]:
     """Runs of one label with three classes of 20 images, one per list of correct counts."""
     return [
@@ -87,3 +92,18 @@ def judged_run(label, correct, *, seed=0, swap=0, kept=True, seen=COUNT, epsilon
         verdict=verdict_report(verdicts, seconds=1.0) if kept else None,
     )
     return FinishedRun(label=label, seed=seed, report=report, source=label, verdicts=verdicts if kept else None)
+
+
+def markdown_tables(text: str) -> dict[str, list[list[str]]]:
+    """The first table under each heading, as a Markdown reader sees it: rows of cells, "**" kept."""
+    tables, heading, rows = {}, "", []
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for before, token in zip([None, *tokens], tokens, strict=False):
+        if token.type == "inline" and before.type == "heading_open":
+            heading = token.content
+        elif token.type == "tr_open":
+            rows = tables.setdefault(heading, [])
+            rows.append([])
+        elif token.type == "inline" and before.type in ("td_open", "th_open"):
+            rows[-1].append(token.content)
+    return tables

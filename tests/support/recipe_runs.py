@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,37 +28,16 @@ CONFIGURED = {
 }
 
 # A network that trains in seconds and still is published as plain resnet18.
-SMALL = [
-    "--dataset_name=digits",
-    "--model_name=resnet18_cifar",
-    "--model_args",
-    "in_chans=1",
-    "layers=[1,1,1,1]",
-    "channels=[8,8,8,8]",
-    "--epsilon=0.1",
-    "--step_size=0.03",
-    "--num_steps=3",
-    "--mining_step=1",
-    "--mining_start_epoch=1",
-    "--num_train_epochs=2",
-    "--limit_train_examples=200",
-    "--limit_test_examples=40",
-    "--validation_fraction=0.1",
-    "--learning_rate=0.05",
-    "--lr_scheduler_type=cosine",
-    "--eval_num_steps=2",
-    "--logging_steps=2",
-    "--use_cpu",
-    "--disable_tqdm",
-]
+SMALL = shlex.split(
+    "--dataset_name=digits --model_name=resnet18_cifar --model_args in_chans=1 layers=[1,1,1,1] channels=[8,8,8,8] "
+    "--epsilon=0.1 --step_size=0.03 --num_steps=3 --mining_step=1 --mining_start_epoch=1 --num_train_epochs=2 "
+    "--limit_train_examples=200 --limit_test_examples=40 --validation_fraction=0.1 --learning_rate=0.05 "
+    "--lr_scheduler_type=cosine --eval_num_steps=2 --logging_steps=2 --use_cpu --disable_tqdm"
+)
 
 
 # The same with enough held-out images of every class to calibrate on.
-HELD_OUT = [
-    *(word for word in SMALL if not word.startswith(("--validation_fraction", "--limit_train"))),
-    "--limit_train_examples=800",
-    "--validation_fraction=0.3",
-]
+HELD_OUT = [*SMALL, "--limit_train_examples=800", "--validation_fraction=0.3"]
 
 
 def launch_command(script: str, *arguments: str, processes: int = 1) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.config import TrainingConfig
@@ -28,6 +29,12 @@ def images(count, seed):
     labels = torch.arange(count) % 4
     x = 0.2 * labels.view(-1, 1, 1, 1) + 0.1 + 0.25 * torch.rand(count, 1, 8, 8, generator=generator)
     return TensorImages(x, labels)
+
+
+def tensors(num: int, seed: int = 0, side: int = 8) -> TensorDataset:
+    """Noise in three channels, with four classes in turn."""
+    x = torch.rand(num, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, torch.arange(num) % 4)
 
 
 def image_data(num_train=50, *, validation=True):

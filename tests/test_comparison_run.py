@@ -5,24 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from huggingface_hub import constants
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ham_hf.comparison.plan import read_plan
 from ham_hf.config import config_to_dict, config_to_yaml, load_train_config, parse_train_config
-from ham_hf.config.yaml_file import setting_words
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.reporting.report import read_report, write_report
 from ham_hf.training.run_folder import RunLock, is_locked
@@ -59,13 +54,19 @@ shutil.copy(reports / f"{folder.parent.name}-{folder.name}", folder / "report.js
 """
 
 
-def compare_recipe(*arguments: str) -> int:
+def compare(*arguments: object) -> int:
     """Exit status of the recipe, run in this process."""
     try:
         recipe_module("compare.py").main([str(argument) for argument in arguments])
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def class_report(correct, **changes):
+    """A report of three classes of 20 images with so many right under PGD."""
+    results = {"clean": even([20, 18, 19]), "pgd-20": even(correct)}
+    return run_report(results, class_names=("a", "b", "c"), **changes)
 
 
 def empty_figures(comparison, folder):
@@ -77,29 +78,33 @@ def empty_figures(comparison, folder):
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """A plan run by the stand-in trainer: the recipe's main, the plan's path, and what was started since asked."""
+def plan(tmp_path, monkeypatch):
+    """Path of a plan that the stand-in trainer runs."""
     plan_path = write_plan(tmp_path, PLAN, BASE)
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "reports").mkdir()
     for planned in read_plan(plan_path).runs:
         correct = [6 + planned.seed, 9, 14] if planned.label == "plain" else [9 + planned.seed, 9, 12]
-        report = run_report(
-            {"clean": even([20, 20, 19]), "pgd-20": even(correct)}, seed=planned.seed, class_names=("a", "b", "c")
-        )
+        report = class_report(correct, seed=planned.seed)
         config = config_to_dict(planned.config)
         write_report(dataclasses.replace(report, config=config), tmp_path / "made")
         (tmp_path / "made" / "report.json").rename(tmp_path / "reports" / f"{planned.label}-seed{planned.seed}")
     monkeypatch.setattr("ham_hf.comparison_run.TRAIN", (str(tmp_path / "fake.py"),))
     monkeypatch.setattr("ham_hf.comparison_run.save_comparison_figures", empty_figures)
-    order = tmp_path / "reports" / "order"
+    return plan_path
 
-    def started():
+
+@pytest.fixture
+def started(tmp_path):
+    """What the stand-in trainer was started for since asked."""
+
+    def asked():
+        order = tmp_path / "reports" / "order"
         words = order.read_text().split() if order.exists() else []
         order.unlink(missing_ok=True)
         return words
 
-    return compare_recipe, plan_path, started
+    return asked
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +113,10 @@ def compared(tmp_path_factory, subprocess_env):
     place = tmp_path_factory.mktemp("compare")
     plan, folder = write_plan(place, PLAN, BASE), place / "out"
     command = [sys.executable, str(ROOT / "recipes/compare.py"), "--config", str(plan)]
-    first = subprocess.Popen(
-        command,
-        env=subprocess_env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # Tests that a shell runs in the background ignore Ctrl-C, and so would what they start.
+    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(command, env=subprocess_env, **pipes, **options)
     second_run = folder / "mined" / "seed0"
     deadline = time.monotonic() + 300
     while not (second_run / "checkpoint-2").exists() and time.monotonic() < deadline:
@@ -126,11 +126,8 @@ def compared(tmp_path_factory, subprocess_env):
     interrupted = first.communicate(timeout=60)
     assert first.returncode == 130, interrupted
     assert not is_locked(second_run)
-    assert not [
-        words
-        for process in psutil.process_iter(["cmdline"])
-        if f"--output_dir={second_run}" in (words := process.info["cmdline"] or [])
-    ]
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in running if f"--output_dir={second_run}" in words]
     assert not (second_run / "report.json").exists()
     before = (folder / "plain" / "seed0" / "report.json").stat().st_mtime_ns
     again = finish([*command, "--jobs", "2"], subprocess_env)
@@ -146,10 +143,8 @@ def test_interrupted_comparison_goes_on_where_it_was(compared):
     assert "the same command resumes each run" in complaint
     assert "4 runs: 1 done already, 3 to go" in again
     log = (folder / "mined" / "seed0.log").read_text()
-    assert [line.endswith("--resume_from_checkpoint=latest") for line in log.splitlines() if line.startswith("$")] == [
-        False,
-        True,
-    ]
+    commands = [line for line in log.splitlines() if line.startswith("$")]
+    assert [line.endswith("--resume_from_checkpoint=latest") for line in commands] == [False, True]
     assert "resuming from" in log
     assert read_report(folder / "mined" / "seed0").training.steps == 11
 
@@ -174,20 +169,19 @@ def test_a_real_comparison_holds_the_numbers_of_its_runs(compared):
     assert (mined["method"], mined["mining_step"], mined["seed"], mined["save_steps"]) == ("ham", 2, 1, 2)
 
 
-def test_finished_comparison_is_not_run_again_and_another_one_not_mixed_in(fake, tmp_path, capsys):
-    main, plan, started = fake
+def test_finished_comparison_is_not_run_again_and_another_one_not_mixed_in(plan, started, tmp_path, capsys):
     (tmp_path / "reports" / "mended").touch()
-    assert main("--config", plan) == 0
+    assert compare("--config", plan) == 0
     started()
     path = tmp_path / "out" / "plain" / "seed0" / "report.json"
     values = json.loads(path.read_text())
     assert values["config"].pop("awp_gamma", 0) is None  # as if from before there was this setting
     path.write_text(json.dumps(values))
-    assert main("--config", plan) == 0
+    assert compare("--config", plan) == 0
     assert "4 done already, 0 to go" in capsys.readouterr().out
     changed = plan.with_name("changed.yaml")
     changed.write_text(plan.read_text().replace("save_steps: 2", "weight_decay: 0.1"))
-    assert main("--config", changed) == 2
+    assert compare("--config", changed) == 2
     complaint = capsys.readouterr().err
     folder = tmp_path / "out" / "plain" / "seed0"
     assert f"{folder} holds a run with other settings (weight_decay 0.0005 -> 0.1)" in complaint
@@ -195,14 +189,13 @@ def test_finished_comparison_is_not_run_again_and_another_one_not_mixed_in(fake,
     assert started() == []
 
 
-def test_runs_that_exist_are_compared(fake, tmp_path, capsys):
-    main, plan, _ = fake
+def test_runs_that_exist_are_compared(plan, tmp_path, capsys):
     (tmp_path / "reports" / "mended").touch()
     folder = tmp_path / "out"
-    assert main("--config", plan) == 0
+    assert compare("--config", plan) == 0
     sources = [folder / label / f"seed{seed}" for label in ("mined", "plain") for seed in (0, 1)]
-    assert main(*sources, "--output_dir", tmp_path / "some", "--baseline", "plain") == 0
-    assert main(folder, "--output_dir", tmp_path / "all", "--baseline", "plain") == 0
+    assert compare(*sources, "--output_dir", tmp_path / "some", "--baseline", "plain") == 0
+    assert compare(folder, "--output_dir", tmp_path / "all", "--baseline", "plain") == 0
     capsys.readouterr()
     rows, all_rows, planned = (
         {row["label"]: row for row in json.loads((where / "comparison.json").read_text())["rows"]}
@@ -217,9 +210,8 @@ def test_runs_that_exist_are_compared(fake, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "some").iterdir()} == FILES
 
 
-def test_a_failed_run_is_listed_and_does_not_stop_the_others(fake, tmp_path, capsys):
-    main, plan, started = fake
-    assert main("--config", plan, "--output_dir", tmp_path / "out") == 1
+def test_a_failed_run_is_listed_and_does_not_stop_the_others(plan, started, tmp_path, capsys):
+    assert compare("--config", plan, "--output_dir", tmp_path / "out") == 1
     assert started() == ["plain/seed0", "mined/seed0", "plain/seed1", "mined/seed1"]
     printed = capsys.readouterr()
     assert "FAILED mined seed 0: status 1" in printed.out
@@ -233,97 +225,82 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(fake, tmp_path, cap
     assert values["command"].endswith("--config compare.yaml --output_dir out")
     assert values["jobs"] == 1
     assert values["rows"][0]["runs"][0]["source"] == "plain/seed0"
-    assert [(one["label"], one["seed"], one["failed"]) for one in values["missing"]] == [
-        ("mined", 0, True),
-        ("mined", 1, True),
-    ]
+    missing = [(one["label"], one["seed"], one["failed"]) for one in values["missing"]]
+    assert missing == [("mined", 0, True), ("mined", 1, True)]
     assert values["missing"][0]["reason"].startswith("status 1; the end of mined/seed0.log:")
     assert not [name for name in FILES if str(tmp_path).encode() in (folder / name).read_bytes()]
     (tmp_path / "reports" / "mended").touch()
-    assert main("--config", plan) == 0
+    assert compare("--config", plan) == 0
     assert started() == ["mined/seed0", "mined/seed1"]
     assert "missing" not in (folder / "comparison.md").read_text()
     assert (folder / "mined" / "seed0.log").read_text().count("working on") == 2
 
 
-def test_runs_of_a_comparison_without_a_report_are_missing_and_its_order_and_baseline_stay(fake, tmp_path, capsys):
-    main, plan, _ = fake
+def test_runs_of_a_comparison_without_a_report_are_missing_and_its_order_and_baseline_stay(plan, tmp_path):
     plan.write_text(plan.read_text() + "  early: {mining_step: 1}\n")
-    assert main("--config", plan, "--seeds", "0") == 1
+    assert compare("--config", plan, "--seeds", "0") == 1
     (tmp_path / "out" / "early" / "seed4").mkdir(parents=True)
     source = tmp_path / "out"
-    assert main(source, f"{source}/../out", source / "plain/seed0", "--output_dir", tmp_path / "again") == 0
+    assert compare(source, f"{source}/../out", source / "plain/seed0", "--output_dir", tmp_path / "again") == 0
     values = json.loads((tmp_path / "again" / "comparison.json").read_text())
-    assert (values["baseline"], [(row["label"], row["seeds"]) for row in values["rows"]]) == (
-        "plain",
-        [("plain", [0])],
-    )
-    assert {(one["label"], one["seed"], one["state"]) for one in values["missing"]} == {
-        ("mined", 0, "not finished"),
-        ("early", 0, "not finished"),
-        ("early", 4, "not finished"),
-    }
-    capsys.readouterr()
+    assert values["baseline"] == "plain"
+    assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0])]
+    assert {one["state"] for one in values["missing"]} == {"not finished"}
+    assert {(one["label"], one["seed"]) for one in values["missing"]} == {("mined", 0), ("early", 0), ("early", 4)}
 
 
-def test_an_unreadable_report_is_a_failed_run_and_all_problems_are_said_at_once(fake, tmp_path, capsys):
-    main, plan, started = fake
+def test_an_unreadable_report_is_a_failed_run_and_all_problems_are_said_at_once(plan, started, tmp_path, capsys):
     (tmp_path / "reports" / "mended").touch()
-    assert main("--config", plan) == 0
+    assert compare("--config", plan) == 0
     started()
     report = tmp_path / "out" / "mined" / "seed1" / "report.json"
     report.write_text("{")
-    for again in (["--config", plan], [tmp_path / "out", "--output_dir", tmp_path / "again"]):
-        assert main(*again) == 1
+    out, again = tmp_path / "out", tmp_path / "again"
+    for words, folder in ((["--config", plan], out), ([out, "--output_dir", again], again)):
+        assert compare(*words) == 1
         assert started() == []
-        text = Path(again[-1] if again[-1] != plan else tmp_path / "out", "comparison.md").read_text()
+        text = (folder / "comparison.md").read_text()
         assert "- mined, seed 1: failed." in text
         assert "is not a report of ham\\_hf" in text
     report.unlink()
-    plan.write_text(plan.read_text().replace("save_steps: 2", "weight_decay: 0.1"))
+    original = plan.read_text()
+    plan.write_text(original.replace("save_steps: 2", "weight_decay: 0.1"))
     capsys.readouterr()
-    assert main("--config", plan, "--only", "plain") == 2
+    assert compare("--config", plan, "--only", "plain") == 2
     complaint = capsys.readouterr().err
     assert complaint.count("holds a run with other settings") == 2
     assert "mined" not in complaint
-    plan.write_text(
-        plan.read_text().replace("weight_decay: 0.1", "save_steps: 2").replace("mining_step: 2", "mining_step: 1")
-    )
-    assert main("--config", plan, "--only", "plain") == 0
-    assert (
-        "- mined, seed 0: not run. seed0 holds a run with other settings"
-        in (tmp_path / "out" / "comparison.md").read_text()
-    )
+    plan.write_text(original.replace("mining_step: 2", "mining_step: 1"))
+    assert compare("--config", plan, "--only", "plain") == 0
+    sentence = "- mined, seed 0: not run. seed0 holds a run with other settings"
+    assert sentence in (tmp_path / "out" / "comparison.md").read_text()
 
 
-def test_all_runs_failing_leaves_no_table(fake, tmp_path, capsys):
-    main, plan, _ = fake
-    assert main("--config", plan, "--only", "mined") == 1
+def test_all_runs_failing_leaves_no_table(plan, tmp_path, capsys):
+    assert compare("--config", plan, "--only", "mined") == 1
     assert "nothing to compare" in capsys.readouterr().err
     assert not (tmp_path / "out" / "comparison.md").exists()
 
 
-def test_only_and_seeds_choose_what_is_run(fake, tmp_path, capsys):
-    main, plan, started = fake
-    assert main("--config", plan, "--only", "plain", "--jobs", "2") == 0
+def test_only_and_seeds_choose_what_is_run(plan, started, tmp_path, capsys):
+    assert compare("--config", plan, "--only", "plain", "--jobs", "2") == 0
     assert sorted(started()) == ["plain/seed0", "plain/seed1"]
     assert "- mined, seed 1: not run. not started: left out by --only" in (tmp_path / "out/comparison.md").read_text()
     (tmp_path / "reports" / "mended").touch()
-    assert main("--config", plan, "--seeds", "1", "--output_dir", tmp_path / "elsewhere") == 0
+    assert compare("--config", plan, "--seeds", "1", "--output_dir", tmp_path / "elsewhere") == 0
     assert started() == ["plain/seed1", "mined/seed1"]
     rows = json.loads((tmp_path / "elsewhere" / "comparison.json").read_text())["rows"]
     assert [(row["label"], row["seeds"]) for row in rows] == [("plain", [1]), ("mined", [1])]
     assert rows[1]["attacks"]["pgd-20"]["rho"] == pytest.approx((9 - 7) / 7 + (31 - 30) / 30)
-    assert main("--config", plan, "--seeds", "0", "--only", "mined") == 0
+    assert compare("--config", plan, "--seeds", "0", "--only", "mined") == 0
     assert started() == ["mined/seed0"]
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("plain", [0, 1]), ("mined", [0])]
     assert [(one["label"], one["state"], one["failed"]) for one in values["missing"]] == [("mined", "not run", False)]
 
 
-def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_path, capsys):
-    main, plan, started = fake
-    assert main("--config", plan, "--dry_run", "--launch_args=--num_processes 1 --cpu") == 0
+def test_dry_run_prints_commands_that_give_the_planned_configuration(plan, started, tmp_path, capsys):
+    assert compare("--config", plan, "--dry_run", "--launch_args=--num_processes 1 --cpu") == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 4
     for command, planned in zip(commands, read_plan(plan).runs, strict=True):
@@ -336,20 +313,18 @@ def test_dry_run_prints_commands_that_give_the_planned_configuration(fake, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_another_process_is_at_is_not_started(fake, tmp_path, capsys):
-    main, plan, started = fake
+def test_a_run_that_another_process_is_at_is_not_started(plan, started, tmp_path, capsys):
     with RunLock(tmp_path / "out" / "plain" / "seed0") as lock:
         lock.acquire()
-        assert main("--config", plan, "--only", "plain") == 0
+        assert compare("--config", plan, "--only", "plain") == 0
         assert started() == ["plain/seed1"]
         assert f"RUNNING plain seed 0: another process is running it: {lock.path} is locked" in capsys.readouterr().out
         assert "- plain, seed 0: running." in (tmp_path / "out" / "comparison.md").read_text()
-        assert main(tmp_path / "out", "--output_dir", tmp_path / "again") == 0
+        assert compare(tmp_path / "out", "--output_dir", tmp_path / "again") == 0
         assert "- plain, seed 0: running." in (tmp_path / "again" / "comparison.md").read_text()
 
 
-def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_failed(fake, tmp_path, capsys):
-    main, plan, _ = fake
+def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_failed(plan, tmp_path, capsys):
     # What the trainer does: it finds the folder locked, and ends with status 2.
     (tmp_path / "fake.py").write_text(
         "import pathlib, sys, time\n"
@@ -367,7 +342,7 @@ def test_a_run_that_another_process_takes_while_it_starts_is_running_and_not_fai
     other = threading.Thread(target=take)
     other.start()
     try:
-        main("--config", plan, "--only", "plain", "--seeds", "0")
+        compare("--config", plan, "--only", "plain", "--seeds", "0")
     finally:
         other.join()
         lock.release()
@@ -391,26 +366,21 @@ def test_comparisons_need_nothing_that_windows_lacks(subprocess_env):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
-def test_stopped_comparison_leaves_no_child_behind(fake, tmp_path, capsys, number):
-    main, plan, _ = fake
+def test_stopped_comparison_leaves_no_child_behind(plan, tmp_path, number):
     handler = signal.getsignal(number)
     if handler is signal.SIG_IGN:
         pytest.skip("the tests were started with this signal ignored, as nohup does, and so is the comparison")
-    me = os.getpid()
-    (tmp_path / "fake.py").write_text(
-        f"import os, time; print('child', os.getpid(), flush=True); os.kill({me}, {int(number)}); time.sleep(600)"
-    )
-    assert main("--config", plan) == 130
+    told = f"print('child', os.getpid(), flush=True); os.kill({os.getpid()}, {int(number)})"
+    (tmp_path / "fake.py").write_text(f"import os, time; {told}; time.sleep(600)")
+    assert compare("--config", plan) == 130
     child = int((tmp_path / "out" / "plain" / "seed0.log").read_text().split("child ")[1].split()[0])
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert signal.getsignal(number) == handler
     assert not (tmp_path / "out" / "plain" / "seed1.log").exists()
-    capsys.readouterr()
 
 
-def test_a_signal_while_a_run_is_being_started_leaves_no_child_behind(fake, tmp_path, capsys, monkeypatch):
-    main, plan, _ = fake
+def test_a_signal_while_a_run_is_being_started_leaves_no_child_behind(plan, tmp_path, monkeypatch):
     (tmp_path / "fake.py").write_text("import time; time.sleep(600)")
     started, popen = [], subprocess.Popen
 
@@ -421,88 +391,21 @@ def test_a_signal_while_a_run_is_being_started_leaves_no_child_behind(fake, tmp_
         return started[-1]
 
     monkeypatch.setattr("ham_hf.comparison.execution.subprocess.Popen", interrupted)
-    assert main("--config", plan) == 130
+    assert compare("--config", plan) == 130
     assert [process.poll() is not None for process in started] == [True]
-    capsys.readouterr()
 
 
-def test_unfinished_run_with_other_settings_is_refused(fake, tmp_path, capsys):
-    main, plan, started = fake
+def test_unfinished_run_with_other_settings_is_refused(plan, started, tmp_path, capsys):
     folder = tmp_path / "out" / "plain" / "seed1"
     folder.mkdir(parents=True)
     config = load_train_config(plan.with_name("base.yaml"))
     (folder / "train_config.yaml").write_text(config_to_yaml(config))
-    assert main("--config", plan) == 2
+    assert compare("--config", plan) == 2
     complaint = capsys.readouterr().err
     assert f"{folder} holds a run with other settings" in complaint
     assert "method ham -> pgd_at" in complaint
     assert "seed 0 -> 1" in complaint
     assert started() == []
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "fragments"),
-    [
-        ("baseline:", "baselin:", ["line 4", "'baselin'", "did you mean baseline?"]),
-        ("mining_step: 2", "mining_stpe: 2", ["run mined", "mining_stpe", "--mining_step"]),
-        ("method: pgd_at", "method: pgd_at, mining_step: 1", ["run plain", "--mining_step", "pgd_at"]),
-        ("method: pgd_at", "epsilon: 8", ["run plain", "--epsilon 8", "8/255"]),
-        ("save_steps: 2", "save_steps: 0", ["run plain", "run mined", "--save_steps 0"]),
-        ("save_steps: 2", "seed: 2", ["seed is not for a run", "give seeds to the comparison"]),
-        ("save_steps: 2", "push_to_hub: true, hub_model_id: me/x", ["push_to_hub is not for a run", "ham-hf push"]),
-        ("save_steps: 2", "save_steps: 2, save_steps: 3", ["save_steps is set a second time"]),
-        ("{save_steps: 2}", "[save_steps]", ["settings: expected {setting: value}"]),
-        ("seeds: [0, 1]", "seeds: []", ["seeds", "[0, 1, 2]"]),
-        ("seeds: [0, 1]", "seeds: [0, 1, 0]", ["seeds 0 1 0: 0 is given twice"]),
-        ("seeds: [0, 1]", "seeds: [0, x]", ["seeds 0 x: expected a list of whole numbers"]),
-        ("recipe: base.yaml", "recipe: bass.yaml", ["bass.yaml: there is no such file"]),
-        ("recipe: base.yaml\n", "", ["recipe is missing"]),
-        ("baseline: plain", "baseline: other", ["baseline other", "plain, mined"]),
-        ("  plain:", "  ../plain:", ["label '../plain'", "letters"]),
-        ("  plain:", "  comparison.md:", ["label 'comparison.md'"]),
-        ("  plain:", "  mined:", ["mined is set a second time"]),
-        ("  plain: {method: pgd_at}\n  mined: {mining_step: 2}\n", "  {}\n", ["runs is empty"]),
-    ],
-)
-def test_typo_is_refused_before_anything_starts(tmp_path, capsys, old, new, fragments):
-    assert old in PLAN
-    assert compare_recipe("--config", write_plan(tmp_path, PLAN.replace(old, new), BASE)) == 2
-    complaint = capsys.readouterr().err
-    for fragment in fragments:
-        assert fragment in complaint
-    assert "Traceback" not in complaint
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fragments"),
-    [
-        ("--config {plan} --only minde", ["--only minde", "plain, mined"]),
-        ("--config {plan} --baseline ham", ["--baseline ham", "plain, mined"]),
-        ("--config {plan} --jobs 0", ["--jobs 0"]),
-        ("--config {plan} --seeds 1 1", ["--seeds 1 1: 1 is given twice"]),
-        ("--config {plan} --seeds -1", ["--seeds -1: expected whole numbers of at least 0"]),
-        ("--config {plan} outputs/a", ["exclude each other"]),
-        ("", ["expected --config"]),
-        ("{folder}", ["--output_dir"]),
-        ("{folder} --output_dir={folder} --only x", ["--only goes with --config"]),
-        ("{folder} --output_dir={folder} --jobs 2", ["--jobs goes with --config"]),
-        ("{folder} --output_dir={folder} --jobs 0", ["--jobs goes with --config"]),
-        ("{folder} --output_dir={folder} --seeds 0", ["--seeds goes with --config"]),
-        ("{folder} {folder}/x --output_dir={folder}", ["expected a folder with report.json, or"]),
-        ("{folder} --output_dir={folder}", ["has no report.json"]),
-        ("{folder}/a/b/c --output_dir={folder}", ["expected a folder with report.json, or OWNER/NAME"]),
-    ],
-)
-def test_flags_and_folders_that_make_no_sense_are_refused(tmp_path, capsys, arguments, fragments):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert compare_recipe(*arguments.format(plan=write_plan(tmp_path, PLAN, BASE), folder=folder).split()) == 2
-    complaint = capsys.readouterr().err
-    for fragment in fragments:
-        assert fragment in complaint
-    assert not (tmp_path / "out").exists()
-    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -521,20 +424,17 @@ def publish(hub, name, report, tmp_path):
 
 
 def test_models_on_the_hub_are_compared_with_folders(hub, tmp_path, capsys):
-    results = {"clean": even([20, 18, 19]), "pgd-20": even([6, 9, 14])}
-    local = run_report(results, class_names=("a", "b", "c"), seed=0, method="plain")
-    write_report(local, tmp_path / "runs" / "mine" / "seed0")
-    remote = run_report(results, class_names=("a", "b", "c"), seed=3, method="other")
-    repo = publish(hub, "me/robust", remote, tmp_path)
+    write_report(class_report([6, 9, 14], method="plain"), tmp_path / "runs" / "mine" / "seed0")
+    repo = publish(hub, "me/robust", class_report([6, 9, 14], seed=3, method="other"), tmp_path)
     repo.tags["v1"] = repo.refs["main"]
     out = tmp_path / "out"
     folder = tmp_path / "runs" / "mine" / "seed0"
-    assert compare_recipe(folder, "me/robust@v1", "--output_dir", out, "--baseline", "mine") == 0
+    assert compare(folder, "me/robust@v1", "--output_dir", out, "--baseline", "mine") == 0
     values = json.loads((out / "comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in values["rows"]] == [("mine", [0]), ("other", [3])]
     assert values["rows"][1]["runs"][0]["source"] == "me/robust@v1"
     capsys.readouterr()
-    assert compare_recipe("me/nothing", "--output_dir", tmp_path / "none") == 2
+    assert compare("me/nothing", "--output_dir", tmp_path / "none") == 2
     complaint = capsys.readouterr().err
     assert "there is no folder me/nothing" in complaint
     assert "report.json of me/nothing" in complaint
@@ -542,17 +442,13 @@ def test_models_on_the_hub_are_compared_with_folders(hub, tmp_path, capsys):
 
 
 def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys):
-    def report(correct, **settings):
-        results = {"clean": even([20, 18, 19]), "pgd-20": even(correct)}
-        return run_report(results, class_names=("a", "b", "c"), seed=0, **settings)
-
-    publish(hub, "me/robust", report([6, 9, 14], method="other"), tmp_path)
-    publish(hub, "you/net", report([7, 8, 9], method="third"), tmp_path)
+    publish(hub, "me/robust", class_report([6, 9, 14], method="other"), tmp_path)
+    publish(hub, "you/net", class_report([7, 8, 9], method="third"), tmp_path)
     hub.add("model", "you/broken", {"report.json": b"{}"})
     models, out = tmp_path / "models.txt", tmp_path / "out"
     models.write_text("# ours\nme/robust\nnet of you=you/net\nyou/gone\nyou/broken\n")
     words = ["--models", models, "--output_dir", out, "--page"]
-    assert compare_recipe(*words) == 1
+    assert compare(*words) == 1
     printed = capsys.readouterr()
     assert f"wrote {out / 'leaderboard.html'}" in printed.out
     assert "2 of 4 runs failed" in printed.err
@@ -563,14 +459,14 @@ def test_a_leaderboard_is_refreshed_from_a_list_of_models(hub, tmp_path, capsys)
     assert 'data-label="net of you"' in page
     assert "30.0" in page
     # What is on the Hub now counts, not what was fetched before.
-    publish(hub, "me/robust", report([1, 9, 14], method="other"), tmp_path)
-    assert compare_recipe(*words) == 1
+    publish(hub, "me/robust", class_report([1, 9, 14], method="other"), tmp_path)
+    assert compare(*words) == 1
     rows = json.loads((out / "comparison.json").read_text())["rows"]
     worst = {row["label"]: row["attacks"]["pgd-20"]["worst_class"]["mean"] for row in rows}
     assert worst == {"other": 0.05, "net of you": 0.35}
     models.write_text("you/gone\n")
     capsys.readouterr()
-    assert compare_recipe("--models", models, "--output_dir", tmp_path / "none") == 2
+    assert compare("--models", models, "--output_dir", tmp_path / "none") == 2
     assert "report.json of you/gone" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
@@ -582,12 +478,12 @@ def test_predictions_of_models_on_the_hub_are_paired_and_nothing_huge_is_fetched
         table = write_verdicts(judged.verdicts, tmp_path / "published").read_bytes()
         hub.commit(f"me/{label}", {"predictions.parquet": table})
     words = ["base=me/base", "own=me/own", "--baseline", "base", "--output_dir", tmp_path / "out"]
-    assert compare_recipe(*words) == 0
+    assert compare(*words) == 0
     values = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert values["paired"]["own"]["verdict"]["differences"]["average"]["mean"] > 0
     monkeypatch.setattr("ham_hf.hub.MAX_RESULT_BYTES", 1000)
     capsys.readouterr()
-    assert compare_recipe(*words) == 2
+    assert compare(*words) == 2
     assert "bytes, more than 1,000" in capsys.readouterr().err
 
 
@@ -596,7 +492,7 @@ def test_what_no_figure_can_show_is_said(tmp_path, capsys):
         report = run_report({"clean": even([20, 18]), attack: even([9, 9])}, class_names=("x", "y"), method=name)
         write_report(report, tmp_path / name)
     words = [f"{name}={tmp_path / name}" for name in "ab"]
-    assert compare_recipe(*words, "--output_dir", tmp_path / "out") == 0
+    assert compare(*words, "--output_dir", tmp_path / "out") == 0
     sentence = "There are no figures, as no attack was run on every row (PGD-20 on a; CW-20 on b)."
     assert sentence in capsys.readouterr().out
     text = (tmp_path / "out" / "comparison.md").read_text()
@@ -604,60 +500,10 @@ def test_what_no_figure_can_show_is_said(tmp_path, capsys):
     assert text.index("| a | 1 |") < text.index("- Dataset:")
 
 
-PLAIN_TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**6), 10**6)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | PLAIN_TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT, inner, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), VALUES, max_size=3),
-    st.floats(1e-9, 1.0),
-    st.booleans(),
-    st.one_of(st.none(), st.integers(1, 10**9)),
-    st.sampled_from([[], ["1:0.5"], ["2:0.1", "30:1e-05"]]),
-)
-def test_words_read_back_as_the_settings(model_args, rate, flag, steps, drops):
-    wanted = {
-        "model_args": model_args,
-        "learning_rate": rate,
-        "epsilon": 8 / 255,
-        "use_cpu": flag,
-        "save_steps": steps,
-        "lr_drops": drops,
-    }
-    found = config_to_dict(parse_train_config(["--dataset_name=digits", *setting_words(wanted)]))
-    assert {name: found[name] for name in wanted} == wanted
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/compare.yaml")), ids=lambda path: path.parent.name)
-def test_plans_of_the_repository_are_accepted(path):
-    text = path.read_text()
-    place = path.relative_to(ROOT).as_posix()
-    assert re.search(
-        rf"^# Run:      python recipes/compare.py --config {re.escape(place)}( --jobs \d)?$", text, re.MULTILINE
-    )
-    plan = read_plan(path)
-    assert plan.baseline in plan.labels
-    assert len(plan.runs) == 3 * len(plan.labels)
-    assert len({run.config.training.num_train_epochs for run in plan.runs}) == 1
-    assert all(run.config.method.warmup_epochs < run.config.training.num_train_epochs for run in plan.runs)
-
-
 @pytest.mark.slow
 def test_peak_memory_is_the_process_own_not_its_parents(subprocess_env):
     """A child of a large process: getrusage would count what the parent held."""
-    code = (
-        "import torch; from ham_hf.training.launch import peak_memory_bytes; "
-        "print(peak_memory_bytes(torch.device('cpu')))"
-    )
+    code = "import torch; from ham_hf.training import launch; print(launch.peak_memory_bytes(torch.device('cpu')))"
     parent = f"import subprocess, sys; x = bytearray(2 * 2**30); subprocess.run([sys.executable, '-c', {code!r}])"
     done = finish([sys.executable, "-c", parent], subprocess_env)
     assert 50e6 < int(done.stdout) < 1.8e9

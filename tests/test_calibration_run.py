@@ -35,14 +35,8 @@ from tests.support.recipe_runs import refused as recipe_refused
 pytestmark = pytest.mark.slow
 
 NAMES = ["b", "a"]
-QUICK = [
-    "--use_cpu",
-    "--disable_tqdm",
-    "--calibration_num_steps=1",
-    "--eval_num_steps=1",
-    "--epsilon=0.02",
-    "--limit_test_examples=20",
-]
+QUICK = [*("--use_cpu", "--disable_tqdm", "--calibration_num_steps=1", "--eval_num_steps=1", "--epsilon=0.02")]
+QUICK += ["--limit_test_examples=20"]
 TRAINED = [*HELD_OUT, "--num_train_epochs=1"]
 
 
@@ -86,6 +80,13 @@ def stranger(name: str, folder, *, num_classes: int = 2, size: int = 32, label_n
     return model
 
 
+@pytest.fixture
+def model(tmp_path):
+    """Folder of a stranger's network."""
+    stranger("test_resnet", tmp_path / "model")
+    return tmp_path / "model"
+
+
 def run(model, *arguments):
     command.main([str(model), *QUICK, *map(str, arguments)])
 
@@ -120,8 +121,9 @@ def spy_on_images(monkeypatch) -> list:
 
 
 def digits(**options):
+    """The digits as HELD_OUT has them."""
     model = {"in_chans": 1, "image_size": 8, "interpolation": "bilinear", "crop_pct": 1.0}
-    return load("digits", **model, **options)
+    return load("digits", **model, limit_train_examples=800, validation_fraction=0.3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +132,15 @@ def own(quick, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
     with pytest.MonkeyPatch.context() as patch:
         read = spy_on_images(patch)
-        recipe_module("train_ham.py").main(
-            [*TRAINED, "--fairness=0.5", "--calibration_num_steps=1", f"--output_dir={folder}"]
-        )
+        words = [*TRAINED, "--fairness=0.5", "--calibration_num_steps=1", f"--output_dir={folder}"]
+        recipe_module("train_ham.py").main(words)
     return folder, read
 
 
 class TestTraining:
     def test_searches_in_the_held_out_part_alone(self, own):
         _, read = own
-        data = digits(limit_train_examples=800, validation_fraction=0.3, augmentation="none", limit_test_examples=40)
+        data = digits(augmentation="none", limit_test_examples=40)
         assert len({id(images) for images, _ in read}) == 1
         assert torch.equal(everything(read[0][0]), everything(data.validation))
         assert {int(row) for _, rows in read for row in rows} == set(range(240))
@@ -149,9 +150,7 @@ class TestTraining:
         report = read_report(folder)
         found = report.calibration
         assert found.fairness == 0.5
-        assert found.counts == tuple(
-            torch.bincount(digits(limit_train_examples=800, validation_fraction=0.3).validation.labels)
-        )
+        assert found.counts == tuple(torch.bincount(digits().validation.labels))
         assert not found.seen_in_training
         assert report.training.passes > found.passes > 0
         assert set(report.results) == {"clean", "pgd-2", "cw-2"}
@@ -179,7 +178,7 @@ class TestOwnRun:
         folder, _ = own
         read = spy_on_images(monkeypatch)
         run(folder, "--fairness=0", f"--output_dir={tmp_path / 'out'}")
-        validation = everything(digits(limit_train_examples=800, validation_fraction=0.3).validation)
+        validation = everything(digits().validation)
         assert all(torch.equal(everything(images), validation) for images in {images for images, _ in read})
         record = record_of(folder)
         assert record_of(tmp_path / "out")["original_bias"] == record["original_bias"]
@@ -227,18 +226,15 @@ class TestStranger:
         """Folded and published: plain timm's logits are the old ones plus the shift, bit for bit those of a copy."""
         arguments = dict(FAMILIES.get(name, {"embed_dim": 24, "depth": 1, "num_heads": 2}))
         stranger(name, tmp_path / "model", label_names=NAMES, **arguments)
-        words = [f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"]
         original = load_pixel_model(str(tmp_path / "model"))
         check_foldable(original.model, num_classes=2, image_size=32)
         shifts = torch.tensor([0.7, -0.7])
+        found = {"shifts": (0.7, -0.7), "factors": (1.0,) * 2, "counts": (2, 2)}
         point = calibration.frontier_point(0.0, [1, 1], [2, 2])
-        report = made_up_calibration(
-            fairness=0.0, shifts=(0.7, -0.7), factors=(1.0,) * 2, counts=(2, 2), frontier=(point,)
-        )
-        config = parse_calibrate_config(words)
-        calibration_run.export_calibrated(
-            config, original, report, shifts, class_names=NAMES, model_license="bsd-3-clause"
-        )
+        report = made_up_calibration(fairness=0.0, frontier=(point,), **found)
+        config = parse_calibrate_config([f"{tmp_path / 'model'}", "--fairness=1", f"--output_dir={tmp_path / 'out'}"])
+        names = {"class_names": NAMES, "model_license": "bsd-3-clause"}
+        calibration_run.export_calibrated(config, original, report, shifts, **names)
         new = load_pixel_model(str(tmp_path / "out"))
         x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
@@ -276,10 +272,9 @@ class TestStranger:
     def test_a_dataset_of_some_of_imagenets_classes(self, quick, tmp_path):
         """As ImageNet-A: timm's models name no classes, and the published one names all that they have."""
         synsets = imagenet_synsets(1000)
-        data = {
-            split: examples(number, 20, (synsets[7], synsets[3])) for number, split in enumerate(("train", "extra"))
-        }
-        data = write_parquet(tmp_path / "data", **data, test=examples(2, 6, (synsets[7], synsets[3])))
+        names = (synsets[7], synsets[3])
+        splits = {split: examples(number, names=names) for number, split in enumerate(("train", "extra"))}
+        data = write_parquet(tmp_path / "data", **splits, test=examples(2, 6, names))
         stranger("test_resnet", tmp_path / "model", num_classes=1000)
         split = [f"--dataset_name={data}", "--calibration_split=extra"]
         run(tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
@@ -294,12 +289,11 @@ class TestStranger:
             aligned, _ = align_classes(loaded, names)
             assert calibration_run.own_class_names(loaded, aligned, names) == ("0", "1", "2")
 
-    def test_reads_the_named_split_alone(self, quick, colors, tmp_path, monkeypatch):
-        stranger("test_resnet", tmp_path / "model")
+    def test_reads_the_named_split_alone(self, quick, colors, model, tmp_path, monkeypatch):
         read = spy_on_images(monkeypatch)
         split = [f"--dataset_name={colors}", "--calibration_split=extra"]
-        run(tmp_path / "model", "--fairness=0.5", *split, f"--output_dir={tmp_path / 'out'}")
-        inputs = load_pixel_model(str(tmp_path / "model")).preprocessing
+        run(model, "--fairness=0.5", *split, f"--output_dir={tmp_path / 'out'}")
+        inputs = load_pixel_model(str(model)).preprocessing
         geometry = {"interpolation": inputs.interpolation, "crop_pct": inputs.crop_pct}
         geometry |= {"image_size": 32, "default_image_size": 32}
         extra = load(colors, train_split="extra", test_split="train", validation_fraction=0, **geometry).train
@@ -308,39 +302,34 @@ class TestStranger:
         assert all(torch.equal(everything(images), expected) for images in {images for images, _ in read})
         assert load_pixel_model(str(tmp_path / "out")).class_names == tuple(NAMES)
 
-    def test_training_images_only_with_a_flag_and_card_and_report_say_so(self, quick, colors, tmp_path, capsys):
-        stranger("test_resnet", tmp_path / "model")
+    def test_card_and_report_say_that_training_images_were_allowed(self, quick, colors, model, tmp_path):
         data = ["--fairness=1", f"--dataset_name={colors}", f"--output_dir={tmp_path / 'out'}"]
-        model = tmp_path / "model"
-        assert "name a split that it was not trained on" in refused(capsys, model, *data)
-        train = [*data, "--calibration_split=train"]
-        assert "say --allow_training_images" in refused(capsys, model, *train)
-        run(model, *train, "--allow_training_images")
+        run(model, *data, "--calibration_split=train", "--allow_training_images")
         report = read_report(tmp_path / "out")
         assert report.calibration.seen_in_training
         assert any("that the model was trained on" in note for note in report.notes)
         card = (tmp_path / "out" / "README.md").read_text()
         assert "found on images that the model was trained on (its own training images" in " ".join(card.split())
 
-    def test_the_test_split_never(self, colors, tmp_path, capsys):
-        stranger("test_resnet", tmp_path / "model")
-        split = ["--fairness=1", f"--dataset_name={colors}", "--calibration_split=test", "--allow_training_images"]
-        message = refused(capsys, tmp_path / "model", *split, f"--output_dir={tmp_path / 'out'}")
-        assert "--calibration_split test is the test split" in message
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ("", "name a split that it was not trained on"),
+            ("--calibration_split=train", "say --allow_training_images"),
+            ("--calibration_split=test --allow_training_images", "--calibration_split test is the test split"),
+            ("--calibration_split=extra --limit_calibration_examples=30", "'b' has 15 and lacks 5"),
+        ],
+    )
+    def test_images_that_will_not_do_are_refused(self, colors, model, tmp_path, capsys, words, message):
+        data = ["--fairness=1", f"--dataset_name={colors}", f"--output_dir={tmp_path / 'out'}"]
+        assert message in refused(capsys, model, *data, *words.split())
 
-    def test_too_few_images(self, colors, tmp_path, capsys):
-        stranger("test_resnet", tmp_path / "model")
-        split = [f"--dataset_name={colors}", "--calibration_split=extra", "--limit_calibration_examples=30"]
-        message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
-        assert "'b' has 15 and lacks 5" in message
-
-    def test_a_head_without_bias_is_refused_by_name(self, colors, tmp_path, capsys, monkeypatch):
-        stranger("test_resnet", tmp_path / "model")
-        loaded = load_pixel_model(str(tmp_path / "model"))
+    def test_a_head_without_bias_is_refused_by_name(self, colors, model, tmp_path, capsys, monkeypatch):
+        loaded = load_pixel_model(str(model))
         loaded.model.backbone.fc.register_parameter("bias", None)
         monkeypatch.setattr(calibration_run, "load_pixel_model", lambda *_, **__: loaded)
         split = [f"--dataset_name={colors}", "--calibration_split=extra"]
-        message = refused(capsys, tmp_path / "model", "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
+        message = refused(capsys, model, "--fairness=1", *split, f"--output_dir={tmp_path / 'out'}")
         assert "test_resnet: the Linear that makes its logits has no bias to shift" in message
         assert not (tmp_path / "out").exists()
 
@@ -352,6 +341,11 @@ def labeled(split: int, *labels: str, per_class: int = 6, names=None):
     if names is None:
         return dataset(images, values, label_feature=datasets.Value("string"))
     return dataset(images, list(map(names.index, values)), label_feature=datasets.ClassLabel(names=list(names)))
+
+
+def ordinary():
+    """Splits to train and to test on."""
+    return {"train": labeled(0, "a", "b"), "test": labeled(2, "a", "b")}
 
 
 class TestNamedSplit:
@@ -384,18 +378,15 @@ class TestNamedSplit:
     def test_training_images_under_another_name_are_recognized(self, found_in):
         same = labeled(0, "a", "b", per_class=24)
         with pytest.raises(ValueError, match="--calibration_split copy is the training split"):
-            found_in(
-                "copy", train=labeled(1, "a", "b"), seen=same, copy=same, test=labeled(2, "a", "b"), trained_on="seen"
-            )
+            found_in("copy", **ordinary(), seen=same, copy=same, trained_on="seen")
 
     def test_an_unknown_split_is_named_with_its_own_flag(self, found_in):
-        with pytest.raises(
-            ValueError, match="--calibration_split nope: the dataset has no such split; there are 'train'"
-        ):
-            found_in("nope", train=labeled(0, "a", "b"), test=labeled(2, "a", "b"))
+        message = "--calibration_split nope: the dataset has no such split; there are 'train'"
+        with pytest.raises(ValueError, match=message):
+            found_in("nope", **ordinary())
 
     def test_one_test_image_is_read_without_a_warning(self, found_in, caplog):
-        found_in(train=labeled(0, "a", "b"), extra=labeled(1, "a", "b", per_class=20), test=labeled(2, "a", "b"))
+        found_in(**ordinary(), extra=labeled(1, "a", "b", per_class=20))
         assert "no example" not in caplog.text
 
     @pytest.mark.parametrize("declared", [False, True])
@@ -415,7 +406,7 @@ class TestNamedSplit:
     def test_a_class_that_only_this_split_has_is_refused(self, found_in):
         extra = labeled(1, "a", "b", "x", "y", per_class=20)
         with pytest.raises(ValueError, match=r"--calibration_split extra has classes .* do not have: x, y"):
-            found_in(train=labeled(0, "a", "b"), extra=extra, test=labeled(2, "a", "b"))
+            found_in(**ordinary(), extra=extra)
 
 
 CALIBRATE = """
@@ -451,9 +442,8 @@ def test_strangers_on_the_hub(colors, tmp_path):
         published(hub, "them/strong", tmp_path / "two")
         published(hub, "timm/test_resnet.r160_in1k", tmp_path / "many")
         options = [*QUICK, "--fairness=1", "--calibration_split=extra"]
-        words = [
-            [name, *options, f"--dataset_name={data[name]}", f"--output_dir={tmp_path / name[:4]}"] for name in data
-        ]
+        places = {name: [f"--dataset_name={data[name]}", f"--output_dir={tmp_path / name[:4]}"] for name in data}
+        words = [[name, *options, *places[name]] for name in data]
         env = hub_environment(hub, tmp_path / "home", token=None) | {"PYTHONPATH": str(ROOT)}
         finish([sys.executable, "-c", CALIBRATE, json.dumps(words)], env)
     for name, num_classes in zip(data, (2, 1000), strict=True):

@@ -80,8 +80,6 @@ def test_all_three_are_in_report_predictions_evaluation_and_page(place, tmp_path
     [
         (["--corruptions=frost"], "--corruptions frost: not available, it pastes the authors' photographs"),
         (["--corruptions=all,frog"], "--corruptions frog: there is none of this name; there are gaussian_noise"),
-        (["--severities", "1"], "--severities 1 has no effect without --corruptions"),
-        (["--corruptions=all", "--severities", "0"], "--severities 0: expected some of 1 2 3 4 5"),
         (["--foreign_attack=nowhere.py:attack"], "--foreign_attack nowhere.py:attack: there is no file nowhere.py"),
         (["--group_column=sight"], "--group_column sight: the dataset has no such column; did you mean 'site'"),
         (["--foreign_attack={place}/my_attack.py:far"], "outside the linf ball of radius 0.00392157 (1/255)"),
