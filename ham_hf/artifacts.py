@@ -24,11 +24,9 @@ OWNED_BY_EVALUATION = (*_RESULTS, EVALUATION_NAME)
 OWNED_BY_CALIBRATION = (*_RESULTS, *_MODEL)
 OWNED_BY_TRAINING = (*_RESULTS, *_MODEL, *_TRAINING_ALONE)
 """Names that a training run writes into its output folder besides numbered checkpoints."""
-
 LOADED_BY_TIMM = (WEIGHTS_NAME, CONFIG_NAME)
 _IMAGES, _EVAL_RESULTS = f"{FIGURES}/*.png", f"{EVAL_RESULTS}/*.yaml"
-_RGB_FORM = tuple(f"rgb/{name}" for name in LOADED_BY_TIMM)
 _RUN = (CARD_NAME, REPORT_NAME, PREDICTIONS_NAME, PAGE_NAME, TRAIN_CONFIG_NAME, LOG_NAME, "image.png")
-PUBLISHED_RUN = (*LOADED_BY_TIMM, *_RUN, *_RGB_FORM, _IMAGES, _EVAL_RESULTS)
+PUBLISHED_RUN = (*LOADED_BY_TIMM, *_RUN, *(f"rgb/{name}" for name in LOADED_BY_TIMM), _IMAGES, _EVAL_RESULTS)
 """Published files of a run's folder. Checkpoints, which hold optimizer state as pickles, stay local."""
 PUBLISHED_EVALUATION = (REPORT_NAME, EVALUATION_NAME, _IMAGES, _EVAL_RESULTS)

@@ -134,7 +134,7 @@ def setting_words(values: Mapping[str, object]) -> list[str]:
     words: list[str] = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            words += [f"--{name}", *(f"{key}={json.dumps(item, ensure_ascii=False)}" for key, item in value.items())]
+            words += [f"--{name}", *(f"{key}={_quoted(item)}" for key, item in value.items())]
         elif isinstance(value, list):
             words += [f"--{name}", *map(str, value)]
         elif value is None or isinstance(value, bool):
@@ -142,6 +142,12 @@ def setting_words(values: Mapping[str, object]) -> list[str]:
         else:
             words.append(f"--{name}={exact_fraction(value) or value}")
     return words
+
+
+def _quoted(value: object) -> str:
+    """JSON in the characters that YAML reads back; it refuses some, and takes others for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def exact_fraction(value: object) -> str | None:

@@ -426,7 +426,7 @@ def test_print_config_writes_a_recipe_that_reads_back(capsys, recipe, parse, wor
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 traps = ["none", "null", "~", "no", "true", "1e-3", "010", "8/255", "60:30", "a: b", "# x", "- a", "!x", "&a", "*a"]
-traps += ["'", '"', "{", "é", " a ", "a\n b", "\u2028"]
+traps += ["'", '"', "{", "é", " a ", "a\n b", "\u2028", "\x7f", "a\x85b", "\ufeff", "\uffff"]
 texts = st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=30) | st.sampled_from(traps)
 visible = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 
@@ -501,7 +501,7 @@ def test_yaml_and_back_is_the_same_configuration_and_json_holds_it(config, recip
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), values_of(visible, visible), max_size=3),
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), values_of(texts, visible), max_size=3),
     st.floats(1e-9, 1.0),
     st.booleans(),
     st.none() | counts,
