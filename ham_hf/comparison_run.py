@@ -61,8 +61,7 @@ def run_comparison(options: argparse.Namespace, argv: Sequence[str]) -> None:
     show("".join(f"wrote {path}\n" for path in (*written, *figures)))
     failed = [run for run in missing if run.state == "failed"]
     if failed:
-        total = len(runs) + len(missing)
-        sys.stderr.write(f"{len(failed)} of {total} runs failed, see comparison.md; the same command repeats them\n")
+        sys.stderr.write(f"{len(failed)} of {len(runs) + len(missing)} runs failed, see comparison.md; try again\n")
         raise SystemExit(1)
 
 

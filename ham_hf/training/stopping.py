@@ -112,5 +112,6 @@ def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[
         sys.stderr.write(f"stopped by {requests()} outside of training: nothing in {output_dir} is lost{how}")
         raise
     finally:
-        for number, handler in before.items():
+        # The request that stopped the run may signal once more while the process ends.
+        for number, handler in before.items() if requests._signal is None else ():
             signal.signal(number, handler)

@@ -149,7 +149,9 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
     assert not reached
     said = capsys.readouterr().err
     assert f"stopped by SIGTERM outside of training: nothing in {tmp_path} is lost; the same" in said
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # The handler stays: the same request may signal again.
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_path, capsys, monkeypatch):
@@ -168,11 +170,12 @@ def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_pa
 
 # stopping.py needs nothing else of the package: these processes start in a fraction of a second.
 PROGRAM = f"""
-import importlib.util, sys, time
+import atexit, importlib.util, sys, time
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("stopping", {str(ROOT / "ham_hf/training/stopping.py")!r})
 stopping = importlib.util.module_from_spec(spec); spec.loader.exec_module(stopping)
 stopping.SAME_REQUEST_SECONDS = float(sys.argv[1])
+atexit.register(lambda: print("ending", flush=True) or time.sleep(0.3))
 with stopping.stop_requests(Path("out")) as stop, stop.deferred():
     print("ready", flush=True)
     for _ in range(2000):
@@ -201,6 +204,8 @@ def test_second_signal_stops_at_once():
 def test_signals_of_one_request_are_one():
     process = program(30, "obey")
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "ending\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == EXIT_REQUEUE
 
