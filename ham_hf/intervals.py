@@ -56,7 +56,7 @@ def worst_class_interval(correct: Sequence[int], counts: Sequence[int]) -> tuple
 
 
 def simultaneous_intervals(correct: Sequence[int], counts: Sequence[int]) -> list[tuple[float, float]]:
-    """Intervals of the accuracies of the classes with an example, which all hold at once with 95 %."""
+    """Intervals of class accuracies that all hold at once with 95 %; ValueError if no class has an example."""
     present = [(hit, count) for hit, count in zip(correct, counts, strict=True) if count]
     if not present:
         raise ValueError("no example: every class is empty")

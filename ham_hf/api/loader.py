@@ -92,7 +92,7 @@ def check_images(x: Tensor, y: Tensor) -> None:
 
 
 def held_images(loader: Loader) -> Images:
-    """All images of a loader, one at least and of one size, in memory."""
+    """All images of a loader, in memory; ValueError if there is none, or if their sizes differ."""
     if isinstance(loader, Images):
         return loader
     batches = list(batches_of(loader, torch.device("cpu"), 1))
@@ -105,7 +105,7 @@ def held_images(loader: Loader) -> Images:
 
 
 def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names of the classes: those given, one for each logit, those of the loader's dataset, or numbers."""
+    """Names of the classes: given ones (ValueError unless one per logit), those of the dataset, or numbers."""
     if given is not None:
         if len(given) != num_classes:
             raise ValueError(f"class_names has {len(given)} names, but the model has {num_classes} logits")

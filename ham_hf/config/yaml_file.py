@@ -51,7 +51,7 @@ def list_node(texts: list[str]) -> yaml.Node:
 
 
 def mapping_node(flag: str, pairs: list[str]) -> yaml.Node:
-    """A flag's ``key=value`` words as a mapping node; the values are YAML."""
+    """A flag's ``key=value`` words, whose values are YAML, as a mapping node; ConfigError for other words."""
     items = []
     for pair in pairs:
         key, equals, text = pair.partition("=")

@@ -239,7 +239,7 @@ def _provenance(parts: Parts, config: DataConfig, seed: int) -> Provenance:
 
 
 def choose_augmentation(augmentation: str, cache_images: str, dataset_name: str, image_size: int) -> str:
-    """Resolve ``auto``, and check the augmentation against the cache; see `load_image_data`."""
+    """Resolve ``auto``, see `load_image_data`; ValueError for an unknown one, or one that the cache rules out."""
     if augmentation == "auto":
         small = "none" if dataset_name == DIGITS else "crop_flip"
         augmentation = small if image_size <= SMALL_IMAGE_SIZE else "timm"
