@@ -112,6 +112,6 @@ def stop_requests(output_dir: Path, max_hours: float | None = None) -> Iterator[
         sys.stderr.write(f"stopped by {requests()} outside of training: nothing in {output_dir} is lost{how}")
         raise
     finally:
-        # The request that stopped the run may signal once more while the process ends.
-        for number, handler in before.items() if requests._signal is None else ():
-            signal.signal(number, handler)
+        # The request that stopped the run may signal once more while the process ends: the default would kill it.
+        for number in [one for one in before if requests._signal is None or before[one] != signal.SIG_DFL]:
+            signal.signal(number, before[number])

@@ -154,6 +154,17 @@ def test_signal_outside_of_training_leaves_at_once(tmp_path, capsys):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_a_handler_of_the_calling_program_comes_back(tmp_path):
+    own = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit), stop_requests(tmp_path):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, own)
+
+
 def test_signal_in_the_final_evaluation_leads_the_next_job_straight_there(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--max_steps=3", "--per_device_train_batch_size=16", f"--output_dir={folder}"]
