@@ -24,21 +24,11 @@ from ham_hf.training.run_folder import RunLock, is_locked
 from tests.conftest import ROOT
 from tests.support.comparison_reports import even, judged_run, run_report
 from tests.support.hub_server import Hub, use_hub
-from tests.support.recipe_runs import SMALL, finish, recipe_module, write_plan
+from tests.support.recipe_runs import PLAN, SMALL, finish, recipe_module, write_plan
 
 FILES = {"comparison.json", "comparison.csv", "comparison.md", "comparison_tradeoff.png", "comparison_per_class.png"}
 BASE = [*SMALL, "--num_train_epochs=1", "--mining_start_epoch=0", "--per_device_train_batch_size=16"]
 BASE += ["--validation_num_steps=1"]
-PLAN = """\
-recipe: base.yaml
-output_dir: FOLDER
-seeds: [0, 1]
-baseline: plain
-settings: {save_steps: 2}
-runs:
-  plain: {method: pgd_at}
-  mined: {mining_step: 2}
-"""
 # Stands in for train_ham.py: copies a report that was made before, or does what its label says.
 FAKE = """
 import pathlib, shutil, sys, time

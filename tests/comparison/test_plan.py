@@ -8,19 +8,10 @@ import pytest
 
 from ham_hf.comparison.plan import read_plan
 from tests.conftest import ROOT
+from tests.support.recipe_runs import PLAN as TWO_ROWS
 from tests.support.recipe_runs import SMALL, refused, write_plan
 
-PLAN = """\
-recipe: base.yaml
-output_dir: FOLDER
-seeds: [0, 1]
-baseline: plain
-settings: {save_steps: 2}
-runs:
-  plain: {method: pgd_at}
-  mined: {mining_step: 2}
-  fair: {calibrated_from: plain, fairness: 1}
-"""
+PLAN = TWO_ROWS + "  fair: {calibrated_from: plain, fairness: 1}\n"
 
 
 @pytest.mark.parametrize(
