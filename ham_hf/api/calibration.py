@@ -14,7 +14,7 @@ from ham_hf.api.evaluation import count_logits, device_of, one_process
 from ham_hf.api.loader import Loader, class_names_of, held_images
 from ham_hf.api.loss import unwrapped
 from ham_hf.attacks import ThreatModel, outside_inference_mode
-from ham_hf.data import BatchRequest, Images
+from ham_hf.data import BatchRequest
 from ham_hf.evaluation.batch_sharing import Workplace
 from ham_hf.evaluation.calibration import Calibration, FrontierPoint, ShiftedLogits, check_held_out
 from ham_hf.evaluation.calibration import calibrate as find_shifts
@@ -109,7 +109,8 @@ def calibrate(
     place = Workplace(accelerator=one_process(device), batch_size=batch_size, seed=seed)
     with outside_inference_mode():
         images = held_images(loader)
-        tried = _first_images(images, device)
+        first = BatchRequest(torch.arange(min(TRIED_IMAGES, len(images))), None)
+        tried = next(images.batches([first], device=device)).x
         num_classes = count_logits(model, tried)
         names = class_names_of(loader, class_names, num_classes)
         if int(images.labels.max()) >= num_classes:
@@ -120,11 +121,6 @@ def calibrate(
         )
         shifted, is_folded = _shifted(model, torch.tensor(found.shifts), tried)
     return CalibratedModel(model=shifted, folded=is_folded, class_names=names, calibration=found)
-
-
-def _first_images(images: Images, device: torch.device) -> Tensor:
-    (batch,) = images.batches([BatchRequest(torch.arange(min(TRIED_IMAGES, len(images))), None)], device=device)
-    return batch.x
 
 
 def _shifted(model: nn.Module, shifts: Tensor, tried: Tensor) -> tuple[nn.Module, bool]:

@@ -150,7 +150,8 @@ def _mean(row: Row, name: str, metric: str) -> float:
 
 def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     numbers = [_number(row, name, metric) for metric in TITLES]
-    price = _price(comparison, row)
+    passes = None if row.passes is None else row.passes.mean / 1e6
+    price = passes if comparison.baseline is None else row.price
     seconds = None if row.seconds is None else row.seconds.mean
     order = [(metric, f"{_mean(row, name, metric):.6f}") for metric in TITLES]
     return {
@@ -176,13 +177,6 @@ def _budget_text(run: FinishedRun) -> str:
 
 def _sortable(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _price(comparison: Comparison, row: Row) -> float | None:
-    """Relative to the baseline where there is one, else millions of passes."""
-    if comparison.baseline is not None:
-        return row.price
-    return None if row.passes is None else row.passes.mean / 1e6
 
 
 def _number(row: Row, name: str, metric: str) -> dict[str, object]:

@@ -2,11 +2,12 @@
 
 Post-hoc logit adjustment (Menon et al., ICLR 2021) is the source; finding the numbers under attack, for robust
 fairness, is ours. ``a_c`` is the share of held-out images of class c that are right under CW-10 *on the shifted
-model*. With fairness F in [0, 1] the goal of class c is mean(a) + (1 - F) (a_c(0) - mean a(0)), a_c(0) being its share
-before any shift: F 0 leaves the model as it is, bit for bit, and F 1 asks for equality. Ten rounds of
-``shift_c += 2 (goal_c - a_c) 0.9^round``, centered, find the shifts for the first F. Each further F takes the last
-four of them from the shifts of the nearest F that was searched, and the search on all images from the mean of its
-halves: about as close to the goal. Longer steps would lead away from it where logits are small and turn many images.
+model*; an image is attacked until it is misclassified. With fairness F in [0, 1] the goal of class c is
+mean(a) + (1 - F) (a_c(0) - mean a(0)), a_c(0) being its share before any shift: F 0 leaves the model as it is, bit for
+bit, and F 1 asks for equality. Ten rounds of ``shift_c += 2 (goal_c - a_c) 0.9^round``, centered, find the shifts for
+the first F. Each further F takes the last four of them from the shifts of the nearest F that was searched, and the
+search on all images from the mean of its halves: about as close to the goal. Longer steps would lead away from it
+where logits are small and turn many images.
 
 Of few images the found shift is partly noise, so that of a class with n_c < 300 images is multiplied by
 n_c / (n_c + 10) x 310 / 300 (our choice: 10 is what empirical Bayes gives for class accuracies around 0.4 that spread
@@ -21,13 +22,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ham_hf.attacks import Attack, ThreatModel, check_pixel_range, evaluation_mode, margin_loss
+from ham_hf.attacks import Attack, ThreatModel, check_pixel_range, evaluation_mode, margin_loss, predicted
 from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.data.splits import stratified_split
 from ham_hf.evaluation.batch_sharing import Outcome, SharedBatches, StopWatch, WorkingSize, Workplace
@@ -35,6 +36,7 @@ from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.evaluation.robustness import memory_layout, predict
 from ham_hf.intervals import simultaneous_intervals
 from ham_hf.metrics import count_per_class, mean_of_worst, summarize_counts
+from ham_hf.mining import FirstLogits
 from ham_hf.precision import attack_passes
 from ham_hf.seeding import Stream, make_generator
 
@@ -63,10 +65,21 @@ class SearchAttack(Attack):
     step_size: float
     precision: str = "float32"
 
-    @property
-    def passes(self) -> int:
-        """Most passes that an image takes: two of its own, and a step's gradient counts as two."""
-        return 2 + 2 * self.num_steps
+    def while_right(self, model: nn.Module, x: Tensor, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) where the attack from ``start`` ends, and the number of steps (N,) that each one took.
+
+        The last step of an image is the one whose gradient finds it misclassified: what is broken needs no more.
+        """
+        step, left = replace(self, num_steps=1), torch.arange(len(y), device=y.device)
+        x_adv, steps = start.clone(), torch.zeros_like(y)
+        for _ in range(self.num_steps):
+            seen = FirstLogits(margin_loss)
+            x_adv[left] = step(model, x[left], y[left], start=x_adv[left], loss_fn=seen)
+            steps[left] += 1
+            left = left[predicted(seen.logits) == y[left]]
+            if not len(left):
+                break
+        return x_adv, steps
 
     def settings(self, seed: int) -> dict[str, object]:
         """Settings as a report lists them; JSON types only."""
@@ -274,18 +287,18 @@ class _Meter:
             shape=(2, len(labels)),
             place=self.place,
             key=self.key,
-            settings={"calibration and clean": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
+            settings={"attack": self.attack.settings(self.place.seed), "half": half, "shifts": shifts},
         )
         offset = half * len(torch.split(self.halves[0], self.place.batch_size))
         for number, batch in shared.of(self.images):
             found = self._predictions(offset + number, batch)
             shared.add(number, Outcome(found, torch.full(found.shape, torch.nan), torch.zeros(2)))
-        right_clean, right = shared.gather().predictions[:, rows] == labels[rows]
-        self.passes += len(rows) + int(right_clean.sum()) * (self.attack.passes - 1)
-        return count_per_class(labels[rows], self.num_classes, right)
+        attacked, passes = shared.gather().predictions[:, rows]
+        self.passes += int(passes.sum())
+        return count_per_class(labels[rows], self.num_classes, attacked == labels[rows])
 
     def _predictions(self, number: int, batch: PixelBatch) -> Tensor:
-        """Predictions (2, n) of the images of the batch with this number: as they are, and under attack."""
+        """Predictions under attack, and passes, (2, n), of the images of the batch with this number."""
         check_pixel_range(batch.x)
         # Of all rows, whichever are right as they are: that changes with the shifts.
         generator = make_generator(batch.x.device, self.place.seed, Stream.CALIBRATION, number)
@@ -293,13 +306,13 @@ class _Meter:
 
         def strike(rows: slice) -> Tensor:
             x, y = batch.x[rows].contiguous(memory_format=self.layout), batch.y[rows]
-            clean = predict(self.model, x)
-            predicted, right = clean.clone(), (clean == y).nonzero().squeeze(1)
+            attacked = predict(self.model, x)
+            passes, right = torch.ones_like(attacked), (attacked == y).nonzero().squeeze(1)
             if len(right):
                 first = start[rows][right].contiguous(memory_format=self.layout)
-                x_adv = self.attack(self.attacked, x[right], y[right], start=first, loss_fn=margin_loss)
-                predicted[right] = predict(self.model, x_adv)
-            return torch.stack([clean, predicted], dim=1)
+                x_adv, steps = self.attack.while_right(self.attacked, x[right], y[right], first)
+                attacked[right], passes[right] = predict(self.model, x_adv), 2 + 2 * steps
+            return torch.stack([attacked, passes], dim=1)
 
         return self.size.split(strike, len(batch.y)).T
 
@@ -402,7 +415,7 @@ def _show_forecast(meter: _Meter, rounds: int) -> None:
         "%d process(es); if it is killed, the same command resumes",
         num_images,
         rounds,
-        float(rounds * -(-num_images // 2) * attack.passes),
+        float(rounds * -(-num_images // 2) * (2 + 2 * attack.num_steps)),
         seconds,
         meter.place.accelerator.num_processes,
     )

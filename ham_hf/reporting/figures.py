@@ -400,7 +400,8 @@ def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, 
         aspect="auto",
         extent=(0.5, num_epochs + 0.5, num_classes - 0.5, -0.5),
     )
-    for start, end in _runs(~panel.present):
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], ~panel.present, [False]])))
+    for start, end in edges.reshape(-1, 2):
         axes.axvspan(start + 0.5, end + 0.5, color="white", linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     axes.set_yticks([])
@@ -415,11 +416,6 @@ def _heat_map(axes: Axes, bar: Axes, panel: Treatment, order: Sequence[int], *, 
         bar.set_xlabel("1 = as in plain training", fontsize=8)
     else:
         bar.xaxis.set_major_locator(MaxNLocator(nbins=4))
-
-
-def _runs(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]])))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
 def frontier_figure(report: CalibrationReport) -> Figure:

@@ -198,12 +198,11 @@ def literal(value: str | float) -> Markdown:
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> Markdown:
     """Rows as a Markdown table; every cell that is not `Markdown` already is escaped."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    shown = [f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines]
+    cells = [
+        [cell if isinstance(cell, Markdown) or not cell else markdown_text(cell) for cell in line] for line in lines
+    ]
+    shown = [f"| {' | '.join(line)} |" for line in cells]
     return Markdown("\n".join([shown[0], "|---|" + "---:|" * (len(lines[0]) - 1), *shown[1:]]))
-
-
-def _markdown_cell(cell: str) -> str:
-    return cell if isinstance(cell, Markdown) or not cell else markdown_text(cell)
 
 
 def text_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ham_hf.attacks import ThreatModel
+from ham_hf.attacks import ThreatModel, margin_loss, pgd
 from ham_hf.data.splits import stratified_split
 from ham_hf.evaluation import Workplace, calibration
 from ham_hf.evaluation.calibration import FRONTIER, SearchAttack, calibrate, check_held_out, frontier_point, shrinkage
@@ -170,6 +170,37 @@ class TestSearch:
         assert few.factors == pytest.approx([20 / 30 * 310 / 300] * 3)
         counts = torch.tensor([0, 20, 100, 300, 5000])
         assert shrinkage(counts).tolist() == pytest.approx([0, 0.68889, 0.93939, 1, 1], abs=1e-5)
+
+
+class TestAttack:
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_each_image_takes_steps_until_one_finds_it_misclassified(self, norm):
+        images = channel_images(30)
+        model, x, y = ChannelMeans(BIAS).double(), images.x.double(), images.labels
+        x, y = x[right := model(x).argmax(1) == y], y[right]
+        attack = SearchAttack(threat_model=ThreatModel(norm, 0.12), step_size=0.03, num_steps=6)
+        start = attack.threat_model.random_start(x, torch.Generator().manual_seed(0))
+        found, steps = attack.while_right(model, x, y, start)
+        for row in range(len(y)):
+            one, taken, x_adv = slice(row, row + 1), 0, start[row : row + 1]
+            while taken < 6:
+                broken = model(x_adv).argmax(1) != y[one]
+                x_adv = pgd(
+                    model,
+                    x[one],
+                    y[one],
+                    threat_model=attack.threat_model,
+                    num_steps=1,
+                    step_size=0.03,
+                    start=x_adv,
+                    loss_fn=margin_loss,
+                )
+                taken += 1
+                if broken:
+                    break
+            assert steps[row] == taken
+            torch.testing.assert_close(found[one], x_adv)
+        assert len(steps.unique()) > 2
 
 
 class TestFrontier:
