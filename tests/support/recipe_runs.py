@@ -27,7 +27,6 @@ CONFIGURED = {
     for path in sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 }
 
-# A network that trains in seconds and still is published as plain resnet18.
 PLAN = """\
 recipe: base.yaml
 output_dir: FOLDER
@@ -38,6 +37,7 @@ runs:
   plain: {method: pgd_at}
   mined: {mining_step: 2}
 """
+# A network that trains in seconds and still is published as plain resnet18.
 SMALL = shlex.split(
     "--dataset_name=digits --model_name=resnet18_cifar --model_args in_chans=1 layers=[1,1,1,1] channels=[8,8,8,8] "
     "--epsilon=0.1 --step_size=0.03 --num_steps=3 --mining_step=1 --mining_start_epoch=1 --num_train_epochs=2 "
