@@ -10,6 +10,7 @@ import shlex
 import pytest
 import yaml
 
+from ham_hf.comparison.plan import read_plan
 from ham_hf.config import TrainConfig, config_to_dict, config_to_yaml, load_train_config, parse_train_config
 from ham_hf.config.configs import sections
 from ham_hf.methods import HAM, PGDAT
@@ -120,6 +121,14 @@ def test_paper_recipes_hold_the_published_values(name, dataset, mining, start, r
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (120, 128)
     assert (training.learning_rate, training.momentum, training.weight_decay) == (rate, 0.9, 2e-4)
     assert (training.optimizer, training.decay_norm_and_bias) == ("momentum", True)
+
+
+def test_fair_recipe_is_the_row_that_was_measured():
+    recipe = config_to_dict(load("cifar10/resnet18_small_fair.yaml"))
+    plan = read_plan(ROOT / "recipes/cifar10/compare_medium.yaml")
+    (row,) = (run for run in plan.runs if (run.label, run.seed) == ("k2-long-hard_fraction-fair", 0))
+    differ = {name for name, value in config_to_dict(row.config).items() if value != recipe.get(name)}
+    assert differ == {"output_dir", "autoattack", "autoattack_examples"}
 
 
 def test_the_default_run_needs_no_network():
