@@ -76,7 +76,7 @@ class FairnessSummary:
     per_class: tuple[ClassAccuracy, ...]
 
 
-def wilson_interval(correct: int, count: int, *, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(correct: float, count: float, *, level: float = 0.95) -> tuple[float, float]:
     """Confidence interval of a proportion at ``level`` (Wilson, 1927): unlike the normal one, it stays in [0, 1].
 
     Raises:

@@ -205,7 +205,7 @@ def hard_weights(mined: HardExamples, kind: str) -> Tensor:
     if kind == "none":
         return torch.ones_like(mined.x_adv[:, 0, 0, 0])
     if kind == "margin":
-        return 1 + margin_loss(mined.early.logits[mined.rows].softmax(1), mined.y)
+        return 1 + margin_loss(mined.early.logits[mined.rows].softmax(1), mined.y).nan_to_num(1).clamp(min=0)
     assert mined.largest_move is not None  # noqa: S101 (tracked where it weighs)
     # The shape left in the authors' script, 1 - (tanh(-1 + 5 (m/2 - w) / (m/2)) + 1) / 2, with m = 2, the largest
     # distance two distributions can have, where the script took the batch maximum: a weight then does not depend on

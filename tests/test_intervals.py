@@ -33,9 +33,9 @@ def test_bootstrap_intervals_hold_equal_and_spread_accuracies():
     """The percentile bootstrap never holds the gap of equal accuracies, which is 0."""
     equal = coverage(PROFILES["calibrated"], 100, simulations=60)
     spread = coverage(PROFILES["spread"], 1000, simulations=60)
+    weak = coverage(PROFILES["weak"], 36, simulations=60)
     for name in ("gap", "std", "nsd", "worst_30_percent"):
-        assert equal[name] >= 0.85, name
-        assert spread[name] >= 0.85, name
+        assert min(equal[name], spread[name], weak[name]) >= 0.85, name
 
 
 def test_intervals_are_repeatable_and_about_the_estimate():
@@ -58,3 +58,4 @@ def test_intervals_of_corner_cases_stay_where_the_numbers_can_be(correct, counts
     for name in ("worst_class", "worst_30_percent", "gap", "std"):
         low, high = getattr(found, name)
         assert 0 <= low <= high <= 1
+        assert low < high or name == "std" or (name == "gap" and counts.count(0) == len(counts) - 1)

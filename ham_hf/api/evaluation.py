@@ -167,8 +167,8 @@ def evaluate(
     loader = reader or loader
     with outside_inference_mode():
         if autoattack:
-            loader = held_images(loader)
-        batches = batches_of(loader, place, batch_size)
+            images = held_images(loader)
+        batches = batches_of(images if autoattack else loader, place, batch_size)
         first = next(batches, None)
         if first is None:
             raise ValueError("there is no example to evaluate on: the loader gave no batch")
@@ -177,7 +177,7 @@ def evaluate(
         if autoattack:
             results["autoattack"] = evaluate_autoattack(
                 model,
-                held_images(loader),
+                images,
                 Workplace(accelerator=one_process(place), batch_size=batch_size, seed=seed),
                 num_classes=num_classes,
                 threat_model=threat_model,

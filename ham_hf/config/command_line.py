@@ -60,7 +60,7 @@ _SCREENS: dict[type, _Screen] = {
     TrainConfig: _Screen(
         "train",
         "Train a timm backbone adversarially, evaluate it per class, and write a model for\n"
-        "plain timm with its card. Alone it trains on real digits: one to two minutes on a CPU.",
+        "plain timm with its card. Alone it trains on digits, by their recipe: 1 to 2 minutes.",
         {
             "dataset_name": "Hub dataset id, local folder, or digits",
             "model_name": "any timm model name",
@@ -84,7 +84,7 @@ _SCREENS: dict[type, _Screen] = {
         "Measure the robustness per class of any model on any dataset.",
         {
             "model": "Hub id, folder or timm name; the first word",
-            "dataset_name": "Hub dataset id, local folder, or digits",
+            "dataset_name": "required: Hub dataset id, local folder, or digits",
             "test_split": "split to test on; none = found by rule",
             **_EVALUATED,
         },
@@ -227,7 +227,7 @@ class _Parser(argparse.ArgumentParser):
         entries = [Entry(name, self._node(name, written), "") for name, written in found.items()]
         strays = [word for word in extra if word != "--"]
         unknown = [word for word in strays if word.startswith("-") and not word[1:2].isdigit()]
-        if not unknown and strays and "model" in self.settings and "model" not in found:
+        if strays and not strays[0].startswith("-") and "model" in self.settings and "model" not in found:
             entries.append(Entry("model", text_node(strays.pop(0)), ""))
         if strays and not unknown:
             raise ConfigError(f"unexpected word {strays[0]!r}; a setting is written --name value")
@@ -271,7 +271,8 @@ class _Parser(argparse.ArgumentParser):
                 rows.append(("--method METHOD", f"{what} [{DEFAULT_METHOD}]"))
                 continue
             known = self.settings[name]
-            default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
+            unused = known.default in (None, MISSING) or known.default is False or what.startswith("required")
+            default = "" if unused else f" [{_default(known)}]"
             # Choices take much room, and are in the words.
             metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
             rows.append((f"--{name}{metavar}", f"{what or known.help}{default}"))

@@ -55,7 +55,10 @@ def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:
         raise ValueError(f"a subset needs at least 1 example, got size={size}")
     if size >= len(labels):
         return torch.arange(len(labels))
-    quota = _proportional_counts(torch.bincount(labels), size)
+    counts = torch.bincount(labels)
+    # Classes in random order: among equal remainders the first ones win.
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    quota = _proportional_counts(counts[order], size)[order.argsort()]
     return torch.nonzero(_rank_in_class(labels, seed) < quota[labels]).flatten()
 
 

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from ham_hf.attacks import ThreatModel, attack_mode, check_pixel_range, finite_rows, predicted
 from ham_hf.data import Images, PixelBatch, stratified_subset
 from ham_hf.evaluation.batch_sharing import Outcome, PiecewiseModel, SharedBatches, StopWatch, WorkingSize, Workplace
-from ham_hf.evaluation.robustness import (
-    AttackResult,
-    logits_of,
-    refuse_not_finite,
-    true_margins,
-    warn_of_not_finite,
-)
+from ham_hf.evaluation.robustness import AttackResult, logits_of, refuse_not_finite, true_margins, warn_of_not_finite
 from ham_hf.seeding import TEST_SEED, Stream, derive_seed
 
 logger = logging.getLogger(__name__)

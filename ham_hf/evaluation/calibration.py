@@ -222,7 +222,7 @@ class ShiftedLogits(nn.Module):
     def __init__(self, model: nn.Module, num_classes: int) -> None:
         super().__init__()
         self.model = model
-        device = next(model.parameters()).device
+        device = next(model.parameters(), torch.empty(0)).device
         self.register_buffer("shift", torch.zeros(num_classes, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -390,7 +390,7 @@ def _largest_within(meter: _Meter, points: dict[float, FrontierPoint], max_avera
     def holds(value: float) -> bool:
         if value not in points:
             points[value] = _cross_fitted(meter, value)
-        return points[0.0].average - points[value].average <= max_average_drop
+        return points[0.0].average - points[value].average <= max_average_drop + 1e-9
 
     below = 0.0
     for above in FRONTIER[1:]:

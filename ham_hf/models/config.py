@@ -15,7 +15,7 @@ class ModelConfig(SettingsGroup):
     model_name: str = setting("resnet18_cifar", "any timm model name")
     pretrained: bool = setting(False, "start from timm's pretrained weights")
     model_args: Mapping[str, object] = setting(
-        {}, "arguments for the timm model, such as drop_path_rate=0.1; replaces the recipe's"
+        {}, "arguments for the timm model, such as drop_path_rate=0.1 or layers=[1,1,1,1]; replaces the recipe's"
     )
     image_size: int | None = setting(
         None,

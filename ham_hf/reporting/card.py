@@ -253,7 +253,7 @@ def _context(report: RunReport, folder: Path | None, *, repo_id: str | None, mod
         "has_intervals": any(attack.intervals for attack in report.entries()),
         "class_rows": shown,
         "has_parts": any(map(report.is_subset, report.entries())),
-        "num_tested_classes": len(classes),
+        "num_tested_classes": sum(bool(one.count) for one in report.ordering_entry().summary.per_class),
         "never_active": never_active(report.config, report.training.num_train_epochs) if report.training else "",
         "hidden_classes": len(classes) - len(shown),
         "figures": [(title, Markdown(path)) for title, path in _figures(report) if _is_there(folder, path)],

@@ -55,15 +55,14 @@ def results_table(report: RunReport, *, intervals: bool = False) -> list[dict[st
 
 
 def class_rows(report: RunReport) -> list[dict[str, str]]:
-    """One row per class with images in `RunReport.ordering_entry`, worst first.
+    """One row per class with images, the worst of `RunReport.ordering_entry` first.
 
     "Images" are the most that an evaluation saw of the class; a cell of one that saw fewer has their number.
     """
     rows = []
     for index in report.worst_first():
-        if report.ordering_entry().summary.per_class[index].count:
-            found = {entry.title: entry.summary.per_class[index] for entry in report.entries()}
-            images = max(one.count for one in found.values())
+        found = {entry.title: entry.summary.per_class[index] for entry in report.entries()}
+        if images := max(one.count for one in found.values()):
             row = {"Class": plain_text(report.dataset.class_names[index], 40), "Images": str(images)}
             rows.append(row | {title: class_cell(one, images) for title, one in found.items()})
     return rows

@@ -47,14 +47,7 @@ from ham_hf.training.resume import (
     run_plan,
 )
 from ham_hf.training.run_folder import RunFiles
-from ham_hf.training.sharding import (
-    gathered,
-    load_model,
-    load_optimizer,
-    memory_format_of,
-    prepare,
-    whole_state,
-)
+from ham_hf.training.sharding import gathered, load_model, load_optimizer, memory_format_of, prepare, whole_state
 from ham_hf.training.stopping import TrainingStopped
 from ham_hf.training.train_step import STAY_FINITE, NonFiniteLossError, Totals, TrainStep
 from ham_hf.training.validation import HeldOutAccuracy, HeldOutPart, held_out_record, selection_score

@@ -92,10 +92,12 @@ def test_autoattack_counts_in_the_verdict(data: TensorDataset, quick_autoattack:
     assert report.verdict.summary == report.attacks["autoattack"].summary
 
 
-def test_names_come_from_the_dataset_of_the_loader(data: TensorDataset) -> None:
+def test_names_come_from_the_dataset_of_the_loader(data: TensorDataset, quick_autoattack: type) -> None:
     data.classes = ["ant", "bee", "cat", "dog"]
     net = group_norm_net().float()
-    assert evaluate(net, DataLoader(data, batch_size=24), attacks=[]).class_names == ("ant", "bee", "cat", "dog")
+    for autoattack in (False, True):
+        found = evaluate(net, DataLoader(data, batch_size=24), attacks=[], autoattack=autoattack)
+        assert found.class_names == ("ant", "bee", "cat", "dog")
     assert evaluate(net, [data.tensors], attacks=[]).class_names == ("0", "1", "2", "3")
 
 

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.coverage [--simulations 2000]
 
 Class accuracies are known, counts are drawn from them, and the intervals are made of the counts. Ten classes, with
-accuracies that are spread (10 to 80 %), tied at the bottom (three at 20 %, the others 30 to 75 %), or calibrated (all
-40 %), and 36, 100 or 1,000 test images of each class. One line per profile and number of images.
+accuracies that are spread (10 to 80 %), tied at the bottom (three at 20 %, the others 30 to 75 %), weak there (1, 3
+and 5 %, the others 10 to 70 %), or calibrated (all 40 %), and 36, 100 or 1,000 test images of each class. One line per
+profile and number of images.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ham_hf.intervals import FairnessIntervals, fairness_intervals, spread_numbe
 PROFILES = {
     "spread": np.linspace(0.1, 0.8, 10),
     "tied": np.concatenate([np.full(3, 0.2), np.linspace(0.3, 0.75, 7)]),
+    "weak": np.array([0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
     "calibrated": np.full(10, 0.4),
 }
 COUNTS = (36, 100, 1000)

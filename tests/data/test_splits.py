@@ -52,8 +52,9 @@ def test_draws_depend_on_the_seed_and_are_nested():
     assert counts(labels[small])[:7].tolist() == [10] * 7
     assert set(small.tolist()) < set(large.tolist())
     assert set(small.tolist()) != set(stratified_subset(labels, 100, 1).tolist())
-    # Random within a class: not its first examples.
+    # Random within a class: not its first examples. And classes with less than one each are drawn alike.
     assert not torch.equal(small[:10], torch.arange(10))
+    assert {int(labels[stratified_subset(labels, 1, seed)]) for seed in range(100)} == set(range(10))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ham_hf.attacks import Attack, ThreatModel
 from ham_hf.methods import HAM
-from ham_hf.mining import mine_hard_examples
+from ham_hf.mining import hard_weights, mine_hard_examples
 from tests.support.golden_data import exact, golden_batch, golden_case, golden_net
 from tests.support.method_checks import attack_of, initial_states, rows_of
 from tests.support.nets import group_norm_net
@@ -56,6 +58,19 @@ def test_weight_by_margin(case):
         others = [float(p) for j, p in enumerate(row) if j != label]
         assert float(weight) == pytest.approx(1 + max(others) - float(row[label]))
         assert 1 <= weight <= 2
+    mined = mined_alike(net, case)
+    right = mined.early.logits + 99 * torch.nn.functional.one_hot(case.y, mined.early.logits.shape[1])
+    for logits, expected in ((right, 1), (right * torch.nan, 2)):
+        odd = replace(mined, early=replace(mined.early, logits=logits))
+        assert hard_weights(odd, "margin").tolist() == [expected] * len(mined.y)
+
+
+def test_easy_examples_stay_in_the_box_where_trades_starts(case):
+    ham = HAM(mining_start_epoch=0, mining_step=0, easy_weight=1.0, base_loss="trades")
+    x = case.x.round()
+    batch = rows_of(ham, golden_net(), x, case.y, attack=ATTACK, epoch=5, seed=3)
+    assert not batch.hard.all()
+    assert 0 <= batch.x.min() < batch.x.max() <= 1
 
 
 def test_weight_by_probability_move(case):

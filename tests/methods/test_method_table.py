@@ -15,24 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ham_hf.attacks import Attack, ThreatModel
-from ham_hf.methods import (
-    BAT,
-    CFA,
-    CFOL,
-    DAFA,
-    FAAL,
-    FAT,
-    FRL,
-    GAIRAT,
-    HAM,
-    MART,
-    PGDAT,
-    TRADES,
-    WAT,
-    ClassRule,
-    Method,
-)
+from ham_hf.methods import BAT, CFA, CFOL, DAFA, FAAL, FAT, FRL, GAIRAT, HAM, MART, PGDAT, TRADES, WAT, Method
 from ham_hf.methods.bat import BalanceLoss
+from ham_hf.methods.class_rule import ClassRule
 from ham_hf.methods.losses import MartLoss, TradesLoss
 from ham_hf.methods.rule_method import as_recorded
 from ham_hf.methods.rules.hard_fraction import HardFraction

@@ -152,6 +152,8 @@ def test_number_of_images_beside_an_accuracy_of_a_class_is_its_own() -> None:
             shown = f"{100 * own.accuracy:.1f} ({100 * own.low:.1f}–{100 * own.high:.1f})"
             part = entry.name in ("autoattack", "verdict")
             assert row[entry.title] == (f"{shown} of {own.count}" if part else shown)
+    few = class_rows(make_report(verdict=True, attacks=WITH_AUTOATTACK["attacks"], num_autoattack=7))
+    assert [row["AutoAttack"] for row in few].count("–") == 3 == len(few) - 7
 
 
 def test_device_without_a_name_goes_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:

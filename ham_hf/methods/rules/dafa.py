@@ -44,7 +44,7 @@ class DAFARule(RadiusRule, FirstTermRule):
         """Sum the class probabilities, and count, per true class."""
         if epoch != self.dafa_start_epoch - 1:
             return None
-        probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1)
+        probabilities = logits.detach().to(statistics_dtype(logits.device)).softmax(1).nan_to_num(1 / logits.shape[1])
         return class_sums(torch.cat([probabilities, torch.ones_like(probabilities[:, :1])], 1), y, logits.shape[1])
 
     def after_update(self, state: State, sums: Tensor, *, epoch: int) -> None:

@@ -79,6 +79,8 @@ def test_only_the_epoch_before_the_weights_is_observed():
     logits, y = torch.zeros(2, 10), torch.zeros(2, dtype=torch.long)
     observed = [dafa.rule.observe(logits, y, epoch=epoch) is not None for epoch in range(7)]
     assert observed == [epoch == 4 for epoch in range(7)]
+    # Logits of an attack in half precision may overflow.
+    assert dafa.rule.observe(logits.fill_(torch.inf), y, epoch=4).isfinite().all()
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
