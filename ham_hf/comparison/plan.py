@@ -98,6 +98,8 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.
     """
     entries = {entry.name: entry for entry in read_yaml(path)}
+    if "dataset_name" in entries:
+        raise ConfigError(f"{path} trains one model: {command('train')} --config {path}")
     given = {name for name, value in (("output_dir", output_dir), ("seeds", seeds)) if value is not None}
     problems = [
         f"{entry.origin}there is no {name!r} in a comparison{_nearest(name)}; expected {', '.join(KEYS)}"
