@@ -37,8 +37,8 @@ STATISTICS_EXAMPLES = 2_000
 def stratified_subset(labels: Tensor, size: int, seed: int) -> Tensor:
     """Positions of ``size`` examples in which every class has its share, to within one example.
 
-    Shares are rounded by largest remainder, so they add up to ``size``; a class with a share below one example may
-    be left out. For one seed, a larger draw from a class contains every smaller one.
+    Shares are rounded by largest remainder, ties at random, so that they add up to ``size``; a class with a share
+    below one example may be left out. For one seed, a larger draw from a class contains every smaller one.
 
     Args:
         labels: (N,) int64 classes, >= 0.
