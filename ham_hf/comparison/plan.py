@@ -98,7 +98,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
         ConfigError: naming everything that is wrong, with the label of the run that it is wrong in.
     """
     entries = {entry.name: entry for entry in read_yaml(path)}
-    if "dataset_name" in entries:
+    if "dataset_name" in entries and "runs" not in entries:
         raise ConfigError(f"{path} trains one model: {command('train')} --config {path}")
     given = {name for name, value in (("output_dir", output_dir), ("seeds", seeds)) if value is not None}
     problems = [

@@ -390,7 +390,7 @@ def _largest_within(meter: _Meter, points: dict[float, FrontierPoint], max_avera
     def holds(value: float) -> bool:
         if value not in points:
             points[value] = _cross_fitted(meter, value)
-        return points[0.0].average - points[value].average <= max_average_drop + 1e-9
+        return points[0.0].average - points[value].average <= max_average_drop + 1e-9  # shares round
 
     below = 0.0
     for above in FRONTIER[1:]:

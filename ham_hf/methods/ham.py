@@ -187,7 +187,7 @@ class HAM(BuiltOnLoss, Borrowing):
         weight = hard_weights(mined, self.hard_weighting)
         if not self.easy_weight:
             return mined.rows, mined.x_adv, weight
-        early = mined.early.x_adv.clamp(0, 1)  # at step 0 it is the start, which TRADES does not clip
+        early = mined.early.x_adv if self.mining_step else mined.early.x_adv.clamp(0, 1)  # TRADES starts unclipped
         if self.easy_fraction == 1:
             every = weight.new_full((len(early),), self.easy_weight)
             return None, early.index_copy(0, mined.rows, mined.x_adv), every.index_copy(0, mined.rows, weight)
