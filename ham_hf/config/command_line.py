@@ -38,11 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class _Screen(NamedTuple):
-    """The first help screen: the command's name, what it does, its main settings in few words ("" = their help)."""
+    """First help screen: command, what it does, settings in few words ("" = their help), and what must be given."""
 
     command: str
     about: str
     settings: Mapping[str, str]
+    required: tuple[str, ...] = ()
 
 
 _EVALUATED = {
@@ -84,10 +85,11 @@ _SCREENS: dict[type, _Screen] = {
         "Measure the robustness per class of any model on any dataset.",
         {
             "model": "Hub id, folder or timm name; the first word",
-            "dataset_name": "required: Hub dataset id, local folder, or digits",
+            "dataset_name": "Hub dataset id, local folder, or digits",
             "test_split": "split to test on; none = found by rule",
             **_EVALUATED,
         },
+        required=("dataset_name",),
     ),
     CalibrateConfig: _Screen(
         "calibrate",
@@ -149,7 +151,7 @@ def parse_evaluate_config(argv: Sequence[str] | None = None) -> EvaluateConfig:
 
     Arguments and errors are those of `parse_train_config`.
     """
-    return _parse(EvaluateConfig, argv, required=("dataset_name",))
+    return _parse(EvaluateConfig, argv)
 
 
 def parse_calibrate_config(argv: Sequence[str] | None = None) -> CalibrateConfig:
@@ -157,13 +159,7 @@ def parse_calibrate_config(argv: Sequence[str] | None = None) -> CalibrateConfig
     return _parse(CalibrateConfig, argv)
 
 
-def _parse(
-    config_class: type[ConfigT],
-    argv: Sequence[str] | None,
-    *,
-    default_recipe: Path | None = None,
-    required: Iterable[str] = (),
-) -> ConfigT:
+def _parse(config_class: type[ConfigT], argv: Sequence[str] | None, *, default_recipe: Path | None = None) -> ConfigT:
     argv = sys.argv[1:] if argv is None else argv
     topic = _help_topic(argv)
     # The first screen shows no method's options: it needs no torch.
@@ -179,7 +175,7 @@ def _parse(
         written = read_yaml(recipe) if recipe is not None else []
         if {"recipe", "runs"} <= {entry.name for entry in written}:
             raise ConfigError(f"{recipe} plans a comparison: {command('compare')} --config {recipe}")
-        config = build_config(config_class, [*written, *flags], required)
+        config = build_config(config_class, [*written, *flags], parser.screen.required)
     except ConfigError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if print_config:
@@ -271,8 +267,8 @@ class _Parser(argparse.ArgumentParser):
                 rows.append(("--method METHOD", f"{what} [{DEFAULT_METHOD}]"))
                 continue
             known = self.settings[name]
-            unused = known.default in (None, MISSING) or known.default is False or what.startswith("required")
-            default = "" if unused else f" [{_default(known)}]"
+            default = "" if known.default in (None, MISSING) or known.default is False else f" [{_default(known)}]"
+            default = " (required)" if name in self.screen.required else default
             # Choices take much room, and are in the words.
             metavar = "" if known.kind is bool else f" {'NAME' if known.choices else _metavar(known)}"
             rows.append((f"--{name}{metavar}", f"{what or known.help}{default}"))
