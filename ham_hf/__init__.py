@@ -17,43 +17,29 @@ from typing import TYPE_CHECKING, Any
 from ham_hf.imports import names_on_demand, register_networks
 
 if TYPE_CHECKING:
-    from ham_hf.api.calibration import calibrate
-    from ham_hf.api.evaluation import evaluate
-    from ham_hf.api.loss import adversarial_loss
-    from ham_hf.api.training import train
-    from ham_hf.attacks import ThreatModel, pgd
-    from ham_hf.metrics import summarize
-    from ham_hf.mining import mine_hard_examples
-    from ham_hf.models import load_pixel_model
+    from ham_hf.api.calibration import calibrate as calibrate
+    from ham_hf.api.evaluation import evaluate as evaluate
+    from ham_hf.api.loss import adversarial_loss as adversarial_loss
+    from ham_hf.api.training import train as train
+    from ham_hf.attacks import ThreatModel as ThreatModel, pgd as pgd
+    from ham_hf.metrics import summarize as summarize
+    from ham_hf.mining import mine_hard_examples as mine_hard_examples
+    from ham_hf.models import load_pixel_model as load_pixel_model
 
     __version__: str
 
-__all__ = [
-    "ThreatModel",
-    "__version__",
-    "adversarial_loss",
-    "calibrate",
-    "evaluate",
-    "load_pixel_model",
-    "mine_hard_examples",
-    "pgd",
-    "summarize",
-    "train",
-]
-
-_offered = names_on_demand(
-    __name__,
-    {
-        "ham_hf.api.calibration": ["calibrate"],
-        "ham_hf.api.evaluation": ["evaluate"],
-        "ham_hf.api.loss": ["adversarial_loss"],
-        "ham_hf.api.training": ["train"],
-        "ham_hf.attacks": ["ThreatModel", "pgd"],
-        "ham_hf.metrics": ["summarize"],
-        "ham_hf.mining": ["mine_hard_examples"],
-        "ham_hf.models": ["load_pixel_model"],
-    },
-)
+_HOMES = {
+    "ham_hf.api.calibration": ["calibrate"],
+    "ham_hf.api.evaluation": ["evaluate"],
+    "ham_hf.api.loss": ["adversarial_loss"],
+    "ham_hf.api.training": ["train"],
+    "ham_hf.attacks": ["ThreatModel", "pgd"],
+    "ham_hf.metrics": ["summarize"],
+    "ham_hf.mining": ["mine_hard_examples"],
+    "ham_hf.models": ["load_pixel_model"],
+}
+__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]
+_offered = names_on_demand(__name__, _HOMES)
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any of the names above)

@@ -77,6 +77,12 @@ def _run_plan(options: argparse.Namespace) -> tuple[list[FinishedRun], list[Miss
         for run in plan.runs
         if run.label in (options.only or plan.labels) and (options.seeds is None or run.seed in options.seeds)
     ]
+    for label in options.only or ():
+        if not any(run.label == label for run in chosen):
+            known = ", ".join(str(run.seed) for run in plan.runs if run.label == label)
+            raise ValueError(
+                f"--only {label}: it has the seeds {known} in {options.config}, and --seeds asks for others"
+            )
     done, waiting, unusable = survey(plan.runs, chosen)
     launcher = _launcher(options, jobs)
     if options.dry_run:
@@ -141,7 +147,8 @@ def _write_page(sources: Sequence[str], output: Path | None, *, baseline: str | 
         label = split_label(sources[0])[0]
         labels, shown = [plain_text(label) if label else ""], None
     else:
-        comparison = compare(runs, baseline=baseline or existing.baseline or runs[0].label, missing=existing.missing)
+        found = existing.baseline if existing.baseline in {run.label for run in runs} else None
+        comparison = compare(runs, baseline=baseline or found or runs[0].label, missing=existing.missing)
         labels = [f"{comparison.names[run.label]}, seed {run.seed}" for run in runs]
         shown = _page_comparison(comparison)
     pages = [

@@ -34,7 +34,7 @@ from ham_hf.hub_requests import limit_waiting
 from ham_hf.invocation import command
 from ham_hf.models import LoadedModel, load_pixel_model
 from ham_hf.reporting.class_examples import run_examples
-from ham_hf.reporting.formats import text_table
+from ham_hf.reporting.formats import public_value, text_table
 from ham_hf.reporting.report import RunReport
 from ham_hf.reporting.run_report import evaluation_report, write_evaluation
 from ham_hf.reporting.tables import breakdown_tables, results_table
@@ -239,7 +239,7 @@ def shell_command(config: EvaluateConfig) -> str:
     given: dict[str, object] = {"dataset_name": plain_name(config.data.dataset_name)}
     for name, value in settings.items():
         if name not in NOT_THE_NUMBERS and value != defaults[name]:
-            given.setdefault(name, value)
+            given.setdefault(name, public_value(value))
     return shlex.join([*command("evaluate").split(), plain_name(config.model), *setting_words(given)])
 
 

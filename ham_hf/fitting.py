@@ -65,7 +65,9 @@ def find_validation_part(loaded: LoadedModel, config: DataConfig) -> ImageData:
     if problems := list(config.idle(given, "--calibration_split")):
         raise ConfigError(problems)
     inputs = loaded.preprocessing
-    data = load_image_data(replace(config, **settings), inputs, seed=seed, image_size=inputs.image_size)
+    data = load_image_data(
+        replace(config, **settings), inputs, seed=seed, image_size=inputs.image_size, order=loaded.class_names or ()
+    )
     known, found = data.provenance, data.fingerprint
     same = trained.is_of(found) if found is not None else trained.fingerprint is None  # a stream has none
     if known is None or known.num_images != trained.num_images or not same:

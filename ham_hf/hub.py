@@ -43,8 +43,7 @@ from ham_hf.hub_requests import (
     without_token,
 )
 from ham_hf.invocation import command
-from ham_hf.reporting.card import IMAGES
-from ham_hf.reporting.card import without_images as card_without_images
+from ham_hf.reporting.card import IMAGES, without_images as card_without_images
 from ham_hf.reporting.page import SPACE_TAG, has_images, space_files, without_images
 from ham_hf.reporting.report import read_report
 from ham_hf.terminal import show
@@ -127,6 +126,7 @@ def push_folder(
     attempts: int = 3,
     publish_images: bool = False,
     space: bool = False,
+    model_license: str | None = None,
 ) -> str:
     """Push ``PUBLISHED_RUN`` from an output folder, which is not changed, to a branch of an existing repository.
 
@@ -140,6 +140,7 @@ def push_folder(
         publish_images: push images of a dataset that is not known to be public; else ``report.html`` and the card go
             without them, and no figure of them is pushed.
         space: put the page into a static Space of the same name too, as private as the model.
+        model_license: the license that the command that an error names asks for; None = as the folder has it.
 
     Returns:
         The URL of the commit, or of the last one if nothing has changed since.
@@ -155,7 +156,8 @@ def push_folder(
     upload = partial(_commit, repo_id, files, revision=revision, commit_message=commit_message)
     flags = {"hub_private_repo": private, "publish_images": publish_images, "hub_space": space}
     state = f"The folder {folder.resolve()} is complete and unchanged, and {repo_id} has what was pushed before."
-    attempt = partial(_pushed, attempts=attempts, state=state, again=_push_again(folder, repo_id, revision, **flags))
+    again = _push_again(folder, repo_id, {"hub_revision": revision, "model_license": model_license}, **flags)
+    attempt = partial(_pushed, attempts=attempts, state=state, again=again)
     url = str(attempt(upload, f"{folder} to {repo_id}").commit_url)
     logger.info("Pushed %s to %s", folder, url)
     if space:
@@ -189,10 +191,11 @@ def _require(folder: Path, names: Iterable[str], kind: str) -> None:
             raise FileNotFoundError(f"{folder} has no {name}: expected the output folder of {kind}")
 
 
-def _push_again(folder: Path, repo_id: str, revision: str, **flags: bool) -> str:
+def _push_again(folder: Path, repo_id: str, values: Mapping[str, str | None], **flags: bool) -> str:
     words = [*command("push").split(), str(folder), "--hub_model_id", repo_id]
     words += [f"--{flag}" for flag, given in flags.items() if given]
-    words += [] if revision == DEFAULT_REVISION else ["--hub_revision", revision]
+    for name, value in values.items():
+        words += [] if value in (None, DEFAULT_REVISION) else [f"--{name}", str(value)]
     return f"Push it again with:\n    {shlex.join(words)}"
 
 
@@ -206,6 +209,7 @@ def push_finished(folder: Path, repo_id: str, options: HubConfig | argparse.Name
         commit_message="Robust model",
         publish_images=options.publish_images,
         space=options.hub_space,
+        model_license=options.model_license if isinstance(options, argparse.Namespace) else None,
     )
     show(f"pushed to {url}\n" + (f"its page is at {_space_url(repo_id)}\n" if options.hub_space else ""))
 
@@ -367,7 +371,8 @@ def push_evaluation(
         message = "Robustness per class, measured by ham_hf"
         return _commit(repo_id, placed, commit_message=message, create_pr=create_pr, revision=revision)
 
-    again = _push_again(folder, repo_id, revision, create_pr=create_pr, publish_images=publish_images)
+    flags = {"create_pr": create_pr, "publish_images": publish_images}
+    again = _push_again(folder, repo_id, {"hub_revision": revision}, **flags)
     attempts, state = 1 if create_pr else 3, f"It is complete in {folder.resolve()}."
     commit = _pushed(upload, f"the evaluation to {repo_id}", attempts=attempts, state=state, again=again)
     return str(commit.pr_url or commit.commit_url)

@@ -79,10 +79,9 @@ def _push(folder: Path, options: argparse.Namespace) -> None:
             + ("the license; name it with --model_license" if made_here else "a training section")
         )
     revision, space = options.hub_revision, options.hub_space
-    if space:
-        if not (folder / PAGE_NAME).is_file():
-            raise ValueError(f"--hub_space: {folder} has no {PAGE_NAME}; write it with {command('page')} {folder}")
-        report = replace(report, config={**report.config, "hub_space": True})
+    if space and not (folder / PAGE_NAME).is_file():
+        raise ValueError(f"--hub_space: {folder} has no {PAGE_NAME}; write it with {command('page')} {folder}")
+    report = replace(report, config={**report.config, "hub_space": space})
     repo_id = check_write_access(
         options.hub_model_id, private=options.hub_private_repo, revision=revision, space=space
     )

@@ -29,8 +29,7 @@ from tests.support.documents import calibration as made_up_calibration
 from tests.support.example_images import dataset, everything, load, noise, write_parquet
 from tests.support.exports import FAMILIES
 from tests.support.hub_server import Hub, hub_environment
-from tests.support.recipe_runs import HELD_OUT, finish, recipe_module
-from tests.support.recipe_runs import refused as recipe_refused
+from tests.support.recipe_runs import HELD_OUT, finish, recipe_module, refused as recipe_refused
 
 pytestmark = pytest.mark.slow
 

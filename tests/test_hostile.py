@@ -23,8 +23,7 @@ import pytest
 import timm
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image as PILImage
 from safetensors.torch import save_file

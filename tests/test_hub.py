@@ -273,8 +273,10 @@ def test_the_command_that_repeats_a_push_keeps_branch_and_privacy(hub: Hub, fold
     repo_id = check_write_access("robust", private=True, revision="v1")
     del hub.repos["model", repo_id]  # somebody deleted it: the command makes it again
     with pytest.raises(PushError) as caught:
-        push_folder(folder, repo_id, private=True, revision="v1")
-    command = f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_revision v1"
+        push_folder(folder, repo_id, private=True, revision="v1", model_license="mit")
+    command = (
+        f"    ham-hf push {folder} --hub_model_id me/robust --hub_private_repo --hub_revision v1 --model_license mit"
+    )
     assert str(caught.value).endswith(command)
 
 

@@ -18,8 +18,7 @@ from huggingface_hub import constants, file_download, get_session
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file, save_file
 
-from ham_hf import hub as ham_hub
-from ham_hf import hub_requests, training_run
+from ham_hf import hub as ham_hub, hub_requests, training_run
 from ham_hf.hub import PushError, SavePushes, check_write_access, push_folder, try_push
 from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 from ham_hf.metrics import FairnessSummary, mean_of_worst, summarize, summarize_counts, wilson_interval

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ham_hf.attacks import ThreatModel, pgd
 from ham_hf.mining import mine_hard_examples

@@ -19,8 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from PIL import Image as PILImage
 
 from ham_hf.config import TrainConfig, config_to_yaml, parse_evaluate_config, parse_train_config

@@ -16,8 +16,13 @@ from ham_hf.api.loss import unwrapped
 from ham_hf.attacks import ThreatModel, outside_inference_mode
 from ham_hf.data import BatchRequest
 from ham_hf.evaluation.batch_sharing import Workplace
-from ham_hf.evaluation.calibration import Calibration, FrontierPoint, ShiftedLogits, check_held_out
-from ham_hf.evaluation.calibration import calibrate as find_shifts
+from ham_hf.evaluation.calibration import (
+    Calibration,
+    FrontierPoint,
+    ShiftedLogits,
+    calibrate as find_shifts,
+    check_held_out,
+)
 from ham_hf.evaluation.config import CalibrationConfig
 from ham_hf.evaluation.robustness import logits_of
 from ham_hf.models.head import SHIFTED_LOGITS_TOLERANCE, HeadError, fold_shifts

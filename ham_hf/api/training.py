@@ -188,12 +188,9 @@ def _data(
     return image_data_from(
         train,
         test,
+        inputs=inputs if model is None else _of_channels(inputs, train),
         class_names=class_names,
         image_size=settings.model.image_size,
-        default_image_size=inputs.image_size,
-        in_chans=inputs.in_chans if model is None else _channels(train, inputs.in_chans),
-        interpolation=inputs.interpolation,
-        crop_pct=inputs.crop_pct,
         augmentation=settings.data.augmentation,
         validation_fraction=settings.data.validation_fraction,
         limits=(settings.data.limit_train_examples, settings.data.limit_test_examples),
@@ -201,13 +198,16 @@ def _data(
     )
 
 
-def _channels(train: Examples, otherwise: int) -> int:
-    """Number of channels that a user's own network takes: that of the first tensor or gray PIL image."""
+def _of_channels(inputs: Preprocessing, train: Examples) -> Preprocessing:
+    """The input of a user's own network: as many channels as the first tensor or gray PIL image has."""
     example = train[0]
     image = example[0] if isinstance(example, (tuple, list)) else None
+    in_chans = 1 if getattr(image, "mode", None) == "L" else inputs.in_chans
     if isinstance(image, torch.Tensor) and image.ndim == 3:
-        return int(image.shape[0])
-    return 1 if getattr(image, "mode", None) == "L" else otherwise
+        in_chans = int(image.shape[0])
+    if in_chans == inputs.in_chans:
+        return inputs
+    return replace(inputs, in_chans=in_chans, mean=in_chans * inputs.mean[:1], std=in_chans * inputs.std[:1])
 
 
 def _network(

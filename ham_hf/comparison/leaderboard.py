@@ -9,7 +9,7 @@ stands apart and says in what it differs. Of several seeds a number is the mean,
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,9 +97,13 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
         "title": comparison.attacks[name],
         "groups": [
             {
-                "title": _conditions_text(dict(key)),
+                "title": "; ".join(
+                    f"{title}: {plain_text(told, 300)}" for title, told in key if told and title != IMAGES
+                ),
                 "differs": _differences(dict(key), first),
-                "caption": f"{len(rows)} {'models' if len(rows) > 1 else 'model'}{_hardware(rows)}",
+                "caption": f"{len(rows)} {'models' if len(rows) > 1 else 'model'}"
+                + "; seconds are of different hardware"
+                * (len({machine_of(run.report)["Device"] for row in rows for run in row.runs}) > 1),
                 "rows": [
                     _row(comparison, row, name)
                     for row in sorted(rows, key=lambda one: -_mean(one, name, "worst_class"))
@@ -109,16 +113,6 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
         ],
         "absent": ", ".join(absent),
     }
-
-
-def _hardware(rows: Sequence[Row]) -> str:
-    devices = {machine_of(run.report)["Device"] for row in rows for run in row.runs}
-    return "" if len(devices) == 1 else "; seconds are of different hardware"
-
-
-def _conditions_text(facts: Mapping[str, str]) -> str:
-    shown = {title: value for title, value in facts.items() if title != IMAGES}
-    return "; ".join(f"{title}: {plain_text(value, 300)}" for title, value in shown.items() if value)
 
 
 def _differences(facts: Mapping[str, str], first: Mapping[str, str]) -> list[str]:
@@ -154,11 +148,14 @@ def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
     price = passes if comparison.baseline is None else row.price
     seconds = None if row.seconds is None else row.seconds.mean
     order = [(metric, f"{_mean(row, name, metric):.6f}") for metric in TITLES]
+    facts = budget(row.runs[0].report)
     return {
         "label": plain_text(row.label, 1000),
         "name": comparison.names[row.label],
         "seeds": len(row.runs),
-        "budget": _budget_text(row.runs[0]),
+        "budget": plain_text(f"{facts['Training']}; attack: {facts['Training attack']}", 120)
+        if "Training" in facts
+        else "evaluated, not trained here",
         "numbers": numbers,
         "order": [*order, ("price", _sortable(price)), ("seconds", _sortable(seconds))],
         "cost": [
@@ -166,13 +163,6 @@ def _row(comparison: Comparison, row: Row, name: str) -> dict[str, object]:
             {"title": "Seconds", "text": "–" if seconds is None else f"{seconds:,.0f}"},
         ],
     }
-
-
-def _budget_text(run: FinishedRun) -> str:
-    facts = budget(run.report)
-    if run.report.training is None:
-        return "evaluated, not trained here"
-    return plain_text(f"{facts['Training']}; attack: {facts['Training attack']}", 120)
 
 
 def _sortable(value: float | None) -> str:

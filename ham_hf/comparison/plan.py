@@ -21,6 +21,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,7 +113,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     folder = output_dir if output_dir is not None else _word(entries["output_dir"])
     more = _checked_seeds("--seeds", seeds) if seeds is not None else []
     own = _read_seeds(entries["seeds"]) if "seeds" in entries else []
-    seeds = [*own, *(seed for seed in more if seed not in own)]
+    seeds = list(dict.fromkeys([*own, *more]))
     common = (
         _settings(entries["settings"].node, f"{entries['settings'].origin}settings") if "settings" in entries else []
     )
@@ -133,7 +134,7 @@ def read_plan(path: Path, *, output_dir: str | None = None, seeds: Sequence[int]
     written = read_yaml(recipe)
     runs: list[PlannedRun] = []
     # All rows with the first seed come first: a comparison that is stopped early still compares.
-    for seed in seeds:
+    for seed in dict.fromkeys([*seeds, *chain(*own_seeds.values())]):
         for label, settings in rows.items():
             # A calibrated row has no seed that the row of its weights has not.
             if any(seed not in own_seeds.get(one, seeds) for one in (label, bases.get(label, label))):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ham_hf.comparison.differences import evaluations, setting_text
 from ham_hf.comparison.pairs import PAIRED_METRICS
-from ham_hf.comparison.table import METRIC_TITLES, METRICS, Comparison, MissingRun, Row, Spread
+from ham_hf.comparison.table import METRIC_TITLES, METRICS, Comparison, Row, Spread
 from ham_hf.files import atomic_write
 from ham_hf.reporting.formats import (
     Markdown,
@@ -149,11 +149,19 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     """Tables to read: one per evaluation and one of the cost, then how to read them and what the runs share."""
     parts = ["# Comparison", *_notes(comparison)]
     for name in comparison.attacks:
-        parts += [f"## {_heading(comparison, name)}", *_not_alike(comparison, name), _attack_table(comparison, name)]
+        parts.append(f"## {_heading(comparison, name)}")
+        if others := ", ".join(markdown_text(comparison.names[label]) for label in comparison.unlike(name)):
+            baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in comparison.alike[name] else ""
+            parts.append(NOT_COMPARABLE.format(rows=others, baseline=baseline))
+        parts.append(_attack_table(comparison, name))
     parts += _pairs_section(comparison)
     parts.append(f"## Cost\n\n{_cost_table(comparison)}\n\n{_cost_note(comparison)}")
     if comparison.missing:
-        missing = [_missing_line(run, comparison.names[run.label]) for run in comparison.missing]
+        missing = [
+            f"- {markdown_text(comparison.names[run.label])}{'' if run.seed is None else f', seed {run.seed}'}: "
+            f"{run.state}. {markdown_text(public_text(run.reason), 600)}"
+            for run in comparison.missing
+        ]
         parts.append("## Runs that are missing\n\n" + "\n".join(missing))
     parts += ["## How to read this", _how_to_read(comparison)]
     shown = comparison.strongest_shared_attack()
@@ -165,7 +173,11 @@ def comparison_markdown(comparison: Comparison, *, command: str, figures: Sequen
     parts += [markdown_text(sentence, 1000) for sentence in without_figures(comparison)]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     parts.append(f"## What the rows share, and what not\n\n{_shared(comparison, command)}")
-    parts.append(f"## Settings in which the rows differ\n\n{_settings_list(comparison)}")
+    lines = []
+    for row in comparison.rows:
+        settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items()) or "none"
+        lines.append(f"- {markdown_text(comparison.names[row.label])}: {markdown_text(settings, 2000)}")
+    parts += ["## Settings in which the rows differ", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -194,13 +206,6 @@ def _notes(comparison: Comparison) -> list[str]:
     if len(comparison.environment["Commit"]) > 1:
         notes.append("**Not the same code:** the runs come from several commits; see the end of this page.")
     return notes
-
-
-def _not_alike(comparison: Comparison, attack: str) -> list[str]:
-    """A sentence that names the rows whose numbers are not of the baseline's evaluation, where there are any."""
-    others = ", ".join(markdown_text(comparison.names[label]) for label in comparison.unlike(attack))
-    baseline = f" as {_baseline_name(comparison)}" if comparison.baseline in comparison.alike[attack] else ""
-    return [NOT_COMPARABLE.format(rows=others, baseline=baseline)] if others else []
 
 
 def _shared(comparison: Comparison, command: str) -> str:
@@ -263,10 +268,11 @@ def _pairs_section(comparison: Comparison) -> list[str]:
         about = "On the images that both saw, in percentage points, with 95 % intervals; p of each seed."
         parts += [about, markdown_table(rows)]
     if pairs.unpaired:
-        listed = [
-            f"- {markdown_text(names.get(label, label))}: {markdown_text(reason, 300)}"
-            for label, reason in pairs.unpaired.items()
-        ]
+        listed = []
+        for place, reason in pairs.unpaired.items():
+            label, *title = (place,) if place in names else place.rsplit(", ", 1)
+            what = ", ".join(map(markdown_text, [names.get(label, label), *title]))
+            listed.append(f"- {what}: {markdown_text(reason, 300)}")
         parts.append("Not paired with it, hence never bold:\n\n" + "\n".join(listed))
     return parts if len(parts) > 1 else []
 
@@ -351,21 +357,6 @@ def _cost_note(comparison: Comparison) -> str:
     if len(comparison.environment["Device"]) > 1:
         note += " **Not the same hardware:** seconds and memory of these rows cannot be compared (see Device above)."
     return note
-
-
-def _missing_line(run: MissingRun, name: str) -> str:
-    seed = "" if run.seed is None else f", seed {run.seed}"
-    return f"- {markdown_text(name)}{seed}: {run.state}. {markdown_text(public_text(run.reason), 600)}"
-
-
-def _settings_list(comparison: Comparison) -> str:
-    lines = []
-    for row in comparison.rows:
-        settings = ", ".join(f"{name} {setting_text(value)}" for name, value in row.settings.items())
-        lines.append(
-            f"- {markdown_text(comparison.names[row.label])}: {markdown_text(settings, 2000) if settings else 'none'}"
-        )
-    return "\n".join(lines)
 
 
 def _fact_line(comparison: Comparison, title: str, values: Mapping[str, tuple[str, ...]]) -> str:

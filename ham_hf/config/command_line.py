@@ -22,7 +22,6 @@ from ham_hf.config.yaml_file import (
     Entry,
     config_to_yaml,
     exact_fraction,
-    list_node,
     mapping_node,
     read_yaml,
     text_node,
@@ -231,9 +230,9 @@ class _Parser(argparse.ArgumentParser):
         return entries, find_recipe(recipe) if recipe is not None else None, print_config
 
     def _node(self, name: str, written: str | list[str]) -> yaml.Node:
-        if isinstance(written, str):
-            return text_node(written)
-        return mapping_node(f"--{name}", written) if self.settings[name].is_mapping else list_node(written)
+        if isinstance(written, list) and self.settings[name].is_mapping:
+            return mapping_node(f"--{name}", written)
+        return text_node(written)
 
     def _canonical(self, argv: Sequence[str]) -> list[str]:
         """Spell flags with ``_``, and ``--flag=false`` or ``--flag false`` of an on/off setting as ``--no_flag``."""
@@ -332,7 +331,9 @@ def _switched(flag: str, value: str) -> str:
 
 def _add_flags(group: argparse._ActionsContainer, settings: Iterable[Setting], *, hidden: bool = False) -> None:
     for known in settings:
-        text = argparse.SUPPRESS if hidden else _help(known)
+        default = "required" if known.default is MISSING else f"default: {_default(known)}"
+        limits = f"{known.limits}; " if known.limits else ""
+        text = argparse.SUPPRESS if hidden else f"{known.help} ({limits}{default})".replace("%", "%%")
         if known.kind is bool:
             names = (f"--{known.name}", f"--no_{known.name}")
             group.add_argument(*names, dest=known.name, action=_Switch, nargs=0, help=text)
@@ -347,12 +348,6 @@ def _metavar(known: Setting) -> str:
     if known.choices:
         return "{" + ",".join(known.choices) + "}"
     return known.items or {int: "INT", float: "NUMBER"}.get(known.kind, "TEXT")
-
-
-def _help(known: Setting) -> str:
-    default = "required" if known.default is MISSING else f"default: {_default(known)}"
-    limits = f"{known.limits}; " if known.limits else ""
-    return f"{known.help} ({limits}{default})".replace("%", "%%")
 
 
 def _default(known: Setting) -> str:

@@ -40,14 +40,11 @@ class Entry(NamedTuple):
     origin: str
 
 
-def text_node(text: str) -> yaml.Node:
-    """A flag's value as the node that the same text makes in a YAML file."""
+def text_node(text: str | list[str]) -> yaml.Node:
+    """A flag's value, or several, as the node that the same text makes in a YAML file."""
+    if isinstance(text, list):
+        return yaml.SequenceNode(_LIST_TAG, [text_node(one) for one in text])
     return yaml.ScalarNode(_TEXT_TAG, text)
-
-
-def list_node(texts: list[str]) -> yaml.Node:
-    """A flag's several values as a list node."""
-    return yaml.SequenceNode(_LIST_TAG, [text_node(text) for text in texts])
 
 
 def mapping_node(flag: str, pairs: list[str]) -> yaml.Node:

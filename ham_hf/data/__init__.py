@@ -13,29 +13,18 @@ from typing import TYPE_CHECKING
 from ham_hf.imports import names_on_demand
 
 if TYPE_CHECKING:
-    from ham_hf.data.config import CalibrationDataConfig, DataConfig
-    from ham_hf.data.dataset import ImageData, TestData, load_image_data
-    from ham_hf.data.evaluation_data import load_test_data
-    from ham_hf.data.in_memory import image_data_from
-    from ham_hf.data.pixels import BatchRequest, Images, PixelBatch, UpdateLayout
-    from ham_hf.data.splits import stratified_subset
-    from ham_hf.data.streaming import TrainingStream
-
-__all__ = [
-    "BatchRequest",
-    "CalibrationDataConfig",
-    "DataConfig",
-    "ImageData",
-    "Images",
-    "PixelBatch",
-    "TestData",
-    "TrainingStream",
-    "UpdateLayout",
-    "image_data_from",
-    "load_image_data",
-    "load_test_data",
-    "stratified_subset",
-]
+    from ham_hf.data.config import CalibrationDataConfig as CalibrationDataConfig, DataConfig as DataConfig
+    from ham_hf.data.dataset import ImageData as ImageData, TestData as TestData, load_image_data as load_image_data
+    from ham_hf.data.evaluation_data import load_test_data as load_test_data
+    from ham_hf.data.in_memory import image_data_from as image_data_from
+    from ham_hf.data.pixels import (
+        BatchRequest as BatchRequest,
+        Images as Images,
+        PixelBatch as PixelBatch,
+        UpdateLayout as UpdateLayout,
+    )
+    from ham_hf.data.splits import stratified_subset as stratified_subset
+    from ham_hf.data.streaming import TrainingStream as TrainingStream
 
 __getattr__ = names_on_demand(
     __name__,

@@ -6,6 +6,7 @@ No image is decoded here.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,9 @@ from ham_hf.data.declarations import Declarations, FileClasses
 from ham_hf.data.decoding import EncodedImages
 from ham_hf.data.shards import SplitFiles
 
-TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+logger = logging.getLogger(__name__)
+
+TEST_SPLITS = ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "target", "class")
 LABEL_DTYPES = re.compile(r"u?int\d+|(large_)?string|bool")
 
@@ -31,9 +34,9 @@ def choose_splits(
 ) -> tuple[str, str | None]:
     """Names of the split to train on and of the one to test on; None: the test part is held out of train.
 
-    Train is ``train``, or the only split. Test is the first one of test, validation, valid, val and dev that has
-    labels; ImageNet-1k, for example, has none for its test split. Selection takes its own part of train, so a
-    validation split beside a test split is not used.
+    Train is ``train``, or the only split. Test is the first one of ``TEST_SPLITS`` that has labels; ImageNet-1k, for
+    example, has none for its test split. Selection takes its own part of train, so a validation split beside a test
+    split is not used.
 
     Args:
         names: of the splits there are.
@@ -51,7 +54,14 @@ def choose_splits(
     if train_split not in names:
         raise ValueError(_unknown("--train_split", train_split, names))
     if test_split is None:
-        return train_split, find_test_split([name for name in names if name != train_split], has_labels)
+        others = [name for name in names if name != train_split]
+        found = find_test_split(others, has_labels)
+        if others and found is None:
+            what = (
+                "none of the splits %s is for testing by its name, so they are not used: choose one with --test_split"
+            )
+            logger.warning(what, _listed(others))
+        return train_split, found
     if test_split not in names:
         raise ValueError(_unknown("--test_split", test_split, names))
     if test_split == train_split:
@@ -196,8 +206,8 @@ def read_labels(
     declared = declared or Declarations()
     train = _label_values(splits, column, train_split, declared.row_names(column, train_split, train_split))
     feature = splits[train_split].features[column]
-    classes = feature.names if isinstance(feature, datasets.ClassLabel) else sorted(set(train))
-    classes = declared.class_names(column, train_split) or classes
+    own = map(str, feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(train))
+    classes: Sequence[Any] = declared.class_names(column, train_split) or list(own)
     if len(classes) < 2:
         raise ValueError(
             f"--label_column {column}: split {train_split!r} has {len(classes)} class, at least 2 are needed"
@@ -272,7 +282,7 @@ def names_of_rows(
     ValueError, beginning with ``where``, if the files have a different number of rows.
     """
     if not of_files:
-        return [tuple(feature.names)] * num_rows
+        return [tuple(map(str, feature.names))] * num_rows
     names = [names for file, names in of_files for _ in range(file.num_rows)]
     if len(names) != num_rows:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -106,7 +106,7 @@ class ImageData(TestData):
 
 
 def load_image_data(
-    config: DataConfig, inputs: Preprocessing, *, seed: int, image_size: int | None = None
+    config: DataConfig, inputs: Preprocessing, *, seed: int, image_size: int | None = None, order: Sequence[str] = ()
 ) -> ImageData:
     """Open a dataset, choose splits, columns and classes, and prepare its images.
 
@@ -125,6 +125,7 @@ def load_image_data(
         seed: of the validation part and of the limited training set.
         image_size: side in pixels; None: that of the images if all are equal squares of at most 96 px, else the
             model's own.
+        order: class names in the order of another copy of the data, to draw the parts that were drawn from it.
 
     Raises:
         ValueError: for anything that does not fit; the message names the setting.
@@ -134,7 +135,7 @@ def load_image_data(
     if config.dataset_streaming:
         parts = split_stream(config, inputs.in_chans)
     else:
-        parts = split_dataset(config, inputs.in_chans, seed)
+        parts = split_dataset(config, inputs.in_chans, seed, order)
     geometry = evaluation_geometry(
         inputs, image_size or common_side(parts.encoded.values(), SMALL_IMAGE_SIZE) or inputs.image_size
     )

@@ -1,4 +1,4 @@
-"""Read the class names that each parquet file declares.
+"""Read the class names that each parquet or Arrow file declares.
 
 ``datasets`` applies the declaration of the first file, or of the dataset's README.md, to all files. Labels are
 numbers, so those of a file with a different order or fewer names would change their meaning. This module reads every
@@ -38,7 +38,7 @@ class StreamError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class FileClasses:
-    """Path or URL of a parquet file, its number of rows, and its class names in label order, of each column."""
+    """Path or URL of a file, its number of rows, and its class names in label order, of each column."""
 
     file: str
     num_rows: int
@@ -51,7 +51,7 @@ class Declarations:
 
     Attributes:
         readme: names that README.md declares for the whole dataset, of each column.
-        files: of each split its parquet files, in order; nothing for other layouts.
+        files: of each split its parquet or Arrow files, in order; nothing for other layouts.
     """
 
     readme: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ def names_in(features: datasets.Features | None) -> dict[str, tuple[str, ...]]:
 
 
 def read_file_classes(files: Sequence[str], version: str) -> tuple[FileClasses, ...]:
-    """The declarations of each parquet file; those of remote files are cached by ``datasets``, per version."""
+    """The declarations of each file; those of remote files are cached by ``datasets``, per version."""
 
     def found() -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
@@ -150,10 +150,24 @@ def read_file_classes(files: Sequence[str], version: str) -> tuple[FileClasses, 
 
 
 def _declared(file: str) -> dict[str, Any]:
-    with naming(file), fsspec.open(file, "rb") as opened, pq.ParquetFile(opened, pre_buffer=False) as parquet:
-        _refuse_repeated_names(file, parquet.schema_arrow)
-        names = names_in(datasets.Features.from_arrow_schema(parquet.schema_arrow))
-        return {"rows": parquet.metadata.num_rows, "names": json.dumps(names)}
+    with naming(file):
+        schema, num_rows = read_schema(file)
+        _refuse_repeated_names(file, schema)
+        return {"rows": num_rows, "names": json.dumps(names_in(datasets.Features.from_arrow_schema(schema)))}
+
+
+def read_schema(file: str) -> tuple[pa.Schema, int]:
+    """The schema and the number of rows of a parquet or Arrow file; all of an Arrow file is read for it."""
+    with fsspec.open(file, "rb") as opened:
+        if not file.lower().endswith(".arrow"):
+            with pq.ParquetFile(opened, pre_buffer=False) as parquet:
+                return parquet.schema_arrow, parquet.metadata.num_rows
+        try:
+            stream = pa.ipc.open_stream(opened)
+        except pa.ArrowInvalid:
+            stored = pa.ipc.open_file(opened)
+            return stored.schema, sum(stored.get_batch(place).num_rows for place in range(stored.num_record_batches))
+        return stream.schema, sum(batch.num_rows for batch in stream)
 
 
 @contextmanager

@@ -84,8 +84,8 @@ def _decoded(encoded: Mapping[str, Any] | None, in_chans: int) -> Image.Image:
         file_format, upright = image.format, image
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
             upright = ImageOps.exif_transpose(image)
-        # Older Pillow opens a 16-bit PNG as 32-bit integers.
-        if upright.mode.startswith("I;16") or (upright.mode == "I" and file_format == "PNG"):
+        # Pillow opens a 16-bit PGM, older ones a 16-bit PNG too, as 32-bit integers.
+        if upright.mode.startswith("I;16") or (upright.mode == "I" and file_format in ("PNG", "PPM")):
             deep = np.asarray(upright).astype(np.uint32)
             upright = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
         elif upright.mode in ("I", "F"):

@@ -89,7 +89,10 @@ def holds_images(files: ImageFiles) -> bool:
     data = [path for path in files.where if path.lower().endswith(DATA_EXTENSIONS) and not is_hidden(path)]
     if images or not data or not all(path.lower().endswith(".zip") for path in data):
         return images > len(data)
-    names = [name for path in data for name in _names_in(path, files.where[path]) if not is_hidden(name)]
+    names: list[str] = []
+    for path in data:
+        with _explained(path), zipfile.ZipFile(files.where[path]) as opened:
+            names += [name for name in opened.namelist() if not is_hidden(name)]
     return sum(map(is_image, names)) > sum(name.lower().endswith(DATA_EXTENSIONS) for name in names)
 
 
@@ -138,9 +141,9 @@ def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str
 
 
 def _unpacked(files: ImageFiles) -> ImageFiles:
-    """With the files of zip archives in their place, where all images are in archives."""
+    """With the files of zip archives in their place, where there are more archives than images beside them."""
     archives = [path for path in files.where if path.lower().endswith(".zip") and not is_hidden(path)]
-    if not archives or any(map(is_image, files.where)):
+    if len(archives) <= sum(map(is_image, files.where)):
         return files
     where = {path: file for path, file in files.where.items() if path not in archives}
     split_of = None if files.split_of is None else dict(files.split_of)
@@ -171,11 +174,6 @@ def _unpack(archive: str, file: str) -> Path:
             if not folder.is_dir():  # else another process was faster
                 raise
     return folder
-
-
-def _names_in(archive: str, file: str) -> list[str]:
-    with _explained(archive), zipfile.ZipFile(file) as opened:
-        return opened.namelist()
 
 
 @contextmanager
@@ -240,6 +238,8 @@ def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.Dat
     features = datasets.Features.from_arrow_schema(table.schema)
     del features[column]
     image = "image" if column == NAME else column.removesuffix(f"_{NAME}")
+    if image in features:
+        raise ValueError(f"{' and '.join(map(shown, contents))}: the images are called {image!r}, rename that column")
     found = datasets.DatasetDict()
     for split in dict.fromkeys(split for split in splits if split is not None):
         rows = [row for row, own in enumerate(splits) if own == split]
@@ -256,10 +256,21 @@ def _read(table: str, file: str) -> pa.Table:
             # A class may be called NA or null: only an empty cell is none.
             cells = pyarrow.csv.ConvertOptions(strings_can_be_null=True, null_values=[""])
             lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            return pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
+            content = pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
+            cells.column_types = dict.fromkeys(content.column_names, pa.string())
+            written = pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
+            columns = [found if _is_as(text, found) else text for found, text in zip(content, written, strict=True)]
+            return pa.table(columns, names=content.column_names)
         return pyarrow.json.read_json(file) if kind == ".jsonl" else pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"the table {shown(table)} cannot be read: {error}") from error
+
+
+def _is_as(written: pa.ChunkedArray, found: pa.ChunkedArray) -> bool:
+    """Whether a column can have the type that was found: not where 007 would become 7, or true True."""
+    if pa.types.is_integer(found.type):
+        return bool(found.cast(pa.string()).equals(written))
+    return not pa.types.is_boolean(found.type)
 
 
 def _image_column(contents: Mapping[str, pa.Table]) -> str:

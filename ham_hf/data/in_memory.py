@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import datasets
 import torch
@@ -15,16 +15,27 @@ from PIL import Image
 from torch import Tensor
 
 from ham_hf.data.columns import choose_image_column, choose_label_column
-from ham_hf.data.dataset import SMALL_IMAGE_SIZE, ImageData, channel_statistics, choose_augmentation
+from ham_hf.data.dataset import (
+    SMALL_IMAGE_SIZE,
+    ImageData,
+    channel_statistics,
+    check_channels,
+    choose_augmentation,
+    evaluation_geometry,
+)
+from ham_hf.data.declarations import listed
 from ham_hf.data.decoding import MODE_OF_CHANNELS, EvalTransform
 from ham_hf.data.pixels import CachedPixels, Images
 from ham_hf.data.splits import hold_out, limit_rows
 from ham_hf.seeding import TEST_SEED
 
+if TYPE_CHECKING:
+    from ham_hf.models import Preprocessing
+
 logger = logging.getLogger(__name__)
 
-NAME = "given-in-python"
-"""Name of such a dataset in reports."""
+NAME = "given in Python"
+"""Name of such a dataset in reports; no id of a dataset of the Hub."""
 
 
 class Examples(Protocol):
@@ -39,12 +50,9 @@ def image_data_from(
     train: Examples,
     test: Examples,
     *,
+    inputs: Preprocessing,
     class_names: Sequence[str] | None = None,
     image_size: int | None = None,
-    default_image_size: int = 224,
-    in_chans: int = 3,
-    interpolation: str = "bicubic",
-    crop_pct: float = 1.0,
     augmentation: str = "auto",
     validation_fraction: float = 0.04,
     limits: tuple[int | None, int | None] = (None, None),
@@ -56,14 +64,11 @@ def image_data_from(
         train: items are (image, label): a PIL image, or a tensor (C, H, W) of uint8 or of floats in [0, 1], and a
             class number; or a ``datasets.Dataset``. Without random augmentation and without normalization: the run
             augments, and the model normalizes.
-        test: likewise.
-        class_names: C names in label order; None takes the dataset's ``classes`` or ``ClassLabel``, or numbers.
+        test: likewise. Where both have names of their own (``classes`` or ``ClassLabel``), its labels go by name.
+        inputs: input of the model, as in `load_image_data`.
+        class_names: C names in label order; None takes those of ``train``, or numbers.
         image_size: side S of the square images; None takes that of the first image if it is a square of at most 96 px,
-            else ``default_image_size``. PIL images are brought to it; tensors must have it.
-        default_image_size: the model's own.
-        in_chans: 1 or 3.
-        interpolation: of resizing, as timm names it.
-        crop_pct: of the evaluation geometry, see ``decoding.EvalTransform``.
+            else the model's own. PIL images are brought to it; tensors must have it.
         augmentation: of training: none, crop, crop_flip, or auto, which is crop_flip.
         validation_fraction: share of train held out for selection, in [0, 1).
         limits: most images of train and of test, chosen as ``limit_train_examples`` and ``limit_test_examples`` do.
@@ -72,14 +77,19 @@ def image_data_from(
     Raises:
         ValueError: for items, pixels, sizes or labels that do not fit; the message names part and index.
     """
-    _check({"train": train, "test": test}, in_chans, augmentation)
+    in_chans = inputs.in_chans
+    check_channels(in_chans)
+    _check({"train": train, "test": test}, augmentation)
     if image_size is None:
         width, height = _picture(next(_pairs(train, "train"))[0], in_chans, "train[0]").size
-        image_size = width if width == height <= SMALL_IMAGE_SIZE else default_image_size
-    geometry = EvalTransform(image_size, 1.0 if image_size <= SMALL_IMAGE_SIZE else crop_pct, interpolation)
+        image_size = width if width == height <= SMALL_IMAGE_SIZE else inputs.image_size
+    geometry = evaluation_geometry(inputs, image_size)
     pixels, labels = _read(train, "train", geometry, in_chans)
     test_pixels, test_labels = _read(test, "test", geometry, in_chans)
-    names = _class_names(train, class_names, int(max(labels.max(), test_labels.max())) + 1)
+    own, others, least = _names_of(train), _names_of(test), int(test_labels.max()) + 1
+    if own and others and own != others:
+        test_labels = _by_name(test_labels, _class_names(others, least), own)
+    names = _class_names(own if class_names is None else class_names, max(int(labels.max()) + 1, least))
     augmentation = (
         "crop_flip" if augmentation == "auto" else choose_augmentation(augmentation, "ram", NAME, image_size)
     )
@@ -99,18 +109,17 @@ def image_data_from(
         image_size=image_size,
         in_chans=in_chans,
         crop_pct=geometry.crop_pct,
-        interpolation=interpolation,
+        interpolation=inputs.interpolation,
         channel_mean=mean,
         channel_std=std,
+        crop_mode=inputs.crop_mode,
         augmentation=augmentation,
         test_split_origin="given",
     )
 
 
-def _check(given: Mapping[str, Examples], in_chans: int, augmentation: str) -> None:
+def _check(given: Mapping[str, Examples], augmentation: str) -> None:
     """Refuse what cannot be read, before the first image is."""
-    if in_chans not in MODE_OF_CHANNELS:
-        raise ValueError(f"in_chans {in_chans}: images can be given as 1 (gray) or 3 (RGB) channels")
     if augmentation == "timm":
         raise ValueError(
             "augmentation timm needs encoded images: use none, crop or crop_flip for data given in Python"
@@ -189,11 +198,26 @@ def _label(label: Any, where: str) -> int:  # noqa: ANN401 (checked here)
     return int(label)
 
 
-def _class_names(train: Any, given: Sequence[str] | None, least: int) -> tuple[str, ...]:  # noqa: ANN401 (any dataset)
-    """Names of the classes; ``least`` is one more than the largest label."""
-    names: Any = given if given is not None else getattr(train, "classes", None)
-    if names is None and isinstance(train, datasets.Dataset):
-        names = getattr(train.features[choose_label_column(train.features, None)], "names", None)
+def _names_of(given: Any) -> list[str] | None:  # noqa: ANN401 (any dataset)
+    """Names of a dataset's classes in label order, if it has any."""
+    names = getattr(given, "classes", None)
+    if names is None and isinstance(given, datasets.Dataset):
+        names = getattr(given.features[choose_label_column(given.features, None)], "names", None)
+    return None if names is None else list(map(str, names))
+
+
+def _by_name(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """The (N,) labels, which index ``names``, as indices of the same names in ``wanted``."""
+    new = [names[label] for label in torch.unique(labels).tolist() if names[label] not in wanted]
+    if new:
+        raise ValueError(
+            f"train has the classes {listed(wanted)}, and test {listed(names)}: {listed(new)} is in test only"
+        )
+    return torch.tensor([wanted.index(name) if name in wanted else -1 for name in names])[labels]
+
+
+def _class_names(names: Sequence[str] | None, least: int) -> tuple[str, ...]:
+    """Names of the classes, or numbers; ``least`` is one more than the largest label."""
     if names is None:
         return tuple(map(str, range(least)))
     if len(names) < least:

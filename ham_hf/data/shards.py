@@ -48,7 +48,7 @@ class SplitFiles:
         version: tells one version of the files from another.
         stream: the split as ``datasets`` streams it; its shards are the files.
         num_rows: examples of each parquet file; None for archives.
-        label_column: column whose labels index ``file_names``; None if no file declares class names.
+        label_column: column whose labels index ``file_names`` or are names; None if no file declares class names.
         class_names: names that the labels index when they are given out.
         file_names: of each file the names that its labels index.
     """
@@ -73,9 +73,7 @@ class SplitFiles:
         Reads the row groups of a parquet file that hold these rows, and an archive from its beginning. StreamError if
         a row of files from elsewhere names a file of this machine instead of holding an image.
         """
-        label = self.label_column
-        if label not in columns or self.file_names[file] == self.class_names:
-            label = None
+        label = self.label_column if self.label_column in columns else None
         for row, values in enumerate(self._rows(columns, file, start, stop), start):
             if "://" in self.files[file]:
                 self._check_own(values, file, row)
@@ -83,6 +81,8 @@ class SplitFiles:
 
     def class_of(self, label: object, file: int, row: int) -> object:
         """The class of a label of a file, matched by name, or StreamError; missing and negative labels stay."""
+        if isinstance(label, str) and label in self.class_names:
+            return self.class_names.index(label)
         if self.label_column is None or self.file_names[file] == self.class_names:
             return label
         if not isinstance(label, int) or label < 0:
@@ -110,7 +110,9 @@ class SplitFiles:
         for name, value in values.items():
             path = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else None
             # The declared type of the column does not tell the content of the file.
-            if isinstance(value, str) and _may_be_image(self.features[name]):
+            kind = self.features[name]
+            labels = isinstance(kind, datasets.Value | datasets.ClassLabel) and "binary" not in kind.dtype
+            if isinstance(value, str) and not labels:
                 path = value
             if path is not None:
                 raise StreamError(
@@ -246,12 +248,6 @@ def read_whole(
     return cached(key, features, rows)
 
 
-def _may_be_image(feature: object) -> bool:
-    """Whether a column can hold images: any that is not one of labels."""
-    label = isinstance(feature, datasets.Value) and feature.dtype not in ("binary", "large_binary")
-    return not label and not isinstance(feature, datasets.ClassLabel)
-
-
 def _archive_lengths(source: SplitFiles) -> tuple[int, ...]:
     def lengths() -> Iterator[dict[str, int]]:
         with ThreadPoolExecutor(OPEN_AT_ONCE) as pool:
@@ -285,7 +281,8 @@ def _archive_length(file: str) -> int:
     """Examples of a local archive: runs of files whose names are alike up to the first dot, as in WebDataset."""
     with naming(file), tarfile.open(file, "r:*") as archive:
         names = [PurePosixPath(member.name) for member in archive if member.isfile()]
-    keys = [name.parent / name.name.partition(".")[0] for name in names if not name.name.startswith((".", "__"))]
+    named = [name for name in names if "." in name.name and not name.name.startswith((".", "__"))]
+    keys = [name.parent / name.name.partition(".")[0] for name in named]
     return sum(key != before for key, before in zip(keys, [None, *keys], strict=False))
 
 

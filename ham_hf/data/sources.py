@@ -24,12 +24,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 
 from ham_hf.data.class_folders import DATA_EXTENSIONS, METADATA_NAMES, is_hidden, is_image_name, note
 from ham_hf.data.config import DataConfig
-from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes
+from ham_hf.data.declarations import Declarations, StreamError, names_in, read_file_classes, read_schema
 from ham_hf.data.image_files import files_below, files_of_builder, holds_images, read_image_files
 from ham_hf.data.shards import SplitFiles
 from ham_hf.files import front_matter
@@ -78,9 +77,9 @@ def open_source(config: DataConfig) -> Source[datasets.Dataset]:
     folder = os.path.expanduser(name)
     with _explained(config, local=local):
         if local and _is_saved(folder):
-            saved = datasets.load_from_disk(folder)
+            saved = datasets.load_from_disk(folder).with_format(None)  # torch's or numpy's is stored with it
             splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict(train=saved)
-            return Source(splits=splits, config_name=config_name)
+            return Source(splits=splits)
         if local and config_name is None and not _declared_configs(folder):
             files = files_below(folder)
             if holds_images(files):
@@ -236,11 +235,11 @@ def _note_unread_files(builder: datasets.DatasetBuilder) -> list[str]:
 
 
 def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
-    """Class names that README.md and each parquet file of a builder declare.
+    """Class names that README.md and each parquet or Arrow file of a builder declare.
 
     Where they differ, the builder gets the widest declaration, which every file's labels fit into.
     """
-    data_files = (builder.config.data_files or {}) if "Parquet" in _kinds(builder) else {}
+    data_files = (builder.config.data_files or {}) if {"Parquet", "Arrow"} & _kinds(builder) else {}
     declared = Declarations(
         readme=names_in(builder.info.features),
         files={
@@ -252,8 +251,8 @@ def _declarations(builder: datasets.DatasetBuilder) -> Declarations:
     if widest:
         features = builder.info.features
         if features is None:
-            with fsspec.open(next(str(file) for files in data_files.values() for file in files), "rb") as opened:
-                features = datasets.Features.from_arrow_schema(pq.read_schema(opened))
+            schema, _ = read_schema(next(str(file) for files in data_files.values() for file in files))
+            features = datasets.Features.from_arrow_schema(schema)
         builder.info.features = datasets.Features({**features, **{k: v for k, v in widest.items() if k in features}})
     return declared
 
@@ -306,8 +305,8 @@ def _check_name(config: DataConfig) -> bool:
     local = is_local(name)
     if local and revision is not None:
         raise ValueError(f"--dataset_revision {revision}: only datasets of the Hub have revisions, {name!r} is local")
-    if name == DIGITS and config_name is not None:
-        raise ValueError(f"--dataset_config_name {config_name}: 'digits' has no configurations; leave it out")
+    if config_name is not None and (name == DIGITS or _is_saved(os.path.expanduser(name))):
+        raise ValueError(f"--dataset_config_name {config_name}: {name!r} has no configurations; leave it out")
     if name != DIGITS and Path(name).expanduser().is_file():
         raise ValueError(f"--dataset_name {name}: is a file; give the folder that contains it")
     if not local and not is_hub_id(name):

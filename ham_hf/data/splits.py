@@ -159,8 +159,11 @@ def held_out_origin(split: str, fraction: float) -> str:
     return f"held out of {split} ({100 * fraction:g} %, stratified, seed {TEST_SEED})"
 
 
-def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
-    """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part."""
+def split_dataset(config: DataConfig, in_chans: int, seed: int, order: Sequence[str] = ()) -> Parts:
+    """Hold a test part out of train if there is no test split, apply the limits, hold out the validation part.
+
+    Equal remainders of a stratified part go by the place of a class: ``order`` is that of another copy's class names.
+    """
     source = open_source(config)
     chosen = _choose(source, config)
     train, test = chosen.train_split, chosen.test_split
@@ -168,17 +171,18 @@ def split_dataset(config: DataConfig, in_chans: int, seed: int) -> Parts:
     encoded = partial(encoded_images, source.splits, chosen.image_column, in_chans)
     train_rows = torch.arange(len(labels))
     fingerprint = fingerprint_of(encoded(train, train_rows, labels), class_names)
+    drawn = named_labels(labels, class_names, order)
     if test is None or test_labels is None:
-        train_rows, test_rows = hold_out(labels, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
+        train_rows, test_rows = hold_out(drawn, train_rows, "--test_fraction", config.test_fraction, TEST_SEED)
         origin = held_out_origin(train, config.test_fraction)
         test, test_labels = train, labels
     else:
         test_rows, origin = torch.arange(len(test_labels)), test
-    train_rows = limit_rows(labels, train_rows, config.limit_train_examples, seed)
+    train_rows = limit_rows(drawn, train_rows, config.limit_train_examples, seed)
     test_rows = limit_rows(test_labels, test_rows, config.limit_test_examples, TEST_SEED)
     parts = {"test": encoded(test, test_rows, test_labels)}
     if config.validation_fraction != 0:
-        train_rows, rows = hold_out(labels, train_rows, "--validation_fraction", config.validation_fraction, seed)
+        train_rows, rows = hold_out(drawn, train_rows, "--validation_fraction", config.validation_fraction, seed)
         parts["validation"] = encoded(train, rows, labels)
     parts["train"] = encoded(train, train_rows, labels)
     return Parts(
@@ -224,7 +228,9 @@ def split_stream(config: DataConfig, in_chans: int) -> Parts:
     kept = datasets.Features({chosen.image_column: datasets.Image(), label_column: classes})
     logger.info("reading all of split %r", test)
     read = {test: read_whole(splits[test], kept)}
-    first_rows = dict(enumerate(num_held_out)) if fraction else _first_rows_sampled(num_rows)
+    sampled = range(0, len(num_rows), max(1, len(num_rows) // SAMPLED_FILES))
+    for_statistics = {file: min(num_rows[file], -(-STATISTICS_EXAMPLES // len(sampled))) for file in sampled}
+    first_rows = dict(enumerate(num_held_out)) if fraction else for_statistics
     logger.info("reading the held-out part of split %r", train)
     read[train] = read_whole(splits[train], kept, first_rows)
     labels, test_labels, class_names = read_labels(read, label_column, train, test)
@@ -250,12 +256,6 @@ def split_stream(config: DataConfig, in_chans: int) -> Parts:
             num_classes=len(class_names),
         ),
     )
-
-
-def _first_rows_sampled(num_rows: Sequence[int]) -> dict[int, int]:
-    """How many rows of which files to read for statistics."""
-    sampled = range(0, len(num_rows), max(1, len(num_rows) // SAMPLED_FILES))
-    return {file: min(num_rows[file], -(-STATISTICS_EXAMPLES // len(sampled))) for file in sampled}
 
 
 def _declared_classes(source: Source[SplitFiles], split: str, column: str) -> datasets.ClassLabel:

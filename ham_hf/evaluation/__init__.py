@@ -11,34 +11,31 @@ from typing import TYPE_CHECKING
 from ham_hf.imports import names_on_demand
 
 if TYPE_CHECKING:
-    from ham_hf.evaluation.batch_sharing import Workplace
+    from ham_hf.evaluation.batch_sharing import Workplace as Workplace
     from ham_hf.evaluation.robustness import (
-        AttackResult,
-        NamedAttack,
-        NonFiniteLogitsError,
-        evaluate,
-        evaluate_batches,
-        memory_layout,
-        predict,
-        standard_attacks,
+        AttackResult as AttackResult,
+        NamedAttack as NamedAttack,
+        NonFiniteLogitsError as NonFiniteLogitsError,
+        evaluate as evaluate,
+        evaluate_batches as evaluate_batches,
+        memory_layout as memory_layout,
+        predict as predict,
+        standard_attacks as standard_attacks,
     )
-
-__all__ = [
-    "AttackResult",
-    "NamedAttack",
-    "NonFiniteLogitsError",
-    "Workplace",
-    "evaluate",
-    "evaluate_batches",
-    "memory_layout",
-    "predict",
-    "standard_attacks",
-]
 
 __getattr__ = names_on_demand(
     __name__,
     {
         "ham_hf.evaluation.batch_sharing": ["Workplace"],
-        "ham_hf.evaluation.robustness": [name for name in __all__ if name != "Workplace"],
+        "ham_hf.evaluation.robustness": [
+            "AttackResult",
+            "NamedAttack",
+            "NonFiniteLogitsError",
+            "evaluate",
+            "evaluate_batches",
+            "memory_layout",
+            "predict",
+            "standard_attacks",
+        ],
     },
 )

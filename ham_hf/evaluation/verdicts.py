@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 UNSEEN = -2
 """Stands for the prediction of an image that an attack did not see."""
 _METADATA = "ham_hf.predictions"
-_NOT_COMPARED = ("seed",)
+_NOT_COMPARED = ("seed", "num_examples", "subset")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -193,8 +193,8 @@ def match_verdicts(reference: Verdicts, other: Verdicts, name: str = "verdict") 
     ``name`` is "verdict", "clean", or that of an attack.
 
     Raises:
-        ValueError: if classes, attacks (their seed aside), positions or labels differ, or no image was seen by both: a
-            paired test is for the same images under the same attacks.
+        ValueError: if classes, attacks (seed and number of images aside), positions or labels differ, or no image was
+            seen by both: a paired test is for the same images under the same attacks.
     """
     attacks = [_comparable(one.attacks, name) for one in (reference, other)]
     for title, ours, theirs in (("classes", reference.class_names, other.class_names), ("attacks", *attacks)):

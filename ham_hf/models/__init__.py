@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from ham_hf.imports import names_on_demand
 
 if TYPE_CHECKING:
-    from ham_hf.models.config import ModelConfig
     from ham_hf.models.pixel_model import (
         LoadedModel,
         PixelModel,
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoadedModel",
-    "ModelConfig",
     "PixelModel",
     "Preprocessing",
     "create_backbone",

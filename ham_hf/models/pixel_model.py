@@ -215,7 +215,9 @@ def create_backbone(
             f"and {preprocessing.in_chans} channels: {error}"
         ) from error
     try:
-        shape = _output_shape(backbone, preprocessing)
+        with torch.no_grad():
+            shape = tuple(backbone.eval()(torch.zeros(1, preprocessing.in_chans, size, size)).shape)
+        backbone.train()
     except _BUILD_ERRORS as error:
         raise ValueError(
             f"--model_name {model_name} does not run on {size}x{size} images: {error}. Raise --image_size (default "
@@ -321,14 +323,6 @@ def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str,
         model._model_args = dict(arguments)
     backbone: nn.Module = model
     return backbone
-
-
-@torch.no_grad()
-def _output_shape(backbone: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
-    size = preprocessing.image_size
-    shape = tuple(backbone.eval()(torch.zeros(1, preprocessing.in_chans, size, size)).shape)
-    backbone.train()
-    return shape
 
 
 def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preprocessing:

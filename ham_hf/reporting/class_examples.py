@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ham_hf.artifacts import EXAMPLES_NAME
 from ham_hf.attacks import ThreatModel, evaluation_mode, unsaturated_cross_entropy
-from ham_hf.data import BatchRequest, Images
+from ham_hf.data import BatchRequest, Images, PixelBatch
 from ham_hf.evaluation import AttackResult, NamedAttack, predict, standard_attacks
+from ham_hf.evaluation.batch_sharing import WorkingSize
 from ham_hf.evaluation.config import EvaluationConfig
 from ham_hf.evaluation.verdicts import Verdicts, verdicts_of
 from ham_hf.files import replacing
@@ -179,19 +180,12 @@ def _attacked(
 ) -> ExampleStrip:
     """The images at these positions before and after the attack, batch by batch."""
     device = next(model.parameters()).device
-    parts = []
+    parts, size = [], WorkingSize(max(map(len, batches)))
     requests = [BatchRequest(positions, None) for positions in batches]
     with evaluation_mode(model):
         for number, batch in enumerate(images.batches(requests, device=device)):
-            x_adv = attack(
-                model,
-                batch.x,
-                batch.y,
-                loss_fn=unsaturated_cross_entropy,
-                generator=make_generator(device, seed, Stream.EVALUATION, 0, number),
-            )
-            found = (batch.x, x_adv, batch.y, predict(model, batch.x), predict(model, x_adv))
-            parts.append([tensor.cpu() for tensor in found])
+            generator = make_generator(device, seed, Stream.EVALUATION, 0, number)
+            parts.append([tensor.cpu() for tensor in _attack_batch(model, batch, attack, generator, size)])
     clean, adversarial, labels, before, after = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return ExampleStrip(
         clean=clean,
@@ -201,6 +195,21 @@ def _attacked(
         adversarial_predictions=after,
         attack=attack.name.upper(),
     )
+
+
+def _attack_batch(
+    model: nn.Module, batch: PixelBatch, attack: NamedAttack, generator: torch.Generator, size: WorkingSize
+) -> tuple[Tensor, ...]:
+    """Images before and after the attack, labels, and predictions before and after it; in pieces that fit."""
+    start = attack.threat_model.random_start(batch.x, generator)
+
+    def strike(rows: slice) -> Tensor:
+        return attack(model, batch.x[rows], batch.y[rows], start=start[rows], loss_fn=unsaturated_cross_entropy)
+
+    x_adv = size.split(strike, len(batch.y))
+    before = size.split(lambda rows: predict(model, batch.x[rows]), len(batch.y))
+    after = size.split(lambda rows: predict(model, x_adv[rows]), len(batch.y))
+    return batch.x, x_adv, batch.y, before, after
 
 
 def encode_examples(images: ExampleStrip, chosen: Sequence[tuple[int, str]], verdicts: Verdicts) -> ClassExamples:

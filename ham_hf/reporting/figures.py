@@ -45,13 +45,11 @@ SMALLEST_RANGE = 0.01
 
 
 def save_figures(
-    report: RunReport,
-    folder: str | Path,
-    *,
-    examples: ExampleStrip | None,
-    train_log: Sequence[Mapping[str, object]],
+    report: RunReport, folder: str | Path, *, examples: ExampleStrip | None, train_log: Sequence[Mapping[str, object]]
 ) -> list[Path]:
     """Draw what ``report`` has numbers for into ``folder/figures/*.png``, and return the files written.
+
+    Figures of numbers that it does not have are removed.
 
     ``examples`` are for ``adversarial_examples.png``; ``train_log``, the "train" lines of ``metrics.jsonl``, and the
     report's history for ``training_curves.png``. Without them the figure is left out.
@@ -73,6 +71,9 @@ def save_figures(
         figures["adversarial_examples"] = examples_figure(examples, report.dataset.class_names)
     target = Path(folder) / FIGURES
     target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.png"):  # of another evaluation of this folder
+        if old.stem not in figures and old.stem.startswith(("confusion_", "class_treatment", "fairness_frontier")):
+            old.unlink()
     return [save_figure(figure, target / f"{name}.png") for name, figure in figures.items()]
 
 

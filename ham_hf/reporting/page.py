@@ -27,7 +27,15 @@ from torch import Tensor
 from ham_hf.evaluation.verdicts import Verdicts
 from ham_hf.hub_config import HUB
 from ham_hf.reporting.class_examples import ClassExamples
-from ham_hf.reporting.formats import evaluation_title, fraction_text, norm_text, percent, percent_ends, plain_text
+from ham_hf.reporting.formats import (
+    evaluation_title,
+    fraction_text,
+    norm_text,
+    percent,
+    percent_ends,
+    plain_text,
+    public_word,
+)
 from ham_hf.reporting.report import AttackReport, RunReport
 from ham_hf.reporting.tables import breakdown_tables
 
@@ -174,8 +182,8 @@ def _source_hash(text: str) -> str:
 def _facts(report: RunReport) -> list[tuple[str, str]]:
     """Facts about the first run, which are shown without any script."""
     facts = [
-        ("Model", plain_text(report.model.name, 120)),
-        ("Dataset", plain_text(report.dataset.name, 120)),
+        ("Model", plain_text(public_word(report.model.name), 120)),
+        ("Dataset", plain_text(report.dataset.title, 120)),
         ("Classes", f"{len(report.dataset.class_names):,}"),
         ("Test images", f"{report.dataset.num_test:,}"),
         ("Threat model", f"{norm_text(report.threat_model.norm)}, ε = {fraction_text(report.threat_model.epsilon)}"),

@@ -91,10 +91,12 @@ def each_group_rows(found: GroupReport) -> list[dict[str, str]]:
     clean = found.results["clean"].summary.per_class
     present = [index for index, entry in enumerate(clean) if entry.count]
     present.sort(key=lambda index: (first[index].accuracy is None, first[index].accuracy))
-    rows = []
+    rows, column = [], plain_text(found.column, 40)
+    if column in ("Images", *map(evaluation_title, found.results)):
+        column += " (group)"
     for index in present[:MAX_GROUP_ROWS]:
         images = clean[index].count
-        row = {plain_text(found.column, 40): plain_text(found.names[index], 40), "Images": str(images)}
+        row = {column: plain_text(found.names[index], 40), "Images": str(images)}
         for name, one in found.results.items():
             row[evaluation_title(name)] = class_cell(one.summary.per_class[index], images)
         rows.append(row)

@@ -50,6 +50,8 @@ def check_optimizer(name: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or known
         raise ValueError(f"--optimizer {name} is not one of timm's; did you mean {', '.join(near)}?")
+    if name == "adahessian":
+        raise ValueError(f"--optimizer {name} needs second derivatives, which no training step here computes")
 
 
 def create_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:

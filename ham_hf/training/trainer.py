@@ -95,6 +95,9 @@ class Trainer:
         config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
         self.data, self.method, self.attack, self.config = data, method, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
+        self.smaller_evaluation = (
+            f"lower --per_device_eval_batch_size {eval_batch_size}; --resume_from_checkpoint latest continues"
+        )
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
@@ -109,7 +112,11 @@ class Trainer:
         self._warn_of_late_starts()
         model = model.to(accelerator.device).to(memory_format=memory_format_of(config, accelerator))
         # Made before prepare() changes the forward: the average is always evaluated in float32.
-        self.average = self._average_of(model)
+        self.average: ModelEmaV3 | GatedAverage | None = None
+        if config.uses_fawa(method):
+            self.average = GatedAverage(model, config.fawa_decay, config.fawa_threshold)
+        elif config.ema_decay is not None:
+            self.average = ModelEmaV3(model, decay=config.ema_decay)
         if config.torch_compile:
             # In place, so that the names of weights stay; dynamic, as the number of hard rows changes.
             model.compile(dynamic=True)
@@ -153,13 +160,6 @@ class Trainer:
             )
         planned = config.num_train_epochs * self.updates_per_epoch
         self.total_steps = min(planned, config.max_steps) if config.max_steps is not None else planned
-
-    def _average_of(self, model: nn.Module) -> ModelEmaV3 | GatedAverage | None:
-        """The average of weights that the settings ask for; there is one at most."""
-        config = self.config
-        if config.uses_fawa(self.method):
-            return GatedAverage(model, config.fawa_decay, config.fawa_threshold)
-        return None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay)
 
     def _warn_of_late_starts(self) -> None:
         """Warn of a method that ``max_steps`` ends the run before."""
@@ -206,6 +206,10 @@ class Trainer:
                 self._end_of_epoch(self.progress.validation_due)
             while self.progress.step < self.total_steps:
                 self._train_epoch(self.progress.step // self.updates_per_epoch, stop)
+            history, step = self.progress.history, self.progress.step
+            if step and (not history or history[-1]["step"] != step):
+                # Stopped in mid-epoch, and resumed with a total that it has reached.
+                self._end_of_epoch((step - 1) // self.updates_per_epoch)
         finally:
             self.log.close()
         if isinstance(self.average, GatedAverage) and not self.average.updates:
@@ -220,7 +224,8 @@ class Trainer:
         first = self.progress.step - epoch * self.updates_per_epoch
         if first == 0:
             since = time.perf_counter()
-            self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
+            with explain_out_of_memory(self.smaller_evaluation):
+                self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
             self._count_passes()
         batches = epoch_batches(
@@ -255,9 +260,7 @@ class Trainer:
                 self._save()
 
     def _end_of_epoch(self, epoch: int) -> None:
-        with explain_out_of_memory(
-            f"lower --per_device_eval_batch_size {self.eval_batch_size}; --resume_from_checkpoint latest continues"
-        ):
+        with explain_out_of_memory(self.smaller_evaluation):
             try:
                 self._validate(epoch)
             except NonFiniteLogitsError as error:

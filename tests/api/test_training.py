@@ -20,6 +20,7 @@ from ham_hf.models import load_pixel_model
 from ham_hf.reporting.report import read_report
 from ham_hf.settings import settings_of
 from tests.support.example_images import everything, load, write_parquet
+from tests.support.exports import preprocessing
 from tests.support.nets import batch_norm_net
 from tests.support.training import tensors
 
@@ -122,7 +123,7 @@ def test_limits_choose_the_images_that_they_choose_of_a_stored_dataset(tmp_path:
     limits = {"limit_train_examples": 24, "limit_test_examples": 8, "validation_fraction": 0.25}
     given, seed = {"train": rows(40), "test": rows(20)}, {"seed": 3}
     stored = load(write_parquet(tmp_path, **given), image_size=8, **limits, **seed)
-    data = image_data_from(**given, validation_fraction=0.25, limits=(24, 8), **seed)
+    data = image_data_from(**given, inputs=preprocessing(), validation_fraction=0.25, limits=(24, 8), **seed)
     for part, size in {"train": 18, "validation": 6, "test": 8}.items():
         ours, theirs = getattr(data, part), getattr(stored, part)
         assert len(ours) == size

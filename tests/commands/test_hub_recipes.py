@@ -159,6 +159,8 @@ def test_finished_folder_is_pushed_elsewhere(pushed, hub, environment):
     assert repo.private
     assert b"hf-hub:me/second" in repo.tree()["README.md"].data
     assert hub.repos["space", "me/second"].private
+    recipe("push.py", environment, folder, "--hub_model_id=me/third")
+    assert b"/spaces/" not in hub.model("me/third").tree()["README.md"].data
 
 
 def test_missing_rights_stop_the_run_before_it_starts(environment, tmp_path):

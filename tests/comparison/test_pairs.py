@@ -121,6 +121,9 @@ def test_a_row_attacked_otherwise_is_named_and_stays_apart():
         "gentle, Verdict": "evaluated with other settings than the baseline (PGD-20)",
         "gentle, PGD-20": "evaluated with other settings than the baseline (PGD-20)",
     }
+    long = dataclasses.replace(gentle, label="gentle (num_steps 10, step_size 2/255, class_weighting hard_fraction)")
+    text = comparison_markdown(compare([base, long], baseline="base"), command="x")
+    assert re.findall(r"^- gentle.*, (PGD-20|Verdict): evaluated", text, re.MULTILINE) == ["Verdict", "PGD-20"]
     assert [row.attacks["verdict"].rho is None for row in comparison.rows] == [False, False, True]
     assert "PGD-20: not paired: evaluated with other settings than the baseline (PGD-20)" in leaderboard_html(
         comparison

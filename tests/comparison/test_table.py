@@ -7,8 +7,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import gc
 import json
@@ -13,8 +14,7 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from ham_hf.commands import compare, evaluate, page, push, train
 from ham_hf.config import (
@@ -67,6 +67,8 @@ def message_of_exit(argv, capsys, parse=parse_train_config, status=2) -> str:
     return captured.err
 
 
+VALUES = yaml.safe_load((Path(__file__).parent / "values.yaml").read_text(encoding="utf-8"))
+
 # ----------------------------------------------------------------------------------------------- defaults and flags
 
 
@@ -79,37 +81,9 @@ def test_defaults_are_the_documented_ones():
     assert config.training.lr_drops == ((60, 0.1), (90, 0.01), (110, 0.005))
 
 
-@pytest.mark.parametrize(
-    ("argv", "group", "name", "value"),
-    [
-        ("--epsilon 8/255", "attack", "epsilon", 8 / 255),
-        ("--epsilon=8/255", "attack", "epsilon", 8 / 255),
-        ("--step-size=1.5/255", "attack", "step_size", 1.5 / 255),
-        ("--learning_rate 1e-3", "training", "learning_rate", 1e-3),
-        ("--seed=07", "training", "seed", 7),
-        ("--mixed-precision bf16", "training", "mixed_precision", "bf16"),
-        ("--report_to none", "training", "report_to", ()),
-        ("--report_to wandb,tensorboard", "training", "report_to", ("wandb", "tensorboard")),
-        ("--report_to wandb tensorboard", "training", "report_to", ("wandb", "tensorboard")),
-        ("--save_total_limit none", "training", "save_total_limit", None),
-        ("--skip_corrupt", "data", "skip_corrupt", True),
-        ("--skip-corrupt", "data", "skip_corrupt", True),
-        ("--skip_corrupt=true", "data", "skip_corrupt", True),
-        ("--skip_corrupt true", "data", "skip_corrupt", True),
-        ("--skip_corrupt=False", "data", "skip_corrupt", False),
-        ("--skip_corrupt --no_skip_corrupt", "data", "skip_corrupt", False),
-        ("--no_decay_norm_and_bias", "training", "decay_norm_and_bias", False),
-        ("--no-decay-norm-and-bias", "training", "decay_norm_and_bias", False),
-        ("--lr_drops 60:0.1 90:1e-2", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
-        ("--lr_drops=60:0.1", "training", "lr_drops", ((60, 0.1),)),
-        ("--lr_drops", "training", "lr_drops", ()),
-        ("--epsilon 4/255 --epsilon 2/255", "attack", "epsilon", 2 / 255),
-        ("--dataset_name ../my-images", "data", "dataset_name", "../my-images"),
-        ("--norm l2 --epsilon 2 --step_size 1.5", "attack", "epsilon", 2.0),
-    ],
-)
+@pytest.mark.parametrize(("argv", "group", "name", "value"), VALUES["flags"])
 def test_flags(argv, group, name, value):
-    found = getattr(getattr(parse_train_config(argv.split()), group), name)
+    found, value = getattr(getattr(parse_train_config(argv.split()), group), name), ast.literal_eval(value)
     assert found == value
     assert type(found) is type(value) or isinstance(found, tuple)
 
@@ -143,38 +117,9 @@ def test_flags_win_over_the_recipe_and_the_rest_stays(recipe):
     assert config.data.skip_corrupt is False
 
 
-@pytest.mark.parametrize(
-    ("text", "group", "name", "value"),
-    [
-        ("learning_rate: 1e-3", "training", "learning_rate", 1e-3),
-        ("learning_rate: 1", "training", "learning_rate", 1.0),
-        ("learning_rate: '0.5'", "training", "learning_rate", 0.5),
-        ("epsilon: 8/255", "attack", "epsilon", 8 / 255),
-        ("mixed_precision: no", "training", "mixed_precision", "no"),
-        ("report_to: none", "training", "report_to", ()),
-        ("report_to: wandb", "training", "report_to", ("wandb",)),
-        ("report_to: [trackio, wandb]", "training", "report_to", ("trackio", "wandb")),
-        ("torch_compile: on", "training", "torch_compile", True),
-        ("torch_compile: no", "training", "torch_compile", False),
-        ("seed: 010", "training", "seed", 10),
-        ("lr_drops: [60:0.1, 90:0.01]", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
-        ("lr_drops:\n  - 60:0.1\n  - 90:0.01", "training", "lr_drops", ((60, 0.1), (90, 0.01))),
-        ("lr_drops: []", "training", "lr_drops", ()),
-        ("dataset_revision: 1234567", "data", "dataset_revision", "1234567"),
-        ("dataset_revision: 12e4567", "data", "dataset_revision", "12e4567"),
-        ("dataset_revision: 2024-01-01", "data", "dataset_revision", "2024-01-01"),
-        ("dataset_config_name: none", "data", "dataset_config_name", None),
-        ("dataset_config_name: 'none'", "data", "dataset_config_name", "none"),
-        ("dataset_config_name:", "data", "dataset_config_name", None),
-        ("label_column: y", "data", "label_column", "y"),
-        ("label_column: no", "data", "label_column", "no"),
-        ("model_args: {chans: 1, pos: 'no'}", "model", "model_args", {"chans": 1, "pos": "no"}),
-        ("model_args: {rate: 1e-1, pos: no}", "model", "model_args", {"rate": 0.1, "pos": "no"}),
-        ("model_args:\n  a: [16, 32]\n  b: {c: null}", "model", "model_args", {"a": [16, 32], "b": {"c": None}}),
-    ],
-)
+@pytest.mark.parametrize(("text", "group", "name", "value"), VALUES["yaml"])
 def test_yaml_is_read_by_the_type_of_the_setting(recipe, text, group, name, value):
-    found = getattr(getattr(load_train_config(recipe(text)), group), name)
+    found, value = getattr(getattr(load_train_config(recipe(text)), group), name), ast.literal_eval(value)
     assert found == value
     assert type(found) is type(value) or isinstance(found, tuple)
 

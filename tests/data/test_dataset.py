@@ -132,7 +132,7 @@ def test_every_mode_becomes_what_pil_makes_of_it(kind, in_chans, mode, tmp_path)
     assert torch.equal(everything(data.test)[1], expected)
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
 def test_16_bit_gray_is_scaled_not_clipped(file_format, tmp_path):
     deep = np.array([[0, 128, 129, 257], [32768, 40000, 65406, 65407], [65535] * 4, [300] * 4], np.uint16)
     image = dataset([encode(Image.fromarray(deep), file_format)] * 2, [0, 1])

@@ -30,10 +30,16 @@ def split(names, rows, order=()):
 
 
 def write(folder, files, order, readme=None):
-    """One parquet file per entry; see `split` for ``order``."""
+    """One parquet or Arrow file per entry; see `split` for ``order``."""
     (folder / "data").mkdir(parents=True)
     for file, (names, rows) in files.items():
-        split(names, rows, order).to_parquet(folder / "data" / file)
+        images = split(names, rows, order)
+        if file.endswith(".arrow"):
+            new = pa.ipc.new_file if file.startswith("test") else pa.ipc.new_stream
+            with new(str(folder / "data" / file), images.features.arrow_schema) as opened:
+                opened.write_table(images.data.table)
+        else:
+            images.to_parquet(folder / "data" / file)
     if readme:
         names = "".join(f"          '{place}': {name}\n" for place, name in enumerate(readme))
         (folder / "README.md").write_text(
@@ -134,9 +140,9 @@ PERMUTED = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_every_image_keeps_its_class_stored_and_streamed(streaming, tmp_path):
-    folder = write(tmp_path / "set", PERMUTED, [])
+@pytest.mark.parametrize(("kind", "streaming"), [("parquet", False), ("arrow", False), ("parquet", True)])
+def test_every_image_keeps_its_class_stored_and_streamed(kind, streaming, tmp_path):
+    folder = write(tmp_path / "set", {file.replace("parquet", kind): rows for file, rows in PERMUTED.items()}, [])
     options = {"dataset_streaming": True, "dataloader_num_workers": 0} if streaming else {}
     data = load(folder, validation_fraction=0.2, augmentation="none", **options)
     assert data.class_names == ("cat", "dog", "owl")
@@ -189,10 +195,23 @@ def test_files_without_names_are_warned_of(tmp_path, caplog):
     assert "declare no class names" not in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_names_already_are_those_of_the_readme(streaming, tmp_path):
+    files = {f"{part}-0.parquet": (None, [(i, CLASSES[i % 3]) for i in range(9)]) for part in ("train", "test")}
+    folder = write(tmp_path / "set", files, ["cat", "dog", "owl"], ["owl", "cat", "dog"])
+    for file in (tmp_path / "set" / "data").iterdir():
+        table = pq.read_table(file).replace_schema_metadata()
+        names = [CLASSES[label] for label in table["label"].to_pylist()]
+        pq.write_table(table.drop_columns(["label"]).append_column("label", [names]), file)
+    data = load(folder, validation_fraction=0, dataset_streaming=streaming, augmentation="none")
+    assert data.class_names == ("owl", "cat", "dog")
+    assert pairs(data)["train"] == pairs(data)["test"] == dict(files["test-0.parquet"][1])
+
+
 def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path):
     train = split(CLASSES, [(i, CLASSES[i % 3]) for i in range(9)])
     test = split(["owl", "cat"], [(20, "owl"), (21, "cat")])
-    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(train=train, test=test).with_format("torch").save_to_disk(tmp_path / "set")
     assert pairs(load(str(tmp_path / "set"), validation_fraction=0))["test"] == {20: "owl", 21: "cat"}
 
 

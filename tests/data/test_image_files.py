@@ -107,6 +107,7 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
         ({"metadata.csv": table([("/etc/b.png", "x")])}, "row 0: '/etc/b.png' is not a path"),
         ({"metadata.csv": b"name,label\na.png,x\n"}, "has no column 'file_name' .* only 'name', 'label'"),
         ({"metadata.jsonl": b"{"}, "the table 'metadata.jsonl' cannot be read"),
+        ({"metadata.csv": table([("a.png", 1)], label="image")}, "images are called 'image', rename that column"),
         (
             {"metadata.csv": table([("a.png", 1)]), "more/metadata.csv": table([("c.png", "x")])},
             "'metadata.csv' and 'more/metadata.csv' have columns of different types",
@@ -144,6 +145,13 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path):
     assert splits["test"].features["label"].names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("written", [("007", "010"), ("true", "false"), ("7", "10"), ("1", "x")])
+def test_a_class_is_called_what_the_table_says(written, tmp_path):
+    rows = [(f"{number}.png", written[number % 2]) for number in range(10)]
+    root = write_files(tmp_path / "set", {**pictures(*(name for name, _ in rows)), "metadata.csv": table(rows)})
+    assert set(load(root, validation_fraction=0).class_names) == set(written)
+
+
 def test_images_without_a_row_are_counted_aloud(tmp_path, caplog):
     rows = [(f"{number}.png", "xy"[number % 2]) for number in range(10)]
     images = pictures(*(name for name, _ in rows), "more/1.png")
@@ -172,6 +180,8 @@ def test_an_archive_is_a_folder_of_its_name(files, expected, tmp_path):
     splits = found(root)
     assert {split: len(rows) for split, rows in splits.items()} == expected
     flat = {f"{name[:-4]}/{path}": image for name, content in files.items() for path, image in content.items()}
+    write_files(tmp_path / "set", pictures("assets/banner.png") if "test.zip" in files else {})
+    assert found(root) == splits, "a picture beside the archives"
     # The class is the folder that an image is in.
     everything = sorted(row for rows in splits.values() for row in rows)
     assert everything == sorted((image, path.split("/")[-2]) for path, image in flat.items())

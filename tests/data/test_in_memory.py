@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 
 from ham_hf.data import image_data_from
-from tests.support.example_images import everything, grays
+from tests.support.example_images import dataset, everything, gray, grays
+from tests.support.exports import preprocessing
 from tests.support.training import tensors
 
 
 def test_pixels_and_labels_are_those_given() -> None:
     given = tensors(12)
-    data = image_data_from(given, grays(8, 4), validation_fraction=0.0)
+    data = image_data_from(given, grays(8, 4), inputs=preprocessing(), validation_fraction=0.0)
     torch.testing.assert_close(everything(data.train), (given.tensors[0] * 255).round() / 255)
     assert torch.equal(data.train.labels, given.tensors[1])
     assert (data.image_size, data.class_names, len(data.test)) == (8, ("0", "1", "2", "3"), 8)
+
+
+def test_labels_of_test_go_by_name_and_the_model_says_how_images_are_cut() -> None:
+    def animals(names: list[str], rows: list[str]) -> datasets.Dataset:
+        feature = datasets.ClassLabel(names=names)
+        return dataset([gray(40 * len(name), (16, 8)) for name in rows], rows, label_feature=feature)
+
+    train, rows = animals(["cat", "horse", "rat"], ["cat", "horse", "rat"]), ["rat", "cat"]
+    inputs = preprocessing(8, crop_pct=0.9, crop_mode="squash")
+    data = image_data_from(train, animals(["rat", "cat", "ox"], rows), inputs=inputs, validation_fraction=0.0)
+    assert [data.class_names[label] for label in data.test.labels] == rows
+    assert (data.crop_mode, data.crop_pct) == ("squash", 0.9)
+    with pytest.raises(
+        ValueError, match=r"\['cat', 'horse', 'rat'\], and test \['rat', 'ox'\]: \['ox'\] is in test only"
+    ):
+        image_data_from(train, animals(["rat", "ox"], ["ox"]), inputs=inputs)
 
 
 def _with(image: object, label: object = 0) -> list:
@@ -36,4 +54,4 @@ def _with(image: object, label: object = 0) -> list:
 )
 def test_data_are_refused_with_a_reason(train: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        image_data_from(train, tensors(8))
+        image_data_from(train, tensors(8), inputs=preprocessing())

@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ham_hf.data.pixels import augment_batch, isolated_rng, random_crop, random_flip, seed_for_example
 

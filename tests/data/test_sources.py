@@ -46,18 +46,20 @@ def test_the_digits_are_small_and_have_their_license_beside_them():
     [
         (["train", "test", "validation"], 20, "test"),
         (["train", "validation"], 20, "validation"),
+        (["train", "validation", "eval"], 20, "eval"),
         (["train", "extra"], 16, "held out of train (20 %, stratified, seed 0)"),
         (["train"], 16, "held out of train (20 %, stratified, seed 0)"),
         (["extra"], 16, "held out of extra (20 %, stratified, seed 0)"),
     ],
 )
-def test_splits_by_rule(tmp_path, names, train, origin):
-    splits = {"train": 20, "extra": 20, "test": 6, "validation": 8}
+def test_splits_by_rule(tmp_path, names, train, origin, caplog):
+    splits = {"train": 20, "extra": 20, "test": 6, "validation": 8, "eval": 5}
     folder = write_parquet(tmp_path / "set", **{name: grays(splits[name]) for name in names})
     data = load(folder, validation_fraction=0)
     assert data.test_split_origin == origin
     assert len(data.train) == train
     assert len(data.test) == splits.get(origin, 20 - train)
+    assert ("none of the splits 'extra' is for testing by its name" in caplog.text) == (names == ["train", "extra"])
     assert data.validation is None
 
 
@@ -86,6 +88,7 @@ TWO_SPLITS = {"train": grays, "test": grays}
         (TWO_SPLITS, {"train_split": "trian"}, "--train_split trian: .* did you mean 'train'"),
         (TWO_SPLITS, {"test_split": "val"}, "--test_split val: .* no such split; there are 'train', 'test'"),
         (TWO_SPLITS, {"test_split": "train"}, "--test_split train is the training split"),
+        (TWO_SPLITS, {"dataset_config_name": "v2"}, "--dataset_config_name v2: .*/set' has no configurations"),
         (TWO_SPLITS, {"image_column": "imag"}, "--image_column imag: .* did you mean 'image'"),
         (TWO_SPLITS, {"image_column": "label"}, "--image_column label: expected images or encoded bytes"),
         (TWO_SPLITS, {"label_column": "labels"}, "--label_column labels: .* did you mean 'label'"),

@@ -276,6 +276,7 @@ def test_a_new_version_of_the_files_is_read_anew(tmp_path):
 def write_archive(path, values, *, start=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("LICENSE"))  # no example, as datasets reads it
         for number, value in enumerate(values, start):
             texts = {"cls": str(value % 2).encode(), "json": json.dumps({"v": value}).encode()}
             members = {"png": encode(gray(value)), **texts}
@@ -318,6 +319,8 @@ def test_webdataset_archives(tmp_path):
     batches = epoch(data, per_update=2, batch=2)
     assert sorted(flat(map(values, batches))) == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
     assert all(batch.y.tolist() == [value % 2 for value in values(batch)] for batch in batches)
+    (tmp_path / "set" / "README.md").write_text(CARD.replace("even", "3").replace("odd", "5"))
+    assert load(str(tmp_path / "set"), label_column="cls").class_names == ("3", "5"), "which YAML reads as numbers"
     with pytest.raises(ValueError, match=r"--method faal needs the number of training images of each class"):
         training_class_counts(data.train, FAAL(), 2)
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from ham_hf import training_run
 from ham_hf.faults import FaultError, smaller_batch
+from ham_hf.methods import WAT
 from tests.faults.same_runs import before_updates
 from tests.support.recipe_runs import SMALL, refused
-from tests.support.training import resumed, trainer
+from tests.support.training import HAM_FROM_1, resumed, trainer
 
 pytestmark = pytest.mark.faults(quick=True)
 
@@ -48,9 +49,10 @@ def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
     assert load_file(folder / "checkpoint-18" / "model.safetensors")
 
 
-def test_validation_names_its_own_batch_size(tmp_path, monkeypatch):
-    run = trainer(tmp_path / "run")
-    monkeypatch.setattr(run, "_held_out", lambda module: of_the_allocator())
+@pytest.mark.parametrize(("method", "part"), [(HAM_FROM_1, "_held_out"), (WAT(), "_held_out_sums")])
+def test_validation_names_its_own_batch_size(tmp_path, monkeypatch, method, part):
+    run = trainer(tmp_path / "run", method)
+    monkeypatch.setattr(run, part, lambda *args, **options: of_the_allocator())
     with pytest.raises(FaultError, match=r"lower --per_device_eval_batch_size 256; --resume"):
         run.fit()
 

@@ -13,8 +13,7 @@ from ham_hf.mining import hard_weights, mine_hard_examples
 from tests.support.golden_data import exact, golden_batch, golden_case, golden_net
 from tests.support.method_checks import attack_of, initial_states, rows_of
 from tests.support.nets import group_norm_net
-from tests.support.updates import ATTACK as UPDATE_ATTACK
-from tests.support.updates import updated
+from tests.support.updates import ATTACK as UPDATE_ATTACK, updated
 
 ATTACK = Attack(threat_model=ThreatModel("linf", 0.024), num_steps=6, step_size=0.005)
 

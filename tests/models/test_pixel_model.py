@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from ham_hf.models import PixelModel, Preprocessing, create_backbone, input_defaults, load_pixel_model
-from ham_hf.models import source as model_source
+from ham_hf.models import (
+    PixelModel,
+    Preprocessing,
+    create_backbone,
+    input_defaults,
+    load_pixel_model,
+    source as model_source,
+)
 from ham_hf.models.cifar_nets import default_cfgs
 from tests.support.exports import preprocessing
 

@@ -69,6 +69,8 @@ def test_worst_30_percent_is_left_out_of_few_groups():
     assert "Worst 30 % of groups" not in group_rows(few)[0]
     assert "Worst 30 % of groups" in group_rows(group_report(made_up()[1]))[0]
     assert [next(iter(row)) for row in each_group_rows(few)] == ["half", "half"]
+    rows = each_group_rows(dataclasses.replace(few, column="Images"))
+    assert [row["Images (group)"] for row in rows] == [row["half"] for row in each_group_rows(few)]
 
 
 def test_number_of_images_beside_an_accuracy_of_a_group_is_its_own():

@@ -15,8 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 

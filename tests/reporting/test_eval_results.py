@@ -37,7 +37,7 @@ def test_local_images_have_no_results_on_the_hub(tmp_path: Path) -> None:
 def test_the_command_of_an_evaluation_names_no_folder_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "patients").mkdir()
     words = [str(tmp_path / "patients"), "--dataset_name=digits", "--eval_num_steps=5", "--output_dir=/secret/place"]
-    command = shell_command(parse_evaluate_config(words))
-    assert command.endswith("patients --dataset_name=digits --eval_num_steps=5")
+    command = shell_command(parse_evaluate_config([*words, "--foreign_attack", "/secret/mine.py:attack"]))
+    assert command.endswith("patients --dataset_name=digits --eval_num_steps=5 --foreign_attack mine.py:attack")
     assert str(tmp_path) not in command
     assert "secret" not in command

@@ -68,8 +68,12 @@ def test_figures_have_stable_names_and_draw_any_class_name(
 
 def test_evaluation_alone_has_one_figure(tmp_path: Path) -> None:
     report = make_report(attacks=("clean",), trained=False)
+    save_figures(make_report(), tmp_path, examples=None, train_log=())
+    (tmp_path / "figures/fairness_frontier.png").touch()
     paths = save_figures(report, tmp_path, examples=None, train_log=())
     assert [path.name for path in paths] == ["per_class_accuracy.png"]
+    left = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert left == ["per_class_accuracy.png", "training_curves.png"], "none of an evaluation before it"
 
 
 def test_same_report_gives_same_bytes(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ from ham_hf.reporting.class_examples import (
 )
 from ham_hf.reporting.page import MAX_PAGE_BYTES, PageRun, has_images, page_html, without_images
 from ham_hf.reporting.report import RunReport, write_report
-from tests.support.example_report import attack_result, make_report
-from tests.support.nets import TensorImages
+from tests.support.example_report import attack_result, make_report, with_dataset, with_model
+from tests.support.nets import TensorImages, Watched
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028"
 
@@ -82,7 +82,9 @@ def made_up_examples(verdicts: Verdicts, *, side: int = 8, channels: int = 1) ->
 
 def test_names_are_data_and_only_our_script_may_run() -> None:
     report = make_report(class_names=[HOSTILE, "b", "c"], verdict=True)
+    report = with_model(with_dataset(report, hub_id=None, name="/secret/data"), name="/secret/model")
     text = page_html([PageRun(label=HOSTILE, report=report)])
+    assert "secret" not in text
     assert text.count("<script") == text.count("</script>") == 3
     assert "<script>alert" not in text
     assert numbers_of(text)["runs"][0]["names"][0] == HOSTILE.replace("\u2028", "").strip()
@@ -195,6 +197,9 @@ def test_a_run_makes_images_of_its_own_model() -> None:
     assert found.attack == "PGD-2"
     assert {e.label for e in found.examples} == set(predictions[predictions == labels].tolist())
     assert all(e.clean_prediction == e.label == int(labels[e.position]) for e in found.examples)
+    small = Watched(net, limit=3, limit_always=3)
+    pieces = run_examples(small, images, config, results, threat_model=ThreatModel("linf", 0.1), seed=0).of_classes
+    assert pieces == found, "in pieces that fit into memory"
     only_clean = {"clean": results["clean"]}
     clean = run_examples(net, images, config, only_clean, threat_model=ThreatModel("linf", 0.1), seed=0)
     assert clean.of_classes is None
@@ -227,6 +232,10 @@ def test_several_runs_are_compared_on_the_same_images(tmp_path: Path) -> None:
     base, ham = (
         stored(tmp_path / method, made_up_verdicts(seed=len(method)), method=method) for method in ("pgd_at", "ham")
     )
+    for number in range(2):  # two comparisons whose baselines have one name, and other settings
+        stored(tmp_path / f"c{number}" / "a" / "seed0", made_up_verdicts(), method="pgd_at", num_steps=4 + number)
+        (tmp_path / f"c{number}" / "comparison.json").write_text('{"rows": [{"label": "a"}], "baseline": "a"}')
+    page_command.main([str(tmp_path / "c0"), str(tmp_path / "c1"), "--output", str(tmp_path / "two.html")])
     page_command.main([base, f"mined={ham}", "--output", str(tmp_path / "both.html")])
     values = numbers_of((tmp_path / "both.html").read_text(encoding="utf-8"))
     assert [run["label"] for run in values["runs"]] == ["pgd_at, seed 0", "mined, seed 0"]

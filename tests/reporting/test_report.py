@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
+from ham_hf.data import in_memory
 from ham_hf.reporting.formats import plain_text, text_table
 from ham_hf.reporting.report import AttackReport, read_report, write_report
 from ham_hf.reporting.run_report import attack_report, environment, hub_dataset_id, source_commit
@@ -194,7 +194,7 @@ def test_source_commit_is_dirty_with_changes_and_none_outside_of_a_checkout(tmp_
 def test_hub_dataset_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_dataset_id("uoft-cs/cifar10") == "uoft-cs/cifar10"
     assert hub_dataset_id("mnist") == "mnist"
-    assert hub_dataset_id("digits") is None
+    assert hub_dataset_id("digits") is hub_dataset_id(in_memory.NAME) is None
     assert hub_dataset_id("../data/cifar10") is None
     assert hub_dataset_id(str(tmp_path)) is None
     monkeypatch.chdir(tmp_path)

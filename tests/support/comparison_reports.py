@@ -78,6 +78,7 @@ def judged_run(label, correct, *, seed=0, swap=0, kept=True, seen=COUNT, epsilon
     right = (place >= swap) & (place < limit + swap)
     wrong = (labels + 1) % len(NAMES)
     settings = {"norm": "linf", "epsilon": epsilon, "num_steps": 20, "step_size": 2 / 255, "seed": seed}
+    settings |= {"num_examples": seen * len(NAMES), "subset": seen < COUNT}
     attacked = attack_result("pgd-20", settings, torch.where(right, labels, wrong)[place < seen], labels[place < seen])
     results = {
         "clean": attack_result("clean", {}, labels, labels),

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed.elastic.agent.server
+import yaml
 from huggingface_hub.utils import enable_progress_bars
 
 from ham_hf import training_run
@@ -150,33 +151,7 @@ def test_what_accelerate_reads_at_import_is_refused_by_name(name, subprocess_env
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE= (empty) in the environment: expected a whole number of at least 1"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: expected a whole number of at least 1"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment: expected a whole number of at least 1"),
-        ({"RANK": ""}, "RANK= (empty) in the environment: expected a whole number of at least 0"),
-        ({"LOCAL_RANK": " "}, "LOCAL_RANK= (empty) in the environment: expected a whole number"),
-        ({"PMI_SIZE": "1.5"}, "PMI_SIZE=1.5 in the environment: expected a whole number of at least 1"),
-        ({"RANK": "3"}, "RANK=3 in the environment: expected less than WORLD_SIZE, which is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 in the environment: expected less than WORLD_SIZE, which is 2"),
-        ({"LOCAL_RANK": "0"}, "WORLD_SIZE and RANK and MASTER_ADDR and MASTER_PORT are not set: unset LOCAL_RANK"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, "MASTER_ADDR is not set: unset WORLD_SIZE"),
-        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU=maybe in the environment: expected true or false"),
-        ({"ACCELERATE_USE_FSDP": "maybe"}, "ACCELERATE_USE_FSDP=maybe in the environment: expected true or false"),
-        ({"ACCELERATE_DYNAMO_USE_DYNAMIC": ""}, "ACCELERATE_DYNAMO_USE_DYNAMIC= (empty) in the environment"),
-        ({"ACCELERATE_TORCH_DEVICE": "cuda:99"}, "ACCELERATE_TORCH_DEVICE=cuda:99 in the environment: there is no"),
-        ({"ACCELERATE_TORCH_DEVICE": "gpu"}, "ACCELERATE_TORCH_DEVICE=gpu in the environment: there is no such"),
-        ({"ACCELERATE_TORCH_DEVICE": "meta"}, "ACCELERATE_TORCH_DEVICE=meta in the environment: there is no such"),
-        ({"PMI_SIZE": "2", "ACCELERATE_USE_CPU": "true"}, "MASTER_ADDR, where they meet, is not set"),
-        ({"ACCELERATE_USE_SAGEMAKER": "true"}, "accelerate launch asks for SageMaker's data parallelism"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "maybe"},
-            "FSDP_OFFLOAD_PARAMS=maybe in",
-        ),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "on"}, "fsdp_offload_params"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_IGNORED_MODULES": "head"}, "fsdp_ignored_modules"),
-    ],
+    ("variables", "said"), yaml.safe_load((Path(__file__).parent / "bad_environments.yaml").read_text())
 )
 def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tmp_path, monkeypatch, capsys):
     for name in [*environment.LAYOUT, "MASTER_ADDR", "ACCELERATE_USE_CPU"]:

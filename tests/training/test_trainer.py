@@ -258,6 +258,15 @@ def test_max_steps_ends_in_mid_epoch_and_a_longer_run_keeps_the_counts(finished,
     assert again[18] == whole[18]
 
 
+@pytest.mark.parametrize("stopped_at", [3, 8])
+def test_a_total_that_is_reached_already_ends_with_a_validation(tmp_path, stopped_at):
+    run = trainer(tmp_path / "run", selection_metric="last")
+    with pytest.raises(TrainingStopped):
+        run.fit(lambda: "a request" if run.progress.step == stopped_at - 1 else None)
+    progress = resumed(tmp_path / "run", selection_metric="last", max_steps=stopped_at - 1).fit()
+    assert progress.history[-1]["step"] == progress.step == load_best(tmp_path / "run")[1]["step"] == stopped_at
+
+
 def test_hard_fraction_is_of_its_own_epoch(finished):
     log = log_of(finished[0])
     for epoch in (1, 2):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ham_hf.methods.rules.faal import FAAL, worst_case_weights
 from tests.support.golden_data import exact, golden_batch, golden_net, golden_tensors

@@ -8,8 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ham_hf.comparison.differences import run_settings
 from ham_hf.comparison.existing import label_runs
