@@ -101,9 +101,7 @@ def _part(comparison: Comparison, name: str) -> dict[str, object]:
                     f"{title}: {plain_text(told, 300)}" for title, told in key if told and title != IMAGES
                 ),
                 "differs": _differences(dict(key), first),
-                "caption": f"{len(rows)} {'models' if len(rows) > 1 else 'model'}"
-                + "; seconds are of different hardware"
-                * (len({machine_of(run.report)["Device"] for row in rows for run in row.runs}) > 1),
+                "devices": len({machine_of(run.report)["Device"] for row in rows for run in row.runs}),
                 "rows": [
                     _row(comparison, row, name)
                     for row in sorted(rows, key=lambda one: -_mean(one, name, "worst_class"))

@@ -94,3 +94,11 @@ def test_runs_that_are_evaluations_alone_are_rows() -> None:
     (run,) = label_runs([FinishedRun(label="", seed=0, report=report, source="you/net")])
     assert run.label == "resnet18_cifar"
     assert "evaluated, not trained here" in leaderboard_html(compare([run]))
+
+
+def test_a_ranking_says_how_many_models_it_has_and_whether_seconds_compare() -> None:
+    runs = [ranked_run("a", [5] * 10), ranked_run("b", [6] * 10)]
+    assert "1 model #" in plain(leaderboard_html(compare(runs[:1])))
+    assert "2 models #" in plain(leaderboard_html(compare(runs)))
+    runs[1] = changed(runs[1], environment={"device": "H100"})
+    assert "2 models; seconds are of different hardware #" in plain(leaderboard_html(compare(runs)))
