@@ -18,14 +18,7 @@ import yaml
 
 from ham_hf.config.assembly import ConfigT, build_config, group_settings, method_settings
 from ham_hf.config.configs import DEFAULT_METHOD, CalibrateConfig, EvaluateConfig, TrainConfig, available_methods
-from ham_hf.config.yaml_file import (
-    Entry,
-    config_to_yaml,
-    exact_fraction,
-    mapping_node,
-    read_yaml,
-    text_node,
-)
+from ham_hf.config.yaml_file import Entry, config_to_yaml, exact_fraction, mapping_node, read_yaml, text_node
 from ham_hf.invocation import command, find_recipe, program
 from ham_hf.settings import ConfigError, Setting, settings_of
 from ham_hf.terminal import show

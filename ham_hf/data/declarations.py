@@ -162,11 +162,12 @@ def read_schema(file: str) -> tuple[pa.Schema, int]:
         if not file.lower().endswith(".arrow"):
             with pq.ParquetFile(opened, pre_buffer=False) as parquet:
                 return parquet.schema_arrow, parquet.metadata.num_rows
-        try:
-            stream = pa.ipc.open_stream(opened)
-        except pa.ArrowInvalid:
+        magic = opened.read(6)
+        opened.seek(0)
+        if magic == b"ARROW1":
             stored = pa.ipc.open_file(opened)
             return stored.schema, sum(stored.get_batch(place).num_rows for place in range(stored.num_record_batches))
+        stream = pa.ipc.open_stream(opened)
         return stream.schema, sum(batch.num_rows for batch in stream)
 
 

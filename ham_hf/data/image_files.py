@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 import datasets
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -143,7 +144,7 @@ def read_image_files(files: ImageFiles) -> tuple[datasets.DatasetDict, tuple[str
 def _unpacked(files: ImageFiles) -> ImageFiles:
     """With the files of zip archives in their place, where there are more archives than images beside them."""
     archives = [path for path in files.where if path.lower().endswith(".zip") and not is_hidden(path)]
-    if len(archives) <= sum(map(is_image, files.where)):
+    if len(archives) <= sum(map(is_image, files.where if files.split_of is None else files.split_of)):
         return files
     where = {path: file for path, file in files.where.items() if path not in archives}
     split_of = None if files.split_of is None else dict(files.split_of)
@@ -214,7 +215,7 @@ NAME = "file_name"
 def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.DatasetDict, list[str]]:
     """Every image that a row of ``tables`` names, with the other columns of its table; images stay in their files."""
     split_of = files.split_of
-    contents = {table: _read(table, file) for table, file in files.fetch(sorted(tables)).items()}
+    contents = _typed({table: _read(table, file) for table, file in files.fetch(sorted(tables)).items()})
     column = _image_column(contents)
     table = _joined(contents)
     images = [path for name, content in contents.items() for path in _images_of(name, content[column].to_pylist())]
@@ -249,7 +250,8 @@ def _read_tables(files: ImageFiles, tables: Sequence[str]) -> tuple[datasets.Dat
     return found, notes
 
 
-def _read(table: str, file: str) -> pa.Table:
+def _read(table: str, file: str) -> tuple[pa.Table, pa.Table]:
+    """A table with the types that pyarrow finds, and with those that its file declares: text, for each cell of CSV."""
     kind = PurePosixPath(table).suffix
     try:
         if kind == ".csv":
@@ -258,19 +260,38 @@ def _read(table: str, file: str) -> pa.Table:
             lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
             content = pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
             cells.column_types = dict.fromkeys(content.column_names, pa.string())
-            written = pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
-            columns = [found if _is_as(text, found) else text for found, text in zip(content, written, strict=True)]
-            return pa.table(columns, names=content.column_names)
-        return pyarrow.json.read_json(file) if kind == ".jsonl" else pq.read_table(file)
+            return content, pyarrow.csv.read_csv(file, convert_options=cells, parse_options=lines)
+        content = pyarrow.json.read_json(file) if kind == ".jsonl" else pq.read_table(file)
+        return content, content
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"the table {shown(table)} cannot be read: {error}") from error
 
 
-def _is_as(written: pa.ChunkedArray, found: pa.ChunkedArray) -> bool:
-    """Whether a column can have the type that was found: not where 007 would become 7, or true True."""
-    if pa.types.is_integer(found.type):
-        return bool(found.cast(pa.string()).equals(written))
-    return not pa.types.is_boolean(found.type)
+def _typed(contents: Mapping[str, tuple[pa.Table, pa.Table]]) -> dict[str, pa.Table]:
+    """Each table of `_read`, a column in one way in all of them: typed, or as it is written."""
+    columns: dict[str, list[tuple[pa.ChunkedArray, pa.ChunkedArray]]] = {}
+    for both in contents.values():
+        for name, found, written in zip(both[0].column_names, *both, strict=True):
+            columns.setdefault(name, []).append((found, written))
+    as_text, typed = {name for name, tables in columns.items() if _is_text(tables)}, {}
+    for table, (content, written) in contents.items():
+        typed[table] = content
+        for place in (place for place, name in enumerate(content.column_names) if name in as_text):
+            typed[table] = typed[table].set_column(place, written.field(place), written[place])
+    return typed
+
+
+def _is_text(tables: Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> bool:
+    """Whether cells stay as they are written: where types differ, or 007 would become 7, or true True."""
+    filled = [(found, pc.utf8_trim_whitespace(written)) for found, written in tables if written.type == pa.string()]
+    kinds = {found.type for found, _ in tables if found.null_count < len(found)}
+    if len(kinds) != 1 or len(filled) < len(tables):
+        return len(kinds) > 1
+    kind = kinds.pop()
+    if pa.types.is_boolean(kind):
+        values, spelled = ({cell for one in tables for cell in one[side].unique().to_pylist()} for side in (0, 1))
+        return len(spelled) == len(values)
+    return pa.types.is_integer(kind) and any(not found.cast(pa.string()).equals(cells) for found, cells in filled)
 
 
 def _image_column(contents: Mapping[str, pa.Table]) -> str:

@@ -86,10 +86,9 @@ def image_data_from(
     geometry = evaluation_geometry(inputs, image_size)
     pixels, labels = _read(train, "train", geometry, in_chans)
     test_pixels, test_labels = _read(test, "test", geometry, in_chans)
-    own, others, least = _names_of(train), _names_of(test), int(test_labels.max()) + 1
-    if own and others and own != others:
-        test_labels = _by_name(test_labels, _class_names(others, least), own)
-    names = _class_names(own if class_names is None else class_names, max(int(labels.max()) + 1, least))
+    own = _names_of(train)
+    test_labels = _by_name(test_labels, _names_of(test), own, class_names)
+    names = _class_names(own if class_names is None else class_names, int(max(labels.max(), test_labels.max())) + 1)
     augmentation = (
         "crop_flip" if augmentation == "auto" else choose_augmentation(augmentation, "ram", NAME, image_size)
     )
@@ -203,15 +202,25 @@ def _names_of(given: Any) -> list[str] | None:  # noqa: ANN401 (any dataset)
     names = getattr(given, "classes", None)
     if names is None and isinstance(given, datasets.Dataset):
         names = getattr(given.features[choose_label_column(given.features, None)], "names", None)
-    return None if names is None else list(map(str, names))
+    return list(map(str, names)) if isinstance(names, (list, tuple)) else None
 
 
-def _by_name(labels: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """The (N,) labels, which index ``names``, as indices of the same names in ``wanted``."""
+def _by_name(
+    labels: Tensor, names: Sequence[str] | None, own: Sequence[str] | None, given: Sequence[str] | None
+) -> Tensor:
+    """The (N,) labels of test, which index ``names``, as indices of the same names of train.
+
+    Those are its ``own``, or the ``given`` ones where it shares none with test.
+    """
+    if not own or not names or own == names:
+        return labels
+    names = _class_names(names, int(labels.max()) + 1)
+    wanted = own if given is None or set(own) & set(names) else [*map(str, given)]
     new = [names[label] for label in torch.unique(labels).tolist() if names[label] not in wanted]
     if new:
         raise ValueError(
-            f"train has the classes {listed(wanted)}, and test {listed(names)}: {listed(new)} is in test only"
+            f"train has the classes {listed(wanted)}, and test {listed(names)}: {listed(new)} is in test only; give "
+            "both the same names"
         )
     return torch.tensor([wanted.index(name) if name in wanted else -1 for name in names])[labels]
 

@@ -118,12 +118,13 @@ def open_streamed_source(config: DataConfig) -> Source[SplitFiles]:
         raise _not_streamed(name, "a folder written by save_to_disk")
     with _explained(config, local=local, passing=StreamError):
         builder, opened, commit = _builder(config, local=local)
+    if not _kinds(builder) & STREAMED_BUILDERS:
+        raise _not_streamed(name, f"read by datasets' {type(builder).__mro__[1].__name__}")
+    with _explained(config, local=local, passing=StreamError):
         _refuse_repeated_files(builder)
         _note_unread_files(builder)
         declared = _declarations(builder)
         streams = builder.as_streaming_dataset()
-    if not _kinds(builder) & STREAMED_BUILDERS:
-        raise _not_streamed(name, f"read by datasets' {type(builder).__mro__[1].__name__}")
     splits = {
         str(split): SplitFiles(
             split=str(split),

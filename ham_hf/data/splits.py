@@ -208,8 +208,8 @@ def split_stream(config: DataConfig, in_chans: int) -> Parts:
     classes = _declared_classes(source, train, label_column)
     if test is None:
         raise ValueError(
-            f"--dataset_streaming: split {train!r} is the only one, and a test part is not held out of a stream; "
-            "choose a dataset with a test or validation split, or leave --dataset_streaming out"
+            f"--dataset_streaming: no split but {train!r} is for testing by its name, and a test part is not held "
+            "out of a stream; choose one with --test_split or a dataset that has one, or leave --dataset_streaming out"
         )
     splits = dict(source.splits)
     for split in (train, test):

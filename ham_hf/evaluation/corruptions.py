@@ -329,9 +329,8 @@ def _zoom_matrix(size: int, factor: float) -> Floats:
     """The middle of a line enlarged by ``factor``, as a matrix: linear interpolation, both ends stay in place."""
     kept = math.ceil(size / factor)
     enlarged = round(kept * factor)
-    places = np.arange(enlarged) * (kept - 1) / (enlarged - 1)
     first = (enlarged - size) // 2
-    places = places[first : first + size]
+    places = np.arange(first, first + size) * (kept - 1) / (enlarged - 1)
     below = np.minimum(places.astype(int), kept - 2)
     share = places - below
     matrix, rows, start = np.zeros((size, size)), np.arange(size), (size - kept) // 2
@@ -366,60 +365,38 @@ def _steps(*ends_and_strides: tuple[float, float]) -> list[tuple[float, ...]]:
 _DEFINITIONS: Mapping[
     str, tuple[Callable[[Floats, Any, np.random.Generator], Floats], Sequence[Any], Sequence[Any]]
 ] = {
-    # standard deviation
-    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
-    # photons of a white pixel
-    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
-    # share of values
-    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
-    # radius of the disk, deviation of its smoothing
-    "defocus_blur": (_defocus_blur,
+    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),  # deviation
+    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),  # photons of a white pixel
+    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),  # share hit
+    "defocus_blur": (_defocus_blur,  # radius of the disk, deviation of its smoothing
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     ),
-    # deviation of the blur, largest move, rounds
-    "glass_blur": (_glass_blur,
+    "glass_blur": (_glass_blur,  # deviation of the blur, largest move, rounds
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     ),
-    # radius, deviation
-    "motion_blur": (_motion_blur,
+    "motion_blur": (_motion_blur,  # radius, deviation
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     ),
-    # the enlargements that are averaged
-    "zoom_blur": (_zoom_blur,
+    "zoom_blur": (_zoom_blur,  # the enlargements that are averaged
         _steps((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
         _steps((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
     ),
-    # mean and deviation of the flakes' noise, enlargement, threshold, radius and deviation of their motion, mixing
-    "snow": (_snow,
-        (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-        ),
-        (
-            (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-            (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-            (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-            (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-            (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-        ),
+    "snow": (_snow,  # mean, deviation, enlargement and threshold of flakes; radius and deviation of motion; mixing
+        ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+         (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+        ((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
     ),
-    # thickness, decay of the roughness
-    "fog": (_fog,
+    "fog": (_fog,  # thickness, decay of the roughness
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     ),
-    # added to the value of HSV
-    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
-    # factor
-    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    # length of the moves, deviation of their smoothing, largest move of the corners; in pixels
-    "elastic_transform": (_elastic_transform,
+    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),  # added to the value of HSV
+    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),  # factor
+    "elastic_transform": (_elastic_transform,  # length of moves, deviation of their smoothing, move of corners; px
         tuple((32 * a, 32 * b, 32 * c) for a, b, c in (
             (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
         )),
@@ -428,16 +405,11 @@ _DEFINITIONS: Mapping[
             (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)
         )),
     ),
-    # factor of the side
-    "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),
-    # quality
-    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
-    # standard deviation, relative to the pixel
-    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),
-    # deviation
-    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
-    # factor of the saturation, and what is added to it
-    "saturate": (_saturate,
+    "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),  # factor of the side
+    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),  # quality
+    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),  # times the pixel
+    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),  # deviation
+    "saturate": (_saturate,  # factor of the saturation, and what is added to it
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
     ),

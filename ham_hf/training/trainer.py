@@ -95,9 +95,6 @@ class Trainer:
         config = keep_update_size(config, self.checkpoint, num_processes=accelerator.num_processes)
         self.data, self.method, self.attack, self.config = data, method, attack, config
         self.accelerator, self.eval_batch_size, self.after_save = accelerator, eval_batch_size, after_save
-        self.smaller_evaluation = (
-            f"lower --per_device_eval_batch_size {eval_batch_size}; --resume_from_checkpoint latest continues"
-        )
         self.output_dir = Path(config.output_dir)
         self.files = RunFiles(self.output_dir, config.save_total_limit)
         self.num_classes = len(data.class_names)
@@ -148,6 +145,16 @@ class Trainer:
             besides=plan_besides or {},
         )
         self.progress = Progress(plan=plan, changeable=changeable(config, accelerator))
+
+    def _smaller_evaluation(self) -> str:
+        """What to do where validation has not enough memory."""
+        now = f"--per_device_eval_batch_size {self.eval_batch_size}"
+        if "per_device_eval_batch_size" not in self.progress.plan:
+            return f"lower {now}; --resume_from_checkpoint latest continues"
+        return (
+            f"the images of {now} share their noise: continue with --resume_from_checkpoint latest on a device with "
+            "more memory, or start again with a smaller one"
+        )
 
     def _count_updates(self) -> None:
         """How many updates there are in an epoch and in all."""
@@ -224,7 +231,7 @@ class Trainer:
         first = self.progress.step - epoch * self.updates_per_epoch
         if first == 0:
             since = time.perf_counter()
-            with explain_out_of_memory(self.smaller_evaluation):
+            with explain_out_of_memory(self._smaller_evaluation()):
                 self.method_state.begin_epoch(epoch, partial(self._held_out_sums, epoch=epoch))
             self.progress.seconds += time.perf_counter() - since
             self._count_passes()
@@ -260,7 +267,7 @@ class Trainer:
                 self._save()
 
     def _end_of_epoch(self, epoch: int) -> None:
-        with explain_out_of_memory(self.smaller_evaluation):
+        with explain_out_of_memory(self._smaller_evaluation()):
             try:
                 self._validate(epoch)
             except NonFiniteLogitsError as error:
@@ -274,7 +281,7 @@ class Trainer:
             self._save()
 
     def _save_is_due(self, *, epoch_ended: bool) -> bool:
-        if self.config.save_steps is None or self.progress.step == self.total_steps:
+        if self.config.save_steps is None or self.progress.step >= self.total_steps:
             return epoch_ended
         return self.progress.step % self.config.save_steps == 0
 
@@ -433,7 +440,7 @@ class Trainer:
                     # No failure here may end the training; the next save tries again.
                     logger.exception("after the checkpoint of update %d", self.progress.step)
         step = self.progress.step
-        if anywhere(self.accelerator, problem is not None) and (ends_training or step == self.total_steps):
+        if anywhere(self.accelerator, problem is not None) and (ends_training or step >= self.total_steps):
             raise CheckpointWriteError(
                 f"training is at update {step} of {self.total_steps}, and checkpoint-{step} is missing: "
                 f"{problem or 'the main process could not write it'}; make room there, or make it writable, and "

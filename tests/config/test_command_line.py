@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import shlex
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -38,6 +37,7 @@ from ham_hf.config import (
 from ham_hf.config.yaml_file import setting_words
 from ham_hf.methods import HAM, PGDAT, Method, available
 from ham_hf.settings import SettingsGroup
+from tests.support.tables import rows
 
 
 def groups_of(config: TrainConfig) -> list[SettingsGroup]:
@@ -67,7 +67,7 @@ def message_of_exit(argv, capsys, parse=parse_train_config, status=2) -> str:
     return captured.err
 
 
-VALUES = yaml.safe_load((Path(__file__).parent / "values.yaml").read_text(encoding="utf-8"))
+VALUES = rows(__file__, "values.yaml")
 
 # ----------------------------------------------------------------------------------------------- defaults and flags
 
@@ -197,7 +197,7 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
 
 # ------------------------------------------------------------------------------------------------------- bad input
 
-BAD = yaml.safe_load((Path(__file__).parent / "bad_command_lines.yaml").read_text(encoding="utf-8"))
+BAD = rows(__file__, "bad_command_lines.yaml")
 READERS = {
     "train": parse_train_config,
     "evaluate": parse_evaluate_config,

@@ -9,25 +9,12 @@ import pytest
 
 from ham_hf.data.evaluation_data import TrainedOn, choose_evaluation_split
 from tests.support.example_images import dataset, gray, gray_values, grays, load, load_to_evaluate, write_parquet
+from tests.support.tables import rows
 
 
-@pytest.mark.parametrize(
-    ("names", "asked", "expected"),
-    [
-        (["test"], {}, ("test", None)),
-        (["train"], {}, ("train", None)),
-        (["odd"], {}, ("odd", None)),
-        (["validation", "test"], {}, ("test", None)),
-        (["validation", "extra"], {}, ("validation", None)),
-        (["validation", "test"], {"test_split": "validation"}, ("validation", None)),
-        (["train", "test"], {}, ("test", "train")),
-        (["train", "test"], {"test_split": "train"}, ("train", None)),
-        (["train", "test"], {"train_split": "test", "test_split": "train"}, ("train", "test")),
-        (["train", "extra"], {}, ("train", "train")),
-    ],
-)
+@pytest.mark.parametrize(("names", "asked", "expected"), rows(__file__, "evaluation_splits.yaml"))
 def test_split_to_evaluate_on(names, asked, expected):
-    assert choose_evaluation_split(names, asked.get("train_split"), asked.get("test_split")) == expected
+    assert list(choose_evaluation_split(names, asked.get("train_split"), asked.get("test_split"))) == expected
 
 
 @pytest.mark.parametrize(

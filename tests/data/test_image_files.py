@@ -109,8 +109,8 @@ def test_words_in_names_decide_nothing_beside_a_table(tmp_path):
         ({"metadata.jsonl": b"{"}, "the table 'metadata.jsonl' cannot be read"),
         ({"metadata.csv": table([("a.png", 1)], label="image")}, "images are called 'image', rename that column"),
         (
-            {"metadata.csv": table([("a.png", 1)]), "more/metadata.csv": table([("c.png", "x")])},
-            "'metadata.csv' and 'more/metadata.csv' have columns of different types",
+            {"metadata.csv": table([("a.png", "x")]), "more/metadata.jsonl": table([("c.png", 1)], kind="jsonl")},
+            "'metadata.csv' and 'more/metadata.jsonl' have columns of different types",
         ),
         (
             {"metadata.csv": table([("train/c.png", "x"), ("a.png", "y")]), "train/c.png": encode(noise(7))},
@@ -152,6 +152,23 @@ def test_a_class_is_called_what_the_table_says(written, tmp_path):
     assert set(load(root, validation_fraction=0).class_names) == set(written)
 
 
+@pytest.mark.parametrize(
+    ("trained", "tested", "names"),
+    [
+        ((" 7", "8"), ("8", "7"), ["8", "7"]),
+        (("07", "10"), ("10", "10"), ["10", "10"]),
+        (("1", "x"), ("1", "1"), ["1", "1"]),
+        (("true", "false"), ("True", "false"), ["True", "False"]),
+    ],
+)
+def test_a_class_has_one_name_in_all_tables(trained, tested, names, tmp_path):
+    files = pictures(*(f"{split}/{number}.png" for split in ("train", "test") for number in range(8)))
+    for split, written in (("train", trained), ("test", tested)):
+        files[f"{split}/metadata.csv"] = table([(f"{number}.png", written[number % 2]) for number in range(8)])
+    data = load(write_files(tmp_path / "set", files), validation_fraction=0)
+    assert [data.class_names[label] for label in data.test.labels] == names * 4
+
+
 def test_images_without_a_row_are_counted_aloud(tmp_path, caplog):
     rows = [(f"{number}.png", "xy"[number % 2]) for number in range(10)]
     images = pictures(*(name for name, _ in rows), "more/1.png")
@@ -185,6 +202,12 @@ def test_an_archive_is_a_folder_of_its_name(files, expected, tmp_path):
     # The class is the folder that an image is in.
     everything = sorted(row for rows in splits.values() for row in rows)
     assert everything == sorted((image, path.split("/")[-2]) for path, image in flat.items())
+
+
+def test_pictures_that_readme_leaves_out_hide_no_archive(tmp_path):
+    files = {"data.zip": zipped(classes_in("cat", "dog")), "README.md": readme(train="data.zip")}
+    root = write_files(tmp_path / "set", {**files, **pictures("assets/1.png", "assets/2.png")})
+    assert len(found(root)["train"]) == 8
 
 
 def test_a_new_archive_under_an_old_name_is_read(tmp_path):

@@ -36,6 +36,21 @@ def test_labels_of_test_go_by_name_and_the_model_says_how_images_are_cut() -> No
         image_data_from(train, animals(["rat", "ox"], ["ox"]), inputs=inputs)
 
 
+def test_names_given_in_the_call_are_those_of_a_train_that_has_others() -> None:
+    class Named(list):
+        classes: object = None
+
+    train, test = Named((torch.zeros(3, 8, 8), label % 2) for label in range(8)), Named([(torch.zeros(3, 8, 8), 2)])
+    train.classes, test.classes = ["cat", "dog"], ["bird", "cat", "dog"]
+    assert image_data_from(train, test, inputs=preprocessing(), validation_fraction=0.0).test.labels.tolist() == [1]
+    given = {"class_names": ["cat", "dog"], "inputs": preprocessing(), "validation_fraction": 0.0}
+    train.classes = ["n01", "n02"]
+    assert image_data_from(train, test, **given).test.labels.tolist() == [1]
+    train.classes = 2
+    test[0] = (torch.zeros(3, 8, 8), 1)
+    assert image_data_from(train, test, **given).test.labels.tolist() == [1]
+
+
 def _with(image: object, label: object = 0) -> list:
     return [(image, label)] * 8
 

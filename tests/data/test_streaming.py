@@ -429,7 +429,7 @@ def one_file(folder):
     ("make", "options", "message"),
     [
         (lambda folder: "digits", {}, r"--dataset_name digits is the digits of the package, and only parquet"),
-        (lambda folder: write_files(folder, [grays(4)]), {}, r"'train' is the only one, .*leave --dataset_streaming"),
+        (lambda folder: write_files(folder, [grays(4)]), {}, "no split but 'train' is .*leave --dataset_str"),
         (one_file, {"validation_fraction": 0.01}, "--validation_fraction 0.01 of 8 examples in 1 files leaves none"),
         (one_file, {"num_train_examples": 9}, "--num_train_examples 9: the files have 8 examples"),
     ],

@@ -49,11 +49,21 @@ def test_training_names_settings_that_need_less_and_go_on(tmp_path, exhaust):
     assert load_file(folder / "checkpoint-18" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("method", "part"), [(HAM_FROM_1, "_held_out"), (WAT(), "_held_out_sums")])
-def test_validation_names_its_own_batch_size(tmp_path, monkeypatch, method, part):
+@pytest.mark.parametrize(
+    ("method", "part", "advice"),
+    [
+        (HAM_FROM_1, "_held_out", "lower --per_device_eval_batch_size 256; --resume_from_checkpoint latest continues"),
+        (
+            WAT(),
+            "_held_out_sums",
+            "the images of --per_device_eval_batch_size 256 share .* start again with a smaller",
+        ),
+    ],
+)
+def test_validation_names_its_own_batch_size(tmp_path, monkeypatch, method, part, advice):
     run = trainer(tmp_path / "run", method)
     monkeypatch.setattr(run, part, lambda *args, **options: of_the_allocator())
-    with pytest.raises(FaultError, match=r"lower --per_device_eval_batch_size 256; --resume"):
+    with pytest.raises(FaultError, match=advice):
         run.fit()
 
 

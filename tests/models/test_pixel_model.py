@@ -21,6 +21,7 @@ from ham_hf.models import (
 )
 from ham_hf.models.cifar_nets import default_cfgs
 from tests.support.exports import preprocessing
+from tests.support.tables import rows
 
 MEAN, STD = preprocessing().mean, preprocessing().std
 MEAN_OF_PIXELS, STD_OF_PIXELS = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -239,24 +240,7 @@ class TestCreateBackbone:
         assert model.drop_rate == 0.3
         assert model.conv1[0].in_channels == 1
 
-    @pytest.mark.parametrize(
-        ("name", "options", "message"),
-        [
-            ("resnet81", {}, r"--model_name resnet81 is not registered.*nearest: resnet18"),
-            ("preactresnet18", {}, "nearest: preactresnet18_cifar"),
-            ("resnet18.nope", {}, r"no such tag; timm has resnet18\.a1_in1k"),
-            ("tf_efficientnet_b0_ns", {}, r"renamed it to tf_efficientnet_b0\.ns_jft_in1k"),
-            ("me/model", {}, "write hf-hub:me/model"),
-            ("local-dir:nowhere", {}, "nowhere is not a folder"),
-            ("test_resnet", {"bogus": 1}, r"--model_args \{'bogus': 1\}.*bogus"),
-            ("test_resnet", {"num_classes": 3}, "--model_args num_classes=3 cannot be given: .* dataset"),
-            ("test_resnet", {"pretrained": True}, "--model_args pretrained=True cannot be given: use --pretrained"),
-            ("test_vit", {"img_size": 64}, "use --image_size"),
-            ("test_resnet", {"checkpoint_path": "x.pth"}, "--model_args checkpoint_path=x.pth"),
-            ("test_resnet", {"in_chans": 1}, "the images have 3 channels"),
-            ("resnet18_cifar", {"stem_type": "deep"}, "takes no stem_type"),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "options", "message"), rows(__file__, "bad_names.yaml"))
     def test_bad_names_and_arguments(self, name, options, message):
         with pytest.raises(ValueError, match=message):
             create_backbone(name, pretrained=False, num_classes=10, preprocessing=preprocessing(), model_args=options)
