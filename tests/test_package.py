@@ -90,7 +90,7 @@ def test_wheel_has_the_whole_package_and_only_that(wheel: Path) -> None:
         (license_name,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
         assert archive.read(license_name) == (ROOT / "LICENSE").read_bytes()
         assert archive.read(TEMPLATE) == (ROOT / "model_cards/robust_classifier.md").read_bytes()
-    files = ("py", "typed", "bib", "css", "js", "jinja", "npz", "md")
+    files = ("py", "typed", "bib", "css", "js", "jinja", "npz", "md", "yaml")
     sources = {path.relative_to(ROOT).as_posix() for end in files for path in (ROOT / "ham_hf").rglob(f"*.{end}")}
     recipes = {f"ham_hf/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "recipes").glob("*/*.yaml")}
     assert package == sources | recipes | {"ham_hf/recipes/accelerate/slurm.sh", TEMPLATE}

@@ -14,10 +14,12 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -56,9 +58,9 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int, indices: Tensor) 
         ValueError: for an unknown corruption or severity, or color saturation of gray images.
     """
     check_corruption(name, severity, num_channels=x.shape[1])
-    function, constants = _DEFINITIONS[name][0], corruption_constants(name, x.shape[-1])[severity - 1]
+    function, constants = _CORRUPTED[name], corruption_constants(name, x.shape[-1])[severity - 1]
     pixels = (x.detach().cpu() * 255).round().double().permute(0, 2, 3, 1).numpy() / 255
-    noise = (seed, Stream.CORRUPTION, list(_DEFINITIONS).index(name))
+    noise = (seed, Stream.CORRUPTION, list(_CONSTANTS).index(name))
     corrupted = [
         _to_bytes(function(image, constants, np.random.default_rng(derive_seed(*noise, int(index)))))
         for image, index in zip(pixels, indices, strict=True)
@@ -80,8 +82,8 @@ def check_corruption(name: str, severity: int, *, num_channels: int) -> None:
     """Raise ValueError for a corruption or severity that is unknown, or impossible with so many channels."""
     if name in LEFT_OUT:
         raise ValueError(f"--corruptions {name}: not available, {LEFT_OUT[name]}")
-    if name not in _DEFINITIONS:
-        raise ValueError(f"--corruptions {name}: there is none of this name; there are {', '.join(_DEFINITIONS)}")
+    if name not in _CONSTANTS:
+        raise ValueError(f"--corruptions {name}: there is none of this name; there are {', '.join(_CONSTANTS)}")
     if severity not in SEVERITIES:
         raise ValueError(f"--severities {severity}: expected 1, 2, 3, 4 or 5")
     if name == "saturate" and num_channels != 3:
@@ -98,8 +100,13 @@ def constants_of(size: int) -> str:
 
 def corruption_constants(name: str, size: int) -> Sequence[Any]:
     """The constants of each severity of a corruption, for images of this side: numbers, or tuples of them."""
-    _, small, large = _DEFINITIONS[name]
-    return small if size <= MAX_SMALL_SIZE else large
+    small = size <= MAX_SMALL_SIZE
+    constants = _CONSTANTS[name]["small" if small else "large"]
+    if name == "zoom_blur":
+        return [tuple(np.arange(1, end, stride).tolist()) for end, stride in constants]
+    # The benchmark computed with 244 where it meant 224.
+    unit = (32 if small else 244) if name == "elastic_transform" else 1
+    return [tuple(unit * part for part in one) if isinstance(one, list) else one for one in constants]
 
 
 def _to_bytes(x: Floats) -> Bytes:
@@ -358,68 +365,16 @@ def _folded(index: NDArray[np.int64], size: int, border: str) -> NDArray[np.int6
     return np.where(index < size, index, period - twice - index)
 
 
-def _steps(*ends_and_strides: tuple[float, float]) -> list[tuple[float, ...]]:
-    return [tuple(np.arange(1, end, stride).tolist()) for end, stride in ends_and_strides]
-
-
-_DEFINITIONS: Mapping[
-    str, tuple[Callable[[Floats, Any, np.random.Generator], Floats], Sequence[Any], Sequence[Any]]
-] = {
-    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),  # deviation
-    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),  # photons of a white pixel
-    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),  # share hit
-    "defocus_blur": (_defocus_blur,  # radius of the disk, deviation of its smoothing
-        ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-        ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    ),
-    "glass_blur": (_glass_blur,  # deviation of the blur, largest move, rounds
-        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    ),
-    "motion_blur": (_motion_blur,  # radius, deviation
-        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    ),
-    "zoom_blur": (_zoom_blur,  # the enlargements that are averaged
-        _steps((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
-        _steps((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
-    ),
-    "snow": (_snow,  # mean, deviation, enlargement and threshold of flakes; radius and deviation of motion; mixing
-        ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-         (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
-        ((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
-    ),
-    "fog": (_fog,  # thickness, decay of the roughness
-        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    ),
-    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),  # added to the value of HSV
-    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),  # factor
-    "elastic_transform": (_elastic_transform,  # length of moves, deviation of their smoothing, move of corners; px
-        tuple((32 * a, 32 * b, 32 * c) for a, b, c in (
-            (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
-        )),
-        # The benchmark computed with 244 where it meant 224.
-        tuple((244 * a, 244 * b, 244 * c) for a, b, c in (
-            (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)
-        )),
-    ),
-    "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65), (0.6, 0.5, 0.4, 0.3, 0.25)),  # factor of the side
-    "jpeg_compression": (_jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),  # quality
-    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.35, 0.45, 0.6)),  # times the pixel
-    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),  # deviation
-    "saturate": (_saturate,  # factor of the saturation, and what is added to it
-        ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-        ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
-    ),
-}  # fmt: skip
-"""The corruptions, with their constants for small and for large images, in the order of the benchmark.
-
-The place of a corruption is part of its noise's seed: append, never reorder.
-"""
+_CONSTANTS: Mapping[str, Mapping[str, Sequence[Any]]] = yaml.safe_load(
+    (files("ham_hf.evaluation") / "corruptions.yaml").read_text(encoding="utf-8")
+)
+_FUNCTIONS: tuple[Callable[[Floats, Any, np.random.Generator], Floats], ...] = (
+    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur, _zoom_blur, _snow, _fog,
+    _brightness, _contrast, _elastic_transform, _pixelate, _jpeg_compression, _speckle_noise, _gaussian_blur, _saturate,
+)  # fmt: skip
+_CORRUPTED = {function.__name__[1:]: function for function in _FUNCTIONS}
 
 EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "saturate")
 """The benchmark's corruptions for validation, which its mean leaves out."""
-CORRUPTIONS = tuple(name for name in _DEFINITIONS if name not in EXTRA_CORRUPTIONS)
+CORRUPTIONS = tuple(name for name in _CONSTANTS if name not in EXTRA_CORRUPTIONS)
 """The corruptions of the benchmark's mean, without frost."""

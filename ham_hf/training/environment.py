@@ -11,6 +11,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+
+import yaml
 
 FIXED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "--gradient_accumulation_steps decides, not the launcher's {}",
@@ -86,39 +89,9 @@ RECORDED = (
 )  # fmt: skip
 """Variables that choose between ways to compute the same, which differ in the last bits."""
 
-HARMLESS = {
-    "read where accelerate compiles the network, which is off (ACCELERATE_DYNAMO_BACKEND)": (
-        "ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_*",
-    ),
-    "read where accelerate trains in FP8, which is off (ACCELERATE_FP8_BACKEND)": ("ACCELERATE_FP8_*",),
-    "how sharded weights are cut up and moved, not what comes out": (
-        "FSDP_AUTO_WRAP_POLICY", "FSDP_BACKWARD_PREFETCH", "FSDP_FORWARD_PREFETCH", "FSDP_MIN_NUM_PARAMS",
-        "FSDP_RESHARD_AFTER_FORWARD", "FSDP_SHARDING_STRATEGY", "FSDP_STATE_DICT_TYPE", "FSDP_SYNC_MODULE_STATES",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP", "FSDP_USE_ORIG_PARAMS",
-    ),
-    "read with what is refused": (
-        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "ACCELERATE_DEEPSPEED_*", "ACCELERATE_CONFIG_DS_FIELDS",
-        "ACCELERATE_GRADIENT_CLIPPING", "DEEPSPEED_USE_HPU", "MEGATRON_LM_*", "PARALLELISM_CONFIG_*",
-        "ACCELERATE_ALLOW_CP_STANDALONE", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
-    ),
-    "accelerate compares shapes before it gathers": ("ACCELERATE_DEBUG_MODE",),
-    "on which cores a process or its threads run": ("ACCELERATE_CPU_AFFINITY", "KMP_*"),
-    "read for models with a device map, which there are none of": ("ACCELERATE_BYPASS_DEVICE_MAP",),
-    "read by functions of accelerate that nothing here calls": (
-        "ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_DEBUG_RDV_FILE", "FORK_LAUNCHED", "KAGGLE*", "TPU_NAME",
-        "NPROC", "NODE_RANK",
-    ),
-    "where something is, not what it is": ("PYTHONPATH", "HF_HOME", "XDG_CACHE_HOME", "systemdrive", "AWS_*"),
-    "what is logged, not what is computed": (
-        "ACCELERATE_ENABLE_RICH", "ACCELERATE_LOG_LEVEL", "CLEARML_*", "MLFLOW_*",
-    ),
-    "over which wires processes talk": ("NCCL_IB_DISABLE", "NCCL_P2P_DISABLE"),
-    "what happens when a process is gone": ("TORCH_NCCL_*",),
-    "set by accelerate itself": ("PYTORCH_ENABLE_MPS_FALLBACK", "PYTORCH_*_BASED_*_CHECK"),
-    "names and counts of torch's launcher for itself": (
-        "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_*", "TORCHELASTIC_*", "TORCH_ELASTIC_WORKER_IDENTICAL",
-    ),
-}  # fmt: skip
+HARMLESS: Mapping[str, Sequence[str]] = yaml.safe_load(
+    (files("ham_hf.training") / "harmless_variables.yaml").read_text(encoding="utf-8")
+)
 """Variables that change no number, by the reason."""
 
 AT_IMPORT = ("USE_TORCH_XLA", "ACCELERATE_ENABLE_RICH")
