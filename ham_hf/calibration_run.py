@@ -16,6 +16,7 @@ from ham_hf.artifacts import CONFIG_NAME, OWNED_BY_CALIBRATION, WEIGHTS_NAME
 from ham_hf.attacks import ThreatModel
 from ham_hf.config import CalibrateConfig, CalibrationConfig, DataConfig
 from ham_hf.data import ImageData, Images, load_image_data
+from ham_hf.data.class_folders import split_name
 from ham_hf.data.decoding import CorruptImageError
 from ham_hf.data.provenance import plain_name
 from ham_hf.evaluation import calibration
@@ -183,7 +184,9 @@ def _named_split(loaded: LoadedModel, settings: DataConfig, config: CalibrateCon
         part = loaded_with(**others, **limits)
     except ValueError as error:
         raise ValueError(str(error).replace("--train_split", "--calibration_split")) from error
-    seen = is_train or (trained is not None and part.fingerprint is not None and trained.is_of(part.fingerprint))
+    # Of a dataset without train, the first part that is read may be its validation or test split.
+    seen = is_train and split_name(split) not in ("validation", "test")
+    seen = seen or (trained is not None and part.fingerprint is not None and trained.is_of(part.fingerprint))
     if seen and not config.allow_training_images:
         raise ValueError(
             f"--calibration_split {split} is the training split: shifts that are found on images which the model was "

@@ -125,8 +125,7 @@ class Setting:
     @property
     def item_kind(self) -> object:
         """Type of one item if the value is a list, else the type of the value."""
-        kind: object = get_args(self.kind)[0] if self.is_list else self.kind
-        return kind
+        return get_args(self.kind)[0] if self.is_list else self.kind
 
     @property
     def choices(self) -> tuple[str, ...]:

@@ -379,6 +379,12 @@ class TestNamedSplit:
         with pytest.raises(ValueError, match="--calibration_split copy is the training split"):
             found_in("copy", **ordinary(), seen=same, copy=same, trained_on="seen")
 
+    @pytest.mark.parametrize(("trained_on", "seen"), [(None, False), ("validation", True)])
+    def test_a_validation_split_without_train_is_not_what_it_was_trained_on(self, found_in, trained_on, seen):
+        splits = {"validation": labeled(0, "a", "b", per_class=24), "test": labeled(2, "a", "b")}
+        words = ("--train_split=validation", "--allow_training_images")
+        assert found_in("validation", *words, **splits, trained_on=trained_on).seen_in_training == seen
+
     def test_an_unknown_split_is_named_with_its_own_flag(self, found_in):
         message = "--calibration_split nope: the dataset has no such split; there are 'train'"
         with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ from ham_hf.reporting.report import read_report
 from tests.support.example_images import dataset, noise, write_parquet
 from tests.support.exports import SMALL_RESNET, export, preprocessing, trained
 from tests.support.recipe_runs import recipe_module, refused
+from tests.support.tables import cases
 
 ATTACK = """
 import torch
@@ -75,16 +76,7 @@ def test_all_three_are_in_report_predictions_evaluation_and_page(place, tmp_path
     assert not (out / "evaluation-progress").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--corruptions=frost"], "--corruptions frost: not available, it pastes the authors' photographs"),
-        (["--corruptions=all,frog"], "--corruptions frog: there is none of this name; there are gaussian_noise"),
-        (["--foreign_attack=nowhere.py:attack"], "--foreign_attack nowhere.py:attack: there is no file nowhere.py"),
-        (["--group_column=sight"], "--group_column sight: the dataset has no such column; did you mean 'site'"),
-        (["--foreign_attack={place}/my_attack.py:far"], "outside the linf ball of radius 0.00392157 (1/255)"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), cases(__file__, "bad_evaluations.yaml"))
 def test_what_cannot_be_is_refused_in_one_line(place, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     options = [option.format(place=place) for option in options]

@@ -24,6 +24,7 @@ from ham_hf.hub_requests import SILENCE_LIMIT, asked_wait, limit_waiting
 from ham_hf.models.source import resolve_source
 from tests.support.hub_server import BOTH_WAYS, Hub, content, use_hub
 from tests.support.recipe_runs import SMALL, recipe_module
+from tests.support.tables import cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults(quick=True)]
 
@@ -169,20 +170,7 @@ def test_limits_leave_the_rest_of_the_client_alone(monkeypatch: pytest.MonkeyPat
     assert (limited.timeout, limited.follow_redirects) == (client(timeout=7.0).timeout, False)
 
 
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"Retry-After": "120"}, 120),
-        ({"retry-after": " 5 "}, 5),
-        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, None),
-        ({"Retry-After": "-1"}, None),
-        ({"Retry-After": "²"}, None),
-        ({"RateLimit": '"api";r=0;t=55'}, 55),
-        ({"RateLimit": '"api";r=499;t=55'}, None),
-        ({"RateLimit": '"api";r=0;t=55', "Retry-After": "60"}, 60),
-    ],
-)
+@pytest.mark.parametrize(("headers", "seconds"), cases(__file__, "server_waits.yaml"))
 def test_the_wait_that_a_server_asks_for(headers: dict[str, str], seconds: int | None) -> None:
     assert asked_wait(headers) == seconds
 

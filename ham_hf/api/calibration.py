@@ -118,8 +118,9 @@ def calibrate(
         tried = next(images.batches([first], device=device)).x
         num_classes = count_logits(model, tried)
         names = class_names_of(loader, class_names, num_classes)
-        if int(images.labels.max()) >= num_classes:
-            raise ValueError(f"label {int(images.labels.max())}: the model has {num_classes} logits")
+        for label in map(int, images.labels.aminmax()):
+            if not 0 <= label < num_classes:
+                raise ValueError(f"label {label}: the model has {num_classes} logits, 0 to {num_classes - 1}")
         check_held_out(images.labels, names, how="give the loader more images")
         found = find_shifts(
             model, images, config, place, threat_model=threat_model or ThreatModel(), num_classes=num_classes

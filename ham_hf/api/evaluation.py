@@ -152,8 +152,8 @@ def evaluate(
         seed: seed of the attacks.
 
     Raises:
-        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, a
-            function whose result is outside the threat model, or if AutoAttack is not installed.
+        ValueError: for pixels outside [0, 1], labels that the model has no logit for, malformed or no batches, no
+            step, a function whose result is outside the threat model, or if AutoAttack is not installed.
         NonFiniteLogitsError: if the logits of a clean image are not finite.
     """
     if autoattack:
@@ -161,8 +161,7 @@ def evaluate(
     threat_model = threat_model or ThreatModel()
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     place = device_of(model)
-    length = float(threat_model.epsilon) / 4 if step_size is None else step_size
-    chosen = chosen_attacks(Attack(threat_model=threat_model, num_steps=num_steps, step_size=length), attacks)
+    chosen = chosen_attacks(_usual_attack(threat_model, num_steps, step_size), attacks)
     reader = None if group_column is None else GroupReader(loader, group_column)
     loader = reader or loader
     with outside_inference_mode():
@@ -245,6 +244,13 @@ def _checked(batches: Iterable[PixelBatch], num_classes: int) -> Iterator[PixelB
                 f"labels must lie in [0, {num_classes}), as the model has {num_classes} logits; got {low}..{high}"
             )
         yield batch
+
+
+def _usual_attack(threat_model: ThreatModel, num_steps: int, step_size: float | None) -> Attack:
+    if num_steps < 1 or (step_size is not None and not step_size > 0):
+        raise ValueError(f"expected num_steps of at least 1 and a step_size above 0, got {num_steps} and {step_size}")
+    length = float(threat_model.epsilon) / 4 if step_size is None else step_size
+    return Attack(threat_model=threat_model, num_steps=num_steps, step_size=length)
 
 
 def count_logits(model: nn.Module, x: Tensor) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ham_hf.attacks import check_batch, check_pixel_range, ordinary
 from ham_hf.data import BatchRequest, Images, PixelBatch
+from ham_hf.data.columns import LABEL_COLUMNS
 
 Loader: TypeAlias = Iterable[Any] | Images
 """Batches (x, y), or mappings with "pixel_values" and "labels", of pixels (N, C, H, W) in [0, 1] and int64 labels."""
@@ -78,7 +79,7 @@ def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterato
         check_images(x, y)
         if not len(y):
             continue
-        yield PixelBatch(x=x, y=y.long(), indices=torch.arange(first, first + len(y)))
+        yield PixelBatch(x=x.float(), y=y.long(), indices=torch.arange(first, first + len(y)))
         first += len(y)
 
 
@@ -101,7 +102,7 @@ def held_images(loader: Loader) -> Images:
     shapes = {tuple(batch.x.shape[1:]) for batch in batches}
     if len(shapes) > 1:
         raise ValueError(f"all images must have one shape, got {', '.join(map(str, sorted(shapes)))}")
-    return HeldImages(torch.cat([batch.x.float() for batch in batches]), torch.cat([batch.y for batch in batches]))
+    return HeldImages(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
 
 
 def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
@@ -112,8 +113,12 @@ def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int
         return tuple(map(str, given))
     dataset: Any = getattr(loader, "dataset", None)
     names: Any = getattr(dataset, "classes", None)
-    for feature in (getattr(dataset, "features", None) or {}).values() if names is None else ():
-        names = getattr(feature, "names", None) or names
+    if names is None:
+        features = getattr(dataset, "features", None) or {}
+        named = [column for column, feature in features.items() if getattr(feature, "names", None)]
+        usual = [column for column in ("labels", *LABEL_COLUMNS) if column in features]
+        column = usual[0] if usual else named[0] if len(named) == 1 else ""
+        names = getattr(features.get(column), "names", None)
     if isinstance(names, (list, tuple)) and len(names) == num_classes:
         return tuple(map(str, names))
     return tuple(map(str, range(num_classes)))

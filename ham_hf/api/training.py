@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -23,13 +24,13 @@ from ham_hf.config import TrainConfig
 from ham_hf.config.assembly import build_config, load_train_config
 from ham_hf.config.yaml_file import Entry
 from ham_hf.data import BatchRequest, DataConfig, ImageData, load_image_data
-from ham_hf.data.in_memory import NAME, Examples, image_data_from
+from ham_hf.data.in_memory import NAME, Examples, first_image, image_data_from
 from ham_hf.evaluation.batch_sharing import remove_partial_results
 from ham_hf.evaluation.verdicts import write_verdicts
 from ham_hf.files import atomic_write
 from ham_hf.invocation import command
 from ham_hf.models import PixelModel, Preprocessing, input_defaults, new_model
-from ham_hf.models.pixel_model import data_preprocessing
+from ham_hf.models.pixel_model import data_preprocessing, preprocessing_of
 from ham_hf.settings import settings_of
 from ham_hf.training.checkpoint import save_weights
 from ham_hf.training.launch import launched_processes, peak_memory_bytes
@@ -83,8 +84,8 @@ def train(
             ``datasets.Dataset``, without augmentation; None = the dataset that the configuration names. See
             `ham_hf.data.image_data_from`; of the settings of the data, those of ``APPLIED`` alone may be given.
         test: likewise; is needed with ``train``.
-        model: maps pixels in [0, 1] to logits, and normalizes by itself, but for a plain timm network, which gets its
-            normalization put in front; None = the timm network that the configuration names. It is not changed.
+        model: maps pixels in [0, 1] to logits, and normalizes by itself, but for a plain timm network, which gets the
+            normalization of its ``pretrained_cfg`` put in front; None = that of the configuration. It is not changed.
         class_names: of ``train``, in label order; None takes those of the dataset, or numbers.
 
     Raises:
@@ -125,6 +126,7 @@ def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) ->
     entries = []
     for name, value in (config or {}).items():
         plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        plain = plain.item() if isinstance(plain, (np.generic, torch.Tensor)) else plain
         if node := yaml.compose(yaml.safe_dump(plain), Loader=yaml.SafeLoader):
             entries.append(Entry(str(name), node, ""))
     return build_config(TrainConfig, entries)
@@ -181,6 +183,8 @@ def _data(
     model: nn.Module | None,
 ) -> ImageData:
     inputs = input_defaults(settings.model.model_name, model_args=settings.model.model_args)
+    if model is not None:
+        inputs = _input_of(model, inputs, None if train is None else first_image(train))
     if train is None or test is None:
         return load_image_data(
             settings.data, inputs, seed=settings.training.seed, image_size=settings.model.image_size
@@ -188,7 +192,7 @@ def _data(
     return image_data_from(
         train,
         test,
-        inputs=inputs if model is None else _of_channels(inputs, train),
+        inputs=inputs,
         class_names=class_names,
         image_size=settings.model.image_size,
         augmentation=settings.data.augmentation,
@@ -198,13 +202,18 @@ def _data(
     )
 
 
-def _of_channels(inputs: Preprocessing, train: Examples) -> Preprocessing:
-    """The input of a user's own network: as many channels as the first tensor or gray PIL image has."""
-    example = train[0]
-    image = example[0] if isinstance(example, (tuple, list)) else None
-    in_chans = 1 if getattr(image, "mode", None) == "L" else inputs.in_chans
+def _input_of(network: nn.Module, inputs: Preprocessing, image: Any) -> Preprocessing:  # noqa: ANN401 (of any kind)
+    """The input of a given network: timm's own for a plain timm network, else ``inputs``, with its channels.
+
+    Those are the channels of the first image if it is a tensor, else of its first convolution, else of the image.
+    """
+    convolutions = (one.in_channels for one in network.modules() if isinstance(one, nn.Conv2d))
+    in_chans = next(convolutions, 1 if getattr(image, "mode", None) == "L" else inputs.in_chans)
     if isinstance(image, torch.Tensor) and image.ndim == 3:
         in_chans = int(image.shape[0])
+    cfg: Any = getattr(network, "pretrained_cfg", None)
+    if cfg is not None:
+        return preprocessing_of(str(cfg["architecture"]), cfg, in_chans)
     if in_chans == inputs.in_chans:
         return inputs
     return replace(inputs, in_chans=in_chans, mean=in_chans * inputs.mean[:1], std=in_chans * inputs.std[:1])
@@ -219,12 +228,13 @@ def _network(
     network = copy.deepcopy(given).cpu()
     cfg: Any = getattr(network, "pretrained_cfg", None)
     if cfg is not None:
-        mean, std = data.channel_mean, data.channel_std
-        if settings.model.pretrained:
-            mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-        network = PixelModel(network, mean, std)
+        own = preprocessing_of(str(cfg["architecture"]), cfg, data.in_chans)
+        network = PixelModel(network, own.mean, own.std)
     (batch,) = data.test.batches([BatchRequest(torch.arange(1), None)], device=torch.device("cpu"))
-    num_logits = count_logits(network, batch.x)
+    try:
+        num_logits = count_logits(network, batch.x)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the model does not take images {tuple(batch.x.shape[1:])}: {error}") from error
     if num_logits != len(data.class_names):
         raise ValueError(
             f"the model has {num_logits} logits and the data {len(data.class_names)} classes; give a model with as "

@@ -15,13 +15,14 @@ from pathlib import Path, PurePosixPath
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 SPLIT_OF_FOLDER = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 IMAGE_EXTENSIONS = frozenset(ImageFolder.EXTENSIONS) | {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif"}
 DATA_EXTENSIONS = (".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".zip")
 METADATA_NAMES = frozenset(ImageFolder.METADATA_FILENAMES)
+HEIF_BRANDS = (b"heic", b"heix", b"mif1", b"avif")
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
@@ -97,6 +98,11 @@ def sort_into_classes(
         names, depth_notes = _classes_of(found, folder)
         notes += depth_notes
         with_classes[split] = list(zip(found, names, strict=True))
+    holding = {PurePosixPath(path).parent for found in with_classes.values() for path, _ in found}
+    above = {folder.parent for folder in holding}
+    beside = {PurePosixPath(path).parent for path in listed if not is_hidden(path)} - holding
+    empty = sorted(str(folder) for folder in beside if folder.parts and folder.parent in above)
+    notes += note(empty, "folders beside class folders hold no image that can be read and are no classes")
     return with_classes, notes
 
 
@@ -107,7 +113,8 @@ def note_unnamed_images(files: Mapping[str, str]) -> list[str]:
         if is_hidden(path) or is_image_name(path):
             continue
         with open(where if os.path.isfile(where) else os.devnull, "rb") as file:
-            if file.read(6).startswith(SIGNATURES):
+            start = file.read(12)
+            if start.startswith(SIGNATURES) or (start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS):
                 unnamed.append(path)
     return note(unnamed, "files hold images by their first bytes and have no image's extension; they are not read")
 
@@ -159,7 +166,14 @@ def _split_folders(
     if not holding:
         return ({"train": (start, list(images))} if images else {}), []
     splits = {split: ((*start, top), of_top[top]) for split, top in folder_of_split(named).items()}
-    return splits, [path for top in of_top if top not in named for path in of_top[top]]
+    apart = [path for top in of_top if top not in named for path in of_top[top]]
+    classes = [path for path in apart if _depth(path, start) > 2]
+    if classes and "train" not in splits:
+        raise ValueError(
+            f"{len(apart)} images lie outside of the split folders {' and '.join(map(shown, named))}, such as "
+            f"{shown(classes[0])}, and no folder is called train: rename theirs to it, or move it away"
+        )
+    return splits, apart
 
 
 def folder_of_split(named: Iterable[str]) -> dict[str, str]:
@@ -206,7 +220,8 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
     if loose:
         raise ValueError(
             f"{len(loose)} of {len(images)} images lie beside the class folders, in {where}, such as "
-            f"{shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away"
+            f"{shown(loose[0])}, so they have no class: put each into the folder of its class, or move it away; "
+            "labels may also stand in a metadata.csv with the columns file_name and label"
         )
     parents = [PurePosixPath(path).parent for path in images]
     of_depth = {_depth(path, folder): path for path in reversed(images)}
@@ -221,7 +236,8 @@ def _classes_of(images: Sequence[str], folder: tuple[str, ...]) -> tuple[list[st
         if place.setdefault(parent.name, parent) != parent:
             raise ValueError(
                 f"the folders {shown(str(place[parent.name]))} and {shown(str(parent))} have one name, and an "
-                "image's class is the folder that it is in: put all images of a class into one folder"
+                "image's class is the folder that it is in: put all images of a class into one folder, with nothing "
+                "between it and them, and call the folders of splits train and test"
             )
     deeper = [str(parent) for parent in parents[:1] if len(parent.parts) > len(folder) + 1]
     notes = [f"classes are named by the innermost folders, such as {shown(example)}" for example in deeper]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,10 @@ def choose_image_column(features: datasets.Features, image_column: str | None) -
     candidates = candidates or [name for name, feature in features.items() if _is_encoded(feature)]
     if len(candidates) != 1:
         found = f"several image columns, {_listed(candidates)}" if candidates else "no image column"
+        if not candidates and "image" in features:
+            found += (
+                f" ('image' is {features['image']}, and images are files or their bytes: cast it to datasets.Image)"
+            )
         raise ValueError(f"the dataset has {found}; name one of its columns {_listed(features)} with --image_column")
     return candidates[0]
 
@@ -212,6 +217,7 @@ def read_labels(
         raise ValueError(
             f"--label_column {column}: split {train_split!r} has {len(classes)} class, at least 2 are needed"
         )
+    _warn_of_like_names(list(map(str, classes)))
     index_of = {value: index for index, value in enumerate(classes)}
     train_labels = torch.tensor([index_of[value] for value in train])
     if test_split is None:
@@ -230,6 +236,16 @@ def read_labels(
             "choose other splits with --train_split and --test_split, or another --label_column"
         )
     return train_labels, torch.tensor([index_of[value] for value in test]), tuple(map(str, classes))
+
+
+def _warn_of_like_names(classes: Sequence[str]) -> None:
+    """Warn of names that differ in case, spaces or the form of their Unicode alone."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(unicodedata.normalize("NFKC", name).strip().casefold(), []).append(ascii(name))
+    for names in (names for names in alike.values() if len(names) > 1):
+        what = "the classes %s differ in case, spaces or the form of their Unicode alone, and are separate classes"
+        logger.warning(what, " and ".join(names))
 
 
 def is_unlabeled(value: object) -> bool:
@@ -252,8 +268,8 @@ def _label_values(
     if unlabeled:
         raise ValueError(
             f"split {split!r}, column {column!r}: {len(unlabeled)} of {len(values)} examples have no label "
-            f"(first: row {unlabeled[0]}, value {values[unlabeled[0]]}); choose a labeled split with --train_split or "
-            f"--test_split, there are {_listed(splits)}, or another --label_column"
+            f"(first: row {unlabeled[0]}, value {values[unlabeled[0]]}; negative means none); choose a labeled split "
+            f"with --train_split or --test_split, there are {_listed(splits)}, or another --label_column"
         )
     feature = splits[split].features[column]
     if not isinstance(feature, datasets.ClassLabel):

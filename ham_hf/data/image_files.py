@@ -291,7 +291,8 @@ def _is_text(tables: Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> bool:
     if pa.types.is_boolean(kind):
         values, spelled = ({cell for one in tables for cell in one[side].unique().to_pylist()} for side in (0, 1))
         return len(spelled) == len(values)
-    return pa.types.is_integer(kind) and any(not found.cast(pa.string()).equals(cells) for found, cells in filled)
+    differ = any(not found.cast(pa.string()).equals(cells) for found, cells in filled)
+    return pa.types.is_temporal(kind) or (pa.types.is_integer(kind) and differ)
 
 
 def _image_column(contents: Mapping[str, pa.Table]) -> str:

@@ -117,6 +117,12 @@ def image_data_from(
     )
 
 
+def first_image(train: Examples) -> Any:  # noqa: ANN401 (whatever a dataset holds)
+    """The first image of a dataset, as it is; ValueError if it is no dataset, or its items are no pairs or rows."""
+    _check({"train": train}, "none")
+    return next(_pairs(train, "train"))[0]
+
+
 def _check(given: Mapping[str, Examples], augmentation: str) -> None:
     """Refuse what cannot be read, before the first image is."""
     if augmentation == "timm":

@@ -369,8 +369,9 @@ _CONSTANTS: Mapping[str, Mapping[str, Sequence[Any]]] = yaml.safe_load(
     (files("ham_hf.evaluation") / "corruptions.yaml").read_text(encoding="utf-8")
 )
 _FUNCTIONS: tuple[Callable[[Floats, Any, np.random.Generator], Floats], ...] = (
-    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur, _zoom_blur, _snow, _fog,
-    _brightness, _contrast, _elastic_transform, _pixelate, _jpeg_compression, _speckle_noise, _gaussian_blur, _saturate,
+    _gaussian_noise, _shot_noise, _impulse_noise, _defocus_blur, _glass_blur, _motion_blur, _zoom_blur, _snow,
+    _fog, _brightness, _contrast, _elastic_transform, _pixelate, _jpeg_compression, _speckle_noise, _gaussian_blur,
+    _saturate,
 )  # fmt: skip
 _CORRUPTED = {function.__name__[1:]: function for function in _FUNCTIONS}
 

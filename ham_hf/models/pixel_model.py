@@ -171,7 +171,8 @@ def input_defaults(model_name: str, *, model_args: Mapping[str, object]) -> Prep
     Raises:
         ValueError: if there is no such model (with the nearest names), or its input is not square.
     """
-    return _preprocessing_of(resolve_source(model_name).as_trained(), model_args.get("in_chans"))
+    source = resolve_source(model_name).as_trained()
+    return preprocessing_of(source.name, source.pretrained_cfg, model_args.get("in_chans"))
 
 
 def create_backbone(
@@ -277,7 +278,8 @@ def load_pixel_model(source: str, *, revision: str | None = None, pretrained: bo
         raise ValueError(
             f"{source}: {resolved.architecture} cannot be built from its configuration: {error}"
         ) from error
-    preprocessing = _preprocessing_of(resolved.as_trained())
+    trained_as = resolved.as_trained()
+    preprocessing = preprocessing_of(trained_as.name, trained_as.pretrained_cfg)
     form = resolved.trained_form()
     notes = _other_test_input(resolved.pretrained_cfg, preprocessing)
     for sentence in notes:
@@ -325,11 +327,11 @@ def _build(source: ModelSource, arguments: Mapping[str, Any], weights: dict[str,
     return backbone
 
 
-def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preprocessing:
-    cfg = source.pretrained_cfg
+def preprocessing_of(name: str, cfg: Mapping[str, Any], in_chans: object = None) -> Preprocessing:
+    """What timm's ``pretrained_cfg`` says, for a network of so many channels; ValueError where it does not fit."""
     channels, height, width = cfg["input_size"]
     if height != width:
-        raise ValueError(f"{source.name}: only square inputs are supported, this model takes {height}x{width}")
+        raise ValueError(f"{name}: only square inputs are supported, this model takes {height}x{width}")
     channels = channels if in_chans is None else in_chans
     if not isinstance(channels, int) or isinstance(channels, bool):
         raise ValueError(f"--model_args in_chans={channels!r}: expected the number of channels, 1 or 3")
@@ -339,8 +341,8 @@ def _preprocessing_of(source: ModelSource, in_chans: object = None) -> Preproces
         interpolation=cfg["interpolation"],
         crop_pct=cfg["crop_pct"],
         crop_mode=cfg["crop_mode"],
-        mean=_per_channel(source.name, "mean", cfg, channels),
-        std=_per_channel(source.name, "std", cfg, channels),
+        mean=_per_channel(name, "mean", cfg, channels),
+        std=_per_channel(name, "std", cfg, channels),
     )
 
 

@@ -278,9 +278,10 @@ def find_checkpoint(output_dir: Path, resume_from: str) -> Path | None:
     try:
         check_checkpoint(path)
     except DamagedError as error:
+        where = path if list_checkpoints(path) else output_dir
         raise ValueError(
             f"--resume_from_checkpoint {resume_from} holds no complete checkpoint, or a damaged one ({error}); "
-            f"checkpoints in {output_dir}: {_known(output_dir)}; --resume_from_checkpoint latest takes the newest "
+            f"checkpoints in {where}: {_known(where)}; --resume_from_checkpoint latest takes the newest "
             "that is whole"
         ) from error
     return path

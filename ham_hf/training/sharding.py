@@ -160,8 +160,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 def whole_state(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with whole tensors instead of sharded ones, on the CPU; call it on all processes."""
-    whole: dict[str, Any] = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state)
-    return whole
+    return cast("dict[str, Any]", tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), state))
 
 
 def load_model(module: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -494,5 +494,4 @@ class Trainer:
 
     def _class_log(self) -> Tensor:
         """How the epoch treated each class so far, over all processes."""
-        log: Tensor = self.accelerator.reduce(self.method_state.log.clone(), "sum")
-        return log
+        return cast(Tensor, self.accelerator.reduce(self.method_state.log.clone(), "sum"))

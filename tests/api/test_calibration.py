@@ -31,6 +31,14 @@ def test_calibrated_timm_network_has_the_shifts_in_its_bias(monkeypatch: pytest.
     assert "1 (this model)" in str(found)
 
 
+def test_a_label_without_a_logit_is_refused() -> None:
+    for label in (-1, 4):
+        x, y = held_out(6)
+        y[3] = label
+        with pytest.raises(ValueError, match=f"label {label}: the model has 4 logits, 0 to 3|labels must"):
+            calibrate(group_norm_net().float(), [(x, y)], num_steps=1)
+
+
 def test_calibrating_any_other_model_wraps_it_and_0_changes_nothing() -> None:
     net = group_norm_net().float()
     x, y = held_out(6)

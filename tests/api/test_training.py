@@ -6,12 +6,15 @@ import threading
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
 
 import ham_hf
 from ham_hf.api.training import APPLIED
@@ -90,6 +93,26 @@ def test_a_timm_network_on_rows_of_datasets_loads_with_plain_timm(tmp_path: Path
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(load_pixel_model(str(tmp_path)).model(x), trained.model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_network_gets_the_input_that_it_was_made_for(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=4, in_chans=1)
+    pictures = [(Image.new("RGB", (12, 10), (60 * (index % 4), 0, 0)), index % 4) for index in range(24)]
+    settings = {**TINY, "output_dir": tmp_path / "timm", "max_steps": 1, "learning_rate": np.float32(0.5)}
+    assert ham_hf.train(settings, train=pictures, test=pictures, model=network).loads_with_timm
+    wanted = timm.data.resolve_model_data_config(network)
+    found = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).pretrained_cfg
+    assert found["input_size"] == (1, *wanted["input_size"][1:])
+    assert (found["crop_pct"], found["interpolation"]) == (wanted["crop_pct"], wanted["interpolation"])
+    assert found["mean"] == pytest.approx((sum(wanted["mean"]) / 3,))
+    gray, own = rows(24), nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())
+    assert ham_hf.train({**TINY, "output_dir": tmp_path / "own"}, train=gray, test=gray, model=own).class_names
+    for train, network, message in [
+        (DataLoader(tensors(20)), own, r"train\[0\]: expected|expected a dataset"),
+        (tensors(20), own, r"the model does not take images \(3, 8, 8\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ham_hf.train({**TINY, "output_dir": tmp_path / "x"}, train=train, test=tensors(20), model=network)
 
 
 def test_refused_before_anything_is_written(tmp_path: Path) -> None:

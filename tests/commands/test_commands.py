@@ -15,6 +15,7 @@ from ham_hf.invocation import SCRIPTS, command, find_recipe, list_recipes, progr
 from ham_hf.methods import available
 from tests.conftest import ROOT
 from tests.support.recipe_runs import recipe_module
+from tests.support.tables import cases
 
 PARSERS = {"train": parse_train_config, "evaluate": parse_evaluate_config, "calibrate": parse_calibrate_config}
 
@@ -150,18 +151,7 @@ def test_help_on_what_does_not_exist_says_what_does(capsys):
 # ------------------------------------------------------------------------------------------------- who is told what
 
 
-@pytest.mark.parametrize(
-    ("started", "expected", "usage"),
-    [
-        ("recipes/train_ham.py", "python recipes/push.py", "train_ham.py"),
-        ("/somewhere/recipes/compare.py", "python recipes/push.py", "train_ham.py"),
-        ("push.py", "python recipes/push.py", "train_ham.py"),
-        ("/usr/bin/ham-hf", "ham-hf push", "ham-hf train"),
-        ("/site-packages/ham_hf/__main__.py", "ham-hf push", "ham-hf train"),
-        ("mine/train.py", "ham-hf push", "ham-hf train"),
-        ("other/push.py", "ham-hf push", "ham-hf train"),
-    ],
-)
+@pytest.mark.parametrize(("started", "expected", "usage"), cases(__file__, "started_as.yaml"))
 def test_messages_name_the_command_that_the_reader_has(started, expected, usage, monkeypatch):
     monkeypatch.setattr(sys, "argv", [started, "--seed=1"])
     assert command("push") == expected

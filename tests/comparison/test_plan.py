@@ -9,12 +9,12 @@ import pytest
 from ham_hf.comparison.plan import read_plan
 from tests.conftest import ROOT
 from tests.support.recipe_runs import PLAN as TWO_ROWS, SMALL, refused, write_plan
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 PLAN = TWO_ROWS + "  fair: {calibrated_from: plain, fairness: 1}\n"
 
 
-@pytest.mark.parametrize("row", rows(__file__, "bad_plans.yaml"), ids=str)
+@pytest.mark.parametrize("row", cases(__file__, "bad_plans.yaml"), ids=str)
 def test_what_is_wrong_is_refused_before_anything_starts(tmp_path, capsys, row):
     old, new, *fragments = row
     assert old in PLAN

@@ -15,7 +15,7 @@ from ham_hf.comparison.table import MissingRun, compare
 from ham_hf.reporting.formats import public_word
 from tests.support.comparison_reports import CLEAN, METRICS, by_seeds, even, markdown_tables, run
 from tests.support.documents import changed
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 
 def test_json_and_csv_agree():
@@ -99,6 +99,6 @@ def test_no_path_of_this_machine_is_written(tmp_path):
     assert "z:4: at q" in values["missing"][0]["reason"]
 
 
-@pytest.mark.parametrize(("word", "shown"), rows(__file__, "public_words.yaml"))
+@pytest.mark.parametrize(("word", "shown"), cases(__file__, "public_words.yaml"))
 def test_words_lose_absolute_paths_only(word, shown):
     assert public_word(word) == shown

@@ -37,7 +37,7 @@ from ham_hf.config import (
 from ham_hf.config.yaml_file import setting_words
 from ham_hf.methods import HAM, PGDAT, Method, available
 from ham_hf.settings import SettingsGroup
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 
 def groups_of(config: TrainConfig) -> list[SettingsGroup]:
@@ -67,7 +67,7 @@ def message_of_exit(argv, capsys, parse=parse_train_config, status=2) -> str:
     return captured.err
 
 
-VALUES = rows(__file__, "values.yaml")
+VALUES = cases(__file__, "values.yaml")
 
 # ----------------------------------------------------------------------------------------------- defaults and flags
 
@@ -197,7 +197,7 @@ def test_a_run_that_ends_before_the_method_starts_is_told_so(caplog):
 
 # ------------------------------------------------------------------------------------------------------- bad input
 
-BAD = rows(__file__, "bad_command_lines.yaml")
+BAD = cases(__file__, "bad_command_lines.yaml")
 READERS = {
     "train": parse_train_config,
     "evaluate": parse_evaluate_config,

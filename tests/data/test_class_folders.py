@@ -198,6 +198,28 @@ def test_what_lies_beside_splits_is_counted_aloud(tmp_path, caplog):
         assert any(part in note for note in data.notes)
 
 
+def test_a_class_that_is_not_read_or_is_there_twice_is_told(tmp_path, caplog):
+    root = tmp_path / "set"
+    write(root, *classes_in("cat", "Cat ", "owl"))
+    (root / "dog").mkdir()
+    for number in range(3):
+        (root / "dog" / f"{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    notes = " ".join(load(str(root), validation_fraction=0).notes)
+    assert "3 files hold images by their first bytes and have no image's extension" in notes
+    assert "1 folders beside class folders hold no image that can be read and are no classes, such as 'dog'" in notes
+    assert "the classes 'Cat ' and 'cat' differ in case, spaces or the form of their Unicode alone" in caplog.text
+
+
+def test_test_is_not_trained_on_where_the_training_folder_has_another_name(tmp_path):
+    for name in ("trainval", "learning"):
+        write(
+            tmp_path / name, *(f"{top}/{path}" for top in (name, "test") for path in classes_in("cat", "dog", "owl"))
+        )
+    assert load(str(tmp_path / "trainval"), validation_fraction=0).test_split_origin == "test"
+    with pytest.raises(ValueError, match="18 images lie outside of the split folders 'test', such as"):
+        load(str(tmp_path / "learning"))
+
+
 def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path):
     root = tmp_path / "set"
     write(root, *classes_in("cat", "dog"))

@@ -15,6 +15,7 @@ import torch
 from ham_hf.data import BatchRequest, TrainingStream, UpdateLayout
 from ham_hf.data.columns import read_labels
 from tests.support.example_images import dataset, encode, gray, load, open_stored
+from tests.support.tables import cases
 
 CPU = torch.device("cpu")
 
@@ -216,17 +217,7 @@ def test_names_of_a_saved_dataset_are_matched_by_split(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["no", "maybe"], "README.md declares the class no, which YAML reads as False: put it in quotes"),
-        (["a", "1.10"], "class 1.10, which YAML reads as 1.1"),
-        (["007", "8"], "class 007, which YAML reads as 7"),
-        (["null", "x"], "class null, which YAML reads as None"),
-        (["1.10", "1.1"], "duplicated.* YAML reads 1.10 as 1.1"),
-        (["crane", "crane"], "duplicated"),
-    ],
-)
+@pytest.mark.parametrize(("names", "said"), cases(__file__, "names_that_yaml_changes.yaml"))
 def test_names_that_yaml_reads_as_something_else_are_refused(names, said, streaming, tmp_path):
     rows = [(i, "ab"[i % 2]) for i in range(6)]
     files = {f"{split}-00000-of-00001.parquet": (None, rows) for split in ("train", "test")}

@@ -9,10 +9,10 @@ import pytest
 
 from ham_hf.data.evaluation_data import TrainedOn, choose_evaluation_split
 from tests.support.example_images import dataset, gray, gray_values, grays, load, load_to_evaluate, write_parquet
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 
-@pytest.mark.parametrize(("names", "asked", "expected"), rows(__file__, "evaluation_splits.yaml"))
+@pytest.mark.parametrize(("names", "asked", "expected"), cases(__file__, "evaluation_splits.yaml"))
 def test_split_to_evaluate_on(names, asked, expected):
     assert list(choose_evaluation_split(names, asked.get("train_split"), asked.get("test_split"))) == expected
 

@@ -145,7 +145,10 @@ def test_tables_declare_classes_alike_or_are_refused(tmp_path):
     assert splits["test"].features["label"].names == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("written", [("007", "010"), ("true", "false"), ("7", "10"), ("1", "x")])
+WRITTEN = [("007", "010"), ("true", "false"), ("7", "10"), ("1", "x"), ("2020-01-02", "2020-01-03")]
+
+
+@pytest.mark.parametrize("written", WRITTEN)
 def test_a_class_is_called_what_the_table_says(written, tmp_path):
     rows = [(f"{number}.png", written[number % 2]) for number in range(10)]
     root = write_files(tmp_path / "set", {**pictures(*(name for name, _ in rows)), "metadata.csv": table(rows)})

@@ -17,6 +17,7 @@ from tests.conftest import ROOT
 from tests.support.example_images import dataset, encode, gray, grays, load, noise, open_stored, write_parquet, zipped
 from tests.support.hub_server import Hub, hub_environment
 from tests.support.recipe_runs import finish
+from tests.support.tables import cases
 
 # The digits of the package
 
@@ -41,17 +42,7 @@ def test_the_digits_are_small_and_have_their_license_beside_them():
 # Splits
 
 
-@pytest.mark.parametrize(
-    ("names", "train", "origin"),
-    [
-        (["train", "test", "validation"], 20, "test"),
-        (["train", "validation"], 20, "validation"),
-        (["train", "validation", "eval"], 20, "eval"),
-        (["train", "extra"], 16, "held out of train (20 %, stratified, seed 0)"),
-        (["train"], 16, "held out of train (20 %, stratified, seed 0)"),
-        (["extra"], 16, "held out of extra (20 %, stratified, seed 0)"),
-    ],
-)
+@pytest.mark.parametrize(("names", "train", "origin"), cases(__file__, "splits_by_rule.yaml"))
 def test_splits_by_rule(tmp_path, names, train, origin, caplog):
     splits = {"train": 20, "extra": 20, "test": 6, "validation": 8, "eval": 5}
     folder = write_parquet(tmp_path / "set", **{name: grays(splits[name]) for name in names})
@@ -183,16 +174,7 @@ def test_all_names_of_a_class_label_are_kept(tmp_path, caplog):
 
 
 @pytest.mark.faults(quick=True)
-@pytest.mark.parametrize(
-    ("dtype", "train", "test", "message"),
-    [
-        ("string", ["a", "b"], ["b", "z"], "'test', row 1: label 'z' does not occur in split 'train'"),
-        ("int64", [0, 1], [0, -1], "'test', column 'label': 1 of 2 .* row 1, value -1.*there are 'train', 'test'"),
-        ("string", ["a", None], ["a", "a"], "'train', column 'label': 1 of 2 .* row 1, value None"),
-        ("int64", [3, 3], [3, 3], "'train' has 1 class, at least 2"),
-        ("float64", [0, 1.5], [0, 1.5], "no label column .'label' is float64, and labels are integers.*name one of"),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "train", "test", "message"), cases(__file__, "bad_labels.yaml"))
 def test_labels_that_do_not_fit(tmp_path, dtype, train, test, message):
     images, feature = [gray(1), gray(2)], {"label_feature": datasets.Value(dtype)}
     splits = {"train": dataset(images, train, **feature), "test": dataset(images, test, **feature)}

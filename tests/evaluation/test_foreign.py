@@ -18,6 +18,7 @@ from ham_hf.evaluation import Workplace, evaluate, standard_attacks
 from ham_hf.evaluation.foreign import ForeignAttackError, foreign_attack, load_foreign_attack, load_foreign_attacks
 from tests.conftest import ROOT
 from tests.support.nets import TensorImages, Watched, batch_norm_net, group_norm_net, labeled_for
+from tests.support.tables import cases
 
 EPSILON = 0.05
 
@@ -222,19 +223,7 @@ def test_loaded_from_a_file_or_an_installed_package(tmp_path, monkeypatch):
     assert load_foreign_attack("a_package.attacks:strong").name == "attacks.strong"
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ("my_attack.py", "expected package.module:function of an installed package, or file.py:function"),
-        ("https://hub/my_attack.py:attack", "expected package.module:function"),
-        ("my_attack.py:attack()", "expected package.module:function"),
-        ("nowhere.py:attack", "there is no file nowhere.py"),
-        ("no_such_package.attacks:attack", "cannot be imported .*No module named 'no_such_package'"),
-        ("me/repository:attack", "cannot be imported"),
-        ("torch.nn.functional:atack", "torch.nn.functional has no atack; it has "),
-        ("math:pi", "math:pi is float, and a function attack"),
-    ],
-)
+@pytest.mark.parametrize(("place", "message"), cases(__file__, "bad_attack_places.yaml"))
 def test_places_that_hold_no_attack(place, message):
     with pytest.raises(ValueError, match=message):
         load_foreign_attack(place)

@@ -21,7 +21,7 @@ from ham_hf.models import (
 )
 from ham_hf.models.cifar_nets import default_cfgs
 from tests.support.exports import preprocessing
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 MEAN, STD = preprocessing().mean, preprocessing().std
 MEAN_OF_PIXELS, STD_OF_PIXELS = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
@@ -161,18 +161,7 @@ class TestCifarNets:
 
 
 class TestPreprocessing:
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"mean": (0.5,)}, "expected 3 means"),
-            ({"std": (0.5, 0.0, 0.5)}, "standard deviations > 0"),
-            ({"image_size": 0}, "image_size >= 1"),
-            ({"crop_pct": 2.5}, r"crop_pct in \[0.01, 2\]"),
-            ({"image_size": 1, "crop_pct": 1.5}, "leaves nothing"),
-            ({"crop_mode": "stretch"}, "crop_mode 'stretch': expected one of center, squash, border"),
-            ({"interpolation": "random"}, "interpolation 'random': expected one of nearest, bilinear"),
-        ],
-    )
+    @pytest.mark.parametrize(("change", "message"), cases(__file__, "bad_preprocessing.yaml"))
     def test_out_of_range(self, change, message):
         values = {"image_size": 32, "in_chans": 3, "interpolation": "bilinear", "crop_pct": 1.0}
         with pytest.raises(ValueError, match=message):
@@ -240,7 +229,7 @@ class TestCreateBackbone:
         assert model.drop_rate == 0.3
         assert model.conv1[0].in_channels == 1
 
-    @pytest.mark.parametrize(("name", "options", "message"), rows(__file__, "bad_names.yaml"))
+    @pytest.mark.parametrize(("name", "options", "message"), cases(__file__, "bad_names.yaml"))
     def test_bad_names_and_arguments(self, name, options, message):
         with pytest.raises(ValueError, match=message):
             create_backbone(name, pretrained=False, num_classes=10, preprocessing=preprocessing(), model_args=options)
@@ -272,17 +261,7 @@ class TestCreateBackbone:
 
 
 class TestLoadPixelModel:
-    @pytest.mark.parametrize(
-        ("source", "revision", "message"),
-        [
-            ("no/such/folder", None, "neither a folder, nor OWNER/NAME on the Hub, nor a timm model"),
-            ("reznet18", None, r"neither .*; nearest: .*resnet18"),
-            ("local-dir:no/such", None, "is not a folder"),
-            ("resnet18_cifar", "main", "revision 'main' goes with OWNER/NAME"),
-            ("hf-hub:me/model@v1", "main", "only once"),
-            ("resnet18_cifar", None, "no pretrained weights"),
-        ],
-    )
+    @pytest.mark.parametrize(("source", "revision", "message"), cases(__file__, "bad_sources.yaml"))
     def test_bad_sources(self, source, revision, message):
         with pytest.raises(ValueError, match=message):
             load_pixel_model(source, revision=revision)

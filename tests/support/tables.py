@@ -8,5 +8,5 @@ from typing import Any
 import yaml
 
 
-def rows(test_file: str, name: str) -> Any:
+def cases(test_file: str, name: str) -> Any:
     return yaml.safe_load((Path(test_file).parent / name).read_text(encoding="utf-8"))

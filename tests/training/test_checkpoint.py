@@ -88,6 +88,8 @@ def test_folder_without_its_last_file_is_no_checkpoint(tmp_path):
     assert names(tmp_path) == ["checkpoint-1"]
     with pytest.raises(ValueError, match=r"--resume_from_checkpoint .*checkpoint-2 holds no complete.*checkpoint-1"):
         find_checkpoint(tmp_path, str(half))
+    with pytest.raises(ValueError, match=rf"checkpoints in {tmp_path}: {tmp_path / 'checkpoint-1'};"):
+        find_checkpoint(tmp_path / "new run", str(tmp_path))
     assert find_checkpoint(tmp_path, str(tmp_path / "checkpoint-1")) == tmp_path / "checkpoint-1"
     assert find_checkpoint(tmp_path / "empty", "latest") is None
 

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.faults.same_runs import assert_same_weights
 from tests.support.environment_reads import variables_of
 from tests.support.recipe_runs import LAUNCH, PROCESSES, SMALL, finish, recipe_module, refused
-from tests.support.tables import rows
+from tests.support.tables import cases
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +150,7 @@ def test_what_accelerate_reads_at_import_is_refused_by_name(name, subprocess_env
     assert subprocess.run([sys.executable, "-c", "import accelerate"], env=env, capture_output=True).returncode == 1
 
 
-@pytest.mark.parametrize(("variables", "said"), rows(__file__, "bad_environments.yaml"))
+@pytest.mark.parametrize(("variables", "said"), cases(__file__, "bad_environments.yaml"))
 def test_values_that_cannot_be_meant_are_refused_in_one_line(variables, said, tmp_path, monkeypatch, capsys):
     for name in [*environment.LAYOUT, "MASTER_ADDR", "ACCELERATE_USE_CPU"]:
         monkeypatch.delenv(name, raising=False)

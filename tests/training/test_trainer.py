@@ -263,8 +263,12 @@ def test_a_total_that_is_reached_already_ends_with_a_validation(tmp_path, stoppe
     run = trainer(tmp_path / "run", selection_metric="last")
     with pytest.raises(TrainingStopped):
         run.fit(lambda: "a request" if run.progress.step == stopped_at - 1 else None)
-    progress = resumed(tmp_path / "run", selection_metric="last", max_steps=stopped_at - 1).fit()
+    progress = resumed(tmp_path / "run", selection_metric="last", max_steps=stopped_at - 1, save_steps=100).fit()
     assert progress.history[-1]["step"] == progress.step == load_best(tmp_path / "run")[1]["step"] == stopped_at
+    # It is kept: the same command again finds nothing to do.
+    resumed(tmp_path / "run", selection_metric="last", max_steps=stopped_at - 1, save_steps=100).fit()
+    validated = [line["step"] for line in log_of(tmp_path / "run") if line["type"] == "validation"]
+    assert validated.count(stopped_at) == 1
 
 
 def test_hard_fraction_is_of_its_own_epoch(finished):
