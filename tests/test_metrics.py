@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from ham_hf.metrics import FairnessSummary, mean_of_worst, summarize, summarize_counts, wilson_interval
 from tests.support.golden_data import GOLDEN, TOLERANCE
+from tests.support.tables import cases
 
 
 def naive_summary(flags: Sequence[bool], labels: Sequence[int], num_classes: int) -> dict[str, object]:
@@ -80,16 +81,7 @@ def test_equals_naive_loops_with_missing_classes(num_classes: int, data: st.Data
             assert 0 <= entry.low <= entry.accuracy <= entry.high <= 1
 
 
-@pytest.mark.parametrize(
-    ("correct", "count", "low", "high"),
-    [
-        # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
+@pytest.mark.parametrize(("correct", "count", "low", "high"), cases(__file__, "wilson_intervals.yaml"))
 def test_wilson_interval_of_the_literature(correct: int, count: int, low: float, high: float) -> None:
     assert wilson_interval(correct, count) == pytest.approx((low, high), abs=5e-5)
     assert wilson_interval(count - correct, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
