@@ -207,8 +207,9 @@ def _input_of(network: nn.Module, inputs: Preprocessing, image: Any) -> Preproce
 
     Those are the channels of the first image if it is a tensor, else of its first convolution, else of the image.
     """
+    of_image = 1 if getattr(image, "mode", None) == "L" else inputs.in_chans
     convolutions = (one.in_channels for one in network.modules() if isinstance(one, nn.Conv2d))
-    in_chans = next(convolutions, 1 if getattr(image, "mode", None) == "L" else inputs.in_chans)
+    in_chans = next((number for number in convolutions if number in (1, 3)), of_image)
     if isinstance(image, torch.Tensor) and image.ndim == 3:
         in_chans = int(image.shape[0])
     cfg: Any = getattr(network, "pretrained_cfg", None)
