@@ -141,9 +141,8 @@ def evaluate(
         threat_model: norm and radius; None = linf 8/255.
         num_steps: steps of PGD and CW.
         step_size: length of their steps in pixel units; None = a quarter of epsilon.
-        attacks: functions ``attack(model, x, y) -> x_adv`` by name, run beside PGD and CW and checked
-            (`ham_hf.evaluation.foreign`); or a list to run instead of PGD and CW, in the same threat model;
-            empty for clean accuracy alone.
+        attacks: functions ``attack(model, x, y) -> x_adv`` by name, run beside PGD and CW and checked, see
+            `ham_hf.evaluation.foreign`; or a list to run in their place and threat model; empty: clean alone.
         autoattack: also run AutoAttack (needs the extra ``ham-hf[autoattack]``); keeps all images in memory.
         class_names: in label order; None takes those of the loader's dataset, or numbers.
         group_column: key of batches that are mappings, whose strings, whole numbers or booleans are groups to report.
@@ -161,15 +160,17 @@ def evaluate(
     threat_model = threat_model or ThreatModel()
     model = unwrapped(model) if device is None else unwrapped(model).to(device)
     place = device_of(model)
-    chosen = chosen_attacks(_usual_attack(threat_model, num_steps, step_size), attacks)
+    length = float(threat_model.epsilon) / 4 if step_size is None else step_size
+    chosen = chosen_attacks(Attack(threat_model=threat_model, num_steps=num_steps, step_size=length), attacks)
     reader = None if group_column is None else GroupReader(loader, group_column)
     loader = reader or loader
     with outside_inference_mode():
         if autoattack:
             images = held_images(loader)
-        batches = batches_of(images if autoattack else loader, place, batch_size)
-        first = next(batches, None)
-        if first is None:
+        kind = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+        found = batches_of(images if autoattack else loader, place, batch_size)
+        batches = (batch._replace(x=batch.x.to(kind)) for batch in found)
+        if (first := next(batches, None)) is None:
             raise ValueError("there is no example to evaluate on: the loader gave no batch")
         num_classes = count_logits(model, first.x)
         results = evaluate_batches(model, _checked(chain([first], batches), num_classes), chosen, seed=seed)
@@ -191,10 +192,12 @@ def chosen_attacks(
     """The attacks to run in the ball of ``attack``: PGD, CW and the given functions, or a list that replaces them.
 
     Raises:
-        ValueError: if two have one name.
+        ValueError: if two have one name, or PGD and CW make no step.
     """
     chosen: list[NamedAttack | ForeignAttack]
     if others is None or isinstance(others, Mapping):
+        if attack.num_steps < 1 or not float(attack.step_size) >= 0:
+            raise ValueError(f"expected num_steps >= 1 and step_size >= 0, got {attack.num_steps}, {attack.step_size}")
         functions = (foreign_attack(name, function) for name, function in (others or {}).items())
         chosen = [*standard_attacks(attack), *functions]
     else:
@@ -244,13 +247,6 @@ def _checked(batches: Iterable[PixelBatch], num_classes: int) -> Iterator[PixelB
                 f"labels must lie in [0, {num_classes}), as the model has {num_classes} logits; got {low}..{high}"
             )
         yield batch
-
-
-def _usual_attack(threat_model: ThreatModel, num_steps: int, step_size: float | None) -> Attack:
-    if num_steps < 1 or (step_size is not None and not step_size > 0):
-        raise ValueError(f"expected num_steps of at least 1 and a step_size above 0, got {num_steps} and {step_size}")
-    length = float(threat_model.epsilon) / 4 if step_size is None else step_size
-    return Attack(threat_model=threat_model, num_steps=num_steps, step_size=length)
 
 
 def count_logits(model: nn.Module, x: Tensor) -> int:

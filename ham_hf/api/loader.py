@@ -79,7 +79,7 @@ def batches_of(loader: Loader, device: torch.device, batch_size: int) -> Iterato
         check_images(x, y)
         if not len(y):
             continue
-        yield PixelBatch(x=x.float(), y=y.long(), indices=torch.arange(first, first + len(y)))
+        yield PixelBatch(x=x, y=y.long(), indices=torch.arange(first, first + len(y)))
         first += len(y)
 
 
@@ -102,7 +102,7 @@ def held_images(loader: Loader) -> Images:
     shapes = {tuple(batch.x.shape[1:]) for batch in batches}
     if len(shapes) > 1:
         raise ValueError(f"all images must have one shape, got {', '.join(map(str, sorted(shapes)))}")
-    return HeldImages(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
+    return HeldImages(torch.cat([batch.x.float() for batch in batches]), torch.cat([batch.y for batch in batches]))
 
 
 def class_names_of(loader: Loader, given: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:

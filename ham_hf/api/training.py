@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -125,8 +124,9 @@ def _settings(config: TrainConfig | Mapping[str, object] | str | Path | None) ->
         raise ValueError(f"config: expected a mapping of settings, a path or a TrainConfig, got {config!r}")
     entries = []
     for name, value in (config or {}).items():
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        plain = plain.item() if isinstance(plain, (np.generic, torch.Tensor)) else plain
+        plain = (
+            os.fspath(value) if isinstance(value, os.PathLike) else getattr(value, "tolist", lambda one=value: one)()
+        )
         if node := yaml.compose(yaml.safe_dump(plain), Loader=yaml.SafeLoader):
             entries.append(Entry(str(name), node, ""))
     return build_config(TrainConfig, entries)
@@ -212,6 +212,7 @@ def _input_of(network: nn.Module, inputs: Preprocessing, image: Any) -> Preproce
     in_chans = next((number for number in convolutions if number in (1, 3)), of_image)
     if isinstance(image, torch.Tensor) and image.ndim == 3:
         in_chans = int(image.shape[0])
+    network = network.backbone if isinstance(network, PixelModel) else network
     cfg: Any = getattr(network, "pretrained_cfg", None)
     if cfg is not None:
         return preprocessing_of(str(cfg["architecture"]), cfg, in_chans)

@@ -91,9 +91,6 @@ def budget(report: RunReport) -> dict[str, str]:
     dataset, model, config, training = report.dataset, report.model, report.config, report.training
     # Local paths are not published, as in the model card.
     name = dataset.hub_id or dataset.name.rstrip("/").rpartition("/")[2]
-    images = (dataset.trained_on or {}).get("image_fingerprint") if training is not None else None
-    if images and name != dataset.name and not dataset.hub_id:
-        name += f" (images {str(images)[:8]})"  # another folder may have this name
     facts = {
         "Dataset": " ".join(filter(None, (name, dataset.config_name, dataset.revision))),
         "Test images": f"{dataset.num_test}, {dataset.test_split_origin}",

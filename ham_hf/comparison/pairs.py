@@ -167,6 +167,10 @@ def _pair(pairs: Sequence[tuple[FinishedRun, FinishedRun]], name: str) -> Paired
     titles = dict.fromkeys(title for found in facts for title in found if title != IMAGES)
     if different := [title for title in titles if len({found.get(title) for found in facts}) > 1]:
         raise ValueError(f"evaluated with other settings than the baseline ({', '.join(different)})")
+    reports = [run.report for pair in pairs for run in pair if run.report.training and not run.report.dataset.hub_id]
+    images = {(report.dataset.trained_on or {}).get("image_fingerprint") for report in reports} - {None}
+    if len(images) > 1:
+        raise ValueError("trained on other images: local folders of one name hold different ones")
     matched = [
         match_verdicts(reference.verdicts, other.verdicts, name)
         for reference, other in pairs

@@ -98,9 +98,9 @@ def sort_into_classes(
         names, depth_notes = _classes_of(found, folder)
         notes += depth_notes
         with_classes[split] = list(zip(found, names, strict=True))
-    holding = {PurePosixPath(path).parent for found in with_classes.values() for path, _ in found}
-    above = {folder.parent for folder in holding}
-    beside = {PurePosixPath(path).parent for path in listed if not is_hidden(path)} - holding
+    above = {PurePosixPath(path).parent.parent for found in with_classes.values() for path, _ in found}
+    beside = {PurePosixPath(path).parent for path in listed if not is_hidden(path)}
+    beside -= {PurePosixPath(path).parent for path in visible}
     empty = sorted(str(folder) for folder in beside if folder.parts and folder.parent in above)
     notes += note(empty, "folders beside class folders hold no image that can be read and are no classes")
     return with_classes, notes
@@ -155,7 +155,8 @@ def _split_folders(
     for path in images:
         parts = PurePosixPath(path).parts[len(start) :]
         of_top.setdefault(parts[0] if len(parts) > 1 else "", []).append(path)
-    named = [top for top in of_top if split_name(top) is not None]
+    tops = {top.lower() for top in of_top}
+    named = [top for top in of_top if split_name(top) and not (top.lower() == "trainval" and "train" in tops)]
     # A split holds class folders; a folder of images alone is a class, whatever its name.
     holding = [top for top in named if any(_depth(path, start) > 2 for path in of_top[top])]
     if named and not holding and not [top for top in of_top if top and top not in named]:
@@ -168,7 +169,7 @@ def _split_folders(
     splits = {split: ((*start, top), of_top[top]) for split, top in folder_of_split(named).items()}
     apart = [path for top in of_top if top not in named for path in of_top[top]]
     classes = [path for path in apart if _depth(path, start) > 2]
-    if classes and "train" not in splits:
+    if len({PurePosixPath(path).parent for path in classes}) > 1 and "train" not in splits:
         raise ValueError(
             f"{len(apart)} images lie outside of the split folders {' and '.join(map(shown, named))}, such as "
             f"{shown(classes[0])}, and no folder is called train: rename theirs to it, or move it away"

@@ -285,11 +285,11 @@ def _is_text(tables: Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> bool:
     """Whether cells stay as they are written: where types differ, or 007 would become 7, or true True."""
     filled = [(found, pc.utf8_trim_whitespace(written)) for found, written in tables if written.type == pa.string()]
     kinds = {found.type for found, _ in tables if found.null_count < len(found)}
-    if len(kinds) != 1 or len(filled) < len(tables):
+    if len(kinds) != 1 or not filled:
         return len(kinds) > 1
     kind = kinds.pop()
     if pa.types.is_boolean(kind):
-        values, spelled = ({cell for one in tables for cell in one[side].unique().to_pylist()} for side in (0, 1))
+        values, spelled = ({cell for one in filled for cell in one[side].unique().to_pylist()} for side in (0, 1))
         return len(spelled) == len(values)
     differ = any(not found.cast(pa.string()).equals(cells) for found, cells in filled)
     return pa.types.is_temporal(kind) or (pa.types.is_integer(kind) and differ)

@@ -6,7 +6,7 @@ Every image is read once and kept as bytes; pixels of float tensors are rounded 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import datasets
@@ -208,7 +208,7 @@ def _names_of(given: Any) -> list[str] | None:  # noqa: ANN401 (any dataset)
     names = getattr(given, "classes", None)
     if names is None and isinstance(given, datasets.Dataset):
         names = getattr(given.features[choose_label_column(given.features, None)], "names", None)
-    return list(map(str, names)) if isinstance(names, (list, tuple)) else None
+    return list(map(str, names)) if isinstance(names, Iterable) and not isinstance(names, str) else None
 
 
 def _by_name(

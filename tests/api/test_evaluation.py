@@ -110,7 +110,8 @@ def test_names_come_from_the_dataset_of_the_loader(data: TensorDataset, quick_au
 def test_pixels_of_any_precision_are_those_of_float32(dtype: torch.dtype) -> None:
     net, x, y = group_norm_net().float(), torch.rand(8, 3, 6, 6).half().float(), torch.arange(8) % 4
     found = [evaluate(net, [(pixels, y)], attacks=[]).clean.summary for pixels in (x, x.to(dtype))]
-    assert found[0] == found[1]
+    found.append(evaluate(net.double(), [(x.double(), y)], attacks=[], num_steps=0).clean.summary)
+    assert found[0] == found[1] == found[2]
 
 
 class _NoLogits(nn.Module):
@@ -132,8 +133,8 @@ X, Y = torch.zeros(2, 3, 6, 6), torch.zeros(2, dtype=torch.long)
         ([], {}, "no batch"),
         ([(X, Y)], {"class_names": ["a"]}, "class_names has 1 names, but the model has 4 logits"),
         ([(X, Y)], {"model": _NoLogits()}, "must return logits .* got dict"),
-        ([(X, Y)], {"num_steps": 0}, "expected num_steps of at least 1"),
-        ([(X, Y)], {"step_size": -0.1}, "a step_size above 0, got 20 and -0.1"),
+        ([(X, Y)], {"num_steps": 0}, "expected num_steps >= 1 and"),
+        ([(X, Y)], {"step_size": -0.1}, "step_size >= 0, got 20, -0.1"),
     ],
 )
 def test_refused_with_a_reason(loader: list, options: dict, message: str) -> None:

@@ -64,14 +64,3 @@ def test_only_the_attack_with_other_settings_is_not_compared():
     comparison = compare([*base, *own], baseline="base")
     assert {name: comparison.unlike(name) for name in comparison.attacks} == {"clean": [], "pgd-20": ["own"]}
     assert comparison.rows[1].attacks["clean"].rho == 0
-
-
-def test_folders_of_one_name_with_other_images_are_other_data():
-    runs = [
-        changed(
-            one, dataset={"name": f"/{label}/data", "hub_id": None, "trained_on": {"image_fingerprint": label * 9}}
-        )
-        for label in ("ab", "cd")
-        for one in by_seeds(label, [5] * 3, [5] * 3)
-    ]
-    assert compare(runs, baseline="ab").unlike("pgd-20") == ["cd"]

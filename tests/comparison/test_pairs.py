@@ -16,6 +16,7 @@ from ham_hf.comparison.pairs import compare_paired, mcnemar
 from ham_hf.comparison.report import comparison_markdown
 from ham_hf.comparison.table import compare
 from tests.support.comparison_reports import METRICS, judged_run
+from tests.support.documents import changed
 
 
 def bold(comparison, label, attack="verdict"):
@@ -40,6 +41,14 @@ def test_one_seed_is_enough_where_the_same_images_tell():
 def test_the_same_numbers_on_other_images_say_less():
     base, own = judged_run("base", [20, 50, 60, 70]), judged_run("own", [24, 52, 61, 71], swap=20)
     assert bold(compare([base, own], baseline="base"), "own") == []
+
+
+def test_local_folders_of_one_name_with_other_images_are_not_paired():
+    runs = [judged_run(label, [20, 50, 60, 70]) for label in ("base", "own")]
+    for place, images in enumerate(("1a", "2b")):
+        data = {"name": f"/{images}/data", "hub_id": None, "trained_on": {"image_fingerprint": images}}
+        runs[place] = changed(runs[place], dataset=data)
+    assert "trained on other images" in compare(runs, baseline="base").pairs.unpaired["own, PGD-20"]
 
 
 def test_a_worst_class_that_moved_is_no_gain():

@@ -218,6 +218,8 @@ def test_test_is_not_trained_on_where_the_training_folder_has_another_name(tmp_p
     assert load(str(tmp_path / "trainval"), validation_fraction=0).test_split_origin == "test"
     with pytest.raises(ValueError, match="18 images lie outside of the split folders 'test', such as"):
         load(str(tmp_path / "learning"))
+    write(tmp_path / "trainval", *(f"train/{path}" for path in classes_in("cat", "dog", "owl")), "devkit/doc/1.png")
+    assert load(str(tmp_path / "trainval"), validation_fraction=0).test_split_origin == "test"
 
 
 def test_a_broken_link_is_an_image_that_cannot_be_read(tmp_path):
