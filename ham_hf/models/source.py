@@ -20,7 +20,6 @@ from typing import Any
 
 import timm
 import yaml
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, get_deprecated_models, get_pretrained_cfg, is_model
@@ -332,7 +331,6 @@ def _download(name: str, hub_id: str, filename: str) -> Path:
             hint = "; pickled weights are never loaded" if "not found" in str(error).lower() else ""
         else:
             hint = "" if Path(hub_id).exists() else ", and there is no folder of that name"
-        hint += ", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: could not get {filename} of {hub_id} from the Hub{hint} ({reason})") from error
 
