@@ -136,8 +136,7 @@ def evaluate(
 
     Args:
         model: maps pixels (N, C, H, W) in [0, 1] to logits (N, num_classes), and normalizes by itself.
-        loader: a DataLoader or other iterable of (pixels, labels), the same in mappings with "pixel_values" and
-            "labels", or `ham_hf.data.Images`.
+        loader: a DataLoader or iterable of (pixels, labels) or {"pixel_values", "labels"}, or `ham_hf.data.Images`.
         threat_model: norm and radius; None = linf 8/255.
         num_steps: steps of PGD and CW.
         step_size: length of their steps in pixel units; None = a quarter of epsilon.
@@ -169,7 +168,8 @@ def evaluate(
             images = held_images(loader)
         kind = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
         found = batches_of(images if autoattack else loader, place, batch_size)
-        batches = (batch._replace(x=batch.x.to(kind)) for batch in found)
+        # Half precision would round the pixels of an attack.
+        batches = found if kind.itemsize < 4 else (batch._replace(x=batch.x.to(kind)) for batch in found)
         if (first := next(batches, None)) is None:
             raise ValueError("there is no example to evaluate on: the loader gave no batch")
         num_classes = count_logits(model, first.x)

@@ -282,7 +282,7 @@ def _typed(contents: Mapping[str, tuple[pa.Table, pa.Table]]) -> dict[str, pa.Ta
 
 
 def _is_text(tables: Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]) -> bool:
-    """Whether cells stay as they are written: where types differ, or 007 would become 7, or true True."""
+    """Whether cells stay as they are written: dates, and where types differ, 007 would become 7, or true True."""
     filled = [(found, pc.utf8_trim_whitespace(written)) for found, written in tables if written.type == pa.string()]
     kinds = {found.type for found, _ in tables if found.null_count < len(found)}
     if len(kinds) != 1 or not filled:

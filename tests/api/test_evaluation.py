@@ -112,6 +112,8 @@ def test_pixels_of_any_precision_are_those_of_float32(dtype: torch.dtype) -> Non
     found = [evaluate(net, [(pixels, y)], attacks=[]).clean.summary for pixels in (x, x.to(dtype))]
     found.append(evaluate(net.double(), [(x.double(), y)], attacks=[], num_steps=0).clean.summary)
     assert found[0] == found[1] == found[2]
+    with pytest.raises(RuntimeError, match="type"):
+        evaluate(net.to(torch.bfloat16), [(x, y)], attacks=[])
 
 
 class _NoLogits(nn.Module):
